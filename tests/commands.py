@@ -15,14 +15,14 @@ Command = Callable[..., int]
 """`fovea` with these arguments; gives its exit code."""
 
 
-def caller(monkeypatch: pytest.MonkeyPatch) -> Command:
+def make_command(monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command, called by name in this process."""
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended, _signals_restored():
+        with pytest.raises(SystemExit) as exit_info, _restore_signals():
             cli.main()
-        code = ended.value.code
+        code = exit_info.value.code
         assert isinstance(code, int)
         return code
 
@@ -30,7 +30,7 @@ def caller(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 @contextmanager
-def _signals_restored() -> Iterator[None]:
+def _restore_signals() -> Iterator[None]:
     """`fovea serve` takes over the signals of its process, which here is that of all other tests."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
@@ -41,10 +41,10 @@ def _signals_restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+def read_error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """What was written to stderr: one line, in the command's name."""
-    written = capsys.readouterr().err
-    assert written.startswith("fovea: ")
-    assert written.endswith("\n")
-    assert written.count("\n") == 1
-    return written
+    text = capsys.readouterr().err
+    assert text.startswith("fovea: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    return text

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Command, caller
-from tests.graphs import build, publish
+from tests.commands import Command, make_command
+from tests.graphs import add_to_repository, build_model
 from tests.servers import Server
-from tests.tools import OF_THE_SYSTEM, need
+from tests.tools import SYSTEM_REASON, require_tool
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def _tools(request: pytest.FixtureRequest) -> None:
     """Skip a test that is marked `needs` where one of its programs is missing."""
     for mark in request.node.iter_markers("needs"):
         for tool in mark.args:
-            need(tool)
+            require_tool(tool)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,7 +46,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        if os.environ.get("CI") and not reason.startswith(OF_THE_SYSTEM):
+        if os.environ.get("CI") and not reason.startswith(SYSTEM_REASON):
             report.outcome = "failed"
             report.longrepr = f"skipped where CI is set: {reason}"
         else:  # one line for each reason, and not for each test
@@ -85,17 +85,17 @@ def photographs(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.fixture(scope="session")
 def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one small model, called `small`."""
-    return publish(build(), tmp_path_factory.mktemp("zoo"))
+    return add_to_repository(build_model(), tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="session")
 def server(small_zoo: Path) -> Iterator[Server]:
     """A real server of the small model, one for each test process."""
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as running:
-        yield running
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as instance:
+        yield instance
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     """`fovea` with these arguments, in this process; gives its exit code."""
-    return caller(monkeypatch)
+    return make_command(monkeypatch)

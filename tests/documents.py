@@ -10,11 +10,11 @@ from tests.servers import ROOT
 DOCS: Final = ROOT / "docs"
 
 
-def pages() -> list[Path]:
+def list_pages() -> list[Path]:
     """README.md and the pages of docs/. Decisions are left out: they also name what has gone since."""
     return [ROOT / "README.md", *(path for path in sorted(DOCS.glob("*.md")) if path.stem != "decisions")]
 
 
-def page(name: str) -> str:
+def read_page(name: str) -> str:
     """The text of `docs/<name>.md`."""
     return (DOCS / f"{name}.md").read_text()

@@ -37,17 +37,17 @@ from fovea.service.inference.preprocess import Pixels
 COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
 """Random weights are very sure: the last set has two labels or three."""
 
-SMALL = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
+SMALL_GEOMETRY = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
 
 
-def build(
+def build_model(
     task: Task = Task.MULTICLASS,
     labels: Sequence[str] = ("ant", "bee", "cow", "dog"),
-    geometry: Geometry = SMALL,
+    geometry: Geometry = SMALL_GEOMETRY,
     seed: int = 0,
 ) -> onnx.ModelProto:
     """A graph of seven nodes with random weights, and its contract."""
-    graph = _graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
+    graph = _build_graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
     layers = build_layer_table(graph)
     contract = Contract(
         format=FORMAT_VERSION,
@@ -70,7 +70,7 @@ def build(
         ),
         layers=layers,
         golden=GoldenSet(
-            dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, _Reference(graph))
+            dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, _SessionLogits(graph))
         ),
     )
     return with_contract(graph, contract)
@@ -85,23 +85,23 @@ def with_contract(graph: onnx.ModelProto, contract: Contract) -> onnx.ModelProto
     return model
 
 
-def closed() -> onnx.ModelProto:
+def build_unopenable() -> onnx.ModelProto:
     """A graph that cannot be opened: its layer table names a tensor that there is not."""
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     layers = tuple(
         replace(layer, outputs=("nothing",)) if layer.kind == "Relu" else layer for layer in contract.layers
     )
     return with_contract(model, replace(contract, layers=layers))
 
 
-def undecided_about_black() -> onnx.ModelProto:
+def build_nan_for_black() -> onnx.ModelProto:
     """The same graph, but for black images, whose answer is NaN: the logarithm of a brightness of 0, by 0."""
-    model = build()
+    model = build_model()
     nodes = list(model.graph.node)
-    place = next(number for number, node in enumerate(nodes) if "logits" in node.output)
-    nodes[place].output[0] = "unmarred"
-    nodes[place + 1 : place + 1] = [
+    index = next(number for number, node in enumerate(nodes) if "logits" in node.output)
+    nodes[index].output[0] = "unmarred"
+    nodes[index + 1 : index + 1] = [
         helper.make_node("ReduceMean", ["floats", "all_axes"], ["brightness"], keepdims=1),
         helper.make_node("Squeeze", ["brightness", "axes"], ["brightness_of_each"]),
         helper.make_node("Log", ["brightness_of_each"], ["logarithm"]),
@@ -115,40 +115,40 @@ def undecided_about_black() -> onnx.ModelProto:
     return model
 
 
-def contract_of(model: onnx.ModelProto) -> Contract:
+def read_contract(model: onnx.ModelProto) -> Contract:
     """The contract inside a model."""
     return Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})
 
 
-Row = tuple[str, str, str, tuple[int | None, ...], dict[str, Any]]
+LayerRow = tuple[str, str, str, tuple[int | None, ...], dict[str, Any]]
 """A layer: its kind, its inputs, what it makes, the shape of that, and attributes."""
 
 
-def table(*rows: Row) -> Contract:
+def contract_with_layers(*rows: LayerRow) -> Contract:
     """A contract with this layer table, of images of 16 x 16; there is no graph to it."""
     layers = tuple(
-        Layer(made, kind, tuple(given.split()), (made,), shape, attributes, 0)
-        for kind, given, made, shape, attributes in rows
+        Layer(output, kind, tuple(inputs.split()), (output,), shape, attributes, 0)
+        for kind, inputs, output, shape, attributes in rows
     )
-    return replace(contract_of(build()), layers=layers)
+    return replace(read_contract(build_model()), layers=layers)
 
 
-def publish(model: onnx.ModelProto, root: Path, name: str = "small", version: str = "1") -> Path:
+def add_to_repository(model: onnx.ModelProto, root: Path, name: str = "small", version: str = "1") -> Path:
     """Write a model into a repository; return the root."""
-    contract = replace(contract_of(model), name=name, version=version)
+    contract = replace(read_contract(model), name=name, version=version)
     folder = root / name / version
     folder.mkdir(parents=True)
     onnx.save(with_contract(model, contract), folder / "model.onnx")
     return root
 
 
-def _graph(task: Task, logits: int, geometry: Geometry, seed: int) -> onnx.ModelProto:
+def _build_graph(task: Task, logit_count: int, geometry: Geometry, seed: int) -> onnx.ModelProto:
     random = np.random.default_rng(seed)
     weights: dict[str, npt.NDArray[np.generic]] = {
         "scale": np.array(1 / 64, np.float32),
         "kernel": random.normal(0, 1, (8, 3, 3, 3)).astype(np.float32),
-        "head.weight": random.normal(0, 1, (8, logits)).astype(np.float32),
-        "head.bias": random.normal(0, 1, logits).astype(np.float32),
+        "head.weight": random.normal(0, 1, (8, logit_count)).astype(np.float32),
+        "head.bias": random.normal(0, 1, logit_count).astype(np.float32),
         "axes": np.array([2, 3], np.int64),
     }
     nodes = [
@@ -177,15 +177,15 @@ def _graph(task: Task, logits: int, geometry: Geometry, seed: int) -> onnx.Model
         "small",
         [helper.make_tensor_value_info("pixels", TensorProto.UINT8, shape)],
         [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", logits]),
-            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", max(logits, 2)]),
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", logit_count]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", max(logit_count, 2)]),
         ],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-class _Reference:
+class _SessionLogits:
     """Logits by a plain ONNX Runtime session."""
 
     def __init__(self, graph: onnx.ModelProto) -> None:

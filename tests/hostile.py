@@ -10,14 +10,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.graphs import build
+from tests.graphs import build_model
 
 
-def external(location: str) -> Callable[[Path], None]:
+def make_external_weight(location: str) -> Callable[[Path], None]:
     """A weight lies in another file, by this path."""
 
     def write(path: Path) -> None:
-        model = build()
+        model = build_model()
         kernel = next(one for one in model.graph.initializer if one.name == "kernel")
         content = bytes(kernel.raw_data)
         kernel.ClearField("raw_data")
@@ -31,29 +31,29 @@ def external(location: str) -> Callable[[Path], None]:
     return write
 
 
-def custom_operator(path: Path) -> None:
+def write_custom_operator(path: Path) -> None:
     """The library with this operator is somewhere else."""
-    model = build()
+    model = build_model()
     model.graph.node[3].domain = "com.example"
     model.opset_import.append(helper.make_opsetid("com.example", 1))
     path.write_bytes(model.SerializeToString())
 
 
-def truncated(path: Path) -> None:
+def write_truncated(path: Path) -> None:
     """The upload was cut off."""
-    content = build().SerializeToString()
+    content = build_model().SerializeToString()
     path.write_bytes(content[: len(content) // 2])
 
 
-def zeros(path: Path) -> None:
+def write_zeros(path: Path) -> None:
     """2 GB of nothing, which take no place on the disk."""
     with path.open("wb") as file:
         file.truncate(2 << 30)
 
 
-def endless(path: Path) -> None:
+def write_endless_loop(path: Path) -> None:
     """A loop that never ends."""
-    model = build()
+    model = build_model()
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["condition"], ["go_on"]),
@@ -77,11 +77,11 @@ def endless(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def hungry(path: Path) -> None:
+def write_huge_tensor(path: Path) -> None:
     """A tensor of 128 GB, of which no file would tell."""
-    model = build()
+    model = build_model()
     relu = model.graph.node[4]
-    added = [
+    nodes = [
         helper.make_node("Shape", [relu.output[0]], ["shape"]),
         helper.make_node("Mul", ["shape", "many"], ["large"]),
         helper.make_node("Expand", ["one_value", "large"], ["expanded"]),
@@ -97,14 +97,14 @@ def hungry(path: Path) -> None:
         "axis": np.array([0], np.int64),
     }
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
-    for place, node in enumerate(added, 5):
+    for place, node in enumerate(nodes, 5):
         model.graph.node.insert(place, node)
-    model.graph.node[5 + len(added)].input[0] = "fed"
+    model.graph.node[5 + len(nodes)].input[0] = "fed"
     path.write_bytes(model.SerializeToString())
 
 
-def without_contract(path: Path) -> None:
+def write_without_contract(path: Path) -> None:
     """A model from elsewhere."""
-    model = build()
+    model = build_model()
     del model.metadata_props[:]
     onnx.save(model, path)

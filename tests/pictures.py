@@ -12,26 +12,26 @@ import numpy.typing as npt
 from PIL import Image
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def draw_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth random colours, RGB."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
     """The image in one of Pillow's formats."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def jpeg(width: int = 64, height: int = 48, seed: int = 0, **options: Any) -> bytes:
+def make_jpeg(width: int = 64, height: int = 48, seed: int = 0, **options: Any) -> bytes:
     """A JPEG of smooth random colours."""
-    return encode(picture(width, height, seed), "JPEG", **options)
+    return encode_image(draw_picture(width, height, seed), "JPEG", **options)
 
 
-def png_header(width: int, height: int) -> bytes:
+def make_png_header(width: int, height: int) -> bytes:
     """A PNG that promises a size in its header and has no pixels: a bomb costs its sender 57 bytes."""
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -41,19 +41,19 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-def png16(values: npt.NDArray[np.uint16], *, interlaced: bool = False) -> bytes:
+def make_png16(values: npt.NDArray[np.uint16], *, interlaced: bool = False) -> bytes:
     """A PNG of uint16 (height, width, 1 … 4), with several filters by turns: Pillow writes none."""
     height, width, bands = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[bands]
 
-    def packed(part: Any) -> bytes:
-        rows, before = b"", np.zeros(part.shape[1] * bands * 2, np.uint8)
-        for number, row in enumerate(part.astype(">u2")):
+    def pack_rows(values: Any) -> bytes:
+        rows, row_above = b"", np.zeros(values.shape[1] * bands * 2, np.uint8)
+        for number, row in enumerate(values.astype(">u2")):
             line = np.frombuffer(row.tobytes(), np.uint8)
             left = np.concatenate([np.zeros(2 * bands, np.uint8), line[: -2 * bands]])
-            plain = {0: line, 1: line - left, 2: line - before}
-            rows += bytes([number % 3]) + plain[number % 3].astype(np.uint8).tobytes()
-            before = line
+            filters = {0: line, 1: line - left, 2: line - row_above}
+            rows += bytes([number % 3]) + filters[number % 3].astype(np.uint8).tobytes()
+            row_above = line
         return rows
 
     passes = [
@@ -66,7 +66,7 @@ def png16(values: npt.NDArray[np.uint16], *, interlaced: bool = False) -> bytes:
         (0, 1, 1, 2),
     ]
     parts = [values[y::dy, x::dx] for x, y, dx, dy in passes] if interlaced else [values]
-    content = zlib.compress(b"".join(map(packed, parts)))
+    content = zlib.compress(b"".join(map(pack_rows, parts)))
 
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, int(interlaced))
     start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header)

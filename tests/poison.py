@@ -8,16 +8,16 @@ from typing import Final
 
 from tests.servers import ROOT
 
-DEADLY: Final = b"POISON exit"
+EXIT_IMAGE: Final = b"POISON exit"
 """The process that decodes it ends, as of a codec's crash."""
 
-RAISING: Final = b"POISON raise"
+RAISE_IMAGE: Final = b"POISON raise"
 """What decodes it raises what nobody expects."""
 
-MISNUMBERED: Final = b"POISON number"
+WRONG_NUMBER_IMAGE: Final = b"POISON number"
 """The report of its batch has the number of another one, as if the stream were out of step."""
 
-_SITE: Final = """
+_SITECUSTOMIZE: Final = """
 import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv):
@@ -49,7 +49,7 @@ if "runners.process" in " ".join(sys.orig_argv):
 """
 
 
-class Gate:
+class BlockingImage:
     """An image that is not decoded before it is opened; then it is none, and gets 415."""
 
     def __init__(self, path: Path) -> None:
@@ -57,12 +57,12 @@ class Gate:
         self._path = path
         self.image = b"POISON wait " + bytes(path)
 
-    def open(self) -> None:
+    def release(self) -> None:
         """Let it go on, once a runner is at it."""
         self._path.open("w").close()
 
 
-def poisonous(folder: Path) -> dict[str, str]:
+def make_poison_environment(folder: Path) -> dict[str, str]:
     """The environment in which runners fall for these images."""
-    (folder / "sitecustomize.py").write_text(_SITE)
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

@@ -21,40 +21,40 @@ P3_COLORANTS = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15
 D50 = (0.9642, 1.0, 0.82491)
 
 
-def decoded(rgb: npt.ArrayLike) -> Array:
+def srgb_to_linear(rgb: npt.ArrayLike) -> Array:
     """sRGB's curve: 0 … 255 to light, 0 … 1."""
     values = np.asarray(rgb, float) / 255
     light: Array = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     return light
 
 
-def encoded(light: npt.ArrayLike) -> Array:
+def linear_to_srgb(light: npt.ArrayLike) -> Array:
     """And back, clipped."""
     values = np.clip(np.asarray(light, float), 0, 1)
     rgb: Array = 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
     return rgb
 
 
-def from_p3(rgb: npt.ArrayLike) -> Array:
+def p3_to_srgb(rgb: npt.ArrayLike) -> Array:
     """Display P3 to sRGB, 0 … 255."""
-    return encoded(decoded(rgb) @ SRGB_FROM_P3.T)
+    return linear_to_srgb(srgb_to_linear(rgb) @ SRGB_FROM_P3.T)
 
 
-def display_p3() -> bytes:
+def display_p3_profile() -> bytes:
     """The profile of most phones' photographs."""
-    curve = struct.pack(">4s4xI1024H", b"curv", 1024, *(round(65535 * one) for one in _curve(1024)))
-    colorants = zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_xyz, P3_COLORANTS), strict=True)
+    curve = struct.pack(">4s4xI1024H", b"curv", 1024, *(round(65535 * one) for one in _srgb_curve(1024)))
+    colorants = zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_pack_xyz, P3_COLORANTS), strict=True)
     curves = [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
-    return profile(b"mntr", b"RGB ", b"XYZ ", [(b"wtpt", _xyz(D50)), *colorants, *curves])
+    return build_profile(b"mntr", b"RGB ", b"XYZ ", [(b"wtpt", _pack_xyz(D50)), *colorants, *curves])
 
 
-def grey(gamma: float) -> bytes:
+def grey_profile(gamma: float) -> bytes:
     """Of grey images."""
     curve = struct.pack(">4s4xIH", b"curv", 1, round(256 * gamma))
-    return profile(b"mntr", b"GRAY", b"XYZ ", [(b"wtpt", _xyz(D50)), (b"kTRC", curve)])
+    return build_profile(b"mntr", b"GRAY", b"XYZ ", [(b"wtpt", _pack_xyz(D50)), (b"kTRC", curve)])
 
 
-def cmyk() -> bytes:
+def cmyk_profile() -> bytes:
     """Of inks of which cyan makes the paper dark, and none of the others does anything."""
     grid = bytes(
         value for cyan, *_ in product((0, 1), repeat=4) for value in (255 - 255 * cyan, 128, 128)
@@ -62,10 +62,12 @@ def cmyk() -> bytes:
     ramp = bytes(range(256))
     identity = struct.pack(">9i", *(65536 * (place % 4 == 0) for place in range(9)))
     table = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + identity + 4 * ramp + grid + 3 * ramp
-    return profile(b"prtr", b"CMYK", b"Lab ", [(b"wtpt", _xyz(D50)), (b"A2B0", table), (b"A2B1", table)])
+    return build_profile(
+        b"prtr", b"CMYK", b"Lab ", [(b"wtpt", _pack_xyz(D50)), (b"A2B0", table), (b"A2B1", table)]
+    )
 
 
-def profile(kind: bytes, space: bytes, connection: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
+def build_profile(kind: bytes, space: bytes, connection: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
     """A profile of version 2 with these tags."""
     name = b"made for a test"
     text = struct.pack(">4s4xI", b"desc", len(name) + 1) + name + bytes(1 + 4 + 4 + 2 + 1 + 67)
@@ -82,14 +84,14 @@ def profile(kind: bytes, space: bytes, connection: bytes, tags: list[tuple[bytes
         space,
         connection,
         b"acsp",
-        _xyz(D50)[8:],
+        _pack_xyz(D50)[8:],
     )
     return header + struct.pack(">I", len(tags)) + table + body
 
 
-def _curve(count: int) -> Array:
-    return decoded(np.linspace(0, 255, count))
+def _srgb_curve(count: int) -> Array:
+    return srgb_to_linear(np.linspace(0, 255, count))
 
 
-def _xyz(values: tuple[float, ...]) -> bytes:
+def _pack_xyz(values: tuple[float, ...]) -> bytes:
     return struct.pack(">4s4x3i", b"XYZ ", *(round(65536 * value) for value in values))

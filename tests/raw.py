@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-CLASSIFY = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
-LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+CLASSIFY_HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
+LIVE_REQUEST = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Wire:
@@ -19,7 +19,7 @@ class Wire:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout=30)
-        self._received = b""
+        self._buffer = b""
 
     def __enter__(self) -> Wire:
         return self
@@ -35,38 +35,38 @@ class Wire:
     def send(self, *parts: bytes) -> None:
         self.socket.sendall(b"".join(parts))
 
-    def answer(self) -> Answer:
+    def read_response(self) -> WireResponse:
         """The next answer, which must have a Content-Length."""
-        while b"\r\n\r\n" not in self._received:
+        while b"\r\n\r\n" not in self._buffer:
             self._receive()
-        head, self._received = self._received.split(b"\r\n\r\n", 1)
+        head, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
         status, *lines = head.decode().split("\r\n")
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         length = int(headers["content-length"])
-        while len(self._received) < length:
+        while len(self._buffer) < length:
             self._receive()
-        body, self._received = self._received[:length], self._received[length:]
-        return Answer(int(status.split()[1]), headers, body)
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return WireResponse(int(status.split()[1]), headers, body)
 
-    def is_read(self) -> bool:
+    def is_all_read(self) -> bool:
         """Return whether the server has read everything: both ends' queues are empty (proc(5), `net/tcp`)."""
         port = f":{self.socket.getsockname()[1]:04X}"
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
         ends = [line.split() for line in lines if port in line]
         return all(end[4] == "00000000:00000000" for end in ends)
 
-    def ended(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether the server closes the connection without another word."""
-        return not self._received and self.socket.recv(1) == b""
+        return not self._buffer and self.socket.recv(1) == b""
 
     def _receive(self) -> None:
-        received = self.socket.recv(1 << 16)
-        if not received:
-            raise EOFError(f"the connection ended after {self._received!r}")
-        self._received += received
+        chunk = self.socket.recv(1 << 16)
+        if not chunk:
+            raise EOFError(f"the connection ended after {self._buffer!r}")
+        self._buffer += chunk
 
 
-class Answer:
+class WireResponse:
     """One answer as it came over the wire."""
 
     def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -79,16 +79,16 @@ class Answer:
         return json.loads(self.body)
 
     @property
-    def code(self) -> str:
+    def error_code(self) -> str:
         """The error's code."""
         return str(self.json["error"]["code"])
 
     @property
-    def closes(self) -> bool:
+    def is_closing(self) -> bool:
         return self.headers.get("connection") == "close"
 
 
-def post(body: bytes, *headers: bytes) -> bytes:
+def classify_request(body: bytes, *headers: bytes) -> bytes:
     """A whole classify request."""
     lines = b"".join(header + b"\r\n" for header in headers)
-    return CLASSIFY + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    return CLASSIFY_HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body

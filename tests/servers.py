@@ -20,14 +20,14 @@ from fovea.service.artifact.repository import find_versions
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_MODEL = find_versions(ROOT / "zoo", "cifar10")[0].path
-SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
+METRIC_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 
 def run_service(**settings: str) -> subprocess.CompletedProcess[str]:
     """Run the service to its end: for starts that must fail."""
     return subprocess.run(
         [sys.executable, "-m", "fovea.service"],
-        env=_environment(settings),
+        env=_service_environment(settings),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -36,9 +36,9 @@ def run_service(**settings: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _environment(settings: dict[str, str]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
-    return {**inherited, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings}
+def _service_environment(settings: dict[str, str]) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    return {**environment, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings}
 
 
 class Server(AbstractContextManager["Server"]):
@@ -46,22 +46,22 @@ class Server(AbstractContextManager["Server"]):
 
     def __init__(self, popen: Mapping[str, Any] | None = None, /, **settings: str) -> None:
         """`popen` are arguments for `subprocess.Popen` that come before ours."""
-        self._popen = popen or {}
+        self._popen_arguments = popen or {}
         self._settings = settings
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
             **{
                 "args": [sys.executable, "-m", "fovea.service"],
-                "env": _environment(self._settings),
+                "env": _service_environment(self._settings),
                 "cwd": ROOT,
                 "stdout": subprocess.PIPE,
                 "stderr": subprocess.PIPE,
                 "text": True,
-                **self._popen,
+                **self._popen_arguments,
             }
         )
-        self.greeting = _greeting(self.process)
+        self.greeting = _read_greeting(self.process)
         self.url = re.findall(r"http://\S+", self.greeting)[0]
         self.client = httpx.Client(base_url=self.url, timeout=60)
         return self
@@ -79,34 +79,34 @@ class Server(AbstractContextManager["Server"]):
         finally:
             self.process.kill()
 
-    def wait_for(self, value: float, name: str, **labels: str) -> None:
+    def wait_for_metric(self, value: float, name: str, **labels: str) -> None:
         """Until a metric has this value."""
-        until(lambda: self.metric(name, **labels) == value)
+        wait_until(lambda: self.read_metric(name, **labels) == value)
 
     @property
-    def runners(self) -> set[int]:
+    def runner_pids(self) -> set[int]:
         """The process ids of its runners."""
-        return self.children("runners.process")
+        return self.child_pids("runners.process")
 
-    def children(self, module: str) -> set[int]:
+    def child_pids(self, module: str) -> set[int]:
         """The ids of its processes that run this module of the service."""
-        return {pid for pid in children_of(self.process.pid) if runs_module(pid, module)}
+        return {pid for pid in list_children(self.process.pid) if is_running_module(pid, module)}
 
-    def metric(self, name: str, **labels: str) -> float:
+    def read_metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of this name that have these labels."""
-        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        label_pairs = {f'{key}="{value}"' for key, value in labels.items()}
         return sum(
             float(sample["value"])
-            for sample in SAMPLE.finditer(self.client.get("/metrics").text)
-            if sample["name"] == name and wanted <= set((sample["labels"] or "").split(","))
+            for sample in METRIC_SAMPLE.finditer(self.client.get("/metrics").text)
+            if sample["name"] == name and label_pairs <= set((sample["labels"] or "").split(","))
         )
 
 
-def until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     """Ask again and again, for a minute at most."""
-    limit = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not condition():
-        if time.monotonic() > limit:
+        if time.monotonic() > deadline:
             raise TimeoutError("it did not come about")
         time.sleep(0.005)  # and leave the processor to what it waits for
 
@@ -121,13 +121,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def children_of(pid: int) -> set[int]:
+def list_children(pid: int) -> set[int]:
     """Return the ids of the processes that a process has started."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return {int(child) for path in tasks for child in path.read_text().split()}
 
 
-def runs_module(pid: int, module: str) -> bool:
+def is_running_module(pid: int, module: str) -> bool:
     """Return whether a process was started for this module of the service."""
     try:
         return f"fovea.service.{module} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -135,15 +135,15 @@ def runs_module(pid: int, module: str) -> bool:
         return False
 
 
-def _greeting(process: subprocess.Popen[str]) -> str:
+def _read_greeting(process: subprocess.Popen[str]) -> str:
     """The three lines that the service prints once it listens."""
-    lines = [_pipe(process.stdout).readline() for _ in range(3)]
+    lines = [_require_pipe(process.stdout).readline() for _ in range(3)]
     if not lines[-1]:
-        raise RuntimeError(f"the service did not start: {_pipe(process.stderr).read()}")
+        raise RuntimeError(f"the service did not start: {_require_pipe(process.stderr).read()}")
     return "".join(lines)
 
 
-def _pipe(stream: IO[str] | None) -> IO[str]:
+def _require_pipe(stream: IO[str] | None) -> IO[str]:
     if stream is None:
         raise RuntimeError("the process has no pipe")
     return stream

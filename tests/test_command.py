@@ -20,13 +20,13 @@ from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import SettingsError
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import delay_interrupt
-from tests.commands import caller, one_line
-from tests.graphs import build, contract_of, publish, with_contract
-from tests.pictures import encode, jpeg, picture
+from tests.commands import make_command, read_error_line
+from tests.graphs import add_to_repository, build_model, read_contract, with_contract
+from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import Server
 
 
-def fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fovea", *arguments],
         env={**os.environ, "FOVEA_MODELS": str(zoo), "COLUMNS": "100", **environment},
@@ -42,17 +42,17 @@ def pictures(tmp_path: Path) -> list[Path]:
     """Eight good pictures."""
     paths = [tmp_path / f"{number}.jpg" for number in range(8)]
     for seed, path in enumerate(paths):
-        path.write_bytes(jpeg(40 + seed, 60, seed))
+        path.write_bytes(make_jpeg(40 + seed, 60, seed))
     return paths
 
 
 def test_json_is_what_the_service_answers(server: Server, small_zoo: Path, pictures: list[Path]) -> None:
-    one = fovea("classify", pictures[0], "--json", "--top-k", "0", zoo=small_zoo)
+    one = run_fovea("classify", pictures[0], "--json", "--top-k", "0", zoo=small_zoo)
     content = pictures[0].read_bytes()
     wanted = server.client.post("/v1/classify", params={"top_k": 0}, content=content).json()
     assert (one.returncode, one.stderr) == (0, "")
     assert json.loads(one.stdout) == wanted
-    several = json.loads(fovea("classify", *pictures, "--json", zoo=small_zoo).stdout)
+    several = json.loads(run_fovea("classify", *pictures, "--json", zoo=small_zoo).stdout)
     files = [("f", path.read_bytes()) for path in pictures]
     wanted = server.client.post("/v1/classify", files=files).json()
     for path, result, answer in zip(pictures, several["results"], wanted["results"], strict=True):
@@ -60,7 +60,7 @@ def test_json_is_what_the_service_answers(server: Server, small_zoo: Path, pictu
 
 
 def test_the_terminal_shows_labels_and_bars(small_zoo: Path, pictures: list[Path]) -> None:
-    shown = fovea("classify", *pictures[:2], "--top-k", "2", zoo=small_zoo)
+    shown = run_fovea("classify", *pictures[:2], "--top-k", "2", zoo=small_zoo)
     assert shown.returncode == 0
     lines = shown.stdout.split("\n")
     assert [line for line in lines if line.endswith(".jpg")] == [str(path) for path in pictures[:2]]
@@ -73,25 +73,27 @@ def test_coverage_is_shown_and_answered_as_by_the_service(
 ) -> None:
     content = pictures[0].read_bytes()
     wanted = server.client.post("/v1/classify", params={"coverage": 0.9}, content=content).json()
-    one = fovea("classify", pictures[0], "--json", "--coverage", "0.9", zoo=small_zoo)
+    one = run_fovea("classify", pictures[0], "--json", "--coverage", "0.9", zoo=small_zoo)
     assert json.loads(one.stdout) == wanted
-    shown = fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
+    shown = run_fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
     assert f"90% sure to be among: {', '.join(wanted['coverage']['labels'])}" in shown
     assert "too little" not in shown
-    refused = fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
+    refused = run_fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "fovea: coverage 0.91 is not one of 0.5, 0.9, 0.95\n"
 
 
 def test_the_terminal_says_when_a_set_says_too_little(tmp_path: Path) -> None:
     black = tmp_path / "black.png"
-    black.write_bytes(encode(Image.new("RGB", (16, 16)), "PNG"))
-    graph = build(labels=("ant", "bee"))
+    black.write_bytes(encode_image(Image.new("RGB", (16, 16)), "PNG"))
+    graph = build_model(labels=("ant", "bee"))
     sets = (Coverage(0.5, 0.0), Coverage(0.995, 1.0))
-    zoo = publish(with_contract(graph, replace(contract_of(graph), coverage=sets)), tmp_path / "zoo")
-    empty = fovea("classify", black, "--coverage", "0.5", zoo=zoo).stdout
+    zoo = add_to_repository(
+        with_contract(graph, replace(read_contract(graph), coverage=sets)), tmp_path / "zoo"
+    )
+    empty = run_fovea("classify", black, "--coverage", "0.5", zoo=zoo).stdout
     assert "50% sure to be among: none (too little to go by)\n" in empty
-    wide = fovea("classify", black, "--coverage", "0.995", zoo=zoo).stdout
+    wide = run_fovea("classify", black, "--coverage", "0.995", zoo=zoo).stdout
     assert re.search(r"99\.5% sure to be among: (ant, bee|bee, ant) \(too little to go by\)\n", wide)
 
 
@@ -99,17 +101,19 @@ def test_a_bad_file_is_named_and_the_others_are_answered(
     small_zoo: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/[red]bad\xff.png"))
-    bad.write_bytes(encode(picture(40, 40), "PNG")[:-200])
-    ended = fovea("classify", bad, pictures[0], "--json", zoo=small_zoo)
+    bad.write_bytes(encode_image(draw_picture(40, 40), "PNG")[:-200])
+    ended = run_fovea("classify", bad, pictures[0], "--json", zoo=small_zoo)
     assert ended.returncode == 1
     first, second = json.loads(ended.stdout)["results"]
     assert first["error"]["code"] == "bad_image"
     assert second["predictions"]
-    alone = fovea("classify", bad, zoo=small_zoo)
+    alone = run_fovea("classify", bad, zoo=small_zoo)
     assert alone.returncode == 1
     assert "bad_image: the PNG image cannot be decoded" in alone.stdout
     assert "[red]bad" in alone.stdout
-    assert json.loads(fovea("classify", bad, "--json", zoo=small_zoo).stdout)["error"]["code"] == "bad_image"
+    assert (
+        json.loads(run_fovea("classify", bad, "--json", zoo=small_zoo).stdout)["error"]["code"] == "bad_image"
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     environment: dict[str, str],
     message: str,
 ) -> None:
-    ended = fovea("classify", pictures[0], *arguments, zoo=small_zoo, **environment)
+    ended = run_fovea("classify", pictures[0], *arguments, zoo=small_zoo, **environment)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("fovea: ")
     assert message in ended.stderr
@@ -147,7 +151,7 @@ def album(tmp_path: Path, pictures: list[Path]) -> Path:
     for place in ("b", "deep/er/a.txt", "@eaDir/thumb.jpg", ".hidden.jpg"):
         (folder / place).write_bytes(pictures[0].read_bytes())
     (folder / "notes.txt").write_text("no image")
-    (folder / "broken.png").write_bytes(encode(picture(40, 40), "PNG")[:-200])
+    (folder / "broken.png").write_bytes(encode_image(draw_picture(40, 40), "PNG")[:-200])
     (folder / "gone.jpg").symlink_to("nowhere")
     (folder / "huge.jpg").write_bytes(pictures[0].read_bytes() + bytes(20_000))
     return folder
@@ -157,7 +161,7 @@ def test_a_folder_is_classified_and_errors_stand_in_their_places(
     small_zoo: Path, album: Path, pictures: list[Path]
 ) -> None:
     limits = {"FOVEA_BODY_BYTES": "20000"}
-    ended = fovea("classify", pictures[1], album, "nowhere.jpg", "--json", zoo=small_zoo, **limits)
+    ended = run_fovea("classify", pictures[1], album, "nowhere.jpg", "--json", zoo=small_zoo, **limits)
     reply = json.loads(ended.stdout)
     codes = {
         Path(result["file"]).name: result["error"]["code"] if "error" in result else "answered"
@@ -175,19 +179,19 @@ def test_a_folder_is_classified_and_errors_stand_in_their_places(
     assert list(codes)[:4] == ["1.jpg", "b", "broken.png", "a.txt"]
     assert ended.stderr == f"fovea: left out 1 file that no image is in: {album / 'notes.txt'}\n"
     assert ended.returncode == 1
-    alone = json.loads(fovea("classify", album / "b", "--json", zoo=small_zoo).stdout)
+    alone = json.loads(run_fovea("classify", album / "b", "--json", zoo=small_zoo).stdout)
     assert reply["results"][1] == {
         "file": str(album / "b"),
         **{k: v for k, v in alone.items() if k != "model"},
     }
-    shown = fovea("classify", album, zoo=small_zoo)
+    shown = run_fovea("classify", album, zoo=small_zoo)
     assert "unreadable_file: the file cannot be read: No such file or directory" in shown.stdout
     assert shown.returncode == 1
 
 
 def test_a_folder_without_images_is_an_error(small_zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    ended = fovea("classify", tmp_path / "empty", zoo=small_zoo)
+    ended = run_fovea("classify", tmp_path / "empty", zoo=small_zoo)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"fovea: there are no images in {tmp_path / 'empty'}\n"
 
@@ -247,7 +251,7 @@ def test_a_reader_who_leaves_ends_it_without_a_trace(small_zoo: Path, pictures: 
 
 
 def test_a_terminal_without_blocks_gets_other_marks(small_zoo: Path, pictures: list[Path]) -> None:
-    shown = fovea("classify", pictures[0], zoo=small_zoo, PYTHONIOENCODING="ascii")
+    shown = run_fovea("classify", pictures[0], zoo=small_zoo, PYTHONIOENCODING="ascii")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "%" in shown.stdout
 
@@ -257,8 +261,8 @@ def test_a_terminal_without_blocks_gets_other_marks(small_zoo: Path, pictures: l
 
 def test_the_heat_map_is_that_of_the_service(server: Server, small_zoo: Path, tmp_path: Path) -> None:
     photo, out = tmp_path / "photo.jpg", tmp_path / "heat.png"
-    photo.write_bytes(jpeg(90, 60))
-    ended = fovea("explain", photo, "-o", out, "--label", "cow", zoo=small_zoo)
+    photo.write_bytes(make_jpeg(90, 60))
+    ended = run_fovea("explain", photo, "-o", out, "--label", "cow", zoo=small_zoo)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert re.fullmatch(
         rf"cow  \d+\.\d%  by its class activation map\nwrote {re.escape(str(out))}\n", ended.stdout
@@ -282,7 +286,7 @@ def test_the_heat_map_is_that_of_the_service(server: Server, small_zoo: Path, tm
 def test_what_cannot_be_explained_is_one_line_too(
     small_zoo: Path, pictures: list[Path], arguments: list[str], message: str
 ) -> None:
-    ended = fovea("explain", pictures[0], *arguments, zoo=small_zoo)
+    ended = run_fovea("explain", pictures[0], *arguments, zoo=small_zoo)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"fovea: {message}\n"
     assert not Path("heat.png").exists()
@@ -300,24 +304,24 @@ def test_serve_takes_a_repository_or_a_file_by_its_path(small_zoo: Path, tmp_pat
         greeting = process.stdout.readline()
         process.terminate()
     assert "serves small version 1" in greeting
-    two = fovea("serve", small_zoo, "--models", "elsewhere", zoo=small_zoo)
+    two = run_fovea("serve", small_zoo, "--models", "elsewhere", zoo=small_zoo)
     assert two.stderr == f"fovea: {small_zoo} and --models elsewhere are two places; give one of them\n"
 
 
 def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:
-    ended = fovea("serve", "--port", "99999", zoo=small_zoo)
+    ended = run_fovea("serve", "--port", "99999", zoo=small_zoo)
     assert ended.returncode == 2
     assert ended.stderr.startswith("fovea: FOVEA_PORT is '99999': ")
 
 
 def test_a_published_model_comes_beside_the_one_that_answers(small_zoo: Path, tmp_path: Path) -> None:
-    zoo = publish(build(), tmp_path / "zoo", "first")
+    zoo = add_to_repository(build_model(), tmp_path / "zoo", "first")
     source = small_zoo / "small" / "1" / "model.onnx"
-    published = fovea("publish", source, zoo=zoo)
+    published = run_fovea("publish", source, zoo=zoo)
     assert published.stdout == f"published {zoo}/small/1/model.onnx\n", published.stderr
     assert (zoo / "default").read_text() == "first\n"
     for name in ("../evil", "a b", ".hidden", ""):
-        refused = fovea("publish", source, "--name", name or "/", zoo=zoo)
+        refused = run_fovea("publish", source, "--name", name or "/", zoo=zoo)
         assert refused.returncode == 2
         assert "letters, digits and . _ - are taken" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
@@ -325,7 +329,7 @@ def test_a_published_model_comes_beside_the_one_that_answers(small_zoo: Path, tm
 
 
 def test_the_version_is_told(small_zoo: Path) -> None:
-    assert fovea("--version", zoo=small_zoo).stdout == f"fovea {__version__}\n"
+    assert run_fovea("--version", zoo=small_zoo).stdout == f"fovea {__version__}\n"
 
 
 def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: Path, tmp_path: Path) -> None:
@@ -335,7 +339,7 @@ def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: P
         ("export", "run", "--out", str(tmp_path)),
         ("import", "x", "--labels", "y", "--name", "z", "--out", str(tmp_path)),
     ):
-        ended = fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
+        ended = run_fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr == "fovea: training, export and import need torch; run `make setup`\n"
 
@@ -375,8 +379,8 @@ def test_a_mistake_is_one_sentence_in_our_words(
     small_zoo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: str
 ) -> None:
     monkeypatch.setenv("FOVEA_MODELS", str(small_zoo))
-    assert caller(monkeypatch)(*arguments.split()) == 2
-    assert one_line(capfd) == f"fovea: {MISTAKES[arguments]}\n"
+    assert make_command(monkeypatch)(*arguments.split()) == 2
+    assert read_error_line(capfd) == f"fovea: {MISTAKES[arguments]}\n"
 
 
 @pytest.mark.parametrize("value", ["x!", "-1", "1e300"])
@@ -398,7 +402,7 @@ def test_no_setting_s_error_is_a_library_s(monkeypatch: pytest.MonkeyPatch, valu
 def test_help_is_plain_and_has_an_example(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert caller(monkeypatch)(name, "--help") == 0
+    assert make_command(monkeypatch)(name, "--help") == 0
     shown = capsys.readouterr().out
     example = re.search(rf"^  Example: fovea {name} \S.*$", shown, re.MULTILINE)
     assert example is not None
@@ -411,14 +415,14 @@ def test_every_example_names_options_that_exist(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, example in COMMANDS.items():
-        caller(monkeypatch)(name, "--help")
+        make_command(monkeypatch)(name, "--help")
         shown = capsys.readouterr().out
         for option in re.findall(r"--[a-z-]+", example):
             assert option in shown, example
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:
-    shown = fovea("--help", zoo=small_zoo).stdout
+    shown = run_fovea("--help", zoo=small_zoo).stdout
     for command in ("serve", "classify", "train", "export", "import"):
         assert command in shown
-        assert fovea(command, "--help", zoo=small_zoo).returncode == 0
+        assert run_fovea(command, "--help", zoo=small_zoo).returncode == 0

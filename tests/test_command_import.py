@@ -11,34 +11,38 @@ import pytest
 
 from fovea.service.artifact.contract import Interpolation, Resize, Task
 from fovea.service.inference.engine import Engine
-from tests.commands import Command, one_line
-from tests.export.classifiers import classifier, imagenet, run, softmax
-from tests.export.importer.test_graph_output import step, then
-from tests.export.importer.test_labelled_images import COLOURS, by_colour, draw
-from tests.export.importer.test_pipeline import stubborn
-from tests.export.imports import names
-from tests.graphs import build, publish
-from tests.pictures import encode, jpeg, picture
+from tests.commands import Command, read_error_line
+from tests.export.classifiers import build_classifier, prepare_imagenet, run_onnx, softmax
+from tests.export.importer.test_graph_output import append_steps, make_step
+from tests.export.importer.test_labelled_images import COLOURS, build_colour_model, draw_labelled_images
+from tests.export.importer.test_pipeline import build_batch_mean
+from tests.export.imports import make_labels
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import Server
 
 pytestmark = pytest.mark.long
 
-IMAGES = {"a.jpg": jpeg(90, 70, 1), "b.png": encode(picture(61, 130, 3), "PNG"), "c.jpg": jpeg(400, 300, 2)}
+IMAGES = {
+    "a.jpg": make_jpeg(90, 70, 1),
+    "b.png": encode_image(draw_picture(61, 130, 3), "PNG"),
+    "c.jpg": make_jpeg(400, 300, 2),
+}
 
 
-def files(folder: Path, labels: list[str] | None = None, **options: object) -> list[object]:
+def write_import_files(folder: Path, labels: list[str] | None = None, **options: object) -> list[object]:
     """A graph and its labels; what the command needs of them."""
-    graph = classifier(**options)  # type: ignore[arg-type]  # its own options
+    graph = build_classifier(**options)  # type: ignore[arg-type]  # its own options
     (folder / "foreign.onnx").write_bytes(graph.SerializeToString())
-    (folder / "labels.txt").write_text("\n".join(labels or names(5)))
-    named = ["--labels", folder / "labels.txt", "--name", "thing", "--out", folder / "zoo"]
-    return ["import", folder / "foreign.onnx", *named]
+    (folder / "labels.txt").write_text("\n".join(labels or make_labels(5)))
+    arguments = ["--labels", folder / "labels.txt", "--name", "thing", "--out", folder / "zoo"]
+    return ["import", folder / "foreign.onnx", *arguments]
 
 
 def test_what_was_read_told_and_assumed_is_shown_line_by_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = [*files(tmp_path, batch=1, shape=[1, 8]), "--preset", "imagenet"]
+    called = [*write_import_files(tmp_path, batch=1, shape=[1, 8]), "--preset", "imagenet"]
     assert command(*called) == 0
     shown = capsys.readouterr().out
     facts = dict(line.split("  ", 1) for line in shown.splitlines() if "  " in line)
@@ -73,7 +77,9 @@ def test_what_was_read_told_and_assumed_is_shown_line_by_line(
 
 
 def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> None:
-    called = files(tmp_path, layout="nhwc", size=None, count=4, end="sigmoid", labels=names(4))
+    called = write_import_files(
+        tmp_path, layout="nhwc", size=None, count=4, end="sigmoid", labels=make_labels(4)
+    )
     called += [
         "--mean",
         "1,2,3",
@@ -107,13 +113,15 @@ def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> Non
     assert (tmp_path / "zoo" / "default").read_text() == "thing\n"
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 20, 3), dtype=np.uint8)
     values = (pixels[..., ::-1] / 2 - np.array([1, 2, 3])) / np.array([4, 5, 6])
-    wanted = run(classifier(layout="nhwc", size=None, count=4, end="sigmoid"), values.astype(np.float32))
+    wanted = run_onnx(
+        build_classifier(layout="nhwc", size=None, count=4, end="sigmoid"), values.astype(np.float32)
+    )
     assert np.abs(engine.run(pixels) - wanted).max() <= 1e-5
 
 
 def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
-    publish(build(), tmp_path / "zoo", "first")
-    called = [*files(tmp_path), "--preset", "clip", "--stretch"]
+    add_to_repository(build_model(), tmp_path / "zoo", "first")
+    called = [*write_import_files(tmp_path), "--preset", "clip", "--stretch"]
     assert command(*called) == command(*called) == 0
     assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # it goes on answering
     assert sorted(path.name for path in (tmp_path / "zoo" / "thing").iterdir()) == ["1", "2"]
@@ -137,8 +145,8 @@ def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert command(*files(tmp_path), *arguments) == 2
-    assert message in one_line(capsys)
+    assert command(*write_import_files(tmp_path), *arguments) == 2
+    assert message in read_error_line(capsys)
     assert not (tmp_path / "zoo").exists()
 
 
@@ -146,7 +154,7 @@ def test_all_that_is_missing_is_told_at_once_with_an_example(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("import") == 2
-    said = one_line(capsys)
+    said = read_error_line(capsys)
     assert said.startswith(
         "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; how its pixels"
     )
@@ -154,10 +162,10 @@ def test_all_that_is_missing_is_told_at_once_with_an_example(
         assert part in said
     example = said.partition("; such as: fovea ")[2].split()
     assert example[:2] == ["import", "model.onnx"]
-    (tmp_path / "model.onnx").write_bytes(classifier(size=None).SerializeToString())
-    (tmp_path / "labels.txt").write_text("\n".join(names(5)))
+    (tmp_path / "model.onnx").write_bytes(build_classifier(size=None).SerializeToString())
+    (tmp_path / "labels.txt").write_text("\n".join(make_labels(5)))
     assert command("import", tmp_path / "model.onnx", "--name", "thing", "--mean", "0", "--std", "1") == 2
-    said = one_line(capsys)
+    said = read_error_line(capsys)
     assert "needs --labels, --out; the input 'image', any x 3 x any x any, takes images of any size" in said
     assert "give --scale 1 or --scale 1/255" in said
     paths = {"model.onnx", "labels.txt", "zoo"}
@@ -168,9 +176,9 @@ def test_all_that_is_missing_is_told_at_once_with_an_example(
 def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*files(tmp_path, dtype="uint8")) == 2
-    assert one_line(capsys).startswith("fovea: how an image is to be resized is not in the file")
-    assert command(*files(tmp_path, dtype="uint8"), "--stretch", "--interpolation", "box") == 0
+    assert command(*write_import_files(tmp_path, dtype="uint8")) == 2
+    assert read_error_line(capsys).startswith("fovea: how an image is to be resized is not in the file")
+    assert command(*write_import_files(tmp_path, dtype="uint8"), "--stretch", "--interpolation", "box") == 0
 
 
 @pytest.mark.parametrize(
@@ -184,18 +192,20 @@ def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
 def test_labels_that_cannot_be_read_are_one_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], labels: bytes, message: str
 ) -> None:
-    called = files(tmp_path)
+    called = write_import_files(tmp_path)
     (tmp_path / "labels.txt").write_bytes(labels)
     assert command(*called, "--preset", "clip") == 2
-    assert message in one_line(capsys)
+    assert message in read_error_line(capsys)
 
 
 def test_what_was_done_to_labels_and_values_is_shown(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = files(tmp_path, count=3, end="softmax")
+    called = write_import_files(tmp_path, count=3, end="softmax")
     (tmp_path / "foreign.onnx").write_bytes(
-        then(classifier(count=3, end="softmax"), step("Mul", np.float32(100))).SerializeToString()
+        append_steps(
+            build_classifier(count=3, end="softmax"), make_step("Mul", np.float32(100))
+        ).SerializeToString()
     )
     (tmp_path / "labels.txt").write_text("id,label\n2,cat\n0,Cat\n1,dog\n")
     assert command(*called, "--preset", "clip") == 0
@@ -210,9 +220,9 @@ def test_what_was_done_to_labels_and_values_is_shown(
 def test_a_check_is_shown_with_what_it_compared(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = files(tmp_path, list(COLOURS))
-    (tmp_path / "foreign.onnx").write_bytes(by_colour().SerializeToString())
-    photos = draw(tmp_path / "photos", COLOURS, 3)
+    called = write_import_files(tmp_path, list(COLOURS))
+    (tmp_path / "foreign.onnx").write_bytes(build_colour_model().SerializeToString())
+    photos = draw_labelled_images(tmp_path / "photos", COLOURS, 3)
     (photos / "red" / "broken.png").write_bytes(b"broken")
     Path(os.fsdecode(os.fsencode(photos) + b"/red/\xff.png")).write_bytes(b"none")
     assert command(*called, "--preset", "imagenet", "--check", photos) == 0
@@ -226,10 +236,10 @@ def test_a_check_is_shown_with_what_it_compared(
 def test_disk_that_cannot_be_written_to_is_one_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = files(tmp_path)
+    called = write_import_files(tmp_path)
     (tmp_path / "zoo").write_text("a file")
     assert command(*called, "--preset", "clip") == 2
-    assert "cannot write" in one_line(capsys)
+    assert "cannot write" in read_error_line(capsys)
 
 
 # --- served --------------------------------------------------------------------------------------
@@ -238,13 +248,18 @@ def test_disk_that_cannot_be_written_to_is_one_line(
 def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, command: Command) -> None:
     """Two models: one for batches of any size, and one that takes a single image, sent several at once."""
     assert (
-        command(*files(tmp_path, batch=1, shape=[1, 8], end="softmax"), "--preset", "imagenet", "--default")
+        command(
+            *write_import_files(tmp_path, batch=1, shape=[1, 8], end="softmax"),
+            "--preset",
+            "imagenet",
+            "--default",
+        )
         == 0
     )
-    (tmp_path / "foreign.onnx").write_bytes(stubborn(1).SerializeToString())
+    (tmp_path / "foreign.onnx").write_bytes(build_batch_mean(1).SerializeToString())
     again = ["import", tmp_path / "foreign.onnx", "--labels", tmp_path / "labels.txt", "--name", "single"]
     assert command(*again, "--out", tmp_path / "zoo", "--preset", "imagenet") == 0
-    graphs = {"thing": classifier(batch=1, shape=[1, 8], end="softmax"), "single": stubborn(1)}
+    graphs = {"thing": build_classifier(batch=1, shape=[1, 8], end="softmax"), "single": build_batch_mean(1)}
     with Server(FOVEA_MODELS=str(tmp_path / "zoo"), FOVEA_BATCH_MAX="4") as server:
         for model, graph in graphs.items():
             path = f"/v1/models/{model}/classify"
@@ -252,10 +267,10 @@ def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, com
                 path, params={"top_k": 0}, files=[("f", one) for one in IMAGES.items()]
             )
             for result, image in zip(reply.json()["results"], IMAGES.values(), strict=True):
-                wanted = run(graph, imagenet(image, 18, 16))[0]
+                wanted = run_onnx(graph, prepare_imagenet(image, 18, 16))[0]
                 wanted = wanted if model == "thing" else softmax(wanted)
                 answered = sorted(result["predictions"], key=lambda one: one["index"])
-                assert [one["label"] for one in answered] == names(5)
+                assert [one["label"] for one in answered] == make_labels(5)
                 assert np.abs(np.array([one["probability"] for one in answered]) - wanted).max() <= 1e-5
         contract = server.client.get("/v1/models/single/contract").json()
         assert (

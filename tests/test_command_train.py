@@ -23,11 +23,11 @@ from fovea.model.networks.network import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
-from tests.commands import Command, one_line
+from tests.commands import Command, read_error_line
 from tests.conftest import ROOT
-from tests.graphs import build, publish
+from tests.graphs import add_to_repository, build_model
 from tests.servers import Server
-from tests.training import draw
+from tests.training import draw_images
 
 pytestmark = pytest.mark.long
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def weights(folder: Path) -> bytes:
+def read_weights(folder: Path) -> bytes:
     """The tensors of a checkpoint, bit for bit."""
     tensors = checkpoint.load_checkpoint(folder).tensors
     return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
@@ -51,8 +51,8 @@ def test_two_labels_are_trained_exported_and_served(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, run, out = tmp_path / "squares", tmp_path / "run", tmp_path / "zoo" / "blue-or-red" / "3"
-    draw(source / "train", "blue", "red", count=16)
-    draw(source / "test", "blue", "red", count=6, seed=1)
+    draw_images(source / "train", "blue", "red", count=16)
+    draw_images(source / "test", "blue", "red", count=6, seed=1)
     train = ["train", "--data", source, "--out", run, "--size", 16, "--epochs", 24]
     assert command(*train) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -94,9 +94,9 @@ def test_a_folder_becomes_the_default_model_by_one_command(
 ) -> None:
     """Train, export, serve: `/v1/classify` answers with the new labels, though another model is there too."""
     source, zoo = tmp_path / "squares", tmp_path / "zoo"
-    draw(source / "train", count=24)
-    draw(source / "test", count=4, seed=1)
-    publish(build(), zoo, "animals")
+    draw_images(source / "train", count=24)
+    draw_images(source / "test", count=4, seed=1)
+    add_to_repository(build_model(), zoo, "animals")
     train = ["train", "--data", source, "--out", tmp_path / "run", "--size", 16, "--epochs", 12]
     assert command(*train, "--export", zoo / "squares" / "1") == 0
     assert f"next: fovea serve --models {zoo}" in " ".join(capsys.readouterr().out.split())
@@ -110,7 +110,7 @@ def test_a_folder_becomes_the_default_model_by_one_command(
             assert label in reply["coverage"]["labels"]
     again = ["train", "--data", tmp_path / "nowhere", "--export", zoo / "squares" / "1"]
     assert command(*again) == 2  # before anything is read
-    assert f"holds a model already; the next version is {zoo / 'squares' / '2'}" in one_line(capsys)
+    assert f"holds a model already; the next version is {zoo / 'squares' / '2'}" in read_error_line(capsys)
     assert command("export", tmp_path / "run", "--out", zoo / "squares" / "1") == 2
     assert command("export", tmp_path / "run", "--out", zoo / "other" / "1") == 0
     assert (zoo / "default").read_text() == "squares\n"
@@ -121,7 +121,7 @@ def test_a_folder_becomes_the_default_model_by_one_command(
 def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(tmp_path / "squares", count=24)
+    draw_images(tmp_path / "squares", count=24)
     train = ["train", "--data", tmp_path / "squares", "--size", 16]
     version = tmp_path / "zoo" / "squares" / "1"
     assert command(*train, "--epochs", 12, "--out", tmp_path / "first", "--export", version) == 0
@@ -149,17 +149,17 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
     capsys.readouterr()
     resumed = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
     assert command(*resumed) == 2
-    assert "holds a run with another " in one_line(capsys)
-    draw(tmp_path / "others", "green", "red", count=4)
+    assert "holds a run with another " in read_error_line(capsys)
+    draw_images(tmp_path / "others", "green", "red", count=4)
     others = ["train", "--data", tmp_path / "others", "--size", 16, "--out", tmp_path / "x"]
     assert command(*others, "--teacher", version) == 2
-    assert f"the teacher in {version} has another set of labels: " in one_line(capsys)
+    assert f"the teacher in {version} has another set of labels: " in read_error_line(capsys)
     assert command(*others, "--from", version, "--net", "resnet18") == 2
-    assert "does not fit resnet18 at 16 px: features.conv1.weight is missing" in one_line(capsys)
+    assert "does not fit resnet18 at 16 px: features.conv1.weight is missing" in read_error_line(capsys)
 
 
 def test_events_for_tensorboard_are_written_when_asked_for(tmp_path: Path, command: Command) -> None:
-    draw(tmp_path / "squares")
+    draw_images(tmp_path / "squares")
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--epochs", 2]
     assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -177,10 +177,10 @@ def test_without_tensorboard_it_says_what_to_install(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    draw(tmp_path / "squares")
+    draw_images(tmp_path / "squares")
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--epochs", 1]
     assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 2
-    assert "--tensorboard needs the package: pip install tensorboard" in one_line(capsys)
+    assert "--tensorboard needs the package: pip install tensorboard" in read_error_line(capsys)
 
 
 def test_every_network_is_offered_in_the_help(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,12 +191,12 @@ def test_every_network_is_offered_in_the_help(command: Command, capsys: pytest.C
 def test_export_takes_other_images_to_verify_on(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(tmp_path / "squares", "green", "red")
-    draw(tmp_path / "others [new]", "green", "red", count=10, seed=1)
+    draw_images(tmp_path / "squares", "green", "red")
+    draw_images(tmp_path / "others [new]", "green", "red", count=10, seed=1)
     train = ["train", "--data", tmp_path / "squares", "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
     assert command(*train) == 0
     (tmp_path / "squares").rename(tmp_path / "gone")
-    publish(build(), tmp_path / "zoo", "animals")
+    add_to_repository(build_model(), tmp_path / "zoo", "animals")
     out = tmp_path / "zoo" / "squares" / "1"
     assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others [new]") == 0
     assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # it goes on answering
@@ -210,7 +210,7 @@ def test_export_takes_other_images_to_verify_on(
 def test_unreadable_images_are_named_and_the_rest_is_trained_on(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = draw(tmp_path / "my [red] squares")
+    folder = draw_images(tmp_path / "my [red] squares")
     (folder / "red" / "[blue].png").write_text("not an image")
     train = ["train", "--data", folder, "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
     assert command(*train) == 0
@@ -225,7 +225,7 @@ EPOCHS = 30
 """Enough for the run to be going on still when the signal arrives: a second and more."""
 
 
-def interrupted(arguments: list[str]) -> tuple[int, str]:
+def run_interrupted(arguments: list[str]) -> tuple[int, str]:
     """Run `fovea` in a process of its own and press Ctrl-C after its first epoch."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: other sums would round otherwise
     with subprocess.Popen(
@@ -237,24 +237,24 @@ def interrupted(arguments: list[str]) -> tuple[int, str]:
         text=True,
     ) as process:
         assert process.stdout is not None
-        said = ""
-        while "epoch   1/" not in said:
+        output = ""
+        while "epoch   1/" not in output:
             line = process.stdout.readline()
-            assert line, said
-            said += line
+            assert line, output
+            output += line
         process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=60)[0]
-    return process.returncode, said
+        output += process.communicate(timeout=60)[0]
+    return process.returncode, output
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     tmp_path: Path, command: Command
 ) -> None:
-    source = draw(tmp_path / "squares", "blue", "red", count=4)
+    source = draw_images(tmp_path / "squares", "blue", "red", count=4)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     train = ["train", "--data", str(source), "--size", "16", "--epochs", str(EPOCHS)]
-    code, said = interrupted([*train, "--out", str(broken)])
+    code, said = run_interrupted([*train, "--out", str(broken)])
     assert code == 130
     stopped = checkpoint.load_checkpoint(broken)
     step = stopped.metadata["progress"]["step"]
@@ -266,7 +266,7 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
 
     assert command(*train, "--out", broken, "--resume") == 0
     assert command(*train, "--out", unbroken) == 0
-    assert weights(broken) == weights(unbroken)
+    assert read_weights(broken) == read_weights(unbroken)
     assert checkpoint.load_checkpoint(broken).metadata["progress"]["step"] == EPOCHS
     assert sorted(path.name for path in broken.iterdir()) == [
         "index.json",
@@ -285,9 +285,9 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `squares` and the `run` of one epoch on them."""
     folder = tmp_path_factory.mktemp("trained")
-    draw(folder / "squares")
+    draw_images(folder / "squares")
     subprocess.run(
-        [sys.executable, "-m", "fovea", *training(folder)],
+        [sys.executable, "-m", "fovea", *training_arguments(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         check=True,
@@ -296,7 +296,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training(folder: Path) -> list[str]:
+def training_arguments(folder: Path) -> list[str]:
     """The arguments that `trained` was made with."""
     return f"train --data {folder}/squares --out {folder}/run --size 16 --epochs 1".split()
 
@@ -305,8 +305,8 @@ def test_another_run_is_not_overwritten(
     trained: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (trained / "run" / WEIGHTS_FILE).read_bytes()
-    assert command(*training(trained)) == 2
-    assert "holds a run already; pass --resume to go on, or another --out" in one_line(capsys)
+    assert command(*training_arguments(trained)) == 2
+    assert "holds a run already; pass --resume to go on, or another --out" in read_error_line(capsys)
     assert (trained / "run" / WEIGHTS_FILE).read_bytes() == before
 
 
@@ -314,8 +314,8 @@ def test_another_run_is_not_overwritten(
 def test_resume_with_another_recipe_is_refused(
     trained: Path, command: Command, capsys: pytest.CaptureFixture[str], change: list[str]
 ) -> None:
-    assert command(*training(trained), *change, "--resume") == 2
-    assert "holds a run with another " in one_line(capsys)
+    assert command(*training_arguments(trained), *change, "--resume") == 2
+    assert "holds a run with another " in read_error_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["", "red, green and blue\n" * 100])
@@ -324,7 +324,7 @@ def test_data_that_cannot_be_used_are_refused(
 ) -> None:
     (tmp_path / "set.tar").write_text(content)
     assert command("train", "--data", tmp_path / "set.tar", "--out", tmp_path / "run") == 2
-    assert "neither a folder nor a tar archive" in one_line(capsys)
+    assert "neither a folder nor a tar archive" in read_error_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -341,7 +341,7 @@ def test_export_without_a_checkpoint_is_refused(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("export", tmp_path / "run", "--out", tmp_path / "zoo" / "squares" / "1") == 2
-    assert "`fovea train --out" in one_line(capsys)
+    assert "`fovea train --out" in read_error_line(capsys)
 
 
 def test_export_to_a_folder_without_name_and_version_is_refused(
@@ -349,17 +349,17 @@ def test_export_to_a_folder_without_name_and_version_is_refused(
 ) -> None:
     for place in ("squares", "my squares/1", ".squares/1", "squares/new"):
         assert command("export", trained / "run", "--out", tmp_path / place) == 2
-        assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
+        assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in read_error_line(capsys)
         assert not (tmp_path / place).exists()
 
 
 def test_export_with_data_of_other_labels_is_refused(
     trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(tmp_path / "other", "blue", "red")
+    draw_images(tmp_path / "other", "blue", "red")
     out = tmp_path / "zoo" / "squares" / "1"
     assert command("export", trained / "run", "--out", out, "--data", tmp_path / "other") == 2
-    assert "the checkpoint has labels" in one_line(capsys)
+    assert "the checkpoint has labels" in read_error_line(capsys)
     assert not out.exists()
 
 
@@ -375,7 +375,7 @@ def test_a_network_that_there_is_not_is_refused_before_anything_is_read(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str], sentence: str
 ) -> None:
     assert command("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", *wrong) == 2
-    assert sentence in one_line(capsys)
+    assert sentence in read_error_line(capsys)
 
 
 # --- how data are read, and how long it takes ----------------------------------------------------
@@ -386,7 +386,7 @@ def test_a_data_set_is_described_before_it_is_trained_on(
 ) -> None:
     source, run = tmp_path / "squares", tmp_path / "run"
     for seed, (part, count) in enumerate((("Training", 8), ("valid", 4), ("Test", 2))):
-        draw(source / part, count=count, seed=seed)
+        draw_images(source / part, count=count, seed=seed)
     (source / "Training" / "red" / "notes.txt").write_text("no image")
     (source / "Training" / "red" / "broken.png").write_text("no image")
     (source / "valid" / "@eaDir").mkdir()
@@ -417,7 +417,7 @@ def test_a_data_set_is_described_before_it_is_trained_on(
 
 
 def test_export_reads_the_data_as_training_did(tmp_path: Path, command: Command) -> None:
-    folder = draw(tmp_path / "squares", "Cat", "cat", "dog", colours=("red", "red", "blue"), count=6)
+    folder = draw_images(tmp_path / "squares", "Cat", "cat", "dog", colours=("red", "red", "blue"), count=6)
     lines = [f"{label}/{n}.png,{label}" for label in ("Cat", "cat", "dog") for n in range(6)]
     (folder / "set.csv").write_text("\n".join(["where,what", *lines]))
     train = ["train", "--data", folder / "set.csv", "--size", 16, "--epochs", 1]
@@ -432,7 +432,7 @@ def test_a_folder_that_is_no_utf_8_is_trained_on_and_served(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither the model's facts nor the metrics can hold such a name."""
-    folder = draw(tmp_path / os.fsdecode(b"sq\xff"), "blue", "red", count=8)
+    folder = draw_images(tmp_path / os.fsdecode(b"sq\xff"), "blue", "red", count=8)
     (folder / "red" / os.fsdecode(b"\xfe.png")).write_text("no image")
     run, zoo = tmp_path / os.fsdecode(b"r\xff"), tmp_path / "zoo"
     train = ["train", "--data", folder, "--size", 16, "--epochs", 1, "--out", run]
@@ -450,19 +450,19 @@ def test_a_folder_that_is_no_utf_8_is_trained_on_and_served(
 def test_a_run_of_some_minutes_keeps_its_epochs_when_it_is_resumed(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(tmp_path / "squares")
+    draw_images(tmp_path / "squares")
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--out", tmp_path / "run"]
     assert command(*train, "--minutes", 0.1) == 0
     said = " ".join(capsys.readouterr().out.split())
     recipe = checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"]
     noun = "epoch" if recipe["epochs"] == 1 else "epochs"
     assert f"6 seconds: {recipe['epochs']} {noun} of " in said
-    before = weights(tmp_path / "run")
+    before = read_weights(tmp_path / "run")
     for more in ([], ["--minutes", 5]):
         assert command(*train, *more, "--resume") == 0
         assert checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"] == recipe
-        assert weights(tmp_path / "run") == before
+        assert read_weights(tmp_path / "run") == before
     assert command(*train, "--minutes", 5, "--epochs", 2, "--resume") == 2
     capsys.readouterr()
     assert command(*train, "--minutes", 5, "--epochs", 2) == 2
-    assert "--epochs and --minutes exclude each other" in one_line(capsys)
+    assert "--epochs and --minutes exclude each other" in read_error_line(capsys)

@@ -12,17 +12,17 @@ from prometheus_client import CollectorRegistry
 from fovea.service.errors import RequestError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
-from tests.documents import DOCS, page, pages
+from tests.documents import DOCS, list_pages, read_page
 from tests.servers import Server
 
-SETTINGS = page("settings")
+SETTINGS = read_page("settings")
 
 
 def test_every_setting_is_documented_and_no_other() -> None:
     real = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
     assert set(re.findall(rf"`({ENVIRONMENT_PREFIX}[A-Z_]+)`", SETTINGS)) == real
     assert set(re.findall(rf"^\| `({ENVIRONMENT_PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == real
-    for path in pages():
+    for path in list_pages():
         assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", path.read_text())) <= real, path
 
 
@@ -30,10 +30,10 @@ def test_defaults_in_the_table_are_the_real_ones() -> None:
     rows = dict(re.findall(rf"^\| `{ENVIRONMENT_PREFIX}([A-Z_]+)` \|([^|]*)\|", SETTINGS, re.MULTILINE))
     for name, field in Settings.model_fields.items():
         default = rows[name.upper()].strip().strip("`").replace(" ", "")
-        assert default == _written(field.default), name
+        assert default == _format_value(field.default), name
 
 
-def _written(value: object) -> str:
+def _format_value(value: object) -> str:
     """As the environment would say it."""
     if isinstance(value, tuple):
         return ",".join(value)
@@ -47,24 +47,24 @@ def test_every_metric_is_documented_and_no_other() -> None:
     Metrics(registry)
     suffix = {"counter": "_total"}
     real = {metric.name + suffix.get(metric.type, "") for metric in registry.collect()}
-    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", page("metrics"), re.MULTILINE)) == real
+    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", read_page("metrics"), re.MULTILINE)) == real
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:
-    errors = page("errors")
-    for error in _leaves(RequestError):
+    errors = read_page("errors")
+    for error in _leaf_errors(RequestError):
         assert re.search(rf"^\| {error.status} \|.*`{error.code}`", errors, re.MULTILINE), error.code
 
 
-def _leaves(error: type[RequestError]) -> Iterator[type[RequestError]]:
+def _leaf_errors(error: type[RequestError]) -> Iterator[type[RequestError]]:
     for subclass in error.__subclasses__():
         if hasattr(subclass, "code"):
             yield subclass
-        yield from _leaves(subclass)
+        yield from _leaf_errors(subclass)
 
 
 def test_every_route_is_documented(server: Server) -> None:
-    api = page("http-api")
+    api = read_page("http-api")
     for path in server.client.get("/openapi.json").json()["paths"]:
         plain = path.replace("/versions/{version}", "").replace("/{version}", "")
         assert f"{plain}`" in api, path
@@ -74,7 +74,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list_pages(), ids=lambda path: path.stem)
 def test_every_link_within_the_documentation_leads_somewhere(path: Path) -> None:
     for link in LINK.findall(CODE.sub("", path.read_text())):
         if "://" in link:
@@ -82,10 +82,10 @@ def test_every_link_within_the_documentation_leads_somewhere(path: Path) -> None
         name, _, anchor = link.partition("#")
         target = path.parent / name if name else path
         assert target.exists(), link
-        assert not anchor or anchor in _anchors(target.read_text()), link
+        assert not anchor or anchor in _heading_anchors(target.read_text()), link
 
 
-def _anchors(text: str) -> set[str]:
+def _heading_anchors(text: str) -> set[str]:
     """Return the anchors that GitHub and MyST give to the headings."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
@@ -94,7 +94,7 @@ def _anchors(text: str) -> set[str]:
 
 
 def test_every_page_is_in_the_contents_of_the_site() -> None:
-    blocks = re.findall(r"^```{toctree}\n(.*?)^```", page("index"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```{toctree}\n(.*?)^```", read_page("index"), re.MULTILINE | re.DOTALL)
     entries = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
     for path in DOCS.glob("*.md"):
         assert path.stem == "index" or any(path.match(f"{entry}.md") for entry in entries), path

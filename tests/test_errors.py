@@ -19,49 +19,49 @@ VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
 """An argument of each type that a constructor takes."""
 
 
-def modules() -> Iterator[str]:
+def list_modules() -> Iterator[str]:
     for package in (service, export, model, bench):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith(("__main__", "mosec_server", "tutorial")):  # scripts
                 yield module.name
 
 
-def errors() -> list[type[FoveaError]]:
+def list_errors() -> list[type[FoveaError]]:
     """Every class of the project's errors, wherever it is defined."""
-    for name in modules():
+    for name in list_modules():
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:  # an extra that is not installed
             assert error.name is not None
             assert not error.name.startswith("fovea")
-    found = [FoveaError]
-    for kind in found:
-        found.extend(child for child in kind.__subclasses__() if child not in found)
-    return [kind for kind in found if not kind.__module__.startswith("tests.")]
+    kinds = [FoveaError]
+    for kind in kinds:
+        kinds.extend(child for child in kind.__subclasses__() if child not in kinds)
+    return [kind for kind in kinds if not kind.__module__.startswith("tests.")]
 
 
-def made(kind: type[FoveaError]) -> FoveaError:
+def make_error(kind: type[FoveaError]) -> FoveaError:
     """An error with a value for each argument that its constructor names."""
     positional: list[object] = []
-    named: dict[str, object] = {}
+    keywords: dict[str, object] = {}
     for argument in list(signature(kind.__init__).parameters.values())[1:]:
         if argument.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
             continue
         value = Path("x") if "Path" in str(argument.annotation) else VALUES.get(str(argument.annotation), "x")
         if argument.kind is Parameter.KEYWORD_ONLY:
-            named[argument.name] = value
+            keywords[argument.name] = value
         else:
             positional.append(value)
-    return kind(*(positional or ["what was wrong"]), **named)
+    return kind(*(positional or ["what was wrong"]), **keywords)
 
 
 def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
-    kinds = errors()
+    kinds = list_errors()
     assert {"Overloaded", "Draining", "BodyTimeout", "ImportRefused", "DataError"} <= {
         kind.__name__ for kind in kinds
     }
     for kind in kinds:
-        error = made(kind)
+        error = make_error(kind)
         protocols = range(pickle.HIGHEST_PROTOCOL + 1)
         for other in (
             *(pickle.loads(pickle.dumps(error, protocol)) for protocol in protocols),  # noqa: S301 - ours

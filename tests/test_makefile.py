@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ROOT
-from tests.tools import PACKAGES
+from tests.tools import DEBIAN_PACKAGES
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_ci_installs_every_program_that_tests_need() -> None:
     """There a test that is skipped for want of one fails (tests/conftest.py)."""
     script = (ROOT / ".ci" / "run").read_text()
     assert "export CI=true" in script
-    for tool, package in PACKAGES.items():
+    for tool, package in DEBIAN_PACKAGES.items():
         assert f"need {tool} {package}\n" in script
 
 

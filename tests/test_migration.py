@@ -12,7 +12,7 @@ import pytest
 
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.servers import ROOT, Server
-from tests.tools import need
+from tests.tools import require_tool
 
 GUIDE = (ROOT / "docs" / "migrate.md").read_text()
 
@@ -23,18 +23,18 @@ class Example(NamedTuple):
     """Something to run, and what it is said to write."""
 
     line: list[str]
-    shown: str
+    output: str
 
 
-def examples() -> Iterator[Example]:
+def read_examples() -> Iterator[Example]:
     """Commands behind `$ `, which may go on after a `|`, with the lines up to the next. Then programs, with
     the block that follows."""
     for block in re.findall(r"^```console\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
-        for command, shown in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            yield Example(["bash", "-c", command], shown)
+        for command, output in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            yield Example(["bash", "-c", command], output)
     programs = r"^```python\n(.*?)^```\n\n```text\n(.*?)^```"
-    for program, shown in re.findall(programs, GUIDE, re.MULTILINE | re.DOTALL):
-        yield Example([sys.executable, "-c", program], shown)
+    for program, output in re.findall(programs, GUIDE, re.MULTILINE | re.DOTALL):
+        yield Example([sys.executable, "-c", program], output)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +44,16 @@ def zoo_server() -> Iterator[Server]:
 
 
 def test_there_are_examples() -> None:
-    programs = [example for example in examples() if example.line[0] != "bash"]
-    assert (len(list(examples())), len(programs)) == (GUIDE.count("\n$ ") + GUIDE.count("```text"), 2)
+    programs = [example for example in read_examples() if example.line[0] != "bash"]
+    assert (len(list(read_examples())), len(programs)) == (GUIDE.count("\n$ ") + GUIDE.count("```text"), 2)
 
 
-@pytest.mark.parametrize("example", list(examples()))
+@pytest.mark.parametrize("example", list(read_examples()))
 def test_what_is_shown_is_what_comes(zoo_server: Server, example: Example) -> None:
     if "curl" in example.line[-1]:
-        need("curl")
-    words, numbers = parts(example.shown)
-    said_words, said_numbers = parts(run(zoo_server, example))
+        require_tool("curl")
+    words, numbers = split_numbers(example.output)
+    said_words, said_numbers = split_numbers(run_example(zoo_server, example))
     assert said_words == words
     assert said_numbers == pytest.approx(numbers, abs=1e-3)
 
@@ -64,13 +64,13 @@ def test_the_settings_are_real() -> None:
     }
 
 
-def run(server: Server, example: Example) -> str:
+def run_example(server: Server, example: Example) -> str:
     address = server.url.removeprefix("http://")
     line = [part.replace(ADDRESS, address) for part in example.line]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def parts(text: str) -> tuple[str, list[float]]:
+def split_numbers(text: str) -> tuple[str, list[float]]:
     """The text without its numbers, request ids and white space; and the numbers."""
     text = re.sub(r'"request_id":"\w+"', '"request_id":"…"', re.sub(r"\s", "", text))
     number = r"\d+(?:\.\d+)?(?:e-?\d+)?"

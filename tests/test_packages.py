@@ -33,7 +33,7 @@ OF_SERVICE = {"errors", "resources", "artifact", "inference"}
 """Packages of `service` that `model` and `export` may import."""
 
 
-def imports(file: Path) -> Iterator[tuple[str, ...]]:
+def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
     """The modules that a file imports, also inside functions: as their parts."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def imports(file: Path) -> Iterator[tuple[str, ...]]:
             yield from ((*parts, name.name) for name in node.names)
 
 
-def files(package: str) -> Iterator[tuple[str, Path]]:
+def list_files(package: str) -> Iterator[tuple[str, Path]]:
     """Every file of a package at the top of the tree, with the part of the package that it belongs to."""
     for file in sorted((ROOT / package).rglob("*.py")):
         part = file.relative_to(ROOT / package).with_suffix("").parts[0]
@@ -56,23 +56,23 @@ def test_imports_point_downwards(package: str, layers: list[set[str]]) -> None:
     height = {part: number for number, layer in enumerate(layers) for part in layer}
     upwards = [
         f"{file.relative_to(ROOT)} imports {package}.{other}"
-        for part, file in files(package)
-        for top, *rest in map(list, imports(file))
+        for part, file in list_files(package)
+        for top, *rest in map(list, list_imports(file))
         if top == "fovea" and rest[:1] == [package] and len(rest) > 1
         for other in rest[1:2]
         if other in height and other != part
         if height[other] <= height[part] and (part, other) not in SIDEWAYS
     ]
     assert upwards == []
-    assert height.keys() == {part for part, _ in files(package)}
+    assert height.keys() == {part for part, _ in list_files(package)}
 
 
 def test_the_service_needs_no_training_code() -> None:
     forbidden = {"torch", "onnx", "onnxscript", "safetensors"}
     found = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
-        for _, file in files("service")
-        for module in imports(file)
+        for _, file in list_files("service")
+        for module in list_imports(file)
         if module[0] in forbidden
         or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
     ]
@@ -83,8 +83,8 @@ def test_the_service_needs_no_training_code() -> None:
 def test_training_and_export_use_the_lower_packages_of_the_service_alone(package: str) -> None:
     found = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
-        for _, file in files(package)
-        for module in imports(file)
+        for _, file in list_files(package)
+        for module in list_imports(file)
         if module[:2] == ("fovea", "service") and module[2] not in OF_SERVICE
     ]
     assert found == []
@@ -93,8 +93,8 @@ def test_training_and_export_use_the_lower_packages_of_the_service_alone(package
 def test_training_does_not_know_export() -> None:
     found = [
         str(file)
-        for _, file in files("model")
-        for module in imports(file)
+        for _, file in list_files("model")
+        for module in list_imports(file)
         if module[:2] == ("fovea", "export")
     ]
     assert found == []

@@ -30,7 +30,7 @@ def explainer() -> Explainer:
     return Explainer(content, contract, ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1))
 
 
-def pictures(folder: Path) -> Iterator[tuple[str, int, bytes]]:
+def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
     """The image's label, which quarter it is on, and the picture."""
     random = np.random.default_rng(0)
     for path in random.permutation(np.array(sorted(folder.rglob("*.jpg")))):
@@ -44,30 +44,30 @@ def pictures(folder: Path) -> Iterator[tuple[str, int, bytes]]:
         yield path.parent.name, quarter, content.getvalue()
 
 
-def hits(explainer: Explainer, folder: Path, question: ExplanationRequest) -> float:
+def hit_share(explainer: Explainer, folder: Path, question: ExplanationRequest) -> float:
     """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
     labels = explainer.contract.labels
-    seen = right = 0
-    for label, quarter, picture in pictures(folder):
-        _, said = explainer.classify_image(picture)
-        if labels[said.probabilities.argmax()] == label:
-            heat = explainer.explain(picture, question, lambda _: None, lambda *_: None).heatmap
-            row, column = np.unravel_index(int(heat.argmax()), heat.shape)
-            right += quarter == 2 * (2 * row >= heat.shape[0]) + (2 * column >= heat.shape[1])
-            seen += 1
-        if seen == CASES:
+    total = right = 0
+    for label, quarter, picture in draw_quarters(folder):
+        _, prediction = explainer.classify_image(picture)
+        if labels[prediction.probabilities.argmax()] == label:
+            heatmap = explainer.explain(picture, question, lambda _: None, lambda *_: None).heatmap
+            row, column = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
+            right += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])
+            total += 1
+        if total == CASES:
             break
-    return right / seen
+    return right / total
 
 
 def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hits(explainer, cifar_test, ExplanationRequest(method="cam"))
+    share = hit_share(explainer, cifar_test, ExplanationRequest(method="cam"))
     print(f"class activation maps: {share:.1%} of {CASES}")
     assert share >= LEAST
 
 
 @pytest.mark.slow
 def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hits(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
+    share = hit_share(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
     print(f"occlusion, 400 masked images: {share:.1%} of {CASES}")
     assert share >= LEAST

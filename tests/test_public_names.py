@@ -16,18 +16,18 @@ from typer.main import get_command
 from fovea.cli import app as command_line
 from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
-from tests.graphs import build, publish
+from tests.graphs import add_to_repository, build_model
 from tests.servers import ROOT, Server
 
 LIST = ROOT / "tests" / "public_names.txt"
 
 
-def settings() -> Iterator[str]:
+def list_settings() -> Iterator[str]:
     """Yield the variables of the environment."""
     yield from (f"setting {ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields)
 
 
-def metrics() -> Iterator[str]:
+def list_metrics() -> Iterator[str]:
     """Yield the metrics with their labels."""
     registry = CollectorRegistry()
     Metrics(registry)
@@ -37,7 +37,7 @@ def metrics() -> Iterator[str]:
             yield f"metric {metric.name} {metric.type} {labels}".rstrip()
 
 
-def options() -> Iterator[str]:
+def list_options() -> Iterator[str]:
     """Yield the commands, their arguments and options."""
     for name, command in sorted(get_command(command_line).commands.items()):  # type: ignore[attr-defined]
         for parameter in command.params:
@@ -45,7 +45,7 @@ def options() -> Iterator[str]:
             yield f"command {name} {words}"
 
 
-def routes(document: dict[str, Any]) -> Iterator[str]:
+def list_routes(document: dict[str, Any]) -> Iterator[str]:
     """Yield the routes with their parameters, and the fields of all JSON that is described."""
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -56,21 +56,21 @@ def routes(document: dict[str, Any]) -> Iterator[str]:
         yield from (f"field {name}.{field}" for field in schema.get("properties", ()))
 
 
-def public_names(server: Server) -> str:
+def format_public_names(server: Server) -> str:
     """Return the whole list, sorted."""
     document = server.client.get("/openapi.json").json()
-    names = {*settings(), *metrics(), *options(), *routes(document)}
+    names = {*list_settings(), *list_metrics(), *list_options(), *list_routes(document)}
     return "".join(f"{name}\n" for name in sorted(names))
 
 
 def test_public_names_are_those_of_the_list(server: Server) -> None:
-    assert public_names(server).splitlines() == LIST.read_text().splitlines()
+    assert format_public_names(server).splitlines() == LIST.read_text().splitlines()
 
 
 def main(folder: Path) -> None:
     """Write the list."""
-    with Server(FOVEA_MODELS=str(publish(build(), folder / "zoo"))) as server:
-        LIST.write_text(public_names(server))
+    with Server(FOVEA_MODELS=str(add_to_repository(build_model(), folder / "zoo"))) as server:
+        LIST.write_text(format_public_names(server))
 
 
 if __name__ == "__main__":

@@ -43,16 +43,16 @@ def chosen(cifar_test: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def answers(zoo_server: Server, chosen: list[Path]) -> list[dict[str, Any]]:
     """What the service says to each of them, with all labels and the set of 95 %."""
-    return ask(zoo_server, chosen, top_k=0, coverage=0.95)
+    return classify_paths(zoo_server, chosen, top_k=0, coverage=0.95)
 
 
-def ask(running: Server, paths: list[Path], **query: float) -> list[dict[str, Any]]:
+def classify_paths(server: Server, paths: list[Path], **query: float) -> list[dict[str, Any]]:
     """Fifty in a request."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for start in range(0, len(paths), 50):
         files = [("file", (path.name, path.read_bytes())) for path in paths[start : start + 50]]
-        found += running.client.post("/v1/classify", params=query, files=files).json()["results"]
-    return found
+        results += server.client.post("/v1/classify", params=query, files=files).json()["results"]
+    return results
 
 
 def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
@@ -117,11 +117,11 @@ def test_test_images_are_no_drift_and_one_label_s_are(chosen: list[Path], cifar_
     with Server() as server:
 
         def send(paths: list[Path]) -> dict[str, tuple[float, float]]:
-            ask(server, paths)
+            classify_paths(server, paths)
             return {
                 signal: (
-                    server.metric("fovea_drift_psi", signal=signal),
-                    server.metric("fovea_drift_chance_psi", signal=signal),
+                    server.read_metric("fovea_drift_psi", signal=signal),
+                    server.read_metric("fovea_drift_chance_psi", signal=signal),
                 )
                 for signal in SIGNALS
             }

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 LABELS = ("oak", "elm", "fir", "yew", "ash")
 
 
-def tokens() -> onnx.ModelProto:
+def build_token_network() -> onnx.ModelProto:
     """Tokens that are mixed across places, as an MLP-Mixer does, and one before them."""
     node, random = helper.make_node, np.random.default_rng(0)
     weights: dict[str, npt.NDArray[Any]] = {

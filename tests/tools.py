@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-PACKAGES = {
+DEBIAN_PACKAGES = {
     "chromium": "chromium",
     "curl": "curl",
     "faketime": "faketime",
@@ -18,26 +18,26 @@ PACKAGES = {
 }
 """Debian's package of each; `.ci/run` installs them all."""
 
-OF_THE_SYSTEM = "this system "
+SYSTEM_REASON = "this system "
 """How the reason of a skip begins that no package can mend. All others fail where `CI` is set."""
 
 
-def find(tool: str) -> str | None:
+def find_tool(tool: str) -> str | None:
     """Return the path of a program, also of an administrator's; None where it is missing."""
     return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 
 
-def need(tool: str) -> str:
+def require_tool(tool: str) -> str:
     """Return the path of a program; skip the test where it is missing."""
-    path = find(tool)
+    path = find_tool(tool)
     if path is None:
-        pytest.skip(f"{tool} is missing: on Debian, apt-get install {PACKAGES[tool]}")
+        pytest.skip(f"{tool} is missing: on Debian, apt-get install {DEBIAN_PACKAGES[tool]}")
     return path
 
 
-def need_namespaces() -> list[str]:
+def require_namespaces() -> list[str]:
     """Return the command that runs another as process 1; skip the test where the system does not allow it."""
-    words = ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
-    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
-        pytest.skip(f"{OF_THE_SYSTEM}lets no namespace of processes be made")
-    return words
+    command = ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{SYSTEM_REASON}lets no namespace of processes be made")
+    return command

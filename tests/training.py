@@ -22,11 +22,11 @@ from fovea.model.recipe import Recipe
 from fovea.model.training import trainer as training
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
-BRIEF = Recipe(epochs=3, batch=5)
+SHORT_RECIPE = Recipe(epochs=3, batch=5)
 """With three labels of five images, of which one is held out: 3 x 2 steps."""
 
 
-def draw(
+def draw_images(
     folder: Path, *labels: str, count: int = 5, seed: int = 0, side: int = 20, colours: tuple[str, ...] = ()
 ) -> Path:
     """`folder/<label>/<number>.png`: squares of each label's colour, no two alike; returns `folder`.
@@ -42,31 +42,33 @@ def draw(
     return folder
 
 
-def drawn_data(folder: Path, *labels: str, count: int = 5, validation: float = 0.2) -> Dataset:
+def draw_dataset(folder: Path, *labels: str, count: int = 5, validation: float = 0.2) -> Dataset:
     """Such squares, read at 16 x 16."""
-    return load_dataset(draw(folder, *labels, count=count), size=16, validation=validation, seed=0)
+    return load_dataset(draw_images(folder, *labels, count=count), size=16, validation=validation, seed=0)
 
 
-def train(
+def train_quietly(
     data: Dataset,
     recipe: Recipe,
     out: Path,
     *,
     resume: bool = False,
     teacher: Net | None = None,
-    watch: Callable[[dict[str, float]], None] = lambda entry: None,
+    on_epoch: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> Checkpoint | None:
     """A real training run that says nothing."""
-    quiet = Console(file=io.StringIO())
-    net = fresh_net(data, recipe)
-    beginning = training.InitialState(
+    console = Console(file=io.StringIO())
+    net = make_net(data, recipe)
+    initial_state = training.InitialState(
         net, [teacher] if teacher else [], source=str(data.name), command="fovea train"
     )
-    return training.train_net(data, recipe, out, beginning, resume=resume, console=quiet, on_epoch=watch)
+    return training.train_net(
+        data, recipe, out, initial_state, resume=resume, console=console, on_epoch=on_epoch
+    )
 
 
 @contextmanager
-def full_disk(file_bytes: int) -> Iterator[None]:
+def limit_file_size(file_bytes: int) -> Iterator[None]:
     """No file can grow beyond `file_bytes`: writing fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
@@ -76,12 +78,12 @@ def full_disk(file_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def whole(pixels: Pixels) -> Tensor:
+def stack_pixels(pixels: Pixels) -> Tensor:
     """All of them, uint8 (N, H, W, 3), in memory."""
     return pixels[torch.arange(len(pixels))]
 
 
-def fresh_net(data: Dataset, recipe: Recipe) -> Net:
+def make_net(data: Dataset, recipe: Recipe) -> Net:
     """A small network with weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     mean, std = compute_statistics(data.train.pixels)

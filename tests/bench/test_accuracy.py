@@ -9,14 +9,14 @@ import pytest
 from fovea.bench import accuracy
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS_FILE
-from tests.training import draw
+from tests.training import draw_images
 
 
 @pytest.mark.slow
 def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy, "SET", draw(tmp_path / "squares", count=12, side=16))
+    monkeypatch.setattr(accuracy, "SET", draw_images(tmp_path / "squares", count=12, side=16))
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
     teacher = accuracy.TableRow("cnn", 2)
     row = accuracy.TableRow("cnn", 3, (teacher,))

@@ -27,7 +27,7 @@ NATIVE = next(one for one in REQUEST_FORMATS if one.name == "native, form")
 NAMELESS = next(one for one in REQUEST_FORMATS if one.name == "TorchServe")
 
 
-def native(*rows: dict[str, float] | None, version: str = "2") -> bytes:
+def native_body(*rows: dict[str, float] | None, version: str = "2") -> bytes:
     results = [
         {"predictions": [{"label": label, "probability": value} for label, value in
                          sorted(row.items(), key=lambda pair: -pair[1])]}
@@ -43,9 +43,9 @@ def native(*rows: dict[str, float] | None, version: str = "2") -> bytes:
 @pytest.mark.parametrize(
     ("content", "served"),
     [
-        (native(CAT, DOG), {"2"}),
-        (native(DOG, CAT, version="3"), {"2", "3"}),
-        (native(None, DOG), {"2"}),
+        (native_body(CAT, DOG), {"2"}),
+        (native_body(DOG, CAT, version="3"), {"2", "3"}),
+        (native_body(None, DOG), {"2"}),
     ],
 )
 def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
@@ -55,13 +55,13 @@ def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "served", "what"),
     [
-        (native(DOG, CAT), {"2"}, "first is 'dog' by 0.7000, not 0.3000"),
-        (native(CAT, CAT), {"2"}, "second is 'cat'"),
-        (native(CAT, DOG), {"3"}, "by version 2, and 3 is served"),
-        (native(CAT, DOG, version="3"), {"2", "3"}, "first is 'cat'"),
-        (native(CAT), {"2"}, "1 answers to 2 pictures"),
-        (native({"dog": 0.3}, DOG), {"2"}, "the first label is 'dog', which is not the most probable"),
-        (native({}, DOG), {"2"}, "first has no labels"),
+        (native_body(DOG, CAT), {"2"}, "first is 'dog' by 0.7000, not 0.3000"),
+        (native_body(CAT, CAT), {"2"}, "second is 'cat'"),
+        (native_body(CAT, DOG), {"3"}, "by version 2, and 3 is served"),
+        (native_body(CAT, DOG, version="3"), {"2", "3"}, "first is 'cat'"),
+        (native_body(CAT), {"2"}, "1 answers to 2 pictures"),
+        (native_body({"dog": 0.3}, DOG), {"2"}, "the first label is 'dog', which is not the most probable"),
+        (native_body({}, DOG), {"2"}, "first has no labels"),
         (b"{}", {"2"}, "cannot be read"),
         (b"<html>", {"2"}, "cannot be read"),
     ],
@@ -71,13 +71,13 @@ def test_wrong_answers_are_found(content: bytes, served: set[str], what: str) ->
 
 
 def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
-    def said(rows: list[dict[str, float]], *served: str) -> str:
+    def find_complaint(rows: list[dict[str, float]], *served: str) -> str:
         return gallery.find_mistake(NAMELESS, PICTURES, json.dumps(rows).encode(), frozenset(served))
 
-    assert said([CAT, DOG], "2") == ""
-    assert said([CAT, DOG], "2", "3") == ""
-    assert "first is 'cat'" in said([CAT, DOG], "3")
-    assert "is 'cat'" in said([CAT, CAT], "2", "3")  # one picture by each version
+    assert find_complaint([CAT, DOG], "2") == ""
+    assert find_complaint([CAT, DOG], "2", "3") == ""
+    assert "first is 'cat'" in find_complaint([CAT, DOG], "3")
+    assert "is 'cat'" in find_complaint([CAT, CAT], "2", "3")  # one picture by each version
 
 
 def test_pictures_have_answers_of_their_own() -> None:
@@ -121,7 +121,7 @@ def test_what_never_happened_is_said() -> None:
 # --- what clients do -----------------------------------------------------------------------------
 
 
-def _with(answer: bytes, act: Callable[[Connection], Awaitable[Any]]) -> Any:
+def _run_with_reply(answer: bytes, use_connection: Callable[[Connection], Awaitable[Any]]) -> Any:
     """Connect to a server that sends `answer` and closes."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -129,17 +129,17 @@ def _with(answer: bytes, act: Callable[[Connection], Awaitable[Any]]) -> Any:
         writer.write(answer)
         writer.close()
 
-    async def work() -> Any:
+    async def connect_and_run() -> Any:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
             connection = await Connection.open(server.sockets[0].getsockname()[:2])
             await connection.send(build_request("/", b"", {}))
             try:
-                return await act(connection)
+                return await use_connection(connection)
             finally:
                 connection.abort()
 
-    return asyncio.run(work())
+    return asyncio.run(connect_and_run())
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def _with(answer: bytes, act: Callable[[Connection], Awaitable[Any]]) -> Any:
     ],
 )
 def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
-    assert _with(sent, lambda connection: connection.receive())[::2] == (200, content)
+    assert _run_with_reply(sent, lambda connection: connection.receive())[::2] == (200, content)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
 )
 def test_a_broken_answer_is_broken(sent: bytes) -> None:
     with pytest.raises(BrokenConnection):
-        _with(sent, lambda connection: connection.receive())
+        _run_with_reply(sent, lambda connection: connection.receive())
 
 
 # --- the machine ---------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import jpeg
+from tests.pictures import make_jpeg
 from tests.servers import ROOT, Server
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fovea", "bench", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -22,21 +22,23 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_with_a_rate_it_counts_what_the_service_counts(server: Server) -> None:
-    before = server.metric("fovea_images_total")
-    ended = run(server.url, "--rate", "50", "--seconds", "1", "--json")
+    before = server.read_metric("fovea_images_total")
+    ended = run_bench(server.url, "--rate", "50", "--seconds", "1", "--json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["url"] == f"{server.url}/v1/classify"
     assert found["statuses"] == {"200": found["sent"]}
-    assert server.metric("fovea_images_total") - before == found["sent"] + 1  # one to see whether it answers
+    assert (
+        server.read_metric("fovea_images_total") - before == found["sent"] + 1
+    )  # one to see whether it answers
     latency = list(found["latency"].values())
     assert list(found["latency"]) == ["p50", "p90", "p95", "p99", "p99.9", "p100"]
     assert latency == sorted(latency)
 
 
 def test_for_people_it_draws_how_long_answers_took(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "own.jpg").write_bytes(jpeg())
-    ended = run(
+    (tmp_path / "own.jpg").write_bytes(make_jpeg())
+    ended = run_bench(
         f"{server.url}/v1/models/small/classify", tmp_path / "own.jpg", "--callers", "2", "--seconds", "0.5"
     )
     assert ended.returncode == 0, ended.stderr
@@ -48,7 +50,7 @@ def test_for_people_it_draws_how_long_answers_took(server: Server, tmp_path: Pat
 def test_what_is_not_answered_with_200_is_told_and_is_exit_code_1(small_zoo: Path) -> None:
     settings = {"FOVEA_QUEUE_IMAGES": "1", "FOVEA_REQUEST_IMAGES": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as narrow:
-        ended = run(narrow.url, "--callers", "16", "--seconds", "1")
+        ended = run_bench(narrow.url, "--callers", "16", "--seconds", "1")
     assert ended.returncode == 1
     assert " x 503" in ended.stdout
 
@@ -68,7 +70,7 @@ def test_what_cannot_be_loaded_is_one_sentence(server: Server, url: str, sentenc
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         names = {"closed": str(closed.getsockname()[1]), "server": server.url}
-        ended = run(url.format(**names))
+        ended = run_bench(url.format(**names))
     assert ended.returncode == 2
     assert ended.stderr.startswith("fovea: ")
     assert sentence.format(**names) in ended.stderr

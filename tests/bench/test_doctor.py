@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fovea.bench.doctor import Findings, diagnose_bottleneck
-from tests.graphs import build, publish
+from tests.graphs import add_to_repository, build_model
 from tests.servers import ROOT
 
 pytestmark = pytest.mark.long
@@ -25,9 +25,9 @@ GOOD = Findings(
 THREADS = {"threads": {"cpus": 2.0, "runners": 2}}
 
 
-def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
-    environment = {**inherited, "COLUMNS": "200", **settings}
+def run_doctor(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    base_environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment = {**base_environment, "COLUMNS": "200", **settings}
     return subprocess.run(
         [sys.executable, "-m", "fovea", "doctor", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
@@ -35,7 +35,7 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_loads_a_service_of_its_own_and_says_what_it_found(small_zoo: Path) -> None:
-    ended = run("--seconds", "1", "--json", FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1")
+    ended = run_doctor("--seconds", "1", "--json", FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1")
     assert ended.returncode == 0, ended.stderr
     said = json.loads(ended.stdout)
     load = said["load"]
@@ -52,8 +52,8 @@ def test_it_loads_a_service_of_its_own_and_says_what_it_found(small_zoo: Path) -
 
 def test_for_people_it_is_a_table(tmp_path: Path) -> None:
     for name in ("first", "second"):  # there is no default model
-        publish(build(), tmp_path, name)
-    ended = run("--seconds", "1", FOVEA_MODELS=str(tmp_path))
+        add_to_repository(build_model(), tmp_path, name)
+    ended = run_doctor("--seconds", "1", FOVEA_MODELS=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     for line in (
         "versions",
@@ -70,7 +70,7 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
 
 
 def test_a_service_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
-    ended = run(FOVEA_MODELS=str(tmp_path))
+    ended = run_doctor(FOVEA_MODELS=str(tmp_path))
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"fovea: {tmp_path} has no <name>/<version>/model.onnx\n"
 

@@ -24,7 +24,7 @@ from fovea.bench.explanations import (
     find_mistake,
     plan_rounds,
 )
-from tests.pictures import encode
+from tests.pictures import encode_image
 
 GREEN = (10, 200, 30)
 RED = (200, 10, 30)
@@ -33,8 +33,8 @@ OCCLUSION = replace(QUESTION, kind=QuestionKind.OCCLUSION, samples=32)
 LATE = replace(QUESTION, deadline=0.5)
 
 
-def result(colour: Colour = GREEN, size: tuple[int, int] = (40, 30), **other: Any) -> dict[str, Any]:
-    png = base64.b64encode(encode(Image.new("RGB", (32, 32), colour), "PNG")).decode()
+def make_result(colour: Colour = GREEN, size: tuple[int, int] = (40, 30), **other: Any) -> dict[str, Any]:
+    png = base64.b64encode(encode_image(Image.new("RGB", (32, 32), colour), "PNG")).decode()
     return {
         "label": "ship",
         "method": "cam",
@@ -45,24 +45,33 @@ def result(colour: Colour = GREEN, size: tuple[int, int] = (40, 30), **other: An
     }
 
 
-def answer(content: Any, status: int = 200) -> Response:
+def make_answer(content: Any, status: int = 200) -> Response:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return Response(status, b"HTTP/1.1 200 OK\r\n\r\n", body)
 
 
-def lines(*content: Any) -> bytes:
+def join_lines(*content: Any) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in content)
 
 
 @pytest.mark.parametrize(
     ("question", "given"),
     [
-        (QUESTION, answer(result())),
-        (OCCLUSION, answer(result(method="occlusion", samples=32))),
-        (replace(QUESTION, response_format="png"), answer(encode(Image.new("RGB", (40, 30)), "PNG"))),
-        (replace(QUESTION, response_format="lines"), answer(lines(result(), {"result": result()}))),
-        (replace(LATE, response_format="lines"), answer(lines({"error": {"code": "deadline_exceeded"}}))),
-        (LATE, answer({}, 504)),
+        (QUESTION, make_answer(make_result())),
+        (OCCLUSION, make_answer(make_result(method="occlusion", samples=32))),
+        (
+            replace(QUESTION, response_format="png"),
+            make_answer(encode_image(Image.new("RGB", (40, 30)), "PNG")),
+        ),
+        (
+            replace(QUESTION, response_format="lines"),
+            make_answer(join_lines(make_result(), {"result": make_result()})),
+        ),
+        (
+            replace(LATE, response_format="lines"),
+            make_answer(join_lines({"error": {"code": "deadline_exceeded"}})),
+        ),
+        (LATE, make_answer({}, 504)),
     ],
 )
 def test_a_right_answer_is_right(question: Question, given: Response) -> None:
@@ -72,34 +81,38 @@ def test_a_right_answer_is_right(question: Question, given: Response) -> None:
 @pytest.mark.parametrize(
     ("question", "given", "what"),
     [
-        (QUESTION, answer(result(RED)), "the model saw [(200, 10, 30)]"),
-        (QUESTION, answer(result(size=(30, 40))), "an image of (30, 40), not (40, 30)"),
-        (QUESTION, answer(result(label="frog")), "label 'frog', not 'ship'"),
-        (QUESTION, answer(result(method="occlusion", samples=16)), "method occlusion"),
-        (OCCLUSION, answer(result(method="occlusion", samples=16)), "16 samples, not 32"),
-        (QUESTION, answer({"model": {}}), "cannot be read"),
-        (QUESTION, answer(b""), "cannot be read"),
-        (replace(QUESTION, response_format="png"), answer(b""), "cannot be read"),
+        (QUESTION, make_answer(make_result(RED)), "the model saw [(200, 10, 30)]"),
+        (QUESTION, make_answer(make_result(size=(30, 40))), "an image of (30, 40), not (40, 30)"),
+        (QUESTION, make_answer(make_result(label="frog")), "label 'frog', not 'ship'"),
+        (QUESTION, make_answer(make_result(method="occlusion", samples=16)), "method occlusion"),
+        (OCCLUSION, make_answer(make_result(method="occlusion", samples=16)), "16 samples, not 32"),
+        (QUESTION, make_answer({"model": {}}), "cannot be read"),
+        (QUESTION, make_answer(b""), "cannot be read"),
+        (replace(QUESTION, response_format="png"), make_answer(b""), "cannot be read"),
         (
             replace(QUESTION, response_format="png"),
-            answer(encode(Image.new("RGB", (41, 30)), "PNG")),
+            make_answer(encode_image(Image.new("RGB", (41, 30)), "PNG")),
             "a painted picture of (41, 30)",
         ),
         (
             replace(QUESTION, response_format="lines"),
-            answer(lines(result(RED), {"result": result()})),
+            make_answer(join_lines(make_result(RED), {"result": make_result()})),
             "saw [(200",
         ),
         (
             replace(QUESTION, response_format="lines"),
-            answer(lines(result(), {"result": result(RED)})),
+            make_answer(join_lines(make_result(), {"result": make_result(RED)})),
             "saw [(200",
         ),
-        (replace(QUESTION, response_format="lines"), answer(lines(result())), "the last line is"),
-        (QUESTION, answer({"error": {"code": "bad_image"}}, 422), "422"),
-        (QUESTION, answer({}, 500), "500"),
-        (QUESTION, answer({}, 504), "504 without a deadline"),
-        (replace(LATE, deadline=1.5), answer({}, 504), "504 0.500 s early"),
+        (
+            replace(QUESTION, response_format="lines"),
+            make_answer(join_lines(make_result())),
+            "the last line is",
+        ),
+        (QUESTION, make_answer({"error": {"code": "bad_image"}}, 422), "422"),
+        (QUESTION, make_answer({}, 500), "500"),
+        (QUESTION, make_answer({}, 504), "504 without a deadline"),
+        (replace(LATE, deadline=1.5), make_answer({}, 504), "504 0.500 s early"),
     ],
 )
 def test_a_wrong_answer_is_found(question: Question, given: Response, what: str) -> None:
@@ -113,7 +126,7 @@ def test_maps_of_another_picture_are_found(difference: float, shape: tuple[int, 
     content = BytesIO()
     np.save(content, np.full(shape, difference, np.float32))
     said = find_mistake(
-        replace(QUESTION, kind=QuestionKind.MAPS), answer(content.getvalue()), 1.0, {GREEN: wanted}
+        replace(QUESTION, kind=QuestionKind.MAPS), make_answer(content.getvalue()), 1.0, {GREEN: wanted}
     )
     assert what in said
     assert bool(said) is bool(what)

@@ -21,7 +21,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"
 
 
-class Listening:
+class LoadServer:
     """A server on a loop of its own."""
 
     def __init__(self, answer: Answer) -> None:
@@ -29,15 +29,15 @@ class Listening:
         self.url = ""
         self.bodies: list[bytes] = []
         self.connections = 0
-        self.most_connections = 0
+        self.max_connections = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        self.most_connections = max(self.connections, self.most_connections)
+        self.max_connections = max(self.connections, self.max_connections)
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(_length(head))
+                body = await reader.readexactly(_content_length(head))
                 self.bodies.append(body)
                 answer = await self._answer(body)
                 writer.write(answer)
@@ -47,23 +47,23 @@ class Listening:
             pass
         finally:
             self.connections -= 1
-            await _close(writer)
+            await _close_writer(writer)
 
 
-def _length(head: bytes) -> int:
+def _content_length(head: bytes) -> int:
     return int(head.lower().split(b"content-length: ")[1].split()[0])
 
 
-async def _close(writer: asyncio.StreamWriter) -> None:
+async def _close_writer(writer: asyncio.StreamWriter) -> None:
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()
 
 
 @contextmanager
-def listening(answer: Answer) -> Iterator[Listening]:
+def run_server(answer: Answer) -> Iterator[LoadServer]:
     """Serve until the end of the `with`."""
-    server = Listening(answer)
+    server = LoadServer(answer)
     loop = asyncio.new_event_loop()
     listener = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0))
     server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/classify?top_k=1"
@@ -72,13 +72,13 @@ def listening(answer: Answer) -> Iterator[Listening]:
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(_end(listener), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_stop_listener(listener), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
 
 
-async def _end(listener: asyncio.Server) -> None:
+async def _stop_listener(listener: asyncio.Server) -> None:
     listener.close()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
@@ -86,12 +86,12 @@ async def _end(listener: asyncio.Server) -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-async def at_once(_body: bytes) -> bytes:
+async def reply_at_once(_body: bytes) -> bytes:
     return OK
 
 
 def test_the_rate_is_the_one_that_was_asked_for() -> None:
-    with listening(at_once) as server:
+    with run_server(reply_at_once) as server:
         result = run_open_loop(server.url, [b"a", b"bb"], rate=500, seconds=1)
     assert abs(len(result.planned_times) - 500) < 5 * math.sqrt(500)  # five deviations of a Poisson count
     assert (np.diff(result.planned_times) >= 0).all()
@@ -102,13 +102,13 @@ def test_the_rate_is_the_one_that_was_asked_for() -> None:
 
 
 def test_bodies_are_sent_in_turn() -> None:
-    with listening(at_once) as server:
+    with run_server(reply_at_once) as server:
         result = run_open_loop(server.url, [b"a", b"bb", b"ccc"], rate=300, seconds=0.5, connections=1)
     assert server.bodies == [[b"a", b"bb", b"ccc"][turn % 3] for turn in range(len(result.planned_times))]
 
 
 def test_the_same_seed_plans_the_same() -> None:
-    with listening(at_once) as server:
+    with run_server(reply_at_once) as server:
         first, again, other = (
             run_open_loop(server.url, [b""], rate=100, seconds=0.2, seed=seed).planned_times.tolist()
             for seed in (1, 1, 2)
@@ -122,7 +122,7 @@ def test_statuses_are_counted_and_retry_after_is_read() -> None:
     async def every_third(_body: bytes) -> bytes:
         return BUSY if next(turns) % 3 == 0 else OK
 
-    with listening(every_third) as server:
+    with run_server(every_third) as server:
         result = run_open_loop(server.url, [b"x"], rate=300, seconds=0.5)
     count = len(result.planned_times)
     assert result.statuses == {200: count - math.ceil(count / 3), 503: math.ceil(count / 3)}
@@ -144,7 +144,7 @@ def test_a_stall_is_paid_for_by_all_who_would_have_come(connections: int) -> Non
                 await asyncio.sleep(stall)
         return OK
 
-    with listening(once) as server:
+    with run_server(once) as server:
         result = run_open_loop(server.url, [b"x"], rate=rate, seconds=1.5, connections=connections)
     assert result.statuses == {200: len(result.planned_times)}
     slow = int((result.latency > stall / 5).sum())
@@ -158,9 +158,9 @@ def test_no_more_connections_than_allowed() -> None:
         await asyncio.sleep(0.05)
         return OK
 
-    with listening(slowly) as server:
+    with run_server(slowly) as server:
         result = run_open_loop(server.url, [b"x"], rate=400, seconds=0.5, connections=5)
-    assert server.most_connections == 5
+    assert server.max_connections == 5
     assert result.statuses == {200: len(result.planned_times)}
     assert result.answer_rate(max_latency=0.2) < result.answer_rate(max_latency=10) <= 5 / 0.05
 
@@ -170,7 +170,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_patience() 
         await asyncio.Event().wait()
         return OK
 
-    with listening(never) as server:
+    with run_server(never) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2, grace_seconds=0.2)
     assert result.errors == {"no answer": len(result.planned_times)}
     assert np.isnan(result.latency).all()
@@ -180,7 +180,7 @@ def test_a_server_that_hangs_up_is_an_error_each_time() -> None:
     async def nothing(_body: bytes) -> bytes:
         return b""
 
-    with listening(nothing) as server:
+    with run_server(nothing) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.3)
     assert sum(result.errors.values()) == len(result.planned_times)
     assert result.statuses == {}
@@ -190,7 +190,7 @@ def test_a_connection_that_the_server_closes_is_replaced() -> None:
     async def and_close(_body: bytes) -> bytes:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
-    with listening(and_close) as server:
+    with run_server(and_close) as server:
         result = run_open_loop(server.url, [b"x"], rate=200, seconds=0.3, connections=3)
     assert result.statuses == {200: len(result.planned_times)}
 
@@ -200,7 +200,7 @@ def test_what_is_not_http_is_an_error(answer: bytes) -> None:
     async def something(_body: bytes) -> bytes:
         return answer
 
-    with listening(something) as server:
+    with run_server(something) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2)
     assert result.errors == {"not an answer that can be read": len(result.planned_times)}
 
@@ -214,7 +214,7 @@ def test_nobody_listens() -> None:
 
 def test_large_bodies_arrive_whole() -> None:
     body = bytes(range(256)) * 20_000
-    with listening(at_once) as server:
+    with run_server(reply_at_once) as server:
         result = run_open_loop(server.url, [body], rate=20, seconds=0.5)
     assert result.statuses == {200: len(result.planned_times)}
     assert set(server.bodies) == {body}
@@ -223,21 +223,21 @@ def test_large_bodies_arrive_whole() -> None:
 def test_an_answer_before_the_body_was_read_counts() -> None:
     """A server may refuse by the head alone; the client goes on sending what the server still reads."""
 
-    class Early(Listening):
+    class Early(LoadServer):
         async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while True:
                     head = await reader.readuntil(b"\r\n\r\n")
                     writer.write(BUSY)
-                    await reader.readexactly(_length(head))
+                    await reader.readexactly(_content_length(head))
             except (asyncio.IncompleteReadError, ConnectionError):
                 pass
             finally:
-                await _close(writer)
+                await _close_writer(writer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Listening, "serve", Early.serve)
-        with listening(at_once) as server:
+        patch.setattr(LoadServer, "serve", Early.serve)
+        with run_server(reply_at_once) as server:
             result = run_open_loop(server.url, [b"x" * 8_000_000], rate=20, seconds=0.3, connections=50)
     assert (set(result.statuses), result.errors) == ({503}, {})
 
@@ -261,9 +261,9 @@ def test_callers_ask_again_when_they_have_an_answer() -> None:
         await asyncio.sleep(0.05)
         return OK
 
-    with listening(slowly) as server:
+    with run_server(slowly) as server:
         result = run_closed_loop(server.url, [b"a", b"bb"], callers=3, seconds=0.5)
-    assert server.most_connections == 3
+    assert server.max_connections == 3
     assert result.statuses == {200: len(result.planned_times)}
     assert 3 < len(result.planned_times) <= 3 * (0.5 / 0.05 + 1)
     assert {body: server.bodies.count(body) for body in (b"a", b"bb")} == {
@@ -279,7 +279,7 @@ def test_callers_come_back_when_they_are_sent_away() -> None:
     async def rudely(_body: bytes) -> bytes:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if next(turns) % 2 else b""
 
-    with listening(rudely) as server:
+    with run_server(rudely) as server:
         result = run_closed_loop(server.url, [b"x"], callers=2, seconds=0.3)
     assert result.statuses[200] > 5
     assert result.errors == {"closed by the server": len(result.planned_times) - result.statuses[200]}
@@ -293,6 +293,6 @@ def test_a_stall_is_paid_for_by_one_caller() -> None:
         await asyncio.sleep(0.5 if next(turns) == 20 else 0)
         return OK
 
-    with listening(once) as server:
+    with run_server(once) as server:
         result = run_closed_loop(server.url, [b"x"], callers=1, seconds=1)
     assert int((result.latency > 0.45).sum()) == 1

@@ -23,10 +23,10 @@ from fovea.bench.crowd import (
 )
 from fovea.bench.processes import find_process_tree, measure_cpu_seconds, wait_until_idle
 from fovea.bench.soak import IdleSample, SoakResult
-from tests.pictures import encode, jpeg
+from tests.pictures import encode_image, make_jpeg
 from tests.servers import Server
 
-IMAGES = [jpeg(40, 30, seed) for seed in range(20)]
+IMAGES = [make_jpeg(40, 30, seed) for seed in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def impatient(small_zoo: Path) -> Iterator[Server]:
         yield running
 
 
-def left_early(kind: RequestKind) -> RequestKind:
+def slow_if_leaving(kind: RequestKind) -> RequestKind:
     """Who leaves has asked for what takes long: a quick answer may come before a busy server sees them go."""
     if kind.behaviour is not ClientBehaviour.LEAVES:
         return kind
-    return replace(kind, requests=[build_request(encode(Image.new("RGB", (3000, 3000)), "PNG"))])
+    return replace(kind, requests=[build_request(encode_image(Image.new("RGB", (3000, 3000)), "PNG"))])
 
 
 @pytest.mark.parametrize("connections", [1, 16])
 def test_every_request_is_answered_and_counted_by_its_reason(impatient: Server, connections: int) -> None:
-    load = [left_early(kind) for kind in kinds.make_mixed_kinds(IMAGES)]
+    load = [slow_if_leaving(kind) for kind in kinds.make_mixed_kinds(IMAGES)]
     planned = [*schedule_requests(load, 400, seed=connections), *load]
     earlier = CounterSnapshot.scrape(impatient.url)
     outcome = send_requests(impatient.url, planned, connections=connections)

@@ -11,15 +11,15 @@ from fovea.bench.oip import make_bare_runner, open_inference_client
 from fovea.export.importer.inspect import ImportRequest
 from fovea.export.importer.pipeline import import_model
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
-from tests.export.classifiers import classifier
-from tests.export.imports import names
+from tests.export.classifiers import build_classifier
+from tests.export.imports import make_labels
 from tests.servers import Server
 
 
 def test_the_service_and_the_bare_runtime_say_the_same(tmp_path: Path) -> None:
     plain, labels = tmp_path / "plain.onnx", tmp_path / "labels.txt"
-    plain.write_bytes(classifier().SerializeToString())
-    labels.write_text("\n".join(names(5)))
+    plain.write_bytes(build_classifier().SerializeToString())
+    labels.write_text("\n".join(make_labels(5)))
     import_model(
         ImportRequest(plain, labels, "network", tmp_path / "zoo", PreprocessingOptions(preset=IMAGENET))
     )

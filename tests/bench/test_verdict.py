@@ -38,7 +38,7 @@ UNLOADED = Fault("second", "unloaded", 100.5, 103.0)
 BEFORE = Fault("worker", "killed", 90.0, 92.0)
 
 
-def failed(status: int, **other: Any) -> ClientRequest:
+def make_failure(status: int, **other: Any) -> ClientRequest:
     return replace(GOOD, status=status, answer_count=0, codes=("code",), **other)
 
 
@@ -54,19 +54,19 @@ def failed(status: int, **other: Any) -> ClientRequest:
         (replace(LOST, idle_seconds=9.0), [BEFORE]),
         (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + 8.0, limit=10.0), [STOPPED]),
         (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + RESTART_SECONDS), [RUNNER]),
-        (failed(413, allowed=frozenset({200, 413})), []),
-        (failed(504, deadline=0.9), []),
-        (failed(503), [RUNNER]),
+        (make_failure(413, allowed=frozenset({200, 413})), []),
+        (make_failure(504, deadline=0.9), []),
+        (make_failure(503), [RUNNER]),
         (
-            failed(503),
+            make_failure(503),
             [replace(RUNNER, began_at=100.5 - RECOVERY_SECONDS, ended_at=102.5 - RECOVERY_SECONDS)],
         ),
-        (failed(503, explains=True), []),
-        (failed(404, model="second"), [UNLOADED]),
-        (failed(500, explains=True), [EXPLAINER]),
-        (failed(500), [RUNNER, AGAIN]),
-        (failed(500), [KILLED]),
-        (failed(408), [STOPPED]),
+        (make_failure(503, explains=True), []),
+        (make_failure(404, model="second"), [UNLOADED]),
+        (make_failure(500, explains=True), [EXPLAINER]),
+        (make_failure(500), [RUNNER, AGAIN]),
+        (make_failure(500), [KILLED]),
+        (make_failure(408), [STOPPED]),
         (replace(GOOD, codes=("internal",)), [RUNNER, AGAIN]),
         (replace(GOOD, codes=("deadline_exceeded",), deadline=0.5, is_explanation=True), []),
     ],
@@ -86,18 +86,18 @@ def test_what_may_be_is_no_complaint(request_: ClientRequest, faults: list[Fault
         (replace(GOOD, ended_at=113.5), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "late: 200"),
         (replace(GOOD, ended_at=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
         (replace(GOOD, ended_at=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
-        (failed(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
-        (failed(504), [], "failed: 504"),
-        (failed(504, deadline=1.5), [], "wrong: 504 0.500 s before the deadline"),
-        (failed(503), [], "refused: 503"),
-        (failed(503), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "refused: 503"),
-        (failed(404), [UNLOADED], "failed: 404"),
-        (failed(404, model="second"), [], "failed: 404"),
-        (failed(500), [RUNNER], "failed: 500"),
-        (failed(500), [EXPLAINER], "failed: 500"),
-        (failed(500, explains=True), [RUNNER, AGAIN], "failed: 500"),
-        (failed(408), [RUNNER], "failed: 408"),
-        (failed(422), [KILLED], "failed: 422"),
+        (make_failure(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
+        (make_failure(504), [], "failed: 504"),
+        (make_failure(504, deadline=1.5), [], "wrong: 504 0.500 s before the deadline"),
+        (make_failure(503), [], "refused: 503"),
+        (make_failure(503), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "refused: 503"),
+        (make_failure(404), [UNLOADED], "failed: 404"),
+        (make_failure(404, model="second"), [], "failed: 404"),
+        (make_failure(500), [RUNNER], "failed: 500"),
+        (make_failure(500), [EXPLAINER], "failed: 500"),
+        (make_failure(500, explains=True), [RUNNER, AGAIN], "failed: 500"),
+        (make_failure(408), [RUNNER], "failed: 408"),
+        (make_failure(422), [KILLED], "failed: 422"),
         (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 with errors inside"),
         (replace(GOOD, allowed_statuses=frozenset({422})), [], "failed: 200"),
     ],
@@ -148,72 +148,73 @@ def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> No
 # --- what the service counted --------------------------------------------------------------------
 
 
-def recorded() -> RequestLog:
+def make_record() -> RequestLog:
     """Ten right answers, one that is late, one leaver, and one explanation."""
     record = RequestLog()
     for _ in range(10):
         record.add(GOOD)
-    record.add(failed(504, deadline=0.5))
+    record.add(make_failure(504, deadline=0.5))
     record.add(replace(LOST, has_left=True, failure_reason=""))
     record.add(replace(GOOD, route="/v1/explain", is_explanation=True))
     return record
 
 
-def counted(
+def make_counts(
     requests: Mapping[tuple[str, int], int] | None = None,
     errors: Mapping[str, int] | None = None,
     images: int = 10,
     explanations: int = 1,
 ) -> ServiceCounts:
-    right = {(ROUTE, 200): 10, (ROUTE, 504): 1, (ROUTE, 0): 1, ("/v1/explain", 200): 1}
-    return ServiceCounts({**right, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
+    expected_requests = {(ROUTE, 200): 10, (ROUTE, 504): 1, (ROUTE, 0): 1, ("/v1/explain", 200): 1}
+    return ServiceCounts({**expected_requests, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
                    explanations)  # fmt: skip
 
 
 def test_equal_counts_are_equal() -> None:
-    assert find_miscounts(recorded(), counted()) == []
+    assert find_miscounts(make_record(), make_counts()) == []
 
 
 def test_who_left_may_have_been_answered() -> None:
     assert (
-        find_miscounts(recorded(), counted({(ROUTE, 200): 11, (ROUTE, 0): 0}, {"client_left": 0}, 11)) == []
+        find_miscounts(make_record(), make_counts({(ROUTE, 200): 11, (ROUTE, 0): 0}, {"client_left": 0}, 11))
+        == []
     )
 
 
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        (counted({(ROUTE, 200): 9}, images=10), "/v1/classify: requests: 11 counted"),
-        (counted({(ROUTE, 200): 11}), "/v1/classify: requests: 13 counted"),
-        (counted({(ROUTE, 200): 9, (ROUTE, 504): 2}), "status 200: 9 counted"),
-        (counted({(ROUTE, 504): 0, (ROUTE, 0): 2}), "status 504: 0 counted"),
-        (counted({(ROUTE, 500): 2}), "status 500: 2 counted"),
-        (counted(errors={"code": 0}), "errors code: 0 counted"),
-        (counted(errors={"internal": 2}), "errors internal: 2 counted"),
-        (counted(images=9), "images: 9 counted"),
-        (counted(images=13), "images: 13 counted"),
-        (counted(explanations=0), "explanations: 0 counted"),
-        (counted(explanations=2), "explanations: 2 counted"),
+        (make_counts({(ROUTE, 200): 9}, images=10), "/v1/classify: requests: 11 counted"),
+        (make_counts({(ROUTE, 200): 11}), "/v1/classify: requests: 13 counted"),
+        (make_counts({(ROUTE, 200): 9, (ROUTE, 504): 2}), "status 200: 9 counted"),
+        (make_counts({(ROUTE, 504): 0, (ROUTE, 0): 2}), "status 504: 0 counted"),
+        (make_counts({(ROUTE, 500): 2}), "status 500: 2 counted"),
+        (make_counts(errors={"code": 0}), "errors code: 0 counted"),
+        (make_counts(errors={"internal": 2}), "errors internal: 2 counted"),
+        (make_counts(images=9), "images: 9 counted"),
+        (make_counts(images=13), "images: 13 counted"),
+        (make_counts(explanations=0), "explanations: 0 counted"),
+        (make_counts(explanations=2), "explanations: 2 counted"),
     ],
 )
 def test_a_difference_is_found(given: ServiceCounts, what: str) -> None:
-    assert any(what in said for said in find_miscounts(recorded(), given))
+    assert any(what in said for said in find_miscounts(make_record(), given))
 
 
 def test_what_was_in_a_killed_worker_may_be_missing() -> None:
-    record = recorded()
+    record = make_record()
     record.add(LOST)
     record.add(replace(LOST, has_left=True))
-    fewer = counted({(ROUTE, 0): 0}, {"client_left": 0})
+    fewer = make_counts({(ROUTE, 0): 0}, {"client_left": 0})
     assert len(find_miscounts(record, fewer)) == 1  # of two leavers nothing is known yet
     record.count_doubtful(FaultLog([KILLED]))
     assert find_miscounts(record, fewer) == []
 
 
 def test_strays_may_have_met_errors() -> None:
-    given = counted(errors={"client_left": 3})
-    assert len(find_miscounts(recorded(), given)) == 1
-    assert find_miscounts(recorded(), given, stray_count=2) == []
+    given = make_counts(errors={"client_left": 3})
+    assert len(find_miscounts(make_record(), given)) == 1
+    assert find_miscounts(make_record(), given, stray_count=2) == []
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ MB = 1_000_000
 REST = IdleState(300 * MB, 100 * MB, 30)
 
 
-def curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float, int]]:
+def make_memory_curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float, int]]:
     """A sample a second: saw teeth, as processes come and go, on a line that rises."""
     return [
         (1000.0 + second, round(300 * MB * (1 + rise * second / seconds)) + noise * MB * (second % 37) // 37)
@@ -232,25 +233,27 @@ def curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float,
 
 @pytest.mark.parametrize("rise", [0.0, 0.02, -0.3])
 def test_a_flat_memory_is_flat(rise: float) -> None:
-    assert find_leaks(REST, REST, curve(rise)) == []
+    assert find_leaks(REST, REST, make_memory_curve(rise)) == []
 
 
 def test_a_memory_that_rises_is_found() -> None:
-    assert fit_trend(curve(0.2, noise=0)).rise == pytest.approx(0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02)
-    (said,) = find_leaks(REST, REST, curve(0.2))
+    assert fit_trend(make_memory_curve(0.2, noise=0)).rise == pytest.approx(
+        0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02
+    )
+    (said,) = find_leaks(REST, REST, make_memory_curve(0.2))
     assert said.startswith("memory: the trend rises by +1")
-    (said,) = find_leaks(REST, REST, curve(0.0), curve(0.2, noise=0))
+    (said,) = find_leaks(REST, REST, make_memory_curve(0.0), make_memory_curve(0.2, noise=0))
     assert said.startswith("memory of the first process: the trend rises by +1")
 
 
 def test_a_short_time_has_no_trend() -> None:
-    assert find_leaks(REST, REST, curve(0.5, seconds=200)) == []
+    assert find_leaks(REST, REST, make_memory_curve(0.5, seconds=200)) == []
     assert find_leaks(REST, REST, []) == []
 
 
 def test_memory_at_rest_says_nothing_before_the_service_is_warm() -> None:
     grown = replace(REST, resident_bytes=900 * MB, open_files=40)
-    (said,) = find_leaks(REST, grown, curve(0.0, seconds=30))
+    (said,) = find_leaks(REST, grown, make_memory_curve(0.0, seconds=30))
     assert said.startswith("open files at rest")
 
 
@@ -263,5 +266,5 @@ def test_memory_at_rest_says_nothing_before_the_service_is_warm() -> None:
     ],
 )
 def test_what_has_grown_at_rest_is_found(after: IdleState, what: str) -> None:
-    (said,) = find_leaks(REST, after, curve(0.0))
+    (said,) = find_leaks(REST, after, make_memory_curve(0.0))
     assert said.startswith(what)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fovea.bench import workloads
 from fovea.bench.workloads import WORKLOADS
-from tests.pictures import jpeg
+from tests.pictures import make_jpeg
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_test_data_that_are_there_come_first(
 ) -> None:
     assert WORKLOADS["photographs"].is_drawn
     (tmp_path / "data").mkdir()
-    content = jpeg(80, 60)
+    content = make_jpeg(80, 60)
     with tarfile.open(tmp_path / "data" / "photos.tar", "w") as archive:
         entry = tarfile.TarInfo("photos/one.JPEG")
         entry.size = len(content)

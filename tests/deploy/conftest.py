@@ -9,7 +9,7 @@ from fovea.service.observability.metrics import Metrics
 
 needs_promtool = pytest.mark.needs("promtool")
 
-OF_THE_SYSTEM = {
+EXTERNAL_METRICS = {
     "up",  # Prometheus's own
     "process_cpu_seconds_total",
     "process_resident_memory_bytes",
@@ -21,10 +21,10 @@ OF_THE_SYSTEM = {
 """Metrics that are not of `Metrics`; those of a container are there where it has such limits."""
 
 
-def metric_names() -> set[str]:
+def list_metric_names() -> set[str]:
     """Every series that `/metrics` can have."""
     registry = CollectorRegistry()
     Metrics(registry)
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
     names = {metric.name + end for metric in registry.collect() for end in suffixes.get(metric.type, ("",))}
-    return names | OF_THE_SYSTEM
+    return names | EXTERNAL_METRICS

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.deploy.conftest import metric_names, needs_promtool
+from tests.deploy.conftest import list_metric_names, needs_promtool
 
 RULES = ROOT / "deploy" / "alerts.yml"
 PARSED = yaml.safe_load(RULES.read_text())
@@ -29,71 +29,96 @@ ALL = f'fovea_request_seconds_count{{{HERE}, route="/v1/classify", model="pets"}
 PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", model="", status="503"}}'
 
 
-def one(name: str, **labels: str) -> str:
+def format_series(name: str, **labels: str) -> str:
     return f"{name}{{{', '.join([HERE, *(f'{key}={value!r}' for key, value in labels.items())])}}}"
 
 
-def rising(*parts: tuple[int, float]) -> str:
+def rising_counter(*parts: tuple[int, float]) -> str:
     """A counter that has risen by so much a minute for so many minutes, part after part."""
-    value, written = 0.0, ["0"]
+    value, terms = 0.0, ["0"]
     for minutes, step in parts:
-        written.append(f"{value + step:g}+{step:g}x{minutes - 1}")
+        terms.append(f"{value + step:g}+{step:g}x{minutes - 1}")
         value += step * minutes
-    return " ".join(written)
+    return " ".join(terms)
 
 
 AVAILABILITY = ["FoveaAvailabilityBurnsFast", "FoveaAvailabilityBurnsSlowly"]
 LATENCY = ["FoveaLatencyBurnsFast", "FoveaLatencyBurnsSlowly"]
 
 UP = 'up{job="fovea", instance="fovea:8000"}'
-IN_FLIGHT, LIMIT = one("fovea_images_in_flight"), one("fovea_images_limit")
-INTERNAL, BAD_IMAGE = (one("fovea_errors_total", reason=reason) for reason in ("internal", "bad_image"))
-RUNNERS, EXPECTED = one("fovea_runners"), one("fovea_runners_expected")
-WAITING = one("fovea_versions_refused", model="pets")
-FALLBACK = one("fovea_provider_fallback", model="pets")
-GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
-DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
-KILLED, HUNG = (one("fovea_worker_deaths_total", reason=reason) for reason in ("signal", "hung"))
-WORKERS, EXPECTED_WORKERS = one("fovea_workers"), one("fovea_workers_expected")
+IN_FLIGHT, LIMIT = format_series("fovea_images_in_flight"), format_series("fovea_images_limit")
+INTERNAL, BAD_IMAGE = (
+    format_series("fovea_errors_total", reason=reason) for reason in ("internal", "bad_image")
+)
+RUNNERS, EXPECTED = format_series("fovea_runners"), format_series("fovea_runners_expected")
+WAITING = format_series("fovea_versions_refused", model="pets")
+FALLBACK = format_series("fovea_provider_fallback", model="pets")
+GOLDEN, OTHER = (
+    format_series("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other")
+)
+DEATHS, STARTED = format_series("fovea_runner_deaths_total"), format_series("process_start_time_seconds")
+KILLED, HUNG = (format_series("fovea_worker_deaths_total", reason=reason) for reason in ("signal", "hung"))
+WORKERS, EXPECTED_WORKERS = format_series("fovea_workers"), format_series("fovea_workers_expected")
 CHANGED = {
-    result: one("fovea_model_changes_total", model="pets", result=result) for result in ("refused", "loaded")
+    result: format_series("fovea_model_changes_total", model="pets", result=result)
+    for result in ("refused", "loaded")
 }
-PSI, CHANCE = (one(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
+PSI, CHANCE = (format_series(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
 
-BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
-OVER = {OK: rising((420, 1000)), FAILED: rising((320, 0), (60, 50), (40, 0))}
-BAD_MINUTES = {OK: rising((4320, 1000)), FAILED: rising((4300, 0), (20, 50))}
-SLOW_HOUR = {ALL: rising((420, 1000)), QUICK: rising((360, 1000), (60, 700))}
+BAD_HOUR = {OK: rising_counter((420, 1000)), FAILED: rising_counter((360, 0), (60, 50))}
+OVER = {OK: rising_counter((420, 1000)), FAILED: rising_counter((320, 0), (60, 50), (40, 0))}
+BAD_MINUTES = {OK: rising_counter((4320, 1000)), FAILED: rising_counter((4300, 0), (20, 50))}
+SLOW_HOUR = {ALL: rising_counter((420, 1000)), QUICK: rising_counter((360, 1000), (60, 700))}
 
 EXPLAINED = OK.replace("classify", "explain").replace("200", "503")
 EXPLAINED_SECONDS = ALL.replace("classify", "explain")
-BAD_EXPLANATIONS = {EXPLAINED: rising((420, 1000)), EXPLAINED_SECONDS: rising((420, 1000))}
+BAD_EXPLANATIONS = {EXPLAINED: rising_counter((420, 1000)), EXPLAINED_SECONDS: rising_counter((420, 1000))}
 
 CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a bad hour", BAD_HOUR, "420m", AVAILABILITY),
     ("a bad hour, over for 40 minutes", OVER, "420m", AVAILABILITY[1:]),
     (
         "two in a thousand fail for three days",
-        {OK: rising((4320, 998)), FAILED: rising((4320, 2))},
+        {OK: rising_counter((4320, 998)), FAILED: rising_counter((4320, 2))},
         "4320m",
         AVAILABILITY[1:],
     ),
-    ("one in two thousand fails", {OK: rising((4320, 1999)), FAILED: rising((4320, 1))}, "4320m", []),
+    (
+        "one in two thousand fails",
+        {OK: rising_counter((4320, 1999)), FAILED: rising_counter((4320, 1))},
+        "4320m",
+        [],
+    ),
     (
         "one of three bad minutes",
-        {OK: rising((420, 1000)), FAILED: rising((400, 0), (1, 10), (19, 0))},
+        {OK: rising_counter((420, 1000)), FAILED: rising_counter((400, 0), (1, 10), (19, 0))},
         "420m",
         [],
     ),
     ("twenty bad minutes, which the long windows do not feel", BAD_MINUTES, "4320m", AVAILABILITY[:1]),
-    ("a bad hour in which many leave", {**BAD_HOUR, LEFT: rising((420, 10_000))}, "420m", AVAILABILITY),
-    ("bad input", {OK: rising((120, 10)), REFUSED: rising((120, 1000))}, "120m", []),
-    ("clients leave", {OK: rising((120, 10)), LEFT: rising((120, 1000))}, "120m", []),
-    ("probes during a start", {OK: rising((120, 10)), PROBED: rising((120, 1000))}, "120m", []),
-    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: rising((420, 1000))}, "420m", []),
-    ("nobody asks", {OK: rising((120, 0)), FAILED: rising((120, 0))}, "120m", []),
+    (
+        "a bad hour in which many leave",
+        {**BAD_HOUR, LEFT: rising_counter((420, 10_000))},
+        "420m",
+        AVAILABILITY,
+    ),
+    ("bad input", {OK: rising_counter((120, 10)), REFUSED: rising_counter((120, 1000))}, "120m", []),
+    ("clients leave", {OK: rising_counter((120, 10)), LEFT: rising_counter((120, 1000))}, "120m", []),
+    (
+        "probes during a start",
+        {OK: rising_counter((120, 10)), PROBED: rising_counter((120, 1000))},
+        "120m",
+        [],
+    ),
+    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: rising_counter((420, 1000))}, "420m", []),
+    ("nobody asks", {OK: rising_counter((120, 0)), FAILED: rising_counter((120, 0))}, "120m", []),
     ("a slow hour", SLOW_HOUR, "420m", LATENCY),
-    ("one in two hundred is slow", {ALL: rising((4320, 1000)), QUICK: rising((4320, 995))}, "4320m", []),
+    (
+        "one in two hundred is slow",
+        {ALL: rising_counter((4320, 1000)), QUICK: rising_counter((4320, 995))},
+        "4320m",
+        [],
+    ),
     ("down", {UP: "1x9 0x10"}, "15m", ["FoveaDown"]),
     ("one scrape missed", {UP: "1x9 0 1x10"}, "10m", []),
     ("up", {UP: "1x20"}, "15m", []),
@@ -107,7 +132,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
     ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "12m", []),
     ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
-    ("callers' errors", {BAD_IMAGE: rising((20, 9))}, "15m", []),
+    ("callers' errors", {BAD_IMAGE: rising_counter((20, 9))}, "15m", []),
     ("a bug of yesterday", {INTERNAL: "0x10 1x60"}, "60m", []),
     ("on the CPU", {FALLBACK: "1x20"}, "15m", ["FoveaProviderFallback"]),
     ("on the CPU since this scrape", {FALLBACK: "0x9 1x20"}, "10m", []),
@@ -185,7 +210,7 @@ def test_each_alert_has_a_line_in_the_runbook() -> None:
 def test_rules_speak_of_metrics_that_there_are() -> None:
     named = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", "\n".join(EXPRESSIONS)))
     assert named
-    assert named <= metric_names()
+    assert named <= list_metric_names()
 
 
 @needs_promtool

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.deploy.conftest import OF_THE_SYSTEM, metric_names, needs_promtool
+from tests.deploy.conftest import EXTERNAL_METRICS, list_metric_names, needs_promtool
 from tests.servers import Server
 
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -24,7 +24,7 @@ RULES = ROOT / "deploy" / "alerts.yml"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def filled_in(query: str) -> str:
+def fill_variables(query: str) -> str:
     for name, value in VARIABLES.items():
         query = query.replace(name, value)
     return query
@@ -32,7 +32,9 @@ def filled_in(query: str) -> str:
 
 @needs_promtool
 def test_every_query_is_valid(tmp_path: Path) -> None:
-    rules = [{"record": f"query:{number}", "expr": filled_in(query)} for number, query in enumerate(QUERIES)]
+    rules = [
+        {"record": f"query:{number}", "expr": fill_variables(query)} for number, query in enumerate(QUERIES)
+    ]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     ended = subprocess.run(
         ["promtool", "check", "rules", "rules.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -43,7 +45,7 @@ def test_every_query_is_valid(tmp_path: Path) -> None:
 
 def test_every_query_names_a_metric_that_there_is() -> None:
     recorded = set(re.findall(r"record: (\S+)", RULES.read_text()))
-    real = metric_names() | recorded
+    real = list_metric_names() | recorded
     for query in QUERIES:
         named = set(re.findall(r"\b(?:fovea|process)_\w+|\bfovea:\S+?(?=\{)|\bup\b", query))
         assert named, query
@@ -65,7 +67,7 @@ def test_requests_errors_and_times_are_told_by_protocol(metric: str, narrowed: s
 
 def test_what_the_system_tells_is_really_there(server: Server) -> None:
     text = server.client.get("/metrics").text
-    for name in OF_THE_SYSTEM:
+    for name in EXTERNAL_METRICS:
         if name.startswith("process"):
             assert f"# TYPE {name} " in text
 
@@ -74,15 +76,15 @@ HERE = 'job="fovea", instance="fovea:8000"'
 BY_PANEL = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in PANELS}
 
 
-def _rates(name: str, more: str, **values: float) -> dict[str, str]:
+def _rising_series(name: str, more: str, **values: float) -> dict[str, str]:
     """Counters that rise by so much in each minute, by the end of their names."""
     return {
-        f"{name}_{end.partition('__')[0]}{{{HERE}{more}{_edge(end)}}}": f"0+{value:g}x120"
+        f"{name}_{end.partition('__')[0]}{{{HERE}{more}{_bucket_label(end)}}}": f"0+{value:g}x120"
         for end, value in values.items()
     }
 
 
-def _edge(end: str) -> str:
+def _bucket_label(end: str) -> str:
     edge = end.partition("__")[2]
     return f', le="{edge}"' if edge else ""
 
@@ -90,7 +92,7 @@ def _edge(end: str) -> str:
 OF_32 = {
     name: values
     for side in ("width", "height")
-    for name, values in _rates(
+    for name, values in _rising_series(
         "fovea_image_pixels", f', side="{side}"', bucket__32=60, bucket__64=60, sum=1920, count=60
     ).items()
 }
@@ -118,7 +120,7 @@ def test_a_panel_shows_what_was_counted(
         {"labels": "{" + ", ".join(f'{name}="{word}"' for name, word in one.items()) + "}", "value": value}
         for one in labels
     ]
-    query = filled_in(BY_PANEL[title][0]).replace("[1m]", "[5m]")
+    query = fill_variables(BY_PANEL[title][0]).replace("[1m]", "[5m]")
     test = {
         "rule_files": [str(RULES)],
         "tests": [

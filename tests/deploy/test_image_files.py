@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.graphs import build, publish
+from tests.graphs import add_to_repository, build_model
 from tests.servers import ROOT, Server
 
 IMAGE = ROOT / "deploy" / "image"
@@ -23,7 +23,7 @@ RUNTIME = [Requirement(one) for one in PROJECT["dependencies"]]
 CUDA = [Requirement(one) for one in PROJECT["optional-dependencies"]["cuda"]]
 
 
-def locked(target: str) -> dict[str, str]:
+def read_lock_file(target: str) -> dict[str, str]:
     """Versions by name."""
     text = (IMAGE / f"{target}.txt").read_text()
     for entry in re.split(r"\n(?=\S)", text.strip()):
@@ -33,14 +33,14 @@ def locked(target: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_lock_has_all_that_the_service_needs_as_it_needs_it(target: str) -> None:
-    versions = locked(target)
+    versions = read_lock_file(target)
     needed = [one for one in RUNTIME if one.name != "onnxruntime"] + CUDA if target == "cuda" else RUNTIME
     for requirement in needed:
         assert requirement.specifier.contains(versions[requirement.name]), requirement.name
 
 
 def test_both_targets_have_the_same_packages() -> None:
-    cpu, cuda = locked("cpu"), locked("cuda")
+    cpu, cuda = read_lock_file("cpu"), read_lock_file("cuda")
     assert cpu.pop("onnxruntime")
     assert cuda.pop("onnxruntime-gpu")
     assert cpu == cuda
@@ -48,16 +48,18 @@ def test_both_targets_have_the_same_packages() -> None:
 
 def test_both_targets_are_the_same_but_for_base_and_provider() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    cpu, cuda = (_stage(text, target) for target in ("cpu", "cuda"))
+    cpu, cuda = (_read_stage(text, target) for target in ("cpu", "cuda"))
     assert [line for line in cuda if "apt-get" not in line] == cpu
 
 
-def _stage(text: str, target: str) -> list[str]:
+def _read_stage(text: str, target: str) -> list[str]:
     """Its instructions, with what may differ left out."""
     (lines,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     plain = re.sub(r"^#.*\n|\n(?=\n)|\n\Z", "", lines, flags=re.MULTILINE)
-    same = plain.replace(f"--from={target}-packages", "--from=packages").replace(" FOVEA_PROVIDER=cuda", "")
-    return re.sub(r"--start-period=\d+s", "", same).strip().splitlines()
+    instructions = plain.replace(f"--from={target}-packages", "--from=packages").replace(
+        " FOVEA_PROVIDER=cuda", ""
+    )
+    return re.sub(r"--start-period=\d+s", "", instructions).strip().splitlines()
 
 
 # --- the entry point and the health check --------------------------------------------------------
@@ -78,10 +80,10 @@ def test_without_a_command_it_serves(small_zoo: Path, words: list[str]) -> None:
 
 
 def test_it_publishes(tmp_path: Path) -> None:
-    made = publish(build(), tmp_path / "made") / "small" / "1" / "model.onnx"
+    made = add_to_repository(build_model(), tmp_path / "made") / "small" / "1" / "model.onnx"
     root = tmp_path / "zoo"
     root.mkdir()
-    ended = _run("publish", str(made), "--models", str(root))
+    ended = _run_entrypoint("publish", str(made), "--models", str(root))
     assert (ended.returncode, ended.stdout) == (0, f"published {root}/small/1/model.onnx\n")
 
 
@@ -99,7 +101,7 @@ def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> Non
     assert ended.returncode == 2
 
 
-def _run(*words: str) -> subprocess.CompletedProcess[str]:
+def _run_entrypoint(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([*ENTRY, *words], env=environment, capture_output=True, text=True, check=False)
 

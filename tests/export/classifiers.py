@@ -22,17 +22,17 @@ from fovea.model.networks.network import NETS, NetConfig
 from fovea.service.artifact.contract import Task
 
 Array = npt.NDArray[Any]
-End = Literal["logits", "softmax", "log_softmax", "sigmoid", "hidden_softmax", "hidden_sigmoid"]
+GraphEnd = Literal["logits", "softmax", "log_softmax", "sigmoid", "hidden_softmax", "hidden_sigmoid"]
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 # --- made with onnx.helper -----------------------------------------------------------------------
 
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 
 
-def classifier(
+def build_classifier(
     *,
     layout: str = "nchw",
     dtype: str = "float32",
@@ -40,7 +40,7 @@ def classifier(
     size: int | None = 16,
     channels: int = 3,
     count: int = 5,
-    end: End = "logits",
+    end: GraphEnd = "logits",
     shape: Sequence[int] | None = None,
     opset: int = 17,
     ir_version: int = 8,
@@ -51,32 +51,32 @@ def classifier(
     """A convolution, a mean, a matrix; `shape` is the target of the reshape between the last two."""
     random = np.random.default_rng(seed)
     image, scores = names
-    inside = "float16" if dtype == "float16" else "float32"
+    inner_type = "float16" if dtype == "float16" else "float32"
     weights: dict[str, Array] = {
-        "kernel": random.normal(0, 0.4, (8, channels, 3, 3)).astype(inside),
-        "matrix": random.normal(0, spread, (8, count)).astype(inside),
-        "bias": random.normal(0, 0.2, count).astype(inside),
+        "kernel": random.normal(0, 0.4, (8, channels, 3, 3)).astype(inner_type),
+        "matrix": random.normal(0, spread, (8, count)).astype(inner_type),
+        "bias": random.normal(0, 0.2, count).astype(inner_type),
     }
     nodes: list[NodeProto] = []
     last = image
     if layout == "nhwc":
-        last = _add(nodes, "Transpose", [last], perm=[0, 3, 1, 2])
+        last = _add_node(nodes, "Transpose", [last], perm=[0, 3, 1, 2])
     if dtype == "uint8":
         weights["scale"] = np.array(1 / 64, np.float32)
-        last = _add(nodes, "Mul", [_add(nodes, "Cast", [last], to=TensorProto.FLOAT), "scale"])
-    last = _add(nodes, "Conv", [last, "kernel"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
-    last = _add(nodes, "GlobalAveragePool", [_add(nodes, "Relu", [last])])
+        last = _add_node(nodes, "Mul", [_add_node(nodes, "Cast", [last], to=TensorProto.FLOAT), "scale"])
+    last = _add_node(nodes, "Conv", [last, "kernel"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    last = _add_node(nodes, "GlobalAveragePool", [_add_node(nodes, "Relu", [last])])
     if shape is None:
-        last = _add(nodes, "Flatten", [last], axis=1)
+        last = _add_node(nodes, "Flatten", [last], axis=1)
     else:
         weights["shape"] = np.array(shape, np.int64)
-        last = _add(nodes, "Reshape", [last, "shape"])
-    last = _add(nodes, "Add", [_add(nodes, "MatMul", [last, "matrix"]), "bias"])
-    _end(nodes, last, scores, end, weights)
+        last = _add_node(nodes, "Reshape", [last, "shape"])
+    last = _add_node(nodes, "Add", [_add_node(nodes, "MatMul", [last, "matrix"]), "bias"])
+    _add_end(nodes, last, scores, end, weights)
     sides: list[int | str | None] = (
         [batch, channels, size, size] if layout == "nchw" else [batch, size, size, channels]
     )
-    inputs = [helper.make_tensor_value_info(image, TYPES[dtype], sides)]
+    inputs = [helper.make_tensor_value_info(image, ONNX_TYPES[dtype], sides)]
     if ir_version < 4:
         inputs += [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
@@ -87,7 +87,7 @@ def classifier(
             nodes,
             "foreign",
             inputs,
-            [helper.make_tensor_value_info(scores, TYPES[inside], [batch, count])],
+            [helper.make_tensor_value_info(scores, ONNX_TYPES[inner_type], [batch, count])],
             [numpy_helper.from_array(value, name) for name, value in weights.items()],
         ),
         opset_imports=[helper.make_opsetid("", opset)],
@@ -95,23 +95,25 @@ def classifier(
     )
 
 
-def _end(nodes: list[NodeProto], last: str, scores: str, end: End, weights: dict[str, Array]) -> None:
+def _add_end(
+    nodes: list[NodeProto], last: str, scores: str, end: GraphEnd, weights: dict[str, Array]
+) -> None:
     """From logits to what the graph gives; `hidden_…` by other operators than the usual."""
     if end == "hidden_softmax":
-        powers = _add(nodes, "Exp", [last])
-        last = _add(nodes, "Div", [powers, _add(nodes, "ReduceL1", [powers], axes=[1], keepdims=1)])
+        powers = _add_node(nodes, "Exp", [last])
+        last = _add_node(nodes, "Div", [powers, _add_node(nodes, "ReduceL1", [powers], axes=[1], keepdims=1)])
     elif end == "hidden_sigmoid":
         weights["one"] = np.array(1, weights["bias"].dtype)
-        powers = _add(nodes, "Exp", [_add(nodes, "Neg", [last])])
-        last = _add(nodes, "Div", ["one", _add(nodes, "Add", [powers, "one"])])
+        powers = _add_node(nodes, "Exp", [_add_node(nodes, "Neg", [last])])
+        last = _add_node(nodes, "Div", ["one", _add_node(nodes, "Add", [powers, "one"])])
     elif end == "sigmoid":
-        last = _add(nodes, "Sigmoid", [last])
+        last = _add_node(nodes, "Sigmoid", [last])
     elif end != "logits":
-        last = _add(nodes, {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[end], [last], axis=1)
+        last = _add_node(nodes, {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[end], [last], axis=1)
     nodes.append(helper.make_node("Identity", [last], [scores]))
 
 
-def _add(nodes: list[NodeProto], kind: str, inputs: list[str], **attributes: Any) -> str:
+def _add_node(nodes: list[NodeProto], kind: str, inputs: list[str], **attributes: Any) -> str:
     name = f"{kind.lower()}_{len(nodes)}"
     nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
     return name
@@ -120,7 +122,7 @@ def _add(nodes: list[NodeProto], kind: str, inputs: list[str], **attributes: Any
 # --- made with torch -----------------------------------------------------------------------------
 
 
-class Bare(nn.Module):
+class BareNet(nn.Module):
     """A backbone and a head, from normalised planes to logits: what people export."""
 
     def __init__(self, name: str, size: int, labels: int) -> None:
@@ -197,10 +199,10 @@ class TorchAttention(nn.Module):
         return result
 
 
-def network(name: str, size: int, labels: int) -> nn.Module:
+def make_network(name: str, size: int, labels: int) -> nn.Module:
     """One of ours without its normalisation, or the transformer, that tells soft pictures apart."""
     torch.manual_seed(0)
-    net = Vit(size, labels) if name.startswith("vit") else Bare(name, size, labels)
+    net = Vit(size, labels) if name.startswith("vit") else BareNet(name, size, labels)
     if name == "vit_of_torch":
         for block in net.modules():
             if isinstance(block, Block):
@@ -216,12 +218,12 @@ def network(name: str, size: int, labels: int) -> nn.Module:
 
 
 @cache
-def foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None) -> onnx.ModelProto:
+def export_foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None) -> onnx.ModelProto:
     """A network as torch exports it; not to be changed."""
-    return exported(network(name, size, labels), size, batch=batch)
+    return export_network(make_network(name, size, labels), size, batch=batch)
 
 
-def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
+def export_network(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
     """float32 NCHW, for any number of images or, as torch does by default, for that of the example."""
     with silence_exporter():
         program = torch.onnx.export(
@@ -238,7 +240,7 @@ def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.Mod
     return model
 
 
-def scripted(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
+def export_torchscript(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
     """By torch's older exporter, for one image, as by default."""
     content = BytesIO()
     with silence_exporter():
@@ -249,7 +251,7 @@ def scripted(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
 # --- by hand -------------------------------------------------------------------------------------
 
 
-def resized(image: bytes, resize: int, crop: int, resample: Image.Resampling) -> Array:
+def resize_and_crop(image: bytes, resize: int, crop: int, resample: Image.Resampling) -> Array:
     """Pillow alone: the shorter side to `resize`, the middle of it; float32 (1, crop, crop, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB")
     shorter = min(picture.size)
@@ -261,24 +263,24 @@ def resized(image: bytes, resize: int, crop: int, resample: Image.Resampling) ->
     return np.asarray(picture, np.float32)[None]
 
 
-def stretched(image: bytes, side: int, resample: Image.Resampling) -> Array:
+def stretch_image(image: bytes, side: int, resample: Image.Resampling) -> Array:
     """Pillow alone: both sides to `side`; float32 (1, side, side, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB").resize((side, side), resample)
     return np.asarray(picture, np.float32)[None]
 
 
-def imagenet(image: bytes, resize: int, crop: int) -> Array:
+def prepare_imagenet(image: bytes, resize: int, crop: int) -> Array:
     """As torchvision prepares it: float32 (1, 3, crop, crop)."""
-    values = resized(image, resize, crop, Image.Resampling.BILINEAR) / 255
+    values = resize_and_crop(image, resize, crop, Image.Resampling.BILINEAR) / 255
     return ((values - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
 
 
-def run(model: onnx.ModelProto | Path, values: Array) -> Array:
+def run_onnx(model: onnx.ModelProto | Path, values: Array) -> Array:
     """Plain ONNX Runtime: the first output, as float64."""
     content = model if isinstance(model, Path) else model.SerializeToString()
     session = onnxruntime.InferenceSession(content)
-    taken = session.get_inputs()[0].name
-    return np.asarray(session.run(None, {taken: np.ascontiguousarray(values)})[0], np.float64)
+    input_name = session.get_inputs()[0].name
+    return np.asarray(session.run(None, {input_name: np.ascontiguousarray(values)})[0], np.float64)
 
 
 def softmax(logits: Array) -> Array:

@@ -19,8 +19,8 @@ from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.inference.engine import Engine
-from tests.graphs import contract_of
-from tests.training import BRIEF, drawn_data, train
+from tests.graphs import read_contract
+from tests.training import SHORT_RECIPE, draw_dataset, train_quietly
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,7 +30,7 @@ def _one_thread() -> None:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A training run and what became of it."""
 
     checkpoint: Checkpoint
@@ -55,7 +55,7 @@ class Exported:
     @property
     def contract(self) -> Contract:
         """What the model file says of itself."""
-        return contract_of(self.model)
+        return read_contract(self.model)
 
     @property
     def engine(self) -> Engine:
@@ -64,21 +64,21 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
     """A network of three labels at 16 x 16; its test images are noise, about which it is often wrong."""
     folder = tmp_path_factory.mktemp("exported")
     random = np.random.default_rng(0)
     noise = torch.from_numpy(random.integers(0, 256, (150, 16, 16, 3), dtype=np.uint8))
     data = replace(
-        drawn_data(folder / "squares"), test=Examples(noise, torch.from_numpy(random.integers(0, 3, 150)))
+        draw_dataset(folder / "squares"), test=Examples(noise, torch.from_numpy(random.integers(0, 3, 150)))
     )
-    trained = train(data, replace(BRIEF, peak_lr=0.02), folder / "run")
-    if trained is None:
+    trained_checkpoint = train_quietly(data, replace(SHORT_RECIPE, peak_lr=0.02), folder / "run")
+    if trained_checkpoint is None:
         raise RuntimeError("the training was interrupted")
-    checkpoint = finalize_run(trained, data, folder / "run", Console(file=io.StringIO()))
+    checkpoint = finalize_run(trained_checkpoint, data, folder / "run", Console(file=io.StringIO()))
     out = folder / "zoo" / "squares-16" / "7"
     report = export_checkpoint(checkpoint, data, out)
-    return Exported(
+    return ExportedModel(
         checkpoint=checkpoint,
         data=data,
         report=report,

@@ -25,7 +25,7 @@ PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     """A model that was imported."""
 
     report: ImportReport
@@ -51,28 +51,30 @@ class Imported:
         return np.array(decode_image(image, self.contract.input, max_pixels=10_000_000).pixels)
 
 
-def names(count: int) -> list[str]:
+def make_labels(count: int) -> list[str]:
     """Labels."""
     return [f"label {number}" for number in range(count)]
 
 
-def bring(
+def import_graph(
     model: onnx.ModelProto | bytes,
     folder: Path,
     labels: int | Sequence[str] = 5,
-    wishes: PreprocessingOptions | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     **options: Any,
-) -> Imported:
-    """Import a graph as `thing`; of torchvision's preset unless `wishes` says otherwise."""
-    file, text = folder / "foreign.onnx", folder / "labels.txt"
-    file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    text.write_text("\n".join(names(labels) if isinstance(labels, int) else labels) + "\n")
-    wishes = wishes or PreprocessingOptions(preset=IMAGENET)
-    report = import_model(ImportRequest(file, text, "thing", folder / ZOO, wishes, **options))
+) -> ImportedModel:
+    """Import a graph as `thing`; of torchvision's preset unless `preprocessing` says otherwise."""
+    model_file, label_file = folder / "foreign.onnx", folder / "labels.txt"
+    model_file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+    label_file.write_text("\n".join(make_labels(labels) if isinstance(labels, int) else labels) + "\n")
+    preprocessing = preprocessing or PreprocessingOptions(preset=IMAGENET)
+    report = import_model(
+        ImportRequest(model_file, label_file, "thing", folder / ZOO, preprocessing, **options)
+    )
     path = folder / ZOO / report.model / report.version / "model.onnx"
-    return Imported(report, path, Engine.load(path, provider="cpu", threads=1))
+    return ImportedModel(report, path, Engine.load(path, provider="cpu", threads=1))
 
 
-def nothing_written(folder: Path) -> bool:
+def has_no_output(folder: Path) -> bool:
     """Whether an import has left no file behind."""
     return not (folder / ZOO).exists()

@@ -10,15 +10,15 @@ from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.engine import Engine
-from tests.graphs import build
+from tests.graphs import build_model
 
 
-def examples(pixels: np.ndarray) -> Examples:
+def make_examples(pixels: np.ndarray) -> Examples:
     return Examples(torch.from_numpy(pixels), torch.zeros(len(pixels), dtype=torch.int64))
 
 
-def engine(labels: int) -> Engine:
-    graph = build(Task.MULTICLASS, [f"label {number}" for number in range(labels)], seed=1)
+def make_engine(labels: int) -> Engine:
+    graph = build_model(Task.MULTICLASS, [f"label {number}" for number in range(labels)], seed=1)
     return Engine(graph.SerializeToString(), provider="cpu", threads=1)
 
 
@@ -27,8 +27,10 @@ def test_it_counts_what_the_graph_says_of_all_parts() -> None:
     levels = random.integers(0, 256, (BATCH_SIZE + 100, 1, 1, 3), dtype=np.uint8)
     noise = random.integers(0, 256, (BATCH_SIZE + 100, 16, 16, 3), dtype=np.uint8)
     pixels = levels // 2 + noise // 2
-    model = engine(4)
-    found = measure_reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))
+    model = make_engine(4)
+    found = measure_reference(
+        model, make_examples(pixels[:90]), make_examples(pixels[:0]), make_examples(pixels[90:])
+    )
     said, bright = model.run(pixels), pixels.mean(axis=(1, 2, 3)) / 255
     assert found.images == len(pixels)
     counts = np.bincount(said.argmax(axis=1), minlength=4)
@@ -45,13 +47,13 @@ def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
     levels = random.integers(0, 256, (400, 1, 1, 3), dtype=np.uint8)
     noise = random.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
     pixels = np.concatenate([levels * (noise > limit) for limit in (levels, 128, 30)]).astype(np.uint8)
-    model = engine(400)
+    model = make_engine(400)
     counts = np.sort(np.bincount(model.run(pixels).argmax(axis=1), minlength=10))[::-1]
-    assert list(measure_reference(model, examples(pixels)).labels.values()) == counts[:9].tolist()
+    assert list(measure_reference(model, make_examples(pixels)).labels.values()) == counts[:9].tolist()
     assert counts[9] > 0
 
 
 def test_equal_images_have_bins_too() -> None:
-    found = measure_reference(engine(4), examples(np.full((30, 16, 16, 3), 77, np.uint8)))
+    found = measure_reference(make_engine(4), make_examples(np.full((30, 16, 16, 3), 77, np.uint8)))
     assert found.brightness.counts == (0, 30)
     assert len(found.labels) == 1

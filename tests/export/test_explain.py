@@ -29,9 +29,9 @@ from fovea.service.explain.heatmap import scale_to_unit
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.layers import LayerView, ReceptiveField, Span, find_receptive_field
 from fovea.service.inference.preprocess import Pixels
-from tests.export.classifiers import classifier, foreign
-from tests.export.imports import PLAN, bring
-from tests.export.test_nets import settled
+from tests.export.classifiers import build_classifier, export_foreign
+from tests.export.imports import PLAN, import_graph
+from tests.export.test_nets import make_warm_net
 
 pytestmark = pytest.mark.long
 
@@ -45,7 +45,7 @@ NETWORKS = [
 
 
 @dataclass(frozen=True)
-class Made:
+class NetworkCase:
     """A network, and its file."""
 
     net: Net
@@ -53,8 +53,8 @@ class Made:
     content: bytes
 
 
-def made(name: str, size: int, task: Task) -> Made:
-    net = settled(name, size, task)
+def make_case(name: str, size: int, task: Task) -> NetworkCase:
+    net = make_warm_net(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
     graph = export_classifier_graph(net, task, square_geometry(size), 1.3)
@@ -69,35 +69,35 @@ def made(name: str, size: int, task: Task) -> Made:
         training=Training("noise", 0, "none", "none"),
         calibration=Calibration(1.3, (0.4,) * thresholds, ()),
     )
-    return Made(net, contract, embed_contract(graph, contract))
+    return NetworkCase(net, contract, embed_contract(graph, contract))
 
 
-def noise(size: int, seed: int = 0) -> Pixels:
+def make_noise(size: int, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def png(pixels: Pixels) -> bytes:
+def encode_png(pixels: Pixels) -> bytes:
     content = BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
 
 
-def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDArray[np.float32]]]:
+def record_calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDArray[np.float32]]]:
     """What every module gave, in the order in which they were called."""
-    found: list[tuple[str, nn.Module, npt.NDArray[np.float32]]] = []
+    records: list[tuple[str, nn.Module, npt.NDArray[np.float32]]] = []
 
-    def hook(name: str) -> object:
-        def note(module: nn.Module, _inputs: object, output: Tensor) -> None:
-            found.append((name, module, output.detach().clone().numpy()))
+    def make_hook(name: str) -> object:
+        def record_call(module: nn.Module, _inputs: object, output: Tensor) -> None:
+            records.append((name, module, output.detach().clone().numpy()))
 
-        return note
+        return record_call
 
-    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in net.named_modules()]
     with torch.no_grad():
         net(torch.tensor(pixels[None]))
     for one in hooks:
         one.remove()
-    return found
+    return records
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -105,14 +105,14 @@ def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDAr
 
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
-    one = made(name, size, task)
+    one = make_case(name, size, task)
     opened = IntrospectedModel(one.content, one.contract, PLAN)
-    pixels = noise(size)
-    found = calls(one.net, pixels)
+    pixels = make_noise(size)
+    found = record_calls(one.net, pixels)
     leaves = [call for call in found if not list(call[1].children())]
     compared = set()
     for layer in opened.layers:
-        candidates = outputs_of(leaves, layer)
+        candidates = find_outputs(leaves, layer)
         if not candidates:
             continue
         values = opened.compute_output(layer.tensor, pixels)
@@ -128,7 +128,7 @@ def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> 
     }  # fmt: skip
 
 
-def outputs_of(
+def find_outputs(
     leaves: list[tuple[str, nn.Module, npt.NDArray[np.float32]]], layer: LayerView
 ) -> list[npt.NDArray[np.float32]]:
     """What the module gave that a layer is named after; and of a convolution that has taken in its batch
@@ -137,16 +137,16 @@ def outputs_of(
     for place, (name, module, output) in enumerate(leaves):
         if name == layer.name and output.shape[1:] == layer.shape:
             outputs.append(output)
-            behind = leaves[place + 1] if place + 1 < len(leaves) else None
-            if isinstance(module, nn.Conv2d) and behind and isinstance(behind[1], nn.BatchNorm2d):
-                outputs.append(behind[2])
+            next_leaf = leaves[place + 1] if place + 1 < len(leaves) else None
+            if isinstance(module, nn.Conv2d) and next_leaf and isinstance(next_leaf[1], nn.BatchNorm2d):
+                outputs.append(next_leaf[2])
     return outputs
 
 
 def test_the_input_is_what_the_first_convolution_is_given() -> None:
-    one = made("cnn", 32, Task.MULTICLASS)
+    one = make_case("cnn", 32, Task.MULTICLASS)
     opened = IntrospectedModel(one.content, one.contract, PLAN)
-    pixels = noise(32)
+    pixels = make_noise(32)
     with torch.no_grad():
         planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
     first = opened.layers[0]
@@ -157,9 +157,9 @@ def test_the_input_is_what_the_first_convolution_is_given() -> None:
 @pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("resnet18", 32)])
 def test_a_convolution_adds_up(name: str, size: int) -> None:
     """Kernels over inputs, and the bias, by hand at every place of some maps."""
-    one = made(name, size, Task.MULTICLASS)
+    one = make_case(name, size, Task.MULTICLASS)
     opened = IntrospectedModel(one.content, one.contract, PLAN)
-    pixels = noise(size)
+    pixels = make_noise(size)
     convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
     assert len(convolutions) > 5
     for layer in convolutions:
@@ -182,7 +182,7 @@ def test_a_convolution_adds_up(name: str, size: int) -> None:
 )
 def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> None:
     """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
-    one = made(name, size, Task.MULTICLASS)
+    one = make_case(name, size, Task.MULTICLASS)
     net = one.net.double()
     opened = IntrospectedModel(one.content, one.contract, PLAN)
     by_name = {
@@ -227,11 +227,11 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
     """After ReLU and scaling; by torch's gradients, as Selvaraju et al. define it."""
-    one = made(name, size, task)
+    one = make_case(name, size, task)
     explainer = Explainer(one.content, one.contract, PLAN)
     assert explainer.has_cam
     assert IntrospectedModel(one.content, one.contract, PLAN).has_cam
-    pixels = noise(size, 3)
+    pixels = make_noise(size, 3)
     planes = one.net.normalize(torch.tensor(pixels[None])).detach()
     maps = one.net.features(planes)
     maps.retain_grad()
@@ -247,7 +247,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
         assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - wanted).max() < 1e-4
 
 
-def ending(kind: str) -> onnx.ModelProto:
+def build_ending(kind: str) -> onnx.ModelProto:
     """A convolution and an end of one's own; NCHW, 5 logits."""
     random = np.random.default_rng(0)
     weights: dict[str, npt.NDArray[Any]] = {
@@ -265,15 +265,15 @@ def ending(kind: str) -> onnx.ModelProto:
     }
     node = helper.make_node
 
-    def constant(name: str) -> onnx.NodeProto:
+    def make_constant(name: str) -> onnx.NodeProto:
         return node("Constant", [], [name], value=numpy_helper.from_array(weights[name]))
 
     maps = [
         node("Conv", ["image", "kernel"], ["conv"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
         node("Relu", ["conv"], ["maps"]),
     ]
-    pooled = [*maps, node("GlobalAveragePool", ["maps"], ["pooled"])]
-    flat = [*pooled, node("Flatten", ["pooled"], ["flat_"])]
+    pooled_nodes = [*maps, node("GlobalAveragePool", ["maps"], ["pooled"])]
+    flat = [*pooled_nodes, node("Flatten", ["pooled"], ["flat_"])]
     nodes = {
         "product and sum": [*flat, node("MatMul", ["flat_", "matrix"], ["product"]),
                             node("Add", ["product", "bias"], ["scores"])],
@@ -281,7 +281,7 @@ def ending(kind: str) -> onnx.ModelProto:
                             node("Add", ["bias", "product"], ["scores"])],
         "Gemm": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
         "Gemm transposed": [*flat, node("Gemm", ["flat_", "rows", "bias"], ["scores"], transB=1)],
-        "convolution of points": [*pooled, node("Conv", ["pooled", "points", "bias"], ["point"]),
+        "convolution of points": [*pooled_nodes, node("Conv", ["pooled", "points", "bias"], ["point"]),
                                   node("Reshape", ["point", "flat"], ["scores"])],
         "maps of labels": [*maps, node("Conv", ["maps", "points", "bias"], ["own"]),
                            node("GlobalAveragePool", ["own"], ["average"]),
@@ -297,9 +297,9 @@ def ending(kind: str) -> onnx.ModelProto:
                        node("Relu", ["hidden"], ["on"]),
                        node("Gemm", ["on", "square"], ["scores"])],
         "a factor": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"], alpha=-3.0)],
-        "a constant": [*flat, constant("matrix"), node("MatMul", ["flat_", "matrix"], ["product"]),
-                       constant("bias"), node("Add", ["bias", "product"], ["scores"])],
-        "a transposed constant": [*flat, constant("rows"), node("Transpose", ["rows"], ["turned"]),
+        "a constant": [*flat, make_constant("matrix"), node("MatMul", ["flat_", "matrix"], ["product"]),
+                       make_constant("bias"), node("Add", ["bias", "product"], ["scores"])],
+        "a transposed constant": [*flat, make_constant("rows"), node("Transpose", ["rows"], ["turned"]),
                                   node("MatMul", ["flat_", "turned"], ["product"]),
                                   node("Add", ["product", "bias"], ["scores"])],
         "channels last": [*maps, node("Transpose", ["maps"], ["last"], perm=[0, 2, 3, 1]),
@@ -316,7 +316,7 @@ def ending(kind: str) -> onnx.ModelProto:
         "a dropout": [*maps, node("Identity", ["maps"], ["alike"]), node("Dropout", ["alike"], ["kept"]),
                       node("GlobalAveragePool", ["kept"], ["pooled"]), node("Flatten", ["pooled"], ["flat_"]),
                       node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
-        "groups": [*pooled, node("Conv", ["pooled", "grouped"], ["point"], group=2),
+        "groups": [*pooled_nodes, node("Conv", ["pooled", "grouped"], ["point"], group=2),
                    node("Flatten", ["point"], ["two"]), node("Gemm", ["two", "six"], ["scores"])],
         "rounded": [*flat, node("Cast", ["flat_"], ["whole"], to=TensorProto.INT64),
                     node("Cast", ["whole"], ["again"], to=TensorProto.FLOAT),
@@ -326,14 +326,16 @@ def ending(kind: str) -> onnx.ModelProto:
                      node("Gemm", ["flat_", "lined", "bias"], ["scores"])],
     }[kind]  # fmt: skip
     weights["square"] = random.normal(0, 1, (5, 5)).astype(np.float32)
-    used = {name for one in nodes for name in one.input} - {name for one in nodes for name in one.output}
+    used_names = {name for one in nodes for name in one.input} - {
+        name for one in nodes for name in one.output
+    }
     return helper.make_model(
         helper.make_graph(
             nodes,
             "ending",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 16, 16])],
             [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 5])],
-            [numpy_helper.from_array(value, name) for name, value in weights.items() if name in used],
+            [numpy_helper.from_array(value, name) for name, value in weights.items() if name in used_names],
         ),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
@@ -348,10 +350,10 @@ def ending(kind: str) -> onnx.ModelProto:
 )  # fmt: skip
 def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
     """Up to the bias: that is what exact means."""
-    model = bring(ending(kind), tmp_path)
+    model = import_graph(build_ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
-    one, other = noise(16, 5), noise(16, 6)
+    one, other = make_noise(16, 5), make_noise(16, 6)
     logits = model.engine.compute_logits(np.stack([one, other]))
     for label in range(5):
         apart = (
@@ -366,21 +368,21 @@ def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> N
 )
 def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -> None:
     """All are a convolution, an average, and a linear layer; here by torch."""
-    graph = ending(kind)
+    graph = build_ending(kind)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     tensors |= {
         node.output[0]: node.attribute[0].t for node in graph.graph.node if node.op_type == "Constant"
     }
     weights = {name: torch.tensor(numpy_helper.to_array(tensor)) for name, tensor in tensors.items()}
     matrix = weights["matrix"] if "matrix" in weights else weights["rows"].T
-    model = bring(graph, tmp_path)
+    model = import_graph(graph, tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     assert opened.has_cam
     assert find_receptive_field(model.contract, find_head(model.contract).maps) == ReceptiveField(
         Span(1, -1, 1), Span(1, -1, 1)
     )
-    pixels = noise(16, 5)
+    pixels = make_noise(16, 5)
     planes = torch.tensor(opened.compute_output(opened.layers[0].tensor, pixels))[None]
     maps = nn.functional.conv2d(planes, weights["kernel"], padding=1).relu().requires_grad_()
     logits = maps.mean(dim=(2, 3)) @ matrix
@@ -392,11 +394,11 @@ def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -
 
 
 def test_weights_may_be_nodes(tmp_path: Path) -> None:
-    model = bring(ending("a constant"), tmp_path)
+    model = import_graph(build_ending("a constant"), tmp_path)
     opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     linear = opened.layers[-2]
     assert (linear.kind, linear.parameters) == ("MatMul", 8 * 5 + 5)
-    pixels = noise(16)
+    pixels = make_noise(16)
     given = opened.compute_output(linear.sources[0], pixels).reshape(8)
     computed = opened.read_weights(linear.tensor, "weight") @ given + opened.read_weights(
         linear.tensor, "bias"
@@ -405,19 +407,19 @@ def test_weights_may_be_nodes(tmp_path: Path) -> None:
 
 
 def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
-    model = bring(classifier(layout="nhwc"), tmp_path)
+    model = import_graph(build_classifier(layout="nhwc"), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
 
 
 @pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "groups", "one axis", "rounded"])
 def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -> None:
-    model = bring(ending(kind), tmp_path)
+    model = import_graph(build_ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert not explainer.has_cam
     told: list[float] = []
     made = explainer.explain(
-        png(noise(16)),
+        encode_png(make_noise(16)),
         ExplanationRequest(samples=64),
         lambda _: None,
         lambda step, _: told.append(step.progress),
@@ -429,13 +431,17 @@ def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -
     )
     assert told == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(BadRequest, match="no class activation map"):
-        explainer.explain(png(noise(16)), ExplanationRequest(method="cam"), lambda _: None, lambda *_: None)
+        explainer.explain(
+            encode_png(make_noise(16)), ExplanationRequest(method="cam"), lambda _: None, lambda *_: None
+        )
 
 
 def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
-    model = bring(foreign("vit", 32), tmp_path, labels=7)
+    model = import_graph(export_foreign("vit", 32), tmp_path, labels=7)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
-    made = explainer.explain(png(noise(32)), ExplanationRequest(samples=32), lambda _: None, lambda *_: None)
+    made = explainer.explain(
+        encode_png(make_noise(32)), ExplanationRequest(samples=32), lambda _: None, lambda *_: None
+    )
     assert made.method == "occlusion"
     opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     assert not opened.has_cam

@@ -24,12 +24,12 @@ from fovea.service.artifact.contract import FORMAT_VERSION, METADATA_KEY, Accura
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.inference.engine import Engine
 from tests.conftest import ROOT
-from tests.export.conftest import Exported
+from tests.export.conftest import ExportedModel
 
 # --- the file ------------------------------------------------------------------------------------
 
 
-def test_the_contract_says_what_the_model_is(exported: Exported) -> None:
+def test_the_contract_says_what_the_model_is(exported: ExportedModel) -> None:
     contract, about = exported.contract, exported.checkpoint.metadata
     assert (contract.format, contract.name, contract.version) == (FORMAT_VERSION, "squares-16", "7")
     assert (contract.task, contract.labels) == (Task.MULTICLASS, ("blue", "green", "red"))
@@ -42,7 +42,7 @@ def test_the_contract_says_what_the_model_is(exported: Exported) -> None:
     assert set(contract.golden.logit_tolerance) == {"cpu/float32", "cuda/float32"}
 
 
-def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: Exported) -> None:
+def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: ExportedModel) -> None:
     measured = evaluate.measure_accuracy(exported.net, exported.data.test)
     assert 0 < measured < 1
     stated = exported.contract.accuracy
@@ -51,12 +51,12 @@ def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: Expor
     assert stated.ece == pytest.approx(exported.checkpoint.metadata["measured"]["ece"], abs=1e-4)
 
 
-def test_the_reference_is_of_the_held_out_images(exported: Exported) -> None:
+def test_the_reference_is_of_the_held_out_images(exported: ExportedModel) -> None:
     held_out = (exported.data.validation, exported.data.conformal)
     assert exported.contract.reference == measure_reference(exported.engine, *held_out)
 
 
-def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: Exported) -> None:
+def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: ExportedModel) -> None:
     (taken,) = exported.model.graph.input
     sides = [side.dim_value or "any" for side in taken.type.tensor_type.shape.dim]
     assert taken.name == exported.contract.input_name == "pixels"
@@ -67,7 +67,7 @@ def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: Exported)
         assert exported.engine.run(pixels.numpy()).shape == (batch, 3)
 
 
-def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: Exported) -> None:
+def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: ExportedModel) -> None:
     assert [output.name for output in exported.model.graph.output] == ["logits", "probabilities"]
     pixels = exported.data.test.pixels[:20]
     wanted = evaluate.compute_logits(exported.net, pixels)
@@ -78,7 +78,7 @@ def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: Expor
     np.testing.assert_allclose(said, to_probabilities(wanted, Task.MULTICLASS, temperature), atol=1e-3)
 
 
-def test_the_file_says_nothing_of_the_machine_that_made_it(exported: Exported) -> None:
+def test_the_file_says_nothing_of_the_machine_that_made_it(exported: ExportedModel) -> None:
     """The exporter notes stack traces with paths at each node; none of it is in the file."""
     for trace in (str(ROOT), "site-packages", "stack_trace", "name_scopes", "class_hierarchy"):
         assert trace.encode() not in exported.content, trace
@@ -86,14 +86,14 @@ def test_the_file_says_nothing_of_the_machine_that_made_it(exported: Exported) -
     onnx.checker.check_model(exported.model)
 
 
-def test_the_file_runs_where_it_is_served_and_proves_itself(exported: Exported) -> None:
+def test_the_file_runs_where_it_is_served_and_proves_itself(exported: ExportedModel) -> None:
     proof = exported.engine.check_golden_set()
     assert proof.images == 8
     assert proof.pixel_difference == 0  # the same decoders drew it
     assert proof.logit_difference < 1e-3
 
 
-def test_the_report_is_written_beside_the_model(exported: Exported) -> None:
+def test_the_report_is_written_beside_the_model(exported: ExportedModel) -> None:
     report = exported.report
     assert exported.files == ("model.onnx", "report.json", "weights.json", "weights.safetensors")
     assert json.loads(exported.report_json) == json.loads(json.dumps(asdict(report)))
@@ -107,61 +107,61 @@ def test_the_report_is_written_beside_the_model(exported: Exported) -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def weight(model: onnx.ModelProto, ending: str) -> onnx.TensorProto:
-    named: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
-    return next(tensor for name, tensor in named.items() if name.endswith(ending))
+def find_weight(model: onnx.ModelProto, ending: str) -> onnx.TensorProto:
+    tensors_by_name: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+    return next(tensor for name, tensor in tensors_by_name.items() if name.endswith(ending))
 
 
-def change(tensor: onnx.TensorProto, function: Callable[[np.ndarray], np.ndarray]) -> None:
+def change_tensor(tensor: onnx.TensorProto, function: Callable[[np.ndarray], np.ndarray]) -> None:
     value = function(numpy_helper.to_array(tensor)).astype(np.float32)
     tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
 
 
-def scaled_convolution(model: onnx.ModelProto) -> None:
-    change(weight(model, "features.2.0.weight"), lambda kernel: kernel * 1.5)
+def scale_convolution(model: onnx.ModelProto) -> None:
+    change_tensor(find_weight(model, "features.2.0.weight"), lambda kernel: kernel * 1.5)
 
 
-def other_normalisation(model: onnx.ModelProto) -> None:
-    change(weight(model, "normalize.offset"), lambda offset: offset + 0.05)
+def shift_normalisation(model: onnx.ModelProto) -> None:
+    change_tensor(find_weight(model, "normalize.offset"), lambda offset: offset + 0.05)
 
 
-def swapped_labels(model: onnx.ModelProto) -> None:
-    change(weight(model, "head.weight"), lambda rows: rows[[1, 0, 2]])
+def swap_labels(model: onnx.ModelProto) -> None:
+    change_tensor(find_weight(model, "head.weight"), lambda rows: rows[[1, 0, 2]])
 
 
-def not_a_number(model: onnx.ModelProto) -> None:
-    change(weight(model, "head.bias"), lambda bias: bias * np.nan)
+def set_nan_bias(model: onnx.ModelProto) -> None:
+    change_tensor(find_weight(model, "head.bias"), lambda bias: bias * np.nan)
 
 
-def softmax_over_the_batch(model: onnx.ModelProto) -> None:
+def move_softmax_to_batch(model: onnx.ModelProto) -> None:
     (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
     softmax.attribute[0].i = 0
 
 
-def no_softmax(model: onnx.ModelProto) -> None:
+def remove_softmax(model: onnx.ModelProto) -> None:
     (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
     softmax.op_type = "Identity"
     del softmax.attribute[:]
 
 
-def baked_batch(model: onnx.ModelProto) -> None:
+def fix_batch_size(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
 
 @pytest.mark.parametrize(
     "corrupt",
     [
-        scaled_convolution,
-        other_normalisation,
-        swapped_labels,
-        not_a_number,
-        softmax_over_the_batch,
-        no_softmax,
-        baked_batch,
+        scale_convolution,
+        shift_normalisation,
+        swap_labels,
+        set_nan_bias,
+        move_softmax_to_batch,
+        remove_softmax,
+        fix_batch_size,
     ],
 )
 def test_a_graph_that_computes_something_else_is_never_written(
-    tmp_path: Path, exported: Exported, corrupt: Callable[[onnx.ModelProto], None]
+    tmp_path: Path, exported: ExportedModel, corrupt: Callable[[onnx.ModelProto], None]
 ) -> None:
     model = exported.model
     corrupt(model)
@@ -173,9 +173,9 @@ def test_a_graph_that_computes_something_else_is_never_written(
     assert not out.exists()
 
 
-def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: Exported) -> None:
+def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: ExportedModel) -> None:
     model = exported.model
-    scaled_convolution(model)
+    scale_convolution(model)
     (tmp_path / "model.onnx").write_bytes(b"earlier")
     with pytest.raises(VerificationError):
         write_verified_model(
@@ -185,7 +185,7 @@ def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: Expor
     assert (tmp_path / "model.onnx").read_bytes() == b"earlier"
 
 
-def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: Exported) -> None:
+def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: ExportedModel) -> None:
     """Its place, not its bytes: who has the earlier file open goes on reading that."""
     out = tmp_path / "squares-16" / "7"
     out.mkdir(parents=True)
@@ -199,7 +199,9 @@ def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: 
     assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json"]
 
 
-def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path, exported: Exported) -> None:
+def test_a_golden_set_that_is_not_this_network_s_is_never_written(
+    tmp_path: Path, exported: ExportedModel
+) -> None:
     contract = exported.contract
     first, *others = contract.golden.images
     wrong = replace(first, logits=tuple(logit + 0.01 for logit in first.logits))
@@ -216,7 +218,9 @@ def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path
     assert not (tmp_path / "1").exists()
 
 
-def test_a_contract_that_does_not_fit_the_graph_is_never_written(tmp_path: Path, exported: Exported) -> None:
+def test_a_contract_that_does_not_fit_the_graph_is_never_written(
+    tmp_path: Path, exported: ExportedModel
+) -> None:
     contract = replace(exported.contract, input=square_geometry(32))
     with pytest.raises(ContractError, match="the graph takes"):
         write_verified_model(
@@ -232,7 +236,7 @@ def test_a_contract_that_does_not_fit_the_graph_is_never_written(tmp_path: Path,
 
 @pytest.mark.parametrize("out", ["zoo/squares", "zoo/squares/v1", "zoo/squares/1.0", "/", "/1", "."])
 def test_the_folder_must_name_model_and_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported, out: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: ExportedModel, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match="ends in <name>/<number>, such as zoo/pets/1, and it is "):
@@ -240,7 +244,7 @@ def test_the_folder_must_name_model_and_version(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exported) -> None:
+def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: ExportedModel) -> None:
     """It has weights, but neither temperature nor thresholds."""
     about = {key: value for key, value in exported.checkpoint.metadata.items() if key != "calibration"}
     with pytest.raises(ExportError, match="interrupted before its end; `fovea train --resume` goes on"):
@@ -250,14 +254,14 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exporte
     assert not list(tmp_path.iterdir())
 
 
-def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) -> None:
+def test_data_of_other_labels_are_refused(tmp_path: Path, exported: ExportedModel) -> None:
     data = replace(exported.data, labels=("red", "green", "blue"))
     with pytest.raises(ExportError, match=r"the checkpoint has labels .*, the data "):
         export_checkpoint(exported.checkpoint, data, tmp_path / "zoo" / "squares" / "1")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_trained_network_is_what_is_served(exported: Exported) -> None:
+def test_the_trained_network_is_what_is_served(exported: ExportedModel) -> None:
     """Golden logits are the network's own, for the pixels that the service will see."""
     from fovea.service.inference.engine import decode_golden_pixels
 

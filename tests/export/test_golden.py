@@ -18,7 +18,7 @@ from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation
 from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine, decode_golden_pixels
 from fovea.service.inference.preprocess import Pixels, choose_draft_scale
-from tests.graphs import build, contract_of, with_contract
+from tests.graphs import build_model, read_contract, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)
 STRETCHED = Geometry(24, 40, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.FAST)
@@ -26,22 +26,22 @@ OURS = square_geometry(32)
 GEOMETRIES = [square_geometry(16), OURS, replace(PHOTO, pixel_path=PixelPath.EXACT), PHOTO, STRETCHED]
 
 
-def three(pixels: Pixels) -> npt.NDArray[np.float32]:
+def compute_three_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
     """Three logits that any pixel changes."""
     flat = pixels.reshape(len(pixels), -1).astype(np.float32)
     return np.stack([flat.mean(axis=1), flat.std(axis=1), flat[:, ::7].mean(axis=1)], axis=1)
 
 
 @cache
-def golden(geometry: Geometry = OURS) -> dict[str, GoldenImage]:
-    return {image.name: image for image in draw_golden_images(geometry, three)}
+def golden_by_name(geometry: Geometry = OURS) -> dict[str, GoldenImage]:
+    return {image.name: image for image in draw_golden_images(geometry, compute_three_logits)}
 
 
-def opened(image: GoldenImage) -> ImageFile.ImageFile:
+def open_golden_image(image: GoldenImage) -> ImageFile.ImageFile:
     return Image.open(BytesIO(base64.b64decode(image.image)))
 
 
-def difference(left: Pixels, right: Pixels) -> float:
+def mean_difference(left: Pixels, right: Pixels) -> float:
     return float(np.abs(left.astype(int) - right).mean())
 
 
@@ -49,14 +49,14 @@ def difference(left: Pixels, right: Pixels) -> float:
 
 
 def test_the_set_is_the_same_every_time() -> None:
-    assert draw_golden_images(OURS, three) == draw_golden_images(OURS, three)
+    assert draw_golden_images(OURS, compute_three_logits) == draw_golden_images(OURS, compute_three_logits)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_host_can_prove_itself_by_it(geometry: Geometry) -> None:
     """A real graph of this geometry, through the engine that serves it."""
-    model = build(geometry=geometry)
-    images = contract_of(model).golden.images
+    model = build_model(geometry=geometry)
+    images = read_contract(model).golden.images
     assert 0 < len(images) <= 8
     assert all(decode_golden_pixels(image).shape == (geometry.height, geometry.width, 3) for image in images)
     proof = Engine(model.SerializeToString(), provider="cpu", threads=1).check_golden_set()
@@ -65,27 +65,31 @@ def test_every_host_can_prove_itself_by_it(geometry: Geometry) -> None:
 
 
 def test_the_recorded_logits_are_those_of_the_recorded_pixels() -> None:
-    for image in golden().values():
-        assert image.logits == pytest.approx(three(decode_golden_pixels(image)[None])[0].tolist())
+    for image in golden_by_name().values():
+        assert image.logits == pytest.approx(
+            compute_three_logits(decode_golden_pixels(image)[None])[0].tolist()
+        )
 
 
 def test_lossless_images_are_exact_and_jpegs_may_differ_by_rounding() -> None:
-    for image in golden().values():
-        lossy = opened(image).format == "JPEG"
+    for image in golden_by_name().values():
+        lossy = open_golden_image(image).format == "JPEG"
         assert image.pixel_tolerance == (JPEG_TOLERANCE if lossy else 0)
 
 
 def test_the_images_are_small() -> None:
     """They ride in every model file: at 32 x 32 less than 100 kB, at 224 x 224 less than 2 MB."""
     for geometry, limit in ((OURS, 100_000), (PHOTO, 2_000_000)):
-        assert sum(len(image.image) + len(image.pixels) for image in golden(geometry).values()) < limit
+        assert (
+            sum(len(image.image) + len(image.pixels) for image in golden_by_name(geometry).values()) < limit
+        )
 
 
 # --- what it goes through ------------------------------------------------------------------------
 
 
 def test_one_jpeg_is_turned_and_has_halved_colours() -> None:
-    image = opened(golden()["jpeg-420-orientation-6"])
+    image = open_golden_image(golden_by_name()["jpeg-420-orientation-6"])
     assert image.getexif()[0x0112] == 6
     assert JpegImagePlugin.get_sampling(image) == 2  # 4:2:0
     assert image.width != image.height
@@ -93,24 +97,24 @@ def test_one_jpeg_is_turned_and_has_halved_colours() -> None:
 
 @pytest.mark.parametrize("geometry", [square_geometry(16), OURS, PHOTO, STRETCHED])
 def test_one_jpeg_is_progressive_and_decoded_at_a_smaller_scale(geometry: Geometry) -> None:
-    image = opened(golden(geometry)["jpeg-progressive-large"])
+    image = open_golden_image(golden_by_name(geometry)["jpeg-progressive-large"])
     assert image.info["progressive"]
     assert choose_draft_scale(image.size, geometry) > 1
 
 
 def test_every_kind_of_conversion_is_there() -> None:
-    images = golden()
-    palette = opened(images["png-palette-alpha"])
+    images = golden_by_name()
+    palette = open_golden_image(images["png-palette-alpha"])
     assert (palette.mode, palette.has_transparency_data) == ("P", True)
     assert len(set(palette.info["transparency"])) > 16  # more than on and off
-    assert opened(images["png-grey-16-bit"]).mode == "I;16"
-    assert opened(images["jpeg-cmyk"]).mode == "CMYK"
-    assert opened(images["webp-lossless-alpha"]).mode == "RGBA"
-    assert opened(images["gif-two-frames"]).n_frames == 2  # type: ignore[attr-defined]  # GIF has it
+    assert open_golden_image(images["png-grey-16-bit"]).mode == "I;16"
+    assert open_golden_image(images["jpeg-cmyk"]).mode == "CMYK"
+    assert open_golden_image(images["webp-lossless-alpha"]).mode == "RGBA"
+    assert open_golden_image(images["gif-two-frames"]).n_frames == 2  # type: ignore[attr-defined]  # GIF has it
 
 
 def test_images_are_shrunk_enlarged_and_cut_from_a_strip() -> None:
-    sizes = {name: opened(image).size for name, image in golden().items()}
+    sizes = {name: open_golden_image(image).size for name, image in golden_by_name().items()}
     width, height = sizes["png-strip"]
     assert height > 100 * width
     assert max(sizes["png-grey-16-bit"]) < 32
@@ -122,7 +126,7 @@ def test_images_are_shrunk_enlarged_and_cut_from_a_strip() -> None:
 
 @pytest.mark.parametrize("geometry", [square_geometry(16), OURS, PHOTO])
 def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
-    for name, image in golden(geometry).items():
+    for name, image in golden_by_name(geometry).items():
         pixels = decode_golden_pixels(image)
         mistakes = {
             "not turned": np.rot90(pixels),
@@ -133,14 +137,14 @@ def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
             mistakes["blue for red"] = pixels[..., ::-1]
         for mistake, wrong in mistakes.items():
             if name != "png-strip":  # three pixels wide, it is stripes whichever way it is turned
-                assert difference(pixels, wrong) > 5 * JPEG_TOLERANCE, (name, mistake)
+                assert mean_difference(pixels, wrong) > 5 * JPEG_TOLERANCE, (name, mistake)
 
 
-@pytest.mark.parametrize("name", list(golden()))
+@pytest.mark.parametrize("name", list(golden_by_name()))
 def test_a_host_that_decodes_otherwise_does_not_start(name: str) -> None:
     """The pixels of one image are recorded as another decoder, off by 2 levels of 255, would see them."""
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     images = {image.name: image for image in contract.golden.images}
     buffer = BytesIO()
     Image.fromarray(decode_golden_pixels(images[name]) ^ 2).save(buffer, "PNG")

@@ -14,25 +14,27 @@ from torch import nn
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.model.networks.cnn import Square
 from fovea.service.artifact.contract import Layer
-from tests.export.conftest import Exported
-from tests.graphs import build
+from tests.export.conftest import ExportedModel
+from tests.graphs import build_model
 
 # --- of an exported network ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def layers(exported: Exported) -> tuple[Layer, ...]:
+def layers(exported: ExportedModel) -> tuple[Layer, ...]:
     return exported.contract.layers
 
 
-def test_every_node_is_in_the_table_in_order(exported: Exported, layers: tuple[Layer, ...]) -> None:
+def test_every_node_is_in_the_table_in_order(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
     nodes = exported.model.graph.node
     assert [layer.kind for layer in layers] == [node.op_type for node in nodes]
     assert [layer.inputs for layer in layers] == [tuple(node.input) for node in nodes]
     assert [layer.outputs for layer in layers] == [tuple(node.output) for node in nodes]
 
 
-def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers: tuple[Layer, ...]) -> None:
+def test_layers_are_called_what_the_torch_modules_are(
+    exported: ExportedModel, layers: tuple[Layer, ...]
+) -> None:
     modules = dict(exported.net.named_modules())
     kinds = {"Conv": nn.Conv2d, "Gelu": nn.GELU, "MaxPool": nn.MaxPool2d, "Pow": Square, "Gemm": nn.Linear}
     for kind, module in kinds.items():
@@ -42,7 +44,7 @@ def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers
     assert free == ["mean", "div", "softmax"]  # what no module does
 
 
-def test_kernels_and_strides_are_the_network_s(exported: Exported, layers: tuple[Layer, ...]) -> None:
+def test_kernels_and_strides_are_the_network_s(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
     modules = dict(exported.net.named_modules())
     for layer in layers:
         if layer.kind == "Conv":
@@ -58,7 +60,7 @@ def test_kernels_and_strides_are_the_network_s(exported: Exported, layers: tuple
     assert next(layer for layer in layers if layer.kind == "Softmax").attributes == {"axis": 1}
 
 
-def test_every_parameter_is_counted_once(exported: Exported, layers: tuple[Layer, ...]) -> None:
+def test_every_parameter_is_counted_once(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
     stored = {tensor.name: math.prod(tensor.dims) for tensor in exported.model.graph.initializer}
     for layer in layers:
         assert layer.parameters == sum(stored.get(name, 0) for name in layer.inputs)
@@ -67,7 +69,7 @@ def test_every_parameter_is_counted_once(exported: Exported, layers: tuple[Layer
     assert head.parameters == sum(weight.numel() for weight in exported.net.head.parameters())
 
 
-def test_shapes_are_what_a_run_gives(exported: Exported, layers: tuple[Layer, ...]) -> None:
+def test_shapes_are_what_a_run_gives(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
     """And every feature map can be asked for by appending an output to the file."""
     names = [layer.outputs[0] for layer in layers if layer.outputs[0] not in ("logits", "probabilities")]
     wanted = onnx.ModelProto()
@@ -79,7 +81,7 @@ def test_shapes_are_what_a_run_gives(exported: Exported, layers: tuple[Layer, ..
 
 
 def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
-    exported: Exported, layers: tuple[Layer, ...]
+    exported: ExportedModel, layers: tuple[Layer, ...]
 ) -> None:
     made = {layer.outputs[0]: layer for layer in layers}
     maps = [made[name] for name in exported.contract.feature_maps]
@@ -94,7 +96,7 @@ def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
 
 
 def test_the_table_of_a_small_graph_is_what_was_written() -> None:
-    table = {layer.kind: layer for layer in build_layer_table(build())}
+    table = {layer.kind: layer for layer in build_layer_table(build_model())}
     assert list(table) == ["Transpose", "Cast", "Mul", "Conv", "Relu", "ReduceMean", "Gemm", "Softmax"]
     assert [layer.parameters for layer in table.values()] == [0, 0, 1, 8 * 3 * 3 * 3, 0, 2, 8 * 4 + 4, 0]
     assert [layer.shape for layer in table.values()] == [(3, 16, 16)] * 3 + [(8, 16, 16)] * 2 + [
@@ -104,10 +106,10 @@ def test_the_table_of_a_small_graph_is_what_was_written() -> None:
     ]
     assert table["Conv"].attributes == {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1)}
     assert (table["Conv"].inputs, table["Conv"].outputs) == (("scaled", "kernel"), ("conv",))
-    assert find_feature_maps(build_layer_table(build())) == ("conv", "relu")
+    assert find_feature_maps(build_layer_table(build_model())) == ("conv", "relu")
 
 
-def a_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+def build_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
     """`x`, float32 (batch, 3, height, 8), through `nodes` to `y`; `kernel` is 4 x 3 x 1 x 1."""
     return helper.make_model(
         helper.make_graph(
@@ -121,7 +123,7 @@ def a_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
 
 
 def test_a_size_that_only_a_run_can_tell_is_null() -> None:
-    (layer,) = build_layer_table(a_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
+    (layer,) = build_layer_table(build_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
     assert layer.shape == (4, None, 8)
     assert layer.parameters == 12
 
@@ -129,7 +131,7 @@ def test_a_size_that_only_a_run_can_tell_is_null() -> None:
 def test_attributes_are_numbers_and_words() -> None:
     constant = numpy_helper.from_array(np.zeros(2, np.float32))
     same, leaky, tensor = build_layer_table(
-        a_graph(
+        build_graph(
             helper.make_node("Conv", ["x", "kernel"], ["a"], auto_pad="SAME_UPPER", group=1, name="first"),
             helper.make_node("LeakyRelu", ["a"], ["y"], alpha=0.25),
             helper.make_node("Constant", [], ["c"], value=constant),
@@ -141,12 +143,12 @@ def test_attributes_are_numbers_and_words() -> None:
 
 
 def test_a_graph_without_convolutions_has_no_feature_maps() -> None:
-    assert find_feature_maps(build_layer_table(a_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
+    assert find_feature_maps(build_layer_table(build_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
 
 
 def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
     """Between two transposes, as ConvNeXt has them, height would be read as channels."""
-    graph = a_graph(
+    graph = build_graph(
         helper.make_node("Conv", ["x", "kernel"], ["a"]),
         helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
         helper.make_node("Relu", ["b"], ["c"]),
@@ -158,10 +160,10 @@ def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
 
 def test_what_json_cannot_say_is_left_out() -> None:
     node = helper.make_node("Clip", ["x"], ["y"], min=float("-inf"), max=6.0)
-    assert build_layer_table(a_graph(node))[0].attributes == {"max": 6.0}
+    assert build_layer_table(build_graph(node))[0].attributes == {"max": 6.0}
 
 
 def test_notes_of_other_tools_are_no_names() -> None:
     node = helper.make_node("Relu", ["x"], ["y"], name="mine")
     node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="not a list (")
-    assert build_layer_table(a_graph(node))[0].name == "mine"
+    assert build_layer_table(build_graph(node))[0].name == "mine"

@@ -21,7 +21,7 @@ LARGE = ("resnet34", "resnet50", "mobilenet_v2")
 """Networks that take ten seconds to export."""
 
 
-def settled(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
+def make_warm_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
     """A network whose batch normalisation is not the identity, as if it had been trained."""
     torch.manual_seed(0)
     labels = 2 if task is Task.BINARY else 5
@@ -49,10 +49,10 @@ def settled(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
     ],
 )
 def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None:
-    net = settled(name, size)
+    net = make_warm_net(name, size)
     task = list(Task)[len(name) % 3] if size == 16 else Task.MULTICLASS
     if task is not Task.MULTICLASS:
-        net = settled(name, size, task)
+        net = make_warm_net(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
     geometry, calibration = square_geometry(size), Calibration(1.7, (0.4,) * thresholds, ())

@@ -16,33 +16,33 @@ from torch import nn
 from fovea.service.errors import BadRequest
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layers import LayerView, Span
-from tests.export.classifiers import classifier, exported, foreign
-from tests.export.imports import PLAN, Imported, bring
-from tests.vgg import LABELS, vgg
+from tests.export.classifiers import build_classifier, export_foreign, export_network
+from tests.export.imports import PLAN, ImportedModel, import_graph
+from tests.vgg import LABELS, build_vgg
 
 pytestmark = pytest.mark.long
 
 
-def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[LayerView]:
-    return opened(bring(model, folder, labels)).layers
+def import_layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[LayerView]:
+    return open_introspected(import_graph(model, folder, labels)).layers
 
 
-def opened(model: Imported) -> IntrospectedModel:
+def open_introspected(model: ImportedModel) -> IntrospectedModel:
     return IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
 
 
 def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    worked_out = layers(vgg(auto_pad=True), tmp_path / "a", LABELS)
-    written = layers(vgg(), tmp_path / "b", LABELS)
+    worked_out = import_layers(build_vgg(auto_pad=True), tmp_path / "a", LABELS)
+    written = import_layers(build_vgg(), tmp_path / "b", LABELS)
     assert [layer.window for layer in worked_out] == [layer.window for layer in written]
     assert [layer.receptive_field for layer in worked_out] == [layer.receptive_field for layer in written]
 
 
 def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
-    model = bring(classifier(), tmp_path)
-    inside = opened(model)
+    model = import_graph(build_classifier(), tmp_path)
+    inside = open_introspected(model)
     linear = next(layer for layer in inside.layers if layer.kind == "MatMul")
     assert list(linear.weights) == ["weight", "bias"]
     assert "Add" not in [layer.kind for layer in inside.layers]
@@ -55,15 +55,15 @@ def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
 
 
 def test_what_prepares_the_input_is_not_shown(tmp_path: Path) -> None:
-    for number, model in enumerate((classifier(layout="nhwc"), classifier(dtype="uint8"))):
+    for number, model in enumerate((build_classifier(layout="nhwc"), build_classifier(dtype="uint8"))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        kinds = [layer.kind for layer in layers(model, folder)]
+        kinds = [layer.kind for layer in import_layers(model, folder)]
         assert kinds[:3] == ["Input", "Conv", "Relu"]
         assert kinds[-1] == "Softmax"
 
 
-class Branches(nn.Module):
+class BranchingNet(nn.Module):
     """Two ways, put together; activations that tools write as several operators; a dilated convolution."""
 
     def __init__(self) -> None:
@@ -76,14 +76,14 @@ class Branches(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, planes: torch.Tensor) -> torch.Tensor:
-        both = torch.cat([self.act(self.near(planes)), self.act(self.far(planes))], dim=1)
-        result: torch.Tensor = self.head(self.last(self.deep(both)).mean(dim=(2, 3)))
+        joined_maps = torch.cat([self.act(self.near(planes)), self.act(self.far(planes))], dim=1)
+        result: torch.Tensor = self.head(self.last(self.deep(joined_maps)).mean(dim=(2, 3)))
         return result
 
 
 def test_branches_see_what_any_of_them_sees(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = layers(exported(Branches(), 32), tmp_path)
+    found = import_layers(export_network(BranchingNet(), 32), tmp_path)
     by_name = {(layer.name, layer.kind): layer for layer in found}
     joined = next(layer for layer in found if layer.kind == "Concat")
     assert joined.receptive_field
@@ -98,7 +98,7 @@ def test_branches_see_what_any_of_them_sees(tmp_path: Path) -> None:
 
 
 def test_blocks_of_a_network_fold(tmp_path: Path) -> None:
-    found = layers(foreign("resnet18"), tmp_path, 7)
+    found = import_layers(export_foreign("resnet18"), tmp_path, 7)
     blocks = list(dict.fromkeys(layer.block for layer in found if layer.block))
     assert blocks == [f"features.layer{stage}" for stage in (1, 2, 3, 4)]
     assert all(sum(layer.block == block for layer in found) <= 16 for block in blocks)
@@ -133,7 +133,7 @@ def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    inside = opened(bring(model, tmp_path))
+    inside = open_introspected(import_graph(model, tmp_path))
     kinds = [layer.kind for layer in inside.layers]
     assert [kind for kind in kinds if kind != "Flatten"] == ["Input", "Conv", "Gemm", "Softmax"]
     pixels = np.zeros((16, 16, 3), np.uint8)

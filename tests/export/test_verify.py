@@ -16,11 +16,11 @@ from fovea.export.verify import (
 )
 from fovea.model.data.dataset import Examples
 from fovea.model.evaluation import evaluate
-from tests.export.conftest import Exported
-from tests.training import whole
+from tests.export.conftest import ExportedModel
+from tests.training import stack_pixels
 
 
-def test_batches_of_1_2_and_64_agree(exported: Exported) -> None:
+def test_batches_of_1_2_and_64_agree(exported: ExportedModel) -> None:
     agreements = compare_outputs(exported.net, exported.engine, exported.data.test.pixels[:64])
     assert [agreement.batch for agreement in agreements] == [1, 2, 64]
     for agreement in agreements:
@@ -29,7 +29,7 @@ def test_batches_of_1_2_and_64_agree(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize(("change", "agrees"), [(0.0, True), (0.0005, True), (0.01, False), (1.0, False)])
-def test_a_network_whose_logits_differ_is_told(exported: Exported, change: float, agrees: bool) -> None:
+def test_a_network_whose_logits_differ_is_told(exported: ExportedModel, change: float, agrees: bool) -> None:
     net = exported.net
     with torch.no_grad():
         net.head.bias.add_(torch.tensor([0.0, change, 0.0]))
@@ -42,7 +42,7 @@ def test_a_network_whose_logits_differ_is_told(exported: Exported, change: float
             compare_outputs(net, exported.engine, pixels)
 
 
-def test_one_different_image_of_64_is_enough(exported: Exported) -> None:
+def test_one_different_image_of_64_is_enough(exported: ExportedModel) -> None:
     """Nothing is averaged away: the network is changed so that only red images move."""
     net, pixels = exported.net, exported.data.test.pixels[:64].clone()
     pixels[-1] = torch.tensor([255, 0, 0])
@@ -57,7 +57,7 @@ def test_one_different_image_of_64_is_enough(exported: Exported) -> None:
         compare_outputs(net, exported.engine, pixels)
 
 
-def test_nan_is_a_disagreement(exported: Exported) -> None:
+def test_nan_is_a_disagreement(exported: ExportedModel) -> None:
     net = exported.net
     with torch.no_grad():
         net.head.bias.fill_(float("nan"))
@@ -65,16 +65,16 @@ def test_nan_is_a_disagreement(exported: Exported) -> None:
         compare_outputs(net, exported.engine, exported.data.test.pixels[:64])
 
 
-def test_accuracy_is_torch_s_on_the_same_images(exported: Exported) -> None:
+def test_accuracy_is_torch_s_on_the_same_images(exported: ExportedModel) -> None:
     examples = exported.data.test
     assert measure_accuracy(exported.engine, examples, "test").top1 == evaluate.measure_accuracy(
         exported.net, examples
     )
 
 
-def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) -> None:
+def test_accuracy_counts_what_is_right_over_several_batches(exported: ExportedModel) -> None:
     count = evaluate.BATCH_SIZE + 60
-    pixels = whole(exported.data.test.pixels).repeat(4, 1, 1, 1)[:count]
+    pixels = stack_pixels(exported.data.test.pixels).repeat(4, 1, 1, 1)[:count]
     chosen = torch.from_numpy(exported.engine.run(pixels.numpy()).argmax(axis=1))
     examples = Examples(pixels, chosen)
     assert measure_accuracy(exported.engine, examples, "test").top1 == 1

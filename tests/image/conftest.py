@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from tests.conftest import ROOT
-from tests.servers import until
+from tests.servers import wait_until
 
-BASE = "python:3.12-slim"
-TWIN = f"{BASE}=docker-image://local/python-with-ca"
+BASE_IMAGE = "python:3.12-slim"
+BASE_CONTEXT = f"{BASE_IMAGE}=docker-image://local/python-with-ca"
 """Where there is no registry: the base image with this machine's certificates."""
 
 
@@ -26,78 +26,78 @@ class Docker:
     """The command, and what a build needs where bases are not from a registry."""
 
     environment: dict[str, str]
-    own_bases: bool
+    has_own_bases: bool
 
     def __call__(self, *arguments: str | Path, check: bool = True, seconds: float = 600) -> str:
         """Run `docker`; return what it prints. Raises `AssertionError` when it fails."""
-        ended = subprocess.run(
+        result = subprocess.run(
             ["docker", *map(str, arguments)],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
-        assert not check or ended.returncode == 0, f"docker {arguments}: {ended.stdout}{ended.stderr}"
-        return ended.stdout + ended.stderr if not check else ended.stdout.strip()
+        assert not check or result.returncode == 0, f"docker {arguments}: {result.stdout}{result.stderr}"
+        return result.stdout + result.stderr if not check else result.stdout.strip()
 
     def build(self, *arguments: str) -> str:
         """`docker build`; its output."""
-        bases = ["--network=host", "--build-context", TWIN] if self.own_bases else []
+        bases = ["--network=host", "--build-context", BASE_CONTEXT] if self.has_own_bases else []
         return self("build", *bases, *arguments)
 
-    def inspect(self, what: str, form: str) -> str:
+    def inspect(self, name: str, template: str) -> str:
         """One fact of an image or a container."""
-        return self("inspect", "--format", form, what)
+        return self("inspect", "--format", template, name)
 
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Docker]:
     """Ends the whole run, as failed, where there is no Docker to be had, and says so."""
-    if _answers(dict(os.environ)):
-        yield Docker(dict(os.environ), own_bases=False)
+    if _is_docker_available(dict(os.environ)):
+        yield Docker(dict(os.environ), has_own_bases=False)
         return
     tools = os.environ.get("CONTAINER_TOOLS")
     if not tools or os.geteuid() != 0:
         pytest.exit("no Docker answers, and CONTAINER_TOOLS names none: the images are NOT tested", 1)
-    yield from _from_tools(ROOT / tools)
+    yield from _docker_from_tools(ROOT / tools)
 
 
-def _answers(environment: dict[str, str]) -> bool:
+def _is_docker_available(environment: dict[str, str]) -> bool:
     try:
-        asked = subprocess.run(["docker", "info"], env=environment, capture_output=True, check=False)
+        result = subprocess.run(["docker", "info"], env=environment, capture_output=True, check=False)
     except OSError:
         return False
-    return asked.returncode == 0
+    return result.returncode == 0
 
 
-def _from_tools(tools: Path) -> Iterator[Docker]:
+def _docker_from_tools(tools: Path) -> Iterator[Docker]:
     environment = {**os.environ, "ENGINE": "docker"}
 
-    def tool(name: str, *arguments: str) -> str:
-        started = time.monotonic()
-        ended = subprocess.run(
+    def run_tool(name: str, *arguments: str) -> str:
+        started_at = time.monotonic()
+        result = subprocess.run(
             [tools / name, *arguments], env=environment, capture_output=True, text=True, check=False
         )
-        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
-        print(f"{name}: {time.monotonic() - started:.0f} s")
-        return ended.stdout
+        assert result.returncode == 0, f"{name}: {result.stdout}{result.stderr}"
+        print(f"{name}: {time.monotonic() - started_at:.0f} s")
+        return result.stdout
 
     try:
-        tool("install-docker.sh")
-        exports = re.findall(r"(\w+)=(\S+)", tool("start-docker.sh"))
+        run_tool("install-docker.sh")
+        exports = re.findall(r"(\w+)=(\S+)", run_tool("start-docker.sh"))
     except AssertionError as error:
         pytest.exit(f"no Docker can be started, the images are NOT tested: {error}", 1)
     environment.update({name: os.path.expandvars(value) for name, value in exports})
     try:
-        tool("make-base-image.sh")
-        tool("make-ca-base.sh")
-        tool("make-prometheus-image.sh", _prometheus_version())
-        yield Docker(environment, own_bases=True)
+        run_tool("make-base-image.sh")
+        run_tool("make-ca-base.sh")
+        run_tool("make-prometheus-image.sh", _read_prometheus_version())
+        yield Docker(environment, has_own_bases=True)
     finally:
-        tool("stop-docker.sh")
+        run_tool("stop-docker.sh")
 
 
-def _prometheus_version() -> str:
-    found = re.search(r"prom/prometheus:(\S+)", (ROOT / "docker-compose.yml").read_text())
-    assert found is not None
-    return found[1]
+def _read_prometheus_version() -> str:
+    version_match = re.search(r"prom/prometheus:(\S+)", (ROOT / "docker-compose.yml").read_text())
+    assert version_match is not None
+    return version_match[1]
 
 
 @pytest.fixture(scope="session")
@@ -105,11 +105,13 @@ def image(docker: Docker) -> str:
     """The image, built by the README's line."""
     line = re.search(r"^\$ docker (build .+) \.$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert line is not None
-    started = time.monotonic()
+    started_at = time.monotonic()
     docker.build(*line[1].split()[1:], ".")
-    seconds = time.monotonic() - started
-    base, own = (int(docker.inspect(name, "{{.Size}}")) for name in (BASE, "fovea"))
-    print(f"built in {seconds:.0f} s: {(own - base) / 1e6:.0f} MB on top of {BASE}, {base / 1e6:.0f} MB")
+    seconds = time.monotonic() - started_at
+    base, total = (int(docker.inspect(name, "{{.Size}}")) for name in (BASE_IMAGE, "fovea"))
+    print(
+        f"built in {seconds:.0f} s: {(total - base) / 1e6:.0f} MB on top of {BASE_IMAGE}, {base / 1e6:.0f} MB"
+    )
     return "fovea"
 
 
@@ -119,7 +121,7 @@ class Container:
     def __init__(self, docker: Docker, name: str) -> None:
         self.docker = docker
         self.name = name
-        until(lambda: docker.inspect(name, "{{.State.Health.Status}}") != "starting")
+        wait_until(lambda: docker.inspect(name, "{{.State.Health.Status}}") != "starting")
         assert docker.inspect(name, "{{.State.Health.Status}}") == "healthy", docker(
             "logs", name, check=False
         )

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.deploy.test_alerts import ALERTS
 from tests.image.conftest import Container, Docker
-from tests.servers import until
+from tests.servers import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +34,13 @@ UNWANTED = (
 """Paths: frameworks, compilers, caches, and what only makes models."""
 
 
-def run_line() -> list[str]:
+def read_run_line() -> list[str]:
     """The README's `docker run`, without the port and what removes the container."""
     (line,) = re.findall(r"^\$ docker run (.+) fovea$", README, re.MULTILINE)
     words = line.split()
-    place = words.index("-p")
-    assert words[place + 1] == "8000:8000"
-    return [word for word in (*words[:place], *words[place + 2 :]) if word != "--rm"]
+    index = words.index("-p")
+    assert words[index + 1] == "8000:8000"
+    return [word for word in (*words[:index], *words[index + 2 :]) if word != "--rm"]
 
 
 @pytest.fixture
@@ -48,7 +48,15 @@ def container(docker: Docker, image: str, request: pytest.FixtureRequest) -> Ite
     """The image as the README runs it, on a free port and in 1 GiB; parameters are settings."""
     settings = [word for setting in getattr(request, "param", ()) for word in ("--env", setting)]
     name = docker(
-        "run", "--detach", *run_line(), "--publish", "127.0.0.1::8000", "--memory", MEMORY, *settings, image
+        "run",
+        "--detach",
+        *read_run_line(),
+        "--publish",
+        "127.0.0.1::8000",
+        "--memory",
+        MEMORY,
+        *settings,
+        image,
     )
     try:
         started = Container(docker, name)
@@ -92,7 +100,7 @@ def test_it_takes_arguments_and_its_health_check_follows_them(docker: Docker, im
     name = docker(
         "run",
         "--detach",
-        *run_line(),
+        *read_run_line(),
         "--publish",
         "127.0.0.1::9000",
         image,
@@ -102,7 +110,7 @@ def test_it_takes_arguments_and_its_health_check_follows_them(docker: Docker, im
         "2",
     )
     try:
-        until(lambda: docker.inspect(name, "{{.State.Health.Status}}") == "healthy")
+        wait_until(lambda: docker.inspect(name, "{{.State.Health.Status}}") == "healthy")
         address = docker("port", name, "9000").splitlines()[0]
         assert httpx.post(f"http://{address}/v1/classify", content=SHIP).status_code == 200
         assert "fovea_workers 2.0" in httpx.get(f"http://{address}/metrics").text
@@ -115,7 +123,7 @@ def test_it_publishes_as_a_job(docker: Docker, image: str, tmp_path: Path) -> No
     model = "/app/zoo/cifar10/3/model.onnx"
     volume = f"{tmp_path}:/models"
     said = docker(
-        "run", "--rm", *run_line(), "--volume", volume, image, "publish", model, "--models", "/models"
+        "run", "--rm", *read_run_line(), "--volume", volume, image, "publish", model, "--models", "/models"
     )
     assert said == "published /models/cifar10/1/model.onnx"
     assert (tmp_path / "cifar10" / "1" / "model.onnx").exists()
@@ -123,10 +131,10 @@ def test_it_publishes_as_a_job(docker: Docker, image: str, tmp_path: Path) -> No
 
 def test_without_an_init_a_signal_while_it_loads_ends_it_at_once(docker: Docker, image: str) -> None:
     """As in Kubernetes: the service is process 1, for which the kernel drops signals without a handler."""
-    words = [word for word in run_line() if word != "--init"]
+    words = [word for word in read_run_line() if word != "--init"]
     name = docker("run", "--detach", *words, "--cpus", "0.2", image)  # it loads for seconds
     try:
-        until(lambda: _hears_sigterm(docker("exec", name, "cat", "/proc/1/status", check=False)))
+        wait_until(lambda: _handles_sigterm(docker("exec", name, "cat", "/proc/1/status", check=False)))
         started = time.monotonic()
         docker("kill", "--signal", "TERM", name)
         assert int(docker("wait", name)) in (0, 143)
@@ -135,10 +143,10 @@ def test_without_an_init_a_signal_while_it_loads_ends_it_at_once(docker: Docker,
         docker("rm", "--force", name)
 
 
-def _hears_sigterm(status: str) -> bool:
+def _handles_sigterm(status: str) -> bool:
     """Whether a process has a handler for it, by proc_pid_status(5)."""
-    caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
-    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+    signal_match = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    return signal_match is not None and bool(int(signal_match[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 TRACED = ["FOVEA_TRACES=true", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9"]
@@ -148,7 +156,7 @@ TRACED = ["FOVEA_TRACES=true", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9"]
 @pytest.mark.parametrize("container", [TRACED], indirect=True)
 def test_its_log_is_json_and_it_can_trace(docker: Docker, container: Container) -> None:
     assert container.client.post("/v1/classify", content=SHIP).status_code == 200
-    until(lambda: '"event":"request"' in docker("logs", container.name, check=False))
+    wait_until(lambda: '"event":"request"' in docker("logs", container.name, check=False))
     written = docker("logs", container.name, check=False).splitlines()
     told = [json.loads(line) for line in written if line.startswith("{")]
     (request,) = (line for line in told if line["event"] == "request")
@@ -187,7 +195,7 @@ def test_a_signal_loses_no_request_in_flight(docker: Docker, container: Containe
     callers = [threading.Thread(target=ask) for _ in range(8)]
     for caller in callers:
         caller.start()
-    until(lambda: len(statuses) > 50)
+    wait_until(lambda: len(statuses) > 50)
     docker("kill", "--signal", "TERM", container.name)
     for caller in callers:
         caller.join(60)
@@ -222,7 +230,7 @@ def compose(docker: Docker, tmp_path: Path) -> Iterator[list[str]]:
     """`docker compose` for the project's own file, on free ports, with bases of this machine where needed."""
     files = [ROOT / "docker-compose.yml", tmp_path / "ports.yml", tmp_path / "bases.yml"]
     files[1].write_text(OVERRIDE)
-    files[2].write_text(OWN_BASES if docker.own_bases else "services: {}")
+    files[2].write_text(OWN_BASES if docker.has_own_bases else "services: {}")
     words = ["compose", "--project-name", "fovea-test", *(f"--file={file}" for file in files)]
     try:
         yield words
@@ -246,7 +254,7 @@ def test_compose_brings_up_a_service_that_prometheus_watches(docker: Docker, com
         found = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}).json()["data"]["result"]
         return float(found[0]["value"][1]) if found else None
 
-    until(lambda: value('sum(fovea_images_total{job="fovea"})') == 1)
+    wait_until(lambda: value('sum(fovea_images_total{job="fovea"})') == 1)
     assert value('up{job="fovea"}') == 1
     rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
     assert {

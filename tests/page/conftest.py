@@ -10,48 +10,48 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.export.imports import ZOO, bring
-from tests.graphs import build, closed, publish
-from tests.page.browsers import chromium
-from tests.page.networks import LABELS, deep, varied
+from tests.export.imports import ZOO, import_graph
+from tests.graphs import add_to_repository, build_model, build_unopenable
+from tests.page.browsers import launch_chromium
+from tests.page.networks import LABELS, build_deep_network, build_varied_network
 from tests.page.views import View
 from tests.servers import ROOT, Server
-from tests.tools import need
+from tests.tools import require_tool
 
-PATIENCE = 20_000
+TIMEOUT_MS = 20_000
 """Milliseconds."""
-HERE = ("http://127.0.0.1:", "blob:", "data:")
-TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
+LOCAL_URLS = ("http://127.0.0.1:", "blob:", "data:")
+REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map;
-    `closed`, without maps."""
-    need("chromium")  # before anything slow
-    root = publish(build(), tmp_path_factory.mktemp("models"))
-    publish(closed(), root, "closed")
+    """`cifar10`, the default; `small`, of seven nodes; `build_deep_network`; `build_varied_network`, without
+    a class activation map; `build_unopenable`, without maps."""
+    require_tool("chromium")  # before anything slow
+    root = add_to_repository(build_model(), tmp_path_factory.mktemp("models"))
+    add_to_repository(build_unopenable(), root, "closed")
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
     (root / "default").write_text("cifar10\n")
-    for name, network in (("varied", varied()), ("deep", deep())):
-        imported = bring(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]
-        imported.rename(root / name)
+    for name, network in (("varied", build_varied_network()), ("deep", build_deep_network())):
+        model_folder = import_graph(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]
+        model_folder.rename(root / name)
     return root
 
 
 @pytest.fixture(scope="session")
 def running(models: Path) -> Iterator[Server]:
     """The service of these models; it does not take long over an occlusion."""
-    with Server(FOVEA_MODELS=str(models), FOVEA_EXPLAIN_SECONDS="0.3") as running:
-        yield running
+    with Server(FOVEA_MODELS=str(models), FOVEA_EXPLAIN_SECONDS="0.3") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium, one for each module; with time enough on a busy machine."""
-    expect.set_options(timeout=PATIENCE)
-    with chromium() as browser:
+    expect.set_options(timeout=TIMEOUT_MS)
+    with launch_chromium() as browser:
         yield browser
 
 
@@ -59,8 +59,8 @@ def browser() -> Iterator[Browser]:
 def tab(browser: Browser) -> Page:
     """One for each module: what was loaded once is known."""
     tab = browser.new_page()
-    tab.add_init_script(TELL_VIOLATIONS)
-    tab.set_default_timeout(PATIENCE)
+    tab.add_init_script(REPORT_VIOLATIONS)
+    tab.set_default_timeout(TIMEOUT_MS)
     return tab
 
 
@@ -71,22 +71,22 @@ def page(tab: Page) -> Iterator[Page]:
     tab.set_viewport_size({"width": 1280, "height": 900})
     tab.emulate_media(color_scheme="light", reduced_motion="reduce", forced_colors="none")
     faults: list[str] = []
-    asked: list[str] = []
-    heard: tuple[tuple[Any, Callable[[Any], None]], ...] = (
+    request_urls: list[str] = []
+    listeners: tuple[tuple[Any, Callable[[Any], None]], ...] = (
         ("pageerror", lambda error: faults.append(str(error))),
         ("console", lambda message: faults.append(message.text) if message.type == "error" else None),
-        ("request", lambda request: asked.append(request.url)),
+        ("request", lambda request: request_urls.append(request.url)),
     )
-    for event, hear in heard:
-        tab.on(event, hear)
+    for event, listener in listeners:
+        tab.on(event, listener)
     yield tab
     tab.evaluate("localStorage.clear()")
     tab.unroute_all()
     tab.goto("about:blank")
-    for event, hear in heard:
-        tab.remove_listener(event, hear)
+    for event, listener in listeners:
+        tab.remove_listener(event, listener)
     assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
-    assert [url for url in asked if not url.startswith((*HERE, "about:"))] == []
+    assert [url for url in request_urls if not url.startswith((*LOCAL_URLS, "about:"))] == []
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 LABELS = ("oak", "elm", "fir", "yew", "ash")
 SIDE = 32
-ALONG_ROWS = ("columns", "columns.norm")
-"""Layers of `varied` that work along the rows of each map, not over the maps."""
+ROW_LAYERS = ("columns", "columns.norm")
+"""Layers of `build_varied_network` that work along the rows of each map, not over the maps."""
 
 
-class Drawing:
+class GraphBuilder:
     """A graph in the making; each layer reads the one before it."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -26,29 +26,29 @@ class Drawing:
 
     def add(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
         """One more layer, of these inputs or else of the last one."""
-        made = helper.make_node(kind, [*(inputs or (self.last,))], [name], name=name, **attributes)
-        self.nodes.append(made)
+        node = helper.make_node(kind, [*(inputs or (self.last,))], [name], name=name, **attributes)
+        self.nodes.append(node)
         self.last = name
         return name
 
-    def draw(self, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0) -> str:
+    def add_weight(self, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0) -> str:
         """Random weights."""
         self.weights[name] = self.random.normal(mean, spread, shape).astype(np.float32)
         return name
 
-    def conv(self, name: str, outputs: int, inputs: int, kernel: int, **attributes: Any) -> str:
+    def add_conv(self, name: str, outputs: int, inputs: int, kernel: int, **attributes: Any) -> str:
         """A convolution with a bias; `inputs` are those of one group."""
         spread = 1.5 / np.sqrt(inputs * kernel * kernel)
-        weight = self.draw(f"{name}.weight", outputs, inputs, kernel, kernel, spread=float(spread))
-        bias = self.draw(f"{name}.bias", outputs, spread=0.1)
+        weight = self.add_weight(f"{name}.weight", outputs, inputs, kernel, kernel, spread=float(spread))
+        bias = self.add_weight(f"{name}.bias", outputs, spread=0.1)
         return self.add("Conv", name, self.last, weight, bias, kernel_shape=[kernel, kernel], **attributes)
 
-    def linear(self, name: str, outputs: int, inputs: int) -> str:
+    def add_linear(self, name: str, outputs: int, inputs: int) -> str:
         """A linear layer with a bias."""
-        weight = self.draw(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
-        return self.add("Gemm", name, self.last, weight, self.draw(f"{name}.bias", outputs), transB=1)
+        weight = self.add_weight(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
+        return self.add("Gemm", name, self.last, weight, self.add_weight(f"{name}.bias", outputs), transB=1)
 
-    def finish(self) -> onnx.ModelProto:
+    def build(self) -> onnx.ModelProto:
         """Whose last layer makes the scores."""
         graph = helper.make_graph(
             self.nodes,
@@ -60,50 +60,50 @@ class Drawing:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def varied() -> onnx.ModelProto:
+def build_varied_network() -> onnx.ModelProto:
     """Many kinds of layers, and two linear ones at the end. All take a normalised image, float32, NCHW."""
-    net = Drawing()
-    net.conv("first", 8, 3, 3, pads=[1, 1, 1, 1])
+    net = GraphBuilder()
+    net.add_conv("first", 8, 3, 3, pads=[1, 1, 1, 1])
     net.add("Relu", "first.act")
     net.add("MaxPool", "first.pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])  # 16 x 16
-    around = net.conv("depth", 8, 1, 3, pads=[2, 2, 2, 2], dilations=[2, 2], group=8)
-    norm = [net.draw(f"norm.{part}", 8, mean=1.0, spread=0.2) for part in ("scale", "shift", "mean")]
+    depthwise = net.add_conv("depth", 8, 1, 3, pads=[2, 2, 2, 2], dilations=[2, 2], group=8)
+    norm = [net.add_weight(f"norm.{part}", 8, mean=1.0, spread=0.2) for part in ("scale", "shift", "mean")]
     net.weights["norm.variance"] = np.linspace(0.5, 2, 8, dtype=np.float32)
-    net.add("BatchNormalization", "norm", around, *norm, "norm.variance", epsilon=1e-3)
+    net.add("BatchNormalization", "norm", depthwise, *norm, "norm.variance", epsilon=1e-3)
     net.add("LeakyRelu", "leaky", alpha=0.1)
-    net.add("Add", "sum", "leaky", around)
+    net.add("Add", "sum", "leaky", depthwise)
     net.weights |= {"low": np.array(-2, np.float32), "high": np.array(2, np.float32)}
     net.add("Clip", "clip", net.last, "low", "high")
-    net.conv("grouped", 6, 4, 3, strides=[2, 2], pads=[1, 0, 1, 1], group=2)  # 8 x 8
+    net.add_conv("grouped", 6, 4, 3, strides=[2, 2], pads=[1, 0, 1, 1], group=2)  # 8 x 8
     net.add("Sigmoid", "gate")
     net.add("Mul", "gated", "grouped", "gate")
     net.add("Tanh", "tanh")
     net.add("AveragePool", "mean", kernel_shape=[2, 2], strides=[2, 2])
-    net.add("MatMul", "columns", net.last, net.draw("columns.weight", 4, 4))  # 6 maps of 4 x 4
-    net.add("LayerNormalization", "columns.norm", net.last, net.draw("columns.scale", 4))
+    net.add("MatMul", "columns", net.last, net.add_weight("columns.weight", 4, 4))  # 6 maps of 4 x 4
+    net.add("LayerNormalization", "columns.norm", net.last, net.add_weight("columns.scale", 4))
     net.add("Transpose", "last", perm=[0, 2, 3, 1])
-    net.add("MatMul", "mix", net.last, net.draw("mix.weight", 6, 6))
-    net.add("Add", "mixed", net.last, net.draw("mix.bias", 6))
-    layer_norm = net.draw("layer.scale", 6), net.draw("layer.shift", 6)
+    net.add("MatMul", "mix", net.last, net.add_weight("mix.weight", 6, 6))
+    net.add("Add", "mixed", net.last, net.add_weight("mix.bias", 6))
+    layer_norm = net.add_weight("layer.scale", 6), net.add_weight("layer.shift", 6)
     net.add("LayerNormalization", "layer.norm", net.last, *layer_norm, epsilon=1e-3)
     net.add("Transpose", "again", perm=[0, 3, 1, 2])
     net.add("Flatten", "flat", axis=1)
-    net.linear("hidden", 12, 6 * 4 * 4)
+    net.add_linear("hidden", 12, 6 * 4 * 4)
     net.add("Elu", "hidden.act", alpha=0.5)
-    net.linear("scores", len(LABELS), 12)
-    return net.finish()
+    net.add_linear("scores", len(LABELS), 12)
+    return net.build()
 
 
-def deep() -> onnx.ModelProto:
+def build_deep_network() -> onnx.ModelProto:
     """Twelve residual blocks, so many layers that they fold; then an average and a linear layer."""
-    net = Drawing(1)
-    net.conv("stem", 4, 3, 3, pads=[1, 1, 1, 1], strides=[2, 2])
+    net = GraphBuilder(1)
+    net.add_conv("stem", 4, 3, 3, pads=[1, 1, 1, 1], strides=[2, 2])
     for number in range(12):
-        before = net.last
-        net.conv(f"blocks.{number}.conv", 4, 4, 3, pads=[1, 1, 1, 1])
+        block_input = net.last
+        net.add_conv(f"blocks.{number}.conv", 4, 4, 3, pads=[1, 1, 1, 1])
         act = net.add("Relu", f"blocks.{number}.act")
-        net.add("Add", f"blocks.{number}.sum", act, before)
+        net.add("Add", f"blocks.{number}.sum", act, block_input)
     net.add("GlobalAveragePool", "mean")
     net.add("Flatten", "flat", axis=1)
-    net.linear("scores", len(LABELS), 4)
-    return net.finish()
+    net.add_linear("scores", len(LABELS), 4)
+    return net.build()

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.page.browsers import chromium
+from tests.page.browsers import launch_chromium
 from tests.page.views import SHIP, TRUCK, View
 from tests.servers import ROOT, Server
 
@@ -22,18 +22,18 @@ HEIGHT: Final = 2200
 
 def main() -> None:
     """Take all of them."""
-    with Server(FOVEA_MODELS=str(ROOT / "zoo")) as running, chromium() as browser:
-        take(browser, running, "page-answer.png", "light", answer)
-        take(browser, running, "page-layers.png", "dark", layers)
-        take(browser, running, "page-convolution.png", "light", convolution)
+    with Server(FOVEA_MODELS=str(ROOT / "zoo")) as server, launch_chromium() as browser:
+        save_screenshot(browser, server, "page-answer.png", "light", capture_answer)
+        save_screenshot(browser, server, "page-layers.png", "dark", capture_layers)
+        save_screenshot(browser, server, "page-convolution.png", "light", capture_convolution)
 
 
-def take(
+def save_screenshot(
     browser: Browser,
-    running: Server,
+    server: Server,
     name: str,
     theme: Literal["light", "dark"],
-    show: Callable[[View], bytes],
+    capture: Callable[[View], bytes],
 ) -> None:
     """Open the page, show something, and write its picture into `docs/`."""
     context = browser.new_context(
@@ -41,33 +41,33 @@ def take(
         color_scheme=theme,
         reduced_motion="reduce",
     )
-    view = View(context.new_page(), running)
+    view = View(context.new_page(), server)
     view.open()
     view.client.post("/v1/classify", content=SHIP.read_bytes())  # the first one of a process takes longer
     for photo in (SHIP, TRUCK, AIRPLANE):  # one by one: the milliseconds are those of a browser at rest
-        view.pick(photo)
+        view.pick_files(photo)
         expect(view.page.locator("#heat-text")).to_contain_text(f"“{photo.stem}”")
-    with Image.open(BytesIO(show(view))) as picture:
+    with Image.open(BytesIO(capture(view))) as picture:
         picture.convert("RGB").save(ROOT / "docs" / name, optimize=True)
     context.close()
 
 
-def answer(view: View) -> bytes:
+def capture_answer(view: View) -> bytes:
     """What it looked at, the answer, and what the model saw."""
-    return clip(view.page, "header.top", "#opened")
+    return capture_between(view.page, "header.top", "#opened")
 
 
-def layers(view: View) -> bytes:
+def capture_layers(view: View) -> bytes:
     """The network, with the mouse on a map."""
-    view.column(view.tensor("Gelu", 1))
-    view.column(view.tensor("Conv", 1)).locator(".map").nth(6).hover(position={"x": 30, "y": 22})
-    return clip(view.page, "#layers", "#network")
+    view.column(view.tensor_name("Gelu", 1))
+    view.column(view.tensor_name("Conv", 1)).locator(".map").nth(6).hover(position={"x": 30, "y": 22})
+    return capture_between(view.page, "#layers", "#network")
 
 
-def convolution(view: View) -> bytes:
+def capture_convolution(view: View) -> bytes:
     """The arithmetic of one pixel, where the map that it belongs to has room beside it."""
     view.page.set_viewport_size({"width": 1440, "height": HEIGHT})
-    view.inspect(view.tensor("Conv"), 6)
+    view.inspect_map(view.tensor_name("Conv"), 6)
     area = view.detail.locator(".chooser .area")
     for key in ["ArrowUp"] * 2 + ["ArrowRight"] * 3:
         area.press(key)
@@ -75,7 +75,7 @@ def convolution(view: View) -> bytes:
     return view.detail.screenshot()
 
 
-def clip(page: Page, first: str, last: str) -> bytes:
+def capture_between(page: Page, first: str, last: str) -> bytes:
     """From the top of one element to the foot of another."""
     top, foot = (page.locator(one).bounding_box() for one in (first, last))
     if top is None or foot is None:

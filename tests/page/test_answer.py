@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
-from tests.graphs import build, publish
-from tests.page.views import SHIP, TRUCK, View, file, number, numbers
-from tests.pictures import encode, jpeg, picture, png_header
+from tests.graphs import add_to_repository, build_model
+from tests.page.views import SHIP, TRUCK, View, make_upload, read_number, read_numbers
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.servers import Server
 
 
@@ -31,14 +31,14 @@ def test_a_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
         content,
     )
     assert left_to_the_browser == []  # or it would leave the page for the photo
-    expect(view.verdict).to_be_visible()
+    expect(view.top_label).to_be_visible()
     answer = view.client.post("/v1/classify", content=SHIP.read_bytes(), params={"top_k": 10}).json()
     best = answer["predictions"][0]
-    assert view.verdict.get_attribute("data-label") == best["label"] == "ship"
-    assert number(view.verdict) == pytest.approx(best["probability"], abs=1e-6)
+    assert view.top_label.get_attribute("data-label") == best["label"] == "ship"
+    assert read_number(view.top_label) == pytest.approx(best["probability"], abs=1e-6)
     labels = [bar.get_attribute("data-label") for bar in view.page.locator(".bars li").all()]
     assert labels == [one["label"] for one in answer["predictions"]]
-    assert numbers(view.page.locator(".bars li")) == pytest.approx(
+    assert read_numbers(view.page.locator(".bars li")) == pytest.approx(
         [one["probability"] for one in answer["predictions"]], abs=1e-6
     )
     expect(view.page.locator("#answer .model")).to_have_text("cifar10, version 3")
@@ -56,14 +56,14 @@ def test_a_pasted_photo_is_answered(view: View) -> None:
         }""",
         base64.b64encode(TRUCK.read_bytes()).decode(),
     )
-    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.top_label).to_have_attribute("data-label", "truck")
     expect(view.page.locator("#gallery .name")).to_have_text("pasted 1")
 
 
 @pytest.mark.parametrize("label", ["airplane", "ship", "truck"])
 def test_who_has_no_photo_tries_a_sample(view: View, label: str) -> None:
     view.page.get_by_role("button", name=f"Try the {label}").click()
-    expect(view.verdict).to_have_attribute("data-label", label)
+    expect(view.top_label).to_have_attribute("data-label", label)
     expect(view.page.locator(".samples")).not_to_be_visible()
 
 
@@ -76,7 +76,7 @@ def test_a_sample_that_cannot_be_had_is_said(view: View) -> None:
 def test_the_camera_takes_a_photo(view: View) -> None:
     view.page.get_by_role("button", name="Use the camera").click()
     view.page.get_by_role("button", name="Take it").click()
-    expect(view.verdict).to_be_visible()
+    expect(view.top_label).to_be_visible()
     expect(view.page.locator("#camera")).not_to_be_visible()
     expect(view.page.locator("#gallery .name")).to_contain_text("camera")
 
@@ -111,18 +111,20 @@ def test_a_camera_that_is_cancelled_before_it_starts_is_switched_off_again(view:
 
 
 def test_the_milliseconds_add_up(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     stages = view.page.locator(".timing .legend li")
     expect(stages).to_have_count(5)
-    assert sum(numbers(stages)) == pytest.approx(number(view.page.locator(".timing"), "total"), rel=1e-6)
-    inference = number(view.page.locator('.timing [data-stage="inference"]'))
+    assert sum(read_numbers(stages)) == pytest.approx(
+        read_number(view.page.locator(".timing"), "total"), rel=1e-6
+    )
+    inference = read_number(view.page.locator('.timing [data-stage="inference"]'))
     assert inference > 0
 
 
 def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -> None:
-    bomb = file("bomb.png", png_header(8_000, 8_000))
-    cut = file("cut.jpg", SHIP.read_bytes()[:4000])
-    view.pick(SHIP, TRUCK, file("notes.txt", b"no image at all"), bomb, cut)
+    bomb = make_upload("bomb.png", make_png_header(8_000, 8_000))
+    cut = make_upload("cut.jpg", SHIP.read_bytes()[:4000])
+    view.pick_files(SHIP, TRUCK, make_upload("notes.txt", b"no image at all"), bomb, cut)
     for name, words in (
         ("ship.jpg", re.compile(r"^ship 97\.\d%$")),
         ("truck.png", re.compile(r"^truck 99\.\d%$")),
@@ -130,50 +132,50 @@ def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -
         ("bomb.png", re.compile("MP")),
         ("cut.jpg", re.compile("truncated|cut|incomplete|damaged")),
     ):
-        expect(view.photo(name).locator(".name")).to_have_text(name)
-        expect(view.photo(name).locator(".told")).to_have_text(words)
-    view.photo("notes.txt").locator(".open").click()
+        expect(view.photo_item(name).locator(".name")).to_have_text(name)
+        expect(view.photo_item(name).locator(".told")).to_have_text(words)
+    view.photo_item("notes.txt").locator(".open").click()
     refusal = view.page.locator("#answer .refusal")
     expect(refusal).to_contain_text("notes.txt: ")
     expect(refusal).to_contain_text("not an image of a known format")
     expect(refusal.get_by_role("button")).to_have_count(0)  # it would be refused again
     for part in (".looked", ".saw", "#layers"):
         expect(view.page.locator(part)).not_to_be_visible()
-    expect(view.photo("notes.txt").locator(".thumb")).to_have_text(".txt")
-    view.photo("truck.png").locator(".open").click()
-    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.photo_item("notes.txt").locator(".thumb")).to_have_text(".txt")
+    view.photo_item("truck.png").locator(".open").click()
+    expect(view.top_label).to_have_attribute("data-label", "truck")
     expect(view.page.locator(".looked")).to_be_visible()
 
 
 def test_photos_that_are_added_later_are_brought_into_view(view: View) -> None:
     view.page.set_viewport_size({"width": 700, "height": 900})
-    view.pick(*(file(f"{number}.txt", b"no image") for number in range(8)))
-    view.pick(SHIP)
-    expect(view.photo("ship.jpg")).to_be_in_viewport(ratio=0.95)
-    expect(view.photo("0.txt")).not_to_be_in_viewport()
+    view.pick_files(*(make_upload(f"{number}.txt", b"no image") for number in range(8)))
+    view.pick_files(SHIP)
+    expect(view.photo_item("ship.jpg")).to_be_in_viewport(ratio=0.95)
+    expect(view.photo_item("0.txt")).not_to_be_in_viewport()
 
 
 def test_an_answer_that_comes_late_does_not_take_the_place_of_another(view: View) -> None:
     held: list[Route] = []
     view.page.route("**/classify?*", lambda route: held.append(route), times=1)
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     expect(view.page.locator("#answer")).to_have_text("Asking …")
-    view.pick(TRUCK)
+    view.pick_files(TRUCK)
     view.page.locator('.bars [data-label="bird"] button').click()
     told = view.page.locator("#heat-text")
     expect(told).to_contain_text("“bird”")
     held[0].continue_()
-    expect(view.photo("ship.jpg").locator(".told")).to_contain_text("ship")
-    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.photo_item("ship.jpg").locator(".told")).to_contain_text("ship")
+    expect(view.top_label).to_have_attribute("data-label", "truck")
     expect(told).to_contain_text("“bird”")
 
 
 def test_a_photo_can_be_removed(view: View) -> None:
-    view.pick(SHIP, TRUCK)
-    expect(view.verdict).to_have_attribute("data-label", "ship")
+    view.pick_files(SHIP, TRUCK)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
     view.page.get_by_role("button", name="Remove ship.jpg").click()
-    expect(view.verdict).to_have_attribute("data-label", "truck")
-    expect(view.photo("truck.png").locator(".open")).to_be_focused()
+    expect(view.top_label).to_have_attribute("data-label", "truck")
+    expect(view.photo_item("truck.png").locator(".open")).to_be_focused()
     view.page.get_by_role("button", name="Remove truck.png").click()
     expect(view.page.locator("#choose")).to_be_focused()
     expect(view.page.get_by_text("Show it a photo.")).to_be_visible()
@@ -181,14 +183,14 @@ def test_a_photo_can_be_removed(view: View) -> None:
 
 
 def test_another_model_is_asked_anew(view: View) -> None:
-    view.pick(SHIP, TRUCK)
-    expect(view.verdict).to_have_attribute("data-label", "ship")
-    view.switch("small")
+    view.pick_files(SHIP, TRUCK)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    view.select_model("small")
     answer = view.client.post("/v1/models/small/classify", content=SHIP.read_bytes()).json()
-    expect(view.verdict).to_have_attribute("data-label", answer["predictions"][0]["label"])
+    expect(view.top_label).to_have_attribute("data-label", answer["predictions"][0]["label"])
     expect(view.page.locator("#answer .model")).to_have_text("small, version 1")
     expect(view.page.locator("#answer .calibrated")).to_have_text("not calibrated")
-    expect(view.photo("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
+    expect(view.photo_item("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
 
 
 @pytest.fixture(scope="module")
@@ -201,26 +203,26 @@ def sparing(models: Path) -> Iterator[Server]:
 def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, sparing: Server) -> None:
     view = View(page, sparing)
     view.open()
-    view.pick(SHIP)
-    expect(view.verdict).to_have_attribute("data-label", "ship")
-    view.switch("small (resting)")
+    view.pick_files(SHIP)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    view.select_model("small (resting)")
     expect(page.locator("#answer .model")).to_have_text("small, version 1")
 
 
 def test_explanations_that_are_switched_off_are_said_to_be(page: Page, sparing: Server) -> None:
     view = View(page, sparing)
     view.open()
-    view.pick(SHIP)
-    expect(view.verdict).to_be_visible()
+    view.pick_files(SHIP)
+    expect(view.top_label).to_be_visible()
     expect(page.locator("#heat-text")).to_contain_text("There is no heat map: ")
     expect(page.locator("#saw")).to_contain_text("It cannot be shown: ")
     expect(page.locator("#layers-text")).to_contain_text("The layers cannot be shown: ")
 
 
 def test_a_graph_that_cannot_be_opened_still_answers_and_has_a_heat_map(view: View) -> None:
-    view.switch("closed")
-    view.pick(SHIP)
-    expect(view.verdict).to_be_visible()
+    view.select_model("closed")
+    view.pick_files(SHIP)
+    expect(view.top_label).to_be_visible()
     expect(view.page.locator("#heat-text")).to_contain_text("masked photos were classified")
     expect(view.page.locator("canvas.heat")).to_be_visible()
     expect(view.page.locator("#layers-text")).to_contain_text("Their maps cannot be shown: ")
@@ -239,7 +241,7 @@ def test_the_default_model_is_chosen_first(view: View) -> None:
 
 
 def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     told = view.page.locator("#heat-text")
     expect(told).to_contain_text("“ship”: an exact class activation map")
     heat = view.page.locator("canvas.heat")
@@ -258,7 +260,7 @@ def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:
 
 
 def test_the_slider_fades_the_heat_map(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     heat = view.page.locator("canvas.heat")
     expect(heat).to_have_css("opacity", "0.55")
     view.page.locator("#opacity").fill("0")
@@ -266,8 +268,8 @@ def test_the_slider_fades_the_heat_map(view: View) -> None:
 
 
 def test_where_there_is_no_activation_map_the_occlusion_says_so(view: View) -> None:
-    view.switch("varied")
-    view.pick(SHIP)
+    view.select_model("varied")
+    view.pick_files(SHIP)
     told = view.page.locator("#heat-text")
     expect(told).to_contain_text(
         re.compile(r"masked photos were classified\. An exact map is not to be had: .+\.$")
@@ -277,7 +279,7 @@ def test_where_there_is_no_activation_map_the_occlusion_says_so(view: View) -> N
 
 
 def test_what_the_model_saw_is_the_exact_input(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     saw = view.page.locator("#saw img")
     source = saw.get_attribute("src")
     assert source
@@ -292,7 +294,7 @@ def test_what_the_model_saw_is_the_exact_input(view: View) -> None:
 def test_a_turned_photo_lies_under_its_heat_map_as_it_is_seen(view: View) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it by a quarter
-    view.pick(file("turned.jpg", jpeg(120, 60, exif=exif)))
+    view.pick_files(make_upload("turned.jpg", make_jpeg(120, 60, exif=exif)))
     expect(view.page.locator("canvas.heat")).to_be_visible()
     frame = view.page.locator("#stage .frame").bounding_box()
     heat = view.page.locator("canvas.heat").evaluate("(canvas) => canvas.width / canvas.height")
@@ -302,8 +304,8 @@ def test_a_turned_photo_lies_under_its_heat_map_as_it_is_seen(view: View) -> Non
 
 
 def test_a_photo_that_browsers_cannot_show_has_what_the_model_saw_in_its_place(view: View) -> None:
-    view.pick(file("scan.tif", encode(picture(90, 60), "TIFF")))
-    expect(view.verdict).to_be_visible()
+    view.pick_files(make_upload("scan.tif", encode_image(draw_picture(90, 60), "TIFF")))
+    expect(view.top_label).to_be_visible()
     expect(view.page.locator("#stage .substitute")).to_be_visible()
     frame = view.page.locator("#stage .frame").bounding_box()
     assert frame
@@ -323,7 +325,10 @@ def test_what_the_model_saw_lies_right_even_if_it_is_known_before_the_photo(view
             frame.showSeen({box: [0, 0, 10, 10], png: wide});
           }
         }""",
-        [base64.b64encode(content).decode() for content in (encode(picture(20, 10), "PNG"), b"II*")],
+        [
+            base64.b64encode(content).decode()
+            for content in (encode_image(draw_picture(20, 10), "PNG"), b"II*")
+        ],
     )
     expect(view.page.locator("#unknown .substitute")).to_be_visible()
     expect(view.page.locator("#wide .seen")).to_have_attribute("style", re.compile(r"width: 50%"))
@@ -334,11 +339,11 @@ def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> N
         route.abort()
 
     view.page.route("**/classify?*", refuse)
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     expect(view.page.locator("#answer .refusal")).to_contain_text("ship.jpg: the service does not answer")
     view.page.unroute("**/classify?*")
     view.page.get_by_role("button", name="Ask again").click()
-    expect(view.verdict).to_have_attribute("data-label", "ship")
+    expect(view.top_label).to_have_attribute("data-label", "ship")
     expect(view.page.locator("#answer")).to_be_focused()  # the button is gone
 
 
@@ -346,7 +351,7 @@ def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path)
     photo = tmp_path / "gone.jpg"
     photo.write_bytes(SHIP.read_bytes())
     view.page.route("**/classify?*", lambda route: route.abort())
-    view.pick(photo)
+    view.pick_files(photo)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the service does not answer")
     photo.unlink()
     view.page.get_by_role("button", name="Ask again").click()
@@ -356,7 +361,7 @@ def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path)
 def test_an_empty_file_is_said_to_be_empty(view: View, tmp_path: Path) -> None:
     photo = tmp_path / "empty.jpg"
     photo.touch()
-    view.pick(photo)
+    view.pick_files(photo)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the file is empty")
 
 
@@ -364,7 +369,7 @@ def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Ser
     page.route("**/v1/models", lambda route: route.abort())
     page.goto(running.url)
     expect(page.locator("#fault-text")).to_have_text("The service does not answer; is it still running?")
-    View(page, running).pick(SHIP)
+    View(page, running).pick_files(SHIP)
     page.unroute("**/v1/models")
     page.get_by_role("button", name="Try again").click()
     expect(page.locator("#fault")).not_to_be_visible()
@@ -372,14 +377,14 @@ def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Ser
 
 
 def test_the_next_version_is_asked_where_the_last_one_is_gone(page: Page, tmp_path: Path) -> None:
-    model = build()
-    publish(model, tmp_path)
+    model = build_model()
+    add_to_repository(model, tmp_path)
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MANAGEMENT="true", FOVEA_EXPLAIN="false") as running:
         view = View(page, running)
         view.open()
-        publish(model, tmp_path, version="2")
+        add_to_repository(model, tmp_path, version="2")
         assert running.client.post("/v2/repository/models/small/load").status_code == 200
-        view.pick(SHIP)
+        view.pick_files(SHIP)
         expect(page.locator("#answer .refusal")).to_contain_text("no version '1'")
         page.get_by_role("button", name="Ask again").click()
         expect(page.locator("#answer .model")).to_have_text("small, version 2")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, expect
 
-from tests.page.networks import ALONG_ROWS
-from tests.page.views import SHIP, TRUCK, Array, View, number, numbers
+from tests.page.networks import ROW_LAYERS
+from tests.page.views import SHIP, TRUCK, Array, View, read_number, read_numbers
 from tests.servers import ROOT
 
 pytestmark = pytest.mark.long
@@ -19,38 +19,38 @@ pytestmark = pytest.mark.long
 PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]"""
 
 
-def adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
+def assert_adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
     """The sum that is shown is the value in the map, and that is what the API says."""
     equation = detail.locator(".equation")
-    total, shown = number(equation, "total"), number(equation, "shown")
-    values = view.maps(tensor)
+    total, displayed_value = read_number(equation, "total"), read_number(equation, "shown")
+    values = view.fetch_maps(tensor)
     if values.ndim == 3:
         _, height, width = values.shape
         value = values[index, height // 2, width // 2]
     else:
         value = values[index]
-    assert shown == pytest.approx(float(value), abs=1e-5, rel=1e-5)
-    assert total == pytest.approx(shown, abs=1e-4, rel=1e-4)
+    assert displayed_value == pytest.approx(float(value), abs=1e-5, rel=1e-5)
+    assert total == pytest.approx(displayed_value, abs=1e-4, rel=1e-4)
 
 
-def read(text: str) -> float:
+def parse_number(text: str) -> float:
     """A number as the page writes it."""
     return float(text.replace("−", "-"))
 
 
 def test_every_layer_has_a_column(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     columns = view.page.locator(".column")
-    layers = view.layers()
+    layers = view.fetch_layers()
     expect(columns).to_have_count(len(layers))
     shown = [column.get_attribute("data-tensor") for column in columns.all()]
     assert shown == [layer["tensor"] for layer in layers]
 
 
 def test_a_foreign_network_opens_with_all_its_layers(view: View) -> None:
-    view.switch("varied")
-    view.pick(SHIP)
-    layers = view.layers()
+    view.select_model("varied")
+    view.pick_files(SHIP)
+    layers = view.fetch_layers()
     expect(view.page.locator(".column")).to_have_count(len(layers))
     assert [layer["kind"] for layer in layers if layer["kind"] in ("Flatten", "Gemm")] == [
         "Flatten",
@@ -63,16 +63,20 @@ def test_a_foreign_network_opens_with_all_its_layers(view: View) -> None:
 
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_convolution_adds_up(view: View, place: int) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv", place)
-    detail = view.inspect(tensor, 2)
-    adds_up(view, detail, tensor, 2)
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv", place)
+    detail = view.inspect_map(tensor, 2)
+    assert_adds_up(view, detail, tensor, 2)
     summands = detail.locator(".summand:not(.result)")
-    assert sum(numbers(summands)) == pytest.approx(number(detail.locator(".equation"), "total"), abs=1e-9)
+    assert sum(read_numbers(summands)) == pytest.approx(
+        read_number(detail.locator(".equation"), "total"), abs=1e-9
+    )
     for term in detail.locator(".terms .term").all():
-        window, kernel, products = (numbers(term.locator(".grid").nth(at).locator("td")) for at in range(3))
+        window, kernel, products = (
+            read_numbers(term.locator(".grid").nth(at).locator("td")) for at in range(3)
+        )
         assert products == pytest.approx([x * w for x, w in zip(window, kernel, strict=True)], abs=1e-12)
-        assert sum(products) == pytest.approx(number(term), abs=1e-12)
+        assert sum(products) == pytest.approx(read_number(term), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -98,59 +102,59 @@ def test_a_convolution_adds_up(view: View, place: int) -> None:
     ],
 )
 def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
-    view.switch(model)
-    view.pick(SHIP)
-    layers = [layer for layer in view.layers() if layer["kind"] != "Input"]
+    view.select_model(model)
+    view.pick_files(SHIP)
+    layers = [layer for layer in view.fetch_layers() if layer["kind"] != "Input"]
     assert kinds <= {layer["kind"] for layer in layers}
     for tensor in (layer["tensor"] for layer in layers):
-        if tensor not in ALONG_ROWS:
-            adds_up(view, view.inspect(tensor, 1), tensor, 1)
+        if tensor not in ROW_LAYERS:
+            assert_adds_up(view, view.inspect_map(tensor, 1), tensor, 1)
 
 
-@pytest.mark.parametrize("tensor", ALONG_ROWS)
+@pytest.mark.parametrize("tensor", ROW_LAYERS)
 def test_what_is_no_sum_over_maps_is_not_shown_as_one(view: View, tensor: str) -> None:
-    view.switch("varied")
-    view.pick(SHIP)
-    detail = view.inspect(tensor, 1)
+    view.select_model("varied")
+    view.pick_files(SHIP)
+    detail = view.inspect_map(tensor, 1)
     expect(detail.locator(".equation")).to_have_count(0)
-    value = number(detail.locator(".value.result"))
-    assert value == pytest.approx(float(view.maps(tensor)[1, 2, 2]), abs=1e-5)
+    value = read_number(detail.locator(".value.result"))
+    assert value == pytest.approx(float(view.fetch_maps(tensor)[1, 2, 2]), abs=1e-5)
 
 
 def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv")
-    values = view.maps(tensor)
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv")
+    values = view.fetch_maps(tensor)
     share = values / np.abs(values).max() / 2 + 0.5
     maps = view.column(tensor).locator(".map canvas")
     for index in (1, 6):
-        assert coloured(maps.nth(index), share[index])
+        assert is_coloured(maps.nth(index), share[index])
 
 
 def test_colours_are_stretched_over_each_map_if_that_is_asked_for(view: View) -> None:
-    view.pick(SHIP, TRUCK)
-    tensor = view.tensor("Conv")
-    values = view.maps(tensor)[1]
+    view.pick_files(SHIP, TRUCK)
+    tensor = view.tensor_name("Conv")
+    values = view.fetch_maps(tensor)[1]
     own = values / np.abs(values).max() / 2 + 0.5
     column = view.column(tensor)
     stretch = view.page.get_by_role("button", name="Stretch colours")
     stretch.click()
     expect(column.locator(".strip")).to_have_count(0)
     expect(column.locator(".map canvas.pixels")).to_have_count(8)
-    assert coloured(column.locator(".map canvas").nth(1), own)
-    view.photo("truck.png").locator(".open").click()
+    assert is_coloured(column.locator(".map canvas").nth(1), own)
+    view.photo_item("truck.png").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
     expect(stretch).to_have_attribute("aria-pressed", "true")
-    view.photo("ship.jpg").locator(".open").click()
+    view.photo_item("ship.jpg").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
     expect(column.locator(".map canvas.pixels")).to_have_count(8)
     expect(column.locator(".strip")).to_have_count(0)
     stretch.click()
     expect(column.locator(".strip")).to_have_count(1)
-    assert not coloured(column.locator(".map canvas").nth(1), own)
+    assert not is_coloured(column.locator(".map canvas").nth(1), own)
 
 
-def coloured(canvas: Locator, shares: Array) -> bool:
+def is_coloured(canvas: Locator, shares: Array) -> bool:
     """Whether it shows these shares of the scale's colours; neighbours among those count as the same."""
     scales = json.loads((ROOT / "service/web/page/colours.json").read_text())
     pixels = np.array(canvas.evaluate(PIXELS)).reshape(*shares.shape, 4)[..., :3]
@@ -180,52 +184,54 @@ def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:
 
 
 def test_what_adds_most_to_a_logit_is_all_of_it_with_the_rest(view: View) -> None:
-    view.pick(SHIP)
-    detail = view.inspect(view.tensor("Gemm"), 3)
+    view.pick_files(SHIP)
+    detail = view.inspect_map(view.tensor_name("Gemm"), 3)
     lines = detail.locator(".ranking tbody tr")
     expect(lines).to_have_count(12)  # ten of 256 inputs, the others, and the bias
-    assert sum(numbers(lines)) == pytest.approx(number(detail.locator(".equation"), "total"), abs=1e-9)
+    assert sum(read_numbers(lines)) == pytest.approx(
+        read_number(detail.locator(".equation"), "total"), abs=1e-9
+    )
 
 
 def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
-    view.pick(SHIP)
-    detail = view.inspect(view.tensor("Softmax"), 8)
-    shares = numbers(detail.locator(".ranking tbody tr"))
+    view.pick_files(SHIP)
+    detail = view.inspect_map(view.tensor_name("Softmax"), 8)
+    shares = read_numbers(detail.locator(".ranking tbody tr"))
     assert len(shares) == 10
     assert sum(shares) == pytest.approx(1, abs=1e-9)
     expect(detail.locator(".ranking .chosen th")).to_have_text("ship")
 
 
 def test_padding_counts_as_nothing_and_is_shown_as_such(view: View) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv", 1)
-    detail = view.inspect(tensor)
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv", 1)
+    detail = view.inspect_map(tensor)
     detail.locator(".chooser .area").click(position={"x": 1, "y": 1})
     window = detail.locator(".terms .term").first.locator(".grid").first
     outside = [cell.get_attribute("class") == "cell outside" for cell in window.locator("td").all()]
     assert outside == [True, True, True, True, False, False, True, False, False]
     equation = detail.locator(".equation")
-    assert number(equation, "shown") == pytest.approx(float(view.maps(tensor)[0, 0, 0]), abs=1e-5)
-    assert number(equation, "total") == pytest.approx(number(equation, "shown"), abs=1e-4)
+    assert read_number(equation, "shown") == pytest.approx(float(view.fetch_maps(tensor)[0, 0, 0]), abs=1e-5)
+    assert read_number(equation, "total") == pytest.approx(read_number(equation, "shown"), abs=1e-4)
 
 
 def test_arrow_keys_walk_over_a_map(view: View) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv")
-    detail = view.inspect(tensor)
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv")
+    detail = view.inspect_map(tensor)
     expect(detail.locator(".place")).to_have_text("row 15, column 15")
     detail.locator(".chooser .area").press("ArrowRight")
     expect(detail.locator(".place")).to_have_text("row 15, column 16")
-    value = float(view.maps(tensor)[0, 15, 16])
-    assert number(detail.locator(".equation"), "shown") == pytest.approx(value, abs=1e-5)
+    value = float(view.fetch_maps(tensor)[0, 15, 16])
+    assert read_number(detail.locator(".equation"), "shown") == pytest.approx(value, abs=1e-5)
     said = view.page.locator("#said")
     expect(said).to_contain_text("row 15, column 16: ")
-    assert read(said.inner_text().rsplit(" ", 1)[1]) == pytest.approx(value, rel=1e-3)
+    assert parse_number(said.inner_text().rsplit(" ", 1)[1]) == pytest.approx(value, rel=1e-3)
 
 
 def test_a_click_holds_a_pixel(view: View) -> None:
-    view.pick(SHIP)
-    area = view.inspect(view.tensor("Conv")).locator(".chooser .area")
+    view.pick_files(SHIP)
+    area = view.inspect_map(view.tensor_name("Conv")).locator(".chooser .area")
     area.click(position={"x": 3, "y": 3})
     place = view.page.locator("#detail .place")
     expect(place).to_have_text("row 0, column 0, held")
@@ -237,8 +243,8 @@ def test_a_click_holds_a_pixel(view: View) -> None:
 
 
 def test_the_kernel_slides_by_itself(view: View) -> None:
-    view.pick(SHIP)
-    detail = view.inspect(view.tensor("Conv"))
+    view.pick_files(SHIP)
+    detail = view.inspect_map(view.tensor_name("Conv"))
     detail.get_by_role("button", name="Play").click()
     expect(detail.locator(".place")).to_have_text("row 15, column 16")
     detail.get_by_role("button", name="Stop").click()
@@ -246,21 +252,21 @@ def test_the_kernel_slides_by_itself(view: View) -> None:
 
 
 def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv", 2)
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv", 2)
     view.column(tensor).locator(".map").first.hover(position={"x": 26, "y": 26})
     region = view.page.locator("#lens .input .field")
     expect(region).to_be_visible()
-    jump, low, high = view.layer(tensor)["field"]["rows"]
+    jump, low, high = view.find_layer(tensor)["field"]["rows"]
     at = 7  # the middle of 15
     expected = {"top": max(0, jump * at + low), "bottom": min(32, jump * at + high + 1)}
-    assert {side: number(region, side) for side in expected} == expected
+    assert {side: read_number(region, side) for side in expected} == expected
     expect(view.page.locator("#lens .told")).to_have_text(
         re.compile(rf"^Pixel \(7, 7\) is .+ and sees \d+ × {expected['bottom'] - expected['top']} of")
     )
     value = re.search(r"is (.+) and", view.page.locator("#lens .told").inner_text())
     assert value
-    assert read(value[1]) == pytest.approx(float(view.maps(tensor)[0, 7, 7]), rel=1e-3)
+    assert parse_number(value[1]) == pytest.approx(float(view.fetch_maps(tensor)[0, 7, 7]), rel=1e-3)
     photo = view.page.locator("#stage .field").bounding_box()
     frame = view.page.locator("#stage .frame").bounding_box()
     assert photo
@@ -273,19 +279,19 @@ def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
 
 
 def test_connections_light_up_where_a_map_is_pointed_at(view: View) -> None:
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     strong = view.page.locator(".edges .strong")
-    column = view.column(view.tensor("Conv"))
+    column = view.column(view.tensor_name("Conv"))
     column.locator(".map").nth(1).hover()
     sources = strong.get_attribute("d") or ""
     assert sources.count("M") == 3 + 1  # from three colours, and to its own activation
-    view.column(view.tensor("MaxPool")).locator(".map").nth(1).hover()
+    view.column(view.tensor_name("MaxPool")).locator(".map").nth(1).hover()
     assert (strong.get_attribute("d") or "").count("M") == 2  # from one map, and to one
 
 
 def test_a_column_pages_through_its_maps(view: View) -> None:
-    view.pick(SHIP)
-    tensor = view.tensor("Conv")
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv")
     column = view.column(tensor)
     assert column.locator(".map").count() == 8
     expect(column.locator(".pager")).to_contain_text("16 more")
@@ -293,12 +299,12 @@ def test_a_column_pages_through_its_maps(view: View) -> None:
     expect(column.locator('.map[data-index="8"]')).to_be_visible()
     expect(column.locator(".pager")).to_contain_text("9–16")
     column.locator('.map[data-index="9"]').click()
-    adds_up(view, view.detail, tensor, 9)
+    assert_adds_up(view, view.detail, tensor, 9)
 
 
 def test_blocks_fold_and_unfold(view: View) -> None:
-    view.pick(SHIP)
-    layers = view.layers()
+    view.pick_files(SHIP)
+    layers = view.fetch_layers()
     columns = view.page.locator(".column")
     view.page.get_by_role("button", name="Fold all", exact=True).click()
     blocks = {layer["block"] for layer in layers if layer["block"]}
@@ -313,29 +319,29 @@ def test_blocks_fold_and_unfold(view: View) -> None:
 
 
 def test_deep_networks_open_folded(view: View) -> None:
-    view.switch("deep")
-    view.pick(SHIP)
+    view.select_model("deep")
+    view.pick_files(SHIP)
     columns = view.page.locator(".column")
     blocks = view.page.locator(".bracket")
     expect(blocks).to_have_count(12)
-    folded = len(view.layers()) - 2 * 12
+    folded = len(view.fetch_layers()) - 2 * 12
     expect(columns).to_have_count(folded)
     around = view.page.locator(".edges .around")
     assert around.get_attribute("d") == ""
     blocks.nth(3).click()
     expect(columns).to_have_count(folded + 2)
     assert (around.get_attribute("d") or "").count("M") == 1  # what goes around the convolution
-    tensor = view.tensor("Add", 3)
-    adds_up(view, view.inspect(tensor, 1), tensor, 1)
+    tensor = view.tensor_name("Add", 3)
+    assert_adds_up(view, view.inspect_map(tensor, 1), tensor, 1)
 
 
 def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:
     asked: list[str] = []
     view.page.on("request", lambda request: asked.append(request.url) if "/maps?" in request.url else None)
     view.page.set_viewport_size({"width": 800, "height": 900})
-    view.pick(SHIP)
-    view.column(view.tensor("Conv"))
-    last = view.tensor("ReduceMean")
+    view.pick_files(SHIP)
+    view.column(view.tensor_name("Conv"))
+    last = view.tensor_name("ReduceMean")
     assert asked
     assert not any(f"tensor={last}&" in url for url in asked)
     view.column(last)
@@ -343,21 +349,21 @@ def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:
 
 
 def test_another_photo_closes_the_detail_and_shows_its_own_maps(view: View) -> None:
-    view.pick(SHIP, TRUCK)
-    tensor = view.tensor("Conv")
-    view.inspect(tensor)
-    view.photo("truck.png").locator(".open").click()
+    view.pick_files(SHIP, TRUCK)
+    tensor = view.tensor_name("Conv")
+    view.inspect_map(tensor)
+    view.photo_item("truck.png").locator(".open").click()
     expect(view.page.locator("#detail")).not_to_be_visible()
-    equation = view.inspect(tensor).locator(".equation")
-    value = view.maps(tensor, TRUCK)[0, 15, 15]
-    assert number(equation, "shown") == pytest.approx(float(value), abs=1e-5)
+    equation = view.inspect_map(tensor).locator(".equation")
+    value = view.fetch_maps(tensor, TRUCK)[0, 15, 15]
+    assert read_number(equation, "shown") == pytest.approx(float(value), abs=1e-5)
 
 
 @pytest.mark.parametrize(("width", "place"), [(1280, "#lens .words"), (700, "#detail .learn")])
 def test_what_a_layer_does_is_told_beside_it(view: View, width: int, place: str) -> None:
     view.page.set_viewport_size({"width": width, "height": 900})
-    view.pick(SHIP)
-    detail = view.inspect(view.tensor("BatchNormalization"))
+    view.pick_files(SHIP)
+    detail = view.inspect_map(view.tensor_name("BatchNormalization"))
     view.page.mouse.move(1, 1)
     lessons = view.page.get_by_text("mean and variance as they were in training").filter(visible=True)
     expect(lessons).to_have_count(1)

@@ -20,22 +20,22 @@ PREFIX = "/vision"
 
 
 @contextmanager
-def ingress(server: Server, asked: list[str]) -> Iterator[str]:
+def run_ingress(server: Server, paths: list[str]) -> Iterator[str]:
     """A proxy that takes the prefix away, as an ingress with a rewrite does; without it all is 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            paths.append(self.path)
             if self.path != PREFIX and not self.path.startswith(f"{PREFIX}/"):
                 self.send_error(404)
                 return
             length = int(self.headers.get("Content-Length", 0))
-            told = {"X-Forwarded-Prefix": PREFIX, "X-Forwarded-Proto": "https"}
+            forwarded_headers = {"X-Forwarded-Prefix": PREFIX, "X-Forwarded-Proto": "https"}
             headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
             reply = httpx.request(
                 self.command,
                 f"{server.url}{self.path.removeprefix(PREFIX) or '/'}",
-                headers={**headers, **told},
+                headers={**headers, **forwarded_headers},
                 content=self.rfile.read(length),
                 timeout=60,
             )
@@ -69,12 +69,12 @@ def prefixed(
     """The page behind a proxy that the service does not know, and behind one that it trusts."""
     asked: list[str] = []
     if not request.param:
-        with ingress(running, asked) as url:
+        with run_ingress(running, asked) as url:
             yield View(page, running), url, asked
         return
     with (
         Server(FOVEA_TRUSTED_PROXIES=request.param, FOVEA_EXPLAIN_SECONDS="0.3") as trusting,
-        ingress(trusting, asked) as url,
+        run_ingress(trusting, asked) as url,
     ):
         yield View(page, trusting), url, asked
 
@@ -84,9 +84,9 @@ def test_the_page_works_below_a_prefix(prefixed: tuple[View, str, list[str]]) ->
     view.page.goto(f"{url}/")
     expect(view.page.locator("#model")).to_be_enabled()
     view.page.locator(".samples img").nth(1).click()
-    expect(view.verdict).to_have_attribute("data-label", "ship")
+    expect(view.top_label).to_have_attribute("data-label", "ship")
     expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
-    view.inspect(view.tensor("Conv"))
+    view.inspect_map(view.tensor_name("Conv"))
     view.page.get_by_role("link", name="API").click()
     expect(view.page.locator(".opblock").first).to_be_visible()
     assert asked

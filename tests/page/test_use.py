@@ -6,7 +6,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.page.views import SHIP, TRUCK, View, file
+from tests.page.views import SHIP, TRUCK, View, make_upload
 
 pytestmark = pytest.mark.long
 
@@ -14,25 +14,25 @@ BACKGROUND = "(element) => getComputedStyle(element).backgroundColor"
 
 
 def test_axe_finds_no_serious_fault(view: View) -> None:
-    assert serious(view.page) == []
-    view.pick(SHIP, file("notes.txt", b"no image"))
-    view.inspect(view.tensor("Conv", 1))
-    assert serious(view.page) == []
-    view.inspect(view.tensor("Softmax"))
-    assert serious(view.page) == []
-    view.photo("notes.txt").locator(".open").click()
-    assert serious(view.page) == []
+    assert find_serious_faults(view.page) == []
+    view.pick_files(SHIP, make_upload("notes.txt", b"no image"))
+    view.inspect_map(view.tensor_name("Conv", 1))
+    assert find_serious_faults(view.page) == []
+    view.inspect_map(view.tensor_name("Softmax"))
+    assert find_serious_faults(view.page) == []
+    view.photo_item("notes.txt").locator(".open").click()
+    assert find_serious_faults(view.page) == []
 
 
-def serious(page: Page) -> list[str]:
+def find_serious_faults(page: Page) -> list[str]:
     """What axe-core finds, of the two worst kinds: in light, and of contrast in dark too."""
     page.emulate_media(color_scheme="light")
-    found = Axe().run(page).response["violations"]
+    violations = Axe().run(page).response["violations"]
     page.emulate_media(color_scheme="dark")
-    found += Axe().run(page, options={"runOnly": ["color-contrast"]}).response["violations"]
+    violations += Axe().run(page, options={"runOnly": ["color-contrast"]}).response["violations"]
     return [
         f"{one['id']}: {node['target']}"
-        for one in found
+        for one in violations
         if one["impact"] in ("serious", "critical")
         for node in one["nodes"]
     ]
@@ -47,22 +47,22 @@ def test_everything_goes_by_keyboard_alone(view: View) -> None:
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
     chooser.value.set_files([str(SHIP), str(TRUCK)])
-    expect(view.verdict).to_be_visible()
+    expect(view.top_label).to_be_visible()
     expect(page.locator("#choose")).to_be_focused()
     tab_to(page, ".gallery .open")
     page.keyboard.press("ArrowRight")
-    expect(view.photo("truck.png").locator(".open")).to_be_focused()
-    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.photo_item("truck.png").locator(".open")).to_be_focused()
+    expect(view.top_label).to_have_attribute("data-label", "truck")
     page.keyboard.press("ArrowLeft")
-    expect(view.verdict).to_have_attribute("data-label", "ship")
+    expect(view.top_label).to_have_attribute("data-label", "ship")
     tab_to(page, '.bars [data-label="bird"] button')
     page.keyboard.press("Enter")
     expect(page.locator("#heat-text")).to_contain_text("“bird”")
-    view.column(view.tensor("Input"))
+    view.column(view.tensor_name("Input"))
     tab_to(page, ".map")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    tensor = view.tensor("Conv")
+    tensor = view.tensor_name("Conv")
     focused = page.locator(f'.map[data-tensor="{tensor}"][data-index="1"]')
     expect(focused).to_be_focused()
     page.keyboard.press("Enter")
@@ -91,14 +91,16 @@ def tab_to(page: Page, selector: str) -> None:
 @pytest.mark.parametrize("width", [360, 768])
 def test_it_fits_narrow_screens(view: View, width: int) -> None:
     view.page.set_viewport_size({"width": width, "height": 760})
-    fits(view.page, width)
-    view.pick(SHIP, TRUCK, file("a name that is much longer than a phone is wide.txt", b"no image"))
+    assert_fits(view.page, width)
+    view.pick_files(
+        SHIP, TRUCK, make_upload("a name that is much longer than a phone is wide.txt", b"no image")
+    )
     for kind in ("Conv", "MaxPool", "Gemm", "Softmax"):
-        view.inspect(view.tensor(kind))
-        fits(view.page, width)
+        view.inspect_map(view.tensor_name(kind))
+        assert_fits(view.page, width)
 
 
-def fits(page: Page, width: int) -> None:
+def assert_fits(page: Page, width: int) -> None:
     """Nothing makes the page scroll sideways."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -106,35 +108,35 @@ def fits(page: Page, width: int) -> None:
 def test_dark_and_light_follow_the_system_until_one_is_chosen(view: View) -> None:
     page = view.page
     page.emulate_media(color_scheme="light")
-    light = background(page)
+    light = background_colour(page)
     page.emulate_media(color_scheme="dark")
-    dark = background(page)
+    dark = background_colour(page)
     assert light != dark
     button = page.locator("#theme")
     expect(button).to_have_attribute("aria-label", "Colours: as the system has it")
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: light")
-    assert background(page) == light
+    assert background_colour(page) == light
     page.reload()
-    assert background(page) == light
+    assert background_colour(page) == light
     button.click()
     page.emulate_media(color_scheme="light")
-    assert background(page) == dark
+    assert background_colour(page) == dark
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: light")
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: as the system has it")
     button.click()  # the first step changes what is seen, whatever the system has
-    assert background(page) == dark
+    assert background_colour(page) == dark
 
 
-def background(page: Page) -> str:
+def background_colour(page: Page) -> str:
     return str(page.locator("html").evaluate(BACKGROUND))
 
 
 def test_colours_that_say_something_stay_where_others_are_forced(view: View) -> None:
-    view.pick(SHIP)
-    view.column(view.tensor("Softmax"))
+    view.pick_files(SHIP)
+    view.column(view.tensor_name("Softmax"))
     parts = [view.page.locator(one).first for one in (".bars .fill", ".stack span", ".swatch")]
     before = [part.evaluate(BACKGROUND) for part in parts]
     view.page.emulate_media(forced_colors="active")
@@ -148,11 +150,11 @@ def test_nothing_jumps_when_the_answer_comes(view: View) -> None:
           for (const one of list.getEntries()) if (!one.hadRecentInput) globalThis.shifts += one.value;
         }).observe({type: "layout-shift"}); }"""
     )
-    view.pick(SHIP)
+    view.pick_files(SHIP)
     expect(view.page.locator("#saw .steps li").first).to_be_visible()
-    view.column(view.tensor("Conv"))
+    view.column(view.tensor_name("Conv"))
     opened = view.page.evaluate("globalThis.shifts")
-    view.photo("ship.jpg").locator(".open").click()
+    view.photo_item("ship.jpg").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("activation map")
     assert view.page.evaluate("globalThis.shifts") - opened < 0.02
     assert opened < 0.1

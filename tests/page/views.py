@@ -20,7 +20,7 @@ TRUCK = ROOT / "samples" / "truck.png"
 Array = npt.NDArray[np.float32]
 
 
-class File(TypedDict):
+class UploadFile(TypedDict):
     """A file as Playwright has it."""
 
     name: str
@@ -28,7 +28,7 @@ class File(TypedDict):
     buffer: bytes
 
 
-def file(name: str, content: bytes, kind: str = "") -> File:
+def make_upload(name: str, content: bytes, kind: str = "") -> UploadFile:
     """A file that is nowhere on the disk."""
     return {"name": name, "mimeType": kind, "buffer": content}
 
@@ -36,10 +36,10 @@ def file(name: str, content: bytes, kind: str = "") -> File:
 class View:
     """One open page."""
 
-    def __init__(self, page: Page, running: Server) -> None:
+    def __init__(self, page: Page, server: Server) -> None:
         self.page = page
-        self.url = running.url
-        self.client = running.client
+        self.url = server.url
+        self.client = server.client
         self.model = "cifar10"
         self._inputs: dict[tuple[str, Path], bytes] = {}
         self._layers: dict[str, list[dict[str, Any]]] = {}
@@ -49,27 +49,27 @@ class View:
         self.page.goto(self.url)
         expect(self.page.locator("#model")).to_be_enabled()
 
-    def pick(self, *photos: Path | File) -> None:
+    def pick_files(self, *photos: Path | UploadFile) -> None:
         """Choose files, and wait for the first one's answer."""
         if all(isinstance(photo, Path) for photo in photos):
             self.page.set_input_files("#files", [str(photo) for photo in photos])
         else:
             files: Sequence[Any] = [
-                one if isinstance(one, dict) else file(one.name, one.read_bytes()) for one in photos
+                one if isinstance(one, dict) else make_upload(one.name, one.read_bytes()) for one in photos
             ]
             self.page.set_input_files("#files", files)
 
-    def switch(self, model: str) -> None:
+    def select_model(self, model: str) -> None:
         """Choose another model."""
         self.model = model
         self.page.select_option("#model", label=model)
 
     @property
-    def verdict(self) -> Locator:
+    def top_label(self) -> Locator:
         """The most probable label."""
         return self.page.locator(".verdict")
 
-    def photo(self, name: str) -> Locator:
+    def photo_item(self, name: str) -> Locator:
         """A photo in the gallery."""
         return self.page.locator(f'#gallery li[data-photo="{name}"]')
 
@@ -82,7 +82,7 @@ class View:
         expect(column.locator(".strip")).to_be_attached()
         return column
 
-    def inspect(self, tensor: str, row: int = 0) -> Locator:
+    def inspect_map(self, tensor: str, row: int = 0) -> Locator:
         """Click a layer's map; gives the detail once it is worked out."""
         self.column(tensor).locator(".map").nth(row).click()
         return self.detail
@@ -93,46 +93,46 @@ class View:
         expect(self.page.locator("#detail .arithmetic")).to_have_attribute("aria-busy", "false")
         return self.page.locator("#detail")
 
-    def layer(self, tensor: str) -> dict[str, Any]:
+    def find_layer(self, tensor: str) -> dict[str, Any]:
         """What the service says of a layer."""
-        return next(layer for layer in self.layers() if layer["tensor"] == tensor)
+        return next(layer for layer in self.fetch_layers() if layer["tensor"] == tensor)
 
-    def layers(self) -> list[dict[str, Any]]:
+    def fetch_layers(self) -> list[dict[str, Any]]:
         """All of them."""
         if self.model not in self._layers:
             self._layers[self.model] = self.client.get(f"/v1/models/{self.model}/layers").json()["layers"]
         return self._layers[self.model]
 
-    def tensor(self, kind: str, number: int = 0) -> str:
+    def tensor_name(self, kind: str, number: int = 0) -> str:
         """The name of what the n-th layer of a kind makes."""
-        return str([layer for layer in self.layers() if layer["kind"] == kind][number]["tensor"])
+        return str([layer for layer in self.fetch_layers() if layer["kind"] == kind][number]["tensor"])
 
-    def maps(self, tensor: str, photo: Path = SHIP) -> Array:
+    def fetch_maps(self, tensor: str, photo: Path = SHIP) -> Array:
         """All values of a tensor, by the API."""
-        saw = self._saw(photo)
+        png = self._fetch_input_png(photo)
         query: dict[str, str | int] = {"tensor": tensor, "count": 0, "prepared": "true"}
-        reply = self.client.post(f"/v1/models/{self.model}/maps", content=saw, params=query)
+        reply = self.client.post(f"/v1/models/{self.model}/maps", content=png, params=query)
         assert reply.status_code == 200, reply.text
         array: Array = np.load(BytesIO(reply.content))
         return array
 
-    def _saw(self, photo: Path) -> bytes:
+    def _fetch_input_png(self, photo: Path) -> bytes:
         """The exact input, as PNG."""
-        known = self.model, photo
-        if known not in self._inputs:
+        key = self.model, photo
+        if key not in self._inputs:
             path = f"/v1/models/{self.model}/explain"
             reply = self.client.post(path, content=photo.read_bytes(), params={"samples": 1})
-            self._inputs[known] = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
-        return self._inputs[known]
+            self._inputs[key] = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
+        return self._inputs[key]
 
 
-def number(element: Locator, name: str = "value") -> float:
+def read_number(element: Locator, name: str = "value") -> float:
     """A number that an element carries with all its digits."""
     text = element.get_attribute(f"data-{name}")
     assert text is not None
     return float(text)
 
 
-def numbers(elements: Locator) -> list[float]:
+def read_numbers(elements: Locator) -> list[float]:
     """Of all of them."""
-    return [number(element) for element in elements.all()]
+    return [read_number(element) for element in elements.all()]

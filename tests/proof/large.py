@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from tests.pictures import encode
+from tests.pictures import encode_image
 
-PHONE = (4000, 3000)
+PHONE_SIZE = (4000, 3000)
 
 
-def phone(image: Image.Image) -> bytes:
+def encode_phone_jpeg(image: Image.Image) -> bytes:
     """The JPEG."""
-    return encode(image, "JPEG", quality=90, subsampling=2)
+    return encode_image(image, "JPEG", quality=90, subsampling=2)
 
 
-def mosaic(
+def make_mosaic(
     photographs: Sequence[Image.Image],
     random: np.random.Generator,
     across: int,
-    size: tuple[int, int] = PHONE,
+    size: tuple[int, int] = PHONE_SIZE,
 ) -> Image.Image:
     """`across` x `across` pieces of photographs, some mirrored, side by side."""
     whole = Image.new("RGB", size)
@@ -30,39 +30,39 @@ def mosaic(
     for top in range(0, size[1], height):
         for left in range(0, size[0], width):
             photograph = photographs[int(random.integers(len(photographs)))]
-            kept = random.uniform(0.6, 1, 2) * photograph.size
-            x, y = random.uniform(0, 1, 2) * (np.array(photograph.size) - kept)
+            box_size = random.uniform(0.6, 1, 2) * photograph.size
+            x, y = random.uniform(0, 1, 2) * (np.array(photograph.size) - box_size)
             piece = photograph.resize(
-                (width, height), Image.Resampling.BICUBIC, box=(x, y, x + kept[0], y + kept[1])
+                (width, height), Image.Resampling.BICUBIC, box=(x, y, x + box_size[0], y + box_size[1])
             )
-            mirrored = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else piece
-            whole.paste(mirrored, (left, top))
+            tile = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else piece
+            whole.paste(tile, (left, top))
     return whole
 
 
-def zone_plate(size: tuple[int, int] = PHONE, cycles: float = 0.5) -> Image.Image:
+def make_zone_plate(size: tuple[int, int] = PHONE_SIZE, cycles: float = 0.5) -> Image.Image:
     """Rings of growing frequency, `cycles` per pixel at the nearer edge; 0.5 is all there can be.
 
     Around 128 and not 127.5, where the mean of every fine ring would lie between two levels, and rounding
     alone would make a difference of one.
     """
     down, across = np.mgrid[: size[1], : size[0]]
-    squared = (across - size[0] / 2) ** 2 + (down - size[1] / 2) ** 2
-    rings = 128 + 127 * np.cos(2 * np.pi * cycles * squared / min(size))
+    squared_radius = (across - size[0] / 2) ** 2 + (down - size[1] / 2) ** 2
+    rings = 128 + 127 * np.cos(2 * np.pi * cycles * squared_radius / min(size))
     return Image.fromarray(rings.round().astype(np.uint8)).convert("RGB")
 
 
-def detail(image: Image.Image) -> Image.Image:
+def extract_detail(image: Image.Image) -> Image.Image:
     """What is fine in it, around grey of 128: the image less its own blur."""
     return ImageChops.subtract(image, image.filter(ImageFilter.BoxBlur(12)), offset=128)
 
 
-def with_detail(small: Image.Image, fine: Image.Image, shift: int) -> Image.Image:
+def add_detail(small: Image.Image, fine: Image.Image, shift: int) -> Image.Image:
     """A small picture enlarged, with the fine detail of a large one, moved aside, over it."""
-    enlarged = small.resize(fine.size, Image.Resampling.BICUBIC)
-    return ImageChops.add(enlarged, ImageChops.offset(fine, shift, 0), offset=-128)
+    enlarged_image = small.resize(fine.size, Image.Resampling.BICUBIC)
+    return ImageChops.add(enlarged_image, ImageChops.offset(fine, shift, 0), offset=-128)
 
 
-def photographs_in(paths: Sequence[Path]) -> list[Image.Image]:
+def open_photographs(paths: Sequence[Path]) -> list[Image.Image]:
     """Loaded, RGB."""
     return [Image.open(path).convert("RGB") for path in paths]

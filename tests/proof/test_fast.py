@@ -19,7 +19,15 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import Pixels, choose_draft_scale, decode_image
-from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate
+from tests.proof.large import (
+    PHONE_SIZE,
+    add_detail,
+    encode_phone_jpeg,
+    extract_detail,
+    make_mosaic,
+    make_zone_plate,
+    open_photographs,
+)
 from tests.servers import DEFAULT_MODEL
 
 pytestmark = pytest.mark.slow
@@ -40,7 +48,7 @@ P999 = 8
 """Levels of 255. Seen: 2 of mosaics, 6 where the rings of a zone plate are as fine as the result's pixels."""
 
 
-def pair(content: bytes, geometry: Geometry) -> tuple[Pixels, Pixels]:
+def decode_both(content: bytes, geometry: Geometry) -> tuple[Pixels, Pixels]:
     """`fast` and `exact`."""
     exact = replace(geometry, pixel_path=PixelPath.EXACT)
     return (
@@ -51,24 +59,26 @@ def pair(content: bytes, geometry: Geometry) -> tuple[Pixels, Pixels]:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_pixels_of_mosaics(photographs: list[Path], geometry: Geometry) -> None:
-    loaded, random = photographs_in(photographs), np.random.default_rng(1)
+    loaded, random = open_photographs(photographs), np.random.default_rng(1)
     for across in (1, 4, 8):
-        pairs = [pair(phone(mosaic(loaded, random, across)), geometry) for _ in range(6)]
-        _check(f"{across} x {across} photographs of 12 MP to {geometry.height} px", pairs)
+        pairs = [
+            decode_both(encode_phone_jpeg(make_mosaic(loaded, random, across)), geometry) for _ in range(6)
+        ]
+        _check_difference(f"{across} x {across} photographs of 12 MP to {geometry.height} px", pairs)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-@pytest.mark.parametrize("size", [PHONE, (4001, 2999), (3003, 4005)], ids=str)
+@pytest.mark.parametrize("size", [PHONE_SIZE, (4001, 2999), (3003, 4005)], ids=str)
 def test_pixels_of_zone_plates(size: tuple[int, int], geometry: Geometry) -> None:
     for cycles in (0.5, 0.25, 0.1):
-        plate = phone(zone_plate(size, cycles))
-        _check(
+        plate = encode_phone_jpeg(make_zone_plate(size, cycles))
+        _check_difference(
             f"zone plate of {cycles:g} at {size[0]} x {size[1]} to {geometry.height} px",
-            [pair(plate, geometry)],
+            [decode_both(plate, geometry)],
         )
 
 
-def _check(name: str, pairs: list[tuple[Pixels, Pixels]]) -> None:
+def _check_difference(name: str, pairs: list[tuple[Pixels, Pixels]]) -> None:
     fast, exact = (np.stack(pixels).astype(np.int16) for pixels in zip(*pairs, strict=True))
     difference = np.abs(fast - exact)
     mean, p999 = difference.mean(), np.quantile(difference, 0.999)
@@ -81,49 +91,51 @@ def _check(name: str, pairs: list[tuple[Pixels, Pixels]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [(PHONE, 1000), ((1600, 1200), 1000), ((1024, 768), 1000)], ids=str
+    ("size", "count"), [(PHONE_SIZE, 1000), ((1600, 1200), 1000), ((1024, 768), 1000)], ids=str
 )
 def test_labels_of_the_default_model(
     cifar_test: Path, photographs: list[Path], size: tuple[int, int], count: int
 ) -> None:
     random = np.random.default_rng(2)
-    fine = detail(mosaic(photographs_in(photographs), random, 8, size))
+    fine = extract_detail(make_mosaic(open_photographs(photographs), random, 8, size))
     files = random.permutation(np.array(sorted(cifar_test.rglob("*.jpg"))))[:count]
     shifts = random.integers(0, size[0], count)
 
     def draw(index: int) -> Image.Image:
-        return with_detail(Image.open(files[index]).convert("RGB"), fine, int(shifts[index]))
+        return add_detail(Image.open(files[index]).convert("RGB"), fine, int(shifts[index]))
 
-    same = _compare(f"{count} CIFAR-10 test images at {size[0]} x {size[1]}", draw, count, size)
+    same = _compare_labels(f"{count} CIFAR-10 test images at {size[0]} x {size[1]}", draw, count, size)
     assert same >= AGREEMENT
 
 
 def test_labels_of_mosaics(photographs: list[Path]) -> None:
     """The model knows none of this: how many lie near the border between two labels is the model's doing, so
     that no share of them must agree. Seen: 99.0 % to 99.5 %."""
-    loaded = photographs_in(photographs)
+    loaded = open_photographs(photographs)
 
     def draw(index: int) -> Image.Image:
-        return mosaic(loaded, np.random.default_rng(index), (1, 2, 4, 8)[index % 4])
+        return make_mosaic(loaded, np.random.default_rng(index), (1, 2, 4, 8)[index % 4])
 
-    _compare("200 mosaics of 12 MP", draw, 200, PHONE)
+    _compare_labels("200 mosaics of 12 MP", draw, 200, PHONE_SIZE)
 
 
-def _compare(name: str, draw: Callable[[int], Image.Image], count: int, size: tuple[int, int]) -> float:
+def _compare_labels(
+    name: str, draw: Callable[[int], Image.Image], count: int, size: tuple[int, int]
+) -> float:
     """On what share of images `fast` and `exact` agree; where they do not, there must be a tie."""
     with ThreadPoolExecutor(2) as pool:
-        pairs = list(pool.map(lambda index: pair(phone(draw(index)), OURS), range(count)))
+        pairs = list(pool.map(lambda index: decode_both(encode_phone_jpeg(draw(index)), OURS), range(count)))
     engine = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1)
     assert engine.contract.input == OURS
     fast, exact = (engine.run(np.stack(pixels)) for pixels in zip(*pairs, strict=True))
     same = float((fast.argmax(axis=1) == exact.argmax(axis=1)).mean())
-    moved = np.abs(fast - exact).max(axis=1)
+    probability_change = np.abs(fast - exact).max(axis=1)
     print(
         f"\n{name}, decoded at 1/{choose_draft_scale(size, OURS)}: labels agree on {same:.2%}, "
-        f"a probability moves by {moved.mean():.4f}, at p99.9 by {np.quantile(moved, 0.999):.4f}",
+        f"a probability moves by {probability_change.mean():.4f}, at p99.9 by {np.quantile(probability_change, 0.999):.4f}",
         end="",
     )
-    assert np.quantile(moved, 0.999) <= MOVED
+    assert np.quantile(probability_change, 0.999) <= MOVED
     best = np.sort(exact, axis=1)
     margin = best[:, -1] - best[:, -2]
     assert margin[fast.argmax(axis=1) != exact.argmax(axis=1)].max(initial=0) <= TIE

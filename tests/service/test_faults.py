@@ -17,49 +17,49 @@ from typing import Any
 
 import pytest
 
-from tests.pictures import jpeg, png_header
-from tests.poison import Gate, poisonous
-from tests.raw import CLASSIFY, LIVE, Answer, Wire, post
-from tests.servers import ROOT, Server, until
+from tests.pictures import make_jpeg, make_png_header
+from tests.poison import BlockingImage, make_poison_environment
+from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, WireResponse, classify_request
+from tests.servers import ROOT, Server, wait_until
 
-PICTURE = jpeg()
+PICTURE = make_jpeg()
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
+def gate(tmp_path: Path) -> BlockingImage:
+    return BlockingImage(tmp_path / "gate")
 
 
 @pytest.fixture
-def gated(small_zoo: Path, tmp_path: Path, gate: Gate) -> Iterator[Server]:
+def gated(small_zoo: Path, tmp_path: Path, gate: BlockingImage) -> Iterator[Server]:
     """Its one runner is busy until the gate is opened."""
     settings = {
         "FOVEA_RUNNERS": "1",
         "FOVEA_QUEUE_IMAGES": "8",
         "FOVEA_REQUEST_IMAGES": "4",
-        **poisonous(tmp_path),
+        **make_poison_environment(tmp_path),
     }
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
-        wire.send(post(gate.image))
-        running.wait_for(1, "fovea_images_in_flight")
+        wire.send(classify_request(gate.image))
+        running.wait_for_metric(1, "fovea_images_in_flight")
         yield running
 
 
 # --- deadlines -----------------------------------------------------------------------------------
 
 
-def test_what_is_late_in_the_queue_is_504_and_costs_no_inference(gated: Server, gate: Gate) -> None:
+def test_what_is_late_in_the_queue_is_504_and_costs_no_inference(gated: Server, gate: BlockingImage) -> None:
     with Wire(gated.url) as late:
-        late.send(post(PICTURE, b"X-Deadline-Ms: 200"))
-        answer = late.answer()
-        assert (answer.status, answer.code) == (504, "deadline_exceeded")
+        late.send(classify_request(PICTURE, b"X-Deadline-Ms: 200"))
+        answer = late.read_response()
+        assert (answer.status, answer.error_code) == (504, "deadline_exceeded")
         assert "0.2 s (X-Deadline-Ms)" in answer.json["error"]["message"]
-    assert gated.metric("fovea_images_in_flight") == 1
-    gate.open()
+    assert gated.read_metric("fovea_images_in_flight") == 1
+    gate.release()
     assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.metric("fovea_batch_images_sum") == 1
-    assert gated.metric("fovea_errors_total", reason="deadline_exceeded") == 1
+    assert gated.read_metric("fovea_batch_images_sum") == 1
+    assert gated.read_metric("fovea_errors_total", reason="deadline_exceeded") == 1
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-5", "nan", "inf", ""])
@@ -79,56 +79,56 @@ def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
 
 
 @pytest.fixture
-def full(gated: Server, gate: Gate) -> Iterator[Server]:
+def full(gated: Server, gate: BlockingImage) -> Iterator[Server]:
     """Its queue has no place left."""
     with ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(Wire(gated.url)).send(post(PICTURE))
-        gated.wait_for(8, "fovea_images_in_flight")
+            stack.enter_context(Wire(gated.url)).send(classify_request(PICTURE))
+        gated.wait_for_metric(8, "fovea_images_in_flight")
         yield gated
-    gate.open()  # else the runner is waited for
+    gate.release()  # else the runner is waited for
 
 
-def _refused(answer: Answer) -> bool:
-    return (answer.status, answer.code, answer.closes) == (503, "overloaded", False)
+def _is_refused(answer: WireResponse) -> bool:
+    return (answer.status, answer.error_code, answer.is_closing) == (503, "overloaded", False)
 
 
 def test_a_full_queue_refuses_by_the_headers_and_the_connection_goes_on(full: Server) -> None:
     (model,) = full.client.get("/v1/models").json()["models"]
     named = b"POST /v1/models/%s/classify HTTP/1.1\r\nHost: x\r\n" % model["name"].encode()
     with Wire(full.url) as wire:
-        for start in (CLASSIFY, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", named):
+        for start in (CLASSIFY_HEAD, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", named):
             wire.send(start, b"X-Request-ID: mine\r\nContent-Length: %d\r\n\r\n" % len(PICTURE))
-            answer = wire.answer()  # the body is not even begun
-            assert _refused(answer)
+            answer = wire.read_response()  # the body is not even begun
+            assert _is_refused(answer)
             assert answer.json["error"]["request_id"] == answer.headers["x-request-id"] == "mine"
             assert int(answer.headers["retry-after"]) >= 1
             wire.send(PICTURE)
-        wire.send(LIVE)
-        assert wire.answer().status == 200
-    assert full.metric("fovea_requests_total", model=model["name"], status="503") == 3
-    assert full.metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
-    assert full.metric("fovea_request_seconds_count", route="/v1/classify") == 2
-    assert full.metric("fovea_errors_total", reason="overloaded") == 3
-    assert full.metric("fovea_requests_in_flight") == 9  # the scrape is one
+        wire.send(LIVE_REQUEST)
+        assert wire.read_response().status == 200
+    assert full.read_metric("fovea_requests_total", model=model["name"], status="503") == 3
+    assert full.read_metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
+    assert full.read_metric("fovea_request_seconds_count", route="/v1/classify") == 2
+    assert full.read_metric("fovea_errors_total", reason="overloaded") == 3
+    assert full.read_metric("fovea_requests_in_flight") == 9  # the scrape is one
 
 
 def test_a_full_queue_sends_no_100_continue(full: Server) -> None:
     with Wire(full.url) as wire:
-        wire.send(CLASSIFY, b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n")
-        assert _refused(wire.answer())
+        wire.send(CLASSIFY_HEAD, b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n")
+        assert _is_refused(wire.read_response())
 
 
 def test_a_full_queue_refuses_pipelined_requests_in_their_order(full: Server) -> None:
     ids = [b"X-Request-ID: %d" % number for number in range(20)]
     with Wire(full.url) as wire:
-        wire.send(LIVE, *(post(PICTURE, one) for one in ids), LIVE)
-        assert wire.answer().status == 200
+        wire.send(LIVE_REQUEST, *(classify_request(PICTURE, one) for one in ids), LIVE_REQUEST)
+        assert wire.read_response().status == 200
         for number in range(20):
-            answer = wire.answer()
-            assert _refused(answer)
+            answer = wire.read_response()
+            assert _is_refused(answer)
             assert answer.headers["x-request-id"] == str(number)
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
 
 
 def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> None:
@@ -136,55 +136,55 @@ def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> Non
         assert full.client.post(path, content=PICTURE).status_code == status
     assert full.client.get("/v1/classify").status_code == 405
     with Wire(full.url) as wire:
-        wire.send(post(PICTURE), b"nonsense\r\n\r\n")
-        answer = wire.answer()
-        assert _refused(answer)
-        answer = wire.answer()
-        assert (answer.status, answer.code, answer.closes) == (400, "bad_http", True)
-        assert wire.ended()
-    assert full.metric("fovea_errors_total", reason="bad_http") == 1
+        wire.send(classify_request(PICTURE), b"nonsense\r\n\r\n")
+        answer = wire.read_response()
+        assert _is_refused(answer)
+        answer = wire.read_response()
+        assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
+        assert wire.is_closed()
+    assert full.read_metric("fovea_errors_total", reason="bad_http") == 1
 
 
 def test_a_body_that_turns_into_nonsense_has_one_answer(full: Server) -> None:
     with Wire(full.url) as wire:
-        wire.send(CLASSIFY, b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n")
-        answer = wire.answer()
-        assert (answer.status, answer.code, answer.closes) == (400, "bad_http", True)
-        assert wire.ended()
-    assert full.metric("fovea_requests_total", status="400") == 1
-    assert full.metric("fovea_requests_total", status="0") == 0
+        wire.send(CLASSIFY_HEAD, b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n")
+        answer = wire.read_response()
+        assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
+        assert wire.is_closed()
+    assert full.read_metric("fovea_requests_total", status="400") == 1
+    assert full.read_metric("fovea_requests_total", status="0") == 0
 
 
 def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:
     with Wire(full.url) as wire:
-        wire.send(post(PICTURE, b"Connection: close"))
-        answer = wire.answer()
-        assert (answer.status, answer.code, answer.closes) == (503, "overloaded", True)
-        assert wire.ended()
+        wire.send(classify_request(PICTURE, b"Connection: close"))
+        answer = wire.read_response()
+        assert (answer.status, answer.error_code, answer.is_closing) == (503, "overloaded", True)
+        assert wire.is_closed()
 
 
 # --- clients -------------------------------------------------------------------------------------
 
 
-def test_who_leaves_gives_the_place_back_and_costs_no_inference(gated: Server, gate: Gate) -> None:
+def test_who_leaves_gives_the_place_back_and_costs_no_inference(gated: Server, gate: BlockingImage) -> None:
     for round_ in range(1, 4):
         with ExitStack() as stack:
             wires = [stack.enter_context(Wire(gated.url)) for _ in range(7)]
             for wire in wires:
-                wire.send(post(PICTURE))
-            gated.wait_for(7, "fovea_queue_images")
+                wire.send(classify_request(PICTURE))
+            gated.wait_for_metric(7, "fovea_queue_images")
             full = gated.client.post("/v1/classify", content=PICTURE)
             assert (full.status_code, full.json()["error"]["code"]) == (503, "overloaded")
-        gated.wait_for(1, "fovea_images_in_flight")
-        gated.wait_for(0, "fovea_queue_images")
-        assert gated.metric("fovea_errors_total", reason="client_left") == 7 * round_
-        assert gated.metric("fovea_requests_total", status="0") == 7 * round_
-    gate.open()
+        gated.wait_for_metric(1, "fovea_images_in_flight")
+        gated.wait_for_metric(0, "fovea_queue_images")
+        assert gated.read_metric("fovea_errors_total", reason="client_left") == 7 * round_
+        assert gated.read_metric("fovea_requests_total", status="0") == 7 * round_
+    gate.release()
     assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.metric("fovea_batch_images_sum") == 1
+    assert gated.read_metric("fovea_batch_images_sum") == 1
 
 
-def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: Gate) -> None:
+def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: BlockingImage) -> None:
     """A place each, until then; above 64 KB the body lies in memory that the runners share."""
     asked = b'{"inputs": [{"name": "image", "shape": [4], "datatype": "BYTES"}]}'
     images = 4 * (struct.pack("<I", len(PICTURE) + 20_000) + PICTURE + bytes(20_000))
@@ -195,17 +195,17 @@ def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: 
     head += b"Content-Length: %d\r\n" % (len(asked) + len(images))
     with Wire(gated.url) as leaving:
         leaving.send(head, b"\r\n", asked, images)
-        gated.wait_for(5, "fovea_images_in_flight")
-    gated.wait_for(1, "fovea_images_in_flight")
+        gated.wait_for_metric(5, "fovea_images_in_flight")
+    gated.wait_for_metric(1, "fovea_images_in_flight")
     with Wire(gated.url) as late:
         late.send(head, b"X-Deadline-Ms: 200\r\n\r\n", asked, images)
-        answer = late.answer()
+        answer = late.read_response()
     assert (answer.status, answer.json["code"]) == (504, "deadline_exceeded")
-    gated.wait_for(1, "fovea_images_in_flight")
-    gate.open()
+    gated.wait_for_metric(1, "fovea_images_in_flight")
+    gate.release()
     assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.metric("fovea_batch_images_sum") == 1
-    assert gated.metric("fovea_errors_total", reason="client_left") == 1
+    assert gated.read_metric("fovea_batch_images_sum") == 1
+    assert gated.read_metric("fovea_errors_total", reason="client_left") == 1
 
 
 def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> None:
@@ -216,14 +216,14 @@ def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> N
             with ExitStack() as stack:
                 wires = [stack.enter_context(Wire(running.url)) for _ in range(8)]
                 for wire in wires:
-                    wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(half + rest), half)
-                running.wait_for(refused, "fovea_errors_total", reason="overloaded")
+                    wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(half + rest), half)
+                running.wait_for_metric(refused, "fovea_errors_total", reason="overloaded")
                 for wire in wires:
                     wire.send(rest)
-                codes = sorted(wire.answer().code for wire in wires)
+                codes = sorted(wire.read_response().error_code for wire in wires)
                 assert codes == ["overloaded"] * 4 + ["unsupported_format"] * 4
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        assert running.metric("fovea_errors_total", reason="overloaded") == 12
+        assert running.read_metric("fovea_errors_total", reason="overloaded") == 12
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +232,13 @@ def hasty(small_zoo: Path) -> Iterator[Server]:
         yield running
 
 
-def _stop_half_way(wire: Wire) -> None:
-    wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
+def _send_half(wire: Wire) -> None:
+    wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
 
 
-def _send_bytes(wire: Wire) -> None:
+def _send_byte_by_byte(wire: Wire) -> None:
     """One after the other, for longer than is waited for."""
-    _stop_half_way(wire)
+    _send_half(wire)
     wire.socket.settimeout(0.05)
     for byte in PICTURE[100:200]:
         wire.send(bytes([byte]))
@@ -250,70 +250,70 @@ def _send_bytes(wire: Wire) -> None:
     wire.socket.settimeout(30)
 
 
-def _reset(wire: Wire) -> None:
-    _stop_half_way(wire)
+def _reset_connection(wire: Wire) -> None:
+    _send_half(wire)
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wire.socket.close()
 
 
-def _leave(wire: Wire) -> None:
-    _stop_half_way(wire)
+def _close_connection(wire: Wire) -> None:
+    _send_half(wire)
     wire.socket.close()
 
 
 @pytest.mark.parametrize(
     ("reason", "misbehave"),
     [
-        ("bad_image", lambda wire: wire.send(post(PICTURE[: len(PICTURE) // 2]))),
-        ("unsupported_format", lambda wire: wire.send(post(b"rubbish"))),
-        ("too_many_pixels", lambda wire: wire.send(post(png_header(60_000, 60_000)))),
-        ("bad_request", lambda wire: wire.send(post(b""))),
-        ("body_timeout", _stop_half_way),
-        ("body_timeout", _send_bytes),
-        ("client_left", _leave),
-        ("client_left", _reset),
+        ("bad_image", lambda wire: wire.send(classify_request(PICTURE[: len(PICTURE) // 2]))),
+        ("unsupported_format", lambda wire: wire.send(classify_request(b"rubbish"))),
+        ("too_many_pixels", lambda wire: wire.send(classify_request(make_png_header(60_000, 60_000)))),
+        ("bad_request", lambda wire: wire.send(classify_request(b""))),
+        ("body_timeout", _send_half),
+        ("body_timeout", _send_byte_by_byte),
+        ("client_left", _close_connection),
+        ("client_left", _reset_connection),
     ],
 )
 def test_every_bad_client_is_counted_by_reason(
     hasty: Server, reason: str, misbehave: Callable[[Wire], None]
 ) -> None:
-    before = hasty.metric("fovea_errors_total"), hasty.metric("fovea_errors_total", reason=reason)
+    before = hasty.read_metric("fovea_errors_total"), hasty.read_metric("fovea_errors_total", reason=reason)
     with Wire(hasty.url) as wire:
         misbehave(wire)
         if reason != "client_left":
-            assert wire.answer().code == reason
-        until(lambda: hasty.metric("fovea_errors_total", reason=reason) == before[1] + 1)
-    assert hasty.metric("fovea_errors_total") == before[0] + 1
-    assert hasty.metric("fovea_requests_in_flight") == 1
-    assert hasty.metric("fovea_images_in_flight") == 0
+            assert wire.read_response().error_code == reason
+        wait_until(lambda: hasty.read_metric("fovea_errors_total", reason=reason) == before[1] + 1)
+    assert hasty.read_metric("fovea_errors_total") == before[0] + 1
+    assert hasty.read_metric("fovea_requests_in_flight") == 1
+    assert hasty.read_metric("fovea_images_in_flight") == 0
 
 
 # --- logs ----------------------------------------------------------------------------------------
 
 
-def _full() -> dict[str, Any]:
+def _full_stderr() -> dict[str, Any]:
     return {"stderr": os.open("/dev/full", os.O_WRONLY)}
 
 
-def _broken() -> dict[str, Any]:
+def _broken_stderr() -> dict[str, Any]:
     read, write = os.pipe()
     os.close(read)
     return {"stderr": write}
 
 
-def _closed() -> dict[str, Any]:
+def _closed_stderr() -> dict[str, Any]:
     return {
         "args": ["sh", "-c", 'exec "$0" -m fovea.service 2>&-', sys.executable],
         "stderr": subprocess.DEVNULL,
     }
 
 
-@pytest.mark.parametrize("stderr", [_full, _broken, _closed])
+@pytest.mark.parametrize("stderr", [_full_stderr, _broken_stderr, _closed_stderr])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_log_that_cannot_be_written_harms_nothing(
     small_zoo: Path, tmp_path: Path, stderr: Callable[[], dict[str, Any]], workers: str
 ) -> None:
-    settings = {"FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers, **poisonous(tmp_path)}
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers, **make_poison_environment(tmp_path)}
     with Server(stderr(), FOVEA_MODELS=str(small_zoo), **settings) as running:
         for _ in range(20):  # each is a trace in the runner's log and one in the service's
             reply = running.client.post("/v1/classify", content=b"POISON raise")
@@ -326,8 +326,8 @@ def test_a_log_that_cannot_be_written_harms_nothing(
 
 
 def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
-    with Server(_closed(), FOVEA_MODELS=str(small_zoo)) as running:
-        for pid in (running.process.pid, *running.runners):
+    with Server(_closed_stderr(), FOVEA_MODELS=str(small_zoo)) as running:
+        for pid in (running.process.pid, *running.runner_pids):
             assert Path(f"/proc/{pid}/fd/2").readlink() == Path(os.devnull)
 
 
@@ -349,23 +349,23 @@ def test_the_clock_may_jump(small_zoo: Path, tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DEADLINE_MS="5000", **faked, **limits) as running:
         for jump in ("+86400", "-86400", "+3153600000", "+0"):
             with Wire(running.url) as wire:
-                wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
-                before = _date(running)
+                wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
+                before = _read_date(running)
                 clock.write_text(jump)
-                until(lambda before=before: abs((_date(running) - before).total_seconds()) > 3600)  # type: ignore[misc]
+                wait_until(lambda before=before: abs((_read_date(running) - before).total_seconds()) > 3600)  # type: ignore[misc]
                 wire.send(PICTURE[100:])
-                assert wire.answer().status == 200
-        seconds = running.metric("fovea_request_seconds_sum")
+                assert wire.read_response().status == 200
+        seconds = running.read_metric("fovea_request_seconds_sum")
         assert 0 < seconds < 60
-        assert running.metric("fovea_stage_seconds_sum", stage="queue") >= 0
-        assert running.metric("fovea_errors_total") == 0
-        assert running.metric("fovea_runner_deaths_total") == 0
+        assert running.read_metric("fovea_stage_seconds_sum", stage="queue") >= 0
+        assert running.read_metric("fovea_errors_total") == 0
+        assert running.read_metric("fovea_runner_deaths_total") == 0
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=20) == 0
 
 
-def _date(running: Server) -> Any:
-    return parsedate_to_datetime(running.client.get("/health/live").headers["Date"])
+def _read_date(server: Server) -> Any:
+    return parsedate_to_datetime(server.client.get("/health/live").headers["Date"])
 
 
 def test_the_wall_clock_serves_dates_that_are_told_alone() -> None:

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Coverage
-from tests.graphs import build, contract_of, publish, with_contract
-from tests.pictures import encode, jpeg
-from tests.servers import ROOT, Server, until
+from tests.graphs import add_to_repository, build_model, read_contract, with_contract
+from tests.pictures import encode_image, make_jpeg
+from tests.servers import ROOT, Server, wait_until
 
 pytestmark = pytest.mark.slow  # what measures coverage holds the loop itself
 
@@ -30,63 +30,63 @@ COLD: Final = 12.0
 """Milliseconds that the first request of its kind may hold it."""
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1800, 1900, 3), dtype=np.uint8)
-LARGE = encode(Image.fromarray(NOISE), "PNG", compress_level=0)
+LARGE = encode_image(Image.fromarray(NOISE), "PNG", compress_level=0)
 """10 MB."""
 
 Ask = Callable[[httpx.Client], httpx.Response]
 
 
-def _files(*images: bytes) -> dict[str, Any]:
+def _form_files(*images: bytes) -> dict[str, Any]:
     return {"files": [("file", ("a", image)) for image in images]}
 
 
-def _json(content: bytes) -> dict[str, Any]:
+def _json_body(content: bytes) -> dict[str, Any]:
     return {"content": content, "headers": {"Content-Type": "application/json"}}
 
 
-def _base64(image: bytes) -> str:
+def _encode_base64(image: bytes) -> str:
     return base64.b64encode(image).decode()
 
 
-def _classify(query: str = "", **body: Any) -> Ask:
+def _make_classify(query: str = "", **body: Any) -> Ask:
     return lambda client: client.post(f"/v1/classify{query}", **body)
 
 
-def _get(path: str, **headers: str) -> Ask:
+def _make_get(path: str, **headers: str) -> Ask:
     return lambda client: client.get(path, headers=headers)
 
 
 WORST: Final[dict[str, Ask]] = {
-    "10 MB": _classify(content=LARGE),
-    "30 MB of rubbish": _classify(content=b"\xff\xd8\xff" + b"x" * 30_000_000),
+    "10 MB": _make_classify(content=LARGE),
+    "30 MB of rubbish": _make_classify(content=b"\xff\xd8\xff" + b"x" * 30_000_000),
     "33 MB, chunked": lambda client: client.post("/v1/classify", content=iter([b"x" * 1_000_000] * 33)),
-    "16 MB multipart": _classify(**_files(LARGE, LARGE[:6_000_000])),
-    "16 MB JSON": _classify(json={"images": [{"b64": _base64(one)} for one in (LARGE, LARGE[:2_000_000])]}),
-    "16 MB of bad JSON": _classify(**_json(b'{"images": [' + b"[" * 16_000_000)),
-    "64 images": _classify(**_files(*[jpeg()] * 64)),
-    "64 images, all 1000 labels": _classify("?top_k=0", **_files(*[jpeg()] * 64)),
-    "64 images, sets of 1000 labels": _classify("?top_k=1&coverage=0.9", **_files(*[jpeg()] * 64)),
-    "64 bad images": _classify(**_files(*[b"rubbish"] * 64)),
-    "one image, all 1000 labels": _classify("?top_k=0", content=jpeg()),
-    "a bad parameter": _classify("?top_k=-1", content=jpeg()),
-    "metrics": _get("/metrics"),
-    "OpenMetrics": _get("/metrics", accept="application/openmetrics-text"),
-    "OpenAPI": _get("/openapi.json"),
-    "the contract": _get("/v1/models/small/contract"),
-    "models": _get("/v1/models"),
-    "runtime": _get("/runtime"),
-    "the page": _get("/docs"),
-    "the page's script": _get("/docs/swagger/swagger-ui-bundle.js"),
-    "nothing": _get("/nothing"),
+    "16 MB multipart": _make_classify(**_form_files(LARGE, LARGE[:6_000_000])),
+    "16 MB JSON": _make_classify(json={"images": [{"b64": _encode_base64(one)} for one in (LARGE, LARGE[:2_000_000])]}),
+    "16 MB of bad JSON": _make_classify(**_json_body(b'{"images": [' + b"[" * 16_000_000)),
+    "64 images": _make_classify(**_form_files(*[make_jpeg()] * 64)),
+    "64 images, all 1000 labels": _make_classify("?top_k=0", **_form_files(*[make_jpeg()] * 64)),
+    "64 images, sets of 1000 labels": _make_classify("?top_k=1&coverage=0.9", **_form_files(*[make_jpeg()] * 64)),
+    "64 bad images": _make_classify(**_form_files(*[b"rubbish"] * 64)),
+    "one image, all 1000 labels": _make_classify("?top_k=0", content=make_jpeg()),
+    "a bad parameter": _make_classify("?top_k=-1", content=make_jpeg()),
+    "metrics": _make_get("/metrics"),
+    "OpenMetrics": _make_get("/metrics", accept="application/openmetrics-text"),
+    "OpenAPI": _make_get("/openapi.json"),
+    "the contract": _make_get("/v1/models/small/contract"),
+    "models": _make_get("/v1/models"),
+    "runtime": _make_get("/runtime"),
+    "the page": _make_get("/docs"),
+    "the page's script": _make_get("/docs/swagger/swagger-ui-bundle.js"),
+    "nothing": _make_get("/nothing"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     """A server that names offenders in a file, of a model with 1000 labels, all of them in its sets."""
-    graph = build(labels=[f"label {index}" for index in range(1000)])
-    graph = with_contract(graph, replace(contract_of(graph), coverage=(Coverage(0.9, 1.0),)))
-    zoo = publish(graph, tmp_path_factory.mktemp("zoo"))
+    graph = build_model(labels=[f"label {index}" for index in range(1000)])
+    graph = with_contract(graph, replace(read_contract(graph), coverage=(Coverage(0.9, 1.0),)))
+    zoo = add_to_repository(graph, tmp_path_factory.mktemp("zoo"))
     log = tmp_path_factory.mktemp("log") / "log"
     with (
         log.open("w") as stderr,
@@ -104,14 +104,14 @@ def test_the_event_loop_stays_free(watched: tuple[Server, Path], name: str) -> N
         before = len(log.read_text())
         WORST[name](running.client)
         running.client.get("/health/live")
-        until(partial(_told, log, before))
+        wait_until(partial(_is_logged, log, before))
         held.append(re.findall(rf"{HELD} (\S+) ms (.*)", log.read_text()[before:]))
     assert not all(held[1:]), held
     if not name.startswith("the page"):  # the first file imports what reads files
         assert all(float(ms) < COLD for ms, _ in held[0]), held
 
 
-def _told(log: Path, start: int) -> bool:
+def _is_logged(log: Path, start: int) -> bool:
     """The request to `/health/live` has its line, so what came before it has."""
     return '"/health/live"' in log.read_text()[start:]
 

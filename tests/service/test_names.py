@@ -10,9 +10,9 @@ import pytest
 
 from fovea.service.observability.metrics import STAGES
 from tests.conftest import ROOT
-from tests.documents import page, pages
-from tests.pictures import jpeg
-from tests.servers import SAMPLE, Server
+from tests.documents import list_pages, read_page
+from tests.pictures import make_jpeg
+from tests.servers import METRIC_SAMPLE, Server
 
 OF_THE_LOG_ALONE = {
     "timestamp",
@@ -39,12 +39,12 @@ def told(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
         path.open("w") as log,
         Server({"stderr": log}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="1") as server,
     ):
-        for content in 3 * [jpeg(), b"nonsense"]:
+        for content in 3 * [make_jpeg(), b"nonsense"]:
             server.client.post(
                 "/v1/classify", content=content, headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
             )
         metrics: dict[str, set[str]] = {}
-        for sample in SAMPLE.finditer(server.client.get("/metrics").text):
+        for sample in METRIC_SAMPLE.finditer(server.client.get("/metrics").text):
             name = re.sub(r"_(total|bucket|sum|count)$", "", sample["name"])
             metrics.setdefault(name, set()).update(re.findall(r'(\w+)="', sample["labels"] or ""))
     fields: set[str] = set()
@@ -55,7 +55,7 @@ def told(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
 
 
 def documented_fields() -> set[str]:
-    section = page("logging").split("## The log")[1].split("\n## ")[0]
+    section = read_page("logging").split("## The log")[1].split("\n## ")[0]
     return {
         name
         for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -87,7 +87,7 @@ def test_stages_have_one_name_everywhere(server: Server) -> None:
     dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text()
     assert "by (stage, le)" in dashboard or "by (le, stage)" in dashboard
     for name in ("logging", "metrics"):
-        assert all(f"`{stage}`" in page(name) for stage in STAGES), name
+        assert all(f"`{stage}`" in read_page(name) for stage in STAGES), name
 
 
 def test_what_the_dashboard_groups_by_is_a_label(told: tuple[dict[str, set[str]], set[str]]) -> None:
@@ -114,11 +114,11 @@ def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
         "fovea_worker_deaths",  # of several workers
     }  # fmt: skip
     deployed = (ROOT / "deploy/alerts.yml", ROOT / "deploy/grafana/dashboards/fovea.json")
-    for path in (*pages(), *deployed):
+    for path in (*list_pages(), *deployed):
         named = re.findall(r"\bfovea_[a-z_]+[a-z]\b", path.read_text())
         for name in named:
             assert re.sub(r"_(total|bucket|sum|count)$", "", name) in metrics.keys() | later, (path, name)
-    documented = page("metrics")
+    documented = read_page("metrics")
     for name in metrics:
         if name.startswith("fovea_"):
             assert re.search(rf"`{name}(_total)?`", documented), name

@@ -23,27 +23,29 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+def load_from_variables(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return load_settings()
 
 
 def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load(monkeypatch)
+    settings = load_from_variables(monkeypatch)
     assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("zoo"))
 
 
 def test_values_come_from_the_environment_and_overrides_before_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = load(monkeypatch, FOVEA_PORT="8001", FOVEA_HOST="0.0.0.0", FOVEA_BODY_TIMEOUT="2.5")  # noqa: S104
+    settings = load_from_variables(
+        monkeypatch, FOVEA_PORT="8001", FOVEA_HOST="0.0.0.0", FOVEA_BODY_TIMEOUT="2.5"
+    )  # noqa: S104
     assert (settings.port, settings.host, settings.body_timeout) == (8001, "0.0.0.0", 2.5)  # noqa: S104
     assert load_settings(port=9000).port == 9000
 
 
 def test_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load(monkeypatch, FOVEA_DEFAULT_MODEL="", FOVEA_PORT="")
+    settings = load_from_variables(monkeypatch, FOVEA_DEFAULT_MODEL="", FOVEA_PORT="")
     assert (settings.default_model, settings.port) == (None, 8000)
 
 
@@ -55,7 +57,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
 ) -> None:
     with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean FOVEA_") as raised:
-        load(monkeypatch, **{name: "1"})
+        load_from_variables(monkeypatch, **{name: "1"})
     assert str(raised.value).endswith(f"{nearest}?")
 
 
@@ -77,19 +79,19 @@ def test_a_bad_value_is_one_line_with_name_value_and_reason(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
 ) -> None:
     with pytest.raises(SettingsError, match=rf"^{name} is .*{value}.*: .*({reason})") as raised:
-        load(monkeypatch, **{name: value})
+        load_from_variables(monkeypatch, **{name: value})
     assert "\n" not in str(raised.value)
 
 
 def test_names_count_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load(monkeypatch, fovea_port="8002").port == 8002
+    assert load_from_variables(monkeypatch, fovea_port="8002").port == 8002
     with pytest.raises(SettingsError, match="unknown setting fovea_prot; did you mean FOVEA_PORT"):
-        load(monkeypatch, fovea_prot="1")
+        load_from_variables(monkeypatch, fovea_prot="1")
 
 
 def test_a_request_that_no_queue_could_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES"):
-        load(monkeypatch, FOVEA_QUEUE_IMAGES="10")
+        load_from_variables(monkeypatch, FOVEA_QUEUE_IMAGES="10")
 
 
 def test_pillow_s_own_limit_is_beyond_ours() -> None:
@@ -100,7 +102,7 @@ def test_pillow_s_own_limit_is_beyond_ours() -> None:
 def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "zoo").rmdir()
     with pytest.raises(SettingsError, match="FOVEA_MODELS"):
-        load(monkeypatch)
+        load_from_variables(monkeypatch)
 
 
 @pytest.mark.parametrize("service", ["FOVEA", "FOVEA_CANARY", "FOVEA_GRPC", "FOVEA_HTTP_PORT", "FOVEA_V2"])
@@ -110,7 +112,7 @@ def test_what_kubernetes_injects_for_any_service_is_ignored(
 ) -> None:
     """As in its documentation, "Discovering services"; of a Service with a named port."""
     url = f"tcp://{address}:8000" if "." in address else f"tcp://[{address}]:8000"
-    settings = load(
+    settings = load_from_variables(
         monkeypatch,
         **{
             f"{service}_SERVICE_HOST": address,
@@ -141,22 +143,22 @@ def test_what_only_looks_like_kubernetes_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, nearest: str
 ) -> None:
     with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean {nearest}\?"):
-        load(monkeypatch, **{name: value})
+        load_from_variables(monkeypatch, **{name: value})
 
 
 def test_port_is_heard_where_fovea_port_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load(monkeypatch, PORT="8080").port == 8080
-    assert load(monkeypatch, FOVEA_PORT="").port == 8080
-    assert load(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
-    assert load(monkeypatch, FOVEA_PORT="9000").port == 9000
+    assert load_from_variables(monkeypatch, PORT="8080").port == 8080
+    assert load_from_variables(monkeypatch, FOVEA_PORT="").port == 8080
+    assert load_from_variables(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
+    assert load_from_variables(monkeypatch, FOVEA_PORT="9000").port == 9000
     assert load_settings(port=9001).port == 9001
 
 
 def test_a_bad_port_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"^PORT is 'high': "):
-        load(monkeypatch, PORT="high")
+        load_from_variables(monkeypatch, PORT="high")
     with pytest.raises(SettingsError, match=r"^FOVEA_PORT is 'low': "):
-        load(monkeypatch, FOVEA_PORT="low")
+        load_from_variables(monkeypatch, FOVEA_PORT="low")
     monkeypatch.delenv("FOVEA_PORT")
     with pytest.raises(SettingsError, match=r"^FOVEA_PORT is '70000': "):
         load_settings(port=70000)
@@ -164,7 +166,7 @@ def test_a_bad_port_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load(monkeypatch).port = 1  # type: ignore[misc]
+        load_from_variables(monkeypatch).port = 1  # type: ignore[misc]
 
 
 def test_every_setting_has_a_sentence() -> None:

@@ -15,16 +15,16 @@ import httpx
 import onnx
 import pytest
 
-from tests.graphs import build, contract_of, publish, with_contract
-from tests.pictures import jpeg
-from tests.servers import ROOT, Server, run_service, until
+from tests.graphs import add_to_repository, build_model, read_contract, with_contract
+from tests.pictures import make_jpeg
+from tests.servers import ROOT, Server, run_service, wait_until
 
 
-def _remove(path: Path) -> None:
+def _remove_file(path: Path) -> None:
     path.unlink()
 
 
-def _truncate(path: Path) -> None:
+def _truncate_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -36,7 +36,7 @@ def _strip_contract(path: Path) -> None:
 
 def _falsify_golden(path: Path) -> None:
     model = onnx.load(path)
-    contract = contract_of(model)
+    contract = read_contract(model)
     first, *others = contract.golden.images
     first = replace(first, logits=tuple(logit + 1 for logit in first.logits))
     golden = replace(contract.golden, images=(first, *others))
@@ -53,8 +53,8 @@ def _fix_batch(path: Path) -> None:
     ("damage", "message"),
     [
         (_fix_batch, "the graph does not run"),
-        (_remove, "has no <name>/<version>/model.onnx"),
-        (_truncate, "ONNX Runtime cannot load the model"),
+        (_remove_file, "has no <name>/<version>/model.onnx"),
+        (_truncate_file, "ONNX Runtime cannot load the model"),
         (_strip_contract, "the model has no contract"),
         (_falsify_golden, "a logit is off by 1"),
     ],
@@ -62,9 +62,9 @@ def _fix_batch(path: Path) -> None:
 def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    damage(publish(build(), tmp_path) / "small" / "1" / "model.onnx")
+    damage(add_to_repository(build_model(), tmp_path) / "small" / "1" / "model.onnx")
     ended = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
-    _is_one_line(ended, message)
+    _assert_one_line(ended, message)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,21 @@ def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
 def test_a_bad_setting_is_one_line_and_exit_code_2(
     small_zoo: Path, settings: dict[str, str], message: str
 ) -> None:
-    _is_one_line(run_service(**{"FOVEA_MODELS": str(small_zoo), **settings}), message)
+    _assert_one_line(run_service(**{"FOVEA_MODELS": str(small_zoo), **settings}), message)
 
 
 def test_a_port_that_is_taken_is_one_line_and_exit_code_2(small_zoo: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        _is_one_line(run_service(FOVEA_MODELS=str(small_zoo), FOVEA_PORT=port), f"127.0.0.1:{port}")
+        _assert_one_line(run_service(FOVEA_MODELS=str(small_zoo), FOVEA_PORT=port), f"127.0.0.1:{port}")
 
 
-def _is_one_line(ended: subprocess.CompletedProcess[str], message: str) -> None:
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("fovea: ")
-    assert message in ended.stderr
-    assert ended.stderr.count("\n") == 1
+def _assert_one_line(result: subprocess.CompletedProcess[str], message: str) -> None:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("fovea: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> None:
@@ -121,20 +121,20 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
         env={**os.environ, "FOVEA_MODELS": str(small_zoo)},
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    _is_one_line(ended, "cannot listen: Address already in use")
+    _assert_one_line(ended, "cannot listen: Address already in use")
 
 
-def _full() -> int:
+def _open_full() -> int:
     return os.open("/dev/full", os.O_WRONLY)
 
 
-def _broken() -> int:
+def _open_broken_pipe() -> int:
     read, write = os.pipe()
     os.close(read)
     return write
 
 
-def _unread() -> int:
+def _open_full_pipe() -> int:
     """A pipe that has no room left, and that nobody reads."""
     _, write = os.pipe()
     os.set_blocking(write, False)
@@ -146,7 +146,7 @@ def _unread() -> int:
     return write
 
 
-@pytest.mark.parametrize("stdout", [_full, _broken, _unread])
+@pytest.mark.parametrize("stdout", [_open_full, _open_broken_pipe, _open_full_pipe])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_greeting_that_cannot_be_written_harms_nothing(
     small_zoo: Path, stdout: Callable[[], int], workers: str
@@ -162,8 +162,8 @@ def test_a_greeting_that_cannot_be_written_harms_nothing(
             cwd=ROOT, stdout=descriptor, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            until(lambda: _is_ready(port) or process.poll() is not None)
-            assert httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=jpeg()).status_code == 200
+            wait_until(lambda: _is_ready(port) or process.poll() is not None)
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=make_jpeg()).status_code == 200
             process.terminate()
             assert process.wait(timeout=30) == 0
         finally:
@@ -178,7 +178,7 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("stderr", [_full, _broken, _unread])
+@pytest.mark.parametrize("stderr", [_open_full, _open_broken_pipe, _open_full_pipe])
 def test_a_reason_that_cannot_be_written_changes_no_exit_code(stderr: Callable[[], int]) -> None:
     descriptor = stderr()
     ended = subprocess.run(
@@ -202,7 +202,7 @@ def test_a_single_file_is_a_repository_of_one(small_zoo: Path) -> None:
 
 
 def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
-    publish(build(), tmp_path)
+    add_to_repository(build_model(), tmp_path)
     (tmp_path / "small" / "2").mkdir()
     (tmp_path / "small" / "latest").mkdir()
     (tmp_path / "README").write_text("not a model")
@@ -214,7 +214,7 @@ def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(small_zoo: Path, number: int) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as running:
-        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
         running.process.send_signal(number)
         assert running.process.wait(timeout=20) == 0
         with pytest.raises(httpx.TransportError):
@@ -235,18 +235,18 @@ def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, 
     )
     from PIL import Image
 
-    from tests.pictures import encode
+    from tests.pictures import encode_image
 
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     with Server(FOVEA_MODELS=str(small_zoo), PYTHONPATH=path) as running:
-        fatal = encode(Image.new("RGB", (16, 16), (7, 7, 7)), "PNG")
+        fatal = encode_image(Image.new("RGB", (16, 16), (7, 7, 7)), "PNG")
         reply = running.client.post("/v1/classify", content=fatal)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert "secret" not in reply.text
-        assert running.metric("fovea_errors_total", reason="internal") == 1
-        assert running.metric("fovea_requests_in_flight") == 1
-        assert running.metric("fovea_images_in_flight") == 0
-        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+        assert running.read_metric("fovea_errors_total", reason="internal") == 1
+        assert running.read_metric("fovea_requests_in_flight") == 1
+        assert running.read_metric("fovea_images_in_flight") == 0
+        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
     assert "secret detail" in running.log
     assert reply.headers["X-Request-ID"] in running.log
 

@@ -23,9 +23,9 @@ from fovea.export.importer.labelled_images import (
 )
 from fovea.export.importer.preprocessing import IMAGENET, ZERO_ONE, PreprocessingOptions
 from fovea.service.artifact.contract import PixelPath, Task
-from tests.export.classifiers import Array, End, classifier
-from tests.export.imports import bring, nothing_written
-from tests.pictures import encode
+from tests.export.classifiers import Array, GraphEnd, build_classifier
+from tests.export.imports import has_no_output, import_graph
+from tests.pictures import encode_image
 
 # --- images and models that understand them ------------------------------------------------------
 
@@ -33,24 +33,24 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SHADES = {"dark": 30, "middling": 128, "bright": 225}
 
 
-def by_colour(dtype: str = "float32") -> onnx.ModelProto:
+def build_colour_model(dtype: str = "float32") -> onnx.ModelProto:
     """Three logits, the mean of each channel, ten times."""
-    random = classifier(count=3, dtype=dtype)
+    random = build_classifier(count=3, dtype=dtype)
     kernel = np.zeros((8, 3, 3, 3), np.float32)
     kernel[range(3), range(3), 1, 1] = 1
-    return with_weights(
+    return replace_weights(
         random, kernel=kernel, matrix=10 * np.eye(8, 3, dtype=np.float32), bias=np.zeros(3, np.float32)
     )
 
 
-def with_weights(graph: onnx.ModelProto, **values: Array) -> onnx.ModelProto:
+def replace_weights(graph: onnx.ModelProto, **values: Array) -> onnx.ModelProto:
     for tensor in graph.graph.initializer:
         if tensor.name in values:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
     return graph
 
 
-def by_shade() -> onnx.ModelProto:
+def build_shade_model() -> onnx.ModelProto:
     """Three logits: how near the mean, of 0 … 1, is to each of three shades."""
     nodes = [
         helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=0),
@@ -77,7 +77,9 @@ def by_shade() -> onnx.ModelProto:
     )
 
 
-def draw(folder: Path, colours: dict[str, tuple[int, int, int]], count: int, *, noise: int = 30) -> Path:
+def draw_labelled_images(
+    folder: Path, colours: dict[str, tuple[int, int, int]], count: int, *, noise: int = 30
+) -> Path:
     """`count` images of each label."""
     random = np.random.default_rng(0)
     for label, colour in colours.items():
@@ -85,22 +87,24 @@ def draw(folder: Path, colours: dict[str, tuple[int, int, int]], count: int, *, 
         for number in range(count):
             levels = np.array(colour) + random.integers(-noise, noise + 1, (20, 24, 3))
             image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            (folder / label / f"{number}.png").write_bytes(encode(image, "PNG"))
+            (folder / label / f"{number}.png").write_bytes(encode_image(image, "PNG"))
     return folder
 
 
-def shades(folder: Path, count: int = 6) -> Path:
-    return draw(folder, {label: (shade, shade, shade) for label, shade in SHADES.items()}, count)
+def draw_shade_images(folder: Path, count: int = 6) -> Path:
+    return draw_labelled_images(
+        folder, {label: (shade, shade, shade) for label, shade in SHADES.items()}, count
+    )
 
 
 # --- what is measured ----------------------------------------------------------------------------
 
 
 def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "photos", COLOURS, 4)
+    folder = draw_labelled_images(tmp_path / "photos", COLOURS, 4)
     for path in (folder / "red").iterdir():
         path.rename(folder / "green" / f"red-{path.name}")  # a third is wrong
-    model = bring(by_colour(), tmp_path, ["red", "green", "blue"], check=folder)
+    model = import_graph(build_colour_model(), tmp_path, ["red", "green", "blue"], check=folder)
     check, contract = model.report.check, model.contract
     assert check is not None
     assert (check.data, check.images, check.top1, check.top5) == ("photos", 12, 2 / 3, 1.0)
@@ -119,15 +123,17 @@ def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
     [(1, "logits", None), (2, "softmax", None), (2, "logits", Task.MULTILABEL)],
 )
 def test_models_of_two_labels_are_checked_too(
-    tmp_path: Path, count: int, end: End, task: Task | None
+    tmp_path: Path, count: int, end: GraphEnd, task: Task | None
 ) -> None:
     """The second value is how green it is; a single one, how much greener than red."""
     kernel, matrix = np.zeros((8, 3, 3, 3), np.float32), np.zeros((8, count), np.float32)
     kernel[range(2), range(2), 1, 1] = 1
     matrix[:2] = [[-10], [10]] if count == 1 else 10 * np.eye(2)
-    graph = with_weights(classifier(count=count, end=end), kernel=kernel, matrix=matrix)
-    folder = draw(tmp_path / "photos", {label: COLOURS[label] for label in ("red", "green")}, 5)
-    model = bring(graph, tmp_path, ["red", "green"], check=folder, task=task)
+    graph = replace_weights(build_classifier(count=count, end=end), kernel=kernel, matrix=matrix)
+    folder = draw_labelled_images(
+        tmp_path / "photos", {label: COLOURS[label] for label in ("red", "green")}, 5
+    )
+    model = import_graph(graph, tmp_path, ["red", "green"], check=folder, task=task)
     assert model.contract.accuracy is not None
     assert (model.contract.accuracy.top1, model.contract.task) == (1, task or Task.BINARY)
     assert (model.contract.accuracy.ece is None) == (task is Task.MULTILABEL)
@@ -136,19 +142,19 @@ def test_models_of_two_labels_are_checked_too(
 def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:
     """A label is as probable as its number is high, whatever the image."""
     values = np.arange(8, dtype=np.float32)
-    graph = with_weights(classifier(count=8), matrix=np.zeros((8, 8), np.float32), bias=values)
+    graph = replace_weights(build_classifier(count=8), matrix=np.zeros((8, 8), np.float32), bias=values)
     labels = [f"label {number}" for number in range(8)]
-    folder = draw(tmp_path / "photos", dict.fromkeys(labels, (90, 90, 90)), 1)
-    check = bring(graph, tmp_path, 8, check=folder).report.check
+    folder = draw_labelled_images(tmp_path / "photos", dict.fromkeys(labels, (90, 90, 90)), 1)
+    check = import_graph(graph, tmp_path, 8, check=folder).report.check
     assert check is not None
     assert (check.top1, check.top5) == (1 / 8, 5 / 8)
 
 
 def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "photos", COLOURS, 2)
+    folder = draw_labelled_images(tmp_path / "photos", COLOURS, 2)
     (folder / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     (folder / "blue" / "page.png").write_bytes(b"<html>")
-    check = bring(by_colour(), tmp_path, list(COLOURS), check=folder).report.check
+    check = import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check
     assert check is not None
     assert check.images == 6
     assert [Path(path).name for path in check.unreadable] == ["page.png", "broken.jpg"]
@@ -161,7 +167,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
         (lambda folder: None, "is not a folder"),
         (lambda folder: folder.mkdir(), "has no sub-folder with images in it"),
         (
-            lambda folder: draw(folder, {"rde": (0, 0, 0)}, 1),
+            lambda folder: draw_labelled_images(folder, {"rde": (0, 0, 0)}, 1),
             "the folder 'rde' is none of the labels; the nearest is 'red'",
         ),
     ],
@@ -170,15 +176,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path, make: object, message: str)
     folder = tmp_path / "photos"
     make(folder)  # type: ignore[operator]  # one of the three above
     with pytest.raises(ImportRefused, match=message):
-        bring(by_colour(), tmp_path, list(COLOURS), check=folder)
-    assert nothing_written(tmp_path)
+        import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder)
+    assert has_no_output(tmp_path)
 
 
 def test_a_folder_without_a_readable_image(tmp_path: Path) -> None:
     (tmp_path / "photos" / "red").mkdir(parents=True)
     (tmp_path / "photos" / "red" / "a.png").write_bytes(b"none")
     with pytest.raises(ImportRefused, match="none of the 1 images in photos can be read"):
-        bring(by_colour(), tmp_path, list(COLOURS), check=tmp_path / "photos")
+        import_graph(build_colour_model(), tmp_path, list(COLOURS), check=tmp_path / "photos")
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -235,40 +241,48 @@ def test_folders_that_no_label_has(labels: Labels, folder: str, message: str) ->
 
 
 def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(tmp_path: Path) -> None:
-    folder = shades(tmp_path / "photos")
+    folder = draw_shade_images(tmp_path / "photos")
     options = {"labels": list(SHADES), "check": folder}
     with pytest.raises(
         ImportRefused, match=r"imagenet looks wrong: of 18 images .* with --preset zero-one 100\.0%"
     ) as raised:
-        bring(by_shade(), tmp_path, **options)  # type: ignore[arg-type]  # as above
+        import_graph(build_shade_model(), tmp_path, **options)  # type: ignore[arg-type]  # as above
     assert str(raised.value).endswith("import it with --preset zero-one, or with --force as it is")
-    assert nothing_written(tmp_path)
-    kept = bring(by_shade(), tmp_path, wishes=PreprocessingOptions(preset=IMAGENET), force=True, **options)  # type: ignore[arg-type]
+    assert has_no_output(tmp_path)
+    kept = import_graph(
+        build_shade_model(),
+        tmp_path,
+        preprocessing=PreprocessingOptions(preset=IMAGENET),
+        force=True,
+        **options,
+    )  # type: ignore[arg-type]
     assert kept.report.check is not None
     others = kept.report.check.others
     assert others["--preset zero-one"][0] == 1.0 > others["own"][0]
-    right = bring(by_shade(), tmp_path, wishes=PreprocessingOptions(preset=ZERO_ONE), **options)  # type: ignore[arg-type]
+    right = import_graph(
+        build_shade_model(), tmp_path, preprocessing=PreprocessingOptions(preset=ZERO_ONE), **options
+    )  # type: ignore[arg-type]
     assert right.contract.accuracy is not None
     assert right.contract.accuracy.top1 == 1
 
 
 def test_the_other_order_of_colours_is_tried_too(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "photos", COLOURS, 5)
+    folder = draw_labelled_images(tmp_path / "photos", COLOURS, 5)
     wishes = PreprocessingOptions(preset=IMAGENET, bgr=True)
     with pytest.raises(ImportRefused, match=r"import it with --rgb, or with --force"):
-        bring(by_colour(), tmp_path, list(COLOURS), wishes=wishes, check=folder)
-    assert nothing_written(tmp_path)
-    assert bring(by_colour(), tmp_path, list(COLOURS), check=folder).report.check is not None
+        import_graph(build_colour_model(), tmp_path, list(COLOURS), preprocessing=wishes, check=folder)
+    assert has_no_output(tmp_path)
+    assert import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check is not None
 
 
 def test_graphs_that_normalise_themselves_have_no_other_recipe(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "photos", COLOURS, 3)
-    check = bring(by_colour("uint8"), tmp_path, list(COLOURS), check=folder).report.check
+    folder = draw_labelled_images(tmp_path / "photos", COLOURS, 3)
+    check = import_graph(build_colour_model("uint8"), tmp_path, list(COLOURS), check=folder).report.check
     assert check is not None
     assert list(check.others) == ["own"]
 
 
-def said(right: Sequence[bool], true: Sequence[float]) -> Scores:
+def make_scores(right: Sequence[bool], true: Sequence[float]) -> Scores:
     count = len(right)
     zeros = np.zeros(count, np.float32)
     best = np.zeros(count, np.int64)
@@ -279,13 +293,25 @@ def said(right: Sequence[bool], true: Sequence[float]) -> Scores:
 @pytest.mark.parametrize(
     ("own", "other", "clear"),
     [
-        (said([False] * 20, [0.3] * 20), said([True] * 20, [0.3] * 20), True),
-        (said([True] * 20, [0.5] * 20), said([True] * 20, [0.9] * 20), True),  # surer of the truth
-        (said([True] * 20, [0.5] * 20), said([True] * 20, [0.5] * 20), False),
-        (said([True] * 20, [0.5] * 20), said([True] * 20, [0.52] * 20), False),  # too little to matter
-        (said([True, False] * 10, [0.5] * 20), said([False, True] * 10, [0.5] * 20), False),
-        (said([True] * 19 + [False], [0.5] * 20), said([True] * 20, [0.5] * 20), False),  # chance
-        (said([False] * 7, [0.1] * 7), said([True] * 7, [0.9] * 7), False),  # too few
+        (make_scores([False] * 20, [0.3] * 20), make_scores([True] * 20, [0.3] * 20), True),
+        (
+            make_scores([True] * 20, [0.5] * 20),
+            make_scores([True] * 20, [0.9] * 20),
+            True,
+        ),  # surer of the truth
+        (make_scores([True] * 20, [0.5] * 20), make_scores([True] * 20, [0.5] * 20), False),
+        (
+            make_scores([True] * 20, [0.5] * 20),
+            make_scores([True] * 20, [0.52] * 20),
+            False,
+        ),  # too little to matter
+        (make_scores([True, False] * 10, [0.5] * 20), make_scores([False, True] * 10, [0.5] * 20), False),
+        (
+            make_scores([True] * 19 + [False], [0.5] * 20),
+            make_scores([True] * 20, [0.5] * 20),
+            False,
+        ),  # chance
+        (make_scores([False] * 7, [0.1] * 7), make_scores([True] * 7, [0.9] * 7), False),  # too few
     ],
 )
 def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores, clear: bool) -> None:
@@ -319,10 +345,10 @@ def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
     folder = tmp_path / "photos"
     for label, colour in COLOURS.items():
         (folder / label).mkdir(parents=True)
-        content = encode(Image.new("RGB", (side, side), colour), "JPEG")
+        content = encode_image(Image.new("RGB", (side, side), colour), "JPEG")
         for number in range(count):
             (folder / label / f"{number}.jpg").write_bytes(content)
-    model = bring(by_colour(), tmp_path, list(COLOURS), check=folder)
+    model = import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder)
     assert model.contract.input.pixel_path is path
     assert model.facts["pixel path"].startswith(f"{path} (fast changes 0 of {3 * count} answers")
     assert model.facts["pixel path"].endswith(why)
@@ -330,7 +356,7 @@ def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
 
 
 def test_one_changed_answer_is_enough_to_keep_exact_pixels() -> None:
-    exact = said([True] * MIN_FAST_IMAGES, [0.5] * MIN_FAST_IMAGES)
+    exact = make_scores([True] * MIN_FAST_IMAGES, [0.5] * MIN_FAST_IMAGES)
     changed = exact.top_label.copy()
     changed[7] = 1
     assert is_lossless(exact, exact, MIN_FAST_IMAGES)
@@ -339,6 +365,6 @@ def test_one_changed_answer_is_enough_to_keep_exact_pixels() -> None:
 
 
 def test_without_images_pixels_are_exact(tmp_path: Path) -> None:
-    model = bring(classifier(), tmp_path)
+    model = import_graph(build_classifier(), tmp_path)
     assert model.contract.input.pixel_path is PixelPath.EXACT
     assert model.facts["pixel path"] == "exact (only --check can show whether fast loses nothing)"

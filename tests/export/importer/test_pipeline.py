@@ -42,37 +42,39 @@ from fovea.service.artifact.contract import (
     Training,
 )
 from fovea.service.inference.preprocess import decode_image
-from tests.documents import page
+from tests.documents import read_page
 from tests.export.classifiers import (
     Array,
-    End,
-    classifier,
-    foreign,
-    imagenet,
-    network,
-    resized,
-    run,
-    scripted,
+    GraphEnd,
+    build_classifier,
+    export_foreign,
+    export_torchscript,
+    make_network,
+    prepare_imagenet,
+    resize_and_crop,
+    run_onnx,
     sigmoid,
     softmax,
 )
-from tests.export.imports import Imported, bring, names
-from tests.pictures import encode, jpeg, picture
+from tests.export.imports import ImportedModel, import_graph, make_labels
+from tests.pictures import draw_picture, encode_image, make_jpeg
 
 IMAGES = [
-    jpeg(90, 70, 1, quality=90),
-    jpeg(400, 300, 2, subsampling=2),
-    encode(picture(61, 130, 3), "PNG"),
-    encode(picture(20, 20, 4), "PNG"),
+    make_jpeg(90, 70, 1, quality=90),
+    make_jpeg(400, 300, 2, subsampling=2),
+    encode_image(draw_picture(61, 130, 3), "PNG"),
+    encode_image(draw_picture(20, 20, 4), "PNG"),
 ]
 """Larger and smaller than the inputs, upright and not."""
 
 
-def worst(model: Imported, wanted: list[Array], images: list[bytes] = IMAGES) -> float:
+def largest_difference(model: ImportedModel, expected: list[Array], images: list[bytes] = IMAGES) -> float:
     """Largest difference of a probability; also where all images are in one batch."""
-    alone = max(float(np.abs(model(image) - one).max()) for image, one in zip(images, wanted, strict=True))
-    together = model.engine.run(np.stack([model.pixels(image) for image in images]))
-    return max(alone, float(np.abs(together - np.concatenate(wanted)).max()))
+    single_difference = max(
+        float(np.abs(model(image) - one).max()) for image, one in zip(images, expected, strict=True)
+    )
+    batch_output = model.engine.run(np.stack([model.pixels(image) for image in images]))
+    return max(single_difference, float(np.abs(batch_output - np.concatenate(expected)).max()))
 
 
 # --- networks as torch exports them --------------------------------------------------------------
@@ -88,15 +90,15 @@ def worst(model: Imported, wanted: list[Array], images: list[bytes] = IMAGES) ->
     ],
 )
 def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name: str, size: int) -> None:
-    graph = foreign(name, size)
+    graph = export_foreign(name, size)
     resize = round(size * 256 / 224)
-    model = bring(graph, tmp_path, 7)
+    model = import_graph(graph, tmp_path, 7)
     assert model.contract.input == Geometry(
         size, size, Resize.SHORTER, resize, Interpolation.BILINEAR, PixelPath.EXACT
     )
-    wanted = [softmax(run(graph, imagenet(image, resize, size))) for image in IMAGES]
+    wanted = [softmax(run_onnx(graph, prepare_imagenet(image, resize, size))) for image in IMAGES]
     assert np.ptp(np.concatenate(wanted), axis=0).max() > 0.1  # they are told apart
-    assert worst(model, wanted) <= 1e-5
+    assert largest_difference(model, wanted) <= 1e-5
     assert model.engine.check_golden_set().images == 8
 
 
@@ -104,9 +106,9 @@ def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name:
 def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
     """Of photographs that are decoded at a smaller scale."""
     size = 64
-    model = bring(foreign("resnet18", size), tmp_path, 7)
+    model = import_graph(export_foreign("resnet18", size), tmp_path, 7)
     fast = replace(model.contract.input, pixel_path=PixelPath.FAST)
-    images = [jpeg(1600, 1200, seed, quality=90) for seed in range(3)]
+    images = [make_jpeg(1600, 1200, seed, quality=90) for seed in range(3)]
     pixels = [decode_image(image, fast, max_pixels=10_000_000).pixels for image in images]
     difference = max(
         float(np.abs(model.engine.run(one[None]) - model(image)).max())
@@ -118,7 +120,7 @@ def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
 
 def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     """Tokens and attention have three axes too, and are none."""
-    model = bring(foreign("vit"), tmp_path, 7)
+    model = import_graph(export_foreign("vit"), tmp_path, 7)
     layers = {layer.outputs[0]: layer for layer in model.contract.layers}
     assert [layers[name].kind for name in model.contract.feature_maps] == ["Conv"]
     assert layers[model.contract.feature_maps[0]].shape == (48, 4, 4)
@@ -135,36 +137,47 @@ def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     ],
 )
 def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, name: str, batch: int) -> None:
-    graph = foreign(name, batch=batch)
+    graph = export_foreign(name, batch=batch)
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
-    model = bring(graph, tmp_path, 7)
+    model = import_graph(graph, tmp_path, 7)
     assert model.facts["batch"] == f"any size (the file says {batch}; made free, and proven at 1, 2 and 3)"
     assert model.engine.batch_limit is None
-    assert worst(model, [softmax(run(foreign(name), imagenet(image, 73, 64))) for image in IMAGES]) <= 1e-5
+    assert (
+        largest_difference(
+            model,
+            [softmax(run_onnx(export_foreign(name), prepare_imagenet(image, 73, 64))) for image in IMAGES],
+        )
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_of_torch"])
 def test_so_does_one_from_torch_s_older_exporter(tmp_path: Path, name: str) -> None:
     """It computes the shape of the class token from constants."""
-    graph = scripted(network(name, 64, 7), 64)
-    model = bring(graph, tmp_path, 7)
+    graph = export_torchscript(make_network(name, 64, 7), 64)
+    model = import_graph(graph, tmp_path, 7)
     assert model.engine.batch_limit is None
-    assert worst(model, [softmax(run(graph, imagenet(image, 73, 64))) for image in IMAGES]) <= 1e-5
+    assert (
+        largest_difference(
+            model, [softmax(run_onnx(graph, prepare_imagenet(image, 73, 64))) for image in IMAGES]
+        )
+        <= 1e-5
+    )
 
 
 # --- presets and what is said instead ------------------------------------------------------------
 
 
-def by_preset(preset: Preset, image: bytes) -> Array:
+def apply_preset(preset: Preset, image: bytes) -> Array:
     """float32 (1, 16, 16, 3), written out anew."""
     filters = {
         Interpolation.BILINEAR: Image.Resampling.BILINEAR,
         Interpolation.BICUBIC: Image.Resampling.BICUBIC,
     }
     if preset is KERAS_MOBILENET:
-        return resized(image, 18, 16, Image.Resampling.BILINEAR) / np.float32(127.5) - 1
+        return resize_and_crop(image, 18, 16, Image.Resampling.BILINEAR) / np.float32(127.5) - 1
     resize = {"imagenet": 18, "inception": 18, "clip": 16, "zero-one": 16}[preset.name]
-    values = resized(image, resize, 16, filters[preset.interpolation]) / 255
+    values = resize_and_crop(image, resize, 16, filters[preset.interpolation]) / 255
     means: dict[str, Any] = {"imagenet": (0.485, 0.456, 0.406), "inception": 0.5, "zero-one": 0.0}
     stds: dict[str, Any] = {"imagenet": (0.229, 0.224, 0.225), "inception": 0.5, "zero-one": 1.0}
     mean = means.get(preset.name, (0.48145466, 0.4578275, 0.40821073))
@@ -175,17 +188,17 @@ def by_preset(preset: Preset, image: bytes) -> Array:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_each_preset_is_what_its_source_says(tmp_path: Path, preset: Preset, layout: str) -> None:
-    graph = classifier(layout=layout)
-    model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=preset))
+    graph = build_classifier(layout=layout)
+    model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=preset))
     turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
-    wanted = [softmax(run(graph, by_preset(preset, image).transpose(turned))) for image in IMAGES]
-    assert worst(model, wanted) <= 1e-5
+    wanted = [softmax(run_onnx(graph, apply_preset(preset, image).transpose(turned))) for image in IMAGES]
+    assert largest_difference(model, wanted) <= 1e-5
     assert layout in model.facts["layout"]
     assert preset.source in model.facts["normalise"]
 
 
 def test_the_documentation_has_every_preset() -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", page("importing"), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", read_page("importing"), re.MULTILINE)
     assert rows == list(PRESETS)
 
 
@@ -217,16 +230,16 @@ CAFFE = PreprocessingOptions(
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_blue_may_come_first_and_values_go_to_255(tmp_path: Path, layout: str) -> None:
-    graph = classifier(layout=layout, spread=0.02)
-    model = bring(graph, tmp_path, wishes=CAFFE)
+    graph = build_classifier(layout=layout, spread=0.02)
+    model = import_graph(graph, tmp_path, preprocessing=CAFFE)
     turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
     wanted = []
     for image in IMAGES:
-        values = resized(image, 20, 16, Image.Resampling.HAMMING)[..., ::-1] - np.array(
+        values = resize_and_crop(image, 20, 16, Image.Resampling.HAMMING)[..., ::-1] - np.array(
             [103.939, 116.779, 123.68], np.float32
         )
-        wanted.append(softmax(run(graph, values.transpose(turned))))
-    assert worst(model, wanted) <= 1e-5
+        wanted.append(softmax(run_onnx(graph, values.transpose(turned))))
+    assert largest_difference(model, wanted) <= 1e-5
     assert "BGR" in model.facts["normalise"]
     assert "scale by the size of mean and std" in model.facts["normalise"]
 
@@ -289,38 +302,40 @@ def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
 
 def test_uint8_graphs_keep_their_own_arithmetic(tmp_path: Path) -> None:
     for layout in ("nchw", "nhwc"):
-        graph = classifier(layout=layout, dtype="uint8")
-        model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=ZERO_ONE))
+        graph = build_classifier(layout=layout, dtype="uint8")
+        model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=ZERO_ONE))
         turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
         wanted = [
             softmax(
-                run(
+                run_onnx(
                     graph,
-                    resized(image, 16, 16, Image.Resampling.BILINEAR).astype(np.uint8).transpose(turned),
+                    resize_and_crop(image, 16, 16, Image.Resampling.BILINEAR)
+                    .astype(np.uint8)
+                    .transpose(turned),
                 )
             )
             for image in IMAGES
         ]
-        assert worst(model, wanted) <= 1e-6
+        assert largest_difference(model, wanted) <= 1e-6
         assert "the graph normalises them itself" in model.facts["normalise"]
 
 
 @pytest.mark.parametrize("end", ["logits", "softmax", "hidden_softmax"])
-def test_float16_graphs_are_as_close_as_their_arithmetic(tmp_path: Path, end: End) -> None:
-    graph = classifier(dtype="float16", end=end)
-    model = bring(graph, tmp_path)
+def test_float16_graphs_are_as_close_as_their_arithmetic(tmp_path: Path, end: GraphEnd) -> None:
+    graph = build_classifier(dtype="float16", end=end)
+    model = import_graph(graph, tmp_path)
     wanted = []
     for image in IMAGES:
-        said = run(graph, imagenet(image, 18, 16).astype(np.float16))
+        said = run_onnx(graph, prepare_imagenet(image, 18, 16).astype(np.float16))
         wanted.append(softmax(said) if end == "logits" else said)
-    assert worst(model, wanted) <= TOLERANCE[Arithmetic.FLOAT16]
+    assert largest_difference(model, wanted) <= TOLERANCE[Arithmetic.FLOAT16]
     assert model.contract.golden.logit_tolerance["cpu/float32"] >= 5e-2
     assert "float16" in model.facts["input"]
 
 
-def inside(kind: str) -> onnx.ModelProto:
+def build_rounded_inside(kind: str) -> onnx.ModelProto:
     """float32 in and out; a rounding to float16, or to one of 256 levels, in between."""
-    graph = classifier()
+    graph = build_classifier()
     pool = next(node for node in graph.graph.node if node.op_type == "GlobalAveragePool")
     last, nodes = pool.output[0], []
     if kind == "float16":
@@ -347,26 +362,26 @@ def inside(kind: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_coarse_arithmetic_is_seen_inside_too(tmp_path: Path, kind: str) -> None:
-    graph = inside(kind)
-    model = bring(graph, tmp_path)
+    graph = build_rounded_inside(kind)
+    model = import_graph(graph, tmp_path)
     assert model.facts["arithmetic"] == kind
     assert model.contract.golden.logit_tolerance["cpu/float32"] >= 5e-2
-    wanted = [softmax(run(graph, imagenet(image, 18, 16))) for image in IMAGES]
-    assert worst(model, wanted) <= TOLERANCE[Arithmetic(kind)]
+    wanted = [softmax(run_onnx(graph, prepare_imagenet(image, 18, 16))) for image in IMAGES]
+    assert largest_difference(model, wanted) <= TOLERANCE[Arithmetic(kind)]
 
 
 def test_the_golden_tolerance_grows_with_the_logits(tmp_path: Path) -> None:
-    small = bring(classifier(spread=0.1), tmp_path).contract.golden
+    small = import_graph(build_classifier(spread=0.1), tmp_path).contract.golden
     assert small.logit_tolerance == LOGIT_TOLERANCE
-    large = bring(classifier(spread=300), tmp_path).contract.golden
+    large = import_graph(build_classifier(spread=300), tmp_path).contract.golden
     highest = max(abs(logit) for image in large.images for logit in image.logits)
     assert highest > 20
     assert large.logit_tolerance["cpu/float32"] == pytest.approx(1e-4 * highest)
 
 
 def test_a_graph_that_takes_any_size_is_served_at_the_one_that_is_told(tmp_path: Path) -> None:
-    graph = classifier(size=None)
-    model = bring(graph, tmp_path, size=(24, 32))
+    graph = build_classifier(size=None)
+    model = import_graph(graph, tmp_path, size=(24, 32))
     assert (model.contract.input.height, model.contract.input.width) == (24, 32)
     conv = next(layer for layer in model.contract.layers if layer.kind == "Conv")
     assert conv.shape == (8, 24, 32)
@@ -376,20 +391,28 @@ def test_a_graph_that_takes_any_size_is_served_at_the_one_that_is_told(tmp_path:
 @pytest.mark.parametrize(("opset", "ir_version"), [(7, 3), (8, 3), (11, 6), (12, 7), (20, 9)])
 def test_old_and_new_versions_of_the_format(tmp_path: Path, opset: int, ir_version: int) -> None:
     """In the oldest all weights are listed as inputs too."""
-    graph = classifier(opset=opset, ir_version=ir_version, end="softmax")
+    graph = build_classifier(opset=opset, ir_version=ir_version, end="softmax")
     assert (len(graph.graph.input) == 1) == (ir_version > 3)
-    model = bring(graph, tmp_path)
-    assert worst(model, [run(graph, imagenet(image, 18, 16)) for image in IMAGES]) <= 1e-5
+    model = import_graph(graph, tmp_path)
+    assert (
+        largest_difference(model, [run_onnx(graph, prepare_imagenet(image, 18, 16)) for image in IMAGES])
+        <= 1e-5
+    )
     assert len(onnx.load(model.path).graph.input) == 1
 
 
 def test_names_that_the_graph_has_itself_are_not_taken(tmp_path: Path) -> None:
-    graph = classifier(names=("pixels", "logits"))
-    model = bring(graph, tmp_path)
+    graph = build_classifier(names=("pixels", "logits"))
+    model = import_graph(graph, tmp_path)
     assert model.contract.input_name == "fovea/pixels"
     assert model.contract.logits_name == "fovea/logits"
     assert model.contract.probabilities_name == "probabilities"
-    assert worst(model, [softmax(run(graph, imagenet(image, 18, 16))) for image in IMAGES]) <= 1e-5
+    assert (
+        largest_difference(
+            model, [softmax(run_onnx(graph, prepare_imagenet(image, 18, 16))) for image in IMAGES]
+        )
+        <= 1e-5
+    )
     added = [
         layer for layer in model.contract.layers if layer.name not in {node.name for node in graph.graph.node}
     ]
@@ -404,25 +427,33 @@ def test_names_that_the_graph_has_itself_are_not_taken(tmp_path: Path) -> None:
 def test_a_number_of_images_in_a_reshape_is_made_free(
     tmp_path: Path, batch: int, shape: tuple[int | None, int]
 ) -> None:
-    graph = classifier(batch=batch, shape=[batch if side is None else side for side in shape])
-    model = bring(graph, tmp_path)
+    graph = build_classifier(batch=batch, shape=[batch if side is None else side for side in shape])
+    model = import_graph(graph, tmp_path)
     assert f"the file says {batch}; made free" in model.facts["batch"]
     assert model.engine.batch_limit is None
-    wanted = [softmax(run(graph, np.repeat(imagenet(image, 18, 16), batch, axis=0))[:1]) for image in IMAGES]
-    assert worst(model, wanted) <= 1e-5
+    wanted = [
+        softmax(run_onnx(graph, np.repeat(prepare_imagenet(image, 18, 16), batch, axis=0))[:1])
+        for image in IMAGES
+    ]
+    assert largest_difference(model, wanted) <= 1e-5
 
 
 def test_a_number_of_images_that_the_file_does_not_admit_is_found(tmp_path: Path) -> None:
     """Its input says any, its constants say one."""
-    graph = classifier(batch="N", shape=[1, 8])
-    model = bring(graph, tmp_path)
+    graph = build_classifier(batch="N", shape=[1, 8])
+    model = import_graph(graph, tmp_path)
     assert model.engine.batch_limit is None
-    assert worst(model, [softmax(run(graph, imagenet(image, 18, 16))) for image in IMAGES]) <= 1e-5
+    assert (
+        largest_difference(
+            model, [softmax(run_onnx(graph, prepare_imagenet(image, 18, 16))) for image in IMAGES]
+        )
+        <= 1e-5
+    )
 
 
-def stubborn(batch: int | str) -> onnx.ModelProto:
+def build_batch_mean(batch: int | str) -> onnx.ModelProto:
     """Its mean goes over the images too: no constant tells."""
-    graph = classifier(batch=batch)
+    graph = build_classifier(batch=batch)
     (pool,) = [node for node in graph.graph.node if node.op_type == "GlobalAveragePool"]
     pool.CopyFrom(helper.make_node("ReduceMean", pool.input, pool.output, axes=[0, 2, 3], keepdims=1))
     return graph
@@ -432,17 +463,22 @@ def stubborn(batch: int | str) -> onnx.ModelProto:
 def test_a_graph_for_one_image_alone_stays_so_and_takes_batches_one_by_one(
     tmp_path: Path, batch: int | str
 ) -> None:
-    graph = stubborn(batch)
-    model = bring(graph, tmp_path)
+    graph = build_batch_mean(batch)
+    model = import_graph(graph, tmp_path)
     assert model.facts["batch"].startswith("1 (")
     assert "images run one after the other" in model.facts["batch"]
     assert model.engine.batch_limit == 1
-    assert worst(model, [softmax(run(graph, imagenet(image, 18, 16))) for image in IMAGES]) <= 1e-5
+    assert (
+        largest_difference(
+            model, [softmax(run_onnx(graph, prepare_imagenet(image, 18, 16))) for image in IMAGES]
+        )
+        <= 1e-5
+    )
 
 
 # --- what graphs give ----------------------------------------------------------------------------
 
-KINDS: dict[End, str] = {
+KINDS: dict[GraphEnd, str] = {
     "logits": "5 logits",
     "softmax": "5 probabilities that sum to 1",
     "hidden_softmax": "5 probabilities that sum to 1",
@@ -451,13 +487,17 @@ KINDS: dict[End, str] = {
 
 
 @pytest.mark.parametrize("end", KINDS)
-def test_logits_and_probabilities_are_told_apart_whatever_they_are_called(tmp_path: Path, end: End) -> None:
-    graph = classifier(end=end, names=("x", "logits" if end == "softmax" else "probabilities"))
-    model = bring(graph, tmp_path)
+def test_logits_and_probabilities_are_told_apart_whatever_they_are_called(
+    tmp_path: Path, end: GraphEnd
+) -> None:
+    graph = build_classifier(end=end, names=("x", "logits" if end == "softmax" else "probabilities"))
+    model = import_graph(graph, tmp_path)
     assert model.facts["values"] == f"{KINDS[end]} (as seen when it is run)"
     assert model.contract.task is Task.MULTICLASS
-    logits = run(classifier(end="logits"), np.concatenate([imagenet(image, 18, 16) for image in IMAGES]))
-    assert worst(model, list(softmax(logits)[:, None])) <= 1e-5
+    logits = run_onnx(
+        build_classifier(end="logits"), np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
+    )
+    assert largest_difference(model, list(softmax(logits)[:, None])) <= 1e-5
     pixels = np.stack([model.pixels(image) for image in IMAGES])
     own = model.engine.compute_logits(pixels)
     if end in ("logits", "softmax"):
@@ -468,72 +508,83 @@ def test_logits_and_probabilities_are_told_apart_whatever_they_are_called(tmp_pa
 
 @pytest.mark.parametrize("end", ["logits", "sigmoid", "hidden_sigmoid"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_sigmoids_are_found_and_those_that_are_missing_added(tmp_path: Path, end: End, count: int) -> None:
-    graph = classifier(end=end, count=count, spread=1)
+def test_sigmoids_are_found_and_those_that_are_missing_added(
+    tmp_path: Path, end: GraphEnd, count: int
+) -> None:
+    graph = build_classifier(end=end, count=count, spread=1)
     task = Task.BINARY if count == 1 else Task.MULTILABEL
-    model = bring(graph, tmp_path, max(2, count), task=None if count == 1 else task)
+    model = import_graph(graph, tmp_path, max(2, count), task=None if count == 1 else task)
     assert (model.contract.task, model.contract.thresholds) == (task, (0.5,) * count)
     positive = sigmoid(
-        run(classifier(count=count, spread=1), np.concatenate([imagenet(i, 18, 16) for i in IMAGES]))
+        run_onnx(
+            build_classifier(count=count, spread=1),
+            np.concatenate([prepare_imagenet(i, 18, 16) for i in IMAGES]),
+        )
     )
     wanted = np.hstack([1 - positive, positive]) if count == 1 else positive
-    assert worst(model, list(wanted[:, None])) <= 1e-5
+    assert largest_difference(model, list(wanted[:, None])) <= 1e-5
     pixels = np.stack([model.pixels(image) for image in IMAGES])
     assert np.abs(sigmoid(model.engine.compute_logits(pixels)) - positive).max() <= 1e-4
 
 
 def test_logits_that_happen_to_lie_between_0_and_1_are_still_logits(tmp_path: Path) -> None:
     """They do not stay there when what comes in is a thousand times as large."""
-    graph = classifier(count=1, spread=0.01)
+    graph = build_classifier(count=1, spread=0.01)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([0.5], np.float32), "bias"))
-    model = bring(graph, tmp_path, 2)
-    said = run(graph, np.concatenate([imagenet(image, 18, 16) for image in IMAGES]))
+    model = import_graph(graph, tmp_path, 2)
+    said = run_onnx(graph, np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES]))
     assert said.min() >= 0
     assert said.max() <= 1
     assert model.facts["values"].startswith("1 logits")
-    assert worst(model, list(np.hstack([1 - sigmoid(said), sigmoid(said)])[:, None])) <= 1e-5
+    assert largest_difference(model, list(np.hstack([1 - sigmoid(said), sigmoid(said)])[:, None])) <= 1e-5
 
 
 @pytest.mark.parametrize("task", [None, Task.BINARY, Task.MULTICLASS])
 @pytest.mark.parametrize("end", ["logits", "softmax", "hidden_softmax", "log_softmax"])
-def test_two_outputs_are_binary_or_two_classes(tmp_path: Path, end: End, task: Task | None) -> None:
-    graph = classifier(end=end, count=2)
-    model = bring(graph, tmp_path, 2, task=task)
+def test_two_outputs_are_binary_or_two_classes(tmp_path: Path, end: GraphEnd, task: Task | None) -> None:
+    graph = build_classifier(end=end, count=2)
+    model = import_graph(graph, tmp_path, 2, task=task)
     assert model.contract.task is (task or Task.BINARY)
-    wanted = softmax(run(classifier(count=2), np.concatenate([imagenet(image, 18, 16) for image in IMAGES])))
-    assert worst(model, list(wanted[:, None])) <= 1e-5
+    wanted = softmax(
+        run_onnx(
+            build_classifier(count=2), np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
+        )
+    )
+    assert largest_difference(model, list(wanted[:, None])) <= 1e-5
     assert model.contract.logit_count == (2 if task is Task.MULTICLASS else 1)
 
 
 def test_a_value_for_each_image_without_an_axis_of_its_own(tmp_path: Path) -> None:
-    graph = classifier(count=1)
+    graph = build_classifier(count=1)
     last = graph.graph.node[-1]
     axis = onnx.numpy_helper.from_array(np.array([1], np.int64), "axis")
     graph.graph.initializer.append(axis)
     last.CopyFrom(helper.make_node("Squeeze", [last.input[0], "axis"], last.output))
     del graph.graph.output[0].type.tensor_type.shape.dim[1]
-    model = bring(graph, tmp_path, 2)
-    positive = sigmoid(run(graph, np.concatenate([imagenet(image, 18, 16) for image in IMAGES])))[:, None]
-    assert worst(model, list(np.hstack([1 - positive, positive])[:, None])) <= 1e-5
+    model = import_graph(graph, tmp_path, 2)
+    positive = sigmoid(
+        run_onnx(graph, np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES]))
+    )[:, None]
+    assert largest_difference(model, list(np.hstack([1 - positive, positive])[:, None])) <= 1e-5
 
 
 def test_the_output_that_has_the_labels_is_found_and_the_rest_left_out(tmp_path: Path) -> None:
-    graph = classifier()
+    graph = build_classifier()
     pooled = next(node.output[0] for node in graph.graph.node if node.op_type == "Flatten")
     graph.graph.output.insert(0, helper.make_tensor_value_info(pooled, onnx.TensorProto.FLOAT, ["N", 8]))
     graph.graph.node.append(helper.make_node("Neg", [pooled], ["unused"]))
-    model = bring(graph, tmp_path)
+    model = import_graph(graph, tmp_path)
     assert model.facts["output"] == "scores (the only one of 2 that fits the labels)"
     assert [value.name for value in onnx.load(model.path).graph.output] == ["logits", "probabilities"]
     assert "Neg" not in {layer.kind for layer in model.contract.layers}
 
 
 def test_of_several_that_fit_one_is_named(tmp_path: Path) -> None:
-    graph = classifier(end="softmax")
+    graph = build_classifier(end="softmax")
     before = next(node.input[0] for node in graph.graph.node if node.op_type == "Softmax")
     graph.graph.output.append(helper.make_tensor_value_info(before, onnx.TensorProto.FLOAT, ["N", 5]))
-    model = bring(graph, tmp_path, output=before)
+    model = import_graph(graph, tmp_path, output=before)
     assert model.facts["output"] == f"{before} (as told by --output)"
     assert model.facts["values"].startswith("5 logits")
 
@@ -542,9 +593,9 @@ def test_of_several_that_fit_one_is_named(tmp_path: Path) -> None:
 
 
 def test_the_contract_says_what_was_imported(tmp_path: Path) -> None:
-    model = bring(classifier(), tmp_path, command="fovea import foreign.onnx --preset imagenet")
+    model = import_graph(build_classifier(), tmp_path, command="fovea import foreign.onnx --preset imagenet")
     contract, report = model.contract, model.report
-    assert (contract.name, contract.version, contract.labels) == ("thing", "1", tuple(names(5)))
+    assert (contract.name, contract.version, contract.labels) == ("thing", "1", tuple(make_labels(5)))
     assert (contract.temperature, contract.coverage, contract.thresholds) == (1.0, (), ())
     assert (contract.accuracy, contract.reference) == (None, None)
     assert contract.training == Training(
@@ -557,7 +608,7 @@ def test_the_contract_says_what_was_imported(tmp_path: Path) -> None:
 
 
 def test_the_report_is_written_beside_it(tmp_path: Path) -> None:
-    model = bring(classifier(), tmp_path)
+    model = import_graph(build_classifier(), tmp_path)
     written = json.loads((model.path.parent / "report.json").read_text())
     assert written == json.loads(json.dumps(asdict(model.report)))
     assert [agreed["batch"] for agreed in written["agreement"]] == [1, 2, 3]
@@ -567,16 +618,16 @@ def test_the_report_is_written_beside_it(tmp_path: Path) -> None:
 
 
 def test_the_next_version_is_taken(tmp_path: Path) -> None:
-    assert bring(classifier(), tmp_path).report.version == "1"
+    assert import_graph(build_classifier(), tmp_path).report.version == "1"
     (tmp_path / "zoo" / "thing" / "9").mkdir()
     (tmp_path / "zoo" / "thing" / "notes").mkdir()
-    assert bring(classifier(), tmp_path).report.version == "10"
+    assert import_graph(build_classifier(), tmp_path).report.version == "10"
 
 
 @pytest.mark.slow
 def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) -> None:
     """512 pixels a side, of a resize to 585: larger than any of our own networks."""
-    model = bring(classifier(size=512), tmp_path)
+    model = import_graph(build_classifier(size=512), tmp_path)
     assert model.contract.input.resize_to == 585
     assert model.engine.check_golden_set().images == 8
     assert 2 * MAX_SIDE**2 <= MAX_GOLDEN_PIXELS  # the largest is twice as wide as high
@@ -584,10 +635,10 @@ def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) 
 
 def test_nothing_of_the_preset_is_lost_on_the_way_to_the_service(tmp_path: Path) -> None:
     """The file alone, in plain ONNX Runtime, is the whole pipeline but for the resize."""
-    graph = classifier(layout="nhwc")
-    model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=INCEPTION))
+    graph = build_classifier(layout="nhwc")
+    model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=INCEPTION))
     session = onnxruntime.InferenceSession(model.path)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     (said,) = session.run(["probabilities"], {"pixels": pixels})
-    wanted = softmax(run(graph, (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)))
+    wanted = softmax(run_onnx(graph, (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)))
     assert np.abs(said - wanted).max() <= 1e-6

@@ -21,9 +21,9 @@ from PIL import Image
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import PRESETS, PreprocessingOptions
 from fovea.service.artifact.contract import Interpolation, Resize
-from tests.export.classifiers import Array, run, stretched
-from tests.export.imports import bring
-from tests.pictures import encode
+from tests.export.classifiers import Array, run_onnx, stretch_image
+from tests.export.imports import import_graph
+from tests.pictures import encode_image
 
 SIDE = 32
 LABELS = [f"picture {number}" for number in range(12)]
@@ -34,7 +34,7 @@ SURE = 8.0
 """The logit of a picture that was shown, above that of being strange."""
 
 
-def photo(seed: int) -> Image.Image:
+def draw_photo(seed: int) -> Image.Image:
     """Coarse and fine noise of 152 x 104: what is cropped, stretched or sampled otherwise looks otherwise."""
     random = np.random.default_rng(seed // 2)
     coarse = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize(
@@ -44,7 +44,7 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray((0.6 * np.asarray(coarse) + 50 + 30 * fine).clip(0, 255).astype(np.uint8))
 
 
-def middle(image: bytes, resize: int, resample: Image.Resampling) -> Array:
+def resize_and_crop_middle(image: bytes, resize: int, resample: Image.Resampling) -> Array:
     """The shorter side to `resize`, and the middle of it: float64 (SIDE, SIDE, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB")
     width, height = picture.size
@@ -67,31 +67,38 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 PUBLISHERS = {
     "imagenet": Publisher(
-        lambda image: (middle(image, 37, BILINEAR) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        lambda image: (
+            (resize_and_crop_middle(image, 37, BILINEAR) / 255 - [0.485, 0.456, 0.406])
+            / [0.229, 0.224, 0.225]
+        ),
         "nchw",
         softmax=False,
     ),
-    "keras-mobilenet": Publisher(lambda image: middle(image, 37, BILINEAR) / 127.5 - 1, "nhwc", softmax=True),
+    "keras-mobilenet": Publisher(
+        lambda image: resize_and_crop_middle(image, 37, BILINEAR) / 127.5 - 1, "nhwc", softmax=True
+    ),
     "inception": Publisher(
-        lambda image: (middle(image, 36, BICUBIC) / 255 - 0.5) / 0.5, "nhwc", softmax=True
+        lambda image: (resize_and_crop_middle(image, 36, BICUBIC) / 255 - 0.5) / 0.5, "nhwc", softmax=True
     ),
     "clip": Publisher(
         lambda image: (
-            (middle(image, 32, BICUBIC) / 255 - [0.48145466, 0.4578275, 0.40821073])
+            (resize_and_crop_middle(image, 32, BICUBIC) / 255 - [0.48145466, 0.4578275, 0.40821073])
             / [0.26862954, 0.26130258, 0.27577711]
         ),
         "nchw",
         softmax=False,
     ),
-    "zero-one": Publisher(lambda image: middle(image, 32, BILINEAR) / 255, "nchw", softmax=True),
+    "zero-one": Publisher(
+        lambda image: resize_and_crop_middle(image, 32, BILINEAR) / 255, "nchw", softmax=True
+    ),
 }
 
 
-def knowing(shown: Array, publisher: Publisher) -> onnx.ModelProto:
+def build_lookup_model(images: Array, publisher: Publisher) -> onnx.ModelProto:
     """A model that knows the pictures (labels, SIDE, SIDE, 3) it was shown, and none else."""
-    scale = SURE / (NEAR * shown.var())
-    turned = shown.transpose(0, 3, 1, 2) if publisher.layout == "nchw" else shown
-    rows = turned.reshape(len(shown), -1)
+    scale = SURE / (NEAR * images.var())
+    planes = images.transpose(0, 3, 1, 2) if publisher.layout == "nchw" else images
+    rows = planes.reshape(len(images), -1)
     weights = {
         "matrix": (2 * scale / rows.shape[1] * rows.T).astype(np.float32),
         "bias": (-scale * (rows**2).mean(axis=1)).astype(np.float32),
@@ -115,7 +122,7 @@ def knowing(shown: Array, publisher: Publisher) -> onnx.ModelProto:
         nodes,
         "knowing",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, sides)],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", len(shown) + 1])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", len(images) + 1])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -129,12 +136,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     for seed, label in enumerate(LABELS):
         path = folder / label / "photo.png"
         path.parent.mkdir()
-        path.write_bytes(found.setdefault(str(path), encode(photo(seed), "PNG")))
+        path.write_bytes(found.setdefault(str(path), encode_image(draw_photo(seed), "PNG")))
     return found
 
 
-def model_of(name: str, photos: dict[str, bytes]) -> onnx.ModelProto:
-    return knowing(np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]), PUBLISHERS[name])
+def build_model_for(name: str, photos: dict[str, bytes]) -> onnx.ModelProto:
+    return build_lookup_model(
+        np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]), PUBLISHERS[name]
+    )
 
 
 def test_every_preset_has_a_publisher() -> None:
@@ -145,9 +154,9 @@ def test_every_preset_has_a_publisher() -> None:
 def test_a_preset_gives_what_the_publisher_s_pipeline_gives(
     tmp_path: Path, photos: dict[str, bytes], name: str
 ) -> None:
-    graph = model_of(name, photos)
+    graph = build_model_for(name, photos)
     folder = next(iter(map(Path, photos))).parents[1]
-    model = bring(
+    model = import_graph(
         graph, tmp_path, [*LABELS, STRANGE], PreprocessingOptions(preset=PRESETS[name]), check=folder
     )
     assert model.report.check is not None
@@ -158,7 +167,7 @@ def test_a_preset_gives_what_the_publisher_s_pipeline_gives(
     assert len(others) == len(PRESETS)  # the other presets, and the other order of colours
     assert max(others.values()) < 0.5, others
     values = np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]).astype(np.float32)
-    wanted = run(graph, values.transpose(0, 3, 1, 2) if PUBLISHERS[name].layout == "nchw" else values)
+    wanted = run_onnx(graph, values.transpose(0, 3, 1, 2) if PUBLISHERS[name].layout == "nchw" else values)
     assert np.array_equal(wanted.argmax(axis=1), np.arange(len(LABELS)))
     said = np.concatenate([model(image) for image in photos.values()])
     assert np.array_equal(said.argmax(axis=1), np.arange(len(LABELS)))
@@ -170,15 +179,15 @@ def test_a_mobilenet_of_keras_is_worse_on_stretched_nearest_neighbours(
     tmp_path: Path, photos: dict[str, bytes]
 ) -> None:
     """`load_img(path, target_size=…)`, which the preset once was: it is refused where images show it."""
-    graph = model_of("keras-mobilenet", photos)
+    graph = build_model_for("keras-mobilenet", photos)
     folder = next(iter(map(Path, photos))).parents[1]
     old = PreprocessingOptions(
         preset=PRESETS["keras-mobilenet"], stretch=True, interpolation=Interpolation.NEAREST
     )
     with pytest.raises(ImportRefused, match="import it with --preset keras-mobilenet"):
-        bring(graph, tmp_path, [*LABELS, STRANGE], old, check=folder)
-    values = [stretched(image, SIDE, Image.Resampling.NEAREST) / 127.5 - 1 for image in photos.values()]
-    said = run(graph, np.concatenate(values).astype(np.float32))
+        import_graph(graph, tmp_path, [*LABELS, STRANGE], old, check=folder)
+    values = [stretch_image(image, SIDE, Image.Resampling.NEAREST) / 127.5 - 1 for image in photos.values()]
+    said = run_onnx(graph, np.concatenate(values).astype(np.float32))
     assert (said.argmax(axis=1) == np.arange(len(LABELS))).mean() < 0.9
 
 

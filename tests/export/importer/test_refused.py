@@ -28,19 +28,19 @@ from fovea.export.importer.preprocessing import (
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Interpolation, Task
-from tests.export.classifiers import classifier
-from tests.export.importer.test_pipeline import stubborn
-from tests.export.imports import bring, nothing_written
+from tests.export.classifiers import build_classifier
+from tests.export.importer.test_pipeline import build_batch_mean
+from tests.export.imports import has_no_output, import_graph
 
 
-def refused(
+def assert_refused(
     tmp_path: Path, message: str, model: onnx.ModelProto | bytes, *arguments: Any, **options: Any
 ) -> None:
     """It ends with one line of this meaning, and leaves nothing."""
-    with pytest.raises(ImportRefused, match=message) as raised:
-        bring(model, tmp_path, *arguments, **options)
-    assert "\n" not in str(raised.value)
-    assert nothing_written(tmp_path)
+    with pytest.raises(ImportRefused, match=message) as error_info:
+        import_graph(model, tmp_path, *arguments, **options)
+    assert "\n" not in str(error_info.value)
+    assert has_no_output(tmp_path)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -48,7 +48,9 @@ def refused(
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 200, -1])
 def test_files_that_are_cut_short(tmp_path: Path, kept: int) -> None:
-    refused(tmp_path, "is not an ONNX file, or it is cut short", classifier().SerializeToString()[:kept])
+    assert_refused(
+        tmp_path, "is not an ONNX file, or it is cut short", build_classifier().SerializeToString()[:kept]
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_files_that_are_cut_short(tmp_path: Path, kept: int) -> None:
     [(b"PK\x03\x04", "as PyTorch and Keras"), (b"\x89HDF\r\n", "HDF5"), (b"\x80\x02}", "pickle")],
 )
 def test_files_of_other_kinds(tmp_path: Path, start: bytes, what: str) -> None:
-    refused(tmp_path, f"{what}.* not ONNX; export the model to ONNX first", start + bytes(100))
+    assert_refused(tmp_path, f"{what}.* not ONNX; export the model to ONNX first", start + bytes(100))
 
 
 def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
@@ -76,41 +78,41 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_operators_of_others(tmp_path: Path) -> None:
-    graph = classifier()
+    graph = build_classifier()
     graph.graph.node[1].domain = "com.example"
     graph.opset_import.append(helper.make_opsetid("com.example", 1))
-    refused(tmp_path, r"operators that ONNX Runtime does not bring: com\.example\.Relu;", graph)
+    assert_refused(tmp_path, r"operators that ONNX Runtime does not bring: com\.example\.Relu;", graph)
 
 
 def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
-    graph = classifier()
+    graph = build_classifier()
     value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
     branch = helper.make_graph(
         [helper.make_node("Odd", ["image"], ["inner"], domain="mine")], "branch", [], [value]
     )
     node = helper.make_node("If", ["yes"], ["odd"], then_branch=branch, else_branch=branch)
     graph.graph.node.append(node)
-    refused(tmp_path, r"does not bring: mine\.Odd;", graph)
+    assert_refused(tmp_path, r"does not bring: mine\.Odd;", graph)
 
 
 def test_graphs_that_onnx_runtime_does_not_load(tmp_path: Path) -> None:
-    graph = classifier()
+    graph = build_classifier()
     graph.graph.node[0].input[1] = "nowhere"
-    refused(tmp_path, "ONNX Runtime cannot load the model: ", graph)
+    assert_refused(tmp_path, "ONNX Runtime cannot load the model: ", graph)
 
 
 def test_operators_that_are_too_old_to_convert(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         tmp_path,
         "operators of version 2, which cannot be converted to 13: ",
-        classifier(opset=2, ir_version=3),
+        build_classifier(opset=2, ir_version=3),
     )
 
 
 # --- weights outside the file --------------------------------------------------------------------
 
 
-def with_external(graph: onnx.ModelProto, location: str, **entries: int) -> onnx.ModelProto:
+def move_matrix_outside(graph: onnx.ModelProto, location: str, **entries: int) -> onnx.ModelProto:
     """The matrix lies in another file."""
     (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
     matrix.ClearField("raw_data")
@@ -120,22 +122,22 @@ def with_external(graph: onnx.ModelProto, location: str, **entries: int) -> onnx
     return graph
 
 
-def matrix_of(graph: onnx.ModelProto) -> bytes:
+def read_matrix(graph: onnx.ModelProto) -> bytes:
     (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
     return numpy_helper.to_array(matrix).tobytes()
 
 
 @pytest.mark.parametrize("entries", [{}, {"offset": 0, "length": 160}, {"offset": 64, "length": 160}])
 def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entries: dict[str, int]) -> None:
-    whole = classifier()
+    whole = build_classifier()
     (tmp_path / "data").mkdir()
     padding = bytes(entries.get("offset", 0))
     (tmp_path / "data" / "weights.bin").write_bytes(
-        padding + matrix_of(whole) + (b"more" if entries else b"")
+        padding + read_matrix(whole) + (b"more" if entries else b"")
     )
-    model = bring(with_external(classifier(), "data/weights.bin", **entries), tmp_path)
+    model = import_graph(move_matrix_outside(build_classifier(), "data/weights.bin", **entries), tmp_path)
     (tmp_path / "plain").mkdir()
-    same = bring(whole, tmp_path / "plain")
+    same = import_graph(whole, tmp_path / "plain")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     assert np.array_equal(model.engine.run(pixels), same.engine.run(pixels))
     assert not any(tensor.external_data for tensor in onnx.load(model.path).graph.initializer)
@@ -148,12 +150,14 @@ def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entr
 def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    (tmp_path / "outside.bin").write_bytes(matrix_of(classifier()))
+    (tmp_path / "outside.bin").write_bytes(read_matrix(build_classifier()))
     (folder / "link.bin").symlink_to("../outside.bin")
-    (folder / "side.bin").write_bytes(matrix_of(classifier()))
+    (folder / "side.bin").write_bytes(read_matrix(build_classifier()))
     (folder / "in").mkdir()
-    refused(
-        folder, "outside its own folder; only files in there are read", with_external(classifier(), location)
+    assert_refused(
+        folder,
+        "outside its own folder; only files in there are read",
+        move_matrix_outside(build_classifier(), location),
     )
 
 
@@ -172,34 +176,34 @@ def test_weights_that_are_not_there(
     tmp_path: Path, location: str, entries: dict[str, int], message: str
 ) -> None:
     (tmp_path / "short.bin").write_bytes(bytes(100))
-    refused(tmp_path, message, with_external(classifier(), location, **entries))
+    assert_refused(tmp_path, message, move_matrix_outside(build_classifier(), location, **entries))
 
 
 def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is lowered: the sum counts, not each."""
-    graph = classifier()
-    (tmp_path / "weights.bin").write_bytes(matrix_of(graph))
+    graph = build_classifier()
+    (tmp_path / "weights.bin").write_bytes(read_matrix(graph))
     monkeypatch.setattr(foreign_model, "MAX_BYTES", graph.ByteSize() - 20)
-    refused(tmp_path, "more than 2 GB of weights", with_external(graph, "weights.bin"))
+    assert_refused(tmp_path, "more than 2 GB of weights", move_matrix_outside(graph, "weights.bin"))
 
 
 # --- what the graph takes ------------------------------------------------------------------------
 
 
-def two_inputs() -> onnx.ModelProto:
-    graph = classifier()
+def build_two_inputs() -> onnx.ModelProto:
+    graph = build_classifier()
     graph.graph.input.append(helper.make_tensor_value_info("phase", TensorProto.BOOL, []))
     return graph
 
 
-def of_shape(*sides: int | str | None) -> onnx.ModelProto:
-    graph = classifier()
+def build_with_shape(*sides: int | str | None) -> onnx.ModelProto:
+    graph = build_classifier()
     graph.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, sides))
     return graph
 
 
-def of_type(kind: int) -> onnx.ModelProto:
-    graph = classifier()
+def build_with_type(kind: int) -> onnx.ModelProto:
+    graph = build_classifier()
     graph.graph.input[0].type.tensor_type.elem_type = kind
     return graph
 
@@ -207,60 +211,71 @@ def of_type(kind: int) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (two_inputs, r"takes 2 inputs \('image', 'phase'\); an image classifier takes one"),
-        (lambda: of_shape("N", 48), r"the input 'image' has 2 axes, any x 48; images in a batch have four"),
-        (lambda: of_shape("N", 3, 8, 8, 8), "has 5 axes"),
+        (build_two_inputs, r"takes 2 inputs \('image', 'phase'\); an image classifier takes one"),
         (
-            lambda: of_shape("N", "C", "H", "W"),
+            lambda: build_with_shape("N", 48),
+            r"the input 'image' has 2 axes, any x 48; images in a batch have four",
+        ),
+        (lambda: build_with_shape("N", 3, 8, 8, 8), "has 5 axes"),
+        (
+            lambda: build_with_shape("N", "C", "H", "W"),
             "any x any x any x any, does not tell where the channels are: give",
         ),
-        (lambda: of_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
+        (lambda: build_with_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
         (
-            lambda: classifier(channels=1),
+            lambda: build_classifier(channels=1),
             "has 1 channels in layout nchw; images have three: grey ones cannot",
         ),
-        (lambda: classifier(channels=4), "has 4 channels in layout nchw"),
-        (lambda: classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
-        (lambda: classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
-        (lambda: of_type(TensorProto.INT64), "is of int64; float32, float16 and uint8 can be imported"),
-        (lambda: classifier(size=None), "takes images of any size: give .* as --size, such as --size 224"),
+        (lambda: build_classifier(channels=4), "has 4 channels in layout nchw"),
+        (lambda: build_classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
+        (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
         (
-            lambda: stubborn(4),
+            lambda: build_with_type(TensorProto.INT64),
+            "is of int64; float32, float16 and uint8 can be imported",
+        ),
+        (
+            lambda: build_classifier(size=None),
+            "takes images of any size: give .* as --size, such as --size 224",
+        ),
+        (
+            lambda: build_batch_mean(4),
             "the graph takes 4 images at a time, neither more nor fewer, and could not be changed",
         ),
     ],
 )
 def test_inputs_that_are_no_images(tmp_path: Path, make: Callable[[], onnx.ModelProto], message: str) -> None:
-    refused(tmp_path, message, make())
+    assert_refused(tmp_path, message, make())
 
 
 def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
-    refused(tmp_path, "--size is 20, but the graph takes any x 3 x 16 x 16", classifier(), size=(20, 20))
+    assert_refused(
+        tmp_path, "--size is 20, but the graph takes any x 3 x 16 x 16", build_classifier(), size=(20, 20)
+    )
 
 
 def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
     from fovea.export.importer.graph_input import Layout
 
-    refused(tmp_path, "has 16 channels in layout nhwc", classifier(), layout=Layout.NHWC)
+    assert_refused(tmp_path, "has 16 channels in layout nhwc", build_classifier(), layout=Layout.NHWC)
 
 
 # --- what the graph gives ------------------------------------------------------------------------
 
 
-def maps() -> onnx.ModelProto:
+def build_map_output() -> onnx.ModelProto:
     """What a segmenter gives."""
-    graph = classifier()
-    kept = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
-    kept[-1].output[0] = "scores"
+    graph = build_classifier()
+    map_nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
+    map_nodes[-1].output[0] = "scores"
     del graph.graph.node[:]
-    graph.graph.node.extend(kept)
+    graph.graph.node.extend(map_nodes)
     del graph.graph.output[0].type.tensor_type.shape.dim[:]
     graph.graph.output[0].type.tensor_type.ClearField("shape")
     return graph
 
 
-def numbers() -> onnx.ModelProto:
-    graph = classifier()
+def build_argmax_output() -> onnx.ModelProto:
+    graph = build_classifier()
     graph.graph.node[-1].CopyFrom(
         helper.make_node("ArgMax", [graph.graph.node[-1].input[0]], ["scores"], axis=1)
     )
@@ -268,15 +283,15 @@ def numbers() -> onnx.ModelProto:
     return graph
 
 
-def two_heads() -> onnx.ModelProto:
-    graph = classifier()
+def build_two_heads() -> onnx.ModelProto:
+    graph = build_classifier()
     graph.graph.node.append(helper.make_node("Neg", ["scores"], ["others"]))
     graph.graph.output.append(helper.make_tensor_value_info("others", TensorProto.FLOAT, ["N", 5]))
     return graph
 
 
-def not_finite() -> onnx.ModelProto:
-    graph = classifier()
+def build_nan_bias() -> onnx.ModelProto:
+    graph = build_classifier()
     (bias,) = [tensor for tensor in graph.graph.initializer if tensor.name == "bias"]
     bias.CopyFrom(numpy_helper.from_array(np.full(5, np.nan, np.float32), "bias"))
     return graph
@@ -286,25 +301,29 @@ def not_finite() -> onnx.ModelProto:
     ("make", "options", "message"),
     [
         (
-            maps,
+            build_map_output,
             {},
             r"no output is a row of values .*scores: float32 images x 8 x 16 x 16\): not an image classifier",
         ),
-        (numbers, {}, r"no output is a row .*int64"),
+        (build_argmax_output, {}, r"no output is a row .*int64"),
         (
-            maps,
+            build_map_output,
             {"output": "scores"},
             "the output 'scores' is float32 images x 8 x 16 x 16: not a row of values",
         ),
-        (two_heads, {}, r"several outputs, scores \(5 values\), others \(5 values\): name .* as --output"),
-        (two_heads, {"output": "other"}, "there is no output 'other'; there are scores, others"),
-        (not_finite, {}, "the output 'scores' is not finite for every image"),
+        (
+            build_two_heads,
+            {},
+            r"several outputs, scores \(5 values\), others \(5 values\): name .* as --output",
+        ),
+        (build_two_heads, {"output": "other"}, "there is no output 'other'; there are scores, others"),
+        (build_nan_bias, {}, "the output 'scores' is not finite for every image"),
     ],
 )
 def test_outputs_that_are_no_labels(
     tmp_path: Path, make: Callable[[], onnx.ModelProto], options: dict[str, Any], message: str
 ) -> None:
-    refused(tmp_path, message, make(), **options)
+    assert_refused(tmp_path, message, make(), **options)
 
 
 @pytest.mark.parametrize(
@@ -317,35 +336,40 @@ def test_outputs_that_are_no_labels(
     ],
 )
 def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels: int, message: str) -> None:
-    refused(tmp_path, message, classifier(count=count), labels)
+    assert_refused(tmp_path, message, build_classifier(count=count), labels)
 
 
 @pytest.mark.parametrize(
     ("model", "labels", "task", "message"),
     [
-        (classifier(end="sigmoid"), 5, None, "each from 0 to 1 by itself: give --task multilabel"),
-        (classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
-        (classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
+        (build_classifier(end="sigmoid"), 5, None, "each from 0 to 1 by itself: give --task multilabel"),
+        (build_classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
+        (build_classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
         (
-            classifier(end="softmax"),
+            build_classifier(end="softmax"),
             5,
             Task.MULTILABEL,
             "probabilities that sum to 1: that is not multilabel",
         ),
-        (classifier(end="log_softmax"), 5, Task.MULTILABEL, "that is not multilabel"),
+        (build_classifier(end="log_softmax"), 5, Task.MULTILABEL, "that is not multilabel"),
         (
-            classifier(),
+            build_classifier(),
             5,
             Task.BINARY,
             "--task binary takes one value or two for an image; the graph gives 5",
         ),
-        (classifier(count=1), 2, Task.MULTICLASS, "--task multiclass does not fit one value for an image"),
+        (
+            build_classifier(count=1),
+            2,
+            Task.MULTICLASS,
+            "--task multiclass does not fit one value for an image",
+        ),
     ],
 )
 def test_tasks_that_the_values_contradict(
     tmp_path: Path, model: onnx.ModelProto, labels: int, task: Task | None, message: str
 ) -> None:
-    refused(tmp_path, message, model, labels, task=task)
+    assert_refused(tmp_path, message, model, labels, task=task)
 
 
 # --- what must be told ---------------------------------------------------------------------------
@@ -396,15 +420,18 @@ ZEROS = (0.0, 0.0, 0.0)
 def test_what_the_file_cannot_say_is_asked_for(
     tmp_path: Path, wishes: PreprocessingOptions, message: str
 ) -> None:
-    refused(tmp_path, message, classifier(), wishes=wishes)
+    assert_refused(tmp_path, message, build_classifier(), wishes=wishes)
 
 
 @pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
 def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
     wishes = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
     (option,) = given
-    refused(
-        tmp_path, f"normalises them itself; leave out --{option}", classifier(dtype="uint8"), wishes=wishes
+    assert_refused(
+        tmp_path,
+        f"normalises them itself; leave out --{option}",
+        build_classifier(dtype="uint8"),
+        wishes=wishes,
     )
 
 
@@ -445,42 +472,44 @@ def test_options_as_they_are_written() -> None:
 # --- verification --------------------------------------------------------------------------------
 
 
-def spoilt(change: Callable[[onnx.GraphProto], None]) -> Callable[[ForeignModel, Any], WrappedModel]:
+def wrap_with_change(
+    change: Callable[[onnx.GraphProto], None],
+) -> Callable[[ForeignModel, Any], WrappedModel]:
     """What wraps a model, and then changes it."""
-    real = ForeignModel.wrap
+    original = ForeignModel.wrap
 
-    def wrapped(self: ForeignModel, normalization: Any) -> WrappedModel:
-        result = real(self, normalization)
+    def wrap_and_change(self: ForeignModel, normalization: Any) -> WrappedModel:
+        result = original(self, normalization)
         change(result.model.graph)
         return result
 
-    return wrapped
+    return wrap_and_change
 
 
-def shift(graph: onnx.GraphProto) -> None:
+def shift_mean(graph: onnx.GraphProto) -> None:
     """The mean is half a level off."""
     (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
     (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
     mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))
 
 
-def turn(graph: onnx.GraphProto) -> None:
+def swap_axes(graph: onnx.GraphProto) -> None:
     (transpose,) = [node for node in graph.node if node.op_type == "Transpose"]
     transpose.attribute[0].ints[:] = [0, 3, 2, 1]
 
 
-def double(graph: onnx.GraphProto) -> None:
+def replace_softmax(graph: onnx.GraphProto) -> None:
     (softmax,) = [node for node in graph.node if node.op_type == "Softmax"]
     softmax.op_type = "LogSoftmax"
 
 
-@pytest.mark.parametrize("change", [shift, turn, double])
+@pytest.mark.parametrize("change", [shift_mean, swap_axes, replace_softmax])
 def test_a_graph_that_computes_something_else_is_never_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], None]
 ) -> None:
-    monkeypatch.setattr(ForeignModel, "wrapped", spoilt(change))
+    monkeypatch.setattr(ForeignModel, "wrapped", wrap_with_change(change))
     with pytest.raises(
         VerificationError, match=r"at batch 1 a probability of the imported graph is off by .*at most 1e-05"
     ):
-        bring(classifier(spread=30), tmp_path)
-    assert nothing_written(tmp_path)
+        import_graph(build_classifier(spread=30), tmp_path)
+    assert has_no_output(tmp_path)

@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.layers import LayerView, ReceptiveField, Span
 from fovea.service.explain.tensor_layout import TensorLayout
-from tests.export.classifiers import IMAGENET_MEAN, IMAGENET_STD, Block, Vit, exported, scripted
-from tests.export.imports import PLAN, bring
-from tests.tokens import LABELS, tokens
+from tests.export.classifiers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Block,
+    Vit,
+    export_network,
+    export_torchscript,
+)
+from tests.export.imports import PLAN, import_graph
+from tests.tokens import LABELS, build_token_network
 
 SIDE = 64
 GRID = SIDE // 16
@@ -26,23 +33,25 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
 @dataclass(frozen=True)
-class Made:
+class TransformerCase:
     """A transformer, and its graph."""
 
     net: Vit
-    opened: IntrospectedModel
+    introspected: IntrospectedModel
 
     @property
     def planes(self) -> Tensor:
         """What the network is given of the image."""
-        return torch.tensor(self.opened.compute_output(self.opened.layers[0].tensor, PIXELS))[None]
+        return torch.tensor(self.introspected.compute_output(self.introspected.layers[0].tensor, PIXELS))[
+            None
+        ]
 
-    def named(self, name: str, kind: str = "") -> LayerView:
+    def find_layer(self, name: str, kind: str = "") -> LayerView:
         """The last layer of a module."""
-        return [one for one in self.opened.layers if one.name == name and kind in ("", one.kind)][-1]
+        return [one for one in self.introspected.layers if one.name == name and kind in ("", one.kind)][-1]
 
 
-def network() -> Vit:
+def make_transformer() -> Vit:
     """No two of its weights are alike: equal ones would be stored once, under one name."""
     torch.manual_seed(0)
     net = Vit(SIDE, len(LABELS), width=12, blocks=2).eval()
@@ -52,57 +61,59 @@ def network() -> Vit:
     return net
 
 
-def opened(graph: onnx.ModelProto, folder: Path) -> IntrospectedModel:
-    model = bring(graph, folder, LABELS)
+def open_introspected(graph: onnx.ModelProto, folder: Path) -> IntrospectedModel:
+    model = import_graph(graph, folder, LABELS)
     return IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    net = network()
-    return Made(net, opened(exported(net, SIDE), tmp_path_factory.mktemp("vit")))
+def made(tmp_path_factory: pytest.TempPathFactory) -> TransformerCase:
+    net = make_transformer()
+    return TransformerCase(net, open_introspected(export_network(net, SIDE), tmp_path_factory.mktemp("vit")))
 
 
-def maps_of(tokens: Tensor) -> npt.NDArray[np.float32]:
+def tokens_to_maps(tokens: Tensor) -> npt.NDArray[np.float32]:
     """(channels, rows, columns), without the class token."""
     return tokens.detach()[0, 1:].T.reshape(-1, GRID, GRID).numpy()
 
 
-def outputs(net: nn.Module, planes: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
+def record_outputs(net: nn.Module, planes: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
     """What every module gave."""
-    found: list[tuple[str, nn.Module, Tensor]] = []
+    records: list[tuple[str, nn.Module, Tensor]] = []
 
-    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, _, output: found.append((name, module, output))
+    def make_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda module, _, output: records.append((name, module, output))
 
-    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in net.named_modules()]
     net(planes)
     for one in hooks:
         one.remove()
-    return found
+    return records
 
 
-def test_every_layer_of_tokens_is_what_torch_has_there(made: Made) -> None:
+def test_every_layer_of_tokens_is_what_torch_has_there(made: TransformerCase) -> None:
     compared = set()
-    for name, module, output in outputs(made.net, made.planes):
+    for name, module, output in record_outputs(made.net, made.planes):
         is_layer = isinstance(module, Block) or not list(module.children())
         if is_layer and output.dim() == 3:
-            layer = made.named(name)
+            layer = made.find_layer(name)
             assert layer.shape == (output.shape[2], GRID, GRID)
             assert layer.layout
             assert layer.layout.leading_tokens == 1
-            difference = np.abs(made.opened.compute_output(layer.tensor, PIXELS) - maps_of(output))
+            difference = np.abs(
+                made.introspected.compute_output(layer.tensor, PIXELS) - tokens_to_maps(output)
+            )
             assert difference.max() < 1e-4, name
             compared.add(type(module))
     assert compared == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
 
 
-def test_a_value_sees_its_patch_and_after_the_attention_everything(made: Made) -> None:
+def test_a_value_sees_its_patch_and_after_the_attention_everything(made: TransformerCase) -> None:
     """By gradients."""
     net = made.net.double()
     planes = torch.rand(1, 3, SIDE, SIDE, dtype=torch.double, requires_grad=True)
     seen: dict[str, tuple[int, ...]] = {}
-    for name, _, output in outputs(net, planes):
+    for name, _, output in record_outputs(net, planes):
         if output.dim() == 3 and name in ("blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj"):
             (gradient,) = torch.autograd.grad(output[0, 1 + GRID + 2].sum(), planes, retain_graph=True)
             rows, columns = gradient[0].abs().sum(dim=0).nonzero().T
@@ -111,67 +122,71 @@ def test_a_value_sees_its_patch_and_after_the_attention_everything(made: Made) -
     assert seen.pop("blocks.0.attn.proj") == (0, SIDE - 1, 0, SIDE - 1)
     assert len(seen) == 2
     for name, edges in seen.items():
-        field = made.named(name).receptive_field
+        field = made.find_layer(name).receptive_field
         assert field
         assert field.rows == field.columns == Span(16, 0, 15)
         assert edges == (16, 31, 32, 47)  # of row 1, column 2
-    behind = made.opened.layers.index(made.named("blocks.0.attn.qkv")) + 1
-    assert all(layer.receptive_field is None for layer in made.opened.layers[behind:])
+    behind = made.introspected.layers.index(made.find_layer("blocks.0.attn.qkv")) + 1
+    assert all(layer.receptive_field is None for layer in made.introspected.layers[behind:])
 
 
-def test_a_linear_layer_of_tokens_adds_up_at_every_place(made: Made) -> None:
-    linear = [layer for layer in made.opened.layers if layer.kind == "MatMul" and "weight" in layer.weights]
+def test_a_linear_layer_of_tokens_adds_up_at_every_place(made: TransformerCase) -> None:
+    linear = [
+        layer for layer in made.introspected.layers if layer.kind == "MatMul" and "weight" in layer.weights
+    ]
     assert len(linear) == 2 * 4
     for layer in linear:
-        weight, bias = (made.opened.read_weights(layer.tensor, part) for part in ("weight", "bias"))
-        value = made.opened.compute_output(layer.tensor, PIXELS)
+        weight, bias = (made.introspected.read_weights(layer.tensor, part) for part in ("weight", "bias"))
+        value = made.introspected.compute_output(layer.tensor, PIXELS)
         assert layer.is_direct is (layer.name.split(".")[-1] != "proj")  # which reads what heads have made
         if layer.is_direct:
-            given = made.opened.compute_output(layer.sources[0], PIXELS)
+            given = made.introspected.compute_output(layer.sources[0], PIXELS)
             assert np.einsum("oi,ihw->ohw", weight, given) + bias[:, None, None] == pytest.approx(
                 value, abs=1e-4
             )
 
 
-def test_a_norm_of_tokens_is_told_with_its_numbers(made: Made) -> None:
-    layer = made.named("blocks.1.norm2", "LayerNormalization")
+def test_a_norm_of_tokens_is_told_with_its_numbers(made: TransformerCase) -> None:
+    layer = made.find_layer("blocks.1.norm2", "LayerNormalization")
     norm = made.net.get_submodule("blocks.1.norm2")
     assert isinstance(norm, nn.LayerNorm)
-    assert made.opened.read_weights(layer.tensor, "scale") == pytest.approx(norm.weight.detach().numpy())
-    assert made.opened.read_weights(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
+    assert made.introspected.read_weights(layer.tensor, "scale") == pytest.approx(
+        norm.weight.detach().numpy()
+    )
+    assert made.introspected.read_weights(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
 
 
-def test_all_parameters_are_counted_but_for_what_is_no_layer(made: Made) -> None:
+def test_all_parameters_are_counted_but_for_what_is_no_layer(made: TransformerCase) -> None:
     wanted = sum(weight.numel() for weight in made.net.parameters()) - made.net.cls_token.numel()
-    assert sum(layer.parameters for layer in made.opened.layers) == wanted
+    assert sum(layer.parameters for layer in made.introspected.layers) == wanted
 
 
-def test_what_reads_the_class_token_does_not_read_the_maps(made: Made) -> None:
+def test_what_reads_the_class_token_does_not_read_the_maps(made: TransformerCase) -> None:
     """Neither does what attention cuts into heads."""
-    indirect = [layer for layer in made.opened.layers if not layer.is_direct]
+    indirect = [layer for layer in made.introspected.layers if not layer.is_direct]
     assert [layer.kind for layer in indirect] == 2 * ["Mul", "MatMul", "MatMul", "MatMul"] + ["Gemm"]
-    assert indirect[-1].sources == (made.named("norm").tensor,)
+    assert indirect[-1].sources == (made.find_layer("norm").tensor,)
 
 
-def test_an_older_exporter_s_norms_are_layers_too(made: Made, tmp_path: Path) -> None:
+def test_an_older_exporter_s_norms_are_layers_too(made: TransformerCase, tmp_path: Path) -> None:
     """It writes each as nine operators."""
-    older = opened(scripted(network(), SIDE, opset=16), tmp_path)
+    older = open_introspected(export_torchscript(make_transformer(), SIDE, opset=16), tmp_path)
     kinds = [layer.kind for layer in older.layers]
-    assert kinds == [layer.kind for layer in made.opened.layers]
-    for one, other in zip(older.layers, made.opened.layers, strict=True):
+    assert kinds == [layer.kind for layer in made.introspected.layers]
+    for one, other in zip(older.layers, made.introspected.layers, strict=True):
         assert (one.shape, one.receptive_field, one.parameters) == (
             other.shape,
             other.receptive_field,
             other.parameters,
         ), one
         difference = np.abs(
-            older.compute_output(one.tensor, PIXELS) - made.opened.compute_output(other.tensor, PIXELS)
+            older.compute_output(one.tensor, PIXELS) - made.introspected.compute_output(other.tensor, PIXELS)
         )
         assert difference.max() < 1e-4
 
 
 def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
-    inside = opened(tokens(), tmp_path)
+    inside = open_introspected(build_token_network(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
     patch = ReceptiveField(Span(4, 0, 3), Span(4, 0, 3))
     assert {name for name, layer in layers.items() if layer.receptive_field == patch} == {"maps", "norm"}
@@ -180,7 +195,7 @@ def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
 
 
 def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path: Path) -> None:
-    inside = opened(tokens(), tmp_path)
+    inside = open_introspected(build_token_network(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
     assert layers["all"].layout == TensorLayout("TC", 8, 4, 4, leading_tokens=1)
     assert not layers["average"].is_direct
@@ -189,7 +204,7 @@ def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path:
     assert inside.compute_output("all", pixels) == pytest.approx(inside.compute_output("sum", pixels))
 
 
-class Mixed(nn.Module):
+class LinearPatchNet(nn.Module):
     """Patches without a convolution, as einops cuts them: rows and columns first, then what is inside."""
 
     def __init__(self) -> None:
@@ -199,18 +214,18 @@ class Mixed(nn.Module):
         self.head = nn.Linear(12, len(LABELS))
 
     def forward(self, planes: Tensor) -> Tensor:
-        cut = planes.reshape(-1, 3, GRID, 16, GRID, 16).permute(0, 2, 4, 3, 5, 1)
-        tokens = self.act(self.embed(cut.reshape(-1, GRID * GRID, 16 * 16 * 3)))
+        patches = planes.reshape(-1, 3, GRID, 16, GRID, 16).permute(0, 2, 4, 3, 5, 1)
+        tokens = self.act(self.embed(patches.reshape(-1, GRID * GRID, 16 * 16 * 3)))
         logits: Tensor = self.head(tokens.mean(dim=1))
         return logits
 
 
 def test_patches_need_no_convolution(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = Mixed()
-    inside = opened(scripted(net, SIDE), tmp_path)
+    net = LinearPatchNet()
+    inside = open_introspected(export_torchscript(net, SIDE), tmp_path)
     planes = torch.tensor((PIXELS / 255 - IMAGENET_MEAN) / IMAGENET_STD, dtype=torch.float32)
-    found = {name: output for name, _, output in outputs(net, planes.permute(2, 0, 1)[None])}
+    found = {name: output for name, _, output in record_outputs(net, planes.permute(2, 0, 1)[None])}
     layer = next(layer for layer in inside.layers if layer.kind == "Gelu")
     wanted = found["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
     assert np.abs(inside.compute_output(layer.tensor, PIXELS) - wanted).max() < 1e-4

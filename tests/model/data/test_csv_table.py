@@ -14,14 +14,14 @@ from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.inventory import Part
 from fovea.service.artifact.contract import Task
-from tests.training import COLOURS, draw, whole
+from tests.training import COLOURS, draw_images, stack_pixels
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder with `pictures/<number>.png`, five blue, five green, then five red ones."""
     (tmp_path / "pictures").mkdir()
-    drawn = draw(tmp_path / "drawn")
+    drawn = draw_images(tmp_path / "drawn")
     for number, (label, row) in enumerate((label, row) for label in COLOURS for row in range(5)):
         (drawn / label / f"{row}.png").rename(tmp_path / "pictures" / f"{number:02}.png")
     for label in COLOURS:
@@ -30,23 +30,23 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows(labels: Sequence[str] = tuple(COLOURS)) -> list[str]:
+def make_rows(labels: Sequence[str] = tuple(COLOURS)) -> list[str]:
     """One for each image, with its label."""
     return [f"pictures/{number:02}.png,{labels[number // 5]}" for number in range(15)]
 
 
-def read(folder: Path, lines: Sequence[str], encoding: str = "utf-8", end: str = "\n") -> Dataset:
+def load_csv(folder: Path, lines: Sequence[str], encoding: str = "utf-8", end: str = "\n") -> Dataset:
     """The set that such lines describe."""
     path = folder / "labels.csv"
     path.write_bytes("".join(line + end for line in lines).encode(encoding))
     return load_dataset(path, size=16, validation=0.2, seed=0)
 
 
-def told(data: Dataset) -> dict[str, list[float]]:
+def targets_by_name(data: Dataset) -> dict[str, list[float]]:
     """The targets by the file's name, and proof that the pixels are that file's."""
     targets: dict[str, list[float]] = {}
     for part in (data.train, data.validation, data.conformal, data.test):
-        brightest = whole(part.pixels).float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
+        brightest = stack_pixels(part.pixels).float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
         for name, target, colour in zip(part.names, part.targets, brightest.tolist(), strict=True):
             assert int(name[-6:-4]) // 5 == 2 - colour
             assert name not in targets
@@ -55,10 +55,10 @@ def told(data: Dataset) -> dict[str, list[float]]:
 
 
 def test_each_row_names_an_image_and_its_label(images: Path) -> None:
-    data = read(images, ["path,label", *rows()])
+    data = load_csv(images, ["path,label", *make_rows()])
     assert (data.name, data.labels, data.task) == ("labels.csv", ("blue", "green", "red"), Task.MULTICLASS)
     assert data.train.targets.dtype == torch.int64
-    assert told(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
+    assert targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -75,23 +75,23 @@ def test_each_row_names_an_image_and_its_label(images: Path) -> None:
 def test_the_layout_of_the_file_does_not_matter(
     images: Path, encoding: str, end: str, header: str, row: str
 ) -> None:
-    lines = [row.format(*line.split(",")).replace('" ;', '";') for line in rows(("süß", "green", "rød"))]
-    data = read(images, [header, *lines[:7], "", *lines[7:]], encoding, end)
+    lines = [row.format(*line.split(",")).replace('" ;', '";') for line in make_rows(("süß", "green", "rød"))]
+    data = load_csv(images, [header, *lines[:7], "", *lines[7:]], encoding, end)
     assert data.labels == ("green", "rød", "süß")
-    assert len(told(data)) == 15
+    assert len(targets_by_name(data)) == 15
 
 
 def test_two_labels_are_a_binary_task(images: Path) -> None:
-    assert read(images, ["path,label", *rows()[:10]]).task is Task.BINARY
+    assert load_csv(images, ["path,label", *make_rows()[:10]]).task is Task.BINARY
 
 
 def test_a_split_keeps_the_test_apart(images: Path) -> None:
     splits = ["train", "", "Val", "test", "train"] * 3
-    lines = [f"{row},{split}" for row, split in zip(rows(), splits, strict=True)]
-    data = read(images, ["path,label,split", *lines])
+    lines = [f"{row},{split}" for row, split in zip(make_rows(), splits, strict=True)]
+    data = load_csv(images, ["path,label,split", *lines])
     assert data.test.names == ("pictures/03.png", "pictures/08.png", "pictures/13.png")
     assert data.test.targets.tolist() == [0, 1, 2]
-    assert len(told(data)) == 15
+    assert len(targets_by_name(data)) == 15
 
 
 @pytest.mark.parametrize("joined", ["a;b", "b|a", " a ; b; ", None])
@@ -106,11 +106,11 @@ def test_several_labels_make_a_multi_label_set(images: Path, joined: str | None)
             lines.append(f'{name},"{joined}"')
         else:
             lines += [f"{name},a", f"./{name},b", f"{name},a"]
-    data = read(images, ["path,label", *lines])
+    data = load_csv(images, ["path,label", *lines])
     assert (data.task, data.labels) == (Task.MULTILABEL, ("a", "b"))
     assert data.train.targets.dtype == torch.float32
     assert data.train.targets.shape == (len(data.train), 2)
-    assert told(data) == {
+    assert targets_by_name(data) == {
         f"pictures/{number:02}.png": [float("a" in own), float("b" in own)]
         for number, own in enumerate(labels[:15])
     }
@@ -119,21 +119,21 @@ def test_several_labels_make_a_multi_label_set(images: Path, joined: str | None)
 
 
 def test_a_folder_with_one_such_file_and_no_labels_is_that_file(images: Path) -> None:
-    expected = told(read(images, ["path,label", *rows()]))
+    expected = targets_by_name(load_csv(images, ["path,label", *make_rows()]))
     data = load_dataset(images, size=16, validation=0.2, seed=0)
     assert data.name == "labels.csv"
-    assert told(data) == expected
+    assert targets_by_name(data) == expected
 
 
 def test_a_folder_of_labels_is_read_as_one_whatever_lies_beside_them(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     (folder / "notes.csv").write_text("path,label\nred/0.png,mine\n")
     assert load_dataset(folder, size=16, validation=0.2, seed=0).labels == ("blue", "green", "red")
 
 
 def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
-    lines = [f"{images}/{row}" for row in rows()]
-    assert len(told(read(images, ["path,label", *lines]))) == 15
+    lines = [f"{images}/{row}" for row in make_rows()]
+    assert len(targets_by_name(load_csv(images, ["path,label", *lines]))) == 15
 
 
 @pytest.mark.parametrize(
@@ -141,47 +141,49 @@ def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
     [
         ([], r"needs a first line with the columns path and label; it has ''"),
         (["path,label"], "at least two; found none"),
-        (rows(), r"columns path and label; it has 'pictures/00.png,blue'"),
-        (["path,path,label", *rows()], "columns path and label; it has 'path,path,label'"),
-        (["path label", *rows()], "columns path and label; it has 'path label'"),
-        (["path,label", *rows()[:5]], "at least two; found only 'blue'"),
-        (["path,label", *rows(), "pictures/00.png"], r"line 17: 1 fields, 2 columns; put a field"),
-        (["path,label", *rows(), "a,b.png,red"], r"line 17: 3 fields, 2 columns; put a field"),
-        (["path,label", *rows(), ",red"], "line 17: the path is empty"),
-        (["path,label", *rows(), '"a.png,red'], "line 17: .*; save it as CSV again"),
-        (["path,label", *rows(), f"{'a' * 200_000},red"], "line 17: field larger .*; save it as CSV again"),
+        (make_rows(), r"columns path and label; it has 'pictures/00.png,blue'"),
+        (["path,path,label", *make_rows()], "columns path and label; it has 'path,path,label'"),
+        (["path label", *make_rows()], "columns path and label; it has 'path label'"),
+        (["path,label", *make_rows()[:5]], "at least two; found only 'blue'"),
+        (["path,label", *make_rows(), "pictures/00.png"], r"line 17: 1 fields, 2 columns; put a field"),
+        (["path,label", *make_rows(), "a,b.png,red"], r"line 17: 3 fields, 2 columns; put a field"),
+        (["path,label", *make_rows(), ",red"], "line 17: the path is empty"),
+        (["path,label", *make_rows(), '"a.png,red'], "line 17: .*; save it as CSV again"),
+        (["path,label", *make_rows(), f"{'a' * 200_000},red"], "line 17: field larger .*; save it as CSV again"),
         ([f"{'a' * 200_000}"], "needs a first line"),
-        (["path,label", *rows(), "pictures/0\0.png,red"], "has zero bytes in it; save it as CSV in UTF-8"),
-        (["path,label", *rows()[:14], "pictures/14.png,"], r"no label for 1 images \(pictures/14.png\)"),
+        (["path,label", *make_rows(), "pictures/0\0.png,red"], "has zero bytes in it; save it as CSV in UTF-8"),
+        (["path,label", *make_rows()[:14], "pictures/14.png,"], r"no label for 1 images \(pictures/14.png\)"),
         (["path,label,split", "pictures/00.png,a,tset"], "line 2: the split is 'tset'; known are train,"),
         (
             ["path,label,split", "pictures/00.png,a,test", "pictures/00.png,b,train"],
             "line 3: pictures/00.png is named for training and for the test",
         ),
         (
-            ["path,label", *rows(), *(f"x/{number}.png,red" for number in range(7))],
+            ["path,label", *make_rows(), *(f"x/{number}.png,red" for number in range(7))],
             r"names 7 images \(x/0.png, x/1.png, x/2.png, x/3.png, x/4.png, …\) that are not there; "
             "paths are relative to /",
         ),
-        (["path,label", *rows(), "pictures,red"], r"names 1 images \(pictures\) that are not there"),
-        (["path,label", *rows(), f"{'a' * 3000},red"], "that are not there"),
+        (["path,label", *make_rows(), "pictures,red"], r"names 1 images \(pictures\) that are not there"),
+        (["path,label", *make_rows(), f"{'a' * 3000},red"], "that are not there"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
     images: Path, lines: list[str], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as refused:
-        read(images, lines)
+        load_csv(images, lines)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_what_office_programs_write_is_read(images: Path, encoding: str) -> None:
-    data = read(
-        images, ["path;label", *(row.replace(",", ";") for row in rows(("blue", "green", "süß")))], encoding
+    data = load_csv(
+        images,
+        ["path;label", *(row.replace(",", ";") for row in make_rows(("blue", "green", "süß")))],
+        encoding,
     )
     assert data.labels == ("blue", "green", "süß")
-    assert len(told(data)) == 15
+    assert len(targets_by_name(data)) == 15
     notes = () if encoding == "utf-16" else (
         "labels.csv is not UTF-8 and was read as Windows-1252: line 12 is 'pictures/10.png;süß'",
     )  # fmt: skip
@@ -189,7 +191,7 @@ def test_what_office_programs_write_is_read(images: Path, encoding: str) -> None
 
 
 def test_what_is_in_no_known_encoding_is_refused_with_its_place(images: Path) -> None:
-    lines = ["path,label", *rows()]
+    lines = ["path,label", *make_rows()]
     (images / "labels.csv").write_bytes("\n".join(lines).encode().replace(b"red", b"r\x81d", 1))
     with pytest.raises(DataError, match=r"labels.csv, line 12: this is neither UTF-8 nor Windows-1252; save"):
         load_dataset(images / "labels.csv", size=16, validation=0.2, seed=0)
@@ -198,13 +200,13 @@ def test_what_is_in_no_known_encoding_is_refused_with_its_place(images: Path) ->
 # --- the shapes of others ------------------------------------------------------------------------
 
 
-def shaped(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Dataset:
+def load_table(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Dataset:
     """The set that a table of this content describes."""
     (folder / name).write_text(content)
     return load_dataset(folder / name, size=16, validation=0.2, seed=0, choices=Choices(**choices))
 
 
-def table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
+def format_table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
     """A header, and a row for each image: {path}, {stem}, {name}, {label} and {n} in it are its own."""
     lines = [header]
     for number in range(15):
@@ -238,21 +240,21 @@ def table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
     ],
 )
 def test_the_shapes_of_other_tables_are_read(images: Path, header: str, row: str) -> None:
-    data = shaped(images, table(header, row))
+    data = load_table(images, format_table(header, row))
     assert (data.labels, data.task) == (("blue", "green", "red"), Task.MULTICLASS)
-    assert told(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
+    assert targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
 
 
 def test_paths_that_were_completed_are_named(images: Path) -> None:
-    assert shaped(images, table("path,label", "{path},{label}")).inventory.notes == ()
-    data = shaped(images, table("id,breed", "{id},{label}"))
+    assert load_table(images, format_table("path,label", "{path},{label}")).inventory.notes == ()
+    data = load_table(images, format_table("id,breed", "{id},{label}"))
     assert data.inventory.notes == ("15 paths completed: 00 is pictures/00.png",)
     assert "labels are in the column 'breed': blue, green, red" in data.description
 
 
 def test_the_set_s_own_folder_may_be_in_the_paths(images: Path) -> None:
-    data = shaped(images, table("path,label", f"{images.name}/{{path}},{{label}}"))
-    assert len(told(data)) == 15
+    data = load_table(images, format_table("path,label", f"{images.name}/{{path}},{{label}}"))
+    assert len(targets_by_name(data)) == 15
 
 
 @pytest.mark.parametrize(
@@ -263,10 +265,10 @@ def test_the_set_s_own_folder_may_be_in_the_paths(images: Path) -> None:
     ],
 )
 def test_columns_may_be_named(images: Path, choices: dict[str, Any], labels: tuple[str, ...]) -> None:
-    content = table("where,what,label,x,path", "{path},{label},L,0.5,nowhere")
+    content = format_table("where,what,label,x,path", "{path},{label},L,0.5,nowhere")
     for number in range(15):
         content = content.replace(",L,", f",{'abc'[number // 5]},", 1)
-    assert shaped(images, content, **choices).labels == labels
+    assert load_table(images, content, **choices).labels == labels
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_what_the_columns_do_not_tell_is_asked_for(
 ) -> None:
     row = "{path},x,5" if header.count(",") == 2 else "{path},{label}"
     with pytest.raises(DataError, match=message) as refused:
-        shaped(images, table(header, row), **choices)
+        load_table(images, format_table(header, row), **choices)
     assert "\n" not in str(refused.value)
 
 
@@ -293,16 +295,16 @@ def test_a_column_for_each_label_is_read(images: Path, true: str, false: str) ->
     for number in range(15):
         flags = [true if number // 5 == label else false for label in range(3)]
         lines.append(f"{number:02},{','.join(flags)}")
-    data = shaped(images, "\n".join(lines))
+    data = load_table(images, "\n".join(lines))
     assert (data.labels, data.task) == (("Red", "blue", "green"), Task.MULTICLASS)
     assert "labels are in the columns 'blue', 'green', 'Red': Red, blue, green" in data.description
     lines[1] = f"00,{true},{true},{false}"
     lines[2] = f"01,{false},{false},{false}"
-    several = shaped(images, "\n".join(lines))
+    several = load_table(images, "\n".join(lines))
     assert several.task is Task.MULTILABEL
-    assert told(several)["pictures/00.png"] == [0, 1, 1]
-    assert told(several)["pictures/01.png"] == [0, 0, 0]
-    chosen = shaped(images, "\n".join([lines[0], *lines[3:]]), label_columns=("blue", "green", "red"))
+    assert targets_by_name(several)["pictures/00.png"] == [0, 1, 1]
+    assert targets_by_name(several)["pictures/01.png"] == [0, 0, 0]
+    chosen = load_table(images, "\n".join([lines[0], *lines[3:]]), label_columns=("blue", "green", "red"))
     assert chosen.task is Task.MULTICLASS
 
 
@@ -324,8 +326,8 @@ def test_a_column_of_parts_is_honoured_in_any_spelling(
     images: Path, column: str, names: dict[str, str]
 ) -> None:
     lines = [f"path,label,{column}"]
-    lines += [f"{row},{names.get(SPLITS[n % 5], SPLITS[n % 5])}" for n, row in enumerate(rows())]
-    data = read(images, lines)
+    lines += [f"{row},{names.get(SPLITS[n % 5], SPLITS[n % 5])}" for n, row in enumerate(make_rows())]
+    data = load_csv(images, lines)
     held = {*data.validation.names, *data.conformal.names}
     assert held == {f"pictures/{number:02}.png" for number in (3, 8, 13)}
     assert data.test.names == ("pictures/04.png", "pictures/09.png", "pictures/14.png")
@@ -334,8 +336,8 @@ def test_a_column_of_parts_is_honoured_in_any_spelling(
 
 def test_columns_of_yes_and_no_are_parts_too(images: Path) -> None:
     lines = ["fname,label,is_valid".replace("fname", "name")]
-    lines += [f"{row},{n % 5 == 3}" for n, row in enumerate(rows())]
-    data = read(images, lines)
+    lines += [f"{row},{n % 5 == 3}" for n, row in enumerate(make_rows())]
+    data = load_csv(images, lines)
     assert len(data.train) == 12
     assert {*data.validation.names, *data.conformal.names} == {
         "pictures/03.png", "pictures/08.png", "pictures/13.png",
@@ -343,14 +345,16 @@ def test_columns_of_yes_and_no_are_parts_too(images: Path) -> None:
 
 
 def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) -> None:
-    data = read(images, ["path,label,partition", *(f"{row},{n % 3}" for n, row in enumerate(rows()))])
+    data = load_csv(
+        images, ["path,label,partition", *(f"{row},{n % 3}" for n, row in enumerate(make_rows()))]
+    )
     assert data.inventory.notes == (
         "the column 'partition' is not read as parts: it has other values, such as '0', '1', '2'",
     )
 
 
 def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
-    data = read(images, ["path,label", *rows()[:13]])
+    data = load_csv(images, ["path,label", *make_rows()[:13]])
     (group,) = data.inventory.skipped_files
     assert (group.kind, group.reason) == ("in pictures/", "labels.csv does not name them")
     assert group.names == ("pictures/13.png", "pictures/14.png")
@@ -358,43 +362,43 @@ def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
 
 
 def test_a_path_that_several_files_fit_is_refused(images: Path) -> None:
-    draw(images / "other", "blue", count=5)
+    draw_images(images / "other", "blue", count=5)
     (images / "other" / "blue" / "0.png").rename(images / "other" / "00.png")
     with pytest.raises(
         DataError, match=r"several places: 00 is other/00.png, pictures/00.png; write the whole"
     ):
-        shaped(images, table("id,label", "{id},{label}"))
+        load_table(images, format_table("id,label", "{id},{label}"))
 
 
 def test_spellings_of_a_label_that_look_the_same_are_one(images: Path) -> None:
     labels = ["cafe\u0301", "café"]
     lines = [f"pictures/{number:02}.png,{labels[number % 2]}" for number in range(10)]
-    data = read(images, ["path,label", *lines, *rows()[10:]])
+    data = load_csv(images, ["path,label", *lines, *make_rows()[10:]])
     assert data.labels == ("café", "red")
     assert "'café' is written in 2 ways" in data.inventory.notes[0]
 
 
 def test_labels_that_differ_in_case_need_a_word_here_too(images: Path) -> None:
     with pytest.raises(DataError, match=r"differ in case, spaces, _ or - alone: 'Red' .* and 'red'"):
-        read(images, ["path,label", *rows(), "pictures/00.png,Red"])
+        load_csv(images, ["path,label", *make_rows(), "pictures/00.png,Red"])
 
 
 def test_json_lines_are_read_as_hugging_face_writes_them(images: Path) -> None:
-    lines = [json.dumps({"file_name": row.split(",")[0], "label": row.split(",")[1]}) for row in rows()]
-    data = shaped(images, "\n".join(lines) + "\n\n", "metadata.jsonl")
+    lines = [json.dumps({"file_name": row.split(",")[0], "label": row.split(",")[1]}) for row in make_rows()]
+    data = load_table(images, "\n".join(lines) + "\n\n", "metadata.jsonl")
     assert data.labels == ("blue", "green", "red")
-    assert len(told(data)) == 15
+    assert len(targets_by_name(data)) == 15
     labels = [["a"], ["a", "b"], []]
     several = [json.dumps({"file_name": f"{n:02}", "labels": labels[n % 3]}) for n in range(15)]
-    assert shaped(images, "\n".join(several), "metadata.jsonl").task is Task.MULTILABEL
+    assert load_table(images, "\n".join(several), "metadata.jsonl").task is Task.MULTILABEL
     for spoilt, message in (("{", "line 2: this is not JSON"), ("[1]", "line 2: this is no JSON object")):
         with pytest.raises(DataError, match=message):
-            shaped(images, f"{lines[0]}\n{spoilt}", "metadata.jsonl")
+            load_table(images, f"{lines[0]}\n{spoilt}", "metadata.jsonl")
 
 
 def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
     for seed, part in enumerate(("train", "test")):
-        folder = draw(tmp_path / "set" / part, "x", colours=("red",), count=6, seed=seed) / "x"
+        folder = draw_images(tmp_path / "set" / part, "x", colours=("red",), count=6, seed=seed) / "x"
         lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
         (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
         for file in folder.iterdir():
@@ -407,7 +411,7 @@ def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
 
 
 def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
-    draw(tmp_path / "set", "train", "val", colours=("red", "blue"))
+    draw_images(tmp_path / "set", "train", "val", colours=("red", "blue"))
     (tmp_path / "set" / "classes.csv").write_text("number,word\n1,cat")
     with pytest.raises(
         DataError, match=r"right in train/ and val/: .*; the CSV file there does not say them"
@@ -417,11 +421,11 @@ def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
 
 def test_a_contest_s_files_are_told_apart(images: Path) -> None:
     """Its test has no labels, and its example of an answer is none."""
-    (images / "train.csv").write_text(table("image_id,label", "{id},{label}"))
+    (images / "train.csv").write_text(format_table("image_id,label", "{id},{label}"))
     (images / "test.csv").write_text("image_id,width\n90,1\n91,2")
     (images / "sample_submission.csv").write_text("image_id,label\n90,red")
     data = load_dataset(images, size=16, validation=0.2, seed=0)
-    assert len(told(data)) == 15
+    assert len(targets_by_name(data)) == 15
     (images / "more.csv").write_text("image_id,label\n90,red")
     (images / "train.csv").rename(images / "labels.csv")
     with pytest.raises(
@@ -432,6 +436,6 @@ def test_a_contest_s_files_are_told_apart(images: Path) -> None:
 
 def test_a_file_that_cannot_be_decoded_is_skipped(images: Path) -> None:
     (images / "pictures" / "07.png").write_bytes(b"")
-    data = read(images, ["path,label", *rows()])
+    data = load_csv(images, ["path,label", *make_rows()])
     assert data.unreadable_files == ("pictures/07.png: the image is empty",)
-    assert len(told(data)) == 14
+    assert len(targets_by_name(data)) == 14

@@ -26,31 +26,35 @@ from fovea.model.data.decoding import MAX_PIXELS
 from fovea.model.data.pixels import Pixels
 from fovea.service.artifact.contract import PixelPath, Task
 from fovea.service.inference.preprocess import decode_image
-from tests.pictures import encode, jpeg, picture
-from tests.training import draw, whole
+from tests.pictures import draw_picture, encode_image, make_jpeg
+from tests.training import draw_images, stack_pixels
 
 
-def read(source: Path | None, *, size: int | None = 16, validation: float = 0.2, seed: int = 0) -> Dataset:
+def read_dataset(
+    source: Path | None, *, size: int | None = 16, validation: float = 0.2, seed: int = 0
+) -> Dataset:
     return load_dataset(source, size=size, validation=validation, seed=seed)
 
 
-def archive(folder: Path, target: Path, mode: str = "w:gz") -> Path:
+def make_archive(folder: Path, target: Path, mode: str = "w:gz") -> Path:
     """`folder` as a tar archive."""
     with tarfile.open(target, mode, format=tarfile.GNU_FORMAT) as file:  # type: ignore[call-overload]  # the mode is a variable
         file.add(folder, folder.name)
     return target
 
 
-def contents(pixels: Pixels) -> list[bytes]:
+def image_contents(pixels: Pixels) -> list[bytes]:
     """Each image as a value that can be compared."""
-    return [image.numpy().tobytes() for image in whole(pixels)]
+    return [image.numpy().tobytes() for image in stack_pixels(pixels)]
 
 
-def everything(data: Dataset) -> list[tuple[int, bytes]]:
+def all_examples(data: Dataset) -> list[tuple[int, bytes]]:
     """Label and pixels of all images, in no particular order."""
     parts = (data.train, data.validation, data.test)
     return sorted(
-        pair for part in parts for pair in zip(part.targets.tolist(), contents(part.pixels), strict=True)
+        pair
+        for part in parts
+        for pair in zip(part.targets.tolist(), image_contents(part.pixels), strict=True)
     )
 
 
@@ -58,36 +62,38 @@ def everything(data: Dataset) -> list[tuple[int, bytes]]:
 
 
 def test_labels_are_the_names_of_the_folders(tmp_path: Path) -> None:
-    data = read(draw(tmp_path / "squares"))
+    data = read_dataset(draw_images(tmp_path / "squares"))
     assert (data.name, data.labels) == ("squares", ("blue", "green", "red"))
     assert data.geometry == square_geometry(16)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 0)
     for examples in (data.train, data.validation):
-        assert (whole(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
-        brightest = whole(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
+        assert (stack_pixels(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
+        brightest = (
+            stack_pixels(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)
+        )  # 0 is red, 2 is blue
         assert torch.equal(examples.targets, 2 - brightest)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("w", "set.tar"), ("w:gz", "set.tar.gz"), ("w:gz", "anything")])
 def test_an_archive_is_the_folder_that_is_in_it(tmp_path: Path, mode: str, name: str) -> None:
-    folder = draw(tmp_path / "squares")
-    packed = read(archive(folder, tmp_path / name, mode))
+    folder = draw_images(tmp_path / "squares")
+    packed = read_dataset(make_archive(folder, tmp_path / name, mode))
     assert packed.name == name
     assert packed.labels == ("blue", "green", "red")
-    assert everything(packed) == everything(read(folder))
+    assert all_examples(packed) == all_examples(read_dataset(folder))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> None:
-    draw(tmp_path / "squares" / "train", count=4)
-    draw(tmp_path / "squares" / "test", count=2, seed=1)
+    draw_images(tmp_path / "squares" / "train", count=4)
+    draw_images(tmp_path / "squares" / "test", count=2, seed=1)
     source = tmp_path / "squares"
-    data = read(archive(source, tmp_path / "squares.tar") if packed else source)
+    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if packed else source)
     assert data.labels == ("blue", "green", "red")
     assert data.test.targets.tolist() == [0, 0, 1, 1, 2, 2]
-    test = read(tmp_path / "squares" / "test", validation=0.5)
-    assert everything(test) == sorted(
-        zip(data.test.targets.tolist(), contents(data.test.pixels), strict=True)
+    test = read_dataset(tmp_path / "squares" / "test", validation=0.5)
+    assert all_examples(test) == sorted(
+        zip(data.test.targets.tolist(), image_contents(data.test.pixels), strict=True)
     )
     assert sorted(data.test.names)[0].endswith("test/blue/0.png")
     assert len(data.train) + len(data.validation) == 12
@@ -96,43 +102,43 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> 
 def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
     """Each through `service.inference.preprocess.decode_image`, whatever its format and shape."""
     files = {
-        "photo.jpg": jpeg(
+        "photo.jpg": make_jpeg(
             200, 150, seed=1, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
         ),
-        "grey.PNG": encode(picture(40, 30, 2).convert("L"), "PNG"),
-        "strip.webp": encode(picture(90, 17, 3), "WEBP"),
-        "late.gif": encode(picture(20, 44, 4).quantize(16), "GIF"),
+        "grey.PNG": encode_image(draw_picture(40, 30, 2).convert("L"), "PNG"),
+        "strip.webp": encode_image(draw_picture(90, 17, 3), "WEBP"),
+        "late.gif": encode_image(draw_picture(20, 44, 4).quantize(16), "GIF"),
     }
-    draw(tmp_path / "set", "blue")
+    draw_images(tmp_path / "set", "blue")
     (tmp_path / "set" / "any").mkdir()
     for name, content in files.items():
         (tmp_path / "set" / "any" / name).write_bytes(content)
-    data = read(tmp_path / "set", size=24)
+    data = read_dataset(tmp_path / "set", size=24)
     expected = sorted(
         decode_image(content, square_geometry(24), max_pixels=MAX_PIXELS).pixels.tobytes()
         for content in files.values()
     )
-    assert [pixels for target, pixels in everything(data) if target == 0] == expected
+    assert [pixels for target, pixels in all_examples(data) if target == 0] == expected
     assert data.geometry.pixel_path is PixelPath.FAST
 
 
 def test_files_that_are_no_images_or_have_no_label_are_passed_over(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    before = everything(read(folder))
+    folder = draw_images(tmp_path / "squares")
+    before = all_examples(read_dataset(folder))
     (folder / "cover.png").write_bytes((folder / "red" / "0.png").read_bytes())
     (folder / "red" / "notes.txt").write_text("not an image")
-    after = read(folder)
-    assert everything(after) == before
+    after = read_dataset(folder)
+    assert all_examples(after) == before
     assert after.labels == ("blue", "green", "red")
 
 
 def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     whole = (folder / "red" / "0.png").read_bytes()
     (folder / "red" / "0.png").write_bytes(whole[: len(whole) // 2])
     (folder / "blue" / "3.png").write_bytes(b"")
     (folder / "green" / "9.jpg").write_text("hello")
-    data = read(folder)
+    data = read_dataset(folder)
     assert [line.split(":")[0] for line in data.unreadable_files] == [
         "blue/3.png",
         "green/9.jpg",
@@ -144,62 +150,62 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
 
 
 def test_two_labels_are_a_binary_task(tmp_path: Path) -> None:
-    assert read(draw(tmp_path / "two", "blue", "red")).task is Task.BINARY
-    assert read(draw(tmp_path / "three")).task is Task.MULTICLASS
+    assert read_dataset(draw_images(tmp_path / "two", "blue", "red")).task is Task.BINARY
+    assert read_dataset(draw_images(tmp_path / "three")).task is Task.MULTICLASS
 
 
 def test_what_systems_leave_in_folders_is_passed_over_in_silence(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    before = read(folder)
+    folder = draw_images(tmp_path / "squares")
+    before = read_dataset(folder)
     for name in ("red/.DS_Store", "red/._0.png", ".cache/0.png", "__MACOSX/red/0.png", "red/Thumbs.db"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\0\5\x16\7")
-    for data in (read(folder), read(archive(folder, tmp_path / "squares.tar"))):
-        assert (everything(data), data.labels, data.unreadable_files) == (
-            everything(before),
+    for data in (read_dataset(folder), read_dataset(make_archive(folder, tmp_path / "squares.tar"))):
+        assert (all_examples(data), data.labels, data.unreadable_files) == (
+            all_examples(before),
             before.labels,
             (),
         )
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
-    pool = draw(tmp_path / "pool")
+    pool = draw_images(tmp_path / "pool")
     folder = tmp_path / "linked"
     for label in ("blue", "green"):
         (folder / label).mkdir(parents=True)
         for file in (pool / label).iterdir():
             (folder / label / file.name).symlink_to(file)
     (folder / "red").symlink_to(pool / "red")
-    expected = everything(read(pool))
+    expected = all_examples(read_dataset(pool))
     (folder / "blue" / "up").symlink_to(folder)
     (folder / "blue" / "itself.png").symlink_to(folder / "blue" / "itself.png")
     (folder / "blue" / "gone.png").symlink_to(pool / "gone.png")
-    assert everything(read(folder)) == expected
-    assert everything(read(folder)) == expected
+    assert all_examples(read_dataset(folder)) == expected
+    assert all_examples(read_dataset(folder)) == expected
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_links_in_an_archive_are_followed(tmp_path: Path, symbolic: bool, mode: str) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     for label in ("blue", "red"):
         other = folder / label / "copy.png"
         if symbolic:
             other.symlink_to("0.png")
         else:
             other.hardlink_to(folder / label / "0.png")
-    packed = read(archive(folder, tmp_path / "set.tar", mode))
-    assert len(everything(packed)) == 17
-    assert everything(packed) == everything(read(folder))
+    packed = read_dataset(make_archive(folder, tmp_path / "set.tar", mode))
+    assert len(all_examples(packed)) == 17
+    assert all_examples(packed) == all_examples(read_dataset(folder))
 
 
 def test_of_two_files_of_one_name_in_an_archive_the_later_counts(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    path = archive(folder, tmp_path / "set.tar", "w")
+    folder = draw_images(tmp_path / "squares")
+    path = make_archive(folder, tmp_path / "set.tar", "w")
     (folder / "red" / "0.png").write_bytes((folder / "red" / "1.png").read_bytes())
     with tarfile.open(path, "a") as file:
         file.add(folder / "red" / "0.png", "squares/red/0.png")
-    assert everything(read(path)) == everything(read(folder))
+    assert all_examples(read_dataset(path)) == all_examples(read_dataset(folder))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -221,27 +227,29 @@ def test_the_size_follows_from_the_images(
     """The shorter sides count, each label with images of its own; one file has no size."""
     labels = ("blue", "red")
     for number, side in enumerate(sides):
-        draw(tmp_path / "set" / str(number), *labels, side=side, count=2)
-        wide = encode(picture(3 * side, side, number), "PNG")
+        draw_images(tmp_path / "set" / str(number), *labels, side=side, count=2)
+        wide = encode_image(draw_picture(3 * side, side, number), "PNG")
         (tmp_path / "set" / str(number) / "red" / "0.png").write_bytes(wide)
     (tmp_path / "set" / "0" / "red" / "hole.png").write_bytes(b"GIF89a")
     source = tmp_path / "set"
-    data = read(archive(source, tmp_path / "set.tar.gz") if packed else source, size=None)
+    data = read_dataset(make_archive(source, tmp_path / "set.tar.gz") if packed else source, size=None)
     assert data.geometry == square_geometry(chosen)
     assert data.train.pixels.shape[1:] == (chosen, chosen, 3)
 
 
 def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
     """In more images than one thread reads at a time, the names stay with their pixels."""
-    folder = draw(tmp_path / "squares", count=70)
+    folder = draw_images(tmp_path / "squares", count=70)
     broken = {f"{label}/{number}.png" for label in ("blue", "red") for number in range(0, 70, 7)}
     for name in broken:
         (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n")
-    data = read(folder)
+    data = read_dataset(folder)
     assert {line.split(":")[0] for line in data.unreadable_files} == broken
     parts = (data.train, data.validation, data.conformal)
     named = {
-        name: image for part in parts for name, image in zip(part.names, contents(part.pixels), strict=True)
+        name: image
+        for part in parts
+        for name, image in zip(part.names, image_contents(part.pixels), strict=True)
     }
     assert len(named) == 190
     for name in ("blue/1.png", "green/0.png", "red/69.png"):
@@ -252,90 +260,90 @@ def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
 
 
 def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xff.png"))
-    data = read(folder)
+    data = read_dataset(folder)
     assert "red/?.png" in data.train.names + data.validation.names
     (folder / "red").rename(folder / os.fsdecode(b"r\xffd"))
     with pytest.raises(DataError, match="is not UTF-8; rename it"):
-        read(folder)
+        read_dataset(folder)
 
 
 def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
     folder = tmp_path / "squares"
     for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # no noise twice
-        draw(folder, label, count=count, seed=seed)
-    data = read(folder)
+        draw_images(folder, label, count=count, seed=seed)
+    data = read_dataset(folder)
     assert data.label_counts == (3, 3, 11)
     assert data.warnings == ("labels are unequal, 3.7 : 1: 11 images of 'red' to train on, 3 of 'blue'",)
     for file in list((folder / "red").iterdir())[:4]:
         file.unlink()
-    assert read(folder).label_counts == (3, 3, 8)
-    assert read(folder).warnings == ()
+    assert read_dataset(folder).label_counts == (3, 3, 8)
+    assert read_dataset(folder).warnings == ()
 
 
 def test_the_folder_at_hand_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(draw(tmp_path / "squares"))
-    assert read(Path()).name == "squares"
+    monkeypatch.chdir(draw_images(tmp_path / "squares"))
+    assert read_dataset(Path()).name == "squares"
 
 
 # --- what cannot be used -------------------------------------------------------------------------
 
 
-def nothing(folder: Path) -> Path:
+def make_empty_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 
 
-def all_unreadable(folder: Path) -> Path:
-    for file in draw(folder).rglob("*.png"):
+def make_all_unreadable(folder: Path) -> Path:
+    for file in draw_images(folder).rglob("*.png"):
         file.write_bytes(b"GIF89a")
     return folder
 
 
-def one_image(folder: Path) -> Path:
-    for file in list(draw(folder).glob("red/*.png"))[1:]:
+def leave_one_image(folder: Path) -> Path:
+    for file in list(draw_images(folder).glob("red/*.png"))[1:]:
         file.unlink()
     return folder
 
 
-def one_readable(folder: Path) -> Path:
-    for file in list(draw(folder).glob("red/*.png")):
+def leave_one_readable(folder: Path) -> Path:
+    for file in list(draw_images(folder).glob("red/*.png")):
         if file.name != "0.png":
             file.write_bytes(b"GIF89a")
     return folder
 
 
-def one_picture(folder: Path) -> Path:
+def repeat_one_picture(folder: Path) -> Path:
     for label in ("blue", "red"):
-        for file in draw(folder, label).glob(f"{label}/*.png"):
+        for file in draw_images(folder, label).glob(f"{label}/*.png"):
             file.write_bytes((folder / label / "0.png").read_bytes())
     return folder
 
 
-def text_file(path: Path) -> Path:
+def write_text_file(path: Path) -> Path:
     path.write_text("red, green, blue\n" * 100)
     return path
 
 
-def truncated(path: Path) -> Path:
-    whole = archive(draw(path.parent / "squares"), path).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+def write_truncated(path: Path) -> Path:
+    content = make_archive(draw_images(path.parent / "squares"), path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     return path
 
 
-def damaged_header(path: Path) -> Path:
+def write_damaged_header(path: Path) -> Path:
     """A plain archive in which one member's header is not one."""
-    content = archive(draw(path.parent / "squares"), path, "w").read_bytes()
+    content = make_archive(draw_images(path.parent / "squares"), path, "w").read_bytes()
     path.write_bytes(content.replace(b"squares/green/2.png", b"squares/green/2.xxx", 1))
     return path
 
 
-def corrupt(path: Path) -> Path:
+def write_corrupt(path: Path) -> Path:
     """Random bytes from the middle on."""
-    whole = archive(draw(path.parent / "squares"), path).read_bytes()
-    half = len(whole) // 2
-    path.write_bytes(whole[:half] + np.random.default_rng(0).bytes(half))
+    content = make_archive(draw_images(path.parent / "squares"), path).read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[:half] + np.random.default_rng(0).bytes(half))
     return path
 
 
@@ -343,25 +351,28 @@ def corrupt(path: Path) -> Path:
     ("make", "message"),
     [
         (lambda path: path, "there is no "),
-        (nothing, "at least two; found none"),
-        (lambda path: draw(path, "red"), "at least two; found only 'red'"),
-        (lambda path: draw(path, "train", "test", colours=("red", "blue")), "right in train/ and test/"),
-        (lambda path: draw(path / "test").parent, "label 'blue' has 0 readable images to train on"),
-        (one_image, "label 'red' has 1 readable images to train on; at least 2 are needed$"),
-        (one_readable, "label 'red' has 1 .* needed; 4 files cannot be read, such as red/1.png: "),
-        (all_unreadable, "none of the 15 images of source can be read: blue/0.png: the GIF image"),
-        (one_picture, "each label of source has copies of one image alone"),
-        (text_file, "neither a folder nor a tar archive"),
-        (truncated, "neither a folder nor a tar archive"),
-        (damaged_header, "cut short or damaged"),
-        (corrupt, "neither a folder nor a tar archive"),
+        (make_empty_folder, "at least two; found none"),
+        (lambda path: draw_images(path, "red"), "at least two; found only 'red'"),
+        (
+            lambda path: draw_images(path, "train", "test", colours=("red", "blue")),
+            "right in train/ and test/",
+        ),
+        (lambda path: draw_images(path / "test").parent, "label 'blue' has 0 readable images to train on"),
+        (leave_one_image, "label 'red' has 1 readable images to train on; at least 2 are needed$"),
+        (leave_one_readable, "label 'red' has 1 .* needed; 4 files cannot be read, such as red/1.png: "),
+        (make_all_unreadable, "none of the 15 images of source can be read: blue/0.png: the GIF image"),
+        (repeat_one_picture, "each label of source has copies of one image alone"),
+        (write_text_file, "neither a folder nor a tar archive"),
+        (write_truncated, "neither a folder nor a tar archive"),
+        (write_damaged_header, "cut short or damaged"),
+        (write_corrupt, "neither a folder nor a tar archive"),
     ],
 )
 def test_data_that_cannot_be_used_are_refused_in_a_sentence(
     tmp_path: Path, make: Callable[[Path], Path], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        read(make(tmp_path / "source"))
+        read_dataset(make(tmp_path / "source"))
 
 
 # --- hold-out ------------------------------------------------------------------------------------
@@ -369,23 +380,24 @@ def test_data_that_cannot_be_used_are_refused_in_a_sentence(
 
 @pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.5, 5)])
 def test_the_same_part_of_every_label_is_held_out(tmp_path: Path, fraction: float, held: int) -> None:
-    data = read(draw(tmp_path / "squares", count=10), validation=fraction)
+    data = read_dataset(draw_images(tmp_path / "squares", count=10), validation=fraction)
     assert data.validation.targets.bincount().tolist() == [(held + 1) // 2] * 3
     assert data.conformal.targets.bincount(minlength=3).tolist() == [held // 2] * 3
     assert data.train.targets.bincount().tolist() == [10 - held] * 3
 
 
 def test_no_image_is_both_trained_on_and_held_out_and_none_is_lost(tmp_path: Path) -> None:
-    data = read(draw(tmp_path / "squares", count=8), validation=0.5)
-    parts = [set(contents(part.pixels)) for part in (data.train, data.validation, data.conformal)]
+    data = read_dataset(draw_images(tmp_path / "squares", count=8), validation=0.5)
+    parts = [set(image_contents(part.pixels)) for part in (data.train, data.validation, data.conformal)]
     assert [len(part) for part in parts] == [12, 6, 6]
     assert len(set.union(*parts)) == 24
 
 
 def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares", count=10)
+    folder = draw_images(tmp_path / "squares", count=10)
     first, again, other = (
-        set(contents(read(folder, validation=0.5, seed=seed).validation.pixels)) for seed in (3, 3, 4)
+        set(image_contents(read_dataset(folder, validation=0.5, seed=seed).validation.pixels))
+        for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -416,16 +428,16 @@ def test_the_cifar_10_release_is_read_with_its_colours_and_labels(
     tmp_path: Path, release: tuple[Path, Tensor], packed: bool
 ) -> None:
     folder, pixels = release
-    data = read(archive(folder, tmp_path / "release.tar.gz") if packed else folder, size=32)
+    data = read_dataset(make_archive(folder, tmp_path / "release.tar.gz") if packed else folder, size=32)
     assert (data.name, data.labels, data.geometry) == ("CIFAR-10", cifar10.LABELS, square_geometry(32))
-    assert torch.equal(whole(data.test.pixels), pixels[5])
+    assert torch.equal(stack_pixels(data.test.pixels), pixels[5])
     assert data.test.targets.tolist() == list(range(10))
     assert data.validation.targets.bincount().tolist() == [1] * 10
     trained = sorted(
-        (label, contents(batch[label : label + 1])[0]) for batch in pixels[:5] for label in range(10)
+        (label, image_contents(batch[label : label + 1])[0]) for batch in pixels[:5] for label in range(10)
     )
-    tested = list(zip(data.test.targets.tolist(), contents(data.test.pixels), strict=True))
-    assert everything(data) == sorted(trained + tested)
+    tested = list(zip(data.test.targets.tolist(), image_contents(data.test.pixels), strict=True))
+    assert all_examples(data) == sorted(trained + tested)
 
 
 def test_without_a_source_the_downloaded_release_is_read(
@@ -433,27 +445,27 @@ def test_without_a_source_the_downloaded_release_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    archive(release[0], Path("data/cifar-10-binary.tar.gz"))
-    assert torch.equal(whole(read(None, size=None).test.pixels), release[1][5])
+    make_archive(release[0], Path("data/cifar-10-binary.tar.gz"))
+    assert torch.equal(stack_pixels(read_dataset(None, size=None).test.pixels), release[1][5])
 
 
 def test_an_incomplete_release_is_refused(release: tuple[Path, Tensor]) -> None:
     file = release[0] / "data_batch_3.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="incomplete"):
-        read(release[0], size=32)
+        read_dataset(release[0], size=32)
 
 
 def test_a_release_with_a_label_that_it_does_not_have_is_refused(release: tuple[Path, Tensor]) -> None:
     file = release[0] / "data_batch_3.bin"
     file.write_bytes(b"\x0a" + file.read_bytes()[1:])
     with pytest.raises(DataError, match="is damaged: it has a label 10"):
-        read(release[0], size=32)
+        read_dataset(release[0], size=32)
 
 
 def test_cifar_10_is_not_of_another_size(release: tuple[Path, Tensor]) -> None:
     with pytest.raises(DataError, match="CIFAR-10 is 32 x 32 px, not 64"):
-        read(release[0], size=64)
+        read_dataset(release[0], size=64)
 
 
 # --- download ------------------------------------------------------------------------------------
@@ -462,14 +474,14 @@ CONTENT = gzip.compress(np.random.default_rng(0).bytes(3 << 20))
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     """Serves a folder and writes no log."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
-class Garbage(StreamRequestHandler):
+class GarbageHandler(StreamRequestHandler):
     """Answers, but not in HTTP."""
 
     def handle(self) -> None:
@@ -477,7 +489,7 @@ class Garbage(StreamRequestHandler):
         self.wfile.write(b"who goes there?\r\n\r\n")
 
 
-class Short(StreamRequestHandler):
+class TruncatingHandler(StreamRequestHandler):
     """Promises all and sends half."""
 
     def handle(self) -> None:
@@ -488,15 +500,17 @@ class Short(StreamRequestHandler):
 
 
 @contextmanager
-def serving(handler: Callable[..., BaseRequestHandler], server: type[TCPServer] = TCPServer) -> Iterator[str]:
+def run_server(
+    handler: Callable[..., BaseRequestHandler], server: type[TCPServer] = TCPServer
+) -> Iterator[str]:
     """A server on a free port; gives the address of `set.tar.gz` on it."""
-    with server(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+    with server(("127.0.0.1", 0), handler) as tcp_server:
+        thread = threading.Thread(target=tcp_server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{running.server_address[1]}/set.tar.gz"
+            yield f"http://127.0.0.1:{tcp_server.server_address[1]}/set.tar.gz"
         finally:
-            running.shutdown()
+            tcp_server.shutdown()
             thread.join()
 
 
@@ -516,7 +530,7 @@ def served(tmp_path: Path) -> Path:
 
 def test_a_download_is_checked_kept_and_not_made_twice(tmp_path: Path, served: Path) -> None:
     folder = tmp_path / "deep" / "data"
-    with serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url:
+    with run_server(partial(QuietHandler, directory=str(served)), ThreadingHTTPServer) as url:
         first = cifar10.download_release(folder, url, SHA256)
     assert first == folder / "set.tar.gz"
     assert first.read_bytes() == CONTENT
@@ -527,7 +541,7 @@ def test_a_download_is_checked_kept_and_not_made_twice(tmp_path: Path, served: P
 
 def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) -> None:
     with (
-        serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url,
+        run_server(partial(QuietHandler, directory=str(served)), ThreadingHTTPServer) as url,
         pytest.raises(DataError, match=f"has SHA-256 {SHA256}, not {'0' * 64}"),
     ):
         cifar10.download_release(tmp_path / "data", url, "0" * 64)
@@ -537,15 +551,15 @@ def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) 
 @pytest.mark.parametrize(
     ("handler", "message"),
     [
-        (Garbage, "cannot download"),
-        (Short, "has SHA-256"),
-        (partial(Quiet, directory="/nowhere"), "cannot download .*404"),
+        (GarbageHandler, "cannot download"),
+        (TruncatingHandler, "has SHA-256"),
+        (partial(QuietHandler, directory="/nowhere"), "cannot download .*404"),
     ],
 )
 def test_a_server_that_fails_leaves_nothing(
     tmp_path: Path, handler: Callable[..., BaseRequestHandler], message: str
 ) -> None:
-    with serving(handler) as url, pytest.raises(DataError, match=message):
+    with run_server(handler) as url, pytest.raises(DataError, match=message):
         cifar10.download_release(tmp_path / "data", url, SHA256)
     assert not list((tmp_path / "data").iterdir())
 

@@ -12,52 +12,54 @@ from PIL import Image, ImageEnhance
 
 from fovea.model.data.dataset import Dataset, load_dataset
 from fovea.model.data.perceptual_hash import MAX_DISTANCE, Hashes, find_similar, hash_images
-from tests.pictures import encode, picture
-from tests.training import draw
+from tests.pictures import draw_picture, encode_image
+from tests.training import draw_images
 
 
-def read(folder: Path) -> Dataset:
+def read_dataset(folder: Path) -> Dataset:
     return load_dataset(folder, size=32, validation=0.3, seed=0)
 
 
-def paint(folder: Path, *parts: str, count: int = 10) -> Path:
+def draw_parts(folder: Path, *parts: str, count: int = 10) -> Path:
     """`folder/<part>/<label>/<number>.png`: pictures of two labels, no two alike."""
     for number, part in enumerate(parts):
         for label in ("cat", "dog"):
             (folder / part / label).mkdir(parents=True)
             for row in range(count):
                 seed = 1000 * number + 2 * row + (label == "dog")
-                (folder / part / label / f"{row}.png").write_bytes(encode(picture(100, 80, seed), "PNG"))
+                (folder / part / label / f"{row}.png").write_bytes(
+                    encode_image(draw_picture(100, 80, seed), "PNG")
+                )
     return folder
 
 
 # --- the hash ------------------------------------------------------------------------------------
 
 
-def hashed(*images: Image.Image) -> Hashes:
+def hash_pictures(*images: Image.Image) -> Hashes:
     return hash_images(np.stack([np.asarray(image.convert("RGB").resize((48, 48))) for image in images]))
 
 
-def distance(first: Image.Image, second: Image.Image) -> int:
-    left, right = hashed(first, second)
+def hash_distance(first: Image.Image, second: Image.Image) -> int:
+    left, right = hash_pictures(first, second)
     return int(np.bitwise_count(left ^ right))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_another_version_of_a_picture_is_alike(seed: int) -> None:
-    original = picture(160, 160, seed)
-    again = Image.open(io.BytesIO(encode(original, "JPEG", quality=60)))
+    original = draw_picture(160, 160, seed)
+    again = Image.open(io.BytesIO(encode_image(original, "JPEG", quality=60)))
     for other in (
         again,
         original.resize((70, 70)),
         ImageEnhance.Brightness(original).enhance(0.9),
         ImageEnhance.Contrast(original).enhance(0.8),
     ):
-        assert distance(original, other) <= MAX_DISTANCE
+        assert hash_distance(original, other) <= MAX_DISTANCE
 
 
 def test_other_pictures_are_not_alike() -> None:
-    hashes = hashed(*(picture(128, 128, seed) for seed in range(400)))
+    hashes = hash_pictures(*(draw_picture(128, 128, seed) for seed in range(400)))
     assert len(find_similar(hashes, hashes)) == 400  # each with itself
 
 
@@ -100,16 +102,16 @@ def test_few_of_all_pairs_are_compared() -> None:
 
 
 def test_a_set_without_copies_is_not_warned_of(tmp_path: Path) -> None:
-    assert read(paint(tmp_path / "set", "train", "test")).warnings == ()
-    assert read(draw(tmp_path / "squares", count=10)).warnings == ()
+    assert read_dataset(draw_parts(tmp_path / "set", "train", "test")).warnings == ()
+    assert read_dataset(draw_images(tmp_path / "squares", count=10)).warnings == ()
 
 
 def test_a_file_that_is_in_the_test_too_is_named(tmp_path: Path) -> None:
-    folder = paint(tmp_path / "set", "train", "test")
+    folder = draw_parts(tmp_path / "set", "train", "test")
     for row in range(5):
         content = (folder / "train" / "cat" / f"{row}.png").read_bytes()
         (folder / "test" / "cat" / f"{row}.png").write_bytes(content)
-    data = read(folder)
+    data = read_dataset(folder)
     trained = [row for row in range(5) if f"train/cat/{row}.png" in data.train.names]
     assert len(trained) > 3
     first = f"train/cat/{trained[0]}.png = test/cat/{trained[0]}.png"
@@ -121,24 +123,24 @@ def test_a_file_that_is_in_the_test_too_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["test", "held-out"])
 def test_a_picture_that_is_there_in_another_version_is_named(tmp_path: Path, part: str) -> None:
-    folder = paint(tmp_path / "set", "train", "test")
+    folder = draw_parts(tmp_path / "set", "train", "test")
     if part == "test":
         held = "test/cat/3.png"
     else:
-        held = next(name for name in read(folder).validation.names if "cat" in name)
-    row = next(name for name in read(folder).train.names if "cat" in name)
-    (folder / held).write_bytes(encode(Image.open(folder / row), "JPEG", quality=70))
+        held = next(name for name in read_dataset(folder).validation.names if "cat" in name)
+    row = next(name for name in read_dataset(folder).train.names if "cat" in name)
+    (folder / held).write_bytes(encode_image(Image.open(folder / row), "JPEG", quality=70))
     expected = (
         f"1 {part} image is nearly one that is trained on, which makes figures too good: {row} = {held}"
     )
-    assert read(folder).warnings == (expected,)
+    assert read_dataset(folder).warnings == (expected,)
 
 
 def test_one_file_under_two_labels_is_a_contradiction(tmp_path: Path) -> None:
-    folder = paint(tmp_path / "set", "train")
+    folder = draw_parts(tmp_path / "set", "train")
     content = (folder / "train" / "cat" / "2.png").read_bytes()
     (folder / "train" / "dog" / "7.png").write_bytes(content)
-    warnings = read(folder).warnings
+    warnings = read_dataset(folder).warnings
     assert warnings[0] == (
         "1 image is there under other labels too, byte for byte: train/cat/2.png = train/dog/7.png"
     )
@@ -151,4 +153,4 @@ def test_a_whole_set_of_flat_images_is_not_warned_of(tmp_path: Path) -> None:
         for row in range(20):
             pixels = random.normal(level, 2, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "set" / label / f"{row}.png")
-    assert read(tmp_path / "set").warnings == ()
+    assert read_dataset(tmp_path / "set").warnings == ()

@@ -12,13 +12,13 @@ from fovea.model.data.parts import parse_part
 TRAIN, VALIDATION, TEST = Part
 
 
-def arranged(*folders: str, depth: int | None = None) -> FolderLayout:
+def make_arrangement(*folders: str, depth: int | None = None) -> FolderLayout:
     """Two images in each of the folders."""
     above = [f"{folder}/" if folder else "" for folder in folders]
     return detect_layout([f"{folder}{number}.png" for folder in above for number in (0, 1)], depth)
 
 
-def meanings(arrangement: FolderLayout) -> set[tuple[str, Part]]:
+def placement_set(arrangement: FolderLayout) -> set[tuple[str, Part]]:
     return {(placement.label, placement.part) for placement in arrangement.placements.values()}
 
 
@@ -56,8 +56,8 @@ def test_parts_are_known_at_the_top_or_folders_down(
     above: str, names: tuple[str, ...], parts: tuple[Part, ...]
 ) -> None:
     folders = [f"{above}{name}/{label}" for name in names for label in ("cat", "dog")]
-    arrangement = arranged(*folders)
-    assert meanings(arrangement) == {(label, part) for part in parts for label in ("cat", "dog")}
+    arrangement = make_arrangement(*folders)
+    assert placement_set(arrangement) == {(label, part) for part in parts for label in ("cat", "dog")}
     assert not arrangement.skipped_images
     assert not arrangement.notes
     wheres = {placement.part_folder for placement in arrangement.placements.values()}
@@ -65,30 +65,34 @@ def test_parts_are_known_at_the_top_or_folders_down(
 
 
 def test_parts_may_be_below_the_labels() -> None:
-    arrangement = arranged("x/cat/train", "x/cat/val", "x/dog/train", "x/dog/val")
-    assert meanings(arrangement) == {
+    arrangement = make_arrangement("x/cat/train", "x/cat/val", "x/dog/train", "x/dog/val")
+    assert placement_set(arrangement) == {
         (label, part) for label in ("cat", "dog") for part in (TRAIN, VALIDATION)
     }
     assert {placement.part_folder for placement in arrangement.placements.values()} == {"…/train/", "…/val/"}
 
 
 def test_a_test_folder_beside_the_labels_is_a_part_where_it_has_the_same_labels() -> None:
-    assert meanings(arranged("cat", "dog", "test/cat", "test/dog")) == {
+    assert placement_set(make_arrangement("cat", "dog", "test/cat", "test/dog")) == {
         ("cat", TRAIN), ("dog", TRAIN), ("cat", TEST), ("dog", TEST),
     }  # fmt: skip
 
 
 def test_a_whole_set_in_a_folder_test_keeps_its_parts() -> None:
-    arrangement = arranged("test/train/cat", "test/train/dog", "test/val/cat")
-    assert meanings(arrangement) == {("cat", TRAIN), ("dog", TRAIN), ("cat", VALIDATION)}
+    arrangement = make_arrangement("test/train/cat", "test/train/dog", "test/val/cat")
+    assert placement_set(arrangement) == {("cat", TRAIN), ("dog", TRAIN), ("cat", VALIDATION)}
 
 
 def test_a_vehicle_is_a_label_and_that_is_said() -> None:
-    arrangement = arranged("bus", "car", "train")
-    assert meanings(arrangement) == {("bus", TRAIN), ("car", TRAIN), ("train", TRAIN)}
+    arrangement = make_arrangement("bus", "car", "train")
+    assert placement_set(arrangement) == {("bus", TRAIN), ("car", TRAIN), ("train", TRAIN)}
     assert arrangement.notes == ("train/ is taken for a label, since it lies among labels: bus/, car/",)
-    both = arranged(*(f"{part}/{label}" for part in ("train", "test") for label in ("bus", "car", "train")))
-    assert meanings(both) == {(label, part) for part in (TRAIN, TEST) for label in ("bus", "car", "train")}
+    both = make_arrangement(
+        *(f"{part}/{label}" for part in ("train", "test") for label in ("bus", "car", "train"))
+    )
+    assert placement_set(both) == {
+        (label, part) for part in (TRAIN, TEST) for label in ("bus", "car", "train")
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,8 +105,8 @@ def test_a_vehicle_is_a_label_and_that_is_said() -> None:
     ],
 )  # fmt: skip
 def test_folders_beside_the_parts_are_left_out_and_named(folders: tuple[str, ...], stray: str) -> None:
-    arrangement = arranged(*folders)
-    assert {label for label, _ in meanings(arrangement)} <= {"cat", "dog", "x"}
+    arrangement = make_arrangement(*folders)
+    assert {label for label, _ in placement_set(arrangement)} <= {"cat", "dog", "x"}
     assert {kind for kind, _ in arrangement.skipped_images.values()} == {stray}
     assert all(
         "the folder is in no part: it lies beside " in why for _, why in arrangement.skipped_images.values()
@@ -110,11 +114,11 @@ def test_folders_beside_the_parts_are_left_out_and_named(folders: tuple[str, ...
 
 
 def test_unknown_folders_above_the_labels_are_named() -> None:
-    arrangement = arranged("animals/cat", "animals/dog", "plants/rose")
-    assert {label for label, _ in meanings(arrangement)} == {"cat", "dog", "rose"}
+    arrangement = make_arrangement("animals/cat", "animals/dog", "plants/rose")
+    assert {label for label, _ in placement_set(arrangement)} == {"cat", "dog", "rose"}
     (note,) = arrangement.notes
     assert note.endswith("are taken neither for labels nor for parts: animals/, plants/")
-    assert arranged("photos/cat", "photos/dog").notes == ()  # the set's own folder
+    assert make_arrangement("photos/cat", "photos/dog").notes == ()  # the set's own folder
 
 
 @pytest.mark.parametrize(
@@ -127,8 +131,8 @@ def test_unknown_folders_above_the_labels_are_named() -> None:
     ],
 )
 def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str, reason: str) -> None:
-    arrangement = arranged(*folders)
-    assert meanings(arrangement) == {("cat", TRAIN), ("dog", TRAIN)}
+    arrangement = make_arrangement(*folders)
+    assert placement_set(arrangement) == {("cat", TRAIN), ("dog", TRAIN)}
     assert set(arrangement.skipped_images.values()) == {(kind, reason)}
     assert len(arrangement.skipped_images) == 2
 
@@ -152,14 +156,14 @@ def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str
 )  # fmt: skip
 def test_what_can_be_read_in_two_ways_is_refused(folders: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        arranged(*folders)
+        make_arrangement(*folders)
 
 
 def test_the_user_may_say_which_folder_is_the_label() -> None:
-    deep = arranged("cat", "cat/tabby", "dog/puppies", "", depth=1)
-    assert meanings(deep) == {("cat", TRAIN), ("dog", TRAIN)}
+    deep = make_arrangement("cat", "cat/tabby", "dog/puppies", "", depth=1)
+    assert placement_set(deep) == {("cat", TRAIN), ("dog", TRAIN)}
     assert set(deep.skipped_images.values()) == {("at the top", "images above folder 1 have no label")}
-    split = arranged("train/cat/tabby", "train/dog", "test/dog", depth=2)
-    assert meanings(split) == {("cat", TRAIN), ("dog", TRAIN), ("dog", TEST)}
-    named = arranged("test", "train", "eval", depth=1)
-    assert meanings(named) == {("test", TRAIN), ("train", TRAIN), ("eval", TRAIN)}
+    split = make_arrangement("train/cat/tabby", "train/dog", "test/dog", depth=2)
+    assert placement_set(split) == {("cat", TRAIN), ("dog", TRAIN), ("dog", TEST)}
+    named = make_arrangement("test", "train", "eval", depth=1)
+    assert placement_set(named) == {("test", TRAIN), ("train", TRAIN), ("eval", TRAIN)}

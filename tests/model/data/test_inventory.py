@@ -18,20 +18,20 @@ from fovea.model.data import decoding
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.inventory import Inventory, Part
-from tests.model.data.test_dataset import archive, contents, everything
-from tests.pictures import encode, picture
-from tests.training import draw
+from tests.model.data.test_dataset import all_examples, image_contents, make_archive
+from tests.pictures import draw_picture, encode_image
+from tests.training import draw_images
 
 
-def read(source: Path, **more: Any) -> Dataset:
-    return load_dataset(source, **{"size": 16, "validation": 0.2, "seed": 0, **more})
+def read_dataset(source: Path, **options: Any) -> Dataset:
+    return load_dataset(source, **{"size": 16, "validation": 0.2, "seed": 0, **options})
 
 
-def used(data: Dataset) -> int:
+def count_used(data: Dataset) -> int:
     return sum(map(len, (data.train, data.validation, data.conformal, data.test)))
 
 
-def left_out(data: Dataset) -> dict[str, int]:
+def count_skipped(data: Dataset) -> dict[str, int]:
     """How many files of each kind."""
     counts: Counter[str] = Counter()
     for group in data.inventory.skipped_files:
@@ -39,10 +39,13 @@ def left_out(data: Dataset) -> dict[str, int]:
     return dict(counts)
 
 
-def require_sum(data: Dataset) -> None:
-    assert data.inventory.file_count == used(data) + len(data.unreadable_files) + data.inventory.skipped_count
+def assert_sum(data: Dataset) -> None:
+    assert (
+        data.inventory.file_count
+        == count_used(data) + len(data.unreadable_files) + data.inventory.skipped_count
+    )
     assert data.description[0] == (
-        f"{data.inventory.file_count} files found: {used(data)} images used, {len(data.unreadable_files)} that cannot "
+        f"{data.inventory.file_count} files found: {count_used(data)} images used, {len(data.unreadable_files)} that cannot "
         f"be read, {data.inventory.skipped_count} left out"
     )
 
@@ -56,16 +59,16 @@ def test_the_users_validation_part_is_what_is_held_out(
     tmp_path: Path, names: tuple[str, ...], packed: bool
 ) -> None:
     for seed, (name, count) in enumerate(zip(names, (6, 4, 3), strict=True)):
-        draw(tmp_path / "squares" / name, count=count, seed=seed)
+        draw_images(tmp_path / "squares" / name, count=count, seed=seed)
     source = tmp_path / "squares"
-    data = read(archive(source, tmp_path / "squares.tar") if packed else source)
+    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if packed else source)
     top = "squares/" if packed else ""
     for part, place in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
         assert {one.rsplit("/", 2)[0] for one in getattr(data, part).names} == {f"{top}{names[place]}"}
     assert [len(data.train), len(data.validation), len(data.conformal), len(data.test)] == [18, 6, 6, 9]
     for half in (data.validation, data.conformal):
         assert half.targets.bincount().tolist() == [2, 2, 2]
-    require_sum(data)
+    assert_sum(data)
     assert data.description[2] == (
         f"parts: {top}{names[0]}/: 18 images to train on; {top}{names[1]}/: 12 images held out; "
         f"{top}{names[2]}/: 9 images to test"
@@ -73,10 +76,11 @@ def test_the_users_validation_part_is_what_is_held_out(
 
 
 def test_the_halves_of_the_validation_part_follow_from_the_seed_alone(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "train", count=3)
-    draw(tmp_path / "set" / "val", count=10, seed=1)
+    draw_images(tmp_path / "set" / "train", count=3)
+    draw_images(tmp_path / "set" / "val", count=10, seed=1)
     first, again, other = (
-        read(tmp_path / "set", seed=seed, validation=share) for seed, share in ((3, 0.1), (3, 0.4), (4, 0.1))
+        read_dataset(tmp_path / "set", seed=seed, validation=share)
+        for seed, share in ((3, 0.1), (3, 0.4), (4, 0.1))
     )
     assert first.validation.names == again.validation.names
     assert first.train.names == other.train.names
@@ -86,39 +90,39 @@ def test_the_halves_of_the_validation_part_follow_from_the_seed_alone(tmp_path: 
 
 
 def test_one_image_of_a_label_is_enough_where_another_part_is_held_out(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "train", count=1)
-    draw(tmp_path / "set" / "val", "blue", "green", count=1, seed=1)
-    data = read(tmp_path / "set")
+    draw_images(tmp_path / "set" / "train", count=1)
+    draw_images(tmp_path / "set" / "val", "blue", "green", count=1, seed=1)
+    data = read_dataset(tmp_path / "set")
     assert (len(data.train), len(data.validation), len(data.conformal)) == (3, 2, 0)
     assert data.warnings[0] == "no held-out images of 1 label: red"
     for file in (tmp_path / "set" / "val").rglob("*.png"):
         file.write_bytes(b"GIF89a")
     with pytest.raises(DataError, match="no image of set that is for validation can be read"):
-        read(tmp_path / "set")
+        read_dataset(tmp_path / "set")
 
 
 def test_a_label_that_is_only_held_out_is_refused(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "train", "blue", "green")
-    draw(tmp_path / "set" / "val", seed=1)
+    draw_images(tmp_path / "set" / "train", "blue", "green")
+    draw_images(tmp_path / "set" / "val", seed=1)
     with pytest.raises(
         DataError, match="label 'red' has 0 readable images to train on; at least 1 is needed"
     ):
-        read(tmp_path / "set")
+        read_dataset(tmp_path / "set")
 
 
 def test_images_in_no_part_are_not_learned_and_named(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "train")
-    draw(tmp_path / "set" / "val", seed=1)
-    draw(tmp_path / "set" / "unlabeled", "blue", seed=2)
-    data = read(tmp_path / "set")
-    assert left_out(data) == {"in unlabeled/": 5}
-    require_sum(data)
+    draw_images(tmp_path / "set" / "train")
+    draw_images(tmp_path / "set" / "val", seed=1)
+    draw_images(tmp_path / "set" / "unlabeled", "blue", seed=2)
+    data = read_dataset(tmp_path / "set")
+    assert count_skipped(data) == {"in unlabeled/": 5}
+    assert_sum(data)
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def heic() -> bytes:
+def make_heic() -> bytes:
     """The beginning of an HEIC file."""
     return b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
@@ -127,34 +131,38 @@ def heic() -> bytes:
 def test_images_are_known_by_their_content(tmp_path: Path, packed: bool) -> None:
     folder = tmp_path / "set"
     files = {
-        "0.jfif": encode(picture(20, 20, 0), "JPEG"),
-        "1": encode(picture(20, 20, 1), "PNG"),
-        "2.JPG_large": encode(picture(20, 20, 2), "JPEG"),
-        "3.dat": encode(picture(20, 20, 3), "WEBP"),
-        "4.txt": encode(picture(20, 20, 4), "GIF"),
-        "5.heic": heic(),
-        "6.ppm": encode(picture(20, 20, 5), "PPM"),
-        "7.ppm": encode(picture(20, 20, 6), "PPM"),
+        "0.jfif": encode_image(draw_picture(20, 20, 0), "JPEG"),
+        "1": encode_image(draw_picture(20, 20, 1), "PNG"),
+        "2.JPG_large": encode_image(draw_picture(20, 20, 2), "JPEG"),
+        "3.dat": encode_image(draw_picture(20, 20, 3), "WEBP"),
+        "4.txt": encode_image(draw_picture(20, 20, 4), "GIF"),
+        "5.heic": make_heic(),
+        "6.ppm": encode_image(draw_picture(20, 20, 5), "PPM"),
+        "7.ppm": encode_image(draw_picture(20, 20, 6), "PPM"),
         "notes.txt": b"no image",
         "nothing": b"",
         "8.pdf": b"%PDF-1.7",
-        "9.png": heic(),
+        "9.png": make_heic(),
     }
     for label in ("blue", "red"):
         (folder / label).mkdir(parents=True)
         for seed, (name, content) in enumerate(files.items()):
-            content = encode(picture(20, 20, 99 + seed), "PNG") if label == "red" and name == "1" else content
+            content = (
+                encode_image(draw_picture(20, 20, 99 + seed), "PNG")
+                if label == "red" and name == "1"
+                else content
+            )
             (folder / label / name).write_bytes(content)
-    source = archive(folder, tmp_path / "set.tar.gz") if packed else folder
-    data = read(source)
-    assert used(data) == 10
-    assert left_out(data) == {"*.ppm": 4, "*.heic": 2, "*.pdf": 2, "*.txt": 2, "without a suffix": 2}
+    source = make_archive(folder, tmp_path / "set.tar.gz") if packed else folder
+    data = read_dataset(source)
+    assert count_used(data) == 10
+    assert count_skipped(data) == {"*.ppm": 4, "*.heic": 2, "*.pdf": 2, "*.txt": 2, "without a suffix": 2}
     reasons = {group.kind: group.reason for group in data.inventory.skipped_files}
     assert reasons["*.heic"] == "HEIC is not served"
     assert reasons["without a suffix"] == "the image is empty"
     assert len(data.unreadable_files) == 2  # they are called images
     assert "HEIC is not served" in data.unreadable_files[0]
-    require_sum(data)
+    assert_sum(data)
     assert any(
         line.startswith("left out 4 files *.ppm: the bytes are not an image of a")
         for line in data.description
@@ -163,8 +171,8 @@ def test_images_are_known_by_their_content(tmp_path: Path, packed: bool) -> None
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_systems_keep_is_left_out_and_counted(tmp_path: Path, packed: bool) -> None:
-    folder = draw(tmp_path / "squares")
-    before = read(folder)
+    folder = draw_images(tmp_path / "squares")
+    before = read_dataset(folder)
     image = (folder / "red" / "0.png").read_bytes()
     clutter = (
         "red/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/x.jpg", ".thumbnails/0.png", "__MACOSX/red/._0.png",
@@ -175,18 +183,18 @@ def test_what_systems_keep_is_left_out_and_counted(tmp_path: Path, packed: bool)
     for name in clutter:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image)
-    data = read(archive(folder, tmp_path / "squares.tar") if packed else folder)
-    assert (everything(data), data.labels) == (everything(before), before.labels)
+    data = read_dataset(make_archive(folder, tmp_path / "squares.tar") if packed else folder)
+    assert (all_examples(data), data.labels) == (all_examples(before), before.labels)
     assert data.inventory.skipped_count == len(clutter)
     assert {group.reason for group in data.inventory.skipped_files} == {"hidden, or a system's own"}
-    assert left_out(data)["in @eaDir/"] == 2
-    require_sum(data)
+    assert count_skipped(data)["in @eaDir/"] == 2
+    assert_sum(data)
 
 
 def test_a_systems_folder_that_cannot_be_listed_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     (folder / "lost+found").mkdir()
     scandir = os.scandir
 
@@ -196,43 +204,43 @@ def test_a_systems_folder_that_cannot_be_listed_stops_nothing(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    data = read(folder)
-    assert left_out(data) == {"in lost+found/": 1}
+    data = read_dataset(folder)
+    assert count_skipped(data) == {"in lost+found/": 1}
 
 
 def test_links_and_sockets_are_counted(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     (folder / "red" / "gone.png").symlink_to("nowhere.png")
     (folder / "red" / "up").symlink_to(folder)
     os.mkfifo(folder / "red" / "pipe.png")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(os.path.relpath(folder / "red" / "socket.png"))
-    data = read(folder)
-    assert left_out(data) == {"link": 2, "*.png": 2}
-    require_sum(data)
+    data = read_dataset(folder)
+    assert count_skipped(data) == {"link": 2, "*.png": 2}
+    assert_sum(data)
 
 
 def test_a_file_that_no_camera_writes_is_not_read_into_memory(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     with (folder / "red" / "0.png").open("r+b") as file:
         file.truncate(600 << 20)  # takes no room on the disk
-    data = read(folder)
+    data = read_dataset(folder)
     assert data.unreadable_files == ("red/0.png: the file is over 512 MB, the limit for an image",)
 
 
 def test_what_is_left_out_is_named_anew_where_the_images_are_cached(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    assert left_out(read(folder, cache=tmp_path / "cache")) == {}
-    (folder / "red" / "new.heic").write_bytes(heic())
-    assert left_out(read(folder, cache=tmp_path / "cache")) == {"*.heic": 1}
+    folder = draw_images(tmp_path / "squares")
+    assert count_skipped(read_dataset(folder, cache=tmp_path / "cache")) == {}
+    (folder / "red" / "new.heic").write_bytes(make_heic())
+    assert count_skipped(read_dataset(folder, cache=tmp_path / "cache")) == {"*.heic": 1}
 
 
 def test_labels_that_cannot_be_told_apart_say_what_was_left_out(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares", "blue")
+    folder = draw_images(tmp_path / "squares", "blue")
     (folder / "red").mkdir()
-    (folder / "red" / "0.heic").write_bytes(heic())
+    (folder / "red" / "0.heic").write_bytes(make_heic())
     with pytest.raises(DataError, match=r"found only 'blue'; left out 1 file \*.heic: HEIC is not served"):
-        read(folder)
+        read_dataset(folder)
 
 
 def test_an_inventory_survives_json() -> None:
@@ -245,10 +253,10 @@ def test_an_inventory_survives_json() -> None:
 
 def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Path) -> None:
     composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
-    draw(tmp_path / "set", composed, "blue", colours=("red", "blue"), count=4)
-    draw(tmp_path / "set", decomposed, colours=("red",), count=3, seed=1)
-    draw(tmp_path / "set", " blue ", colours=("blue",), count=2, seed=2)
-    data = read(tmp_path / "set")
+    draw_images(tmp_path / "set", composed, "blue", colours=("red", "blue"), count=4)
+    draw_images(tmp_path / "set", decomposed, colours=("red",), count=3, seed=1)
+    draw_images(tmp_path / "set", " blue ", colours=("blue",), count=2, seed=2)
+    data = read_dataset(tmp_path / "set")
     assert data.labels == ("blue", composed)
     targets = torch.cat([data.train.targets, data.validation.targets, data.conformal.targets])
     assert targets.bincount().tolist() == [6, 7]
@@ -258,54 +266,54 @@ def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Pat
 def test_the_spelling_of_another_part_is_the_same_label(tmp_path: Path) -> None:
     composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
     for part, label in (("train", composed), ("val", decomposed), ("test", decomposed)):
-        draw(tmp_path / "set" / part, label, "blue", colours=("red", "blue"))
-    assert read(tmp_path / "set").labels == ("blue", "café")
+        draw_images(tmp_path / "set" / part, label, "blue", colours=("red", "blue"))
+    assert read_dataset(tmp_path / "set").labels == ("blue", "café")
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("Cat", "cat"), ("golden retriever", "golden_retriever"), ("top-5", "Top 5")]
 )
 def test_labels_that_differ_in_case_alone_need_a_word(tmp_path: Path, one: str, other: str) -> None:
-    draw(tmp_path / "set", one, "blue", colours=("red", "blue"), count=4)
-    draw(tmp_path / "set", other, colours=("red",), count=6, seed=1)
+    draw_images(tmp_path / "set", one, "blue", colours=("red", "blue"), count=4)
+    draw_images(tmp_path / "set", other, colours=("red",), count=6, seed=1)
     with pytest.raises(
         DataError, match=r"differ in case, spaces, _ or - alone: .* --label-case merge if they are"
     ):
-        read(tmp_path / "set")
-    merged = read(tmp_path / "set", choices=Choices(label_case="merge"))
+        read_dataset(tmp_path / "set")
+    merged = read_dataset(tmp_path / "set", choices=Choices(label_case="merge"))
     assert set(merged.labels) == {"blue", other}  # most images have it
     assert any(note.endswith(f"are one: {other!r}") for note in merged.inventory.notes)
-    assert len(read(tmp_path / "set", choices=Choices(label_case="keep")).labels) == 3
+    assert len(read_dataset(tmp_path / "set", choices=Choices(label_case="keep")).labels) == 3
 
 
 def test_a_cache_is_of_one_choice_alone(tmp_path: Path) -> None:
-    draw(tmp_path / "set", "Cat", "cat", "blue", colours=("red", "green", "blue"))
+    draw_images(tmp_path / "set", "Cat", "cat", "blue", colours=("red", "green", "blue"))
     for case, labels in (("merge", 2), ("keep", 3), ("merge", 2)):
-        data = read(tmp_path / "set", cache=tmp_path / "cache", choices=Choices(label_case=case))  # type: ignore[arg-type]
+        data = read_dataset(tmp_path / "set", cache=tmp_path / "cache", choices=Choices(label_case=case))  # type: ignore[arg-type]
         assert len(data.labels) == labels
 
 
 @pytest.mark.parametrize("name", ["minus-1", "-1"])
 def test_labels_that_differ_in_more_are_several(tmp_path: Path, name: str) -> None:
-    assert len(read(draw(tmp_path / "set", "1", name, colours=("red", "blue"))).labels) == 2
+    assert len(read_dataset(draw_images(tmp_path / "set", "1", name, colours=("red", "blue"))).labels) == 2
 
 
 def test_a_label_has_a_name_that_can_be_written(tmp_path: Path) -> None:
-    draw(tmp_path / "set", "red", "blue")
-    draw(tmp_path / "set", "  ", colours=("green",))
-    data = read(tmp_path / "set")
-    assert left_out(data) == {"in '  '/": 5}
-    require_sum(data)
+    draw_images(tmp_path / "set", "red", "blue")
+    draw_images(tmp_path / "set", "  ", colours=("green",))
+    data = read_dataset(tmp_path / "set")
+    assert count_skipped(data) == {"in '  '/": 5}
+    assert_sum(data)
     (tmp_path / "set" / "  ").rename(tmp_path / "set" / "a\nb")
     with pytest.raises(DataError, match=r"'a\\nb' has control characters in it; rename it"):
-        read(tmp_path / "set")
+        read_dataset(tmp_path / "set")
 
 
 def test_names_that_are_no_utf_8_are_written_with_question_marks(tmp_path: Path) -> None:
-    folder = draw(tmp_path / os.fsdecode(b"squ\xffres"))
+    folder = draw_images(tmp_path / os.fsdecode(b"squ\xffres"))
     (folder / "red" / os.fsdecode(b"n\xfftes.txt")).write_text("no image")
     (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xfe.png"))
-    data = read(folder)
+    data = read_dataset(folder)
     assert data.name == "squ?res"
     said = [
         data.name,
@@ -318,25 +326,25 @@ def test_names_that_are_no_utf_8_are_written_with_question_marks(tmp_path: Path)
 
 
 def test_deep_labels_may_be_chosen(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "cat", "tabby", "siamese", colours=("red", "blue"))
-    draw(tmp_path / "set", "dog", colours=("green",))
+    draw_images(tmp_path / "set" / "cat", "tabby", "siamese", colours=("red", "blue"))
+    draw_images(tmp_path / "set", "dog", colours=("green",))
     with pytest.raises(DataError, match="labels lie at several depths"):
-        read(tmp_path / "set")
-    data = read(tmp_path / "set", choices=Choices(label_depth=1))
+        read_dataset(tmp_path / "set")
+    data = read_dataset(tmp_path / "set", choices=Choices(label_depth=1))
     assert data.labels == ("cat", "dog")
-    require_sum(data)
+    assert_sum(data)
 
 
 def test_pixels_of_an_image_without_a_suffix_are_its_own(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "set", "blue", "red", count=2)
-    expected = everything(read(folder, validation=0.5))
+    folder = draw_images(tmp_path / "set", "blue", "red", count=2)
+    expected = all_examples(read_dataset(folder, validation=0.5))
     for file in list(folder.rglob("*.png")):
         file.rename(file.with_suffix(""))
-    renamed = read(folder, validation=0.5)
-    assert everything(renamed) == expected
+    renamed = read_dataset(folder, validation=0.5)
+    assert all_examples(renamed) == expected
     with Image.open(folder / renamed.train.names[0]) as image:
         assert (
-            contents(renamed.train.pixels)[0]
+            image_contents(renamed.train.pixels)[0]
             == decoding.decode_pixels(
                 (folder / renamed.train.names[0]).read_bytes(), decoding.square_geometry(16)
             ).tobytes()

@@ -21,84 +21,86 @@ from fovea.model.data.pixel_cache import INDEX_FILE, PIXELS_FILE
 from fovea.model.data.pixels import PixelSelection, StreamedPixels
 from fovea.model.data.sources import Archive
 from fovea.service.errors import BadImage
-from tests.model.data.test_dataset import archive
-from tests.training import draw, whole
+from tests.model.data.test_dataset import make_archive
+from tests.training import draw_images, stack_pixels
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Nine images, one of which cannot be read."""
-    folder = draw(tmp_path / "squares", count=4)
+    folder = draw_images(tmp_path / "squares", count=4)
     (folder / "red" / "3.png").write_bytes(b"GIF89a")
     return folder
 
 
-def read(source: Path, cache: Path | None, **options: Any) -> Dataset:
+def read_dataset(source: Path, cache: Path | None, **options: Any) -> Dataset:
     return load_dataset(source, **{"size": 16, "validation": 0.4, "seed": 0, "cache": cache, **options})
 
 
-def equal(first: Dataset, second: Dataset) -> bool:
+def is_equal(first: Dataset, second: Dataset) -> bool:
     """Are they the same to whoever trains on them?"""
     for name in ("train", "validation", "conformal", "test"):
         one, other = getattr(first, name), getattr(second, name)
         if one.names != other.names or not torch.equal(one.targets, other.targets):
             return False
-        if not torch.equal(whole(one.pixels), whole(other.pixels)):
+        if not torch.equal(stack_pixels(one.pixels), stack_pixels(other.pixels)):
             return False
-    told = [(data.unreadable_files, data.warnings, data.labels, data.geometry) for data in (first, second)]
-    return told[0] == told[1]
+    descriptions = [
+        (data.unreadable_files, data.warnings, data.labels, data.geometry) for data in (first, second)
+    ]
+    return descriptions[0] == descriptions[1]
 
 
-def base(data: Dataset) -> object:
+def pixel_store(data: Dataset) -> object:
     """Where the pixels are that the parts show."""
     pixels = data.train.pixels
     assert isinstance(pixels, PixelSelection)
     return pixels.pixels
 
 
-def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each image that is decoded from here on."""
     from fovea.model.data import decoding, raw_dataset
 
-    made: list[int] = []
+    calls: list[int] = []
     original = decoding.decode_pixels
 
-    def counted(*arguments: Any) -> Any:
-        made.append(1)
+    def counting_decode(*arguments: Any) -> Any:
+        calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(decoding, "pixels_of", counted)
-    monkeypatch.setattr(raw_dataset, "pixels_of", counted)
-    return made
+    monkeypatch.setattr(decoding, "pixels_of", counting_decode)
+    monkeypatch.setattr(raw_dataset, "pixels_of", counting_decode)
+    return calls
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_was_kept_is_mapped_and_not_decoded_again(
     tmp_path: Path, source: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = archive(source, tmp_path / "set.tar.gz") if packed else source
+    source = make_archive(source, tmp_path / "set.tar.gz") if packed else source
     cache = tmp_path / "deep" / "cache"
-    expected = read(source, None)
-    made = decodes(monkeypatch)
-    first = read(source, cache)
+    expected = read_dataset(source, None)
+    made = count_decodes(monkeypatch)
+    first = read_dataset(source, cache)
     assert len(made) == 12
-    second = read(source, cache)
+    second = read_dataset(source, cache)
     assert len(made) == 12
-    assert equal(first, expected)
-    assert equal(second, expected)
+    assert is_equal(first, expected)
+    assert is_equal(second, expected)
     assert len(second.unreadable_files) == 1
     assert sorted(path.name for path in cache.iterdir()) == [INDEX_FILE, PIXELS_FILE]
     assert (cache / PIXELS_FILE).stat().st_size == 12 * 16 * 16 * 3
 
 
 def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
-    data = read(source, tmp_path / "cache")
+    data = read_dataset(source, tmp_path / "cache")
     parts = (data.train, data.validation, data.conformal)
     starts = {part.pixels.pixels.data_ptr() for part in parts}  # type: ignore[attr-defined]
     assert len(starts) == 1
     some = data.train.select(torch.tensor([2, 0]))
     assert some.pixels.pixels.data_ptr() in starts  # type: ignore[attr-defined]
-    assert torch.equal(whole(some.pixels), whole(data.train.pixels)[[2, 0]])
+    assert torch.equal(stack_pixels(some.pixels), stack_pixels(data.train.pixels)[[2, 0]])
     assert some.names == (data.train.names[2], data.train.names[0])
     assert some.pixels.shape == (2, 16, 16, 3)
     maps = Path("/proc/self/maps")
@@ -109,59 +111,59 @@ def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
 def test_a_size_that_was_chosen_may_be_asked_for_later(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = decodes(monkeypatch)
-    assert read(source, tmp_path / "cache", size=None).geometry.height == 32
+    made = count_decodes(monkeypatch)
+    assert read_dataset(source, tmp_path / "cache", size=None).geometry.height == 32
     for size in (None, 32):
-        assert read(source, tmp_path / "cache", size=size).geometry.height == 32
+        assert read_dataset(source, tmp_path / "cache", size=size).geometry.height == 32
     assert len(made) == 12
-    assert read(source, tmp_path / "cache", size=16).geometry.height == 16
+    assert read_dataset(source, tmp_path / "cache", size=16).geometry.height == 16
     assert len(made) == 24
 
 
-def rewritten(source: Path, cache: Path) -> None:
+def rewrite_image(source: Path, cache: Path) -> None:
     state = (source / "blue" / "0.png").stat()
     (source / "blue" / "0.png").write_bytes((source / "blue" / "1.png").read_bytes())
     os.utime(source / "blue" / "0.png", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
 
 
-def touched(source: Path, cache: Path) -> None:
+def touch_image(source: Path, cache: Path) -> None:
     os.utime(source / "blue" / "0.png", ns=(1, 1))
 
 
-def added(source: Path, cache: Path) -> None:
+def add_image(source: Path, cache: Path) -> None:
     shutil.copy(source / "blue" / "0.png", source / "green" / "9.png")
 
 
-def moved(source: Path, cache: Path) -> None:
+def move_image(source: Path, cache: Path) -> None:
     (source / "blue" / "0.png").rename(source / "green" / "7.png")
 
 
-def repaired(source: Path, cache: Path) -> None:
+def repair_image(source: Path, cache: Path) -> None:
     shutil.copy(source / "red" / "0.png", source / "red" / "3.png")
 
 
-def cut_short(source: Path, cache: Path) -> None:
+def truncate_pixels(source: Path, cache: Path) -> None:
     os.truncate(cache / PIXELS_FILE, 1000)
 
 
-def blotted(source: Path, cache: Path) -> None:
+def overwrite_pixels(source: Path, cache: Path) -> None:
     with (cache / PIXELS_FILE).open("r+b") as file:
         file.write(bytes(1000))
 
 
-def taken(source: Path, cache: Path) -> None:
+def remove_pixels(source: Path, cache: Path) -> None:
     (cache / PIXELS_FILE).unlink()
 
 
-def no_index(source: Path, cache: Path) -> None:
+def remove_index(source: Path, cache: Path) -> None:
     (cache / INDEX_FILE).unlink()
 
 
-def half_an_index(source: Path, cache: Path) -> None:
+def truncate_index(source: Path, cache: Path) -> None:
     os.truncate(cache / INDEX_FILE, (cache / INDEX_FILE).stat().st_size // 2)
 
 
-def other_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
+def change_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
     def damage(source: Path, cache: Path) -> None:
         index = json.loads((cache / INDEX_FILE).read_text())
         change(index)
@@ -173,37 +175,37 @@ def other_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, P
 @pytest.mark.parametrize(
     "change",
     [
-        rewritten,
-        touched,
-        added,
-        moved,
-        repaired,
-        cut_short,
-        blotted,
-        taken,
-        no_index,
-        half_an_index,
-        other_index(lambda index: index["names"].pop()),
-        other_index(lambda index: index.pop("hashes")),
-        other_index(lambda index: index.update(digests="zz")),
-        other_index(lambda index: index.update(side=8, asked=16)),
-        other_index(lambda index: index.update(key=[0])),
-        other_index(lambda index: index.update(unreadable=7)),
+        rewrite_image,
+        touch_image,
+        add_image,
+        move_image,
+        repair_image,
+        truncate_pixels,
+        overwrite_pixels,
+        remove_pixels,
+        remove_index,
+        truncate_index,
+        change_index(lambda index: index["names"].pop()),
+        change_index(lambda index: index.pop("hashes")),
+        change_index(lambda index: index.update(digests="zz")),
+        change_index(lambda index: index.update(side=8, asked=16)),
+        change_index(lambda index: index.update(key=[0])),
+        change_index(lambda index: index.update(unreadable=7)),
     ],
 )
 def test_a_changed_source_or_a_damaged_cache_is_read_anew(
     tmp_path: Path, source: Path, change: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    read(source, cache)
+    read_dataset(source, cache)
     change(source, cache)
-    made = decodes(monkeypatch)
-    data = read(source, cache)
+    made = count_decodes(monkeypatch)
+    data = read_dataset(source, cache)
     assert len(made) >= 12
     made.clear()
-    assert equal(read(source, cache), data)
+    assert is_equal(read_dataset(source, cache), data)
     assert not made
-    assert equal(data, read(source, None))
+    assert is_equal(data, read_dataset(source, None))
 
 
 def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: Path) -> None:
@@ -212,7 +214,7 @@ def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: P
     for label in ("green", "blue"):
         lines[3] = f"blue/3.png,{label}"
         table.write_text("\n".join(["path,label", *lines]))
-        data = read(table, tmp_path / "cache")
+        data = read_dataset(table, tmp_path / "cache")
         targets = dict(zip(data.train.names, data.train.targets.tolist(), strict=True))
         targets |= dict(zip(data.validation.names, data.validation.targets.tolist(), strict=True))
         targets |= dict(zip(data.conformal.names, data.conformal.targets.tolist(), strict=True))
@@ -229,7 +231,7 @@ def test_only_a_few_images_are_held_at_a_time(
     from fovea.model.data import decoding
 
     monkeypatch.setattr(decoding, "processors", lambda: 2)
-    made = decodes(monkeypatch)
+    made = count_decodes(monkeypatch)
     ahead: list[int] = []
 
     def contents() -> Iterator[tuple[int, Path | bytes]]:
@@ -276,9 +278,9 @@ def test_an_archive_is_read_from_its_beginning_to_its_end(tmp_path: Path, source
 
 
 def test_a_cache_of_another_source_is_not_taken(tmp_path: Path, source: Path) -> None:
-    read(source, tmp_path / "cache")
-    other = draw(tmp_path / "other", count=4, seed=9)
-    assert equal(read(other, tmp_path / "cache"), read(other, None))
+    read_dataset(source, tmp_path / "cache")
+    other = draw_images(tmp_path / "other", count=4, seed=9)
+    assert is_equal(read_dataset(other, tmp_path / "cache"), read_dataset(other, None))
 
 
 def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
@@ -288,8 +290,8 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
     from fovea.model.data import decoding
 
     cache = tmp_path / "cache"
-    read(source, cache)
-    touched(source, cache)
+    read_dataset(source, cache)
+    touch_image(source, cache)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -297,15 +299,15 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "pixels_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            read(source, cache)
+            read_dataset(source, cache)
     assert list(cache.iterdir()) == []
-    assert equal(read(source, cache), read(source, None))
+    assert is_equal(read_dataset(source, cache), read_dataset(source, None))
 
 
 def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot keep pixels in .*/file/cache: Not a directory"):
-        read(source, tmp_path / "file" / "cache")
+        read_dataset(source, tmp_path / "file" / "cache")
 
 
 # --- streamed ------------------------------------------------------------------------------------
@@ -316,17 +318,17 @@ def test_what_is_streamed_is_the_same(
     tmp_path: Path, source: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache" if cached else None
-    expected = read(source, None)
-    made = decodes(monkeypatch)
+    expected = read_dataset(source, None)
+    made = count_decodes(monkeypatch)
     for passes in (1, 1 if cached else 2):
-        data = read(source, cache, stream=True)
-        assert isinstance(base(data), StreamedPixels)
+        data = read_dataset(source, cache, stream=True)
+        assert isinstance(pixel_store(data), StreamedPixels)
         assert len(made) == 12 * passes
-    assert equal(data, expected)
+    assert is_equal(data, expected)
     assert not (tmp_path / "cache" / PIXELS_FILE).exists()
-    assert base(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
+    assert pixel_store(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
     assert data.train.pixels[torch.empty(0, dtype=torch.int64)].shape == (0, 16, 16, 3)
-    assert torch.equal(data.train.pixels[:2], whole(expected.train.pixels)[:2])
+    assert torch.equal(data.train.pixels[:2], stack_pixels(expected.train.pixels)[:2])
 
 
 Usage = namedtuple("Usage", "total used free")  # as shutil has it
@@ -337,21 +339,21 @@ def test_without_room_on_the_disk_images_are_streamed(
 ) -> None:
     said: list[str] = []
     cache = tmp_path / "cache"
-    read(source, cache, size=32)
+    read_dataset(source, cache, size=32)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
-        first = read(source, cache, say=said.append)
-        assert isinstance(base(first), StreamedPixels)
+        first = read_dataset(source, cache, say=said.append)
+        assert isinstance(pixel_store(first), StreamedPixels)
         (line,) = said
         assert line.startswith(f"{cache} has no room for 0.0 GB of pixels: images are decoded anew")
-        made = decodes(full)
-        again = read(source, cache, say=said.append)
-        assert isinstance(base(again), StreamedPixels)
+        made = count_decodes(full)
+        again = read_dataset(source, cache, say=said.append)
+        assert isinstance(pixel_store(again), StreamedPixels)
         assert not made
-    assert equal(first, again)
-    later = read(source, cache)
-    assert not isinstance(base(later), StreamedPixels)
-    assert equal(first, later)
+    assert is_equal(first, again)
+    later = read_dataset(source, cache)
+    assert not isinstance(pixel_store(later), StreamedPixels)
+    assert is_equal(first, later)
 
 
 def test_a_disk_that_fills_at_that_moment_is_no_room_either(
@@ -362,22 +364,22 @@ def test_a_disk_that_fills_at_that_moment_is_no_room_either(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    data = read(source, tmp_path / "cache")
-    assert isinstance(base(data), StreamedPixels)
+    data = read_dataset(source, tmp_path / "cache")
+    assert isinstance(pixel_store(data), StreamedPixels)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [INDEX_FILE]
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_archive_cannot_be_streamed(tmp_path: Path, source: Path, cached: bool) -> None:
-    packed = archive(source, tmp_path / "set.tar")
+    packed = make_archive(source, tmp_path / "set.tar")
     if cached:
-        read(packed, tmp_path / "cache")
+        read_dataset(packed, tmp_path / "cache")
     with pytest.raises(DataError, match="unpack it, or make room"):
-        read(packed, tmp_path / "cache", stream=True)
+        read_dataset(packed, tmp_path / "cache", stream=True)
 
 
 def test_an_image_that_is_gone_when_it_is_wanted_is_named(tmp_path: Path, source: Path) -> None:
-    data = read(source, None, stream=True)
+    data = read_dataset(source, None, stream=True)
     (source / data.train.names[1]).unlink()
     with pytest.raises(DataError, match=f"{data.train.names[1]} was readable before: "):
-        whole(data.train.pixels)
+        stack_pixels(data.train.pixels)

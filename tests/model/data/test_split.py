@@ -10,12 +10,12 @@ import pytest
 
 from fovea.model.data.dataset import load_dataset
 from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, LabelIndices, split_images
-from tests.training import draw
+from tests.training import draw_images
 
 PARTS = (TRAIN, VALIDATION, CONFORMAL)
 
 
-def shares(labels: list[LabelIndices], fraction: float, seed: int = 0) -> dict[int, list[int]]:
+def count_shares(labels: list[LabelIndices], fraction: float, seed: int = 0) -> dict[int, list[int]]:
     """How many images of each label are in each part; no two images are the same."""
     parts = split_images(labels, [bytes([*row.to_bytes(4)]) for row in range(len(labels))], fraction, seed)
     counts = Counter((label, int(part)) for own, part in zip(labels, parts, strict=True) for label in own)
@@ -37,7 +37,7 @@ def shares(labels: list[LabelIndices], fraction: float, seed: int = 0) -> dict[i
 )
 def test_every_label_has_its_share_of_every_part(images: int, fraction: float, expected: list[int]) -> None:
     labels: list[LabelIndices] = [*((row % 3,) for row in range(3 * images)), *[(3,)] * 40]
-    found = shares(labels, fraction)
+    found = count_shares(labels, fraction)
     assert [found[label] for label in range(3)] == [expected] * 3
 
 
@@ -47,7 +47,7 @@ def test_labels_that_come_together_have_nearly_their_share(seed: int) -> None:
     random = np.random.default_rng(seed)
     chances = np.array([0.5, 0.3, 0.1, 0.02])
     labels = [tuple(np.flatnonzero(random.random(4) < chances).tolist()) for _ in range(2000)]
-    found = shares(labels, 0.2, seed)
+    found = count_shares(labels, 0.2, seed)
     for counts in found.values():
         total = sum(counts)
         assert np.abs(np.array(counts) - total * np.array([0.8, 0.1, 0.1])).max() <= max(3, 0.02 * total)
@@ -64,7 +64,7 @@ def test_every_label_of_two_images_is_trained_on(seed: int) -> None:
         tuple(sorted(random.choice(6, random.integers(1, 4), replace=False).tolist())) for _ in range(9)
     ]
     counts = Counter(label for own in labels for label in own)
-    for label, (trained, validated, _) in shares(labels, 0.4, seed).items():
+    for label, (trained, validated, _) in count_shares(labels, 0.4, seed).items():
         assert trained >= 1
         if counts[label] > 6:
             assert validated >= 1
@@ -73,7 +73,7 @@ def test_every_label_of_two_images_is_trained_on(seed: int) -> None:
 def test_what_would_take_a_labels_last_image_from_training_is_mended() -> None:
     """By the rarest first, images 1 and 3 are held out, and with them all of label 2."""
     labels: list[LabelIndices] = [(0,), (0, 2), (1,), (1, 2)]
-    found = [shares(labels, 0.5, seed) for seed in range(50)]
+    found = [count_shares(labels, 0.5, seed) for seed in range(50)]
     assert all(trained >= 1 for shared in found for trained, _, _ in shared.values())
 
 
@@ -112,7 +112,7 @@ def test_copies_of_one_image_alone_are_all_trained_on() -> None:
 
 
 def test_copies_of_files_do_not_leak(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares", count=6)
+    folder = draw_images(tmp_path / "squares", count=6)
     for number in range(6):
         for copy in range(2):
             content = (folder / "red" / f"{number}.png").read_bytes()

@@ -12,11 +12,11 @@ import pytest
 
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.zip_archive import ZipArchive
-from tests.model.data.test_dataset import everything
-from tests.training import draw
+from tests.model.data.test_dataset import all_examples
+from tests.training import draw_images
 
 
-def zipped(folder: Path, target: Path, top: str = "", method: int = zipfile.ZIP_DEFLATED) -> Path:
+def make_zip(folder: Path, target: Path, top: str = "", method: int = zipfile.ZIP_DEFLATED) -> Path:
     """`folder` as a ZIP archive, its files below `top`."""
     with zipfile.ZipFile(target, "w", method) as archive:
         for file in sorted(folder.rglob("*")):
@@ -25,32 +25,34 @@ def zipped(folder: Path, target: Path, top: str = "", method: int = zipfile.ZIP_
     return target
 
 
-def read(source: Path, cache: Path | None = None) -> Dataset:
+def read_dataset(source: Path, cache: Path | None = None) -> Dataset:
     return load_dataset(source, size=16, validation=0.2, seed=0, cache=cache)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("top", ["", "squares/", "a/b/squares/"])
 def test_a_zip_archive_is_the_folder_that_is_in_it(tmp_path: Path, top: str, method: int) -> None:
-    folder = draw(tmp_path / "squares")
-    packed = read(zipped(folder, tmp_path / "set.zip", top, method))
+    folder = draw_images(tmp_path / "squares")
+    packed = read_dataset(make_zip(folder, tmp_path / "set.zip", top, method))
     assert (packed.name, packed.labels) == ("set.zip", ("blue", "green", "red"))
-    assert everything(packed) == everything(read(folder))
+    assert all_examples(packed) == all_examples(read_dataset(folder))
     assert not packed.inventory.notes
 
 
 def test_what_the_archive_is_called_does_not_matter(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    assert everything(read(zipped(folder, tmp_path / "anything"))) == everything(read(folder))
+    folder = draw_images(tmp_path / "squares")
+    assert all_examples(read_dataset(make_zip(folder, tmp_path / "anything"))) == all_examples(
+        read_dataset(folder)
+    )
 
 
 def test_parts_clutter_and_other_files_are_as_in_a_folder(tmp_path: Path) -> None:
-    draw(tmp_path / "set" / "Training", count=4)
-    draw(tmp_path / "set" / "valid", count=2, seed=1)
-    draw(tmp_path / "set" / "__MACOSX" / "Training", count=1, seed=2)
+    draw_images(tmp_path / "set" / "Training", count=4)
+    draw_images(tmp_path / "set" / "valid", count=2, seed=1)
+    draw_images(tmp_path / "set" / "__MACOSX" / "Training", count=1, seed=2)
     (tmp_path / "set" / "Training" / "red" / "notes.txt").write_text("no image")
     (tmp_path / "set" / "Training" / "red" / "0.png").rename(tmp_path / "set" / "Training" / "red" / "0")
-    data = read(zipped(tmp_path / "set", tmp_path / "set.zip"))
+    data = read_dataset(make_zip(tmp_path / "set", tmp_path / "set.zip"))
     assert (len(data.train), len(data.validation) + len(data.conformal)) == (12, 6)
     assert {group.kind: len(group.names) for group in data.inventory.skipped_files} == {
         "in __MACOSX/": 3, "*.txt": 1,
@@ -59,16 +61,16 @@ def test_parts_clutter_and_other_files_are_as_in_a_folder(tmp_path: Path) -> Non
 
 
 def test_a_cached_archive_is_described_as_before(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     (folder / "red" / "notes.txt").write_text("no image")
-    packed = zipped(folder, tmp_path / "set.zip")
-    first = read(packed, tmp_path / "cache")
-    assert read(packed, tmp_path / "cache").description == first.description
+    packed = make_zip(folder, tmp_path / "set.zip")
+    first = read_dataset(packed, tmp_path / "cache")
+    assert read_dataset(packed, tmp_path / "cache").description == first.description
 
 
 def test_names_without_a_flag_are_utf_8_where_they_can_be(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares", "blue", "café", colours=("blue", "red"))
-    packed = zipped(folder, tmp_path / "set.zip")
+    folder = draw_images(tmp_path / "squares", "blue", "café", colours=("blue", "red"))
+    packed = make_zip(folder, tmp_path / "set.zip")
     content = packed.read_bytes()
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # as the Finder writes them
         place = content.find(signature)
@@ -78,12 +80,12 @@ def test_names_without_a_flag_are_utf_8_where_they_can_be(tmp_path: Path) -> Non
             content = content[:place] + struct.pack("<H", flag & ~0x800) + content[place + 2 :]
             place = content.find(signature, place)
     packed.write_bytes(content)
-    assert read(packed).labels == ("blue", "café")
+    assert read_dataset(packed).labels == ("blue", "café")
 
 
 def test_links_are_followed_inside_the_archive_alone(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    packed = zipped(folder, tmp_path / "set.zip", "squares/")
+    folder = draw_images(tmp_path / "squares")
+    packed = make_zip(folder, tmp_path / "set.zip", "squares/")
     with zipfile.ZipFile(packed, "a") as archive:
         for name, target in (
             ("squares/blue/link.png", "0.png"),
@@ -94,19 +96,19 @@ def test_links_are_followed_inside_the_archive_alone(tmp_path: Path) -> None:
             member = zipfile.ZipInfo(name)
             member.external_attr = (stat.S_IFLNK | 0o777) << 16
             archive.writestr(member, target)
-    data = read(packed)
+    data = read_dataset(packed)
     assert len(data.train) + len(data.validation) == 16
     (group,) = data.inventory.skipped_files
     assert (group.reason, len(group.names)) == ("a link to nothing in the archive", 3)
 
 
 def test_names_that_lead_out_and_bombs_are_left_out(tmp_path: Path) -> None:
-    packed = zipped(draw(tmp_path / "squares"), tmp_path / "set.zip")
+    packed = make_zip(draw_images(tmp_path / "squares"), tmp_path / "set.zip")
     with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../../evil/0.png", b"\x89PNG")
         archive.writestr("red/../../../evil.png", b"\x89PNG")
         archive.writestr("red/bomb.png", bytes(32 << 20))
-    data = read(packed)
+    data = read_dataset(packed)
     assert len(data.train) + len(data.validation) == 15
     assert {group.reason: len(group.names) for group in data.inventory.skipped_files} == {
         "its name leads out of the archive": 2,
@@ -116,19 +118,19 @@ def test_names_that_lead_out_and_bombs_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_damaged_image_costs_only_itself(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
-    packed = zipped(folder, tmp_path / "set.zip", method=zipfile.ZIP_STORED)
+    folder = draw_images(tmp_path / "squares")
+    packed = make_zip(folder, tmp_path / "set.zip", method=zipfile.ZIP_STORED)
     content = bytearray(packed.read_bytes())
     image = (folder / "red" / "2.png").read_bytes()
     content[content.index(image) + len(image) // 2] ^= 0xFF
     packed.write_bytes(content)
-    data = read(packed)
+    data = read_dataset(packed)
     (line,) = data.unreadable_files
     assert line.startswith("red/2.png: it is damaged in the archive: Bad CRC-32")
     assert len(data.train) + len(data.validation) == 14
 
 
-def encrypted(path: Path) -> None:
+def encrypt_archive(path: Path) -> None:
     content = bytearray(path.read_bytes())
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         place = content.find(signature)
@@ -138,23 +140,23 @@ def encrypted(path: Path) -> None:
     path.write_bytes(content)
 
 
-def other_method(path: Path) -> None:
+def change_method(path: Path) -> None:
     content = bytearray(path.read_bytes())
     place = content.index(b"PK\x01\x02")
     content[place + 10] = 9  # deflate64, of Windows for large files
     path.write_bytes(content)
 
 
-def cut_short(path: Path) -> None:
+def truncate_archive(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
-def emptied(path: Path) -> None:
+def empty_archive(path: Path) -> None:
     with zipfile.ZipFile(path, "w"):
         pass
 
 
-def nested(path: Path) -> None:
+def nest_archive(path: Path) -> None:
     inner = path.read_bytes()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train.zip", inner)
@@ -163,25 +165,28 @@ def nested(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (encrypted, "is encrypted; unpack it with its password, and give the folder"),
-        (other_method, "is compressed by method 9, which is not read; unpack it"),
-        (cut_short, "is no whole ZIP archive: .*; unpack or repair it"),
-        (emptied, "of labels at least two; found none"),
-        (nested, r"found none; left out 1 file \*.zip: an archive inside a data set is not read; unpack it"),
+        (encrypt_archive, "is encrypted; unpack it with its password, and give the folder"),
+        (change_method, "is compressed by method 9, which is not read; unpack it"),
+        (truncate_archive, "is no whole ZIP archive: .*; unpack or repair it"),
+        (empty_archive, "of labels at least two; found none"),
+        (
+            nest_archive,
+            r"found none; left out 1 file \*.zip: an archive inside a data set is not read; unpack it",
+        ),
     ],
 )
 def test_an_archive_that_cannot_be_used_is_refused_in_a_sentence(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
-    packed = zipped(draw(tmp_path / "squares"), tmp_path / "set.zip")
+    packed = make_zip(draw_images(tmp_path / "squares"), tmp_path / "set.zip")
     spoil(packed)
     with pytest.raises(DataError, match=message) as refused:
-        read(packed)
+        read_dataset(packed)
     assert "\n" not in str(refused.value)
 
 
 def test_images_are_read_in_the_order_of_the_archive(tmp_path: Path) -> None:
-    folder = draw(tmp_path / "squares")
+    folder = draw_images(tmp_path / "squares")
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name in names[::-1]:

@@ -22,12 +22,12 @@ from fovea.model.networks.network import compute_loss, to_probabilities
 from fovea.service.artifact.contract import Task
 
 
-def simulated(count: int, labels: int = 5, heat: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits `heat` times too large, and truths drawn by what they would say without that."""
+def simulate_logits(count: int, labels: int = 5, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits `scale` times too large, and truths drawn by what they would say without that."""
     random = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(count, labels, generator=random)
     targets = torch.multinomial(logits.softmax(dim=1), 1, generator=random)[:, 0]
-    return logits * heat, targets
+    return logits * scale, targets
 
 
 # --- temperature ---------------------------------------------------------------------------------
@@ -35,12 +35,14 @@ def simulated(count: int, labels: int = 5, heat: float = 1.0, seed: int = 0) -> 
 
 @pytest.mark.parametrize("heat", [0.4, 1.0, 2.5, 8.0])
 def test_the_temperature_undoes_what_the_logits_exaggerate(heat: float) -> None:
-    assert fit_temperature(*simulated(20_000, heat=heat), Task.MULTICLASS) == pytest.approx(heat, rel=0.03)
+    assert fit_temperature(*simulate_logits(20_000, scale=heat), Task.MULTICLASS) == pytest.approx(
+        heat, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("task", list(Task))
 def test_no_other_temperature_is_likelier(task: Task) -> None:
-    logits, targets = simulated(4_000, labels=1 if task is Task.BINARY else 4, heat=1.7)
+    logits, targets = simulate_logits(4_000, labels=1 if task is Task.BINARY else 4, scale=1.7)
     random = torch.Generator().manual_seed(1)
     if task is not Task.MULTICLASS:
         targets = (torch.rand(logits.shape, generator=random) < (logits / 1.7).sigmoid()).long()
@@ -71,16 +73,16 @@ def test_multiclass_has_no_threshold() -> None:
     assert fit_thresholds(torch.rand(10, 3), torch.zeros(10, dtype=torch.int64), Task.MULTICLASS) == ()
 
 
-def pair(positive: list[float]) -> Tensor:
+def make_pair(positive: list[float]) -> Tensor:
     second = torch.tensor(positive)
     return torch.stack([1 - second, second], dim=1)
 
 
 def test_a_binary_threshold_parts_both_labels_halfway() -> None:
     positive, true = [0.1, 0.15, 0.25, 0.9] * 5, torch.tensor([0, 0, 1, 1] * 5)
-    (found,) = fit_thresholds(pair(positive), true, Task.BINARY)
+    (found,) = fit_thresholds(make_pair(positive), true, Task.BINARY)
     assert found == pytest.approx(0.2)
-    assert fit_thresholds(pair(positive[:-4]), true[:-4], Task.BINARY) == (0.5,)  # too few to say
+    assert fit_thresholds(make_pair(positive[:-4]), true[:-4], Task.BINARY) == (0.5,)  # too few to say
 
 
 def test_a_rare_label_moves_the_threshold_and_frequency_does_not() -> None:
@@ -96,7 +98,7 @@ def test_a_rare_label_moves_the_threshold_and_frequency_does_not() -> None:
 
 
 def test_equally_good_thresholds_give_the_one_nearest_to_a_half() -> None:
-    assert fit_thresholds(pair([0.05, 0.98] * 10), torch.tensor([0, 1] * 10), Task.BINARY) == (0.5,)
+    assert fit_thresholds(make_pair([0.05, 0.98] * 10), torch.tensor([0, 1] * 10), Task.BINARY) == (0.5,)
 
 
 def test_each_of_several_labels_has_the_threshold_of_its_best_f1() -> None:
@@ -125,7 +127,7 @@ def test_levels_are_80_to_99_percent() -> None:
 
 def test_sets_hold_the_true_label_of_other_images_as_often_as_asked_for() -> None:
     """Over 40 calibrations of 500 images, on images that none of them has seen."""
-    said, targets = simulated(60_000)
+    said, targets = simulate_logits(60_000)
     likely = said.softmax(dim=1)
     shares = {level: [] for level in COVERAGE_LEVELS}  # type: dict[float, list[float]]
     for number in range(40):
@@ -157,7 +159,7 @@ def test_too_few_images_give_whole_sets_and_none_give_none() -> None:
 
 
 def test_an_image_on_the_quantile_is_inside_as_the_service_computes_it() -> None:
-    likely, targets = simulated(999)
+    likely, targets = simulate_logits(999)
     likely = likely.softmax(dim=1)
     for _, quantile in fit_quantiles(likely, targets, Task.MULTICLASS):
         scores = [1 - float(row[target]) for row, target in zip(likely, targets.tolist(), strict=True)]
@@ -168,7 +170,7 @@ def test_an_image_on_the_quantile_is_inside_as_the_service_computes_it() -> None
 
 
 def test_each_half_has_its_own_purpose() -> None:
-    chosen, other = simulated(2_000, heat=3.0), simulated(2_000, heat=3.0, seed=1)
+    chosen, other = simulate_logits(2_000, scale=3.0), simulate_logits(2_000, scale=3.0, seed=1)
     found = fit_calibration(*chosen, *other, Task.MULTICLASS)
     assert found.temperature == fit_temperature(*chosen, Task.MULTICLASS)
     likely = to_probabilities(other[0], Task.MULTICLASS, found.temperature)

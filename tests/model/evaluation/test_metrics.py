@@ -66,7 +66,7 @@ def test_precision_and_recall_by_label() -> None:
 # --- honesty -------------------------------------------------------------------------------------
 
 
-def simulated(count: int, honest: bool) -> tuple[Tensor, Tensor]:
+def simulate_answers(count: int, honest: bool) -> tuple[Tensor, Tensor]:
     """Two labels, and truths drawn by the stated probability, or always the less probable one."""
     random = torch.Generator().manual_seed(0)
     positive = 0.5 + torch.rand(count, generator=random) / 2
@@ -75,13 +75,13 @@ def simulated(count: int, honest: bool) -> tuple[Tensor, Tensor]:
 
 
 def test_who_keeps_his_word_has_no_error_and_who_never_does_has_all_of_it() -> None:
-    honest, boasting = simulated(20_000, True), simulated(20_000, False)
+    honest, boasting = simulate_answers(20_000, True), simulate_answers(20_000, False)
     assert calibration_error(reliability_bins(*honest, Task.BINARY)) < 0.02
     assert calibration_error(reliability_bins(*boasting, Task.BINARY)) == pytest.approx(0.75, abs=0.01)
 
 
 def test_bins_have_equal_mass_and_rise() -> None:
-    bins = reliability_bins(*simulated(1_000, True), Task.BINARY)
+    bins = reliability_bins(*simulate_answers(1_000, True), Task.BINARY)
     assert len(bins) == 15
     assert {one.count for one in bins} == {66, 67}
     claims = [one.confidence for one in bins]

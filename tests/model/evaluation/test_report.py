@@ -20,30 +20,30 @@ from fovea.model.evaluation.calibration import fit_calibration
 from fovea.model.evaluation.finalize import measure_part
 from fovea.model.evaluation.report import _choose_ticks, write_report
 from fovea.service.artifact.contract import Task
-from tests.training import whole
+from tests.training import stack_pixels
 
 VOID = {"meta", "img", "br"}
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
     """A page taken apart; fails on tags that are not closed in order."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.feed(content)
-        assert self.open == []
+        assert self.open_tags == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID and not (self.get_starttag_text() or "").endswith("/>"):
-            self.open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if not self.tags or tag not in ("polyline", "circle", "line"):
-            assert self.open.pop() == tag
+            assert self.open_tags.pop() == tag
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -51,11 +51,11 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
-    def named(self, tag: str) -> list[dict[str, str | None]]:
+    def find_tags(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def examples(count: int, labels: int, task: Task, seed: int) -> Examples:
+def make_examples(count: int, labels: int, task: Task, seed: int) -> Examples:
     random = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 16, 16, 3), generator=random, dtype=torch.uint8)
     targets = torch.randint(0, labels, (count,), generator=random)
@@ -64,7 +64,7 @@ def examples(count: int, labels: int, task: Task, seed: int) -> Examples:
     return Examples(pixels, targets)
 
 
-def logits_of(part: Examples, labels: int, task: Task, certain: float) -> Tensor:
+def make_logits(part: Examples, labels: int, task: Task, certain: float) -> Tensor:
     """Right in most cases."""
     noise = torch.randn(
         len(part), 1 if task is Task.BINARY else labels, generator=torch.Generator().manual_seed(9)
@@ -74,7 +74,7 @@ def logits_of(part: Examples, labels: int, task: Task, certain: float) -> Tensor
     return noise + certain * (part.targets.float().view(len(part), -1) - 0.5)
 
 
-def written(
+def make_report(
     path: Path,
     task: Task = Task.MULTICLASS,
     labels: tuple[str, ...] = ("ant", "bee", "cow"),
@@ -83,19 +83,25 @@ def written(
     certain: float = 2.0,
     test: int = 200,
     **more: Any,
-) -> tuple[Page, Dataset, dict[str, Any]]:
+) -> tuple[ParsedPage, Dataset, dict[str, Any]]:
     """A report of made-up answers, taken apart, with what it was made from."""
-    train, held, other, measured = (
-        examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
+    train, validation, conformal, test_examples = (
+        make_examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
     )
-    parts = (train, held, other, measured)
+    parts = (train, validation, conformal, test_examples)
     data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable": (), **more})
-    said = [logits_of(part, len(labels), task, certain) for part in (held, other, measured)]
-    calibration = fit_calibration(said[0], held.targets, said[1], other.targets, task)
-    part, logits = ("test", said[2]) if test else ("validation", said[0])
-    shown = getattr(data, part)
+    part_logits = [
+        make_logits(part, len(labels), task, certain) for part in (validation, conformal, test_examples)
+    ]
+    calibration = fit_calibration(part_logits[0], validation.targets, part_logits[1], conformal.targets, task)
+    part, logits = ("test", part_logits[2]) if test else ("validation", part_logits[0])
+    examples_of_part = getattr(data, part)
     about = {
-        "measured": {"part": part, "images": len(shown), **measure_part(logits, shown, task, calibration)},
+        "measured": {
+            "part": part,
+            "images": len(examples_of_part),
+            **measure_part(logits, examples_of_part, task, calibration),
+        },
         "progress": {
             "history": [
                 {
@@ -117,7 +123,7 @@ def written(
         "recipe": {"epochs": epochs, "peak_lr": 0.2},
     }
     write_report(path, about, data, part, logits, calibration)
-    return Page(path.read_text()), data, about
+    return ParsedPage(path.read_text()), data, about
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def written(
     ],
 )
 def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[str, ...]) -> None:
-    page, data, about = written(tmp_path / "report.html", task, labels)
+    page, data, about = make_report(tmp_path / "report.html", task, labels)
     assert f"{about['measured']['accuracy']:.2%}" in page.text
     assert f"{about['measured']['ece']:.4f}" in page.text
     assert ("Confusion" in page.text) is (task is not Task.MULTILABEL)
@@ -143,15 +149,15 @@ def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[s
 def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
     labels = ("<script>alert(1)</script>", "a & 'b'", '"c"')
     unreadable = ("<img src=x onerror=alert(1)>.png: damaged",)
-    page, _, _ = written(tmp_path / "report.html", labels=labels, unreadable=unreadable)
-    assert not page.named("script")
-    assert all("onerror" not in attributes for attributes in page.named("img"))
+    page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable=unreadable)
+    assert not page.find_tags("script")
+    assert all("onerror" not in attributes for attributes in page.find_tags("img"))
     assert all(label in page.text for label in (*labels, "fovea train --data 'a & b'"))
     assert "skipped <img src=x onerror=alert(1)>.png: damaged" in page.text
 
 
 def test_the_matrix_counts_every_image(tmp_path: Path) -> None:
-    page, data, _ = written(tmp_path / "report.html")
+    page, data, _ = make_report(tmp_path / "report.html")
     cells = re.findall(
         r"<td style='--share:[\d.]+'(?: class=strong)?>(\d*)</td>", (tmp_path / "report.html").read_text()
     )
@@ -161,10 +167,10 @@ def test_the_matrix_counts_every_image(tmp_path: Path) -> None:
 
 
 def test_the_mistakes_are_shown_most_confident_first(tmp_path: Path) -> None:
-    page, data, _ = written(tmp_path / "report.html", certain=1.0)
-    sources = [attributes["src"] or "" for attributes in page.named("img")]
+    page, data, _ = make_report(tmp_path / "report.html", certain=1.0)
+    sources = [attributes["src"] or "" for attributes in page.find_tags("img")]
     assert len(sources) == 24
-    known = {image.numpy().tobytes() for image in whole(data.test.pixels)}
+    known = {image.numpy().tobytes() for image in stack_pixels(data.test.pixels)}
     for source in sources:
         picture = Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
         assert np.array(picture).tobytes() in known
@@ -175,16 +181,16 @@ def test_the_mistakes_are_shown_most_confident_first(tmp_path: Path) -> None:
 
 
 def test_extremes_have_a_page_too(tmp_path: Path) -> None:
-    page, _, _ = written(tmp_path / "one.html", epochs=1, certain=50.0)
+    page, _, _ = make_report(tmp_path / "one.html", epochs=1, certain=50.0)
     assert "None." in page.text
-    page, _, _ = written(tmp_path / "none.html", test=0)
+    page, _, _ = make_report(tmp_path / "none.html", test=0)
     assert "validation accuracy" in page.text
     assert "no test images" in " ".join(page.text.split())
 
 
 def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
-    page, _, _ = written(tmp_path / "report.html", epochs=30)
-    lines = page.named("polyline")
+    page, _, _ = make_report(tmp_path / "report.html", epochs=30)
+    lines = page.find_tags("polyline")
     assert len(lines) == 5  # loss, two accuracies, two reliabilities
     for line in lines:
         points = [tuple(map(float, point.split(","))) for point in (line["points"] or "").split()]
@@ -204,17 +210,19 @@ def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -
 
 
 def test_only_what_there_is_is_promised_and_what_is_left_out_is_said(tmp_path: Path) -> None:
-    several, _, _ = written(tmp_path / "several.html", Task.MULTILABEL)
+    several, _, _ = make_report(tmp_path / "several.html", Task.MULTILABEL)
     assert "Conformal" not in several.text
-    many, _, _ = written(tmp_path / "many.html", labels=tuple(f"label {number}" for number in range(1200)))
+    many, _, _ = make_report(
+        tmp_path / "many.html", labels=tuple(f"label {number}" for number in range(1200))
+    )
     assert "and 1,000 more labels" in many.text
 
 
 def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:
-    page, _, _ = written(
+    page, _, _ = make_report(
         tmp_path / "report.html", unreadable=tuple(f"{number}.png: bad" for number in range(500))
     )
-    assert page.named("details") == [{}]
+    assert page.find_tags("details") == [{}]
     assert "and 300 more" in page.text
-    page, _, _ = written(tmp_path / "short.html", warnings=("two images are the same",))
-    assert page.named("details") == [{"open": None}]
+    page, _, _ = make_report(tmp_path / "short.html", warnings=("two images are the same",))
+    assert page.find_tags("details") == [{"open": None}]

@@ -24,7 +24,7 @@ from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Batches, Views
 from fovea.model.training.distillation import LOGITS_PATTERN, average_logits, compute_teacher_logits
-from tests.training import drawn_data, fresh_net, full_disk, whole
+from tests.training import draw_dataset, limit_file_size, make_net, stack_pixels
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
 LEFT = 12
@@ -33,33 +33,37 @@ LEFT = 12
 
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
-    return drawn_data(tmp_path / "squares")
+    return draw_dataset(tmp_path / "squares")
 
 
 @pytest.fixture
 def teacher(data: Dataset) -> Net:
-    return fresh_net(data, replace(RECIPE, seed=7)).eval()
+    return make_net(data, replace(RECIPE, seed=7)).eval()
 
 
-def asked(teacher: Net, data: Dataset, folder: Path, recipe: Recipe = RECIPE) -> npt.NDArray[np.float16]:
-    pupil = fresh_net(data, recipe).config
-    return compute_teacher_logits([teacher], pupil, data, recipe, folder, Console(file=io.StringIO()))
+def ask_teacher(
+    teacher: Net, data: Dataset, folder: Path, recipe: Recipe = RECIPE
+) -> npt.NDArray[np.float16]:
+    student_config = make_net(data, recipe).config
+    return compute_teacher_logits(
+        [teacher], student_config, data, recipe, folder, Console(file=io.StringIO())
+    )
 
 
 @contextmanager
-def counting(interrupt_at: int = 0) -> Iterator[list[int]]:
+def count_images(interrupt_at: int = 0) -> Iterator[list[int]]:
     """How many images each forward pass of a network sees; one of them can be the last."""
-    seen: list[int] = []
+    batch_sizes: list[int] = []
 
-    def count(module: nn.Module, inputs: Any) -> None:
+    def record_batch(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, Net):
-            seen.append(len(inputs[0]))
-            if len(seen) == interrupt_at:
+            batch_sizes.append(len(inputs[0]))
+            if len(batch_sizes) == interrupt_at:
                 raise KeyboardInterrupt
 
-    handle = register_module_forward_pre_hook(count)
+    handle = register_module_forward_pre_hook(record_batch)
     try:
-        yield seen
+        yield batch_sizes
     finally:
         handle.remove()
 
@@ -67,8 +71,8 @@ def counting(interrupt_at: int = 0) -> Iterator[list[int]]:
 def test_the_teacher_is_asked_of_every_view_of_every_image_once(
     tmp_path: Path, data: Dataset, teacher: Net
 ) -> None:
-    with counting() as seen:
-        answers = asked(teacher, data, tmp_path)
+    with count_images() as seen:
+        answers = ask_teacher(teacher, data, tmp_path)
     assert (seen, answers.shape) == ([LEFT] * 8, (4, LEFT, 3))  # each view and its mirror image
     views = Views(data.train, RECIPE)
     for view in range(4):
@@ -78,7 +82,7 @@ def test_the_teacher_is_asked_of_every_view_of_every_image_once(
 
 
 def test_the_answer_is_the_mean_of_all_teachers_and_both_ways_round(data: Dataset, teacher: Net) -> None:
-    other, pixels = fresh_net(data, replace(RECIPE, seed=8)).eval(), data.train.pixels[torch.arange(LEFT)]
+    other, pixels = make_net(data, replace(RECIPE, seed=8)).eval(), data.train.pixels[torch.arange(LEFT)]
     first, second, mirrored, other_mirrored = (
         evaluate.compute_logits(net, seen) for seen in (pixels, pixels.flip(2)) for net in (teacher, other)
     )
@@ -92,7 +96,7 @@ def test_the_answer_is_the_mean_of_all_teachers_and_both_ways_round(data: Datase
 def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: Dataset, teacher: Net) -> None:
     """Without a blank square the teacher, asked of the batch itself, says the same."""
     recipe = replace(RECIPE, cutout=0.0)
-    batches = Batches(data, recipe, (0.5, 0.5, 0.5), asked(teacher, data, tmp_path, recipe))
+    batches = Batches(data, recipe, (0.5, 0.5, 0.5), ask_teacher(teacher, data, tmp_path, recipe))
     for number in (0, 1, 7, 13, 2 * recipe.epochs - 1):
         batch = batches.get(number)
         assert batch.teacher_logits is not None
@@ -110,7 +114,7 @@ def test_views_come_again_with_a_teacher_and_never_without(data: Dataset) -> Non
     for view in (3, 0, 2):  # in any order, for any of them
         assert torch.equal(taught.get_pixels(view, every.flip(0)).flip(0), alone.get_pixels(view, every))
     still = Views(data.train, replace(RECIPE, translate=0.0))
-    pixels = whole(data.train.pixels)
+    pixels = stack_pixels(data.train.pixels)
     for view in range(4):
         mirrored = (every + view) % 2 == 0
         expected = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
@@ -118,17 +122,17 @@ def test_views_come_again_with_a_teacher_and_never_without(data: Dataset) -> Non
 
 
 def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: Dataset, teacher: Net) -> None:
-    with pytest.raises(KeyboardInterrupt), counting(interrupt_at=5):
-        asked(teacher, data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), count_images(interrupt_at=5):
+        ask_teacher(teacher, data, tmp_path / "run")
     (file,) = (tmp_path / "run").glob(LOGITS_PATTERN)
     with file.open("ab") as opened:
         opened.write(b"half a view")
-    with counting() as seen:
-        again = asked(teacher, data, tmp_path / "run")
+    with count_images() as seen:
+        again = ask_teacher(teacher, data, tmp_path / "run")
     assert seen == [LEFT] * 4
-    assert np.array_equal(again, asked(teacher, data, tmp_path / "other"))
-    with counting() as seen:
-        assert np.array_equal(again, asked(teacher, data, tmp_path / "run"))
+    assert np.array_equal(again, ask_teacher(teacher, data, tmp_path / "other"))
+    with count_images() as seen:
+        assert np.array_equal(again, ask_teacher(teacher, data, tmp_path / "run"))
     assert seen == []
 
 
@@ -136,20 +140,20 @@ def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: D
 def test_answers_to_something_else_are_not_taken(
     tmp_path: Path, data: Dataset, teacher: Net, changed: str
 ) -> None:
-    first = asked(teacher, data, tmp_path / "run").copy()
+    first = ask_teacher(teacher, data, tmp_path / "run").copy()
     recipe = RECIPE
     if changed == "teacher":
-        teacher = fresh_net(data, replace(RECIPE, seed=8)).eval()
+        teacher = make_net(data, replace(RECIPE, seed=8)).eval()
     elif changed == "images":
-        data = replace(data, train=replace(data.train, pixels=255 - whole(data.train.pixels)))
+        data = replace(data, train=replace(data.train, pixels=255 - stack_pixels(data.train.pixels)))
     else:
         recipe = replace(RECIPE, seed=3) if changed == "seed" else replace(RECIPE, translate=0.3)
-    other = asked(teacher, data, tmp_path / "run", recipe)
+    other = ask_teacher(teacher, data, tmp_path / "run", recipe)
     assert not np.array_equal(other, first)
     assert len(list((tmp_path / "run").glob(LOGITS_PATTERN))) == 1  # the earlier ones are of no more use
 
 
 def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Dataset, teacher: Net) -> None:
     refused = pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large")
-    with full_disk(2 * LEFT * 3 + 10), refused:
-        asked(teacher, data, tmp_path / "run")
+    with limit_file_size(2 * LEFT * 3 + 10), refused:
+        ask_teacher(teacher, data, tmp_path / "run")

@@ -27,23 +27,27 @@ from fovea.model.training.pace import (
 from fovea.model.training.trainer import InitialState, measure_pace
 from fovea.model.training.trainer import train_net as run_training
 from fovea.service.artifact.contract import Task
-from tests.training import BRIEF, drawn_data, fresh_net
+from tests.training import SHORT_RECIPE, draw_dataset, make_net
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Sixty squares to train on, fifteen held out."""
-    return drawn_data(tmp_path_factory.mktemp("drawn") / "squares", count=25, validation=0.2)
+    return draw_dataset(tmp_path_factory.mktemp("drawn") / "squares", count=25, validation=0.2)
 
 
-def seconds_of(recipe: Recipe, data: Dataset, pace: Pace) -> float:
+def predict_seconds(recipe: Recipe, data: Dataset, pace: Pace) -> float:
     """What a run takes by its pace, with the answers that its end needs."""
-    whole = len(data.train) // recipe.batch
-    steps = min(whole, recipe.epoch_steps or whole)
-    measured = len(data.validation) + len(data.conformal) + len(data.test)
-    evaluated = recipe.epochs * len(data.validation) + measured
-    taught = min(recipe.epochs, recipe.views) * len(data.train) * pace.teaching_seconds
-    return recipe.epochs * steps * pace.step_seconds + evaluated * pace.evaluation_seconds + taught
+    full_steps = len(data.train) // recipe.batch
+    steps = min(full_steps, recipe.epoch_steps or full_steps)
+    measured_images = len(data.validation) + len(data.conformal) + len(data.test)
+    evaluated_images = recipe.epochs * len(data.validation) + measured_images
+    teaching_seconds = min(recipe.epochs, recipe.views) * len(data.train) * pace.teaching_seconds
+    return (
+        recipe.epochs * steps * pace.step_seconds
+        + evaluated_images * pace.evaluation_seconds
+        + teaching_seconds
+    )
 
 
 @pytest.mark.parametrize("seconds", [30.0, 60.0, 300.0, 3600.0])
@@ -58,7 +62,7 @@ def test_a_run_is_fitted_to_the_time(
     chosen = fit_epochs(recipe, data, pace, seconds)
     assert chosen == replace(recipe, epochs=chosen.epochs, epoch_steps=chosen.epoch_steps)
     assert chosen.epochs >= 1
-    assert seconds_of(chosen, data, pace) == pytest.approx(
+    assert predict_seconds(chosen, data, pace) == pytest.approx(
         seconds - 2, rel=0.1, abs=step * max(1, chosen.epochs / 2)
     )
 
@@ -83,42 +87,42 @@ def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Dataset)
 
 
 def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Dataset) -> None:
-    from tests.model.training.test_trainer import finished, interrupting, weights
-    from tests.training import train
+    from tests.model.training.test_trainer import interrupt_training, read_weights, train_to_end
+    from tests.training import train_quietly
 
-    recipe = replace(BRIEF, epoch_steps=2)
-    finished(data, recipe, tmp_path / "unbroken")
-    with interrupting(3):
-        assert train(data, recipe, tmp_path / "broken") is None
-    done = finished(data, recipe, tmp_path / "broken", resume=True)
+    recipe = replace(SHORT_RECIPE, epoch_steps=2)
+    train_to_end(data, recipe, tmp_path / "unbroken")
+    with interrupt_training(3):
+        assert train_quietly(data, recipe, tmp_path / "broken") is None
+    done = train_to_end(data, recipe, tmp_path / "broken", resume=True)
     assert done.metadata["progress"]["step"] == 6
-    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+    assert read_weights(tmp_path / "broken") == read_weights(tmp_path / "unbroken")
 
 
 def test_measuring_changes_nothing(data: Dataset) -> None:
-    net, teacher = fresh_net(data, BRIEF), fresh_net(data, BRIEF)
+    net, teacher = make_net(data, SHORT_RECIPE), make_net(data, SHORT_RECIPE)
     before = [tensor.clone() for tensor in net.state_dict().values()]
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pace = measure_pace(data, BRIEF, InitialState(net, [teacher]), 0.05)
+    pace = measure_pace(data, SHORT_RECIPE, InitialState(net, [teacher]), 0.05)
     assert torch.equal(torch.rand(3), expected)
     assert all(map(torch.equal, before, net.state_dict().values()))
     assert min(pace.step_seconds, pace.evaluation_seconds, pace.teaching_seconds) > 0
 
 
-def said(data: Dataset, recipe: Recipe, out: Path) -> str:
+def capture_output(data: Dataset, recipe: Recipe, out: Path) -> str:
     """What a run says."""
     console = Console(file=io.StringIO(), width=200)
-    run_training(data, recipe, out, InitialState(fresh_net(data, recipe)), resume=False, console=console)
+    run_training(data, recipe, out, InitialState(make_net(data, recipe)), resume=False, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize(("recipe", "images"), [(BRIEF, 60), (replace(BRIEF, epochs=30), 60)])
+@pytest.mark.parametrize(("recipe", "images"), [(SHORT_RECIPE, 60), (replace(SHORT_RECIPE, epochs=30), 60)])
 def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
     tmp_path: Path, data: Dataset, recipe: Recipe, images: int
 ) -> None:
-    lines = said(data, recipe, tmp_path / "run")
+    lines = capture_output(data, recipe, tmp_path / "run")
     (line,) = re.findall(r"expected: .*", lines)
     assert re.fullmatch(
         rf"expected: \d+ (seconds|minutes) for [\d.]+ epochs of {images} images, at \d+ images/s *", line
@@ -127,28 +131,30 @@ def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
 
 
 def test_a_step_that_takes_long_is_measured_on_few_images(data: Dataset) -> None:
-    small = fresh_net(data, BRIEF)
-    assert estimate_step(small, data, BRIEF, torch.device("cpu")) is None
+    small = make_net(data, SHORT_RECIPE)
+    assert estimate_step(small, data, SHORT_RECIPE, torch.device("cpu")) is None
     large = Net(NetConfig(Task.MULTICLASS, 3, "resnet18", 16))
-    recipe = replace(BRIEF, batch=20_000)
+    recipe = replace(SHORT_RECIPE, batch=20_000)
     step = estimate_step(large, data, recipe, torch.device("cpu"))
     assert step is not None
     assert math.isfinite(step)
     assert step > 0
 
 
-def cost(name: str = "cnn", size: int = 32, precision: Precision = Precision.BFLOAT16) -> float:
+def default_network_cost(
+    name: str = "cnn", size: int = 32, precision: Precision = Precision.BFLOAT16
+) -> float:
     return estimate_cost(Net(NetConfig(Task.MULTICLASS, 10, name, size)), precision)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU costs nothing more")
 def test_the_cost_follows_from_network_size_and_processor() -> None:
     threads = torch.get_num_threads()
-    usual = cost() * threads / 2
+    usual = default_network_cost() * threads / 2
     assert usual == pytest.approx(1, abs=0.01)
-    assert cost(size=48) == cost(size=48) > 2 * cost()
-    assert cost("resnet18") > 4 * cost()
-    assert cost(precision=Precision.FLOAT32) == pytest.approx(1.7 * cost())
+    assert default_network_cost(size=48) == default_network_cost(size=48) > 2 * default_network_cost()
+    assert default_network_cost("resnet18") > 4 * default_network_cost()
+    assert default_network_cost(precision=Precision.FLOAT32) == pytest.approx(1.7 * default_network_cost())
     assert count_flops(Net(NetConfig(Task.MULTICLASS, 10))) == pytest.approx(236e6, rel=0.01)
 
 

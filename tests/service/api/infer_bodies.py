@@ -24,47 +24,50 @@ from fovea.service.errors import RequestError
 from fovea.service.runners.messages import ImageRequest, LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-from tests.graphs import build, contract_of
+from tests.graphs import build_model, read_contract
 
 _PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
 SETTINGS = Settings(json_bytes=100_000, request_images=8)
 
 
-def model() -> LiveModel:
+def make_model() -> LiveModel:
     """One that takes small tensors of two kinds."""
-    loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
-    live = LiveModel.from_load_result(
-        ModelVersion(Path("model.onnx"), None, None, ()), LoadCommand(0, "", "", (), _PLAN), loaded, SETTINGS
+    load_reply = LoadedModel(read_contract(build_model()).to_json(), "cpu", 4, 1e6, 0.0, {})
+    live_model = LiveModel.from_load_result(
+        ModelVersion(Path("model.onnx"), None, None, ()),
+        LoadCommand(0, "", "", (), _PLAN),
+        load_reply,
+        SETTINGS,
     )
-    live.tensors = (
+    live_model.tensors = (
         InputTensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
         InputTensor("input", np.dtype(np.float32), (3, 2, 2)),
     )
-    return live
+    return live_model
 
 
-def read(live: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
+def parse_infer_body(model: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
     """What a request asks. Raises `RequestError`."""
     headers = {} if header is None else {b"inference-header-content-length": header}
-    heard = InferenceRequest(RawBody(body, len(body)), headers, QueryParams(), live, SETTINGS)
-    return asyncio.run(InferAdapter().parse_request(heard))
+    request = InferenceRequest(RawBody(body, len(body)), headers, QueryParams(), model, SETTINGS)
+    return asyncio.run(InferAdapter().parse_request(request))
 
 
-def check(live: LiveModel, asked: ParsedRequest, size: int) -> None:
+def check_infer_request(model: LiveModel, request: ParsedRequest, size: int) -> None:
     """Whatever was accepted has images, and no more than there may be; all of them lie in the body, and rows
     are whole. Raises `ValueError`."""
-    sizes = {tensor.name: tensor.size for tensor in live.tensors}
-    if not 0 < len(asked.images) <= SETTINGS.request_images:
-        raise ValueError(f"{len(asked.images)} images")
-    for image in asked.images:
+    sizes = {tensor.name: tensor.size for tensor in model.tensors}
+    if not 0 < len(request.images) <= SETTINGS.request_images:
+        raise ValueError(f"{len(request.images)} images")
+    for image in request.images:
         if (
             isinstance(image, ImageRequest)
             and image.tensor_name
             and len(image.content) != sizes[image.tensor_name]
         ):
             raise ValueError(f"a row of {len(image.content)} bytes")
-    contents = [image.content if isinstance(image, ImageRequest) else image for image in asked.images]
+    contents = [image.content if isinstance(image, ImageRequest) else image for image in request.images]
     if sum(map(len, contents)) > 4 * size:  # a number of JSON may become a float32
         raise ValueError("more than there was")
 
@@ -73,38 +76,38 @@ def main() -> None:
     """Fuzz until stopped, or as libFuzzer's arguments say."""
     import atheris
 
-    live = model()
+    live_model = make_model()
 
-    def one_input(data: bytes) -> None:
+    def fuzz_one(data: bytes) -> None:
         provider = atheris.FuzzedDataProvider(data)
-        header, body = _drawn(provider)
+        header, body = _draw_request(provider)
         try:
-            check(live, read(live, header, body), len(body))
+            check_infer_request(live_model, parse_infer_body(live_model, header, body), len(body))
         except RequestError as error:
             str(error).encode()
 
     atheris.instrument_all()
-    atheris.Setup(sys.argv, one_input)
+    atheris.Setup(sys.argv, fuzz_one)
     atheris.Fuzz()
 
 
-def _drawn(provider: Any) -> tuple[bytes, bytes]:
+def _draw_request(provider: Any) -> tuple[bytes, bytes]:
     """A request that is nearly right, so that what is behind its JSON is reached; its header and its body."""
-    one: dict[str, Any] = {
+    tensor: dict[str, Any] = {
         "name": provider.PickValueInList(["pixels", "input", "image"]),
         "datatype": provider.PickValueInList(["UINT8", "FP32", "BYTES"]),
         "shape": provider.PickValueInList([[1], [2], [3, 1], [1, 2, 2, 3], [2, 3, 2, 2], [2**40]]),
     }
     if provider.ConsumeBool():
-        one["parameters"] = {"binary_data_size": provider.ConsumeIntInRange(-8, 200)}
-    if provider.ConsumeProbability() < _LISTED:
-        one["data"] = provider.ConsumeIntListInRange(provider.ConsumeIntInRange(0, 40), -1, 256)
-    written = orjson.dumps({"inputs": [one]})
-    header = len(written) + (provider.ConsumeIntInRange(-3, 3) if provider.ConsumeBool() else 0)
-    return str(header).encode(), written + provider.ConsumeBytes(provider.remaining_bytes())
+        tensor["parameters"] = {"binary_data_size": provider.ConsumeIntInRange(-8, 200)}
+    if provider.ConsumeProbability() < _JSON_DATA_SHARE:
+        tensor["data"] = provider.ConsumeIntListInRange(provider.ConsumeIntInRange(0, 40), -1, 256)
+    header_json = orjson.dumps({"inputs": [tensor]})
+    header = len(header_json) + (provider.ConsumeIntInRange(-3, 3) if provider.ConsumeBool() else 0)
+    return str(header).encode(), header_json + provider.ConsumeBytes(provider.remaining_bytes())
 
 
-_LISTED = 0.1
+_JSON_DATA_SHARE = 0.1
 """Of all requests, that have their values in JSON."""
 
 

@@ -9,23 +9,23 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.pictures import encode, jpeg, picture
+from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import Server
-from tests.service.api.test_protocols import ASKED, code_of
+from tests.service.api.test_protocols import ASKED, error_code
 
 CLASSIFY = "/v1/classify"
 TENSORFLOW = "/v1/models/small:predict"
-IMAGE = jpeg()
+IMAGE = make_jpeg()
 FORM = "multipart/form-data; boundary=x"
 END = b"\r\n--x--\r\n"
 
 
-def part(content: bytes, *headers: bytes) -> bytes:
+def form_part(content: bytes, *headers: bytes) -> bytes:
     """One part of a form, with the delimiter before it."""
     return b"--x\r\n" + b"".join(header + b"\r\n" for header in headers) + b"\r\n" + content
 
 
-def post(server: Server, content: bytes, content_type: str, path: str = CLASSIFY) -> httpx.Response:
+def post_body(server: Server, content: bytes, content_type: str, path: str = CLASSIFY) -> httpx.Response:
     return server.client.post(path, content=content, headers={"Content-Type": content_type})
 
 
@@ -41,42 +41,42 @@ NAMED = b'Content-Disposition: form-data; name="f"'
 FILE = NAMED + b'; filename="a.jpg"'
 
 FORMS: dict[str, tuple[bytes, str]] = {
-    "an image type and no file name": (part(IMAGE, NAMED, b"Content-Type: image/jpeg") + END, FORM),
-    "an image type and no name at all": (part(IMAGE, b"content-type: Image/JPEG") + END, FORM),
+    "an image type and no file name": (form_part(IMAGE, NAMED, b"Content-Type: image/jpeg") + END, FORM),
+    "an image type and no name at all": (form_part(IMAGE, b"content-type: Image/JPEG") + END, FORM),
     "bytes of no type and no file name": (
-        part(IMAGE, NAMED, b"Content-Type: application/octet-stream") + END,
+        form_part(IMAGE, NAMED, b"Content-Type: application/octet-stream") + END,
         FORM,
     ),
-    "neither type nor file name": (part(IMAGE, NAMED) + END, FORM),
-    "a preamble": (b"This is a multipart message.\r\n" + part(IMAGE, FILE) + END, FORM),
-    "a preamble of several lines": (b"\r\nOne -- two\r\n- three.\r\n\r\n" + part(IMAGE, FILE) + END, FORM),
-    "an epilogue": (part(IMAGE, FILE) + END + b"This was it.\r\n--x\r\n", FORM),
+    "neither type nor file name": (form_part(IMAGE, NAMED) + END, FORM),
+    "a preamble": (b"This is a multipart message.\r\n" + form_part(IMAGE, FILE) + END, FORM),
+    "a preamble of several lines": (b"\r\nOne -- two\r\n- three.\r\n\r\n" + form_part(IMAGE, FILE) + END, FORM),
+    "an epilogue": (form_part(IMAGE, FILE) + END + b"This was it.\r\n--x\r\n", FORM),
     "blanks behind the delimiters": (
-        part(b"hello\r\n", NAMED).replace(b"--x", b"--x \t")
-        + part(IMAGE, FILE).replace(b"--x", b"--x  ") + END[:-2] + b" \r\n",
+        form_part(b"hello\r\n", NAMED).replace(b"--x", b"--x \t")
+        + form_part(IMAGE, FILE).replace(b"--x", b"--x  ") + END[:-2] + b" \r\n",
         FORM,
     ),
-    "a quoted boundary": (part(IMAGE, FILE) + END, 'multipart/form-data; boundary="x"'),
-    "another case": (part(IMAGE, FILE) + END, "Multipart/Form-Data; charset=utf-8; BOUNDARY=x"),
+    "a quoted boundary": (form_part(IMAGE, FILE) + END, 'multipart/form-data; boundary="x"'),
+    "another case": (form_part(IMAGE, FILE) + END, "Multipart/Form-Data; charset=utf-8; BOUNDARY=x"),
     "a quoted boundary with blanks": (
         b"--a b: c\r\n" + FILE + b"\r\n\r\n" + IMAGE + b"\r\n--a b: c--",
         'multipart/form-data;boundary="a b: c"',
     ),
     "an extended file name in capitals": (
-        part(IMAGE, NAMED + b"; FileName* = UTF-8''caf%C3%A9.jpg") + END,
+        form_part(IMAGE, NAMED + b"; FileName* = UTF-8''caf%C3%A9.jpg") + END,
         FORM,
     ),
     "base64 in lines": (
-        part(base64.encodebytes(IMAGE), FILE, b"Content-Transfer-Encoding: BASE64") + END,
+        form_part(base64.encodebytes(IMAGE), FILE, b"Content-Transfer-Encoding: BASE64") + END,
         FORM,
     ),
     "a transfer encoding that changes nothing": (
-        part(IMAGE, FILE, b"Content-Transfer-Encoding: binary") + END,
+        form_part(IMAGE, FILE, b"Content-Transfer-Encoding: binary") + END,
         FORM,
     ),
     "text fields beside it": (
-        part(b"hello\r\n", NAMED) + part("café\r\n".encode(), NAMED) + part(b"caf\xe9\r\n", NAMED)
-        + part(IMAGE, FILE) + END,
+        form_part(b"hello\r\n", NAMED) + form_part("café\r\n".encode(), NAMED) + form_part(b"caf\xe9\r\n", NAMED)
+        + form_part(IMAGE, FILE) + END,
         FORM,
     ),
 }  # fmt: skip
@@ -85,46 +85,46 @@ FORMS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("how", FORMS)
 def test_a_form_is_read_however_it_is_written(server: Server, wanted: Any, how: str) -> None:
     content, content_type = FORMS[how]
-    assert post(server, content, content_type).json() == wanted
+    assert post_body(server, content, content_type).json() == wanted
     chunked = server.client.post(CLASSIFY, content=iter([content]), headers={"Content-Type": content_type})
     assert chunked.json() == wanted
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG"])
 def test_every_format_is_known_in_a_part_that_says_nothing(server: Server, kind: str) -> None:
-    content = encode(picture(300, 200), kind)
-    reply = post(server, part(content, NAMED) + END, FORM)
+    content = encode_image(draw_picture(300, 200), kind)
+    reply = post_body(server, form_part(content, NAMED) + END, FORM)
     assert reply.json() == server.client.post(CLASSIFY, content=content).json()
 
 
 def test_several_images_without_file_names_are_all_answered(server: Server, wanted: Any) -> None:
     parts = (
-        part(IMAGE, NAMED, b"Content-Type: image/jpeg") + b"\r\n" + part(IMAGE, FILE) + b"\r\n"
-        + part(IMAGE, NAMED) + END
+        form_part(IMAGE, NAMED, b"Content-Type: image/jpeg") + b"\r\n" + form_part(IMAGE, FILE) + b"\r\n"
+        + form_part(IMAGE, NAMED) + END
     )  # fmt: skip
-    results = post(server, b"preamble\r\n" + parts, FORM).json()["results"]
+    results = post_body(server, b"preamble\r\n" + parts, FORM).json()["results"]
     assert [one["predictions"] for one in results] == 3 * [wanted["predictions"]]
 
 
 def test_a_large_form_with_a_preamble_keeps_its_places(server: Server) -> None:
     """It lies in the shared memory of the runners."""
-    large = encode(picture(400, 300), "BMP")
+    large = encode_image(draw_picture(400, 300), "BMP")
     assert len(large) > 256 << 10
-    reply = post(server, b"preamble\r\n" + part(large, FILE) + END, FORM)
+    reply = post_body(server, b"preamble\r\n" + form_part(large, FILE) + END, FORM)
     assert reply.json() == server.client.post(CLASSIFY, content=large).json()
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (part(IMAGE, FILE, b"Content-Transfer-Encoding: quoted-printable") + END, "'quoted-printable'"),
-        (part(b"@@@@", FILE, b"Content-Transfer-Encoding: base64") + END, "file 0 is not base64"),
-        (part(b"hello", NAMED) + END, "has no file"),
+        (form_part(IMAGE, FILE, b"Content-Transfer-Encoding: quoted-printable") + END, "'quoted-printable'"),
+        (form_part(b"@@@@", FILE, b"Content-Transfer-Encoding: base64") + END, "file 0 is not base64"),
+        (form_part(b"hello", NAMED) + END, "has no file"),
         (b"no delimiter", "malformed"),
     ],
 )
 def test_a_form_that_cannot_be_read_says_why(server: Server, content: bytes, said: str) -> None:
-    reply = post(server, content, FORM)
+    reply = post_body(server, content, FORM)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
     assert said in reply.json()["error"]["message"]
 
@@ -181,7 +181,7 @@ def test_our_options_are_refused_where_another_protocol_would_ignore_them(
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     url = path.format("small")
     reply = server.client.post(f"{url}?top_k=2", **content)
-    assert (reply.status_code, code_of(reply, dialect)) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, dialect)) == (400, "bad_request")
     assert "top_k" in reply.text
     assert server.client.post(f"{url}?key=of-a-gateway", **content).status_code == 200
 
@@ -192,14 +192,14 @@ def test_an_explanation_minds_the_options_of_its_body(server: Server) -> None:
     reply = server.client.post("/v1/explain", json={**asked, "threshold": 0.5})
     assert (reply.status_code, "threshold" in reply.text) == (400, True)
     reply = server.client.post("/explanations/small?top_k=2", content=IMAGE)
-    assert (reply.status_code, code_of(reply, "torchserve")) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, "torchserve")) == (400, "bad_request")
     reply = server.client.post("/explanations/small", files={"data": IMAGE}, data={"top_k": "2"})
-    assert (reply.status_code, code_of(reply, "torchserve")) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, "torchserve")) == (400, "bad_request")
 
 
 # --- base64 --------------------------------------------------------------------------------------
 
-PADDED = next(jpeg(seed=seed) for seed in range(100) if len(jpeg(seed=seed)) % 3 == 1)
+PADDED = next(make_jpeg(seed=seed) for seed in range(100) if len(make_jpeg(seed=seed)) % 3 == 1)
 """An image whose base64 ends in two characters of padding."""
 
 B64 = base64.b64encode(PADDED).decode()
@@ -281,15 +281,15 @@ def test_json_may_come_from_windows(server: Server, where: str, encoding: str) -
     expected = server.client.post(path, json=body(B64)).json()
     content = json.dumps(body(B64)).encode(encoding)
     for content_type in ("application/json", f"Application/JSON; charset={encoding}", "text/json"):
-        reply = post(server, content, content_type, path)
+        reply = post_body(server, content, content_type, path)
         assert (reply.status_code, reply.json()) == (200, expected)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{", b"\xef\xbb\xbf", b'{\0"\0\0\xd8', b"\0\0\0", b"[\0"])
 def test_broken_encodings_of_json_are_malformed(server: Server, content: bytes) -> None:
     for dialect, path in (("native", CLASSIFY), ("huggingface", "/predict"), ("tensorflow", TENSORFLOW)):
-        reply = post(server, content, "application/json", path)
-        assert (reply.status_code, code_of(reply, dialect)) == (400, "bad_request")
+        reply = post_body(server, content, "application/json", path)
+        assert (reply.status_code, error_code(reply, dialect)) == (400, "bad_request")
 
 
 # --- TorchServe's JSON ---------------------------------------------------------------------------
@@ -319,10 +319,10 @@ def test_torchserve_takes_json_as_its_handlers_do(server: Server, body: Any) -> 
 )
 def test_torchserve_s_json_that_is_none_of_its_own(server: Server, body: Any, said: str) -> None:
     reply = server.client.post("/predictions/small", json=body)
-    assert (reply.status_code, code_of(reply, "torchserve")) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, "torchserve")) == (400, "bad_request")
     assert said in reply.json()["message"]
 
 
 def test_torchserve_s_json_that_is_nested_too_deep(server: Server) -> None:
     content = b'{"data": ' * 900 + b"3" + b"}" * 900
-    assert post(server, content, "application/json", "/predictions/small").status_code == 400
+    assert post_body(server, content, "application/json", "/predictions/small").status_code == 400

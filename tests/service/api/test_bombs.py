@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import Server
-from tests.service.api.test_protocols import code_of
+from tests.service.api.test_protocols import error_code
 
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -19,12 +19,12 @@ LIMIT = 4 << 20
 """Of JSON that orjson reads, in bytes; by default."""
 
 
-def filled(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 2000) -> bytes:
+def fill_items(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 2000) -> bytes:
     """As many items as have room."""
     return start + item * ((size - len(start) - len(end)) // len(item)) + item.rstrip(b",") + end
 
 
-def fields(size: int = LIMIT - 2000) -> bytes:
+def make_fields(size: int = LIMIT - 2000) -> bytes:
     names = b",".join(b'"%07x":1' % number for number in range(size // 12))
     return b"{%b}" % names
 
@@ -36,36 +36,36 @@ EXAMPLE = b'{"b64":""}'
 INFER, PREDICT, CLASSIFY = "/v2/models/small/infer", "/v1/models/small:predict", "/v1/models/small:classify"
 
 BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
-    "inputs of numbers": ("oip", INFER, filled(b'{"inputs":[', b"1,", b"]}"), {}),
-    "inputs of nothing": ("oip", INFER, filled(b'{"inputs":[', b"{},", b"]}"), {}),
-    "good inputs": ("oip", INFER, filled(b'{"inputs":[', TENSOR + b",", b"]}"), {}),
-    "outputs": ("oip", INFER, filled(b'{"inputs":[%b],"outputs":[' % TENSOR, b"1,", b"]}"), {}),
+    "inputs of numbers": ("oip", INFER, fill_items(b'{"inputs":[', b"1,", b"]}"), {}),
+    "inputs of nothing": ("oip", INFER, fill_items(b'{"inputs":[', b"{},", b"]}"), {}),
+    "good inputs": ("oip", INFER, fill_items(b'{"inputs":[', TENSOR + b",", b"]}"), {}),
+    "outputs": ("oip", INFER, fill_items(b'{"inputs":[%b],"outputs":[' % TENSOR, b"1,", b"]}"), {}),
     "good outputs": (
-        "oip", INFER, filled(b'{"inputs":[%b],"outputs":[' % TENSOR, b'{"name":""},', b"]}"), {},
+        "oip", INFER, fill_items(b'{"inputs":[%b],"outputs":[' % TENSOR, b'{"name":""},', b"]}"), {},
     ),
     "a shape": (
-        "oip", INFER, filled(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"), {},
+        "oip", INFER, fill_items(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"), {},
     ),
     "shapes of many inputs": (
-        "oip", INFER, filled(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(64 * [b'""']), b"]}"), {},
+        "oip", INFER, fill_items(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(64 * [b'""']), b"]}"), {},
     ),
-    "instances": ("tensorflow", PREDICT, filled(b'{"instances":[', b"1,", b"]}"), {}),
-    "columns": ("tensorflow", PREDICT, filled(b'{"inputs":[', b"1,", b"]}"), {}),
-    "examples": ("tensorflow", CLASSIFY, filled(b'{"examples":[', b"1,", b"]}"), {}),
+    "instances": ("tensorflow", PREDICT, fill_items(b'{"instances":[', b"1,", b"]}"), {}),
+    "columns": ("tensorflow", PREDICT, fill_items(b'{"inputs":[', b"1,", b"]}"), {}),
+    "examples": ("tensorflow", CLASSIFY, fill_items(b'{"examples":[', b"1,", b"]}"), {}),
     "a context for many": (
-        "tensorflow", CLASSIFY, b'{"context":%b,"examples":[%b]}' % (fields(), b",".join(64 * [EXAMPLE])), {},
+        "tensorflow", CLASSIFY, b'{"context":%b,"examples":[%b]}' % (make_fields(), b",".join(64 * [EXAMPLE])), {},
     ),
-    "fields of rows": ("tensorflow", PREDICT, fields(), {}),
-    "fields of examples": ("tensorflow", CLASSIFY, fields(), {}),
-    "base64 of numbers": ("huggingface", "/predict", filled(b'{"inputs":[', b"1,", b"]}"), JSON),
-    "fields of inputs": ("huggingface", "/predict", fields(), JSON),
-    "fields of parameters": ("huggingface", "/predict", b'{"inputs":"","parameters":%b}' % fields(), JSON),
-    "images of numbers": ("native", "/v1/classify", filled(b'{"images":[', b"1,", b"]}", 60_000_000), JSON),
-    "lists in no field": ("native", "/v1/classify", filled(b'{"a":[', b"[],", b"]}", 60_000_000), JSON),
-    "fields beside images": ("native", "/v1/classify", fields(60_000_000), JSON),
+    "fields of rows": ("tensorflow", PREDICT, make_fields(), {}),
+    "fields of examples": ("tensorflow", CLASSIFY, make_fields(), {}),
+    "base64 of numbers": ("huggingface", "/predict", fill_items(b'{"inputs":[', b"1,", b"]}"), JSON),
+    "fields of inputs": ("huggingface", "/predict", make_fields(), JSON),
+    "fields of parameters": ("huggingface", "/predict", b'{"inputs":"","parameters":%b}' % make_fields(), JSON),
+    "images of numbers": ("native", "/v1/classify", fill_items(b'{"images":[', b"1,", b"]}", 60_000_000), JSON),
+    "lists in no field": ("native", "/v1/classify", fill_items(b'{"a":[', b"[],", b"]}", 60_000_000), JSON),
+    "fields beside images": ("native", "/v1/classify", make_fields(60_000_000), JSON),
     "zeros": ("oip", INFER, gzip.compress(bytes(1 << 30)), {"Content-Encoding": "gzip"}),
     "parts": (
-        "torchserve", "/predictions/small", filled(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000), FORM,
+        "torchserve", "/predictions/small", fill_items(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000), FORM,
     ),
 }  # fmt: skip
 """The dialect, the path, the body and its headers."""
@@ -86,11 +86,11 @@ def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
     if not os.access(clear, os.W_OK):
         pytest.skip("this system does not tell a process's peak memory")
     clear.write_text("5")  # the peak is from here on (proc(5))
-    before = size(status, "VmRSS")
+    before = memory_size(status, "VmRSS")
     reply = served.client.post(path, content=body, headers=headers)
-    assert code_of(reply, dialect) in ("bad_request", "body_too_large")
+    assert error_code(reply, dialect) in ("bad_request", "body_too_large")
     assert len(reply.content) < 2000
-    assert size(status, "VmHWM") - before - len(body) < 200_000_000
+    assert memory_size(status, "VmHWM") - before - len(body) < 200_000_000
 
 
 def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
@@ -98,11 +98,11 @@ def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
     for count, said in ((8192, "has no file"), (8193, "more than 8192 parts")):
         content = part * count + b"--x--\r\n"
         reply = served.client.post("/predictions/small", content=content, headers=FORM)
-        assert (reply.status_code, code_of(reply, "torchserve")) == (400, "bad_request")
+        assert (reply.status_code, error_code(reply, "torchserve")) == (400, "bad_request")
         assert said in reply.json()["message"]
 
 
-def size(status: Path, name: str) -> int:
+def memory_size(status: Path, name: str) -> int:
     """In bytes."""
     return 1024 * next(
         int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)

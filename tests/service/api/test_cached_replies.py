@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.graphs import build, publish
-from tests.pictures import jpeg
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
 from tests.raw import Wire
 from tests.servers import Server
 
@@ -41,8 +41,8 @@ PATHS = [
 
 @pytest.fixture(scope="module")
 def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    root = publish(build(), tmp_path_factory.mktemp("zoo"))
-    publish(build(seed=1), root, name="other")
+    root = add_to_repository(build_model(), tmp_path_factory.mktemp("zoo"))
+    add_to_repository(build_model(seed=1), root, name="other")
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small", "FOVEA_WATCH": "0"}
     with Server(FOVEA_MODELS=str(root), **settings) as running:
         yield running, root
@@ -52,15 +52,15 @@ def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_kept_answer_is_the_answer(managed: tuple[Server, Path], path: str) -> None:
     server, _ = managed
-    before = server.metric("fovea_requests_total", status="200")
+    before = server.read_metric("fovea_requests_total", status="200")
     first, *others = [server.client.get(path, headers={"X-Request-Id": str(n)}) for n in range(5)]
     for number, other in enumerate(others, 1):
         assert other.content == first.content
         assert other.status_code == first.status_code == 200
         assert other.headers["x-request-id"] == str(number)
-        assert _lasting(other) == _lasting(first)
+        assert _stable_headers(other) == _stable_headers(first)
     assert server.client.head(path).headers["content-length"] == str(len(first.content))
-    assert server.metric("fovea_requests_total", status="200") == before + 7  # with the scrape before
+    assert server.read_metric("fovea_requests_total", status="200") == before + 7  # with the scrape before
 
 
 def test_a_kept_answer_minds_conditions(managed: tuple[Server, Path]) -> None:
@@ -88,7 +88,7 @@ def test_a_change_of_the_models_is_seen_at_once(managed: tuple[Server, Path]) ->
         assert names("/v1/models") == {"small"}
         for path in ("/v2/models/other", "/v1/models/other/contract", "/models/other", "/v1/models/other"):
             assert server.client.get(path).status_code == 404
-        publish(build(seed=version), root, name="other", version=str(version))
+        add_to_repository(build_model(seed=version), root, name="other", version=str(version))
         assert server.client.post("/v2/repository/models/other/load").status_code == 200
         contract = server.client.get("/v1/models/other/contract").json()
         assert contract["version"] == str(version)
@@ -106,8 +106,8 @@ def test_kept_answers_are_pipelined_in_order(managed: tuple[Server, Path]) -> No
         ]
         wire.send(b"".join(gets) * 20)
         for _ in range(20):
-            assert wire.answer().body == contract
-            assert wire.answer().body == models
+            assert wire.read_response().body == contract
+            assert wire.read_response().body == models
 
 
 def test_errors_and_queries_are_not_kept(managed: tuple[Server, Path]) -> None:
@@ -125,9 +125,9 @@ def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server
 
     def ask(_: int) -> bool:
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            before = _answered(client)
-            client.post("/v1/classify", content=jpeg())
-            return _answered(client) > before
+            before = _count_requests(client)
+            client.post("/v1/classify", content=make_jpeg())
+            return _count_requests(client) > before
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(24)))
@@ -137,11 +137,11 @@ def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server
     assert text.endswith("# EOF\n")
 
 
-def _lasting(reply: httpx.Response) -> dict[str, str]:
+def _stable_headers(reply: httpx.Response) -> dict[str, str]:
     """The headers that do not belong to one request."""
     return {name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id")}
 
 
-def _answered(client: httpx.Client) -> float:
+def _count_requests(client: httpx.Client) -> float:
     lines = client.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("fovea_requests_total"))

@@ -18,23 +18,30 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Coverage, Task
 from fovea.service.inference.preprocess import decode_image
-from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
-from tests.pictures import encode, jpeg, picture, png_header
+from tests.graphs import (
+    COVERAGE,
+    SMALL_GEOMETRY,
+    add_to_repository,
+    build_model,
+    read_contract,
+    with_contract,
+)
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.raw import Wire
 from tests.servers import Server, run_service
 
 BLACK = Image.new("RGB", (16, 16))
 
 
-def post(server: Server, content: bytes, **options: Any) -> httpx.Response:
+def post_image(server: Server, content: bytes, **options: Any) -> httpx.Response:
     return server.client.post("/v1/classify", content=content, **options)
 
 
-def encoded(content: bytes) -> dict[str, str]:
+def encode_base64(content: bytes) -> dict[str, str]:
     return {"b64": base64.b64encode(content).decode()}
 
 
-def labels(reply: dict[str, Any]) -> list[str]:
+def predicted_labels(reply: dict[str, Any]) -> list[str]:
     return [prediction["label"] for prediction in reply["predictions"]]
 
 
@@ -42,30 +49,30 @@ def labels(reply: dict[str, Any]) -> list[str]:
 
 
 def test_the_answer_is_what_plain_onnx_runtime_says(server: Server, small_zoo: Path) -> None:
-    image = encode(picture(50, 40), "PNG")
+    image = encode_image(draw_picture(50, 40), "PNG")
     session = onnxruntime.InferenceSession(small_zoo / "small" / "1" / "model.onnx")
-    pixels = decode_image(image, SMALL, max_pixels=10_000).pixels
+    pixels = decode_image(image, SMALL_GEOMETRY, max_pixels=10_000).pixels
     wanted = session.run(["probabilities"], {"pixels": pixels[None]})[0][0]
-    reply = post(server, image, params={"top_k": 0}).json()
+    reply = post_image(server, image, params={"top_k": 0}).json()
     assert reply["model"] == {"name": "small", "version": "1"}
     assert reply["image"] == {"format": "PNG", "width": 50, "height": 40}
     got = {prediction["index"]: prediction["probability"] for prediction in reply["predictions"]}
     assert [got[index] for index in range(4)] == pytest.approx(wanted, abs=1e-6)
-    assert labels(reply) == [("ant", "bee", "cow", "dog")[index] for index in np.argsort(-wanted)]
+    assert predicted_labels(reply) == [("ant", "bee", "cow", "dog")[index] for index in np.argsort(-wanted)]
 
 
 def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> None:
-    image = jpeg()
+    image = make_jpeg()
     client = server.client
-    wanted = post(server, image).json()
+    wanted = post_image(server, image).json()
     form = "application/x-www-form-urlencoded"  # what `curl --data-binary` says
     for reply in (
         client.put("/v1/classify", content=image),
         client.put("/v1/classify", content=image, headers={"Content-Type": ""}),
-        post(server, image, headers={"Content-Type": form}),
-        post(server, image, headers={"Content-Type": "image/png"}),
+        post_image(server, image, headers={"Content-Type": form}),
+        post_image(server, image, headers={"Content-Type": "image/png"}),
         client.post("/v1/classify", files={"anything": ("a.txt", image, "text/plain")}),
-        client.post("/v1/classify", json={"images": [encoded(image)]}),
+        client.post("/v1/classify", json={"images": [encode_base64(image)]}),
         client.post("/v1/models/small/classify", content=image),
         client.put("/v1/models/small/versions/1/classify", content=image),
     ):
@@ -74,31 +81,31 @@ def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> Non
 
 
 def test_files_are_found_however_they_are_named(server: Server) -> None:
-    image = jpeg()
-    wanted = post(server, image).json()
+    image = make_jpeg()
+    wanted = post_image(server, image).json()
     for name in (b'filename="a.jpg"', b"filename=a.jpg", b"filename*=UTF-8''caf%C3%A9.jpg", b'filename=""'):
         part = b"--x\r\nContent-Disposition: form-data; name=f; " + name + b"\r\n\r\n" + image + b"\r\n"
         unchosen = b'--x\r\nContent-Disposition: form-data; name=g; filename=""\r\n\r\n\r\n'
         field = b"--x\r\nContent-Disposition: form-data; name=note\r\n\r\nhello\r\n"
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        reply = post(server, unchosen + part + field + b"--x--\r\n", headers=headers)
+        reply = post_image(server, unchosen + part + field + b"--x--\r\n", headers=headers)
         assert reply.json() == wanted
 
 
 def test_several_images_keep_their_order_and_their_own_errors(server: Server) -> None:
     images = [
-        jpeg(seed=1),
+        make_jpeg(seed=1),
         b"not an image",
-        jpeg(seed=2),
-        jpeg()[:300],
-        jpeg(seed=3),
-        png_header(50_000, 50_000),
+        make_jpeg(seed=2),
+        make_jpeg()[:300],
+        make_jpeg(seed=3),
+        make_png_header(50_000, 50_000),
     ]
-    alone = [post(server, image).json() for image in images]
-    before = server.metric("fovea_errors_total", reason="bad_image")
+    alone = [post_image(server, image).json() for image in images]
+    before = server.read_metric("fovea_errors_total", reason="bad_image")
     for reply in (
         server.client.post("/v1/classify", files=[("f", ("x", image)) for image in images]),
-        server.client.post("/v1/classify", json={"images": [encoded(image) for image in images]}),
+        server.client.post("/v1/classify", json={"images": [encode_base64(image) for image in images]}),
     ):
         assert reply.status_code == 200
         results = reply.json()["results"]
@@ -107,28 +114,28 @@ def test_several_images_keep_their_order_and_their_own_errors(server: Server) ->
         assert [result.get("error", {}).get("code") for result in results] == [
             None, "unsupported_format", None, "bad_image", None, "too_many_pixels",
         ]  # fmt: skip
-    assert server.metric("fovea_errors_total", reason="bad_image") == before + 2
+    assert server.read_metric("fovea_errors_total", reason="bad_image") == before + 2
 
 
 def test_top_k_and_threshold(server: Server) -> None:
-    image = jpeg()
-    everything = post(server, image, params={"top_k": 0}).json()["predictions"]
+    image = make_jpeg()
+    everything = post_image(server, image, params={"top_k": 0}).json()["predictions"]
     probabilities = [prediction["probability"] for prediction in everything]
     assert probabilities == sorted(probabilities, reverse=True)
     assert len(everything) == 4
-    assert post(server, image, params={"top_k": 2}).json()["predictions"] == everything[:2]
-    assert post(server, image, params={"top_k": 10**6}).json()["predictions"] == everything
-    kept = post(server, image, params={"threshold": probabilities[1]}).json()["predictions"]
+    assert post_image(server, image, params={"top_k": 2}).json()["predictions"] == everything[:2]
+    assert post_image(server, image, params={"top_k": 10**6}).json()["predictions"] == everything
+    kept = post_image(server, image, params={"threshold": probabilities[1]}).json()["predictions"]
     assert kept == everything[:2]
-    assert post(server, image, params={"threshold": 1}).json()["predictions"] == []
-    asked = {"images": [encoded(image)], "top_k": 1, "threshold": 0}
+    assert post_image(server, image, params={"threshold": 1}).json()["predictions"] == []
+    asked = {"images": [encode_base64(image)], "top_k": 1, "threshold": 0}
     reply = server.client.post("/v1/classify", params={"top_k": 3, "threshold": 1}, json=asked)
     assert reply.json()["predictions"] == everything[:1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
 def test_extreme_shapes_are_answered(server: Server, size: tuple[int, int]) -> None:
-    reply = post(server, encode(picture(*size), "PNG"))
+    reply = post_image(server, encode_image(draw_picture(*size), "PNG"))
     assert reply.status_code == 200
     assert (reply.json()["image"]["width"], reply.json()["image"]["height"]) == size
 
@@ -136,37 +143,44 @@ def test_extreme_shapes_are_answered(server: Server, size: tuple[int, int]) -> N
 @pytest.fixture(scope="module")
 def other_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("tasks")
-    publish(build(Task.BINARY, ("cat", "dog")), root, "pets")
-    publish(build(Task.MULTILABEL, ("sun", "sea", "sand")), root, "beach")
-    publish(build(Task.MULTICLASS), root, "animals", "3")
-    publish(build(Task.MULTICLASS), root, "animals", "12")
+    add_to_repository(build_model(Task.BINARY, ("cat", "dog")), root, "pets")
+    add_to_repository(build_model(Task.MULTILABEL, ("sun", "sea", "sand")), root, "beach")
+    add_to_repository(build_model(Task.MULTICLASS), root, "animals", "3")
+    add_to_repository(build_model(Task.MULTICLASS), root, "animals", "12")
     with Server(FOVEA_MODELS=str(root)) as running:
         yield running
 
 
 def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server) -> None:
-    pets = other_tasks.client.post("/v1/models/pets/classify", content=jpeg()).json()["predictions"]
+    pets = other_tasks.client.post("/v1/models/pets/classify", content=make_jpeg()).json()["predictions"]
     assert {prediction["label"] for prediction in pets} == {"cat", "dog"}
     assert sum(prediction["probability"] for prediction in pets) == pytest.approx(1)
-    beach = other_tasks.client.post("/v1/models/beach/classify", content=jpeg()).json()["predictions"]
+    beach = other_tasks.client.post("/v1/models/beach/classify", content=make_jpeg()).json()["predictions"]
     assert [prediction["selected"] for prediction in beach] == [
         prediction["probability"] >= 0.5 for prediction in beach
     ]
     assert [one["selected"] for one in pets] == [one["probability"] >= 0.5 for one in pets]
-    animals = other_tasks.client.post("/v1/models/animals/classify", content=jpeg()).json()["predictions"]
+    animals = other_tasks.client.post("/v1/models/animals/classify", content=make_jpeg()).json()[
+        "predictions"
+    ]
     assert "selected" not in animals[0]
 
 
 def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
     """The same image and weights: only what the contract says differs."""
-    pets, beach = build(Task.BINARY, ("cat", "dog")), build(Task.MULTILABEL, ("sun", "sea", "sand"))
+    pets, beach = (
+        build_model(Task.BINARY, ("cat", "dog")),
+        build_model(Task.MULTILABEL, ("sun", "sea", "sand")),
+    )
     kinds = {"dogs": (pets, (0.0,)), "cats": (pets, (1.0,)), "beach": (beach, (0.0, 1.0, 0.5))}
     for name, (graph, thresholds) in kinds.items():
-        publish(with_contract(graph, replace(contract_of(graph), thresholds=thresholds)), tmp_path, name)
+        add_to_repository(
+            with_contract(graph, replace(read_contract(graph), thresholds=thresholds)), tmp_path, name
+        )
     with Server(FOVEA_MODELS=str(tmp_path)) as server:
         for seed in range(8):
             said = {
-                name: server.client.post(f"/v1/models/{name}/classify", content=jpeg(seed=seed)).json()
+                name: server.client.post(f"/v1/models/{name}/classify", content=make_jpeg(seed=seed)).json()
                 for name in kinds
             }
             for name, label in (("dogs", "dog"), ("cats", "cat")):
@@ -181,24 +195,28 @@ def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
 def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, Any]:
     """By the definition, from all probabilities of an answer."""
     quantile = next(one.quantile for one in COVERAGE if one.level == level)
-    inside = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
-    return {"level": level, "labels": inside, "abstain": not 1 <= len(inside) <= len(predictions) // 2}
+    set_labels = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
+    return {
+        "level": level,
+        "labels": set_labels,
+        "abstain": not 1 <= len(set_labels) <= len(predictions) // 2,
+    }
 
 
 @pytest.mark.parametrize("level", [one.level for one in COVERAGE])
 def test_coverage_answers_the_label_set_of_the_stored_quantile(server: Server, level: float) -> None:
     for seed in range(12):
-        image = jpeg(seed=seed)
-        everything = post(server, image, params={"top_k": 0}).json()["predictions"]
-        reply = post(server, image, params={"top_k": 1, "threshold": 1, "coverage": level}).json()
+        image = make_jpeg(seed=seed)
+        everything = post_image(server, image, params={"top_k": 0}).json()["predictions"]
+        reply = post_image(server, image, params={"top_k": 1, "threshold": 1, "coverage": level}).json()
         assert reply["coverage"] == expected_set(everything, level)
-        assert "coverage" not in post(server, image).json()
+        assert "coverage" not in post_image(server, image).json()
 
 
 def test_sets_that_say_too_little_abstain(server: Server) -> None:
     """Images were looked for until each kind had come: empty, of one label, and too wide."""
     sets = [
-        post(server, jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
+        post_image(server, make_jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
         for seed in range(40)
         for level in (0.5, 0.95)
     ]
@@ -212,36 +230,39 @@ def test_sets_that_say_too_little_abstain(server: Server) -> None:
 @pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
 def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
     """Of a black image the logits are the biases, so that no probability is near 0 or 1."""
-    graph, black = build(labels=[f"label {index}" for index in range(count)]), encode(BLACK, "PNG")
+    graph, black = (
+        build_model(labels=[f"label {index}" for index in range(count)]),
+        encode_image(BLACK, "PNG"),
+    )
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    pixels = decode_image(black, SMALL, max_pixels=10_000).pixels
+    pixels = decode_image(black, SMALL_GEOMETRY, max_pixels=10_000).pixels
     probabilities = sorted(session.run(["probabilities"], {"pixels": pixels[None]})[0][0].tolist())[::-1]
     sets = [Coverage((size + 1) / 100, 1 - probabilities[size - 1] + 1e-6) for size in range(1, count)]
-    publish(with_contract(graph, replace(contract_of(graph), coverage=tuple(sets))), tmp_path)
+    add_to_repository(with_contract(graph, replace(read_contract(graph), coverage=tuple(sets))), tmp_path)
     with Server(FOVEA_MODELS=str(tmp_path)) as server:
         for size, one in enumerate(sets, 1):
-            said = post(server, black, params={"coverage": one.level}).json()["coverage"]
+            said = post_image(server, black, params={"coverage": one.level}).json()["coverage"]
             assert (len(said["labels"]), said["abstain"]) == (size, size > widest)
 
 
 def test_levels_are_compared_as_numbers_that_came_as_text(server: Server) -> None:
     for text in ("0.95", "0.950", "95e-2", "0.9500000000001"):
-        reply = server.client.post(f"/v1/classify?coverage={text}", content=jpeg())
+        reply = server.client.post(f"/v1/classify?coverage={text}", content=make_jpeg())
         assert reply.json()["coverage"]["level"] == 0.95
     for text, bound in (("0", "more than 0.0"), ("1", "less than 1.0")):
-        outside = server.client.post(f"/v1/classify?coverage={text}", content=jpeg())
+        outside = server.client.post(f"/v1/classify?coverage={text}", content=make_jpeg())
         assert outside.json()["error"]["message"] == f"coverage: it must be {bound}"
-    near = server.client.post("/v1/classify?coverage=0.9500001", content=jpeg())
+    near = server.client.post("/v1/classify?coverage=0.9500001", content=make_jpeg())
     assert near.json()["error"]["message"] == "coverage 0.9500001 is not one of 0.5, 0.9, 0.95"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_s_coverage_stands_whatever_the_query_says(server: Server, chunked: bool) -> None:
-    content = json.dumps({"images": [encoded(jpeg())], "coverage": 0.9}).encode()
-    wanted = post(server, jpeg(), params={"coverage": 0.9}).json()
+    content = json.dumps({"images": [encode_base64(make_jpeg())], "coverage": 0.9}).encode()
+    wanted = post_image(server, make_jpeg(), params={"coverage": 0.9}).json()
     body: Any = iter([content]) if chunked else content
     headers = {"Content-Type": "application/json"}
-    assert post(server, body, params={"coverage": 0.91}, headers=headers).json() == wanted
+    assert post_image(server, body, params={"coverage": 0.91}, headers=headers).json() == wanted
 
 
 def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> None:
@@ -249,20 +270,20 @@ def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> 
         wire.send(
             b"PUT /v1/classify?coverage=0.91 HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nstalled"
         )
-        assert wire.answer().status == 400
+        assert wire.read_response().status == 400
 
 
 def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(server: Server) -> None:
-    images = [jpeg(seed=1), b"not an image", jpeg(seed=2)]
-    alone = [post(server, image, params={"coverage": 0.9}).json().get("coverage") for image in images]
+    images = [make_jpeg(seed=1), b"not an image", make_jpeg(seed=2)]
+    alone = [post_image(server, image, params={"coverage": 0.9}).json().get("coverage") for image in images]
     form = server.client.post(
         "/v1/classify", params={"coverage": 0.9}, files=[("f", ("x", image)) for image in images]
     )
-    asked = {"images": [encoded(image) for image in images], "coverage": 0.9}
+    asked = {"images": [encode_base64(image) for image in images], "coverage": 0.9}
     body = server.client.post("/v1/classify", params={"coverage": 0.5}, json=asked)
     for reply in (form, body):
         assert [result.get("coverage") for result in reply.json()["results"]] == alone
-    chunked = post(server, iter([images[0]]), params={"coverage": 0.9})  # type: ignore[arg-type]  # past the fast path
+    chunked = post_image(server, iter([images[0]]), params={"coverage": 0.9})  # type: ignore[arg-type]  # past the fast path
     assert chunked.json()["coverage"] == alone[0]
 
 
@@ -270,24 +291,24 @@ def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(serve
 def test_a_coverage_that_the_model_has_not_is_refused_with_those_that_it_has(
     server: Server, send: str
 ) -> None:
-    image = jpeg()
+    image = make_jpeg()
     if send == "json":
-        reply = server.client.post("/v1/classify", json={"images": [encoded(image)], "coverage": 0.91})
+        reply = server.client.post("/v1/classify", json={"images": [encode_base64(image)], "coverage": 0.91})
     else:
         content: Any = image if send == "raw" else iter([image])
-        reply = post(server, content, params={"coverage": 0.91})
+        reply = post_image(server, content, params={"coverage": 0.91})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
     assert reply.json()["error"]["message"] == "coverage 0.91 is not one of 0.5, 0.9, 0.95"
 
 
 def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> None:
-    reply = other_tasks.client.post("/v1/models/beach/classify?coverage=0.9", content=jpeg())
+    reply = other_tasks.client.post("/v1/models/beach/classify?coverage=0.9", content=make_jpeg())
     assert reply.status_code == 400
     assert "each label is `selected` or not" in reply.json()["error"]["message"]
-    graph = build()
-    publish(with_contract(graph, replace(contract_of(graph), coverage=())), tmp_path)
+    graph = build_model()
+    add_to_repository(with_contract(graph, replace(read_contract(graph), coverage=())), tmp_path)
     with Server(FOVEA_MODELS=str(tmp_path)) as bare:
-        reply = bare.client.post("/v1/classify?coverage=0.9", content=jpeg())
+        reply = bare.client.post("/v1/classify?coverage=0.9", content=make_jpeg())
     assert reply.status_code == 400
     assert "no label sets were measured for this model" in reply.json()["error"]["message"]
 
@@ -296,13 +317,13 @@ def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> Non
 
 
 def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
-    publish(build(), tmp_path, "first")
-    publish(build(Task.BINARY, ("cat", "dog")), tmp_path, "second")
+    add_to_repository(build_model(), tmp_path, "first")
+    add_to_repository(build_model(Task.BINARY, ("cat", "dog")), tmp_path, "second")
     (tmp_path / "default").write_text("second\n")
     with Server(FOVEA_MODELS=str(tmp_path)) as server:
-        assert post(server, jpeg()).json()["model"]["name"] == "second"
+        assert post_image(server, make_jpeg()).json()["model"]["name"] == "second"
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="first") as server:
-        assert post(server, jpeg()).json()["model"]["name"] == "first"
+        assert post_image(server, make_jpeg()).json()["model"]["name"] == "first"
     (tmp_path / "default").write_text("third\n")
     refused = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
     assert refused.returncode == 2
@@ -315,7 +336,7 @@ def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Ser
     assert listed["animals"] == {
         "name": "animals", "version": "12", "task": "multiclass", "labels": 4, "default": False,
     }  # fmt: skip
-    reply = other_tasks.client.post("/v1/classify", content=jpeg())
+    reply = other_tasks.client.post("/v1/classify", content=make_jpeg())
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
     assert "animals, beach, pets" in reply.json()["error"]["message"]
     assert other_tasks.client.post("/v1/models/animals/versions/3/classify", content=b"").status_code == 404
@@ -340,11 +361,11 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "heic": (
         "PUT", "/v1/classify", {"content": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}, 415, "unsupported_format",
     ),
-    "truncated JPEG": ("POST", "/v1/classify", {"content": jpeg()[:-400]}, 422, "bad_image"),
+    "truncated JPEG": ("POST", "/v1/classify", {"content": make_jpeg()[:-400]}, 422, "bad_image"),
     "truncated PNG": (
-        "POST", "/v1/classify", {"content": encode(picture(60, 60), "PNG")[:-400]}, 422, "bad_image",
+        "POST", "/v1/classify", {"content": encode_image(draw_picture(60, 60), "PNG")[:-400]}, 422, "bad_image",
     ),
-    "bomb": ("POST", "/v1/classify", {"content": png_header(50_000, 50_000)}, 413, "too_many_pixels"),
+    "bomb": ("POST", "/v1/classify", {"content": make_png_header(50_000, 50_000)}, 413, "too_many_pixels"),
     "body over the limit": ("POST", "/v1/classify", {"content": bytes(1_000_001)}, 413, "body_too_large"),
     "chunked body over the limit": (
         "POST", "/v1/classify", {"content": (bytes(100_000) for _ in range(20))}, 413, "body_too_large",
@@ -384,7 +405,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "multipart that stops in its second file": (
         "POST", "/v1/classify",
         {
-            "content": 2 * (FILE + jpeg() + b"\r\n"),
+            "content": 2 * (FILE + make_jpeg() + b"\r\n"),
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
         400, "bad_request",
@@ -397,19 +418,19 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "top_k of another type": (
         "POST", "/v1/classify", {"json": {"images": [{"b64": "AA=="}], "top_k": "3"}}, 400, "bad_request",
     ),
-    "unknown parameter": ("POST", "/v1/classify?topk=3", {"content": jpeg()}, 400, "bad_request"),
+    "unknown parameter": ("POST", "/v1/classify?topk=3", {"content": make_jpeg()}, 400, "bad_request"),
     "wrong method on a file": ("POST", "/docs/swagger/start.js", {}, 405, "method_not_allowed"),
-    "unknown model": ("POST", "/v1/models/none/classify", {"content": jpeg()}, 404, "model_not_found"),
+    "unknown model": ("POST", "/v1/models/none/classify", {"content": make_jpeg()}, 404, "model_not_found"),
     "unknown version": (
-        "POST", "/v1/models/small/versions/2/classify", {"content": jpeg()}, 404, "model_not_found",
+        "POST", "/v1/models/small/versions/2/classify", {"content": make_jpeg()}, 404, "model_not_found",
     ),
-    "top_k below 0": ("POST", "/v1/classify?top_k=-1", {"content": jpeg()}, 400, "bad_request"),
-    "top_k in words": ("POST", "/v1/classify?top_k=many", {"content": jpeg()}, 400, "bad_request"),
-    "threshold above 1": ("POST", "/v1/classify?threshold=1.1", {"content": jpeg()}, 400, "bad_request"),
-    "coverage 1": ("POST", "/v1/classify?coverage=1", {"content": jpeg()}, 400, "bad_request"),
-    "coverage nan": ("POST", "/v1/classify?coverage=nan", {"content": jpeg()}, 400, "bad_request"),
-    "coverage word": ("POST", "/v1/classify?coverage=high", {"content": jpeg()}, 400, "bad_request"),
-    "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": jpeg()}, 400, "bad_request"),
+    "top_k below 0": ("POST", "/v1/classify?top_k=-1", {"content": make_jpeg()}, 400, "bad_request"),
+    "top_k in words": ("POST", "/v1/classify?top_k=many", {"content": make_jpeg()}, 400, "bad_request"),
+    "threshold above 1": ("POST", "/v1/classify?threshold=1.1", {"content": make_jpeg()}, 400, "bad_request"),
+    "coverage 1": ("POST", "/v1/classify?coverage=1", {"content": make_jpeg()}, 400, "bad_request"),
+    "coverage nan": ("POST", "/v1/classify?coverage=nan", {"content": make_jpeg()}, 400, "bad_request"),
+    "coverage word": ("POST", "/v1/classify?coverage=high", {"content": make_jpeg()}, 400, "bad_request"),
+    "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": make_jpeg()}, 400, "bad_request"),
     "unknown path": ("GET", "/v3/nothing", {}, 404, "not_found"),
     "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),
 }  # fmt: skip
@@ -418,25 +439,25 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_get_a_clear_error_are_counted_and_harm_nobody(server: Server, case: str) -> None:
     method, path, options, status, code = BAD[case]
-    before = server.metric("fovea_errors_total", reason=code), server.metric("fovea_errors_total")
-    answers = server.metric("fovea_requests_total", status=str(status))
+    before = server.read_metric("fovea_errors_total", reason=code), server.read_metric("fovea_errors_total")
+    answers = server.read_metric("fovea_requests_total", status=str(status))
     reply = server.client.request(method, path, **options)
     assert reply.status_code == status
     error = reply.json()["error"]
     assert error["code"] == code
     assert error["message"]
     assert error["request_id"] == reply.headers["X-Request-ID"]
-    after = server.metric("fovea_errors_total", reason=code), server.metric("fovea_errors_total")
+    after = server.read_metric("fovea_errors_total", reason=code), server.read_metric("fovea_errors_total")
     assert after == (before[0] + 1, before[1] + 1)
-    assert server.metric("fovea_requests_total", status=str(status)) == answers + 1
-    assert post(server, jpeg()).status_code == 200
+    assert server.read_metric("fovea_requests_total", status=str(status)) == answers + 1
+    assert post_image(server, make_jpeg()).status_code == 200
 
 
 def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
     def message(content: bytes) -> str:
-        return str(post(server, content).json()["error"]["message"])
+        return str(post_image(server, content).json()["error"]["message"])
 
-    assert message(png_header(50_000, 50_000)) == "image is 50000 x 50000 px; at most 50 MP"
+    assert message(make_png_header(50_000, 50_000)) == "image is 50000 x 50000 px; at most 50 MP"
     assert message(bytes(1_000_001)) == "the body has more than 1000000 bytes (FOVEA_BODY_BYTES)"
 
 
@@ -451,14 +472,14 @@ def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Serve
         wire.send(
             b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
         )
-        assert wire.answer().status == 413
+        assert wire.read_response().status == 413
 
 
 def test_a_client_that_leaves_is_counted(server: Server) -> None:
-    before = server.metric("fovea_errors_total", reason="client_left")
+    before = server.read_metric("fovea_errors_total", reason="client_left")
     with Wire(server.url) as wire:
         wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nhalf")
-    counted = (server.metric("fovea_errors_total", reason="client_left") for _ in range(1000))
+    counted = (server.read_metric("fovea_errors_total", reason="client_left") for _ in range(1000))
     assert next(value for value in counted if value != before) == before + 1
 
 
@@ -474,15 +495,15 @@ def test_request_ids_are_taken_when_they_are_sane_and_made_when_not(server: Serv
 def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\nstalled")
-        assert wire.answer().status == 413
+        assert wire.read_response().status == 413
 
 
 def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as running:
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
         for content in (b"rubbish", b"--x\r\n: \r\n", b"--x"):
-            assert post(running, content, headers=headers).status_code == 400
-        post(running, encode(picture(40, 40), "TIFF")[:-100])
+            assert post_image(running, content, headers=headers).status_code == 400
+        post_image(running, encode_image(draw_picture(40, 40), "TIFF")[:-100])
     model, *told = [json.loads(line)["event"] for line in running.log.splitlines()]
     assert model.startswith("model small version 1")
     assert told == ["request"] * 4
@@ -495,14 +516,14 @@ def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as slow:
         with Wire(slow.url) as wire:
             wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n\xff")
-            assert wire.answer().status == 408
-        assert slow.metric("fovea_errors_total", reason="body_timeout") == 1
+            assert wire.read_response().status == 408
+        assert slow.read_metric("fovea_errors_total", reason="body_timeout") == 1
 
 
 def test_more_images_than_there_are_places_for_is_an_immediate_503(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2", FOVEA_REQUEST_IMAGES="2") as narrow:
-        assert post(narrow, jpeg()).status_code == 200
-        two = {"images": [encoded(jpeg(2000, 2000))] * 2}
+        assert post_image(narrow, make_jpeg()).status_code == 200
+        two = {"images": [encode_base64(make_jpeg(2000, 2000))] * 2}
         with ThreadPoolExecutor(8) as clients:
             replies = list(clients.map(lambda _: narrow.client.post("/v1/classify", json=two), range(24)))
         assert {reply.status_code for reply in replies} == {200, 503}
@@ -510,5 +531,5 @@ def test_more_images_than_there_are_places_for_is_an_immediate_503(small_zoo: Pa
             if reply.status_code == 503:
                 assert reply.json()["error"]["code"] == "overloaded"
                 assert int(reply.headers["Retry-After"]) >= 1
-        assert narrow.metric("fovea_images_in_flight") == 0
-        assert post(narrow, jpeg()).status_code == 200
+        assert narrow.read_metric("fovea_images_in_flight") == 0
+        assert post_image(narrow, make_jpeg()).status_code == 200

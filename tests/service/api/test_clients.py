@@ -17,13 +17,13 @@ import tritonclient.http as triton
 from huggingface_hub import InferenceClient
 
 from tests.servers import Server
-from tests.tools import need
+from tests.tools import require_tool
 
 pytestmark = pytest.mark.long
 
 IMAGES = 100
 
-Told: TypeAlias = dict[str, float]
+ClientScores: TypeAlias = dict[str, float]
 """The probability of each label, the highest first."""
 
 
@@ -40,7 +40,7 @@ def chosen(cifar_test: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def native(zoo_server: Server, chosen: list[Path]) -> list[Told]:
+def native(zoo_server: Server, chosen: list[Path]) -> list[ClientScores]:
     told = []
     for path in chosen:
         reply = zoo_server.client.post("/v1/classify?top_k=0", content=path.read_bytes()).json()
@@ -48,13 +48,13 @@ def native(zoo_server: Server, chosen: list[Path]) -> list[Told]:
     return told
 
 
-def torchserve(server: Server, photo: Path) -> Told:
-    line = [need("curl"), "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
-    told: Told = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
-    return told
+def ask_torchserve(server: Server, photo: Path) -> ClientScores:
+    line = [require_tool("curl"), "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
+    scores: ClientScores = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    return scores
 
 
-def tensorflow_predict(server: Server, photo: Path) -> Told:
+def ask_tensorflow_predict(server: Server, photo: Path) -> ClientScores:
     body = {"instances": [{"b64": base64.b64encode(photo.read_bytes()).decode()}]}
     reply = requests.post(f"{server.url}/v1/models/cifar10:predict", data=json.dumps(body), timeout=30)
     labels = server.client.get("/v1/models/cifar10/contract").json()["labels"]
@@ -63,37 +63,47 @@ def tensorflow_predict(server: Server, photo: Path) -> Told:
     return dict(sorted(pairs, key=lambda one: one[1], reverse=True))
 
 
-def tensorflow_classify(server: Server, photo: Path) -> Told:
+def ask_tensorflow_classify(server: Server, photo: Path) -> ClientScores:
     body = {"examples": [{"image": {"b64": base64.b64encode(photo.read_bytes()).decode()}}]}
     reply = requests.post(f"{server.url}/v1/models/cifar10:classify", json=body, timeout=30)
     return dict(reply.json()["result"][0])
 
 
-def hugging_face(server: Server, photo: Path) -> Told:
+def ask_hugging_face(server: Server, photo: Path) -> ClientScores:
     return {one.label: one.score for one in InferenceClient(server.url).image_classification(photo, top_k=10)}
 
 
-def hugging_face_raw(server: Server, photo: Path) -> Told:
-    found = InferenceClient(f"{server.url}/models/cifar10").image_classification(photo)
-    return {one.label: one.score for one in found}
+def ask_hugging_face_raw(server: Server, photo: Path) -> ClientScores:
+    predictions = InferenceClient(f"{server.url}/models/cifar10").image_classification(photo)
+    return {one.label: one.score for one in predictions}
 
 
-def triton_bytes(server: Server, photo: Path) -> Told:
+def ask_triton(server: Server, photo: Path) -> ClientScores:
     client = triton.InferenceServerClient(server.url.removeprefix("http://"))
     image = triton.InferInput("image", [1], "BYTES")
     image.set_data_from_numpy(np.array([photo.read_bytes()], object))
-    wanted = triton.InferRequestedOutput("probabilities", class_count=10)
-    reply = client.infer("cifar10", [image], outputs=[wanted])
+    output = triton.InferRequestedOutput("probabilities", class_count=10)
+    reply = client.infer("cifar10", [image], outputs=[output])
     lines = [text.decode().split(":") for text in reply.as_numpy("probabilities")[0]]
     return {label: float(value) for value, _, label in lines}
 
 
 @pytest.mark.parametrize(
     "ask",
-    [torchserve, tensorflow_predict, tensorflow_classify, hugging_face, hugging_face_raw, triton_bytes],
+    [
+        ask_torchserve,
+        ask_tensorflow_predict,
+        ask_tensorflow_classify,
+        ask_hugging_face,
+        ask_hugging_face_raw,
+        ask_triton,
+    ],
 )
 def test_a_client_is_told_what_ours_is(
-    zoo_server: Server, chosen: list[Path], native: list[Told], ask: Callable[[Server, Path], Told]
+    zoo_server: Server,
+    chosen: list[Path],
+    native: list[ClientScores],
+    ask: Callable[[Server, Path], ClientScores],
 ) -> None:
     for photo, expected in zip(chosen, native, strict=True):
         told = ask(zoo_server, photo)

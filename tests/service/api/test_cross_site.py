@@ -15,7 +15,7 @@ from fovea.service.errors import SettingsError
 from fovea.service.settings import load_settings
 from tests.raw import Wire
 from tests.servers import Server
-from tests.tools import need
+from tests.tools import require_tool
 
 UNLOAD = "/v2/repository/models/small/unload"
 LOAD = "/v2/repository/models/small/load"
@@ -41,11 +41,11 @@ def is_served(server: Server) -> bool:
     return bool(server.client.get("/v1/models").json()["models"])
 
 
-def asked(server: Server, headers: dict[str, str], path: str = UNLOAD) -> int:
+def change_status(server: Server, headers: dict[str, str], path: str = UNLOAD) -> int:
     """The status of a change that is asked for with these headers. It is undone."""
     port = server.url.rpartition(":")[2]
-    told = {name: value.replace("PORT", port) for name, value in headers.items()}
-    reply = server.client.post(path, headers=told)
+    sent_headers = {name: value.replace("PORT", port) for name, value in headers.items()}
+    reply = server.client.post(path, headers=sent_headers)
     assert is_served(server) is (reply.status_code != 200 or path == LOAD)
     if reply.status_code == 200:
         assert server.client.post(LOAD).status_code == 200
@@ -101,8 +101,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("how", FOREIGN)
 def test_a_page_of_another_site_changes_nothing(managed: Server, how: str) -> None:
-    assert asked(managed, FOREIGN[how]) == 403
-    assert asked(managed, FOREIGN[how], LOAD) == 403
+    assert change_status(managed, FOREIGN[how]) == 403
+    assert change_status(managed, FOREIGN[how], LOAD) == 403
 
 
 OWN: dict[str, dict[str, str]] = {
@@ -128,7 +128,7 @@ OWN: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("how", OWN)
 def test_everybody_else_may(managed: Server, how: str) -> None:
-    assert asked(managed, OWN[how]) == 200
+    assert change_status(managed, OWN[how]) == 200
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,13 @@ def test_everybody_else_may(managed: Server, how: str) -> None:
     ],
 )
 def test_names_can_be_told(named: Server, headers: dict[str, str], status: int) -> None:
-    assert asked(named, headers) == status
+    assert change_status(named, headers) == status
 
 
 def test_a_request_without_a_host_is_no_browser_s(managed: Server) -> None:
     with Wire(managed.url) as wire:
         wire.send(b"POST ", LOAD.encode(), b" HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
 
 
 def test_clients_manage_as_before(managed: Server) -> None:
@@ -162,7 +162,7 @@ def test_clients_manage_as_before(managed: Server) -> None:
     client.load_model("small")
     assert client.is_model_ready("small")
     for options, path in ((["-X", "POST"], UNLOAD), (["-d", "{}"], LOAD)):
-        line = [need("curl"), "--silent", *options, f"{managed.url}{path}"]
+        line = [require_tool("curl"), "--silent", *options, f"{managed.url}{path}"]
         assert isinstance(json.loads(subprocess.run(line, capture_output=True, check=True).stdout), list)
     assert is_served(managed)
 
@@ -171,7 +171,7 @@ def test_it_is_refused_before_the_body_is_read(managed: Server) -> None:
     with Wire(managed.url) as wire:
         wire.send(b"POST ", LOAD.encode(), b" HTTP/1.1\r\nHost: x\r\nOrigin: https://evil.example\r\n")
         wire.send(b"Content-Length: 1000\r\n\r\n")
-        assert wire.answer().status == 403
+        assert wire.read_response().status == 403
 
 
 def test_reading_is_open_as_before(managed: Server) -> None:

@@ -16,9 +16,9 @@ from fovea.service.api.tensors import BinaryData, InferInput, ModelInputs, pack_
 from fovea.service.errors import BadRequest, RequestError
 from fovea.service.runners.messages import ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedRef
-from tests.service.api.infer_bodies import SETTINGS, check, model, read
+from tests.service.api.infer_bodies import SETTINGS, check_infer_request, make_model, parse_infer_body
 
-MODEL = model()
+MODEL = make_model()
 SIZES = {tensor.name: tensor.size for tensor in MODEL.tensors}
 
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.sampled_from([0, 1, 2, 3, 2**40, -1])
@@ -56,14 +56,14 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-def contents(images: list[Item]) -> list[bytes]:
-    found = [image.content if isinstance(image, ImageRequest) else image for image in images]
-    return [bytes(content) for content in found if not isinstance(content, SharedRef)]
+def image_contents(images: list[Item]) -> list[bytes]:
+    raw_contents = [image.content if isinstance(image, ImageRequest) else image for image in images]
+    return [bytes(content) for content in raw_contents if not isinstance(content, SharedRef)]
 
 
 def read_or_refuse(header: bytes | None, body: bytes) -> None:
     try:
-        check(MODEL, read(MODEL, header, body), len(body))
+        check_infer_request(MODEL, parse_infer_body(MODEL, header, body), len(body))
     except RequestError as error:
         assert len(str(error).encode()) < 1000
 
@@ -95,8 +95,8 @@ def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
 def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
     asked = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
     written = orjson.dumps(asked)
-    found = read(MODEL, str(len(written)).encode(), written + pack_elements(images)).images
-    assert contents(found) == images
+    found = parse_infer_body(MODEL, str(len(written)).encode(), written + pack_elements(images)).images
+    assert image_contents(found) == images
 
 
 @settings(deadline=None)  # others may be at work too
@@ -131,8 +131,8 @@ def test_rows_are_the_bytes_that_were_sent(name: str, count: int, in_json: bool)
         one["data"] = values.reshape(count, *tensor.shape).tolist()
     written = orjson.dumps({"inputs": [one]})
     behind = b"" if in_json else values.tobytes()
-    rows = read(MODEL, str(len(written)).encode(), written + behind).images
-    assert b"".join(contents(rows)) == values.tobytes()
+    rows = parse_infer_body(MODEL, str(len(written)).encode(), written + behind).images
+    assert b"".join(image_contents(rows)) == values.tobytes()
 
 
 @pytest.mark.parametrize("shape", [[2**40, 3, 2, 2], [2**63, 3, 2, 2], [1, 3, 2**40, 2], [-(2**40), 3, 2, 2]])
@@ -143,7 +143,7 @@ def test_a_huge_shape_allocates_nothing(shape: list[int], datatype: str) -> None
     read_or_refuse(str(len(written)).encode(), written + bytes(48))
     tracemalloc.start()
     with pytest.raises(BadRequest):
-        read(MODEL, str(len(written)).encode(), written + bytes(48))
+        parse_infer_body(MODEL, str(len(written)).encode(), written + bytes(48))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000

@@ -21,17 +21,17 @@ from tritonclient.utils import InferenceServerException
 
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.preprocess import decode_image
-from tests.export.classifiers import classifier
-from tests.export.imports import bring
-from tests.graphs import SMALL, build, publish
-from tests.pictures import jpeg
+from tests.export.classifiers import build_classifier
+from tests.export.imports import import_graph
+from tests.graphs import SMALL_GEOMETRY, add_to_repository, build_model
+from tests.pictures import make_jpeg
 from tests.raw import Wire
 from tests.servers import Server
 from tests.service.api.test_tensors import KINDS
 
 Array = npt.NDArray[Any]
 
-IMAGES = [jpeg(64 + seed, 48, seed) for seed in range(100)]
+IMAGES = [make_jpeg(64 + seed, 48, seed) for seed in range(100)]
 PER_REQUEST = 50
 BINARY = "Inference-Header-Content-Length"
 
@@ -40,11 +40,11 @@ BINARY = "Inference-Header-Content-Length"
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model of our own of each task, and `thing`, which was imported."""
     folder = tmp_path_factory.mktemp("oip")
-    bring(classifier(), folder)
+    import_graph(build_classifier(), folder)
     root = folder / "zoo"
-    publish(build(), root)
-    publish(build(Task.BINARY, ["no", "yes"]), root, "yesno")
-    publish(build(Task.MULTILABEL, ["ant", "bee", "cow"]), root, "many")
+    add_to_repository(build_model(), root)
+    add_to_repository(build_model(Task.BINARY, ["no", "yes"]), root, "yesno")
+    add_to_repository(build_model(Task.MULTILABEL, ["ant", "bee", "cow"]), root, "many")
     return root
 
 
@@ -64,35 +64,36 @@ def client(served: Server) -> Iterator[triton.InferenceServerClient]:
 def native(served: Server) -> Mapping[str, Array]:
     """What the native call says of the images, by model."""
     return {
-        name: np.array([by_label(served, name, image) for image in IMAGES]) for name in ("small", "thing")
+        name: np.array([classify_natively(served, name, image) for image in IMAGES])
+        for name in ("small", "thing")
     }
 
 
-def by_label(server: Server, name: str, image: bytes) -> list[float]:
+def classify_natively(server: Server, name: str, image: bytes) -> list[float]:
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=image)
-    found = {one["index"]: one["probability"] for one in reply.json()["predictions"]}
-    return [found[index] for index in range(len(found))]
+    probability_by_index = {one["index"]: one["probability"] for one in reply.json()["predictions"]}
+    return [probability_by_index[index] for index in range(len(probability_by_index))]
 
 
-def pixels_of(image: bytes) -> Array:
-    return decode_image(image, SMALL, max_pixels=1_000_000).pixels
+def decode_pixels(image: bytes) -> Array:
+    return decode_image(image, SMALL_GEOMETRY, max_pixels=1_000_000).pixels
 
 
-def outputs(*names: str, **options: Any) -> list[triton.InferRequestedOutput]:
+def requested_outputs(*names: str, **options: Any) -> list[triton.InferRequestedOutput]:
     return [triton.InferRequestedOutput(name, **options) for name in names]
 
 
-def given(name: str, values: Array, datatype: str, *, binary: bool = True) -> triton.InferInput:
+def make_input(name: str, values: Array, datatype: str, *, binary: bool = True) -> triton.InferInput:
     one = triton.InferInput(name, list(values.shape), datatype)
     one.set_data_from_numpy(values, binary_data=binary)
     return one
 
 
-def encoded(images: list[bytes]) -> triton.InferInput:
-    return given("image", np.array(images, dtype=object), "BYTES")
+def make_image_input(images: list[bytes]) -> triton.InferInput:
+    return make_input("image", np.array(images, dtype=object), "BYTES")
 
 
-def probabilities(result: Any) -> Array:
+def read_probabilities(result: Any) -> Array:
     values: Array = result.as_numpy("probabilities")
     return values
 
@@ -150,10 +151,10 @@ def test_a_client_that_reads_what_to_send(
     assert (input_config["dims"], output_config["dims"]) == (given_as["shape"][1:], told_as["shape"][1:])
     assert input_config["data_type"] == f"TYPE_{given_as['datatype']}"
     assert (input_config["format"], output_config["data_type"]) == (layout, "TYPE_FP32")
-    pixels = np.stack([imported_pixels(served, image, model) for image in IMAGES[:64]])
-    values = KINDS["float32 nchw"].by_hand(pixels) if model == "thing" else pixels
+    pixels = np.stack([decode_imported_pixels(served, image, model) for image in IMAGES[:64]])
+    values = KINDS["float32 nchw"].compute_by_hand(pixels) if model == "thing" else pixels
     wanted = [triton.InferRequestedOutput(told_as["name"], class_count=1)]
-    sent = [given(given_as["name"], values, given_as["datatype"])]
+    sent = [make_input(given_as["name"], values, given_as["datatype"])]
     lines = client.infer(model, sent, outputs=wanted).as_numpy(told_as["name"])
     best = [int(line.decode().split(":")[1]) for (line,) in lines]
     assert best == native[model][:64].argmax(axis=1).tolist()
@@ -166,7 +167,7 @@ def test_a_hundred_encoded_images_are_answered_as_by_the_native_call(
     client: triton.InferenceServerClient, native: Mapping[str, Array], model: str
 ) -> None:
     found = [
-        probabilities(client.infer(model, [encoded(IMAGES[start : start + PER_REQUEST])]))
+        read_probabilities(client.infer(model, [make_image_input(IMAGES[start : start + PER_REQUEST])]))
         for start in range(0, len(IMAGES), PER_REQUEST)
     ]
     assert np.concatenate(found) == pytest.approx(native[model], abs=1e-6)
@@ -176,8 +177,10 @@ def test_a_hundred_encoded_images_are_answered_as_by_the_native_call(
 def test_and_so_are_their_pixels(client: triton.InferenceServerClient, native: Mapping[str, Array]) -> None:
     for binary in (True, False):
         for start in range(0, len(IMAGES), PER_REQUEST):
-            batch = np.stack([pixels_of(image) for image in IMAGES[start : start + PER_REQUEST]])
-            values = probabilities(client.infer("small", [given("pixels", batch, "UINT8", binary=binary)]))
+            batch = np.stack([decode_pixels(image) for image in IMAGES[start : start + PER_REQUEST]])
+            values = read_probabilities(
+                client.infer("small", [make_input("pixels", batch, "UINT8", binary=binary)])
+            )
             assert values == pytest.approx(native["small"][start : start + PER_REQUEST], abs=1e-6)
 
 
@@ -186,46 +189,52 @@ def test_and_what_an_imported_model_took_by_itself(
     client: triton.InferenceServerClient, native: Mapping[str, Array], served: Server, binary: bool
 ) -> None:
     """100 rows of 3 KB: in memory that is shared with the runners, and in JSON."""
-    geometry = contract(served, "thing")["input"]
+    geometry = fetch_contract(served, "thing")["input"]
     size = (geometry["height"], geometry["width"])
     assert size == (16, 16)
     for start in range(0, len(IMAGES), PER_REQUEST):
-        pixels = np.stack([imported_pixels(served, image) for image in IMAGES[start : start + PER_REQUEST]])
-        values = KINDS["float32 nchw"].by_hand(pixels)
-        found = probabilities(client.infer("thing", [given("image", values, "FP32", binary=binary)]))
+        pixels = np.stack(
+            [decode_imported_pixels(served, image) for image in IMAGES[start : start + PER_REQUEST]]
+        )
+        values = KINDS["float32 nchw"].compute_by_hand(pixels)
+        found = read_probabilities(
+            client.infer("thing", [make_input("image", values, "FP32", binary=binary)])
+        )
         assert found == pytest.approx(native["thing"][start : start + PER_REQUEST], abs=1e-6)
 
 
-def contract(server: Server, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = server.client.get(f"/v1/models/{name}/contract").json()
-    return found
+def fetch_contract(server: Server, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = server.client.get(f"/v1/models/{name}/contract").json()
+    return document
 
 
-def imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
+def decode_imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
     from fovea.service.artifact.contract import Geometry, from_plain
 
-    geometry = from_plain(Geometry, contract(server, name)["input"], "input")
+    geometry = from_plain(Geometry, fetch_contract(server, name)["input"], "input")
     return decode_image(image, geometry, max_pixels=1_000_000).pixels
 
 
 def test_all_outputs_in_json_and_binary(
     client: triton.InferenceServerClient, native: Mapping[str, Array]
 ) -> None:
-    both = outputs("probabilities", "logits")
-    whole = client.infer("small", [encoded(IMAGES[:3])], request_id="42", outputs=both)
+    both = requested_outputs("probabilities", "logits")
+    whole = client.infer("small", [make_image_input(IMAGES[:3])], request_id="42", outputs=both)
     assert whole.get_response()["id"] == "42"
     assert (whole.get_response()["model_name"], whole.get_response()["model_version"]) == ("small", "1")
     wanted = [
         triton.InferRequestedOutput(name, binary_data=name == "logits")
         for name in ("logits", "probabilities")
     ]
-    mixed = client.infer("small", [encoded(IMAGES[:3])], outputs=wanted)
+    mixed = client.infer("small", [make_image_input(IMAGES[:3])], outputs=wanted)
     for result in (whole, mixed):
-        assert probabilities(result) == pytest.approx(native["small"][:3], abs=1e-6)
+        assert read_probabilities(result) == pytest.approx(native["small"][:3], abs=1e-6)
         powers = np.exp(result.as_numpy("logits"))
-        assert powers / powers.sum(axis=1, keepdims=True) == pytest.approx(probabilities(result), abs=1e-6)
+        assert powers / powers.sum(axis=1, keepdims=True) == pytest.approx(
+            read_probabilities(result), abs=1e-6
+        )
     assert [one["name"] for one in mixed.get_response()["outputs"]] == ["logits", "probabilities"]
-    (only,) = client.infer("small", [encoded(IMAGES[:3])]).get_response()["outputs"]
+    (only,) = client.infer("small", [make_image_input(IMAGES[:3])]).get_response()["outputs"]
     assert only["name"] == "probabilities"
 
 
@@ -234,9 +243,9 @@ def test_classification(
     client: triton.InferenceServerClient, served: Server, native: Mapping[str, Array], binary: bool
 ) -> None:
     wanted = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
-    result = probabilities(client.infer("small", [encoded(IMAGES[:5])], outputs=wanted))
+    result = read_probabilities(client.infer("small", [make_image_input(IMAGES[:5])], outputs=wanted))
     assert result.shape == (5, 3)
-    labels = contract(served, "small")["labels"]
+    labels = fetch_contract(served, "small")["labels"]
     for row, reference in zip(result, native["small"], strict=False):
         texts = [one.decode() if isinstance(one, bytes) else one for one in row]
         best = np.argsort(-reference, kind="stable")[:3]
@@ -247,22 +256,24 @@ def test_classification(
 
 @pytest.mark.parametrize(("model", "labels", "logits"), [("yesno", 2, 1), ("many", 3, 3)])
 def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: int, logits: int) -> None:
-    wanted = outputs("probabilities", "logits", class_count=9)
-    result = client.infer(model, [encoded(IMAGES[:2])], outputs=wanted)
-    assert probabilities(result).shape == (2, labels)
+    wanted = requested_outputs("probabilities", "logits", class_count=9)
+    result = client.infer(model, [make_image_input(IMAGES[:2])], outputs=wanted)
+    assert read_probabilities(result).shape == (2, labels)
     assert result.as_numpy("logits").shape == (2, logits)
-    plain = client.infer(model, [encoded(IMAGES[:2])], outputs=outputs("probabilities", "logits"))
+    plain = client.infer(
+        model, [make_image_input(IMAGES[:2])], outputs=requested_outputs("probabilities", "logits")
+    )
     sigmoid = 1 / (1 + np.exp(-plain.as_numpy("logits")))
-    assert probabilities(plain)[:, -logits:] == pytest.approx(sigmoid, abs=1e-6)
+    assert read_probabilities(plain)[:, -logits:] == pytest.approx(sigmoid, abs=1e-6)
     assert result.as_numpy("logits")[0][0].decode().count(":") == (1 if model == "yesno" else 2)
 
 
 def test_an_imported_file_s_output_has_its_name(client: triton.InferenceServerClient) -> None:
     """As Triton's clients asked for it."""
-    sent = [given("encoded_image", np.array(IMAGES[:3], dtype=object), "BYTES")]
-    result = client.infer("thing", sent, outputs=outputs("scores", "logits"))
+    sent = [make_input("encoded_image", np.array(IMAGES[:3], dtype=object), "BYTES")]
+    result = client.infer("thing", sent, outputs=requested_outputs("scores", "logits"))
     assert np.array_equal(result.as_numpy("scores"), result.as_numpy("logits"))
-    lines = client.infer("thing", sent, outputs=outputs("scores", class_count=1))
+    lines = client.infer("thing", sent, outputs=requested_outputs("scores", class_count=1))
     best = result.as_numpy("scores").argmax(axis=1)
     assert [int(line.decode().split(":")[1]) for (line,) in lines.as_numpy("scores")] == best.tolist()
 
@@ -271,8 +282,8 @@ def test_many_requests_at_once(client: triton.InferenceServerClient, native: Map
     with triton.InferenceServerClient(
         client._client_stub.host + f":{client._client_stub.port}", concurrency=4
     ) as one:
-        waiting = [one.async_infer("small", [encoded([image])]) for image in IMAGES[:20]]
-        found = np.concatenate([probabilities(request.get_result()) for request in waiting])
+        waiting = [one.async_infer("small", [make_image_input([image])]) for image in IMAGES[:20]]
+        found = np.concatenate([read_probabilities(request.get_result()) for request in waiting])
     assert found == pytest.approx(native["small"][:20], abs=1e-6)
 
 
@@ -281,8 +292,10 @@ def test_the_asynchronous_client(served: Server, native: Mapping[str, Array]) ->
         async with triton_aio.InferenceServerClient(served.url.removeprefix("http://")) as client:
             metadata = await client.get_model_metadata("small")
             assert await client.is_server_ready()
-            waiting = (client.infer("small", [encoded([image])]) for image in IMAGES[:10])
-            return metadata, np.concatenate([probabilities(one) for one in await asyncio.gather(*waiting)])
+            waiting = (client.infer("small", [make_image_input([image])]) for image in IMAGES[:10])
+            return metadata, np.concatenate(
+                [read_probabilities(one) for one in await asyncio.gather(*waiting)]
+            )
 
     metadata, found = asyncio.run(ask())
     assert metadata["name"] == "small"
@@ -297,11 +310,11 @@ def test_compressed_requests(
     for count in (1, PER_REQUEST):
         result = client.infer(
             "small",
-            [encoded(IMAGES[:count])],
+            [make_image_input(IMAGES[:count])],
             request_compression_algorithm=algorithm,
             response_compression_algorithm=algorithm,
         )
-        assert probabilities(result) == pytest.approx(native["small"][:count], abs=1e-6)
+        assert read_probabilities(result) == pytest.approx(native["small"][:count], abs=1e-6)
 
 
 def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) -> None:
@@ -320,14 +333,14 @@ def test_statistics_are_those_of_real_work(zoo: Path) -> None:
         with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
             (before,) = client.get_inference_statistics("small")["model_stats"]
             assert (before["inference_count"], before["last_inference"]) == (0, 0)
-            client.infer("small", [encoded(IMAGES[:9])])
-            client.infer("small", [encoded(IMAGES[:1])])
+            client.infer("small", [make_image_input(IMAGES[:9])])
+            client.infer("small", [make_image_input(IMAGES[:1])])
             with pytest.raises(InferenceServerException):
-                client.infer("small", [encoded([IMAGES[0], b"nonsense"])])
+                client.infer("small", [make_image_input([IMAGES[0], b"nonsense"])])
             (after,) = client.get_inference_statistics("small", "1")["model_stats"]
             everything = client.get_inference_statistics()["model_stats"]
-        assert running.metric("fovea_images_total", model="small") == after["inference_count"] == 11
-        calls = running.metric("fovea_batch_images_count")
+        assert running.read_metric("fovea_images_total", model="small") == after["inference_count"] == 11
+        calls = running.read_metric("fovea_batch_images_count")
     stats = after["inference_stats"]
     assert (stats["success"]["count"], stats["fail"]["count"]) == (2, 1)
     assert 0 <= time.time() - after["last_inference"] / 1000 < 60
@@ -360,20 +373,24 @@ def test_models_are_loaded_and_unloaded_where_that_is_allowed(
 # --- by hand -------------------------------------------------------------------------------------
 
 
-def infer(server: Server, request: Any, behind: bytes | None = None, **headers: str) -> httpx.Response:
+def post_infer(
+    server: Server, request: Any, binary_data: bytes | None = None, **headers: str
+) -> httpx.Response:
     """A request as its JSON, and what is behind it."""
     content = request if isinstance(request, bytes) else json.dumps(request).encode()
-    if behind is not None:
+    if binary_data is not None:
         headers = {BINARY: str(len(content)), "Content-Type": "application/octet-stream", **headers}
     model = headers.pop("model", "thing")
-    return server.client.post(f"/v2/models/{model}/infer", content=content + (behind or b""), headers=headers)
+    return server.client.post(
+        f"/v2/models/{model}/infer", content=content + (binary_data or b""), headers=headers
+    )
 
 
-def of(name: str, shape: list[int], datatype: str, **rest: Any) -> dict[str, Any]:
+def infer_body(name: str, shape: list[int], datatype: str, **rest: Any) -> dict[str, Any]:
     return {"inputs": [{"name": name, "shape": shape, "datatype": datatype, **rest}]}
 
 
-def prefixed(images: list[bytes]) -> bytes:
+def prefix_lengths(images: list[bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(image)) + image for image in images)
 
 
@@ -384,9 +401,13 @@ B64 = base64.b64encode(IMAGES[0]).decode()
 
 def test_flat_and_nested_json_are_alike(served: Server) -> None:
     nested = ROW.reshape(1, 3, 16, 16).tolist()
-    replies = [infer(served, of("image", [1, 3, 16, 16], "FP32", data=data)) for data in (FLAT, nested)]
-    binary = infer(
-        served, of("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072}), ROW.tobytes()
+    replies = [
+        post_infer(served, infer_body("image", [1, 3, 16, 16], "FP32", data=data)) for data in (FLAT, nested)
+    ]
+    binary = post_infer(
+        served,
+        infer_body("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072}),
+        ROW.tobytes(),
     )
     assert {reply.status_code for reply in (*replies, binary)} == {200}
     assert replies[0].json() == replies[1].json() == binary.json()
@@ -396,15 +417,21 @@ def test_flat_and_nested_json_are_alike(served: Server) -> None:
 @pytest.mark.parametrize(
     "request_and_behind",
     [
-        pytest.param(lambda: (of("image", [2], "BYTES"), prefixed(IMAGES[:2])), id="without a size"),
         pytest.param(
-            lambda: (of("pixels", [2, 1], "BYTES"), prefixed(IMAGES[:2])), id="two axes, model's name"
+            lambda: (infer_body("image", [2], "BYTES"), prefix_lengths(IMAGES[:2])), id="without a size"
         ),
-        pytest.param(lambda: sized(sum(map(len, IMAGES[:2])) + 8), id="lengths are counted"),
-        pytest.param(lambda: sized(sum(map(len, IMAGES[:2]))), id="lengths are not counted"),
-        pytest.param(lambda: (of("image", [2], "BYTES", data=two_in_base64()), None), id="base64"),
         pytest.param(
-            lambda: (of("image", [2, 1], "BYTES", data=[[one] for one in two_in_base64()]), None), id="nested"
+            lambda: (infer_body("pixels", [2, 1], "BYTES"), prefix_lengths(IMAGES[:2])),
+            id="two axes, model's name",
+        ),
+        pytest.param(lambda: sized_request(sum(map(len, IMAGES[:2])) + 8), id="lengths are counted"),
+        pytest.param(lambda: sized_request(sum(map(len, IMAGES[:2]))), id="lengths are not counted"),
+        pytest.param(
+            lambda: (infer_body("image", [2], "BYTES", data=encode_two_images()), None), id="base64"
+        ),
+        pytest.param(
+            lambda: (infer_body("image", [2, 1], "BYTES", data=[[one] for one in encode_two_images()]), None),
+            id="nested",
         ),
     ],
 )
@@ -413,17 +440,19 @@ def test_encoded_images_however_they_are_sent(
     native: Mapping[str, Array],
     request_and_behind: Callable[[], tuple[dict[str, Any], bytes | None]],
 ) -> None:
-    reply = infer(served, *request_and_behind(), model="small")
+    reply = post_infer(served, *request_and_behind(), model="small")
     assert reply.status_code == 200, reply.text
     (found,) = reply.json()["outputs"]
     assert found["data"] == pytest.approx(native["small"][:2].ravel(), abs=1e-6)
 
 
-def sized(size: int) -> tuple[dict[str, Any], bytes]:
-    return of("image", [2], "BYTES", parameters={"binary_data_size": size}), prefixed(IMAGES[:2])
+def sized_request(size: int) -> tuple[dict[str, Any], bytes]:
+    return infer_body("image", [2], "BYTES", parameters={"binary_data_size": size}), prefix_lengths(
+        IMAGES[:2]
+    )
 
 
-def two_in_base64() -> list[str]:
+def encode_two_images() -> list[str]:
     return [base64.b64encode(image).decode() for image in IMAGES[:2]]
 
 
@@ -432,82 +461,84 @@ def test_a_single_image_needs_no_length(
     served: Server, native: Mapping[str, Array], size: int | None
 ) -> None:
     parameters = {} if size is None else {"binary_data_size": size}
-    reply = infer(served, of("image", [1], "BYTES", parameters=parameters), IMAGES[0], model="small")
+    reply = post_infer(
+        served, infer_body("image", [1], "BYTES", parameters=parameters), IMAGES[0], model="small"
+    )
     assert reply.json()["outputs"][0]["data"] == pytest.approx(native["small"][0], abs=1e-6)
 
 
 def test_parameters_may_be_null(served: Server) -> None:
     """As clients send them that write out what was not set."""
-    asked = of("image", [1], "BYTES", data=[B64], parameters=None)
+    asked = infer_body("image", [1], "BYTES", data=[B64], parameters=None)
     asked |= {"id": None, "parameters": None, "outputs": [{"name": "logits", "parameters": None}]}
-    assert infer(served, asked).status_code == 200
+    assert post_infer(served, asked).status_code == 200
 
 
 HUGE = 1 << 40
-FP32_ROW = of("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072})
+FP32_ROW = infer_body("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072})
 
 SHAPE, PIXELS = [1, 3, 16, 16], [1, 16, 16, 3]
-BYTES, ONE = ROW.tobytes(), prefixed(IMAGES[:1])
+BYTES, ONE = ROW.tobytes(), prefix_lengths(IMAGES[:1])
 
 BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "no JSON": (b"{", None, "not JSON"),
     "no object": ([], None, "the body"),
     "no inputs": ({"inputs": []}, None, "inputs"),
     "two inputs": ({"inputs": [*FP32_ROW["inputs"], *FP32_ROW["inputs"]]}, bytes(6144), "2 inputs"),
-    "unknown input": (of("x", [1, 3, 16, 16], "FP32", data=FLAT), None, "no 'x' of 'FP32'"),
-    "wrong datatype": (of("image", [1, 3, 16, 16], "FP64", data=FLAT), None, "no 'image' of 'FP64'"),
-    "unknown datatype": (of("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
-    "wrong shape": (of("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
-    "no images": (of("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
-    "no pixels": (of("pixels", [1, 16, 0, 3], "UINT8", data=[]), None, "must be [N, 16, 16, 3]"),
-    "no axes": (of("pixels", [], "UINT8", data=[]), None, "inputs.0.shape"),
-    "shape of fractions": (of("image", [1.0, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
-    "shape of truths": (of("image", [True, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),
-    "shape of 2^63": (of("image", [1 << 63, 3, 16, 16], "FP32"), BYTES, f"{1 << 63} images"),
-    "shape of 2^64": (of("image", [1 << 64, 3, 16, 16], "FP32"), BYTES, "inputs.0.shape.0"),
-    "BYTES of two axes": (of("image", [1, 2], "BYTES", data=[[B64, B64]]), None, "must be [N]"),
-    "an image of nothing": (of("image", [1], "BYTES", data=[""]), None, "the image is empty"),
-    "nothing at all": (of("image", [1], "BYTES"), b"", "the image is empty"),
-    "elements of nothing": (of("image", [2], "BYTES"), prefixed([b"", b""]), "image 0: the image is empty"),
-    "negative shape": (of("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
-    "shape of text": (of("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
-    "huge shape": (of("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
-    "huge binary shape": (of("image", [HUGE, 3, 16, 16], "FP32"), BYTES, f"{HUGE} images"),
-    "huge BYTES": (of("image", [HUGE], "BYTES"), ONE, f"{HUGE} images"),
-    "shape of sixty": (of("image", [1] * 60, "BYTES", data=[B64]), None, "…"),
-    "shape of a million": (of("image", [1] * 100_000, "BYTES", data=[B64]), None, "at most 64"),
-    "too few values": (of("image", SHAPE, "FP32", data=FLAT[1:]), None, "768 values"),
-    "too many values": (of("image", SHAPE, "FP32", data=[*FLAT, 0]), None, "768 values"),
-    "ragged": (of("image", SHAPE, "FP32", data=[[FLAT[:100], FLAT[100:]]]), None, "768 values"),
+    "unknown input": (infer_body("x", [1, 3, 16, 16], "FP32", data=FLAT), None, "no 'x' of 'FP32'"),
+    "wrong datatype": (infer_body("image", [1, 3, 16, 16], "FP64", data=FLAT), None, "no 'image' of 'FP64'"),
+    "unknown datatype": (infer_body("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
+    "wrong shape": (infer_body("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "no images": (infer_body("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
+    "no pixels": (infer_body("pixels", [1, 16, 0, 3], "UINT8", data=[]), None, "must be [N, 16, 16, 3]"),
+    "no axes": (infer_body("pixels", [], "UINT8", data=[]), None, "inputs.0.shape"),
+    "shape of fractions": (infer_body("image", [1.0, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "shape of truths": (infer_body("image", [True, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),
+    "shape of 2^63": (infer_body("image", [1 << 63, 3, 16, 16], "FP32"), BYTES, f"{1 << 63} images"),
+    "shape of 2^64": (infer_body("image", [1 << 64, 3, 16, 16], "FP32"), BYTES, "inputs.0.shape.0"),
+    "BYTES of two axes": (infer_body("image", [1, 2], "BYTES", data=[[B64, B64]]), None, "must be [N]"),
+    "an image of nothing": (infer_body("image", [1], "BYTES", data=[""]), None, "the image is empty"),
+    "nothing at all": (infer_body("image", [1], "BYTES"), b"", "the image is empty"),
+    "elements of nothing": (infer_body("image", [2], "BYTES"), prefix_lengths([b"", b""]), "image 0: the image is empty"),
+    "negative shape": (infer_body("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "shape of text": (infer_body("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "huge shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
+    "huge binary shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32"), BYTES, f"{HUGE} images"),
+    "huge BYTES": (infer_body("image", [HUGE], "BYTES"), ONE, f"{HUGE} images"),
+    "shape of sixty": (infer_body("image", [1] * 60, "BYTES", data=[B64]), None, "…"),
+    "shape of a million": (infer_body("image", [1] * 100_000, "BYTES", data=[B64]), None, "at most 64"),
+    "too few values": (infer_body("image", SHAPE, "FP32", data=FLAT[1:]), None, "768 values"),
+    "too many values": (infer_body("image", SHAPE, "FP32", data=[*FLAT, 0]), None, "768 values"),
+    "ragged": (infer_body("image", SHAPE, "FP32", data=[[FLAT[:100], FLAT[100:]]]), None, "768 values"),
     "another nesting": (
-        of("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()), None, "768 values",
+        infer_body("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()), None, "768 values",
     ),
-    "a text among numbers": (of("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]), None, "of type str"),
-    "a null": (of("image", SHAPE, "FP32", data=[None, *FLAT[1:]]), None, "of type NoneType"),
-    "a truth": (of("image", SHAPE, "FP32", data=[True, *FLAT[1:]]), None, "of type bool"),
-    "a list among numbers": (of("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]), None, "of type list"),
-    "fractions of bytes": (of("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
-    "256": (of("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
-    "-1": (of("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
-    "no base64": (of("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
-    "numbers as BYTES": (of("image", [1], "BYTES", data=[7]), None, "of type int"),
+    "a text among numbers": (infer_body("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]), None, "of type str"),
+    "a null": (infer_body("image", SHAPE, "FP32", data=[None, *FLAT[1:]]), None, "of type NoneType"),
+    "a truth": (infer_body("image", SHAPE, "FP32", data=[True, *FLAT[1:]]), None, "of type bool"),
+    "a list among numbers": (infer_body("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]), None, "of type list"),
+    "fractions of bytes": (infer_body("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
+    "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
+    "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
+    "no base64": (infer_body("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
+    "numbers as BYTES": (infer_body("image", [1], "BYTES", data=[7]), None, "of type int"),
     "data and binary": (
-        of("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}), BYTES, "data",
+        infer_body("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}), BYTES, "data",
     ),
-    "no data": (of("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
+    "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
     "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes are behind the JSON"),
     "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes are behind the JSON"),
     "a size that lies": (
-        of("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
     ),
     "a size of text": (
-        of("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "must be a number",
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "must be a number",
     ),
     "a negative size": (
-        of("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "-4; it must be a number",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "-4; it must be a number",
     ),
     "shared memory": (
-        of("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}), BYTES, "no shared memory",
+        infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}), BYTES, "no shared memory",
     ),
     "shared memory for an output": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "x"}}]},
@@ -519,20 +550,20 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     ),
     "all binary of a number": ({**FP32_ROW, "parameters": {"binary_data_output": 1}}, BYTES, "true or false"),
     "a size that fits no elements": (
-        of("image", [2], "BYTES", parameters={"binary_data_size": 5}), prefixed(IMAGES[:2]), "do not fit",
+        infer_body("image", [2], "BYTES", parameters={"binary_data_size": 5}), prefix_lengths(IMAGES[:2]), "do not fit",
     ),
     "an element past the end": (
-        of("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
+        infer_body("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
     ),
     "bytes behind the elements": (
-        of("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
     ),
-    "half a length": (of("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
-    "too few elements": (of("image", [2], "BYTES"), ONE, "do not fit"),
-    "too many elements": (of("image", [2], "BYTES"), prefixed(IMAGES[:3]), "do not fit"),
+    "half a length": (infer_body("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
+    "too few elements": (infer_body("image", [2], "BYTES"), ONE, "do not fit"),
+    "too many elements": (infer_body("image", [2], "BYTES"), prefix_lengths(IMAGES[:3]), "do not fit"),
     "NaN": (FP32_ROW, np.full(768, np.nan, np.float32).tobytes(), "not finite"),
     "infinite": (FP32_ROW, np.full(768, np.inf, np.float32).tobytes(), "not finite"),
-    "too large for FP32": (of("image", SHAPE, "FP32", data=[1e300] * 768), None, "not finite"),
+    "too large for FP32": (infer_body("image", SHAPE, "FP32", data=[1e300] * 768), None, "not finite"),
     "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no 'x'"),
     "an output twice": ({**FP32_ROW, "outputs": [{"name": "logits"}] * 2}, BYTES, "twice"),
     "classes of text": (
@@ -562,7 +593,7 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
 @pytest.mark.parametrize("case", list(BAD))
 def test_a_bad_request_is_told_so_in_this_dialect(served: Server, case: str) -> None:
     request, behind, said = BAD[case]
-    reply = infer(served, request, behind, **{"X-Request-ID": "mine"})
+    reply = post_infer(served, request, behind, **{"X-Request-ID": "mine"})
     assert reply.status_code == 400, reply.text
     assert said in reply.json()["error"]
     assert len(reply.json()["error"]) < 500
@@ -575,7 +606,7 @@ def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
     head = f"POST /v2/models/thing/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
     with Wire(served.url) as wire:
         wire.send(head.encode(), f"{BINARY}: {header}\r\n\r\n".encode(errors="surrogateescape"), content)
-        answer = wire.answer()
+        answer = wire.read_response()
     assert (answer.status, answer.json["code"]) == (400, "bad_request")
     assert BINARY in answer.json["error"]
 
@@ -588,7 +619,7 @@ def test_a_body_may_come_without_its_length(served: Server) -> None:
         chunks = iter([content[:10], content[10:] + ROW.tobytes()[:100], ROW.tobytes()[100:]])
         return served.client.post("/v2/models/thing/infer", content=chunks, headers={BINARY: str(size)})
 
-    assert ask(len(content)).json() == infer(served, FP32_ROW, ROW.tobytes()).json()
+    assert ask(len(content)).json() == post_infer(served, FP32_ROW, ROW.tobytes()).json()
     lying = ask(len(content) + 3073)
     assert (lying.status_code, lying.json()["code"]) == (400, "bad_request")
     assert BINARY in lying.json()["error"]
@@ -601,55 +632,58 @@ def test_a_header_may_have_spaces_around_it(served: Server) -> None:
     with Wire(served.url) as wire:
         wire.send(b"POST /v2/models/thing/infer HTTP/1.1\r\nHost: x\r\n", length.encode())
         wire.send(content, ROW.tobytes())
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
 
 
 def test_one_bad_image_is_named(served: Server) -> None:
-    reply = infer(served, of("image", [2], "BYTES"), prefixed([IMAGES[0], b"nonsense"]))
+    reply = post_infer(served, infer_body("image", [2], "BYTES"), prefix_lengths([IMAGES[0], b"nonsense"]))
     assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
     assert reply.json()["error"].startswith("image 1: ")
 
 
 def test_json_has_its_own_limit(served: Server) -> None:
-    large = of("image", [1], "BYTES", data=["A" * 2_000_000])
-    assert infer(served, large).status_code == 413
-    assert infer(served, large, b"x").status_code == 413
-    assert "FOVEA_JSON_BYTES" in infer(served, large, b"x").json()["error"]
+    large = infer_body("image", [1], "BYTES", data=["A" * 2_000_000])
+    assert post_infer(served, large).status_code == 413
+    assert post_infer(served, large, b"x").status_code == 413
+    assert "FOVEA_JSON_BYTES" in post_infer(served, large, b"x").json()["error"]
     with Wire(served.url) as wire:  # before any of it is read
         wire.send(b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
-        assert wire.answer().status == 413
+        assert wire.read_response().status == 413
     pixels = np.zeros((64, 16, 16, 3), np.uint8)
-    rows = of("image", [40], "BYTES")
-    assert infer(served, rows, prefixed([IMAGES[0] + bytes(60_000)] * 40)).status_code == 200
-    assert infer(served, of("pixels", [64, 16, 16, 3], "UINT8"), pixels.tobytes()).status_code == 200
+    rows = infer_body("image", [40], "BYTES")
+    assert post_infer(served, rows, prefix_lengths([IMAGES[0] + bytes(60_000)] * 40)).status_code == 200
+    assert (
+        post_infer(served, infer_body("pixels", [64, 16, 16, 3], "UINT8"), pixels.tobytes()).status_code
+        == 200
+    )
 
 
 def test_rows_take_places_as_images_do(zoo: Path) -> None:
     pixels = np.zeros((6, 16, 16, 3), np.uint8)
-    asked = of("pixels", list(pixels.shape), "UINT8")
+    asked = infer_body("pixels", list(pixels.shape), "UINT8")
     with Server(FOVEA_MODELS=str(zoo), FOVEA_QUEUE_IMAGES="4", FOVEA_REQUEST_IMAGES="4") as running:
-        reply = infer(running, asked, pixels.tobytes())
+        reply = post_infer(running, asked, pixels.tobytes())
         assert (reply.status_code, "FOVEA_REQUEST_IMAGES" in reply.json()["error"]) == (400, True)
-        reply = infer(running, of("pixels", [4, 16, 16, 3], "UINT8"), pixels[:4].tobytes())
+        reply = post_infer(running, infer_body("pixels", [4, 16, 16, 3], "UINT8"), pixels[:4].tobytes())
         assert reply.status_code == 200
-        assert running.metric("fovea_images_total") == 4
-        assert running.metric("fovea_images_in_flight") == 0
-        assert running.metric("fovea_image_pixels_count") == 0
-        assert running.metric("fovea_image_brightness_count") == 4
+        assert running.read_metric("fovea_images_total") == 4
+        assert running.read_metric("fovea_images_in_flight") == 0
+        assert running.read_metric("fovea_image_pixels_count") == 0
+        assert running.read_metric("fovea_image_brightness_count") == 4
     with Server(FOVEA_MODELS=str(zoo), FOVEA_QUEUE_IMAGES="8", FOVEA_REQUEST_IMAGES="8") as running:
-        reply = infer(running, asked, pixels.tobytes())
+        reply = post_infer(running, asked, pixels.tobytes())
         assert (reply.status_code, reply.json()["code"]) == (503, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
 
 
 def test_an_answer_may_come_too_late(served: Server) -> None:
     for reply in (
-        infer(served, FP32_ROW, ROW.tobytes(), **{"X-Deadline-Ms": "0.001"}),
-        infer(served, {**FP32_ROW, "parameters": {"timeout": 1}}, ROW.tobytes()),
+        post_infer(served, FP32_ROW, ROW.tobytes(), **{"X-Deadline-Ms": "0.001"}),
+        post_infer(served, {**FP32_ROW, "parameters": {"timeout": 1}}, ROW.tobytes()),
     ):
         assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
     in_time = {**FP32_ROW, "parameters": {"timeout": 60_000_000, "priority": 1}}
-    assert infer(served, in_time, ROW.tobytes()).status_code == 200
+    assert post_infer(served, in_time, ROW.tobytes()).status_code == 200
 
 
 def test_a_model_that_rests_is_loaded_for_whoever_asks(zoo: Path) -> None:
@@ -665,9 +699,11 @@ def test_a_model_that_rests_is_loaded_for_whoever_asks(zoo: Path) -> None:
         assert [one["name"] for one in ready] == ["small"]
         assert running.client.get("/v2/models/thing/ready").json() == {"name": "thing", "ready": True}
         behind = np.tile(ROW, 40).tobytes()
-        reply = infer(running, of("image", [40, 3, 16, 16], "FP32"), behind)
+        reply = post_infer(running, infer_body("image", [40, 3, 16, 16], "FP32"), behind)
         assert reply.status_code == 200, reply.text
-        assert infer(running, of("image", [40, 3, 16, 16], "FP32"), behind).json() == reply.json()
+        assert (
+            post_infer(running, infer_body("image", [40, 3, 16, 16], "FP32"), behind).json() == reply.json()
+        )
 
 
 def test_both_paths_of_the_server_and_its_errors(served: Server) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fovea.service import __version__
-from tests.graphs import build, contract_of
-from tests.pictures import jpeg
+from tests.graphs import build_model, read_contract
+from tests.pictures import make_jpeg
 from tests.servers import Server
 
 
@@ -36,7 +36,7 @@ def test_runtime_says_what_really_runs(server: Server) -> None:
 
 
 def test_the_contract_is_that_of_the_file(server: Server) -> None:
-    wanted = contract_of(build()).to_json()
+    wanted = read_contract(build_model()).to_json()
     assert server.client.get("/v1/models/small/contract").text == wanted
     assert server.client.get("/v1/models/small/versions/1/contract").text == wanted
     assert server.client.get("/v1/models/none/contract").status_code == 404
@@ -47,22 +47,22 @@ def test_a_request_is_counted_once_and_timed_in_every_stage(server: Server) -> N
 
     def counts() -> list[float]:
         return [
-            server.metric(
+            server.read_metric(
                 "fovea_requests_total", route="/v1/models/{name}/classify", model="small", status="200"
             ),
-            server.metric("fovea_images_total", model="small", version="1"),
-            server.metric("fovea_request_seconds_count", route="/v1/models/{name}/classify"),
-            *(server.metric("fovea_stage_seconds_count", stage=stage) for stage in stages),
+            server.read_metric("fovea_images_total", model="small", version="1"),
+            server.read_metric("fovea_request_seconds_count", route="/v1/models/{name}/classify"),
+            *(server.read_metric("fovea_stage_seconds_count", stage=stage) for stage in stages),
         ]
 
     before = counts()
-    assert server.client.post("/v1/models/small/classify", content=jpeg()).status_code == 200
+    assert server.client.post("/v1/models/small/classify", content=make_jpeg()).status_code == 200
     assert [after - earlier for after, earlier in zip(counts(), before, strict=True)] == [1] * 8
-    assert server.metric("fovea_model_info", model="small", provider="cpu", task="multiclass") == 1
-    assert server.metric("fovea_model_load_seconds", model="small") > 0
-    assert server.metric("fovea_requests_in_flight") == 1  # the scrape itself
-    assert server.metric("fovea_images_in_flight") == 0
-    assert server.metric("fovea_queue_images") == 0
+    assert server.read_metric("fovea_model_info", model="small", provider="cpu", task="multiclass") == 1
+    assert server.read_metric("fovea_model_load_seconds", model="small") > 0
+    assert server.read_metric("fovea_requests_in_flight") == 1  # the scrape itself
+    assert server.read_metric("fovea_images_in_flight") == 0
+    assert server.read_metric("fovea_queue_images") == 0
 
 
 def test_labels_are_bounded_whatever_clients_send(server: Server) -> None:
@@ -81,7 +81,7 @@ def test_labels_are_bounded_whatever_clients_send(server: Server) -> None:
 
 @pytest.mark.needs("promtool")
 def test_promtool_accepts_the_metrics(server: Server) -> None:
-    server.client.post("/v1/classify", content=jpeg())
+    server.client.post("/v1/classify", content=make_jpeg())
     server.client.post("/v1/classify", content=b"")
     text = server.client.get("/metrics").text
     checked = subprocess.run(
@@ -107,9 +107,9 @@ def test_the_documentation_loads_nothing_from_elsewhere(server: Server) -> None:
     assert linked
     for path in linked:
         assert path.startswith("./docs/swagger/")
-        before = server.metric("fovea_requests_total", route="/docs/swagger", status="200")
+        before = server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
         assert server.client.get(path).status_code == 200
-        assert server.metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
+        assert server.read_metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
 
 
 def test_the_examples_in_the_documentation_run(server: Server) -> None:
@@ -120,7 +120,7 @@ def test_the_examples_in_the_documentation_run(server: Server) -> None:
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             if "example" not in body:
                 continue
-            url = path.format(**_examples(operation))
+            url = path.format(**_parameter_examples(operation))
             reply = server.client.request(method, url, json=body["example"])
             assert reply.status_code == 200, (url, reply.text)
             if "top_k" in body["example"]:
@@ -129,19 +129,19 @@ def test_the_examples_in_the_documentation_run(server: Server) -> None:
     assert Counter(ran) == {"classify": 6, "oip": 2, "tensorflow": 4, "huggingface": 3}
 
 
-def _examples(operation: dict[str, Any], place: str = "path") -> dict[str, str]:
+def _parameter_examples(operation: dict[str, Any], place: str = "path") -> dict[str, str]:
     """Of what must be said, and of what Swagger UI fills in."""
-    there = (one for one in operation.get("parameters", ()) if one["in"] == place)
-    given = {one["name"]: one.get("example", one["schema"].get("example")) for one in there}
-    return {name: str(example) for name, example in given.items() if example is not None}
+    parameters = (one for one in operation.get("parameters", ()) if one["in"] == place)
+    values = {one["name"]: one.get("example", one["schema"].get("example")) for one in parameters}
+    return {name: str(example) for name, example in values.items() if example is not None}
 
 
 def test_every_get_in_the_documentation_can_be_tried_as_it_stands(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     for path, operations in document["paths"].items():
         if "get" in operations:
-            query = _examples(operations["get"], "query")
-            reply = server.client.get(path.format(**_examples(operations["get"])), params=query)
+            query = _parameter_examples(operations["get"], "query")
+            reply = server.client.get(path.format(**_parameter_examples(operations["get"])), params=query)
             assert reply.status_code == 200, path
 
 

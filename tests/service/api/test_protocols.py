@@ -17,12 +17,12 @@ import pytest
 
 from fovea.service.errors import SettingsError
 from fovea.service.settings import load_settings
-from tests.graphs import build, publish
-from tests.pictures import jpeg
-from tests.raw import CLASSIFY, Wire
-from tests.servers import Server, until
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
+from tests.raw import CLASSIFY_HEAD, Wire
+from tests.servers import Server, wait_until
 
-B64 = base64.b64encode(jpeg()).decode()
+B64 = base64.b64encode(make_jpeg()).decode()
 
 ASKED: dict[str, tuple[str, Any]] = {
     "native": ("/v1/models/{}/classify", {"images": [{"b64": B64}]}),
@@ -30,7 +30,7 @@ ASKED: dict[str, tuple[str, Any]] = {
         "/v2/models/{}/infer",
         {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [B64]}]},
     ),
-    "torchserve": ("/predictions/{}", jpeg()),
+    "torchserve": ("/predictions/{}", make_jpeg()),
     "tensorflow": ("/v1/models/{}:predict", {"instances": [{"b64": B64}]}),
     "huggingface": ("/models/{}", {"inputs": B64}),
 }
@@ -56,27 +56,27 @@ PROBES = {
 """What is asked in each whether it answers."""
 
 
-def ask(url: str, dialect: str, name: str = "small", **headers: str) -> httpx.Response:
-    path, body = ASKED[dialect]
+def post_request(url: str, protocol: str, name: str = "small", **headers: str) -> httpx.Response:
+    path, body = ASKED[protocol]
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     return httpx.post(url + path.format(name), headers=headers, timeout=60, **content)
 
 
-def code_of(reply: httpx.Response, dialect: str) -> str:
+def error_code(reply: httpx.Response, protocol: str) -> str:
     """Our code of an error, where the dialect has it, which must have all that its clients look for."""
-    said = reply.json()
-    if dialect == "native":
-        assert said["error"]["message"]
-        own, told = said["error"]["code"], said["error"]["request_id"]
-    elif dialect == "torchserve":
-        assert said["message"]
-        assert (said["code"], said["type"][-9:]) == (reply.status_code, "Exception")
-        own, told = said["reason"], said["request_id"]
+    body = reply.json()
+    if protocol == "native":
+        assert body["error"]["message"]
+        code, request_id = body["error"]["code"], body["error"]["request_id"]
+    elif protocol == "torchserve":
+        assert body["message"]
+        assert (body["code"], body["type"][-9:]) == (reply.status_code, "Exception")
+        code, request_id = body["reason"], body["request_id"]
     else:
-        assert isinstance(said["error"], str)
-        own, told = said["code"], said["request_id"]
-    assert told == reply.headers["x-request-id"]
-    return str(own)
+        assert isinstance(body["error"], str)
+        code, request_id = body["code"], body["request_id"]
+    assert request_id == reply.headers["x-request-id"]
+    return str(code)
 
 
 @pytest.fixture(scope="module")
@@ -113,26 +113,26 @@ def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
 
 def test_head_is_counted_by_its_route(server: Server) -> None:
     labels = {"dialect": "torchserve", "route": "/ping", "status": "200"}
-    before = server.metric("fovea_requests_total", **labels)
+    before = server.read_metric("fovea_requests_total", **labels)
     server.client.head("/ping")
-    assert server.metric("fovea_requests_total", **labels) == before + 1
+    assert server.read_metric("fovea_requests_total", **labels) == before + 1
 
 
 def test_what_is_not_there_is_told_in_the_shape_of_what_is_around_it(server: Server) -> None:
     for path in ("/v2/trace/setting", "/v2/models/a/b/infer"):
         reply = server.client.get(path)
-        assert (reply.status_code, code_of(reply, "oip")) == (404, "not_found")
-    assert code_of(server.client.get("/v2nd"), "native") == "not_found"
-    assert server.metric("fovea_requests_total", dialect="oip", route="unmatched", status="404") >= 2
+        assert (reply.status_code, error_code(reply, "oip")) == (404, "not_found")
+    assert error_code(server.client.get("/v2nd"), "native") == "not_found"
+    assert server.read_metric("fovea_requests_total", dialect="oip", route="unmatched", status="404") >= 2
 
 
 @pytest.mark.parametrize("dialect", ASKED)
 def test_errors_have_each_dialect_s_shape(server: Server, dialect: str) -> None:
-    assert ask(server.url, dialect).status_code == 200
-    unknown = ask(server.url, dialect, "large")
-    assert (unknown.status_code, code_of(unknown, dialect)) == (404, "model_not_found")
-    late = ask(server.url, dialect, **{"X-Deadline-Ms": "0.001", "X-Request-ID": "mine"})
-    assert (late.status_code, code_of(late, dialect)) == (504, "deadline_exceeded")
+    assert post_request(server.url, dialect).status_code == 200
+    unknown = post_request(server.url, dialect, "large")
+    assert (unknown.status_code, error_code(unknown, dialect)) == (404, "model_not_found")
+    late = post_request(server.url, dialect, **{"X-Deadline-Ms": "0.001", "X-Request-ID": "mine"})
+    assert (late.status_code, error_code(late, dialect)) == (504, "deadline_exceeded")
     assert late.headers["x-request-id"] == "mine"
 
 
@@ -143,21 +143,21 @@ def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
         Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_LIMIT="600", **settings) as running,
         Wire(running.url) as wire,
     ):
-        wire.send(CLASSIFY, b"Content-Length: 100000\r\n\r\n", bytes(99_999))
-        running.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
+        wire.send(CLASSIFY_HEAD, b"Content-Length: 100000\r\n\r\n", bytes(99_999))
+        running.wait_for_metric(2, "fovea_requests_in_flight")  # it, and the scrape
         assert {httpx.get(running.url + path, timeout=60).status_code for path in PROBES} == {200}
         for dialect in ASKED:
-            full = ask(running.url, dialect)
-            assert (full.status_code, code_of(full, dialect)) == (503, "overloaded")
+            full = post_request(running.url, dialect)
+            assert (full.status_code, error_code(full, dialect)) == (503, "overloaded")
             assert int(full.headers["retry-after"]) >= 1
         running.process.send_signal(signal.SIGTERM)
-        until(lambda: code_of(ask(running.url, "native"), "native") == "draining")
+        wait_until(lambda: error_code(post_request(running.url, "native"), "native") == "draining")
         for path, dialect in PROBES.items():
             probe = httpx.get(running.url + path, timeout=60)
-            assert (probe.status_code, code_of(probe, dialect)) == (503, "draining"), path
+            assert (probe.status_code, error_code(probe, dialect)) == (503, "draining"), path
         for dialect in ASKED:
-            stopping = ask(running.url, dialect)
-            assert (stopping.status_code, code_of(stopping, dialect)) == (503, "draining")
+            stopping = post_request(running.url, dialect)
+            assert (stopping.status_code, error_code(stopping, dialect)) == (503, "draining")
             assert stopping.headers["retry-after"] == "1"
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=20) == 0
@@ -166,12 +166,12 @@ def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
 @pytest.mark.parametrize("dialect", ASKED)
 def test_a_model_that_rests_is_woken(tmp_path: Path, dialect: str) -> None:
     for number in range(2):
-        publish(build(seed=number), tmp_path, f"m{number}")
+        add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as running:
         for name in ("m1", "m0", "m1"):
-            assert ask(running.url, dialect, name).status_code == 200
+            assert post_request(running.url, dialect, name).status_code == 200
             assert [one["name"] for one in running.client.get("/v1/models").json()["models"]] == [name]
-        assert running.metric("fovea_requests_total", dialect=dialect, model="m1", status="200") == 2
+        assert running.read_metric("fovea_requests_total", dialect=dialect, model="m1", status="200") == 2
 
 
 def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
@@ -181,7 +181,7 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
     assert "FOVEA_JSON_BYTES" in said.json()["error"]
     chunked = narrow.client.post("/", content=iter([body]), headers={"Content-Type": "application/json"})
     assert (chunked.status_code, chunked.json()["code"]) == (413, "body_too_large")
-    raw = narrow.client.post("/", content=jpeg() + bytes(50_000))
+    raw = narrow.client.post("/", content=make_jpeg() + bytes(50_000))
     assert raw.status_code == 200, raw.text
     raw = narrow.client.post("/", content=bytes(100_001))
     assert (raw.status_code, raw.json()["code"]) == (413, "body_too_large")
@@ -193,10 +193,10 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
 def test_base64_may_be_in_lines(server: Server, dialect: str, end: str) -> None:
     """As `base64` writes it, and Python's `encodebytes`."""
     path, body = ASKED[dialect]
-    lines = base64.encodebytes(jpeg()).decode().replace("\n", end)
+    lines = base64.encodebytes(make_jpeg()).decode().replace("\n", end)
     content = json.dumps(body).replace(json.dumps(B64), json.dumps(lines))
     reply = server.client.post(path.format("small"), content=content, headers=JSON[dialect])
-    assert (reply.status_code, reply.json()) == (200, ask(server.url, dialect).json())
+    assert (reply.status_code, reply.json()) == (200, post_request(server.url, dialect).json())
 
 
 @pytest.mark.parametrize("dialect", ASKED)
@@ -218,19 +218,19 @@ def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
 @pytest.mark.parametrize("path", ["/v1/explain", "/explanations/small"])
 def test_so_may_those_that_are_explained(server: Server, path: str) -> None:
     headers = {"Content-Encoding": "gzip"}
-    reply = server.client.post(path, content=gzip.compress(jpeg()), headers=headers)
-    assert (reply.status_code, reply.json()) == (200, server.client.post(path, content=jpeg()).json())
+    reply = server.client.post(path, content=gzip.compress(make_jpeg()), headers=headers)
+    assert (reply.status_code, reply.json()) == (200, server.client.post(path, content=make_jpeg()).json())
 
 
 PACKED_WRONGLY = {
     "in another way": ("br", b"x", "by 'br'"),
     "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
     "empty": ("gzip", b"", "stops before its end"),
-    "cut": ("gzip", gzip.compress(jpeg())[:-1], "stops before its end"),
-    "a byte more": ("gzip", gzip.compress(jpeg()) + b"x", "goes on behind its end"),
-    "many": ("deflate", zlib.compress(jpeg()) * 300, "goes on behind its end"),
-    "not at all": ("gzip", jpeg(), "malformed"),
-    "another sum": ("deflate", zlib.compress(jpeg())[:-4] + b"sums", "malformed"),
+    "cut": ("gzip", gzip.compress(make_jpeg())[:-1], "stops before its end"),
+    "a byte more": ("gzip", gzip.compress(make_jpeg()) + b"x", "goes on behind its end"),
+    "many": ("deflate", zlib.compress(make_jpeg()) * 300, "goes on behind its end"),
+    "not at all": ("gzip", make_jpeg(), "malformed"),
+    "another sum": ("deflate", zlib.compress(make_jpeg())[:-4] + b"sums", "malformed"),
 }
 
 
@@ -238,29 +238,29 @@ PACKED_WRONGLY = {
 def test_a_body_that_is_compressed_wrongly(server: Server, how: str) -> None:
     encoding, content, said = PACKED_WRONGLY[how]
     reply = server.client.post("/predict", content=content, headers={"Content-Encoding": encoding})
-    assert (reply.status_code, code_of(reply, "huggingface")) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, "huggingface")) == (400, "bad_request")
     assert said in reply.json()["error"]
 
 
 def test_what_was_compressed_has_the_limits_of_what_was_not(narrow: Server) -> None:
     headers = {"Content-Encoding": "gzip"}
     reply = narrow.client.post("/predict", content=gzip.compress(bytes(100_001)), headers=headers)
-    assert (reply.status_code, code_of(reply, "huggingface")) == (413, "body_too_large")
+    assert (reply.status_code, error_code(reply, "huggingface")) == (413, "body_too_large")
     written = gzip.compress(b'{"inputs": "' + 20_000 * b"A" + b'"}')
     for path, dialect in (("/v1/models/small:predict", "tensorflow"), ("/v2/models/small/infer", "oip")):
         reply = narrow.client.post(path, content=written, headers=headers)
-        assert (reply.status_code, code_of(reply, dialect)) == (413, "body_too_large")
+        assert (reply.status_code, error_code(reply, dialect)) == (413, "body_too_large")
         assert "FOVEA_JSON_BYTES" in reply.json()["error"]
 
 
 def test_what_was_compressed_is_counted_among_all_bodies(small_zoo: Path) -> None:
     settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        content = jpeg() + random.Random(0).randbytes(60_000)  # noqa: S311
+        content = make_jpeg() + random.Random(0).randbytes(60_000)  # noqa: S311
         assert running.client.post("/predict", content=content).status_code == 200
         headers = {"Content-Encoding": "gzip"}
         reply = running.client.post("/predict", content=gzip.compress(content), headers=headers)
-        assert (reply.status_code, code_of(reply, "huggingface")) == (503, "overloaded")
+        assert (reply.status_code, error_code(reply, "huggingface")) == (503, "overloaded")
 
 
 def test_json_that_is_nested_too_deep_is_malformed(server: Server) -> None:
@@ -272,20 +272,20 @@ def test_json_that_is_nested_too_deep_is_malformed(server: Server) -> None:
 def test_a_slow_body_is_refused_in_its_shape(narrow: Server) -> None:
     with Wire(narrow.url) as wire:
         wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
-        answer = wire.answer()
+        answer = wire.read_response()
     assert (answer.status, answer.json["code"]) == (408, "body_timeout")
 
 
 def test_what_is_no_http_any_more_is_refused_in_its_shape(narrow: Server) -> None:
     with Wire(narrow.url) as wire:
         wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
-        answer = wire.answer()
+        answer = wire.read_response()
     assert (answer.status, answer.json["code"], answer.json["request_id"]) == (
         400,
         "bad_http",
         answer.headers["x-request-id"],
     )
-    narrow.wait_for(1, "fovea_requests_total", dialect="huggingface", status="400")
+    narrow.wait_for_metric(1, "fovea_requests_total", dialect="huggingface", status="400")
 
 
 @pytest.mark.parametrize(
@@ -295,30 +295,32 @@ def test_what_is_no_http_any_more_is_refused_in_its_shape(narrow: Server) -> Non
 def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server, path: str, dialect: str) -> None:
     with Wire(narrow.url) as wire:
         wire.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc" % path.encode())
-        narrow.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
-    narrow.wait_for(1, "fovea_requests_total", dialect=dialect, status="0")
+        narrow.wait_for_metric(2, "fovea_requests_in_flight")  # it, and the scrape
+    narrow.wait_for_metric(1, "fovea_requests_total", dialect=dialect, status="0")
 
 
 def test_a_deadline_holds(server: Server) -> None:
-    late = server.client.post("/", content=jpeg(), headers={"X-Deadline-Ms": "0.001"})
+    late = server.client.post("/", content=make_jpeg(), headers={"X-Deadline-Ms": "0.001"})
     assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
-    bad = server.client.post("/", content=jpeg(), headers={"X-Deadline-Ms": "soon"})
+    bad = server.client.post("/", content=make_jpeg(), headers={"X-Deadline-Ms": "soon"})
     assert (bad.status_code, bad.json()["code"]) == (400, "bad_request")
 
 
 def test_requests_are_counted_by_dialect(server: Server) -> None:
     labels = {"dialect": "huggingface", "route": "/models/{name}", "model": "small", "status": "200"}
-    before = server.metric("fovea_requests_total", **labels)
-    seconds = server.metric("fovea_request_seconds_count", dialect="huggingface", model="small")
-    server.client.post("/models/small", content=jpeg())
-    assert server.metric("fovea_requests_total", **labels) == before + 1
-    assert server.metric("fovea_request_seconds_count", dialect="huggingface", model="small") == seconds + 1
+    before = server.read_metric("fovea_requests_total", **labels)
+    seconds = server.read_metric("fovea_request_seconds_count", dialect="huggingface", model="small")
+    server.client.post("/models/small", content=make_jpeg())
+    assert server.read_metric("fovea_requests_total", **labels) == before + 1
+    assert (
+        server.read_metric("fovea_request_seconds_count", dialect="huggingface", model="small") == seconds + 1
+    )
 
 
 def test_a_dialect_can_be_switched_off(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DIALECTS="native, torchserve") as running:
-        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
-        assert running.client.post("/predict", content=jpeg()).json()["error"]["code"] == "not_found"
+        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        assert running.client.post("/predict", content=make_jpeg()).json()["error"]["code"] == "not_found"
         assert "/predict" not in running.client.get("/openapi.json").json()["paths"]
 
 

@@ -33,27 +33,27 @@ def managed(small_zoo: Path) -> Iterator[Server]:
         yield running
 
 
-def run(server: Server, folder: Path, *options: str) -> str:
+def run_schemathesis(server: Server, folder: Path, *options: str) -> str:
     """Schemathesis, with models that are there as often as not: of random names none would be."""
     document = server.client.get("/openapi.json").json()
-    for parameter in _parameters(document):
+    for parameter in _list_parameters(document):
         if parameter["in"] == "path":
             parameter["schema"]["enum"] = PRESENT[parameter["name"]]
     (folder / "openapi.json").write_text(json.dumps(document))
     checks = ("--url", server.url, "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing")
-    quiet = ("--warnings", "off", "--no-color")
-    done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", *checks, *quiet, *options],
+    output_options = ("--warnings", "off", "--no-color")
+    result = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", *checks, *output_options, *options],
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
-def _parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _list_parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for path in document["paths"].values():
         for operation in path.values():
             yield from operation.get("parameters", ())
@@ -61,14 +61,14 @@ def _parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_nothing_comes_that_is_not_documented(server: Server, tmp_path: Path) -> None:
-    said = run(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
+    said = run_schemathesis(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
     count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
     assert f"Tested: {count}" in said
-    assert server.metric("fovea_errors_total", reason="internal") == 0
+    assert server.read_metric("fovea_errors_total", reason="internal") == 0
 
 
 def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
-    run(
+    run_schemathesis(
         managed,
         tmp_path,
         "--max-examples",
@@ -77,10 +77,10 @@ def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
         "--include-path-regex",
         "^/v2/repo",
     )
-    assert managed.metric("fovea_errors_total", reason="internal") == 0
+    assert managed.read_metric("fovea_errors_total", reason="internal") == 0
 
 
 @pytest.mark.slow
 def test_nor_among_many(managed: Server, tmp_path: Path) -> None:
-    run(managed, tmp_path, "--max-examples", "150", "--generation-database", "none")
-    assert managed.metric("fovea_errors_total", reason="internal") == 0
+    run_schemathesis(managed, tmp_path, "--max-examples", "150", "--generation-database", "none")
+    assert managed.read_metric("fovea_errors_total", reason="internal") == 0

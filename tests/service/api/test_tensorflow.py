@@ -16,11 +16,11 @@ import requests
 from PIL import Image
 
 from fovea.service.artifact.contract import Task
-from tests.graphs import build, publish
-from tests.pictures import jpeg
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
 from tests.servers import Server
 
-PICTURES = [jpeg(seed=number) for number in range(3)]
+PICTURES = [make_jpeg(seed=number) for number in range(3)]
 IMAGES = [{"b64": base64.b64encode(picture).decode()} for picture in PICTURES]
 IMAGE = IMAGES[0]
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8).tolist()
@@ -30,19 +30,19 @@ PREDICT = "/v1/models/small:predict"
 CLASSIFY = "/v1/models/small:classify"
 
 
-def native(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
+def native_probabilities(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
     """Every label's probability, highest first."""
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=picture).json()
     return {one["label"]: one["probability"] for one in reply["predictions"]}
 
 
-def rows(server: Server, *pictures: bytes) -> list[list[float]]:
+def probability_rows(server: Server, *pictures: bytes) -> list[list[float]]:
     """The same in the model's order."""
     labels = server.client.get("/v1/models/small/contract").json()["labels"]
-    return [[native(server, picture)[label] for label in labels] for picture in pictures]
+    return [[native_probabilities(server, picture)[label] for label in labels] for picture in pictures]
 
 
-def post(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
+def post_json(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
     """As in its documentation: a string, and no content type."""
     return requests.post(server.url + path, data=json.dumps(body), timeout=30)
 
@@ -57,19 +57,19 @@ def post(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
     ],
 )
 def test_rows(server: Server, path: str, instances: list[Any]) -> None:
-    reply = post(server, {"signature_name": "serving_default", "instances": instances}, path)
+    reply = post_json(server, {"signature_name": "serving_default", "instances": instances}, path)
     assert reply.status_code == 200, reply.text
-    assert reply.json() == {"predictions": rows(server, *PICTURES)}
+    assert reply.json() == {"predictions": probability_rows(server, *PICTURES)}
 
 
 @pytest.mark.parametrize("inputs", [IMAGES, {"image_bytes": IMAGES}])
 def test_columns(server: Server, inputs: Any) -> None:
-    assert post(server, {"inputs": inputs}).json() == {"outputs": rows(server, *PICTURES)}
+    assert post_json(server, {"inputs": inputs}).json() == {"outputs": probability_rows(server, *PICTURES)}
 
 
 @pytest.mark.parametrize("inputs", [IMAGE, {"image": IMAGE}])
 def test_a_column_of_one(server: Server, inputs: Any) -> None:
-    assert post(server, {"inputs": inputs}).json() == {"outputs": rows(server, PICTURES[0])}
+    assert post_json(server, {"inputs": inputs}).json() == {"outputs": probability_rows(server, PICTURES[0])}
 
 
 @pytest.mark.parametrize(
@@ -86,35 +86,35 @@ def test_numbers_are_what_the_model_takes(server: Server, body: Any) -> None:
     """A PNG of the model's own size becomes the same pixels."""
     file = BytesIO()
     Image.fromarray(np.array(PIXELS, np.uint8)).save(file, "PNG")
-    expected = rows(server, file.getvalue(), file.getvalue())
-    assert next(iter(post(server, body).json().values())) == expected
+    expected = probability_rows(server, file.getvalue(), file.getvalue())
+    assert next(iter(post_json(server, body).json().values())) == expected
 
 
 def test_classify(server: Server) -> None:
-    reply = post(server, {"examples": [{"image": image} for image in IMAGES]}, CLASSIFY)
-    expected = [[[*one] for one in native(server, picture).items()] for picture in PICTURES]
+    reply = post_json(server, {"examples": [{"image": image} for image in IMAGES]}, CLASSIFY)
+    expected = [[[*one] for one in native_probabilities(server, picture).items()] for picture in PICTURES]
     assert reply.json() == {"result": expected}
-    shared = post(server, {"context": {"image": IMAGE}, "examples": [{}, {}]}, CLASSIFY)
+    shared = post_json(server, {"context": {"image": IMAGE}, "examples": [{}, {}]}, CLASSIFY)
     assert shared.json() == {"result": [expected[0], expected[0]]}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("tasks")
-    publish(build(Task.BINARY, ("no", "yes")), root, "binary")
-    publish(build(Task.MULTILABEL), root, "tags")
+    add_to_repository(build_model(Task.BINARY, ("no", "yes")), root, "binary")
+    add_to_repository(build_model(Task.MULTILABEL), root, "tags")
     with Server(FOVEA_MODELS=str(root), FOVEA_DEFAULT_MODEL="tags") as running:
         yield running
 
 
 @pytest.mark.parametrize("name", ["binary", "tags"])
 def test_other_tasks(tasks: Server, name: str) -> None:
-    reply = post(tasks, {"examples": [{"image": IMAGE}]}, f"/v1/models/{name}:classify").json()
-    assert dict(reply["result"][0]) == native(tasks, PICTURES[0], name)
+    reply = post_json(tasks, {"examples": [{"image": IMAGE}]}, f"/v1/models/{name}:classify").json()
+    assert dict(reply["result"][0]) == native_probabilities(tasks, PICTURES[0], name)
 
 
 def test_status(tmp_path: Path) -> None:
-    publish(build(), tmp_path)
+    add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
     (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MODELS_LOADED="1") as server:
@@ -188,7 +188,7 @@ def test_metadata(server: Server) -> None:
     ],
 )
 def test_a_malformed_request_is_told_in_its_own_shape(server: Server, body: Any, said: str) -> None:
-    reply = post(server, body)
+    reply = post_json(server, body)
     assert reply.status_code == 400, reply.text
     assert said in reply.json()["error"]
     assert reply.json()["code"] == "bad_request"
@@ -215,7 +215,7 @@ def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
     ],
 )
 def test_malformed_examples(server: Server, body: Any) -> None:
-    reply = post(server, body, CLASSIFY)
+    reply = post_json(server, body, CLASSIFY)
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
 
 
@@ -224,7 +224,7 @@ def test_malformed_examples(server: Server, body: Any) -> None:
 )
 def test_an_unknown_model_is_not_found(server: Server, path: str) -> None:
     reply = (
-        post(server, {"instances": IMAGES}, path)
+        post_json(server, {"instances": IMAGES}, path)
         if path.endswith("predict")
         else requests.get(server.url + path, timeout=30)
     )
@@ -234,6 +234,6 @@ def test_an_unknown_model_is_not_found(server: Server, path: str) -> None:
 
 def test_a_bad_image_has_its_own_status(server: Server) -> None:
     nonsense = {"b64": base64.b64encode(b"nonsense").decode()}
-    reply = post(server, {"instances": [IMAGE, nonsense]})
+    reply = post_json(server, {"instances": [IMAGE, nonsense]})
     assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
     assert reply.json()["error"].startswith("image 1: ")

@@ -23,68 +23,70 @@ from fovea.service.inference.engine import Engine
 from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, Item, ProcessPlan
 from fovea.service.runners.predictor import Predictor
 from fovea.service.runners.shared_memory import SharedRef
-from tests.export.classifiers import Array, classifier, run
-from tests.export.imports import Imported, bring
-from tests.graphs import build, contract_of, with_contract
-from tests.pictures import jpeg
+from tests.export.classifiers import Array, build_classifier, run_onnx
+from tests.export.imports import ImportedModel, import_graph
+from tests.graphs import build_model, read_contract, with_contract
+from tests.pictures import make_jpeg
 
 PLAN = ProcessPlan("cpu", 8, 1, 2, 1, 1_000_000, 1 << 28, 1)
 
 
-SMALL_FILE = build().SerializeToString()
-(PIXELS,) = input_tensors_of(contract_of(build()))
+SMALL_FILE = build_model().SerializeToString()
+(PIXELS,) = input_tensors_of(read_contract(build_model()))
 
 
 @dataclass(frozen=True)
-class Kind:
+class GraphKind:
     """A foreign graph and how it is imported."""
 
     options: dict[str, Any]
     bgr: bool = False
 
-    def bring(self, folder: Path) -> Imported:
-        return bring(
-            classifier(**self.options), folder, wishes=PreprocessingOptions(preset=IMAGENET, bgr=self.bgr)
+    def import_model(self, folder: Path) -> ImportedModel:
+        return import_graph(
+            build_classifier(**self.options),
+            folder,
+            preprocessing=PreprocessingOptions(preset=IMAGENET, bgr=self.bgr),
         )
 
-    def by_hand(self, pixels: Array) -> Array:
+    def compute_by_hand(self, pixels: Array) -> Array:
         """What the graph took by itself, as its users make it of pixels."""
         dtype, layout = self.options.get("dtype", "float32"), self.options.get("layout", "nchw")
         values = pixels
         if dtype != "uint8":
             values = replace(IMAGENET.normalization, bgr=self.bgr)(pixels)
-        turned = values.transpose(0, 3, 1, 2) if layout == "nchw" else values
-        return np.ascontiguousarray(turned, dtype)
+        tensor = values.transpose(0, 3, 1, 2) if layout == "nchw" else values
+        return np.ascontiguousarray(tensor, dtype)
 
 
 KINDS = {
-    "float32 nchw": Kind({}),
-    "float32 nhwc": Kind({"layout": "nhwc"}),
-    "float16": Kind({"dtype": "float16"}),
-    "uint8 nchw": Kind({"dtype": "uint8"}),
-    "uint8 nhwc": Kind({"dtype": "uint8", "layout": "nhwc"}),
-    "bgr": Kind({}, bgr=True),
-    "called pixels": Kind({"names": ("pixels", "logits")}),
-    "one at a time": Kind({"batch": 1, "shape": [1, 8]}),
+    "float32 nchw": GraphKind({}),
+    "float32 nhwc": GraphKind({"layout": "nhwc"}),
+    "float16": GraphKind({"dtype": "float16"}),
+    "uint8 nchw": GraphKind({"dtype": "uint8"}),
+    "uint8 nhwc": GraphKind({"dtype": "uint8", "layout": "nhwc"}),
+    "bgr": GraphKind({}, bgr=True),
+    "called pixels": GraphKind({"names": ("pixels", "logits")}),
+    "one at a time": GraphKind({"batch": 1, "shape": [1, 8]}),
 }
 
 
 @pytest.fixture(params=list(KINDS))
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request: pytest.FixtureRequest) -> GraphKind:
     return KINDS[request.param]
 
 
-def loaded(path: Path, bodies: int = -1) -> Predictor:
+def load_predictor(path: Path, bodies: int = -1) -> Predictor:
     return Predictor(path, PLAN, DecodeMemory(1 << 28), bodies_descriptor=bodies)
 
 
-def noise(model: Predictor | Imported, count: int) -> Array:
+def make_noise(model: Predictor | ImportedModel, count: int) -> Array:
     geometry = model.contract.input
     shape = (count, geometry.height, geometry.width, 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def answered(model: Predictor, items: list[Item]) -> list[Answer]:
+def answer_items(model: Predictor, items: list[Item]) -> list[Answer]:
     """What reaches the service: written to the socket and read again."""
     (frame,) = FrameDecoder().feed(model.predict_batch(items).to_bytes())
     report = BatchReport.from_frame(frame)
@@ -95,24 +97,24 @@ def answered(model: Predictor, items: list[Item]) -> list[Answer]:
     return answers
 
 
-def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, kind: Kind) -> None:
-    imported = kind.bring(tmp_path)
-    model = loaded(imported.path)
-    pixels = noise(imported, 5)
-    values = kind.by_hand(pixels)
+def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, kind: GraphKind) -> None:
+    imported = kind.import_model(tmp_path)
+    model = load_predictor(imported.path)
+    pixels = make_noise(imported, 5)
+    values = kind.compute_by_hand(pixels)
     own, other = imported.engine.tensors
     assert (other.dtype, other.shape) == (values.dtype, values.shape[1:])
     assert other.name == kind.options.get("names", ("image",))[0]
     with os.fdopen(os.memfd_create("bodies"), "wb") as bodies:
         bodies.write(b"head" + values.tobytes())
         bodies.flush()
-        stored = loaded(imported.path, bodies.fileno())
+        stored = load_predictor(imported.path, bodies.fileno())
         rows = [ImageRequest(SharedRef(4 + one * other.size, other.size), other.name) for one in range(5)]
-        by_place = answered(stored, list(rows))
-    by_value = answered(
+        by_place = answer_items(stored, list(rows))
+    by_value = answer_items(
         model, [ImageRequest(row.tobytes(), other.name, include_logits=True) for row in values]
     )
-    by_pixels = answered(
+    by_pixels = answer_items(
         model, [ImageRequest(row.tobytes(), own.name, include_logits=True) for row in pixels]
     )
     wanted = imported.engine.run(pixels)
@@ -135,12 +137,16 @@ def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, k
 @pytest.mark.parametrize("task", list(Task))
 def test_encoded_images_and_rows_share_a_batch(tmp_path: Path, task: Task) -> None:
     labels = ["no", "yes"] if task is Task.BINARY else ["ant", "bee", "cow"]
-    (tmp_path / "model.onnx").write_bytes(build(task, labels).SerializeToString())
-    model = loaded(tmp_path / "model.onnx")
-    image, row = jpeg(), noise(model, 1)[0].tobytes()
-    alone = [answered(model, [one])[0] for one in (image, ImageRequest(image), ImageRequest(row, "pixels"))]
+    (tmp_path / "model.onnx").write_bytes(build_model(task, labels).SerializeToString())
+    model = load_predictor(tmp_path / "model.onnx")
+    image, row = make_jpeg(), make_noise(model, 1)[0].tobytes()
+    alone = [
+        answer_items(model, [one])[0] for one in (image, ImageRequest(image), ImageRequest(row, "pixels"))
+    ]
     assert alone[0] == alone[1]._replace(timing=alone[0].timing)
-    together = answered(model, [image, ImageRequest(row, "pixels", include_logits=True), ImageRequest(image)])
+    together = answer_items(
+        model, [image, ImageRequest(row, "pixels", include_logits=True), ImageRequest(image)]
+    )
     for ours, theirs in zip(together, (alone[0], alone[2], alone[0]), strict=True):
         assert list(ours.probabilities) == pytest.approx(list(theirs.probabilities), abs=1e-6)
         assert ours.format == theirs.format
@@ -148,12 +154,12 @@ def test_encoded_images_and_rows_share_a_batch(tmp_path: Path, task: Task) -> No
 
 
 def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
-    imported = KINDS["float32 nchw"].bring(tmp_path)
-    model = loaded(imported.path)
-    row = KINDS["float32 nchw"].by_hand(noise(model, 1))[0].tobytes()
+    imported = KINDS["float32 nchw"].import_model(tmp_path)
+    model = load_predictor(imported.path)
+    row = KINDS["float32 nchw"].compute_by_hand(make_noise(model, 1))[0].tobytes()
     (frame,) = FrameDecoder().feed(
         model.predict_batch(
-            [ImageRequest(row, "image"), b"nonsense", ImageRequest(jpeg(), include_logits=True)]
+            [ImageRequest(row, "image"), b"nonsense", ImageRequest(make_jpeg(), include_logits=True)]
         ).to_bytes()
     )
     report = BatchReport.from_frame(frame)
@@ -164,9 +170,9 @@ def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: float) -> None:
-    imported = KINDS["float32 nchw"].bring(tmp_path)
-    model = loaded(imported.path)
-    values = KINDS["float32 nchw"].by_hand(noise(model, 3))
+    imported = KINDS["float32 nchw"].import_model(tmp_path)
+    model = load_predictor(imported.path)
+    values = KINDS["float32 nchw"].compute_by_hand(make_noise(model, 3))
     values[1, 0, :4] = value
     values[1, 1, :4] = -value
     first, second, third = model.predict_batch(
@@ -196,26 +202,26 @@ def test_what_an_imported_file_gave_is_known(
     tmp_path: Path, options: dict[str, Any], task: Task | None, ours: str | None
 ) -> None:
     """By its name in the file, and it has the values of one of ours, or of none."""
-    graph = classifier(**options)
+    graph = build_classifier(**options)
     labels = 2 if task is Task.BINARY else 5
-    imported = bring(graph, tmp_path, labels, task=task)
+    imported = import_graph(graph, tmp_path, labels, task=task)
     assert find_original_output(imported.contract) == (None if ours is None else ("scores", ours))
     if ours:
-        pixels = noise(imported, 2)
-        values = KINDS["float32 nchw"].by_hand(pixels)
-        given = run(graph, values.astype(np.float16) if "dtype" in options else values)
+        pixels = make_noise(imported, 2)
+        values = KINDS["float32 nchw"].compute_by_hand(pixels)
+        given = run_onnx(graph, values.astype(np.float16) if "dtype" in options else values)
         engine = imported.engine
         told = engine.compute_logits(pixels) if ours == "logits" else engine.run(pixels)
         assert told == pytest.approx(given.reshape(told.shape), abs=0.05 if "dtype" in options else 1e-4)
 
 
 def test_a_model_of_our_own_has_its_own_names() -> None:
-    assert find_original_output(contract_of(build())) is None
+    assert find_original_output(read_contract(build_model())) is None
 
 
 def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
     """What is left out must be all that stands between the pixels and the tensor."""
-    imported = KINDS["float32 nchw"].bring(tmp_path)
+    imported = KINDS["float32 nchw"].import_model(tmp_path)
     graph = onnx.load(imported.path)
     scale = next(one for one in graph.graph.initializer if one.name.startswith("fovea/div"))
     scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1.0, np.float32), scale.name))
@@ -239,7 +245,7 @@ def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
 
 def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None:
     """Its sessions are made when it first comes, and are kept."""
-    imported = KINDS["float32 nchw"].bring(tmp_path)
+    imported = KINDS["float32 nchw"].import_model(tmp_path)
     content, read = imported.path.read_bytes(), []
 
     def again() -> bytes:
@@ -248,7 +254,7 @@ def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None
 
     engine = Engine(content, provider="cpu", threads=1, wide_threads=2, read_bytes=again)
     assert not read
-    values = KINDS["float32 nchw"].by_hand(noise(imported, 2))
+    values = KINDS["float32 nchw"].compute_by_hand(make_noise(imported, 2))
     first = engine.run_tensor(engine.tensors[1], values[:1], exclusive=True)[0]
     both = engine.run_tensor(engine.tensors[1], values)[0]
     assert first[0] == pytest.approx(both[0], abs=1e-6)

@@ -11,23 +11,25 @@ from typing import Any
 import pytest
 
 from fovea.service.artifact.contract import Task
-from tests.graphs import build, publish
-from tests.pictures import jpeg
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
 from tests.servers import Server
-from tests.tools import need
+from tests.tools import require_tool
 
-PICTURE = jpeg()
+PICTURE = make_jpeg()
 LABELS = [f"label {number}" for number in range(8)]
 
 
-def native(server: Server, picture: bytes = PICTURE, path: str = "/v1/classify") -> dict[str, float]:
+def native_probabilities(
+    server: Server, picture: bytes = PICTURE, path: str = "/v1/classify"
+) -> dict[str, float]:
     reply = server.client.post(path, content=picture).json()
     return {one["label"]: one["probability"] for one in reply["predictions"]}
 
 
-def curl(*arguments: str) -> Any:
-    done = subprocess.run([need("curl"), "--silent", *arguments], capture_output=True, check=True)
-    return json.loads(done.stdout)
+def run_curl(*arguments: str) -> Any:
+    result = subprocess.run([require_tool("curl"), "--silent", *arguments], capture_output=True, check=True)
+    return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -38,20 +40,20 @@ def photo(tmp_path: Path) -> str:
 
 
 def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
-    expected = native(server)
-    assert list(curl(f"{server.url}/predictions/small", "-T", photo).items()) == list(expected.items())
-    assert curl("-X", "POST", f"{server.url}/predictions/small", "-T", photo) == expected
-    assert curl(f"{server.url}/predictions/small/1", "-T", photo) == expected
-    assert curl(f"{server.url}/predictions/small", "-F", f"data=@{photo}") == expected
-    assert curl("--data-binary", f"@{photo}", f"{server.url}/predictions/small") == expected
-    assert curl(f"{server.url}/ping") == {"status": "Healthy"}
-    assert "/predictions/{name}" in curl("-X", "OPTIONS", f"{server.url}/")["paths"]
+    expected = native_probabilities(server)
+    assert list(run_curl(f"{server.url}/predictions/small", "-T", photo).items()) == list(expected.items())
+    assert run_curl("-X", "POST", f"{server.url}/predictions/small", "-T", photo) == expected
+    assert run_curl(f"{server.url}/predictions/small/1", "-T", photo) == expected
+    assert run_curl(f"{server.url}/predictions/small", "-F", f"data=@{photo}") == expected
+    assert run_curl("--data-binary", f"@{photo}", f"{server.url}/predictions/small") == expected
+    assert run_curl(f"{server.url}/ping") == {"status": "Healthy"}
+    assert "/predictions/{name}" in run_curl("-X", "OPTIONS", f"{server.url}/")["paths"]
 
 
 def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
     """As TorchServe calls the first, and its clients ask for it."""
-    expected = native(server)
-    assert curl(f"{server.url}/predictions/small/1.0", "-T", photo) == expected
+    expected = native_probabilities(server)
+    assert run_curl(f"{server.url}/predictions/small/1.0", "-T", photo) == expected
     assert server.client.get("/models/small/1.0").json() == server.client.get("/models/small/1").json()
     for other in ("1.1", "1.0.0", "2.0", ".0", "1."):
         assert server.client.post(f"/predictions/small/{other}", content=PICTURE).status_code == 404
@@ -59,27 +61,29 @@ def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
 
 def test_version_1_0_may_rest(tmp_path: Path) -> None:
     for number in range(2):
-        publish(build(seed=number), tmp_path, f"m{number}")
+        add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as server:
         assert server.client.post("/predictions/m1/1.0", content=PICTURE).status_code == 200
 
 
 def test_several_files_have_a_map_each(server: Server) -> None:
-    pictures = [jpeg(seed=number) for number in range(3)]
+    pictures = [make_jpeg(seed=number) for number in range(3)]
     reply = server.client.post("/predictions/small", files=[("data", one) for one in pictures])
-    assert reply.json() == [native(server, one) for one in pictures]
+    assert reply.json() == [native_probabilities(server, one) for one in pictures]
 
 
 def test_five_labels_are_told(tmp_path: Path) -> None:
-    with Server(FOVEA_MODELS=str(publish(build(labels=LABELS), tmp_path, "many"))) as server:
+    with Server(FOVEA_MODELS=str(add_to_repository(build_model(labels=LABELS), tmp_path, "many"))) as server:
         told = server.client.put("/predictions/many", content=PICTURE).json()
-        assert list(told.items()) == list(native(server).items())
+        assert list(told.items()) == list(native_probabilities(server).items())
         assert len(told) == 5
 
 
 def test_several_labels_may_be_true(tmp_path: Path) -> None:
-    with Server(FOVEA_MODELS=str(publish(build(Task.MULTILABEL), tmp_path, "tags"))) as server:
-        assert server.client.put("/predictions/tags", content=PICTURE).json() == native(server)
+    with Server(
+        FOVEA_MODELS=str(add_to_repository(build_model(Task.MULTILABEL), tmp_path, "tags"))
+    ) as server:
+        assert server.client.put("/predictions/tags", content=PICTURE).json() == native_probabilities(server)
 
 
 def test_explanations(server: Server, photo: str) -> None:
@@ -87,10 +91,10 @@ def test_explanations(server: Server, photo: str) -> None:
     own = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
     expected = [own["heatmap"]["values"]]
     labels = {"dialect": "torchserve", "route": "/explanations/{name}", "status": "200"}
-    before = server.metric("fovea_requests_total", **labels)
-    assert curl(f"{server.url}/explanations/small", "-T", photo) == expected
-    assert curl(f"{server.url}/explanations/small/1", "-F", f"data=@{photo}") == expected
-    assert server.metric("fovea_requests_total", **labels) == before + 1
+    before = server.read_metric("fovea_requests_total", **labels)
+    assert run_curl(f"{server.url}/explanations/small", "-T", photo) == expected
+    assert run_curl(f"{server.url}/explanations/small/1", "-F", f"data=@{photo}") == expected
+    assert server.read_metric("fovea_requests_total", **labels) == before + 1
 
 
 def test_explanations_may_be_switched_off(small_zoo: Path) -> None:
@@ -153,7 +157,7 @@ def test_one_bad_file_of_several_is_named(server: Server) -> None:
 
 def test_models_come_in_pages(tmp_path: Path) -> None:
     for number in range(3):
-        publish(build(seed=number), tmp_path, f"m{number}")
+        add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="2") as server:
         first = server.client.get("/models?limit=2").json()
         assert first["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
@@ -166,7 +170,7 @@ def test_models_come_in_pages(tmp_path: Path) -> None:
 
 
 def test_a_model_is_described(tmp_path: Path) -> None:
-    publish(build(), tmp_path)
+    add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
     (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_RUNNERS="2", FOVEA_QUEUE_IMAGES="100") as server:
@@ -184,7 +188,7 @@ def test_a_model_is_described(tmp_path: Path) -> None:
 
 
 def test_a_single_file_is_a_model_too(tmp_path: Path) -> None:
-    path = publish(build(), tmp_path) / "small" / "1" / "model.onnx"
+    path = add_to_repository(build_model(), tmp_path) / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path)) as server:
         listed = [{"modelName": "small", "modelUrl": "model.onnx"}]
         assert server.client.get("/models").json() == {"models": listed}

@@ -21,18 +21,18 @@ from fovea.service.image_warnings import (
 )
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageTiming
-from tests.pictures import encode, jpeg
+from tests.pictures import encode_image, make_jpeg
 from tests.servers import Server
-from tests.service.api.test_explain import explain
-from tests.test_command import fovea
+from tests.service.api.test_explain import post_explain
+from tests.test_command import run_fovea
 
-CLEAR = encode(Image.new("RGBA", (40, 40), (200, 30, 40, 0)), "PNG")
+CLEAR = encode_image(Image.new("RGBA", (40, 40), (200, 30, 40, 0)), "PNG")
 """Transparent throughout."""
 
-INKS = encode(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")[:-2]
+INKS = encode_image(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")[:-2]
 """Without a profile, and without an end."""
 
-PLAIN = jpeg()
+PLAIN = make_jpeg()
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def running(small_zoo: Path) -> Iterator[Server]:
         yield server
 
 
-def b64(content: bytes) -> str:
+def encode_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def codes(reply: dict[str, Any]) -> list[str]:
+def warning_codes(reply: dict[str, Any]) -> list[str]:
     return [warning["code"] for warning in reply.get("warnings", [])]
 
 
 def test_the_answer_names_what_may_surprise(running: Server) -> None:
-    before = running.metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE)
+    before = running.read_metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE)
     reply = running.client.post("/v1/classify", content=CLEAR).json()
     assert reply["warnings"] == [
         {
@@ -58,7 +58,7 @@ def test_the_answer_names_what_may_surprise(running: Server) -> None:
             "message": "the image is transparent, and on white almost nothing of it can be seen",
         }
     ]
-    assert running.metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE) == before + 1
+    assert running.read_metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE) == before + 1
 
 
 def test_an_everyday_photograph_has_none(running: Server) -> None:
@@ -68,7 +68,7 @@ def test_an_everyday_photograph_has_none(running: Server) -> None:
 def test_each_of_several_images_has_its_own(running: Server) -> None:
     files = [("file", content) for content in (PLAIN, CLEAR, INKS, b"nonsense")]
     results = running.client.post("/v1/classify", files=files).json()["results"]
-    assert [codes(result) for result in results] == [
+    assert [warning_codes(result) for result in results] == [
         [],
         [WarningCode.INVISIBLE],
         [WarningCode.END_MISSING, WarningCode.NO_PROFILE],
@@ -80,13 +80,22 @@ def test_each_of_several_images_has_its_own(running: Server) -> None:
 OTHERS: dict[str, tuple[str, Any]] = {
     "oip": (
         "/v2/models/small/infer",
-        {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [b64(PLAIN), b64(INKS)]}]},
+        {
+            "inputs": [
+                {
+                    "name": "image",
+                    "shape": [2],
+                    "datatype": "BYTES",
+                    "data": [encode_base64(PLAIN), encode_base64(INKS)],
+                }
+            ]
+        },
     ),
     "tensorflow": (
         "/v1/models/small:predict",
-        {"instances": [{"b64": b64(PLAIN)}, {"b64": b64(INKS)}]},
+        {"instances": [{"b64": encode_base64(PLAIN)}, {"b64": encode_base64(INKS)}]},
     ),
-    "huggingface": ("/models/small", {"inputs": [b64(PLAIN), b64(INKS)]}),
+    "huggingface": ("/models/small", {"inputs": [encode_base64(PLAIN), encode_base64(INKS)]}),
 }
 
 
@@ -111,8 +120,8 @@ def test_one_image_alone_has_no_number(running: Server, path: str) -> None:
 
 
 def test_explanations_name_it_too(running: Server) -> None:
-    assert codes(explain(running, CLEAR)) == [WarningCode.INVISIBLE]
-    assert "warnings" not in explain(running, PLAIN)
+    assert warning_codes(post_explain(running, CLEAR)) == [WarningCode.INVISIBLE]
+    assert "warnings" not in post_explain(running, PLAIN)
     painted = running.client.post("/v1/explain?format=png", content=CLEAR)
     assert painted.headers[WARNINGS_HEADER] == WarningCode.INVISIBLE
     assert (
@@ -132,9 +141,9 @@ def test_the_log_counts_it(small_zoo: Path) -> None:
 def test_the_command_names_it(small_zoo: Path, tmp_path: Path) -> None:
     path = tmp_path / "clear.png"
     path.write_bytes(CLEAR)
-    shown = fovea("classify", path, zoo=small_zoo)
+    shown = run_fovea("classify", path, zoo=small_zoo)
     assert "almost_nothing_visible: the image is transparent" in shown.stdout
-    assert codes(json.loads(fovea("classify", path, "--json", zoo=small_zoo).stdout)) == [
+    assert warning_codes(json.loads(run_fovea("classify", path, "--json", zoo=small_zoo).stdout)) == [
         "almost_nothing_visible"
     ]
 

@@ -10,23 +10,23 @@ import pytest
 
 from fovea.service.artifact.contract import METADATA_KEY, Contract, Task
 from fovea.service.errors import ContractError
-from tests.graphs import build, contract_of
+from tests.graphs import build_model, read_contract
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(contract_of(build()).to_json())
+    value: dict[str, Any] = json.loads(read_contract(build_model()).to_json())
     return value
 
 
 @pytest.mark.parametrize("task", Task)
 def test_json_and_back_changes_nothing(task: Task) -> None:
     labels = ("no", "yes") if task is Task.BINARY else ("a", "b", "c")
-    contract = contract_of(build(task, labels))
+    contract = read_contract(build_model(task, labels))
     assert Contract.from_json(contract.to_json()) == contract
 
 
-def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def _make_setter(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     *parents, last = path.split(".")
 
     def change(document: Any) -> None:
@@ -40,45 +40,45 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format", 2), "format is 2"),
-        (_set("name", 7), r"contract\.name must be str, not int"),
-        (_set("labels", ["one"]), "at least two"),
-        (_set("labels", ["a", "a", "b", "c"]), "unique"),
-        (_set("labels", "abcd"), r"contract\.labels must be a list"),
-        (_set("labels", ["a", "b", "c", None]), r"contract\.labels\[3\] must be str"),
-        (_set("task", "regression"), "task is 'regression'; known are multiclass"),
-        (_set("task", "binary"), "binary takes two labels"),
-        (_set("thresholds", [0.5]), "thresholds: multiclass takes 0"),
-        (_set("coverage.0.level", 0), "a level is not between 0 and 1"),
-        (_set("coverage.2.level", 1), "a level is not between 0 and 1"),
-        (_set("coverage.1.level", 0.5), "the levels must rise"),
-        (_set("coverage.2.quantile", 1.1), "a quantile is not in"),
-        (_set("coverage.0.quantile", -0.1), "a quantile is not in"),
-        (_set("coverage.0.quantile", 0.96), "the quantiles must not fall"),
-        (_set("temperature", 0), "temperature must be positive"),
-        (_set("temperature", 10**400), "cannot be used"),
-        (_set("name", "\ud800"), "cannot be used"),
-        (_set("temperature", True), r"contract\.temperature must be float, not bool"),
-        (_set("input.height", 0), "positive"),
-        (_set("input.resize_to", 8), "smaller than the crop"),
-        (_set("input.resize", "stretch"), "resize_to must be 0"),
-        (_set("input.interpolation", "magic"), "interpolation is 'magic'"),
-        (_set("reference.labels", {}), "between 1 and 9 labels"),
-        (_set("reference.labels", {"ant": 0}), "a label was never predicted"),
-        (_set("reference.labels", {"ant": 11}), "labels of more images"),
-        (_set("reference.labels", {"yak": 1}), "a label is unknown"),
-        (_set("reference.confidence.edges", [0.5, 0.6]), "do not fit"),
-        (_set("reference.brightness.edges", [0.6, 0.2]), "the edges must rise"),
-        (_set("reference.brightness.edges", [0.2, 0.2]), "the edges must rise"),
-        (_set("reference.brightness.counts", [12, -1, -1]), "a count is negative"),
-        (_set("reference.brightness.counts", [1, 1, 1]), "counts of other images"),
-        (_set("surprise", 1), "has unknown surprise"),
+        (_make_setter("format", 2), "format is 2"),
+        (_make_setter("name", 7), r"contract\.name must be str, not int"),
+        (_make_setter("labels", ["one"]), "at least two"),
+        (_make_setter("labels", ["a", "a", "b", "c"]), "unique"),
+        (_make_setter("labels", "abcd"), r"contract\.labels must be a list"),
+        (_make_setter("labels", ["a", "b", "c", None]), r"contract\.labels\[3\] must be str"),
+        (_make_setter("task", "regression"), "task is 'regression'; known are multiclass"),
+        (_make_setter("task", "binary"), "binary takes two labels"),
+        (_make_setter("thresholds", [0.5]), "thresholds: multiclass takes 0"),
+        (_make_setter("coverage.0.level", 0), "a level is not between 0 and 1"),
+        (_make_setter("coverage.2.level", 1), "a level is not between 0 and 1"),
+        (_make_setter("coverage.1.level", 0.5), "the levels must rise"),
+        (_make_setter("coverage.2.quantile", 1.1), "a quantile is not in"),
+        (_make_setter("coverage.0.quantile", -0.1), "a quantile is not in"),
+        (_make_setter("coverage.0.quantile", 0.96), "the quantiles must not fall"),
+        (_make_setter("temperature", 0), "temperature must be positive"),
+        (_make_setter("temperature", 10**400), "cannot be used"),
+        (_make_setter("name", "\ud800"), "cannot be used"),
+        (_make_setter("temperature", True), r"contract\.temperature must be float, not bool"),
+        (_make_setter("input.height", 0), "positive"),
+        (_make_setter("input.resize_to", 8), "smaller than the crop"),
+        (_make_setter("input.resize", "stretch"), "resize_to must be 0"),
+        (_make_setter("input.interpolation", "magic"), "interpolation is 'magic'"),
+        (_make_setter("reference.labels", {}), "between 1 and 9 labels"),
+        (_make_setter("reference.labels", {"ant": 0}), "a label was never predicted"),
+        (_make_setter("reference.labels", {"ant": 11}), "labels of more images"),
+        (_make_setter("reference.labels", {"yak": 1}), "a label is unknown"),
+        (_make_setter("reference.confidence.edges", [0.5, 0.6]), "do not fit"),
+        (_make_setter("reference.brightness.edges", [0.6, 0.2]), "the edges must rise"),
+        (_make_setter("reference.brightness.edges", [0.2, 0.2]), "the edges must rise"),
+        (_make_setter("reference.brightness.counts", [12, -1, -1]), "a count is negative"),
+        (_make_setter("reference.brightness.counts", [1, 1, 1]), "counts of other images"),
+        (_make_setter("surprise", 1), "has unknown surprise"),
         (lambda document: document.pop("golden"), "lacks golden"),
-        (_set("golden.images", []), "between 1 and 8"),
-        (_set("golden.images.0.logits", [1.0]), "has 1 logits"),
-        (_set("golden.logit_tolerance", []), r"golden\.logit_tolerance must be an object"),
-        (_set("golden", None), r"contract\.golden must be an object"),
-        (_set("layers.0.attributes.perm", {"a": 1}), r"attributes\.perm"),
+        (_make_setter("golden.images", []), "between 1 and 8"),
+        (_make_setter("golden.images.0.logits", [1.0]), "has 1 logits"),
+        (_make_setter("golden.logit_tolerance", []), r"golden\.logit_tolerance must be an object"),
+        (_make_setter("golden", None), r"contract\.golden must be an object"),
+        (_make_setter("layers.0.attributes.perm", {"a": 1}), r"attributes\.perm"),
     ],
 )
 def test_what_is_not_exactly_a_contract_is_refused(
@@ -93,17 +93,17 @@ def test_what_is_not_exactly_a_contract_is_refused(
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        (Task.BINARY, _set("thresholds", []), "thresholds: binary takes 1"),
-        (Task.BINARY, _set("thresholds", [1.5]), "one is not in"),
-        (Task.MULTILABEL, _set("thresholds", [0.5, -0.1]), "one is not in"),
-        (Task.MULTILABEL, _set("thresholds", [0.5]), "thresholds: multilabel takes 2"),
-        (Task.MULTILABEL, _set("coverage", [{"level": 0.5, "quantile": 0.5}]), "multilabel has none"),
+        (Task.BINARY, _make_setter("thresholds", []), "thresholds: binary takes 1"),
+        (Task.BINARY, _make_setter("thresholds", [1.5]), "one is not in"),
+        (Task.MULTILABEL, _make_setter("thresholds", [0.5, -0.1]), "one is not in"),
+        (Task.MULTILABEL, _make_setter("thresholds", [0.5]), "thresholds: multilabel takes 2"),
+        (Task.MULTILABEL, _make_setter("coverage", [{"level": 0.5, "quantile": 0.5}]), "multilabel has none"),
     ],
 )
 def test_each_task_has_its_own_thresholds(
     task: Task, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    document = json.loads(contract_of(build(task, ("cat", "dog"))).to_json())
+    document = json.loads(read_contract(build_model(task, ("cat", "dog"))).to_json())
     change(document)
     with pytest.raises(ContractError, match=message):
         Contract.from_json(json.dumps(document))
@@ -124,5 +124,5 @@ def test_numbers_that_are_not_finite_are_refused(document: dict[str, Any]) -> No
 def test_metadata_without_a_contract_is_refused() -> None:
     with pytest.raises(ContractError, match="no contract"):
         Contract.from_metadata({"other": "{}"})
-    contract = contract_of(build())
+    contract = read_contract(build_model())
     assert Contract.from_metadata({METADATA_KEY: contract.to_json()}) == contract

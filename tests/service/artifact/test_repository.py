@@ -21,33 +21,33 @@ from fovea.service.errors import ModelError
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
     for version in ("1", "2", "10"):
-        _model(tmp_path / "pets" / version)
+        _write_model(tmp_path / "pets" / version)
     return tmp_path
 
 
-def _model(folder: Path) -> None:
+def _write_model(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(b"model")
 
 
-def _versions(found: tuple[ModelVersion, ...]) -> list[str | None]:
-    return [one.version for one in found]
+def _version_numbers(versions: tuple[ModelVersion, ...]) -> list[str | None]:
+    return [one.version for one in versions]
 
 
 def test_the_latest_version_by_number_is_served(zoo: Path) -> None:
-    assert _versions(scan_repository(zoo).versions_by_model["pets"]) == ["10"]
+    assert _version_numbers(scan_repository(zoo).versions_by_model["pets"]) == ["10"]
 
 
 def test_its_config_may_ask_for_others_side_by_side(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10", "2"]\nbatch_max = 3\n')
     found = scan_repository(zoo).versions_by_model["pets"]
-    assert _versions(found) == ["2", "10"]
+    assert _version_numbers(found) == ["2", "10"]
     assert {one.config.batch_max for one in found} == {3}
 
 
 def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10"]\n')
-    assert _versions(find_versions(zoo, "pets", "1")) == ["1"]
+    assert _version_numbers(find_versions(zoo, "pets", "1")) == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_what_is_no_model_is_left_out(zoo: Path) -> None:
     (zoo / "pets" / ".12").mkdir()
     (zoo / "pets" / "latest").mkdir()
     (zoo / "notes.txt").touch()
-    _model(zoo / ".hidden" / "1")
+    _write_model(zoo / ".hidden" / "1")
     (zoo / "empty").mkdir()
     shelf = scan_repository(zoo).versions_by_model
     assert list(shelf) == ["pets"]
-    assert _versions(shelf["pets"]) == ["10"]
+    assert _version_numbers(shelf["pets"]) == ["10"]
 
 
 def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
@@ -123,7 +123,7 @@ def test_no_repository_is_a_sentence(zoo: Path, what: str) -> None:
 
 def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo: Path) -> None:
     assert scan_repository(zoo).default_model == "pets"
-    _model(zoo / "birds" / "1")
+    _write_model(zoo / "birds" / "1")
     assert scan_repository(zoo).default_model is None
     (zoo / "default").write_text(" birds\n")
     assert scan_repository(zoo).default_model == "birds"
@@ -145,7 +145,7 @@ def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Pat
     record_default_model(zoo / "nowhere")
     record_default_model(zoo)
     assert (zoo / "default").read_text() == "pets\n"
-    _model(zoo / "birds" / "1")
+    _write_model(zoo / "birds" / "1")
     (zoo / "default").write_text("birds\n")
     record_default_model(zoo)
     assert (zoo / "default").read_text() == "birds\n"

@@ -54,20 +54,20 @@ BLIND = {
 }
 
 
-def made(name: str) -> list[list[int]]:
+def make_scale(name: str) -> list[list[int]]:
     """256 colours, equally far apart along a smooth path through the anchors."""
     lightness, chroma, hue = np.array(ANCHORS[name], float).T
     angle = np.radians(hue)
     anchors = np.stack([lightness, chroma * np.cos(angle), chroma * np.sin(angle)], axis=1)
-    fine = _smooth(anchors)
+    fine = _smooth_path(anchors)
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(fine, axis=0), axis=1))])
     even = np.linspace(0, along[-1], 256)
     path = np.stack([np.interp(even, along, axis) for axis in fine.T], axis=1)
-    rgb: list[list[int]] = np.rint(255 * _encoded(_linear(path))).astype(int).tolist()
+    rgb: list[list[int]] = np.rint(255 * _linear_to_srgb(_lab_to_linear(path))).astype(int).tolist()
     return rgb
 
 
-def _smooth(anchors: Array) -> Array:
+def _smooth_path(anchors: Array) -> Array:
     """Twice Chaikin's corners cut away, four times over."""
     path = anchors
     for _ in range(6):
@@ -76,38 +76,38 @@ def _smooth(anchors: Array) -> Array:
     return path
 
 
-def _linear(lab: Array) -> Array:
+def _lab_to_linear(lab: Array) -> Array:
     rgb: Array = np.clip((lab @ TO_LMS.T) ** 3 @ TO_RGB.T, 0, 1)
     return rgb
 
 
-def _encoded(linear: Array) -> Array:
+def _linear_to_srgb(linear: Array) -> Array:
     """sRGB, IEC 61966-2-1."""
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def _decoded(rgb: Array) -> Array:
+def _srgb_to_linear(rgb: Array) -> Array:
     return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
-def _lab(linear: Array) -> Array:
+def _linear_to_lab(linear: Array) -> Array:
     lms: Array = np.cbrt(np.clip(linear, 0, 1) @ np.linalg.inv(TO_RGB).T)
     return lms @ np.linalg.inv(TO_LMS).T
 
 
-def stored(name: str) -> Array:
+def read_scale(name: str) -> Array:
     """Linear RGB, 0 … 1."""
-    return _decoded(np.array(json.loads(FILE.read_text())[name]) / 255)
+    return _srgb_to_linear(np.array(json.loads(FILE.read_text())[name]) / 255)
 
 
 @pytest.mark.parametrize("name", ["heat", "signed"])
 def test_the_file_is_what_the_recipe_makes(name: str) -> None:
-    assert json.loads(FILE.read_text())[name] == made(name)
+    assert json.loads(FILE.read_text())[name] == make_scale(name)
 
 
 @pytest.mark.parametrize("name", ["heat", "signed"])
 def test_equal_steps_look_equal(name: str) -> None:
-    lab = _lab(stored(name))[::8]
+    lab = _linear_to_lab(read_scale(name))[::8]
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
     if name == "signed":
         steps = np.delete(steps, np.argmin(steps))  # where the path turns round
@@ -117,19 +117,19 @@ def test_equal_steps_look_equal(name: str) -> None:
 
 @pytest.mark.parametrize("eye", BLIND)
 def test_whoever_is_colour_blind_can_tell_them_apart(eye: str) -> None:
-    heat = _lab(stored("heat") @ BLIND[eye].T)
+    heat = _linear_to_lab(read_scale("heat") @ BLIND[eye].T)
     assert (np.diff(heat[::8, 0]) > 0.01).all()  # from dark to light
-    signed = _lab(stored("signed") @ BLIND[eye].T)
+    signed = _linear_to_lab(read_scale("signed") @ BLIND[eye].T)
     assert np.linalg.norm(signed[0] - signed[-1]) > 0.15
     assert np.linalg.norm(signed[64] - signed[192]) > 0.1
 
 
 def test_nothing_is_lighter_than_zero() -> None:
-    lightness = _lab(stored("signed"))[:, 0]
+    lightness = _linear_to_lab(read_scale("signed"))[:, 0]
     assert np.abs(np.argmax(lightness) - 127.5) < 12
     assert lightness[0] < 0.55
     assert lightness[-1] < 0.55
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: made(name) for name in ANCHORS}, separators=(",", ":")))
+    print(json.dumps({name: make_scale(name) for name in ANCHORS}, separators=(",", ":")))

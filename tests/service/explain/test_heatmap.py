@@ -22,13 +22,13 @@ from fovea.service.explain.heatmap import (
 )
 from fovea.service.explain.layers import Span
 from fovea.service.inference.preprocess import DecodeTrace, decode_image
-from tests.pictures import encode
+from tests.pictures import encode_image
 
 SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)
 STRETCH = Geometry(32, 48, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.EXACT)
 
 
-def spot(width: int, height: int, at: tuple[int, int]) -> Image.Image:
+def draw_spot(width: int, height: int, at: tuple[int, int]) -> Image.Image:
     """A white spot on black."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[max(0, at[1] - 12) : at[1] + 12, max(0, at[0] - 12) : at[0] + 12] = 255
@@ -44,7 +44,7 @@ def test_what_is_bright_in_the_input_is_bright_in_the_photo(
 ) -> None:
     """EXIF, resize and crop are undone: brightness itself is the heat, and must come to lie on the spot."""
     geometry = Geometry(**{**geometry.__dict__, "pixel_path": path})
-    photo = spot(400, 240, at)
+    photo = draw_spot(400, 240, at)
     turn = {
         3: Image.Transpose.ROTATE_180,
         6: Image.Transpose.ROTATE_90,
@@ -55,7 +55,7 @@ def test_what_is_bright_in_the_input_is_bright_in_the_photo(
     exif[0x0112] = orientation
     receipt = DecodeTrace()
     decoded = decode_image(
-        encode(stored, "JPEG", exif=exif, quality=95), geometry, max_pixels=10**6, trace=receipt
+        encode_image(stored, "JPEG", exif=exif, quality=95), geometry, max_pixels=10**6, trace=receipt
     )
     assert (decoded.width, decoded.height) == (400, 240)
     values = decoded.pixels.mean(axis=2).astype(np.float32)
@@ -79,7 +79,9 @@ def test_the_box_is_inside_the_photo_and_has_the_crops_shape(
     if width * height > 200_000:
         width, height = width % 400 + 1, height % 400 + 1
     receipt = DecodeTrace()
-    decode_image(encode(Image.new("RGB", (width, height)), "PNG"), geometry, max_pixels=10**7, trace=receipt)
+    decode_image(
+        encode_image(Image.new("RGB", (width, height)), "PNG"), geometry, max_pixels=10**7, trace=receipt
+    )
     left, top, right, bottom = receipt.crop_box
     assert -1e-6 <= left < right <= width + 1e-6
     assert -1e-6 <= top < bottom <= height + 1e-6
@@ -88,7 +90,7 @@ def test_the_box_is_inside_the_photo_and_has_the_crops_shape(
 
 
 def test_no_receipt_costs_no_pixel() -> None:
-    content = encode(spot(400, 240, (150, 80)), "JPEG")
+    content = encode_image(draw_spot(400, 240, (150, 80)), "JPEG")
     told = decode_image(content, SHORTER, max_pixels=10**6, trace=DecodeTrace()).pixels
     assert (told == decode_image(content, SHORTER, max_pixels=10**6).pixels).all()
 
@@ -115,7 +117,7 @@ def test_what_the_model_has_not_seen_has_no_heat() -> None:
 def test_a_strip_has_heat_where_the_model_looked(size: tuple[int, int]) -> None:
     """Though what it saw is narrower than a place of the grid."""
     receipt = DecodeTrace()
-    decode_image(encode(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, trace=receipt)
+    decode_image(encode_image(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, trace=receipt)
     heat = Heatmap(np.ones((4, 4), np.float32), compute_even_centres(4, 32), compute_even_centres(4, 32))
     over = heat.project_to_grid(InputRegion(size, receipt.crop_box, (32, 32)), compute_grid_size(size, 96))
     assert over.max() == 1

@@ -31,11 +31,11 @@ from fovea.service.runners.messages import (
 )
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-from tests.graphs import build, contract_of, publish
-from tests.pictures import encode, jpeg
-from tests.poison import MISNUMBERED, Gate, poisonous
-from tests.raw import Wire, post
-from tests.servers import Server, until
+from tests.graphs import add_to_repository, build_model, read_contract
+from tests.pictures import encode_image, make_jpeg
+from tests.poison import WRONG_NUMBER_IMAGE, BlockingImage, make_poison_environment
+from tests.raw import Wire, classify_request
+from tests.servers import Server, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -47,8 +47,8 @@ _SIZE = 3 << 20
 _NOISE = bytes(range(101, 122))
 
 
-def _colour_that_was_explained(server: Server, colour: tuple[int, int, int]) -> tuple[int, ...]:
-    reply = server.client.post("/v1/explain", content=encode(Image.new("RGB", (64, 64), colour), "PNG"))
+def _explained_colour(server: Server, colour: tuple[int, int, int]) -> tuple[int, ...]:
+    reply = server.client.post("/v1/explain", content=encode_image(Image.new("RGB", (64, 64), colour), "PNG"))
     assert reply.status_code == 200, reply.text
     png = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
     with Image.open(BytesIO(png)) as image:
@@ -72,51 +72,51 @@ def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
     """The process that explains is stopped, so its socket is full when the deadline ends the question."""
     body = b"\x89PNG\r\n\x1a\n".ljust(_SIZE - len(tail), b"\0") + tail
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
-        assert _colour_that_was_explained(server, (255, 255, 255)) == (255, 255, 255)
-        (pid,) = server.children("explain.process")
+        assert _explained_colour(server, (255, 255, 255)) == (255, 255, 255)
+        (pid,) = server.child_pids("explain.process")
         os.kill(pid, signal.SIGSTOP)
         late = server.client.post("/v1/explain", content=body, headers={"X-Deadline-Ms": "300"})
         assert late.status_code == 504
         os.kill(pid, signal.SIGCONT)
         for colour in COLOURS.values():
-            assert _colour_that_was_explained(server, colour) == colour
+            assert _explained_colour(server, colour) == colour
 
 
 def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: Path) -> None:
     """Its caller has left and the model is unloaded, while the process has not begun with the question."""
     for name in ("small", "other"):
-        publish(build(), tmp_path / "zoo", name)
+        add_to_repository(build_model(), tmp_path / "zoo", name)
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small"}
     with Server(FOVEA_MODELS=str(tmp_path / "zoo"), **settings) as server:
-        assert _colour_that_was_explained(server, COLOURS["red"]) == COLOURS["red"]
-        (pid,) = server.children("explain.process")
+        assert _explained_colour(server, COLOURS["red"]) == COLOURS["red"]
+        (pid,) = server.child_pids("explain.process")
         os.kill(pid, signal.SIGSTOP)
-        body = encode(Image.new("RGB", (64, 64)), "PNG")
+        body = encode_image(Image.new("RGB", (64, 64)), "PNG")
         late = server.client.post("/v1/models/other/explain", content=body, headers={"X-Deadline-Ms": "300"})
         assert late.status_code == 504
         assert server.client.post("/v2/repository/models/other/unload").status_code == 200
         os.kill(pid, signal.SIGCONT)
-        assert _colour_that_was_explained(server, COLOURS["blue"]) == COLOURS["blue"]
-        assert server.children("explain.process") == {pid}
+        assert _explained_colour(server, COLOURS["blue"]) == COLOURS["blue"]
+        assert server.child_pids("explain.process") == {pid}
     assert "could not be answered" not in server.log
 
 
 # --- the explainer's stream, with the test in the place of the process ---------------------------
 
 
-async def _exchange(
-    model: LiveModel, play: Callable[[socket.socket], None], work: Callable[[_Process], Any]
+async def _run_exchange(
+    model: LiveModel, serve_peer: Callable[[socket.socket], None], use_process: Callable[[_Process], Any]
 ) -> Any:
-    """Run `work` on a process whose end of the socket `play` has, in a thread."""
+    """Run `use_process` on a process whose end of the socket `serve_peer` has, in a thread."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.settimeout(60)
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     process = _Process(bystander, *await asyncio.open_connection(sock=ours))
     try:
-        playing = asyncio.create_task(asyncio.to_thread(play, theirs))
-        outcome = await work(process)
-        await playing
+        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, theirs))
+        outcome = await use_process(process)
+        await peer_task
         return outcome
     finally:
         theirs.close()
@@ -126,11 +126,11 @@ async def _exchange(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
-    root = publish(build(), tmp_path_factory.mktemp("isolated") / "zoo")
+    root = add_to_repository(build_model(), tmp_path_factory.mktemp("isolated") / "zoo")
     path = root / "small" / "1" / "model.onnx"
     found = ModelVersion.from_path(path, "small", "1")
     plan = ProcessPlan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
-    loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
+    loaded = LoadedModel(read_contract(build_model()).to_json(), "cpu", 4, 1e6, 0.1, {})
     return LiveModel.from_load_result(
         found, LoadCommand(1, str(path), str(path), found.fingerprint, plan), loaded, Settings()
     )
@@ -162,7 +162,7 @@ def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None
         process.stop()  # too late: nothing is asked now
         return [first, await process.send_request(model, {"ask": "explain"}, image, lambda part: None)]
 
-    replies = asyncio.run(_exchange(model, play, work))
+    replies = asyncio.run(_run_exchange(model, play, work))
     assert [reply.values for reply in replies] == [{"stopped": True}] * 2
 
 
@@ -184,7 +184,7 @@ def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) ->
         assert process.is_busy  # so nobody may use it any more
         return type(refusal.value).__name__
 
-    assert asyncio.run(_exchange(model, play, work)) == "_ProtocolError"
+    assert asyncio.run(_run_exchange(model, play, work)) == "_ProtocolError"
     assert not parts
 
 
@@ -193,23 +193,23 @@ def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) ->
 
 def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
     """Its neighbours are answered by the next one."""
-    gate = Gate(tmp_path / "gate")
-    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1", **poisonous(tmp_path)}
+    gate = BlockingImage(tmp_path / "gate")
+    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1", **make_poison_environment(tmp_path)}
     with (
         Server(**settings) as server,
         Wire(server.url) as first,
         Wire(server.url) as second,
         Wire(server.url) as third,
     ):
-        (pid,) = server.runners
-        first.send(post(gate.image))
-        until(lambda: server.metric("fovea_images_in_flight") == 1)
-        second.send(post(MISNUMBERED))
-        third.send(post(jpeg()))
-        server.wait_for(3, "fovea_images_in_flight")
-        gate.open()
-        assert first.answer().code == "unsupported_format"
-        assert second.answer().code == "internal"
-        assert third.answer().status == 200
-        assert pid not in server.runners
+        (pid,) = server.runner_pids
+        first.send(classify_request(gate.image))
+        wait_until(lambda: server.read_metric("fovea_images_in_flight") == 1)
+        second.send(classify_request(WRONG_NUMBER_IMAGE))
+        third.send(classify_request(make_jpeg()))
+        server.wait_for_metric(3, "fovea_images_in_flight")
+        gate.release()
+        assert first.read_response().error_code == "unsupported_format"
+        assert second.read_response().error_code == "internal"
+        assert third.read_response().status == 200
+        assert pid not in server.runner_pids
     assert "where 2 was due; it is killed" in server.log

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from fovea.service.explain.layers import LayerView, Span, describe_layers
-from tests.graphs import Row, table
+from tests.graphs import LayerRow, contract_with_layers
 
-PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
-MAPS: Row = ("Conv", "planes kernel", "maps", (8, 4, 2), {"kernel_shape": (3, 3)})
+PLANES: LayerRow = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
+MAPS: LayerRow = ("Conv", "planes kernel", "maps", (8, 4, 2), {"kernel_shape": (3, 3)})
 
 
-def described(*rows: Row) -> dict[str, LayerView]:
+def describe_rows(*rows: LayerRow) -> dict[str, LayerView]:
     """By what each layer makes."""
-    return {layer.tensor: layer for layer in describe_layers(table(*rows), {}, {})}
+    return {layer.tensor: layer for layer in describe_layers(contract_with_layers(*rows), {}, {})}
 
 
 def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
-    found = described(
+    found = describe_rows(
         PLANES,
         MAPS,
         ("Reshape", "maps shape", "split", (2, 4, 4, 2), {}),
@@ -40,7 +40,7 @@ def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
 
 
 def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
-    found = described(
+    found = describe_rows(
         PLANES,
         MAPS,
         ("Reshape", "maps shape", "heads", (2, 8, 4), {}),
@@ -54,7 +54,7 @@ def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
 
 
 def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
-    found = described(
+    found = describe_rows(
         PLANES,
         MAPS,
         ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
@@ -70,7 +70,7 @@ def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
     """Written as several operators in one module."""
 
     def norm(mean: tuple[int, ...]) -> list[str]:
-        rows: list[Row] = [
+        rows: list[LayerRow] = [
             ("ReduceMean", "maps", "/norm/mean", mean, {}),
             ("Sub", "maps /norm/mean", "/norm/apart", (8, 4, 2), {}),
             ("Pow", "/norm/apart two", "/norm/square", (8, 4, 2), {}),
@@ -78,7 +78,7 @@ def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
             ("Sqrt", "/norm/variance", "/norm/spread", mean, {}),
             ("Div", "/norm/apart /norm/spread", "/norm/made", (8, 4, 2), {}),
         ]
-        return [layer.kind for layer in described(PLANES, MAPS, *rows).values()]
+        return [layer.kind for layer in describe_rows(PLANES, MAPS, *rows).values()]
 
     assert norm((1, 4, 2)) == ["Input", "Conv", "LayerNormalization"]
     assert len(norm((8, 1, 1))) == len(norm((2, 4, 2))) == 2 + 6
@@ -86,19 +86,19 @@ def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
 
 def test_a_gate_with_a_factor_is_no_silu() -> None:
     """CLIP has x · sigmoid(1.702 x)."""
-    sigmoid: Row = ("Sigmoid", "maps", "/act/sigmoid", (8, 4, 2), {})
-    scaled: Row = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
-    scaled_sigmoid: Row = ("Sigmoid", "/act/scaled", "/act/sigmoid", (8, 4, 2), {})
-    gated: Row = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
-    assert described(PLANES, MAPS, sigmoid, gated)["/act/gated"].kind == "Silu"
-    assert described(PLANES, MAPS, scaled, scaled_sigmoid, gated)["/act/gated"].kind == "Mul"
-    shared: Row = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
-    found = described(PLANES, MAPS, sigmoid, gated, shared)
+    sigmoid: LayerRow = ("Sigmoid", "maps", "/act/sigmoid", (8, 4, 2), {})
+    scaled: LayerRow = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
+    scaled_sigmoid: LayerRow = ("Sigmoid", "/act/scaled", "/act/sigmoid", (8, 4, 2), {})
+    gated: LayerRow = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
+    assert describe_rows(PLANES, MAPS, sigmoid, gated)["/act/gated"].kind == "Silu"
+    assert describe_rows(PLANES, MAPS, scaled, scaled_sigmoid, gated)["/act/gated"].kind == "Mul"
+    shared: LayerRow = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
+    found = describe_rows(PLANES, MAPS, sigmoid, gated, shared)
     assert found.keys() >= set(found["shared"].sources) == {"/act/sigmoid"}
 
 
 def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
-    found = described(
+    found = describe_rows(
         PLANES,
         MAPS,
         ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
@@ -113,14 +113,14 @@ def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
 
 def test_the_bounds_of_a_clip_may_be_attributes() -> None:
     """Before opset 11 they are."""
-    found = described(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
+    found = describe_rows(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
     assert found["clip"].constants == {"min": 0, "max": 6}
 
 
 def test_one_value_for_each_map_is_not_flattened() -> None:
     for shape, axes in (((8, 1, 1), (2, 3)), ((1, 1, 8), (1, 2))):
-        last: Row = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
-        found = described(
+        last: LayerRow = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
+        found = describe_rows(
             PLANES,
             MAPS,
             *([last] if axes == (1, 2) else []),
@@ -132,8 +132,8 @@ def test_one_value_for_each_map_is_not_flattened() -> None:
         assert found["scores"].is_direct
 
 
-TOKENS: Row = ("Reshape", "maps shape", "rows", (8, 8), {})
-PRODUCT: Row = ("MatMul", "rows weight", "product", (8, 8), {})
+TOKENS: LayerRow = ("Reshape", "maps shape", "rows", (8, 8), {})
+PRODUCT: LayerRow = ("MatMul", "rows weight", "product", (8, 8), {})
 
 
 @pytest.mark.parametrize(
@@ -153,20 +153,22 @@ PRODUCT: Row = ("MatMul", "rows weight", "product", (8, 8), {})
         ),
     ],
 )
-def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(rows: list[Row], kinds: list[str]) -> None:
-    layers = describe_layers(table(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
+def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(
+    rows: list[LayerRow], kinds: list[str]
+) -> None:
+    layers = describe_layers(contract_with_layers(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
     assert [layer.kind for layer in layers[2:]] == kinds
     assert {source for layer in layers for source in layer.sources} <= {layer.tensor for layer in layers}
 
 
 def test_a_slope_is_a_parameter() -> None:
-    contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
+    contract = contract_with_layers(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
     layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
     assert describe_layers(replace(contract, layers=layers), {}, {})[-1].parameters == 1
 
 
 def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
-    found = described(
+    found = describe_rows(
         PLANES,
         ("Resize", "planes sizes", "small", (3, 8, 8), {}),
         ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
@@ -178,7 +180,7 @@ def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
 
 def test_what_is_left_out_is_not_made_of_the_image() -> None:
     """ONNX has no name for outputs and inputs that a node does without."""
-    contract = table(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
+    contract = contract_with_layers(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
     planes, maps, clip = contract.layers
     layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))
     layer = describe_layers(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]

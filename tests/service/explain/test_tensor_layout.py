@@ -8,29 +8,29 @@ import numpy as np
 import pytest
 
 from fovea.service.explain.tensor_layout import TensorLayout, find_layouts
-from tests.graphs import Row, table
+from tests.graphs import LayerRow, contract_with_layers
 
-PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
-PATCHES: Row = ("Conv", "planes kernel", "patches", (7, 4, 2), {})
-ROWS: Row = ("Reshape", "patches shape", "rows", (7, 8), {})
-TOKENS: Row = ("Transpose", "rows", "tokens", (8, 7), {"perm": (0, 2, 1)})
-CLASS: Row = ("Concat", "class tokens", "all", (9, 7), {"axis": 1})
+PLANES: LayerRow = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
+PATCHES: LayerRow = ("Conv", "planes kernel", "patches", (7, 4, 2), {})
+ROWS: LayerRow = ("Reshape", "patches shape", "rows", (7, 8), {})
+TOKENS: LayerRow = ("Transpose", "rows", "tokens", (8, 7), {"perm": (0, 2, 1)})
+CLASS: LayerRow = ("Concat", "class tokens", "all", (9, 7), {"axis": 1})
 
 
-def arranged(*rows: Row) -> dict[str, TensorLayout]:
+def layouts_of_rows(*rows: LayerRow) -> dict[str, TensorLayout]:
     """Of the tensors of a graph that takes images of 16 x 16."""
-    return find_layouts(table(*rows))
+    return find_layouts(contract_with_layers(*rows))
 
 
 def test_pixels_have_their_channels_last_and_convolutions_first() -> None:
-    found = arranged(PLANES, PATCHES)
+    found = layouts_of_rows(PLANES, PATCHES)
     assert found["pixels"] == TensorLayout("HWC", 3, 16, 16)
     assert found["planes"] == TensorLayout("CHW", 3, 16, 16)
     assert found["patches"] == TensorLayout("CHW", 7, 4, 2)
 
 
 def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() -> None:
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         PATCHES,
         ROWS,
@@ -60,26 +60,26 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
         (("Reshape", "tokens shape", "all", (9, 7), {}), None),
     ],
 )
-def test_tokens_before_the_others_are_counted(row: Row, leading: int | None) -> None:
+def test_tokens_before_the_others_are_counted(row: LayerRow, leading: int | None) -> None:
     """And where it is not sure which are which, there are no maps."""
-    found = arranged(PLANES, PATCHES, ROWS, TOKENS, row)
+    found = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, row)
     assert (found["all"].leading_tokens if "all" in found else None) == leading
 
 
 def test_a_size_that_the_table_lacks_is_told_by_the_next_layer() -> None:
-    joined: Row = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
-    found = arranged(PLANES, PATCHES, ROWS, TOKENS, joined, ("Add", "all places", "sum", (9, 7), {}))
+    joined: LayerRow = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
+    found = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, joined, ("Add", "all places", "sum", (9, 7), {}))
     assert found["sum"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
 
 
 def test_tokens_without_the_leading_ones_are_places_alone() -> None:
-    sliced: Row = ("Slice", "all from to", "cut", (8, 7), {})
-    assert arranged(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == TensorLayout("TC", 7, 4, 2)
+    sliced: LayerRow = ("Slice", "all from to", "cut", (8, 7), {})
+    assert layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == TensorLayout("TC", 7, 4, 2)
 
 
 def test_windows_of_an_image_are_no_image() -> None:
     """A Swin transformer has them beside each other in the batch."""
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Transpose", "patches", "last", (4, 2, 7), {"perm": (0, 2, 3, 1)}),
@@ -95,8 +95,8 @@ def test_windows_of_an_image_are_no_image() -> None:
 
 def test_only_a_reshape_makes_other_axes() -> None:
     """Whatever the sizes happen to be; and it keeps the channels on their side, where both could be."""
-    square: Row = ("Conv", "planes kernel", "square", (8, 4, 2), {})
-    found = arranged(
+    square: LayerRow = ("Conv", "planes kernel", "square", (8, 4, 2), {})
+    found = layouts_of_rows(
         PLANES,
         square,
         ("Einsum", "square weight", "einsum", (4, 2, 8), {}),
@@ -110,7 +110,7 @@ def test_only_a_reshape_makes_other_axes() -> None:
 
 def test_places_in_another_order_are_no_image() -> None:
     """As many tokens as there are places, window by window."""
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Reshape", "patches shape", "split", (7, 2, 2, 2, 1), {}),
@@ -121,7 +121,7 @@ def test_places_in_another_order_are_no_image() -> None:
 
 
 def test_patches_are_places() -> None:
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         ("Reshape", "planes shape", "split", (3, 4, 4, 2, 8), {}),
         ("Transpose", "split", "apart", (4, 2, 4, 8, 3), {"perm": (0, 2, 4, 3, 5, 1)}),
@@ -140,15 +140,15 @@ def test_patches_are_places() -> None:
 )
 def test_what_is_no_patch_is_no_place(cut: tuple[int, ...], tokens: tuple[int, ...]) -> None:
     """Windows beside each other in the batch, rows that are longer than the image's, and more axes."""
-    split: Row = ("Reshape", "planes shape", "split", cut, {})
-    assert arranged(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
+    split: LayerRow = ("Reshape", "planes shape", "split", cut, {})
+    assert layouts_of_rows(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
         "pixels",
         "planes",
     }
 
 
 def test_channels_may_be_cut_into_groups() -> None:
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Reshape", "patches shape", "groups", (1, 7, 4, 2), {}),
@@ -159,7 +159,7 @@ def test_channels_may_be_cut_into_groups() -> None:
 
 
 def test_a_gate_does_not_make_maps_small() -> None:
-    found = arranged(
+    found = layouts_of_rows(
         PLANES,
         PATCHES,
         ("GlobalAveragePool", "patches", "mean", (7, 1, 1), {}),

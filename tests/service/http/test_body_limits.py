@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fovea.service.resources.body_memory import BodyMemory
-from tests.graphs import build, publish
-from tests.pictures import jpeg
-from tests.raw import CLASSIFY, LIVE, Wire, post
-from tests.servers import Server, until
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
+from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
+from tests.servers import Server, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -26,7 +26,7 @@ BODIES = 1_000_000
 LARGEST = 40 << 20
 """Bytes by which the service may grow, whatever clients send: its own limit, and what Python keeps."""
 
-CHUNKED = CLASSIFY + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
+CHUNKED = CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
 
 TIMES = {"FOVEA_BODY_TIMEOUT": "0.6", "FOVEA_HEADER_TIMEOUT": "30", "FOVEA_KEEP_ALIVE": "30"}
 
@@ -105,15 +105,15 @@ def test_a_body_has_its_time_on_every_route(
 def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Path) -> None:
     """It is the service that lets the client wait then."""
     with Server(FOVEA_MODELS=str(small_zoo), **TIMES) as running, Wire(running.url) as wire:
-        with stopped_runners(running):
-            wire.send(post(jpeg()), post(jpeg(900, 900))[:-1])
+        with stop_runners(running):
+            wire.send(classify_request(make_jpeg()), classify_request(make_jpeg(900, 900))[:-1])
             wire.socket.settimeout(1.5)  # more than twice the limit
             with pytest.raises(TimeoutError):
-                wire.answer()
+                wire.read_response()
         wire.socket.settimeout(30)
-        assert wire.answer().status == 200
-        wire.send(post(jpeg(900, 900))[-1:])
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
+        wire.send(classify_request(make_jpeg(900, 900))[-1:])
+        assert wire.read_response().status == 200
 
 
 # --- size ----------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Pa
 def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None:
     with Wire(hurried.url) as wire:
         wire.send(b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (route, BODIES + 1))
-        answer = wire.answer()
-        assert answer.closes
+        answer = wire.read_response()
+        assert answer.is_closing
         assert (answer.status, str(BODIES) in answer.body.decode()) in (
             (413, True),
             (404, False),
@@ -154,9 +154,9 @@ def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) 
 
 
 @contextmanager
-def stopped_runners(running: Server) -> Iterator[None]:
+def stop_runners(server: Server) -> Iterator[None]:
     """No image is classified inside."""
-    runners = running.runners
+    runners = server.runner_pids
     for pid in runners:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -166,17 +166,17 @@ def stopped_runners(running: Server) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def resident(running: Server) -> int:
+def resident_bytes(server: Server) -> int:
     """Bytes that the service has in memory, without what it shares with its runners."""
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
     return sum(int(size) << 10 for size in re.findall(r"(?:RssAnon|RssFile):\s+(\d+)", status))
 
 
-def flood(running: Server, head: bytes, piece: bytes, *, connections: int) -> list[Wire]:
+def open_flood(server: Server, head: bytes, piece: bytes, *, connections: int) -> list[Wire]:
     """Connections that have sent `head` and then as many `piece`s as the service took."""
     wires = []
     for _ in range(connections):
-        wire = Wire(running.url)
+        wire = Wire(server.url)
         wires.append(wire)
         wire.socket.settimeout(0.001)
         try:
@@ -185,22 +185,22 @@ def flood(running: Server, head: bytes, piece: bytes, *, connections: int) -> li
                 wire.send(piece)
         except OSError:  # it takes no more, or has refused
             continue
-    running.client.get("/health/live")  # the service has read what it reads
+    server.client.get("/health/live")  # the service has read what it reads
     return wires
 
 
 @pytest.mark.parametrize(
     ("head", "piece"),
     [
-        (post(jpeg()), post(bytes(200_000))),
-        (post(jpeg()), post(bytes(200_000)).replace(b"/v1/classify", b"/nowhere")),
-        (post(jpeg()), CHUNKED),
-        (post(jpeg()), b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"),
-        (post(jpeg()), 1000 * LIVE),
-        (post(jpeg()) + LIVE + CLASSIFY + b"Content-Length: 900000\r\n\r\n", bytes(100_000)),
+        (classify_request(make_jpeg()), classify_request(bytes(200_000))),
+        (classify_request(make_jpeg()), classify_request(bytes(200_000)).replace(b"/v1/classify", b"/nowhere")),
+        (classify_request(make_jpeg()), CHUNKED),
+        (classify_request(make_jpeg()), b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"),
+        (classify_request(make_jpeg()), 1000 * LIVE_REQUEST),
+        (classify_request(make_jpeg()) + LIVE_REQUEST + CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n", bytes(100_000)),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\n", 20 * (b"A: " + b"x" * 1000 + b"\r\n")),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
-        (post(jpeg()) + b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
+        (classify_request(make_jpeg()) + b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
     ],
     ids=[
         "bodies", "bodies for nobody", "chunked bodies", "headers", "small requests", "a body in pieces",
@@ -208,62 +208,69 @@ def flood(running: Server, head: bytes, piece: bytes, *, connections: int) -> li
     ],
 )  # fmt: skip
 def test_what_clients_pipeline_is_in_the_account(narrow: Server, head: bytes, piece: bytes) -> None:
-    with stopped_runners(narrow), ExitStack() as stack:
-        before = resident(narrow)
-        for wire in flood(narrow, head, piece, connections=250):
+    with stop_runners(narrow), ExitStack() as stack:
+        before = resident_bytes(narrow)
+        for wire in open_flood(narrow, head, piece, connections=250):
             stack.enter_context(wire)
-        grown = resident(narrow) - before
+        grown = resident_bytes(narrow) - before
         assert grown < LARGEST, f"the service has grown by {grown / 1e6:.0f} MB"
-    narrow.wait_for(1, "fovea_requests_in_flight")
-    narrow.wait_for(1, "fovea_connections")
-    assert narrow.client.post("/v1/classify", content=jpeg()).status_code == 200
+    narrow.wait_for_metric(1, "fovea_requests_in_flight")
+    narrow.wait_for_metric(1, "fovea_connections")
+    assert narrow.client.post("/v1/classify", content=make_jpeg()).status_code == 200
 
 
 def test_who_waits_behind_another_request_is_refused_in_turn_where_memory_ends(narrow: Server) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(narrow.url)) for _ in range(20)]
-        with stopped_runners(narrow):
+        with stop_runners(narrow):
             for wire in wires:
-                wire.send(post(jpeg()), post(bytes(100_000)), LIVE)
+                wire.send(classify_request(make_jpeg()), classify_request(bytes(100_000)), LIVE_REQUEST)
             narrow.client.get("/health/live")
-        assert {wire.answer().status for wire in wires} == {200}
-        codes = [wire.answer().code for wire in wires]
+        assert {wire.read_response().status for wire in wires} == {200}
+        codes = [wire.read_response().error_code for wire in wires]
         assert set(codes) == {"unsupported_format", "overloaded"}
         refused, served = codes.index("overloaded"), codes.index("unsupported_format")
-        assert wires[served].answer().json == {"status": "live"}
+        assert wires[served].read_response().json == {"status": "live"}
         assert wires[refused].socket.recv(1) == b""  # it was read no further
 
 
 def test_a_client_that_leaves_with_requests_behind_its_first_is_noticed(narrow: Server) -> None:
     """Nothing is read from its connection then. It is noticed before the answer is there."""
-    before = narrow.metric("fovea_errors_total", reason="client_left")
-    with stopped_runners(narrow):
-        for behind in (b"", LIVE, LIVE * 50, post(bytes(150_000)), post(bytes(150_000))[:-9], LIVE[:20]):
+    before = narrow.read_metric("fovea_errors_total", reason="client_left")
+    with stop_runners(narrow):
+        for behind in (
+            b"",
+            LIVE_REQUEST,
+            LIVE_REQUEST * 50,
+            classify_request(bytes(150_000)),
+            classify_request(bytes(150_000))[:-9],
+            LIVE_REQUEST[:20],
+        ):
             with Wire(narrow.url) as wire:
-                wire.send(post(jpeg()), behind)
-                narrow.wait_for(2, "fovea_requests_in_flight")
-            narrow.wait_for(1, "fovea_requests_in_flight")
+                wire.send(classify_request(make_jpeg()), behind)
+                narrow.wait_for_metric(2, "fovea_requests_in_flight")
+            narrow.wait_for_metric(1, "fovea_requests_in_flight")
             before += 1
-            assert narrow.metric("fovea_errors_total", reason="client_left") == before
+            assert narrow.read_metric("fovea_errors_total", reason="client_left") == before
 
 
 def test_a_client_that_half_closes_is_not_taken_for_one_that_leaves(narrow: Server) -> None:
     """Its end comes while its first request is at work, before or behind what reading has been paused for."""
     pipelined: list[tuple[bytes, list[int]]] = [
         (b"", [200]),
-        (LIVE, [200, 200]),
-        (post(bytes(150_000)) + LIVE, [200, 415, 200]),
+        (LIVE_REQUEST, [200, 200]),
+        (classify_request(bytes(150_000)) + LIVE_REQUEST, [200, 415, 200]),
     ]
     for behind, expected in pipelined:
         with Wire(narrow.url) as wire:
-            with stopped_runners(narrow):
-                wire.send(post(jpeg()))
-                narrow.wait_for(2, "fovea_requests_in_flight")
+            with stop_runners(narrow):
+                wire.send(classify_request(make_jpeg()))
+                narrow.wait_for_metric(2, "fovea_requests_in_flight")
                 wire.send(behind)
                 wire.socket.shutdown(socket.SHUT_WR)
-                narrow.wait_for(2, "fovea_requests_in_flight")  # it has had its turn, and still waits
-            assert [wire.answer().status for _ in expected] == expected
-            assert wire.ended()
+                narrow.wait_for_metric(2, "fovea_requests_in_flight")  # it has had its turn, and still waits
+            assert [wire.read_response().status for _ in expected] == expected
+            assert wire.is_closed()
 
 
 # --- answers that nobody reads -------------------------------------------------------------------
@@ -273,8 +280,8 @@ def test_a_client_that_half_closes_is_not_taken_for_one_that_leaves(narrow: Serv
 def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
     """A thousand labels, and all of them are asked for sixty images: 4 MB, of which clients read nothing."""
     labels = [f"label {number} " + "x" * 40 for number in range(1000)]
-    root = publish(build(labels=labels), tmp_path)
-    image = jpeg()
+    root = add_to_repository(build_model(labels=labels), tmp_path)
+    image = make_jpeg()
     parts = b"".join(
         b"--b\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n%b\r\n" % image for _ in range(60)
     )
@@ -287,21 +294,21 @@ def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(root), **limits) as running, ExitStack() as stack:
         with Wire(running.url) as wire:
             wire.send(request)
-            answer = wire.answer()
+            answer = wire.read_response()
         assert answer.status == 200
         assert len(answer.body) > 4_000_000
         wires = []
         for number in range(15):
             if number == 5:  # the heap is as large as it gets
-                before = resident(running)
+                before = resident_bytes(running)
             wire = stack.enter_context(Wire(running.url))
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             wire.send(request)
-            running.wait_for(number + 2, "fovea_requests_total", route="/v1/classify")
+            running.wait_for_metric(number + 2, "fovea_requests_total", route="/v1/classify")
             wires.append(wire)
-        grown = resident(running) - before
+        grown = resident_bytes(running) - before
         assert grown < 30 << 20, f"10 answers of {len(answer.body) / 1e6:.1f} MB: {grown / 1e6:.0f} MB more"
-        is_whole = wires[-1].answer().body == answer.body  # the last one had time to read
+        is_whole = wires[-1].read_response().body == answer.body  # the last one had time to read
         assert is_whole
         assert _is_cut_off(wires[0])
         assert running.client.post("/v1/classify", content=image).status_code == 200
@@ -310,16 +317,16 @@ def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
 
 def _is_cut_off(wire: Wire) -> bool:
     try:
-        wire.answer()
+        wire.read_response()
     except (ConnectionError, EOFError):
         return True
     return False
 
 
 def test_an_answer_that_would_never_fit_is_refused(tmp_path: Path) -> None:
-    root = publish(build(labels=[f"label {number}" for number in range(2000)]), tmp_path)
+    root = add_to_repository(build_model(labels=[f"label {number}" for number in range(2000)]), tmp_path)
     limits = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "1000000"}
-    files = [("f", jpeg())] * 8
+    files = [("f", make_jpeg())] * 8
     with Server(FOVEA_MODELS=str(root), **limits) as running:
         refused = running.client.post("/v1/classify?top_k=0", files=files)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_request")
@@ -328,10 +335,10 @@ def test_an_answer_that_would_never_fit_is_refused(tmp_path: Path) -> None:
         assert "1000000 (FOVEA_BODIES_BYTES)" in message
         assert running.client.post("/v1/classify?top_k=5", files=files).status_code == 200
         assert running.client.post("/v1/classify?top_k=0", files=files[:3]).status_code == 200
-        assert running.metric("fovea_images_in_flight") == 0
+        assert running.read_metric("fovea_images_in_flight") == 0
 
 
-class _Silent:
+class _SilentReader:
     """A client that reads nothing."""
 
     def __init__(self) -> None:
@@ -342,7 +349,7 @@ class _Silent:
 
 
 def test_bodies_come_before_answers_that_nobody_reads() -> None:
-    memory, readers = BodyMemory(100), [_Silent() for _ in range(3)]
+    memory, readers = BodyMemory(100), [_SilentReader() for _ in range(3)]
     for reader in readers:
         memory.reserve_answer(reader, 30)
     assert memory.reserve(10)
@@ -359,7 +366,7 @@ def test_bodies_come_before_answers_that_nobody_reads() -> None:
 
 
 def test_the_newest_answer_has_time_to_be_read() -> None:
-    memory, readers = BodyMemory(100), [_Silent() for _ in range(2)]
+    memory, readers = BodyMemory(100), [_SilentReader() for _ in range(2)]
     for reader in readers:
         memory.reserve_answer(reader, 150)
     assert [reader.is_cut_off for reader in readers] == [True, False]
@@ -377,6 +384,8 @@ def test_large_bodies_leave_room_for_small_ones(small_zoo: Path) -> None:
         for _ in range(2):
             wire = stack.enter_context(Wire(running.url))
             wire.send(head, b"x" * 2_900_000)
-            until(wire.is_read)  # else the body below could take the room, and the large one is refused
-        until(lambda: running.client.post("/v1/classify", content=b"x" * 2_000_000).status_code == 503)
-        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+            wait_until(
+                wire.is_all_read
+            )  # else the body below could take the room, and the large one is refused
+        wait_until(lambda: running.client.post("/v1/classify", content=b"x" * 2_000_000).status_code == 503)
+        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200

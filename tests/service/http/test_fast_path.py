@@ -14,21 +14,21 @@ import pytest
 from PIL import Image
 
 from fovea.service.api.bodies import _FormCollector
-from tests.pictures import encode, jpeg
-from tests.raw import CLASSIFY, LIVE, Wire, post
+from tests.pictures import encode_image, make_jpeg
+from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server
 
 RANDOM = np.random.default_rng(0)
-SMALL = jpeg()
+SMALL = make_jpeg()
 
 
-def noise(side: int) -> bytes:
+def make_noise(side: int) -> bytes:
     """A PNG of 3 bytes a pixel: no two alike."""
-    return encode(Image.fromarray(RANDOM.integers(0, 256, (side, side, 3), np.uint8)), "PNG")
+    return encode_image(Image.fromarray(RANDOM.integers(0, 256, (side, side, 3), np.uint8)), "PNG")
 
 
-LARGE = noise(500)  # 750 KB: comes in several pieces
-MIDDLE = noise(160)  # 77 KB: a slot, and mostly one piece
+LARGE = make_noise(500)  # 750 KB: comes in several pieces
+MIDDLE = make_noise(160)  # 77 KB: a slot, and mostly one piece
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def large_server(small_zoo: Path) -> Iterator[Server]:
     assert "Traceback" not in running.log
 
 
-def probabilities(reply: object) -> list[float]:
+def read_probabilities(reply: object) -> list[float]:
     assert isinstance(reply, dict)
     return [one["probability"] for one in reply["predictions"]]
 
@@ -51,21 +51,21 @@ def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> 
         pieces = (image[start : start + 50_000] for start in range(0, len(image), 50_000))
         chunked = client.post("/v1/classify", content=pieces).json()
         with Wire(large_server.url) as wire:
-            head, body = post(image).split(b"\r\n\r\n", 1)
+            head, body = classify_request(image).split(b"\r\n\r\n", 1)
             wire.send(head, b"\r\n\r\n", body[:1])
             for start in range(1, len(body), 100_000):
                 wire.send(body[start : start + 100_000])
                 large_server.client.get("/health/live")  # the service has had its turn
-            dripped = wire.answer().json
+            dripped = wire.read_response().json
         with Wire(large_server.url) as wire:
-            wire.send(post(SMALL), post(image), LIVE)
-            wire.answer()
-            behind = wire.answer().json
-            assert wire.answer().status == 200
+            wire.send(classify_request(SMALL), classify_request(image), LIVE_REQUEST)
+            wire.read_response()
+            behind = wire.read_response().json
+            assert wire.read_response().status == 200
         form = client.post("/v1/classify", files=[("a", ("a", image)), ("b", ("b", image))]).json()
         (first, second) = form["results"]
         assert whole == chunked == dripped == behind
-        assert probabilities(first) == probabilities(second) == probabilities(whole)
+        assert read_probabilities(first) == read_probabilities(second) == read_probabilities(whole)
 
 
 def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server) -> None:
@@ -78,80 +78,82 @@ def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server
     boundary = {"Content-Type": "multipart/form-data; boundary=xyz"}
     results = large_server.client.post("/v1/classify", files=files, headers=boundary).json()["results"]
     assert results.pop(2)["error"]["code"] == "unsupported_format"
-    assert [probabilities(one) for one in results] == [probabilities(one) for one in wanted]
+    assert [read_probabilities(one) for one in results] == [read_probabilities(one) for one in wanted]
 
 
 def test_a_connection_goes_on_after_a_large_body(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
         for _ in range(3):
-            head, body = post(LARGE).split(b"\r\n\r\n", 1)
+            head, body = classify_request(LARGE).split(b"\r\n\r\n", 1)
             wire.send(head + b"\r\n\r\n")
             wire.send(body)
-            assert wire.answer().status == 200
-            wire.send(post(SMALL))
-            assert wire.answer().status == 200
-            wire.send(LIVE)
-            assert wire.answer().status == 200
-        wire.send(post(LARGE, b"Connection: close"))
-        answer = wire.answer()
-        assert (answer.status, answer.closes) == (200, True)
-        assert wire.ended()
+            assert wire.read_response().status == 200
+            wire.send(classify_request(SMALL))
+            assert wire.read_response().status == 200
+            wire.send(LIVE_REQUEST)
+            assert wire.read_response().status == 200
+        wire.send(classify_request(LARGE, b"Connection: close"))
+        answer = wire.read_response()
+        assert (answer.status, answer.is_closing) == (200, True)
+        assert wire.is_closed()
 
 
 def test_what_follows_a_large_body_at_once_is_answered(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
-        wire.send(post(LARGE)[:-5])
-        wire.send(post(LARGE)[-5:], post(SMALL), LIVE, post(MIDDLE))
-        assert [wire.answer().status for _ in range(4)] == [200, 200, 200, 200]
+        wire.send(classify_request(LARGE)[:-5])
+        wire.send(
+            classify_request(LARGE)[-5:], classify_request(SMALL), LIVE_REQUEST, classify_request(MIDDLE)
+        )
+        assert [wire.read_response().status for _ in range(4)] == [200, 200, 200, 200]
 
 
 def test_a_large_body_is_asked_for(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
-        wire.send(CLASSIFY, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
+        wire.send(CLASSIFY_HEAD, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
         assert wire.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         wire.send(LARGE)
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
 
 
 def test_a_large_body_that_stops_is_408_and_gives_all_back(large_server: Server) -> None:
-    before = large_server.metric("fovea_errors_total", reason="body_timeout")
+    before = large_server.read_metric("fovea_errors_total", reason="body_timeout")
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
-            wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
-            answer = wire.answer()
-            assert (answer.status, answer.code) == (408, "body_timeout")
+            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            answer = wire.read_response()
+            assert (answer.status, answer.error_code) == (408, "body_timeout")
             wire.send(b"x" * 1000)  # is not taken for a request
-            assert wire.ended()
-    assert large_server.metric("fovea_errors_total", reason="body_timeout") == before + 3
+            assert wire.is_closed()
+    assert large_server.read_metric("fovea_errors_total", reason="body_timeout") == before + 3
     assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
-    assert large_server.metric("fovea_requests_in_flight") == 1
+    assert large_server.read_metric("fovea_requests_in_flight") == 1
 
 
 def test_who_leaves_amid_a_large_body_is_counted(large_server: Server) -> None:
-    def left() -> float:
-        return large_server.metric("fovea_errors_total", reason="client_left")
+    def count_left() -> float:
+        return large_server.read_metric("fovea_errors_total", reason="client_left")
 
-    while (before := left()) != left():  # those of another test are still leaving
+    while (before := count_left()) != count_left():  # those of another test are still leaving
         pass
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
-            wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
-            large_server.wait_for(2, "fovea_requests_in_flight")
-        large_server.wait_for(1, "fovea_requests_in_flight")
-    assert left() == before + 3
+            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            large_server.wait_for_metric(2, "fovea_requests_in_flight")
+        large_server.wait_for_metric(1, "fovea_requests_in_flight")
+    assert count_left() == before + 3
 
 
 @pytest.mark.slow
 def test_no_body_gets_into_anothers_slot(large_server: Server) -> None:
     """Many at once, with others that leave half way: each has the answer to its own."""
-    images = [noise(180 + 20 * number) for number in range(8)]
+    images = [make_noise(180 + 20 * number) for number in range(8)]
     wanted = [large_server.client.post("/v1/classify", content=image).json() for image in images]
     over = threading.Event()
 
     def disturb() -> None:
         while not over.is_set():
             with Wire(large_server.url) as wire:
-                wire.send(post(LARGE)[:400_000])
+                wire.send(classify_request(LARGE)[:400_000])
 
     def ask(number: int) -> bool:
         reply = large_server.client.post("/v1/classify", content=images[number % 8]).json()
@@ -172,11 +174,11 @@ def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
         wires = [Wire(running.url) for _ in range(5)]
         for wire in wires:
-            wire.send(post(LARGE)[:-1])
-        running.wait_for(6, "fovea_requests_in_flight")
+            wire.send(classify_request(LARGE)[:-1])
+        running.wait_for_metric(6, "fovea_requests_in_flight")
         for wire in wires:
-            wire.send(post(LARGE)[-1:])
-            assert wire.answer().status == 200
+            wire.send(classify_request(LARGE)[-1:])
+            assert wire.read_response().status == 200
             wire.socket.close()
 
 
@@ -190,7 +192,7 @@ def test_slots_are_given_back(large_server: Server) -> None:
         for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
         if "fovea-bodies" in str(path.readlink())
     )
-    large_server.wait_for(1, "fovea_requests_in_flight")  # the scrape itself: others have ended
+    large_server.wait_for_metric(1, "fovea_requests_in_flight")  # the scrape itself: others have ended
     size = bodies.stat().st_size
     os.truncate(bodies, 0)
     os.truncate(bodies, size)  # what earlier tests have left is gone
@@ -202,11 +204,11 @@ def test_slots_are_given_back(large_server: Server) -> None:
     for _ in range(5):
         for sent, status in requests:
             assert large_server.client.post("/v1/classify", **sent).status_code == status
-            large_server.wait_for(1, "fovea_requests_in_flight")
+            large_server.wait_for_metric(1, "fovea_requests_in_flight")
         with Wire(large_server.url) as wire:
-            wire.send(post(LARGE)[:-1])
-            large_server.wait_for(2, "fovea_requests_in_flight")  # it has come, before it goes
-        large_server.wait_for(1, "fovea_requests_in_flight")
+            wire.send(classify_request(LARGE)[:-1])
+            large_server.wait_for_metric(2, "fovea_requests_in_flight")  # it has come, before it goes
+        large_server.wait_for_metric(1, "fovea_requests_in_flight")
     assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
 
 
@@ -224,7 +226,7 @@ def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> Non
     names = ("read", "queue", "decode", "inference", "encode")
 
     def counts() -> list[float]:
-        return [large_server.metric("fovea_stage_seconds_count", stage=name) for name in names]
+        return [large_server.read_metric("fovea_stage_seconds_count", stage=name) for name in names]
 
     before = counts()
     assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200

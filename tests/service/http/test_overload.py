@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import jpeg
-from tests.raw import LIVE, Wire, post
+from tests.pictures import make_jpeg
+from tests.raw import LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server
 
 pytestmark = pytest.mark.long
@@ -26,36 +26,36 @@ RATE = 200
 def test_refusals_are_spread_out_and_others_are_not_kept_waiting(small_zoo: Path) -> None:
     settings = {"FOVEA_QUEUE_IMAGES": "1", "FOVEA_REQUEST_IMAGES": "1", "FOVEA_LOG_LEVEL": "error"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, ExitStack() as stack:
-        for pid in running.runners:
+        for pid in running.runner_pids:
             os.kill(pid, signal.SIGSTOP)
             stack.callback(os.kill, pid, signal.SIGCONT)
-        stack.enter_context(Wire(running.url)).send(post(jpeg()))
-        running.wait_for(1, "fovea_images_in_flight")
-        refusals = _ask_again_at_once(running, stack)
+        stack.enter_context(Wire(running.url)).send(classify_request(make_jpeg()))
+        running.wait_for_metric(1, "fovea_images_in_flight")
+        refusals = _count_refusals(running, stack)
         assert CALLERS <= refusals <= RATE * (1 + SECONDS) + CALLERS
         leaver = stack.enter_context(Wire(running.url))
-        leaver.send(post(jpeg()))
+        leaver.send(classify_request(make_jpeg()))
         leaver.socket.close()  # its refusal may still wait
         with Wire(running.url) as wire:
-            wire.send(LIVE)
-            assert wire.answer().status == 200
-            wire.send(post(b""))
-            assert wire.answer().code == "overloaded"
-        running.wait_for(2, "fovea_requests_in_flight")
+            wire.send(LIVE_REQUEST)
+            assert wire.read_response().status == 200
+            wire.send(classify_request(b""))
+            assert wire.read_response().error_code == "overloaded"
+        running.wait_for_metric(2, "fovea_requests_in_flight")
     assert "Traceback" not in running.log
 
 
-def _ask_again_at_once(running: Server, stack: ExitStack) -> int:
+def _count_refusals(server: Server, stack: ExitStack) -> int:
     """Return how many refusals all callers have got."""
-    request, refusals = post(jpeg()), 0
+    request, refusals = classify_request(make_jpeg()), 0
     selector = stack.enter_context(selectors.DefaultSelector())
     for _ in range(CALLERS):
-        wire = stack.enter_context(Wire(running.url))
+        wire = stack.enter_context(Wire(server.url))
         wire.send(request)
         selector.register(wire.socket, selectors.EVENT_READ, wire)
     end = time.monotonic() + SECONDS
-    while (left := end - time.monotonic()) > 0:
-        for key, _ in selector.select(left):
+    while (seconds_left := end - time.monotonic()) > 0:
+        for key, _ in selector.select(seconds_left):
             answer = key.data.answer()
             assert (answer.status, answer.code, answer.closes) == (503, "overloaded", False)
             refusals += 1

@@ -9,13 +9,13 @@ import pytest
 
 from tests.raw import Wire
 from tests.servers import Server
-from tests.service.api.test_protocols import ASKED, code_of
+from tests.service.api.test_protocols import ASKED, error_code
 
 CARELESS = ("/{}", "{}/", "//{}//", "//{}")
 """Around a path that begins with a slash."""
 
 
-def careless(path: str) -> list[str]:
+def careless_forms(path: str) -> list[str]:
     return [form.format(path) for form in CARELESS] + [
         path.replace("/", "//"),
         path.replace("/", "///") + "/",
@@ -33,7 +33,7 @@ def test_slashes_too_many_change_nothing(server: Server, dialect: str, is_chunke
     )
     expected = server.client.send(request).json()
     content, headers = request.content, {"Content-Type": request.headers.get("Content-Type", "")}
-    for other in careless(path):
+    for other in careless_forms(path):
         sent: Any = iter([content]) if is_chunked else content
         reply = server.client.post(f"{server.url}{other}?", content=sent, headers=headers)
         assert (reply.status_code, reply.json()) == (200, expected), other
@@ -48,7 +48,7 @@ def test_nor_for_what_is_asked_by_get(server: Server) -> None:
     for path in (*asked, "/docs", "/page/base.css", "/docs/swagger/start.js"):
         plain = server.client.get(path)
         assert plain.status_code == 200
-        for other in careless(path):
+        for other in careless_forms(path):
             reply = server.client.get(f"{server.url}{other}", follow_redirects=False)
             assert reply.status_code == 200, other
             if path not in ("/metrics", "/docs") and "stats" not in path:
@@ -57,9 +57,9 @@ def test_nor_for_what_is_asked_by_get(server: Server) -> None:
 
 def test_they_are_counted_as_the_route(server: Server) -> None:
     labels = {"route": "/ping", "dialect": "torchserve"}
-    before = server.metric("fovea_requests_total", **labels)
+    before = server.read_metric("fovea_requests_total", **labels)
     server.client.get("/ping/")
-    assert server.metric("fovea_requests_total", **labels) == before + 1
+    assert server.read_metric("fovea_requests_total", **labels) == before + 1
 
 
 @pytest.mark.parametrize("path", ["/nothing/", "//nothing", "/page", "/page/", "/docs/swagger/"])
@@ -71,12 +71,12 @@ def test_nothing_is_redirected(server: Server, path: str) -> None:
 
 def test_an_error_there_has_the_dialect_s_shape(server: Server) -> None:
     reply = server.client.delete(f"{server.url}//predict/")
-    assert (reply.status_code, code_of(reply, "huggingface")) == (405, "method_not_allowed")
+    assert (reply.status_code, error_code(reply, "huggingface")) == (405, "method_not_allowed")
     reply = server.client.get(f"{server.url}//v2//nothing/")
-    assert (reply.status_code, code_of(reply, "oip")) == (404, "not_found")
+    assert (reply.status_code, error_code(reply, "oip")) == (404, "not_found")
     with Wire(server.url) as wire:  # refused by the connection, before the application has seen the request
         wire.send(b"POST //predict/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
-        answer = wire.answer()
+        answer = wire.read_response()
     assert (answer.status, answer.json["code"]) == (400, "bad_http")
 
 

@@ -17,7 +17,7 @@ import pytest
 from fovea.service.errors import SettingsError
 from fovea.service.http.proxies import Origin, TrustedProxies
 from fovea.service.settings import load_settings
-from tests.pictures import jpeg
+from tests.pictures import make_jpeg
 from tests.raw import Wire
 from tests.servers import ROOT, Server
 
@@ -25,7 +25,7 @@ CLASSIFY = "/v1/classify"
 NETWORKS = ("10.0.0.0/8", "127.0.0.1", "fd00::/8")
 
 
-def client(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
+def client_address(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
     """The client's address by these headers."""
     headers = [(b"x-forwarded-for", one.encode("latin-1")) for one in forwarded]
     return TrustedProxies(networks).resolve_origin(peer, headers).client
@@ -62,8 +62,8 @@ def client(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> st
 def test_the_client_is_the_last_whom_no_trusted_proxy_speaks_for(
     peer: str, forwarded: list[str], expected: str
 ) -> None:
-    assert client(peer, *forwarded) == expected
-    assert client(peer, *forwarded, networks=()) == peer.removeprefix("::ffff:")
+    assert client_address(peer, *forwarded) == expected
+    assert client_address(peer, *forwarded, networks=()) == peer.removeprefix("::ffff:")
 
 
 def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
@@ -113,7 +113,7 @@ def test_what_is_no_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: s
 FORWARDED = {"X-Forwarded-For": "198.51.100.9, 203.0.113.7"}
 
 
-def requests(log: str) -> list[dict[str, Any]]:
+def read_request_lines(log: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in log.splitlines()]
     return [line for line in lines if line["event"] == "request"]
 
@@ -124,17 +124,17 @@ def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) 
     """Of answers past ASGI and by it, of refusals, and of what is no HTTP."""
     settings = {"FOVEA_WORKERS": workers, "FOVEA_TRUSTED_PROXIES": networks, "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
-        for content in (jpeg(), iter([jpeg()]), b"nonsense"):
+        for content in (make_jpeg(), iter([make_jpeg()]), b"nonsense"):
             httpx.post(f"{server.url}{CLASSIFY}", content=content, headers=FORWARDED)
         httpx.get(f"{server.url}/nothing/", headers=FORWARDED)
         with Wire(server.url) as wire:
             wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n")
             wire.send(b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
-            assert wire.answer().status == 400
+            assert wire.read_response().status == 400
         with Wire(server.url) as wire:
             wire.send(b"GET nonsense\r\n\r\n")
-            assert wire.answer().status == 400
-    *told, nonsense = requests(server.log)
+            assert wire.read_response().status == 400
+    *told, nonsense = read_request_lines(server.log)
     assert len(told) == 5
     expected = ("203.0.113.7", "127.0.0.1") if networks else ("127.0.0.1", None)
     assert {(line["client"], line.get("peer")) for line in told} == {expected}
@@ -164,10 +164,10 @@ def test_the_log_goes_to_standard_output_where_that_is_asked_for(
         greeting = [process.stderr.readline() for _ in range(3)]
         url = re.findall(r"http://\S+", greeting[0])[0]
         assert "curl -T" in greeting[1]
-        assert httpx.post(f"{url}{CLASSIFY}", content=jpeg()).status_code == 200
+        assert httpx.post(f"{url}{CLASSIFY}", content=make_jpeg()).status_code == 200
         process.terminate()
         assert process.stderr.read() == ""
-    assert len(requests(log.read_text())) == 1
+    assert len(read_request_lines(log.read_text())) == 1
 
 
 # --- links ---------------------------------------------------------------------------------------

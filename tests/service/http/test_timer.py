@@ -67,13 +67,13 @@ def test_what_comes_too_fast_is_spread_out() -> None:
 
 
 def test_a_limit_says_how_much_is_left() -> None:
-    async def left() -> tuple[float, float]:
+    async def measure_remaining() -> tuple[float, float]:
         timer = Timer(asyncio.get_running_loop())
         timer.arm(100, lambda: None)
         before = timer.remaining
         timer.close()
         return before, timer.remaining
 
-    before, after = asyncio.run(left())
+    before, after = asyncio.run(measure_remaining())
     assert 99 < before <= 100
     assert after == 0

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from fovea.service.http.request_record import RequestRecord, TimeSpan
 from fovea.service.http.tracing import Tracing
 from fovea.service.observability.metrics import STAGES
-from tests.pictures import jpeg
+from tests.pictures import make_jpeg
 from tests.servers import Server, run_service
 
 pytestmark = pytest.mark.long
@@ -45,7 +45,7 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
-                collector.take(ExportTraceServiceRequest.FromString(content))
+                collector.add_spans(ExportTraceServiceRequest.FromString(content))
                 self.send_response(200)
                 self.end_headers()
 
@@ -60,14 +60,14 @@ class Collector:
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
         }
 
-    def take(self, sent: ExportTraceServiceRequest) -> None:
-        for resource in sent.resource_spans:
+    def add_spans(self, request: ExportTraceServiceRequest) -> None:
+        for resource in request.resource_spans:
             attributes = {one.key: one.value.string_value for one in resource.resource.attributes}
             self.services.add(attributes["service.name"])
             for scope in resource.scope_spans:
                 self.spans += scope.spans
 
-    def named(self, name: str) -> list[Any]:
+    def find_spans(self, name: str) -> list[Any]:
         return [span for span in self.spans if span.name == name]
 
 
@@ -79,7 +79,7 @@ def collector() -> Iterator[Collector]:
     made.server.server_close()
 
 
-def attributes(span: Any) -> dict[str, Any]:
+def span_attributes(span: Any) -> dict[str, Any]:
     return {
         one.key: one.value.string_value or one.value.int_value for one in span.attributes
     }  # fmt: skip
@@ -91,11 +91,11 @@ def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
     before = time.time_ns()
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         headers = {"traceparent": SAMPLED, "tracestate": "vendor=7", "X-Request-Id": "my-own-id"}
-        assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
-    (request,) = collector.named(f"POST {CLASSIFY}")
+        assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
+    (request,) = collector.find_spans(f"POST {CLASSIFY}")
     assert (request.trace_id, request.parent_span_id, request.trace_state) == (TRACE, PARENT, "vendor=7")
     assert request.kind == SERVER_KIND
-    assert attributes(request) == {
+    assert span_attributes(request) == {
         "http.request.method": "POST", "http.route": CLASSIFY, "http.response.status_code": 200,
         "fovea.request_id": "my-own-id", "fovea.images": 1, "fovea.model": "small", "fovea.version": "1",
     }  # fmt: skip
@@ -106,11 +106,11 @@ def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
         assert before < request.start_time_unix_nano <= span.start_time_unix_nano
         assert span.start_time_unix_nano < span.end_time_unix_nano <= request.end_time_unix_nano
     assert request.end_time_unix_nano < time.time_ns()
-    (inference,) = collector.named("inference")
+    (inference,) = collector.find_spans("inference")
     told = {"fovea.model": "small", "fovea.version": "1", "fovea.batch_images": 1}
-    assert attributes(inference) == told
-    (batch,) = collector.named("batch")
-    assert attributes(batch) == told
+    assert span_attributes(inference) == told
+    (batch,) = collector.find_spans("batch")
+    assert span_attributes(batch) == told
     assert batch.parent_span_id == b"" and batch.trace_id != TRACE
     assert [(link.trace_id, link.span_id) for link in batch.links] == [(TRACE, request.span_id)]
     assert [(link.trace_id, link.span_id) for link in inference.links] == [(batch.trace_id, batch.span_id)]
@@ -125,25 +125,25 @@ def test_a_batch_has_links_to_all_of_its_requests(collector: Collector, small_zo
         "FOVEA_BATCH_MAX": "4",
     }
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(httpx.post, f"{server.url}{CLASSIFY}", content=jpeg()) for _ in range(4)]
+        asking = [pool.submit(httpx.post, f"{server.url}{CLASSIFY}", content=make_jpeg()) for _ in range(4)]
         assert [one.result().status_code for one in asking] == [200] * 4
-        several = server.client.post(CLASSIFY, files=[("image", jpeg())] * 4)
+        several = server.client.post(CLASSIFY, files=[("image", make_jpeg())] * 4)
         assert several.status_code == 200
-    requests = {span.span_id: span for span in collector.named(f"POST {CLASSIFY}")}
-    batches = collector.named("batch")
+    requests = {span.span_id: span for span in collector.find_spans(f"POST {CLASSIFY}")}
+    batches = collector.find_spans("batch")
     assert len(requests) == 5
-    assert sum(attributes(batch)["fovea.batch_images"] for batch in batches) == 8
+    assert sum(span_attributes(batch)["fovea.batch_images"] for batch in batches) == 8
     images = {
-        span.span_id: attributes(requests[span.parent_span_id])["fovea.images"]
-        for span in collector.named("inference")
+        span.span_id: span_attributes(requests[span.parent_span_id])["fovea.images"]
+        for span in collector.find_spans("inference")
     }
     assert len(images) == sum(len(batch.links) for batch in batches)  # one for each call of each request
     for batch in batches:
         linked = {link.span_id for link in batch.links}
         assert len(linked) == len(batch.links) and linked <= set(requests)
         assert (
-            sum(attributes(requests[one])["fovea.images"] for one in linked)
-            >= attributes(batch)["fovea.batch_images"]
+            sum(span_attributes(requests[one])["fovea.images"] for one in linked)
+            >= span_attributes(batch)["fovea.batch_images"]
         )
     assert max(len(batch.links) for batch in batches) >= 2  # some did share one
 
@@ -151,13 +151,13 @@ def test_a_batch_has_links_to_all_of_its_requests(collector: Collector, small_zo
 def test_errors_and_refusals_are_traced(collector: Collector, small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="64", **collector.settings) as server:
         server.client.post(CLASSIFY, content=b"nonsense")
-        late = server.client.post(CLASSIFY, content=jpeg(2000, 2000), headers={"X-Deadline-Ms": "0.001"})
+        late = server.client.post(CLASSIFY, content=make_jpeg(2000, 2000), headers={"X-Deadline-Ms": "0.001"})
         assert late.status_code == 504
-    refused, late_span = collector.named(f"POST {CLASSIFY}")
-    assert attributes(refused)["error.type"] == "unsupported_format"
+    refused, late_span = collector.find_spans(f"POST {CLASSIFY}")
+    assert span_attributes(refused)["error.type"] == "unsupported_format"
     assert refused.status.code != ERROR  # the caller's fault is none of ours
     assert (late_span.status.code, late_span.status.message) == (ERROR, "deadline_exceeded")
-    assert collector.named("batch") == []
+    assert collector.find_spans("batch") == []
 
 
 def test_the_standard_variables_say_what_is_kept(
@@ -170,10 +170,10 @@ def test_the_standard_variables_say_what_is_kept(
         (tmp_path / "log").open("w") as log,
         Server({"stderr": log}, FOVEA_MODELS=str(small_zoo), **settings) as server,
     ):
-        server.client.post(CLASSIFY, content=jpeg())
-        server.client.post(CLASSIFY, content=jpeg(), headers={"traceparent": SAMPLED})
+        server.client.post(CLASSIFY, content=make_jpeg())
+        server.client.post(CLASSIFY, content=make_jpeg(), headers={"traceparent": SAMPLED})
     assert {span.trace_id for span in collector.spans if span.name != "batch"} == {TRACE}
-    assert (len(collector.named("batch")), collector.services) == (1, {"photos"})
+    assert (len(collector.find_spans("batch")), collector.services) == (1, {"photos"})
     told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     unsampled, sampled = (line["trace_id"] for line in told if line["event"] == "request")
     assert sampled == TRACE.hex()
@@ -184,8 +184,8 @@ def test_the_standard_variables_say_what_is_kept(
 def test_a_caller_without_a_trace_gets_one(collector: Collector, small_zoo: Path, header: str) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         headers = [(b"traceparent", header.encode("latin-1"))]
-        assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
-    (request,) = collector.named(f"POST {CLASSIFY}")
+        assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
+    (request,) = collector.find_spans(f"POST {CLASSIFY}")
     assert (len(request.trace_id), request.parent_span_id) == (16, b"")
 
 
@@ -193,7 +193,7 @@ def test_a_collector_that_is_not_there_costs_no_answer_and_no_end(small_zoo: Pat
     settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for _ in range(20):
-            assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
+            assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
         stopping = time.monotonic()
     assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
 
@@ -203,7 +203,7 @@ def test_a_collector_that_never_answers_costs_no_answer_and_no_end(small_zoo: Pa
         endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
         with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
-            assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
+            assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
             stopping = time.monotonic()
         assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
 
@@ -212,7 +212,7 @@ def test_a_callers_headers_do_not_fill_the_log(collector: Collector, small_zoo: 
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         for state in ("hunter2 is no member", "x" * 1000, "a=b,a=c"):
             headers = {"traceparent": SAMPLED, "tracestate": state}
-            assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
+            assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
     events = [json.loads(line)["event"] for line in server.log.splitlines()]
     assert events[1:] == ["request"] * 3
     assert "hunter2" not in server.log
@@ -220,7 +220,7 @@ def test_a_callers_headers_do_not_fill_the_log(collector: Collector, small_zoo: 
 
 def test_of_many_images_the_longest_stages_have_spans(collector: Collector, small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
-        assert server.client.post(CLASSIFY, files=[("image", jpeg())] * 30).status_code == 200
+        assert server.client.post(CLASSIFY, files=[("image", make_jpeg())] * 30).status_code == 200
     assert sorted(span.name for span in collector.spans) == sorted([*STAGES, "batch", f"POST {CLASSIFY}"])
 
 
@@ -243,8 +243,8 @@ def test_workers_trace_too(collector: Collector, small_zoo: Path) -> None:
     settings = {**collector.settings, "FOVEA_WORKERS": "2", "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for _ in range(6):
-            assert httpx.post(f"{server.url}{CLASSIFY}", content=jpeg()).status_code == 200
-    assert len(collector.named(f"POST {CLASSIFY}")) == 6
+            assert httpx.post(f"{server.url}{CLASSIFY}", content=make_jpeg()).status_code == 200
+    assert len(collector.find_spans(f"POST {CLASSIFY}")) == 6
 
 
 def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_
 # --- spans by hand -------------------------------------------------------------------------------
 
 
-def _record(*stages: TimeSpan) -> RequestRecord:
+def _make_record(*stages: TimeSpan) -> RequestRecord:
     record = RequestRecord("POST", {})
     record.model, record.version, record.status = "small", "1", 200
     record.stages = list(stages)
@@ -276,9 +276,9 @@ def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
             TimeSpan("inference", 10.0, 0.01, batch_size=2),
             TimeSpan("inference", 20.0, 0.01, batch_size=1),
         )
-        tracing.trace_request(_record(first), 0.1)
+        tracing.trace_request(_make_record(first), 0.1)
         await asyncio.sleep(0.02)
-        tracing.trace_request(_record(first, both), 0.2)
+        tracing.trace_request(_make_record(first, both), 0.2)
         await asyncio.to_thread(tracing.close)
 
     asyncio.run(run())
@@ -294,7 +294,7 @@ def test_a_few_images_have_spans_of_their_own_and_many_have_not() -> None:
 
         async def run() -> None:
             tracing = Tracing(exporter)
-            tracing.trace_request(_record(*stages), 0.1)
+            tracing.trace_request(_make_record(*stages), 0.1)
             await asyncio.to_thread(tracing.close)
 
         asyncio.run(run())

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import jpeg
-from tests.raw import CLASSIFY, LIVE, Wire, post
+from tests.pictures import make_jpeg
+from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server
 
-IMAGE = jpeg()
+IMAGE = make_jpeg()
 LAST = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 """The last request of a connection that goes on until then."""
 
-CHUNKED = CLASSIFY + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 WHOLE = b"%x\r\n" % len(IMAGE) + IMAGE + b"\r\n0\r\n"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
@@ -31,47 +31,47 @@ def wire_server(small_zoo: Path) -> Iterator[Server]:
     assert "Traceback" not in running.log
 
 
-def exchange(server: Server, sent: bytes, *, half_close: bool = False) -> bytes:
+def send_and_read(server: Server, content: bytes, *, half_close: bool = False) -> bytes:
     """All that the server answers until it closes the connection."""
     with Wire(server.url) as wire:
-        wire.send(sent)
+        wire.send(content)
         if half_close:
             wire.socket.shutdown(socket.SHUT_WR)
-        received = b""
+        reply = b""
         try:
             while piece := wire.socket.recv(1 << 16):
-                received += piece
+                reply += piece
         except ConnectionResetError:  # after the answer: it has not read all that was sent
             pass
-        return received
+        return reply
 
 
-def statuses(received: bytes) -> list[int]:
-    return [int(status) for status in _STATUS.findall(received)]
+def read_statuses(reply: bytes) -> list[int]:
+    return [int(status) for status in _STATUS.findall(reply)]
 
 
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [
         # --- framing: RFC 9112, sections 6 and 7 ---
-        (CLASSIFY + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: 3, 4\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: +3\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: -3\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: 0x3\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: \t3 \t\r\n\r\nabc" + LAST, [415, 200]),
-        (CLASSIFY + b"Content-Length : 3\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: 99999999999999999999999\r\n\r\nabc" + LAST, [400]),
-        (CLASSIFY + b"Content-Length: 18446744073709551615\r\n\r\nabc", [413]),
-        (CLASSIFY + b"Transfer-Encoding: identity\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
-        (CLASSIFY + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding: CHUNKED\r\n\r\n" + WHOLE + b"\r\n" + LAST, [200, 200]),
+        (CLASSIFY_HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: 3, 4\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: +3\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: -3\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: 0x3\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: \t3 \t\r\n\r\nabc" + LAST, [415, 200]),
+        (CLASSIFY_HEAD + b"Content-Length : 3\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: 99999999999999999999999\r\n\r\nabc" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Content-Length: 18446744073709551615\r\n\r\nabc", [413]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: identity\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding: CHUNKED\r\n\r\n" + WHOLE + b"\r\n" + LAST, [200, 200]),
         (b"POST /v1/classify HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [400]),
         (CHUNKED + b'3;a=b;c="d"\r\nabc\r\n0\r\n\r\n' + LAST, [415, 200]),
         (CHUNKED + b"3;a\nabc\r\n0\r\n\r\n" + LAST, [400]),
@@ -81,8 +81,8 @@ def statuses(received: bytes) -> list[int]:
         (CHUNKED + b"-1\r\nabc\r\n0\r\n\r\n" + LAST, [400]),
         (CHUNKED + b"10000000000000003\r\nabc\r\n0\r\n\r\n" + LAST, [400]),
         # --- lines: RFC 9112, sections 2 and 5 ---
-        (CLASSIFY + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n" + LAST, [400]),
-        (CLASSIFY + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n" + LAST, [400]),
+        (CLASSIFY_HEAD + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
         (b"GET /health/live HTTP/1.1\nHost: x\n\n", [400]),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\n", [400]),
         (b"GET /health/live HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", [400]),
@@ -103,8 +103,8 @@ def statuses(received: bytes) -> list[int]:
         (b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\n" + LAST, [400]),
         (b"GET /health/live HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\nCONNECT / HTTP/1.1\r\nHost: a\r\n\r\n",
          [200, 400]),
-        (CLASSIFY + UPGRADE + b"Content-Length: 3\r\n\r\nabc" + LAST, [415, 200]),
-        (CLASSIFY + UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + LAST, [415, 200]),
+        (CLASSIFY_HEAD + UPGRADE + b"Content-Length: 3\r\n\r\nabc" + LAST, [415, 200]),
+        (CLASSIFY_HEAD + UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + LAST, [415, 200]),
         # --- targets and Host: RFC 9112, section 3.2 ---
         (b"GET http://other/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [200]),
         (b"GET http://other:80 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [200]),
@@ -125,7 +125,7 @@ def statuses(received: bytes) -> list[int]:
         (b"GET /health/live HTTP/1.1\r\nHost: [fe80::1]:8000\r\nConnection: close\r\n\r\n", [200]),
         (b"GET /health/live HTTP/1.1\r\nHost: a_b.example:80\r\nConnection: close\r\n\r\n", [200]),
         (b"POST /v1/classify HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE, [400]),
-        (LIVE + b"GET /health/live HTTP/1.1\r\n\r\n" + LAST, [200, 400]),
+        (LIVE_REQUEST + b"GET /health/live HTTP/1.1\r\n\r\n" + LAST, [200, 400]),
         (b"GET /health/live HTTP/1.0\r\n\r\n", [200]),
         (b"GET /health/live HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", [400]),
         # --- methods and bodies ---
@@ -133,19 +133,19 @@ def statuses(received: bytes) -> list[int]:
         (b"OPTIONS /v1/classify HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, [405, 200]),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc" + LAST, [200, 200]),
         (b"HEAD /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc" + LAST, [200, 200]),
-        (3 * post(IMAGE) + LAST, [200, 200, 200, 200]),
-        (post(IMAGE, b"Connection: close") + LAST, [200]),
+        (3 * classify_request(IMAGE) + LAST, [200, 200, 200, 200]),
+        (classify_request(IMAGE, b"Connection: close") + LAST, [200]),
         # --- Expect: RFC 9110, section 10.1.1 ---
-        (post(IMAGE, b"Expect: 100-continue") + LAST, [100, 200, 200]),
-        (CLASSIFY + b"Expect: 100-Continue\r\nTransfer-Encoding: chunked\r\n\r\n" + WHOLE + b"\r\n" + LAST,
+        (classify_request(IMAGE, b"Expect: 100-continue") + LAST, [100, 200, 200]),
+        (CLASSIFY_HEAD + b"Expect: 100-Continue\r\nTransfer-Encoding: chunked\r\n\r\n" + WHOLE + b"\r\n" + LAST,
          [100, 200, 200]),
-        (CLASSIFY + b"Expect: 100-continue\r\nContent-Length: 999999999\r\n\r\n", [413]),
+        (CLASSIFY_HEAD + b"Expect: 100-continue\r\nContent-Length: 999999999\r\n\r\n", [413]),
         (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc" + LAST,
          [404, 200]),
         (b"POST /v1/models/none/classify HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
          b"Content-Length: 3\r\n\r\nabc" + LAST, [404, 200]),
         (b"POST /v1/classify HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc", [415]),
-        (CLASSIFY + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc" + LAST, [415, 200]),
+        (CLASSIFY_HEAD + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc" + LAST, [415, 200]),
         # --- trailers: RFC 9110, section 6.5 ---
         (CHUNKED + WHOLE + b"Content-Type: application/json\r\n\r\n" + LAST, [200, 200]),
         (CHUNKED + WHOLE + b"X-Deadline-Ms: nonsense\r\nHost: y\r\n\r\n" + LAST, [200, 200]),
@@ -153,43 +153,43 @@ def statuses(received: bytes) -> list[int]:
     ],
 )  # fmt: skip
 def test_a_request_is_judged_by_the_standard(wire_server: Server, sent: bytes, expected: list[int]) -> None:
-    assert statuses(exchange(wire_server, sent)) == expected
+    assert read_statuses(send_and_read(wire_server, sent)) == expected
 
 
 def test_a_trailer_reaches_neither_its_request_nor_the_next(wire_server: Server) -> None:
     trailers = b"X-Request-Id: from-a-trailer\r\nContent-Encoding: gzip\r\n\r\n"
-    received = exchange(wire_server, CHUNKED + WHOLE + trailers + CHUNKED + WHOLE + b"\r\n" + LAST)
-    assert statuses(received) == [200, 200, 200]
+    received = send_and_read(wire_server, CHUNKED + WHOLE + trailers + CHUNKED + WHOLE + b"\r\n" + LAST)
+    assert read_statuses(received) == [200, 200, 200]
     assert b"from-a-trailer" not in received
 
 
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [
-        (post(IMAGE), [200]),
+        (classify_request(IMAGE), [200]),
         (CHUNKED + WHOLE + b"\r\n", [200]),
-        (LIVE, [200]),
-        (post(IMAGE) + LIVE + post(IMAGE), [200, 200, 200]),
-        (post(IMAGE).replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
-        (post(IMAGE) + post(IMAGE)[:-1], [200]),
-        (post(IMAGE) + LIVE[:9], [200]),
-        (post(IMAGE)[:-1], []),
+        (LIVE_REQUEST, [200]),
+        (classify_request(IMAGE) + LIVE_REQUEST + classify_request(IMAGE), [200, 200, 200]),
+        (classify_request(IMAGE).replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
+        (classify_request(IMAGE) + classify_request(IMAGE)[:-1], [200]),
+        (classify_request(IMAGE) + LIVE_REQUEST[:9], [200]),
+        (classify_request(IMAGE)[:-1], []),
         (CHUNKED + WHOLE, []),
-        (LIVE[:9], []),
+        (LIVE_REQUEST[:9], []),
     ],
 )
 def test_a_half_closed_connection_gets_the_answers_to_what_was_whole(
     wire_server: Server, sent: bytes, expected: list[int]
 ) -> None:
-    received = exchange(wire_server, sent, half_close=True)
-    assert statuses(received) == expected
+    received = send_and_read(wire_server, sent, half_close=True)
+    assert read_statuses(received) == expected
     assert received.count(b"HTTP/1.1") == len(expected)
 
 
 def test_http_1_0_is_answered_without_chunks(wire_server: Server) -> None:
     """An answer of unknown length ends with the connection, and one of known length need not."""
     head = b"POST /v1/explain?method=occlusion&progress=true HTTP/1.0\r\nConnection: keep-alive\r\n"
-    received = exchange(wire_server, head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
+    received = send_and_read(wire_server, head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
     headers, body = received.split(b"\r\n\r\n", 1)
     assert b"chunked" not in headers
     assert b"connection: close" in headers
@@ -200,18 +200,24 @@ def test_http_1_0_is_answered_without_chunks(wire_server: Server) -> None:
     posted = b"POST /v1/classify HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(
         IMAGE
     )
-    received = exchange(wire_server, kept + posted + IMAGE + kept.replace(b"Keep-Alive", b"close"))
-    assert statuses(received) == [200, 200, 200]
+    received = send_and_read(wire_server, kept + posted + IMAGE + kept.replace(b"Keep-Alive", b"close"))
+    assert read_statuses(received) == [200, 200, 200]
     assert received.count(b"connection: keep-alive") == 2
     assert received.count(b"connection: close") == 1
 
 
 def test_a_request_at_fault_behind_another_is_answered_after_it(wire_server: Server) -> None:
-    received = exchange(wire_server, post(IMAGE) + LIVE + post(IMAGE).replace(b"Host", b"Ghost") + LIVE)
-    assert statuses(received) == [200, 200, 400]
+    received = send_and_read(
+        wire_server,
+        classify_request(IMAGE)
+        + LIVE_REQUEST
+        + classify_request(IMAGE).replace(b"Host", b"Ghost")
+        + LIVE_REQUEST,
+    )
+    assert read_statuses(received) == [200, 200, 400]
     assert b"0 Host headers" in received
 
 
 def test_a_broken_body_does_not_cost_those_before_it_their_answers(wire_server: Server) -> None:
-    received = exchange(wire_server, post(IMAGE) + CHUNKED + b"3\r\nabcXX" + LIVE)
-    assert statuses(received) == [200, 400]
+    received = send_and_read(wire_server, classify_request(IMAGE) + CHUNKED + b"3\r\nabcXX" + LIVE_REQUEST)
+    assert read_statuses(received) == [200, 400]

@@ -17,7 +17,7 @@ from fovea.service.errors import TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, decode_image
 from tests import profiles
-from tests.pictures import encode, jpeg, picture, png16
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 WIDTH, HEIGHT = 1500, 1400
 GEOMETRIES = [
@@ -26,51 +26,60 @@ GEOMETRIES = [
 ]
 
 
-def pictures() -> Iterator[tuple[str, bytes]]:
+def make_pictures() -> Iterator[tuple[str, bytes]]:
     """Every format in every mode that takes another way, turned by EXIF where the format can."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = np.random.default_rng(0).normal(0, 6, (HEIGHT, WIDTH, 3))
-    rgb = Image.fromarray((np.asarray(picture(WIDTH, HEIGHT)) + noise).clip(0, 255).astype(np.uint8))
+    rgb = Image.fromarray((np.asarray(draw_picture(WIDTH, HEIGHT)) + noise).clip(0, 255).astype(np.uint8))
     rgba = rgb.copy()
     rgba.putalpha(Image.linear_gradient("L").resize(rgb.size))
     palette = rgb.quantize(64)
     grey = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
-    yield "jpeg", encode(rgb, "JPEG", exif=exif)
-    yield "jpeg grey", encode(rgb.convert("L"), "JPEG", exif=exif)
+    yield "jpeg", encode_image(rgb, "JPEG", exif=exif)
+    yield "jpeg grey", encode_image(rgb.convert("L"), "JPEG", exif=exif)
     for sampling in (0, 1, 2):
-        yield f"jpeg progressive {sampling}", encode(rgb, "JPEG", progressive=True, subsampling=sampling)
-    yield "jpeg cmyk", encode(rgb.convert("CMYK"), "JPEG", progressive=True, exif=exif)
+        yield (
+            f"jpeg progressive {sampling}",
+            encode_image(rgb, "JPEG", progressive=True, subsampling=sampling),
+        )
+    yield "jpeg cmyk", encode_image(rgb.convert("CMYK"), "JPEG", progressive=True, exif=exif)
     for mode in ("RGB", "RGBA", "L", "LA", "1"):
-        yield f"png {mode}", encode(rgba.convert(mode), "PNG", exif=exif)
-    yield "png palette", encode(palette, "PNG", transparency=bytes(range(64)), exif=exif)
-    yield "png grey 16", encode(grey, "PNG", transparency=1000, exif=exif)
-    yield "png key", encode(rgb, "PNG", transparency=(1, 2, 3), exif=exif)
-    yield "gif", encode(palette, "GIF", transparency=3)
-    yield "bmp", encode(rgb, "BMP")
-    yield "bmp palette", encode(palette, "BMP")
+        yield f"png {mode}", encode_image(rgba.convert(mode), "PNG", exif=exif)
+    yield "png palette", encode_image(palette, "PNG", transparency=bytes(range(64)), exif=exif)
+    yield "png grey 16", encode_image(grey, "PNG", transparency=1000, exif=exif)
+    yield "png key", encode_image(rgb, "PNG", transparency=(1, 2, 3), exif=exif)
+    yield "gif", encode_image(palette, "GIF", transparency=3)
+    yield "bmp", encode_image(rgb, "BMP")
+    yield "bmp palette", encode_image(palette, "BMP")
     for image, name in ((rgb, "webp"), (rgba, "webp alpha")):
-        yield name, encode(image, "WEBP", exif=exif, method=0)
-        yield f"{name} lossless", encode(image, "WEBP", exif=exif, method=0, lossless=True, quality=0)
+        yield name, encode_image(image, "WEBP", exif=exif, method=0)
+        yield f"{name} lossless", encode_image(image, "WEBP", exif=exif, method=0, lossless=True, quality=0)
     for planes in ("4:2:0", "4:4:4"):
-        yield f"avif {planes}", encode(rgba, "AVIF", exif=exif, speed=10, subsampling=planes)
+        yield f"avif {planes}", encode_image(rgba, "AVIF", exif=exif, speed=10, subsampling=planes)
     for mode in ("RGB", "RGBA", "L", "CMYK", "YCbCr", "1"):
-        yield f"tiff {mode}", encode(rgba.convert("RGB").convert(mode), "TIFF", exif=exif)
-        yield f"tiff {mode} lzw", encode(rgba.convert("RGB").convert(mode), "TIFF", compression="tiff_lzw")
+        yield f"tiff {mode}", encode_image(rgba.convert("RGB").convert(mode), "TIFF", exif=exif)
+        yield (
+            f"tiff {mode} lzw",
+            encode_image(rgba.convert("RGB").convert(mode), "TIFF", compression="tiff_lzw"),
+        )
     plain = Image.new("RGB", (WIDTH, HEIGHT), "red")
-    yield "tiff strips", encode(plain, "TIFF", compression="tiff_lzw", tiffinfo={278: 16, 274: 6})
+    yield "tiff strips", encode_image(plain, "TIFF", compression="tiff_lzw", tiffinfo={278: 16, 274: 6})
     for bands in (2, 3, 4):
-        yield f"png 16 {bands}", png16(np.asarray(rgba.convert("RGBA"))[..., -bands:].astype(np.uint16) * 257)
-    p3 = profiles.display_p3()
-    yield "jpeg p3", encode(rgb, "JPEG", exif=exif, icc_profile=p3)
-    yield "jpeg cmyk profile", encode(rgb.convert("CMYK"), "JPEG", icc_profile=profiles.cmyk())
+        yield (
+            f"png 16 {bands}",
+            make_png16(np.asarray(rgba.convert("RGBA"))[..., -bands:].astype(np.uint16) * 257),
+        )
+    p3 = profiles.display_p3_profile()
+    yield "jpeg p3", encode_image(rgb, "JPEG", exif=exif, icc_profile=p3)
+    yield "jpeg cmyk profile", encode_image(rgb.convert("CMYK"), "JPEG", icc_profile=profiles.cmyk_profile())
     for mode in ("RGB", "RGBA", "L"):
-        profile = profiles.grey(1.0) if mode == "L" else p3
-        yield f"png {mode} profile", encode(rgba.convert(mode), "PNG", exif=exif, icc_profile=profile)
-    yield "png palette p3", encode(palette, "PNG", icc_profile=p3)
-    yield "tiff lab", encode(Image.new("LAB", (WIDTH, HEIGHT)), "TIFF")
-    yield "tiff grey 16", encode(grey, "TIFF", exif=exif)
-    yield "tiff jpeg", encode(rgb, "TIFF", compression="jpeg")
+        profile = profiles.grey_profile(1.0) if mode == "L" else p3
+        yield f"png {mode} profile", encode_image(rgba.convert(mode), "PNG", exif=exif, icc_profile=profile)
+    yield "png palette p3", encode_image(palette, "PNG", icc_profile=p3)
+    yield "tiff lab", encode_image(Image.new("LAB", (WIDTH, HEIGHT)), "TIFF")
+    yield "tiff grey 16", encode_image(grey, "TIFF", exif=exif)
+    yield "tiff jpeg", encode_image(rgb, "TIFF", compression="jpeg")
 
 
 def main() -> None:
@@ -78,16 +87,25 @@ def main() -> None:
     configure_pillow()
     for geometry in GEOMETRIES:
         for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF"):
-            decode_image(encode(picture(64, 48), kind), geometry, max_pixels=10**8)  # what stays, comes once
-        decode_image(jpeg(600, 500), geometry, max_pixels=10**8)
-    for name, content in list(pictures()):
+            decode_image(
+                encode_image(draw_picture(64, 48), kind), geometry, max_pixels=10**8
+            )  # what stays, comes once
+        decode_image(make_jpeg(600, 500), geometry, max_pixels=10**8)
+    for name, content in list(make_pictures()):
         for geometry in GEOMETRIES:
             print(
-                json.dumps([name, geometry.pixel_path, _peak(content, geometry), estimate(content, geometry)])
+                json.dumps(
+                    [
+                        name,
+                        geometry.pixel_path,
+                        _measure_peak(content, geometry),
+                        estimate_bytes(content, geometry),
+                    ]
+                )
             )
 
 
-def estimate(content: bytes, geometry: Geometry) -> int:
+def estimate_bytes(content: bytes, geometry: Geometry) -> int:
     """The bytes that decoding asks for, as the refusal of a memory of one byte says them."""
     try:
         decode_image(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
@@ -96,14 +114,14 @@ def estimate(content: bytes, geometry: Geometry) -> int:
     raise RuntimeError("one byte was enough")
 
 
-def _peak(content: bytes, geometry: Geometry) -> int:
+def _measure_peak(content: bytes, geometry: Geometry) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on (proc(5))
-    before = _status("VmRSS")
+    before = _read_status("VmRSS")
     decode_image(content, geometry, max_pixels=10**8)
-    return _status("VmHWM") - before
+    return _read_status("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def _read_status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -28,7 +28,7 @@ from fovea.service.inference.colour import (
 )
 from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
 from tests import profiles
-from tests.pictures import encode, picture
+from tests.pictures import draw_picture, encode_image
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 BOTH = [EXACT, replace(EXACT, pixel_path=PixelPath.FAST)]
@@ -37,20 +37,20 @@ GREEN = (97, 176, 89)
 """In Display P3; (62, 178, 76) in sRGB."""
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+def decode_default(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
     return decode_image(content, geometry, max_pixels=1_000_000)
 
 
-def codes(content: bytes) -> list[str]:
-    return [warning.code for warning in decoded(content).warnings]
+def warning_codes(content: bytes) -> list[str]:
+    return [warning.code for warning in decode_default(content).warnings]
 
 
-def middle(content: bytes, geometry: Geometry = EXACT) -> list[int]:
-    pixels: list[int] = decoded(content, geometry).pixels[16, 16].tolist()
+def middle_pixel(content: bytes, geometry: Geometry = EXACT) -> list[int]:
+    pixels: list[int] = decode_default(content, geometry).pixels[16, 16].tolist()
     return pixels
 
 
-def near(one: Any, other: Any, levels: float = 1.5) -> bool:
+def is_near(one: Any, other: Any, levels: float = 1.5) -> bool:
     return bool(np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= levels)
 
 
@@ -62,11 +62,11 @@ def test_display_p3_is_converted_in_every_format_that_carries_profiles(kind: str
     }  # fmt: skip
     options = finest.get(kind, {})
     image = Image.new("RGB", (640, 480), GREEN)
-    content = encode(image, kind, icc_profile=profiles.display_p3(), **options)
-    assert near(middle(content, geometry), profiles.from_p3(GREEN), 3)
-    assert not decoded(content).warnings  # an everyday photograph
-    assert near(
-        decode_upright(content, max_pixels=1_000_000).getpixel((100, 100)), profiles.from_p3(GREEN), 3
+    content = encode_image(image, kind, icc_profile=profiles.display_p3_profile(), **options)
+    assert is_near(middle_pixel(content, geometry), profiles.p3_to_srgb(GREEN), 3)
+    assert not decode_default(content).warnings  # an everyday photograph
+    assert is_near(
+        decode_upright(content, max_pixels=1_000_000).getpixel((100, 100)), profiles.p3_to_srgb(GREEN), 3
     )
 
 
@@ -74,76 +74,86 @@ def test_display_p3_is_converted_in_every_format_that_carries_profiles(kind: str
 def test_palettes_and_transparent_images_are_converted_too(mode: str) -> None:
     image = Image.new("RGB", (40, 40), GREEN)
     changed = image.quantize(4) if mode == "P" else image.convert(mode)
-    content = encode(changed, "PNG", icc_profile=profiles.display_p3())
-    assert near(middle(content), profiles.from_p3(GREEN))
+    content = encode_image(changed, "PNG", icc_profile=profiles.display_p3_profile())
+    assert is_near(middle_pixel(content), profiles.p3_to_srgb(GREEN))
 
 
 def test_half_transparent_colours_are_converted_before_they_are_laid_on_white() -> None:
-    content = encode(Image.new("RGBA", (40, 40), (*GREEN, 128)), "PNG", icc_profile=profiles.display_p3())
-    assert near(middle(content), profiles.from_p3(GREEN) * 128 / 255 + 127)
+    content = encode_image(
+        Image.new("RGBA", (40, 40), (*GREEN, 128)), "PNG", icc_profile=profiles.display_p3_profile()
+    )
+    assert is_near(middle_pixel(content), profiles.p3_to_srgb(GREEN) * 128 / 255 + 127)
 
 
 def test_all_colours_are_converted_as_the_book_says() -> None:
-    image = picture(32, 32)
-    content = encode(image, "PNG", icc_profile=profiles.display_p3())
-    assert near(decoded(content).pixels, profiles.from_p3(np.asarray(image)))
+    image = draw_picture(32, 32)
+    content = encode_image(image, "PNG", icc_profile=profiles.display_p3_profile())
+    assert is_near(decode_default(content).pixels, profiles.p3_to_srgb(np.asarray(image)))
 
 
 def test_the_receipt_names_the_profile() -> None:
     receipt = DecodeTrace()
-    content = encode(picture(40, 40), "PNG", icc_profile=profiles.display_p3())
+    content = encode_image(draw_picture(40, 40), "PNG", icc_profile=profiles.display_p3_profile())
     decode_image(content, EXACT, max_pixels=10_000, trace=receipt)
     assert ("colours", "from made for a test to sRGB, by the image's profile") in receipt.steps
 
 
 def test_a_profile_that_means_srgb_changes_nothing() -> None:
-    image = picture(70, 50)
+    image = draw_picture(70, 50)
     made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (made, build_profile(ColourTags(SRGB_PRIMARIES, None))):
-        content = encode(image, "PNG", icc_profile=profile)
-        assert np.array_equal(decoded(content).pixels, decoded(encode(image, "PNG")).pixels)
+        content = encode_image(image, "PNG", icc_profile=profile)
+        assert np.array_equal(
+            decode_default(content).pixels, decode_default(encode_image(image, "PNG")).pixels
+        )
         assert Profile(profile).get_conversion().transform is None
 
 
 def test_a_grey_profile_is_used() -> None:
     """Of linear light: half of it is a light grey on a screen."""
     for image in (Image.new("L", (40, 40), 128), Image.new("LA", (40, 40), (128, 255))):
-        content = encode(image, "PNG", icc_profile=profiles.grey(1.0))
-        assert near(middle(content), profiles.encoded([128 / 255] * 3))
+        content = encode_image(image, "PNG", icc_profile=profiles.grey_profile(1.0))
+        assert is_near(middle_pixel(content), profiles.linear_to_srgb([128 / 255] * 3))
     sixteen = Image.fromarray(np.full((40, 40), 128 * 257, np.uint16))
-    assert near(middle(encode(sixteen, "PNG", icc_profile=profiles.grey(1.0))), [188] * 3)
+    assert is_near(
+        middle_pixel(encode_image(sixteen, "PNG", icc_profile=profiles.grey_profile(1.0))), [188] * 3
+    )
 
 
 def test_a_grey_image_with_a_profile_of_colours_is_grey() -> None:
-    content = encode(Image.new("L", (40, 40), 100), "JPEG", icc_profile=profiles.display_p3())
-    assert near(middle(content), [100] * 3)
-    assert not decoded(content).warnings
+    content = encode_image(Image.new("L", (40, 40), 100), "JPEG", icc_profile=profiles.display_p3_profile())
+    assert is_near(middle_pixel(content), [100] * 3)
+    assert not decode_default(content).warnings
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_inks_are_converted_by_their_profile(kind: str) -> None:
     """Of a press on which cyan alone is seen: magenta leaves the paper white."""
-    magenta = encode(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), kind, icc_profile=profiles.cmyk())
-    cyan = encode(Image.new("CMYK", (40, 40), (255, 0, 0, 0)), kind, icc_profile=profiles.cmyk())
-    assert near(middle(magenta), [255] * 3, 3)
-    assert near(middle(cyan), [0] * 3, 3)
-    assert not decoded(cyan).warnings
+    magenta = encode_image(
+        Image.new("CMYK", (40, 40), (0, 255, 0, 0)), kind, icc_profile=profiles.cmyk_profile()
+    )
+    cyan = encode_image(
+        Image.new("CMYK", (40, 40), (255, 0, 0, 0)), kind, icc_profile=profiles.cmyk_profile()
+    )
+    assert is_near(middle_pixel(magenta), [255] * 3, 3)
+    assert is_near(middle_pixel(cyan), [0] * 3, 3)
+    assert not decode_default(cyan).warnings
 
 
 def test_inks_without_a_profile_are_told_of() -> None:
-    content = encode(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")
-    assert codes(content) == [WarningCode.NO_PROFILE]
+    content = encode_image(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")
+    assert warning_codes(content) == [WarningCode.NO_PROFILE]
 
 
 def test_cielab_is_converted() -> None:
     """L 50 % is a grey of 119; Pillow has 128 for the a and b of greys."""
-    lab = encode(Image.new("LAB", (40, 40), (128, 128, 128)), "TIFF")
-    assert near(middle(lab), [119] * 3, 2)
+    lab = encode_image(Image.new("LAB", (40, 40), (128, 128, 128)), "TIFF")
+    assert is_near(middle_pixel(lab), [119] * 3, 2)
 
 
 # --- profiles that cannot be used ----------------------------------------------------------------
 
-P3 = profiles.display_p3()
+P3 = profiles.display_p3_profile()
 
 
 @pytest.mark.parametrize(
@@ -153,40 +163,44 @@ P3 = profiles.display_p3()
 )
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_a_profile_that_is_damaged_or_enormous_is_left_out_with_a_warning(kind: str, profile: bytes) -> None:
-    image = picture(40, 40)
-    plain = encode(image, kind)
-    content = encode(image, kind, icc_profile=profile)
-    assert np.array_equal(decoded(content).pixels, decoded(plain).pixels)
-    assert codes(content) == [WarningCode.PROFILE_IGNORED]
+    image = draw_picture(40, 40)
+    plain = encode_image(image, kind)
+    content = encode_image(image, kind, icc_profile=profile)
+    assert np.array_equal(decode_default(content).pixels, decode_default(plain).pixels)
+    assert warning_codes(content) == [WarningCode.PROFILE_IGNORED]
 
 
 def test_a_profile_of_other_colours_is_left_out_with_a_warning() -> None:
-    image = picture(40, 40)
-    for profile in (profiles.cmyk(), profiles.grey(1.0)):
-        content = encode(image, "PNG", icc_profile=profile)
-        assert np.array_equal(decoded(content).pixels, decoded(encode(image, "PNG")).pixels)
-        assert codes(content) == [WarningCode.PROFILE_IGNORED]
+    image = draw_picture(40, 40)
+    for profile in (profiles.cmyk_profile(), profiles.grey_profile(1.0)):
+        content = encode_image(image, "PNG", icc_profile=profile)
+        assert np.array_equal(
+            decode_default(content).pixels, decode_default(encode_image(image, "PNG")).pixels
+        )
+        assert warning_codes(content) == [WarningCode.PROFILE_IGNORED]
 
 
 def test_a_jpeg_whose_profile_lacks_a_piece_is_answered() -> None:
-    content = encode(picture(40, 40), "JPEG", icc_profile=P3 + bytes(100_000))
+    content = encode_image(draw_picture(40, 40), "JPEG", icc_profile=P3 + bytes(100_000))
     start = content.rindex(b"\xff\xe2")
     size = int.from_bytes(content[start + 2 : start + 4])
-    assert codes(content[:start] + content[start + 2 + size :]) == [WarningCode.PROFILE_IGNORED]
+    assert warning_codes(content[:start] + content[start + 2 + size :]) == [WarningCode.PROFILE_IGNORED]
 
 
 def test_a_profile_that_inflates_to_a_bomb_is_left_out() -> None:
-    plain = encode(picture(40, 40), "PNG")
-    content = with_chunk(plain, b"iCCP", b"x\0\0" + zlib.compress(bytes(100 << 20), 9))
-    assert np.array_equal(decoded(content).pixels, decoded(plain).pixels)
-    assert codes(content) == [WarningCode.METADATA_IGNORED]
+    plain = encode_image(draw_picture(40, 40), "PNG")
+    content = insert_chunk(plain, b"iCCP", b"x\0\0" + zlib.compress(bytes(100 << 20), 9))
+    assert np.array_equal(decode_default(content).pixels, decode_default(plain).pixels)
+    assert warning_codes(content) == [WarningCode.METADATA_IGNORED]
 
 
 @given(st.integers(0, len(P3) - 1), st.binary(min_size=1, max_size=8))
 def test_no_damage_to_a_profile_refuses_an_image(position: int, damage: bytes) -> None:
     profile = bytearray(P3)
     profile[position : position + len(damage)] = damage
-    assert decoded(encode(picture(40, 40), "WEBP", icc_profile=bytes(profile))).pixels.shape == (32, 32, 3)
+    assert decode_default(
+        encode_image(draw_picture(40, 40), "WEBP", icc_profile=bytes(profile))
+    ).pixels.shape == (32, 32, 3)
 
 
 def test_few_transforms_are_kept() -> None:
@@ -200,76 +214,76 @@ def test_few_transforms_are_kept() -> None:
 # --- what stands for a profile -------------------------------------------------------------------
 
 
-def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+def insert_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
     """With a chunk behind the header."""
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return png[:33] + chunk + png[33:]
 
 
-PLAIN = encode(Image.new("RGB", (40, 40), GREEN), "PNG")
+PLAIN = encode_image(Image.new("RGB", (40, 40), GREEN), "PNG")
 
 
 def test_the_code_points_of_a_png_are_used_and_come_first() -> None:
-    content = with_chunk(PLAIN, b"cICP", bytes([12, 13, 0, 1]))
-    assert near(middle(content), profiles.from_p3(GREEN))
-    assert middle(with_chunk(PLAIN, b"cICP", bytes([1, 13, 0, 1]))) == list(GREEN)
+    content = insert_chunk(PLAIN, b"cICP", bytes([12, 13, 0, 1]))
+    assert is_near(middle_pixel(content), profiles.p3_to_srgb(GREEN))
+    assert middle_pixel(insert_chunk(PLAIN, b"cICP", bytes([1, 13, 0, 1]))) == list(GREEN)
     info = PngInfo()
     info.add(b"cICP", bytes([1, 13, 0, 1]))
-    both = encode(Image.new("RGB", (40, 40), GREEN), "PNG", pnginfo=info, icc_profile=P3)
-    assert middle(both) == list(GREEN)
+    both = encode_image(Image.new("RGB", (40, 40), GREEN), "PNG", pnginfo=info, icc_profile=P3)
+    assert middle_pixel(both) == list(GREEN)
 
 
 @pytest.mark.parametrize("transfer", [16, 18])
 def test_high_dynamic_range_is_told_of(transfer: int) -> None:
-    assert codes(with_chunk(PLAIN, b"cICP", bytes([9, transfer, 0, 1]))) == [WarningCode.HDR]
+    assert warning_codes(insert_chunk(PLAIN, b"cICP", bytes([9, transfer, 0, 1]))) == [WarningCode.HDR]
 
 
 def test_the_gamma_of_a_png_is_used() -> None:
-    linear = with_chunk(PLAIN, b"gAMA", struct.pack(">I", 100_000))
-    assert near(middle(linear), profiles.encoded(np.array(GREEN) / 255))
+    linear = insert_chunk(PLAIN, b"gAMA", struct.pack(">I", 100_000))
+    assert is_near(middle_pixel(linear), profiles.linear_to_srgb(np.array(GREEN) / 255))
     for gamma in (45_455, 0):
-        assert middle(with_chunk(PLAIN, b"gAMA", struct.pack(">I", gamma))) == list(GREEN)
-    assert codes(with_chunk(PLAIN, b"gAMA", bytes(4))) == [WarningCode.PROFILE_IGNORED]
-    both = with_chunk(linear, b"sRGB", b"\0")
-    assert middle(both) == list(GREEN)
+        assert middle_pixel(insert_chunk(PLAIN, b"gAMA", struct.pack(">I", gamma))) == list(GREEN)
+    assert warning_codes(insert_chunk(PLAIN, b"gAMA", bytes(4))) == [WarningCode.PROFILE_IGNORED]
+    both = insert_chunk(linear, b"sRGB", b"\0")
+    assert middle_pixel(both) == list(GREEN)
 
 
 def test_the_primaries_of_a_png_are_used() -> None:
     p3 = [31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000]
-    content = with_chunk(PLAIN, b"cHRM", struct.pack(">8I", *p3))
-    assert middle(content) == list(GREEN)  # without a curve they say nothing
-    wanted = profiles.encoded((np.array(GREEN) / 255) ** 2.2 @ profiles.SRGB_FROM_P3.T)
-    assert near(middle(with_chunk(content, b"gAMA", struct.pack(">I", 45_455))), wanted)
-    senseless = with_chunk(PLAIN, b"cHRM", bytes(32))
-    assert middle(with_chunk(senseless, b"gAMA", struct.pack(">I", 45_455))) == list(GREEN)
+    content = insert_chunk(PLAIN, b"cHRM", struct.pack(">8I", *p3))
+    assert middle_pixel(content) == list(GREEN)  # without a curve they say nothing
+    wanted = profiles.linear_to_srgb((np.array(GREEN) / 255) ** 2.2 @ profiles.SRGB_FROM_P3.T)
+    assert is_near(middle_pixel(insert_chunk(content, b"gAMA", struct.pack(">I", 45_455))), wanted)
+    senseless = insert_chunk(PLAIN, b"cHRM", bytes(32))
+    assert middle_pixel(insert_chunk(senseless, b"gAMA", struct.pack(">I", 45_455))) == list(GREEN)
 
 
 def test_a_camera_that_says_adobe_rgb_by_exif_alone_is_understood() -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769).update({0xA001: 65535, 0xA005: {1: "R03", 2: b"0100"}})
-    content = encode(Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, exif=exif)
-    as_profile = encode(
+    content = encode_image(Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, exif=exif)
+    as_profile = encode_image(
         Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, icc_profile=build_profile(ADOBE_RGB)
     )
-    assert near(middle(content), [130, 178, 83], 3)
-    assert middle(content) == middle(as_profile)
+    assert is_near(middle_pixel(content), [130, 178, 83], 3)
+    assert middle_pixel(content) == middle_pixel(as_profile)
 
 
 def test_the_code_points_of_an_avif_are_used() -> None:
-    content = encode(Image.new("RGB", (40, 40), GREEN), "AVIF", quality=100)
+    content = encode_image(Image.new("RGB", (40, 40), GREEN), "AVIF", quality=100)
     place = content.index(b"colrnclx") + 8
     changed = content[:place] + bytes([0, 12, 0, 13]) + content[place + 4 :]
-    assert near(middle(changed), profiles.from_p3(middle(content)), 2)
+    assert is_near(middle_pixel(changed), profiles.p3_to_srgb(middle_pixel(content)), 2)
 
 
 def test_the_profile_of_a_bitmap_is_used() -> None:
-    old = encode(Image.new("RGB", (40, 40), GREEN), "BMP")
+    old = encode_image(Image.new("RGB", (40, 40), GREEN), "BMP")
     pixels = old[54:]
     header = struct.pack("<I", 124) + old[18:54] + bytes(16) + b"DEBM" + bytes(48) + struct.pack("<I", 4)
     header += struct.pack("<III", 124 + len(pixels), len(P3), 0)
     content = b"BM" + struct.pack("<IHHI", 14 + len(header) + len(pixels) + len(P3), 0, 0, 14 + 124)
-    assert near(middle(content + header + pixels + P3), profiles.from_p3(GREEN))
-    assert codes(content + header + pixels + P3[:-10]) == [WarningCode.PROFILE_IGNORED]
+    assert is_near(middle_pixel(content + header + pixels + P3), profiles.p3_to_srgb(GREEN))
+    assert warning_codes(content + header + pixels + P3[:-10]) == [WarningCode.PROFILE_IGNORED]
 
 
 def test_made_profiles_are_read_by_others_too() -> None:

@@ -13,44 +13,44 @@ from PIL import Image
 from fovea.service.artifact.contract import PixelPath
 from fovea.service.inference.decode_cost import NO_COST, estimate_cost, read_header
 from fovea.service.inference.preprocess import _IMAGE_CLASSES, _draft_jpeg, _identify_image, _peak_bytes
-from tests.graphs import SMALL
-from tests.pictures import encode, jpeg, picture
+from tests.graphs import SMALL_GEOMETRY
+from tests.pictures import draw_picture, encode_image, make_jpeg
 
 MOST = 50_000_000
-EXACT = replace(SMALL, pixel_path=PixelPath.EXACT)
-FAST = replace(SMALL, pixel_path=PixelPath.FAST)
+EXACT = replace(SMALL_GEOMETRY, pixel_path=PixelPath.EXACT)
+FAST = replace(SMALL_GEOMETRY, pixel_path=PixelPath.FAST)
 
 
-def _thumbnailed() -> bytes:
+def _jpeg_with_thumbnail() -> bytes:
     """A JPEG with another one inside its Exif segment."""
-    inside = jpeg(32, 24)
+    inside = make_jpeg(32, 24)
     segment = b"Exif\0\0" + inside
-    whole = jpeg(301, 203)
+    whole = make_jpeg(301, 203)
     return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
 
 
-PICTURE = picture(301, 203)
+PICTURE = draw_picture(301, 203)
 IMAGES: dict[str, tuple[str, bytes]] = {
-    "jpeg": ("JPEG", encode(PICTURE, "JPEG")),
-    "jpeg progressive": ("JPEG", encode(PICTURE, "JPEG", progressive=True)),
-    "jpeg grey": ("JPEG", encode(PICTURE.convert("L"), "JPEG")),
-    "jpeg cmyk": ("JPEG", encode(PICTURE.convert("CMYK"), "JPEG")),
-    "jpeg thumbnail": ("JPEG", _thumbnailed()),
-    "jpeg fill bytes": ("JPEG", encode(PICTURE, "JPEG").replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)),
-    "png": ("PNG", encode(PICTURE, "PNG")),
-    "png alpha": ("PNG", encode(PICTURE.convert("RGBA"), "PNG")),
-    "png palette": ("PNG", encode(PICTURE.convert("P"), "PNG", transparency=0)),
-    "png grey 16": ("PNG", encode(PICTURE.convert("I;16"), "PNG")),
-    "gif": ("GIF", encode(PICTURE, "GIF")),
-    "bmp": ("BMP", encode(PICTURE, "BMP")),
-    "webp": ("WEBP", encode(PICTURE, "WEBP")),
-    "webp lossless": ("WEBP", encode(PICTURE, "WEBP", lossless=True)),
-    "webp alpha": ("WEBP", encode(PICTURE.convert("RGBA"), "WEBP")),
-    "webp frames": ("WEBP", encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)])),
-    "tiff": ("TIFF", encode(PICTURE, "TIFF")),
-    "tiff lzw": ("TIFF", encode(PICTURE, "TIFF", compression="tiff_lzw")),
-    "tiff big endian": ("TIFF", encode(picture(301, 203).convert("I;16B"), "TIFF")),
-    "avif": ("AVIF", encode(PICTURE, "AVIF")),
+    "jpeg": ("JPEG", encode_image(PICTURE, "JPEG")),
+    "jpeg progressive": ("JPEG", encode_image(PICTURE, "JPEG", progressive=True)),
+    "jpeg grey": ("JPEG", encode_image(PICTURE.convert("L"), "JPEG")),
+    "jpeg cmyk": ("JPEG", encode_image(PICTURE.convert("CMYK"), "JPEG")),
+    "jpeg thumbnail": ("JPEG", _jpeg_with_thumbnail()),
+    "jpeg fill bytes": ("JPEG", encode_image(PICTURE, "JPEG").replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)),
+    "png": ("PNG", encode_image(PICTURE, "PNG")),
+    "png alpha": ("PNG", encode_image(PICTURE.convert("RGBA"), "PNG")),
+    "png palette": ("PNG", encode_image(PICTURE.convert("P"), "PNG", transparency=0)),
+    "png grey 16": ("PNG", encode_image(PICTURE.convert("I;16"), "PNG")),
+    "gif": ("GIF", encode_image(PICTURE, "GIF")),
+    "bmp": ("BMP", encode_image(PICTURE, "BMP")),
+    "webp": ("WEBP", encode_image(PICTURE, "WEBP")),
+    "webp lossless": ("WEBP", encode_image(PICTURE, "WEBP", lossless=True)),
+    "webp alpha": ("WEBP", encode_image(PICTURE.convert("RGBA"), "WEBP")),
+    "webp frames": ("WEBP", encode_image(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)])),
+    "tiff": ("TIFF", encode_image(PICTURE, "TIFF")),
+    "tiff lzw": ("TIFF", encode_image(PICTURE, "TIFF", compression="tiff_lzw")),
+    "tiff big endian": ("TIFF", encode_image(draw_picture(301, 203).convert("I;16B"), "TIFF")),
+    "avif": ("AVIF", encode_image(PICTURE, "AVIF")),
 }
 
 
@@ -70,7 +70,7 @@ def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometr
     with Image.open(BytesIO(content)) as small:
         options = {"transparency": 0} if small.mode == "P" and kind == "PNG" else {}
         options |= {"progressive": True} if "progressive" in small.info else {}
-        large = encode(small.resize((1900, 1300)), kind, **options)
+        large = encode_image(small.resize((1900, 1300)), kind, **options)
     cost = estimate_cost(large, geometry, max_pixels=MOST)
     assert cost is not None
     _, image = _identify_image(large)
@@ -91,14 +91,14 @@ def test_what_is_no_image_is_free(content: bytes) -> None:
 
 
 def test_an_image_above_the_limit_is_free_as_its_header_refuses_it() -> None:
-    content = encode(Image.new("1", (9000, 9000)), "PNG")
+    content = encode_image(Image.new("1", (9000, 9000)), "PNG")
     assert estimate_cost(content, EXACT, max_pixels=MOST) == NO_COST
     assert estimate_cost(content, EXACT, max_pixels=MOST * 2) != NO_COST
 
 
 def test_a_small_file_of_many_pixels_is_expensive_and_a_photograph_is_not() -> None:
-    giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)
-    photo = jpeg(4000, 3000)
+    giant = encode_image(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)
+    photo = make_jpeg(4000, 3000)
     costly, ordinary = (estimate_cost(one, FAST, max_pixels=MOST) for one in (giant, photo))
     assert costly is not None
     assert ordinary is not None
@@ -108,7 +108,7 @@ def test_a_small_file_of_many_pixels_is_expensive_and_a_photograph_is_not() -> N
 
 
 def test_scans_of_a_progressive_jpeg_are_counted() -> None:
-    content = encode(PICTURE, "JPEG", progressive=True)
+    content = encode_image(PICTURE, "JPEG", progressive=True)
     header = read_header(content + b"\xff\xda" * 50)
     assert header is not None
     assert header.scans >= 50
@@ -116,15 +116,15 @@ def test_scans_of_a_progressive_jpeg_are_counted() -> None:
 
 def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
     """A BigTIFF, and a TIFF whose pictures lie in directories of their own, as raw files have them."""
-    tiff = encode(PICTURE, "TIFF")
+    tiff = encode_image(PICTURE, "TIFF")
     assert estimate_cost(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, max_pixels=MOST) is None
     with Image.open(BytesIO(tiff)) as image:
-        hidden = encode(image, "TIFF", tiffinfo={330: 8})
+        hidden = encode_image(image, "TIFF", tiffinfo={330: 8})
     assert estimate_cost(hidden, EXACT, max_pixels=MOST) is None
 
 
 def test_bytes_between_segments_are_passed_over_and_never_one_by_one() -> None:
-    whole = jpeg(301, 203)
+    whole = make_jpeg(301, 203)
     padded = whole[:2] + b"x" * 1000 + whole[2:]
     header = read_header(padded)
     assert header is not None

@@ -26,10 +26,10 @@ from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.settings import Settings
-from tests.pictures import encode, jpeg, picture, png_header
-from tests.raw import Wire, post
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
+from tests.raw import Wire, classify_request
 from tests.servers import ROOT, Server
-from tests.service.inference.peaks import estimate
+from tests.service.inference.peaks import estimate_bytes
 
 EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
@@ -38,15 +38,15 @@ SECONDS = 30
 """Longer than any of these tests takes: a wait that ends by it has failed."""
 
 
-class Watched(DecodeMemory):
+class PeakMemory(DecodeMemory):
     """A memory that notes the most that was ever held."""
 
-    most = 0
+    peak = 0
 
     def _wait_for_share(self, size: int) -> None:
         super()._wait_for_share(size)
         with self._condition:
-            self.most = max(self.most, self.bytes_in_use)
+            self.peak = max(self.peak, self.bytes_in_use)
 
 
 # --- what an image takes -------------------------------------------------------------------------
@@ -80,33 +80,33 @@ def test_the_promise_is_not_absurd(peaks: list[tuple[str, str, int, int]]) -> No
 def test_every_image_within_the_pixel_limit_fits_by_default(geometry: Geometry) -> None:
     limit = Settings(models=ROOT / "zoo").decode_bytes
     side = 7_071
-    small = encode(Image.new("RGBA", (1000, 1000)), "WEBP", lossless=True, method=0, quality=0)
+    small = encode_image(Image.new("RGBA", (1000, 1000)), "WEBP", lossless=True, method=0, quality=0)
     for mode, colour in ((8, 6), (16, 0), (8, 4)):
-        header = bytearray(png_header(side, side))
+        header = bytearray(make_png_header(side, side))
         header[24:26] = mode, colour
         header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
-        assert estimate(bytes(header), geometry) <= limit
-    for content in (small, encode(Image.new("RGBA", (1000, 1000)), "AVIF", speed=10)):
-        assert 50 * estimate(content, geometry) <= limit + 100_000_000  # 2 MB of each are not per pixel
-    assert estimate(encode(Image.new("L", (1, 50_000)), "PNG"), geometry) < 100_000_000
+        assert estimate_bytes(bytes(header), geometry) <= limit
+    for content in (small, encode_image(Image.new("RGBA", (1000, 1000)), "AVIF", speed=10)):
+        assert 50 * estimate_bytes(content, geometry) <= limit + 100_000_000  # 2 MB of each are not per pixel
+    assert estimate_bytes(encode_image(Image.new("L", (1, 50_000)), "PNG"), geometry) < 100_000_000
 
 
 # --- the bound -----------------------------------------------------------------------------------
 
 
 def test_two_large_images_do_not_share_a_memory_that_has_room_for_one() -> None:
-    content = encode(picture(1200, 900), "PNG")
-    alone = estimate(content, EXACT)
-    memory = Watched(alone * 3 // 2)
-    small = encode(picture(64, 64), "PNG")
+    content = encode_image(draw_picture(1200, 900), "PNG")
+    alone = estimate_bytes(content, EXACT)
+    memory = PeakMemory(alone * 3 // 2)
+    small = encode_image(draw_picture(64, 64), "PNG")
     with ThreadPoolExecutor(4) as pool:
-        done = [pool.submit(_decode, image, memory) for image in 3 * [content, content, small]]
+        done = [pool.submit(_decode_shape, image, memory) for image in 3 * [content, content, small]]
         assert all(future.result(SECONDS) == (224, 224, 3) for future in done)
-    assert alone <= memory.most <= memory.limit
+    assert alone <= memory.peak <= memory.limit
     assert memory.bytes_in_use == 0
 
 
-def _decode(content: bytes, memory: DecodeMemory) -> tuple[int, ...]:
+def _decode_shape(content: bytes, memory: DecodeMemory) -> tuple[int, ...]:
     return decode_image(content, EXACT, max_pixels=MAX_PIXELS, memory=memory).pixels.shape
 
 
@@ -128,7 +128,7 @@ def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
     with memory.reserve(5):
         for count, thread in enumerate(threads, 1):
             thread.start()
-            _wait_for(memory, count)
+            _wait_for_queue(memory, count)
         assert order == []  # the small one would have room
     for thread in threads:
         thread.join(SECONDS)
@@ -136,24 +136,24 @@ def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
     assert memory.bytes_in_use == 0
 
 
-def _wait_for(memory: DecodeMemory, waiting: int) -> None:
+def _wait_for_queue(memory: DecodeMemory, waiting: int) -> None:
     with memory._condition:  # whoever joins the queue tells the others
         assert memory._condition.wait_for(lambda: len(memory._queue) == waiting, SECONDS)
 
 
 def test_an_image_that_could_never_fit_is_refused_with_its_bytes_and_the_setting() -> None:
-    content, memory = encode(picture(1200, 900), "PNG"), DecodeMemory(1_000_000)
-    needed = estimate(content, EXACT)
+    content, memory = encode_image(draw_picture(1200, 900), "PNG"), DecodeMemory(1_000_000)
+    needed = estimate_bytes(content, EXACT)
     with pytest.raises(
         TooManyPixels, match=rf"takes {needed} bytes .* at most 1000000 \(by FOVEA_DECODE_BYTES\)"
     ):
-        _decode(content, memory)
+        _decode_shape(content, memory)
     assert memory.bytes_in_use == 0
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
 def test_whatever_comes_all_of_it_passes_and_never_too_much(sizes: list[int]) -> None:
-    memory = Watched(10)
+    memory = PeakMemory(10)
 
     def take(size: int) -> None:
         with memory.reserve(size):
@@ -163,35 +163,37 @@ def test_whatever_comes_all_of_it_passes_and_never_too_much(sizes: list[int]) ->
         for future in [pool.submit(take, size) for size in sizes]:
             future.result(SECONDS)
     assert memory.bytes_in_use == 0
-    assert memory.most <= 10
+    assert memory.peak <= 10
 
 
 def test_everything_is_given_back_after_errors() -> None:
     memory = DecodeMemory(1 << 30)
-    whole = encode(picture(300, 200), "PNG")
+    whole = encode_image(draw_picture(300, 200), "PNG")
     for content in (
         whole[: len(whole) // 2],
-        jpeg(300, 200)[:2000],
-        encode(Image.new("F", (40, 40)), "TIFF"),
+        make_jpeg(300, 200)[:2000],
+        encode_image(Image.new("F", (40, 40)), "TIFF"),
     ):
         with pytest.raises(BadImage):
-            _decode(content, memory)
+            _decode_shape(content, memory)
         assert memory.bytes_in_use == 0
 
 
 @pytest.mark.parametrize("kept", [0.5, 1.0], ids=["truncated", "of a mode without a rule"])
 def test_an_error_does_not_keep_what_was_decoded(kept: float) -> None:
-    content = encode(Image.new("F", (40, 40)), "TIFF")
+    content = encode_image(Image.new("F", (40, 40)), "TIFF")
     with pytest.raises(BadImage) as raised:
-        _decode(content[: int(kept * len(content))], DecodeMemory(1 << 30))
-    assert [value for frame in _frames(raised.value) for value in frame.values() if _is_image(value)] == []
+        _decode_shape(content[: int(kept * len(content))], DecodeMemory(1 << 30))
+    assert [
+        value for frame in _list_frames(raised.value) for value in frame.values() if _is_image(value)
+    ] == []
 
 
 def _is_image(value: object) -> bool:
     return isinstance(value, Image.Image)
 
 
-def _frames(error: BaseException | None) -> Iterator[dict[str, object]]:
+def _list_frames(error: BaseException | None) -> Iterator[dict[str, object]]:
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
@@ -202,10 +204,10 @@ def _frames(error: BaseException | None) -> Iterator[dict[str, object]]:
 
 def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DECODE_BYTES="2000000") as server:
-        reply = server.client.post("/v1/classify", content=encode(picture(1000, 900), "PNG"))
+        reply = server.client.post("/v1/classify", content=encode_image(draw_picture(1000, 900), "PNG"))
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_many_pixels")
         assert "FOVEA_DECODE_BYTES" in reply.json()["error"]["message"]
-        assert server.client.post("/v1/classify", content=jpeg()).status_code == 200
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -297,7 +299,13 @@ def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_p
     (tmp_path / "sitecustomize.py").write_text(_COUNT_GARBAGE)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_IMAGE_PIXELS="10000", PYTHONPATH=path) as running:
-        bodies = [jpeg(), jpeg(200, 200), b"", b"none", encode(picture(90, 90), "BMP") + bytes(100_000)]
+        bodies = [
+            make_jpeg(),
+            make_jpeg(200, 200),
+            b"",
+            b"none",
+            encode_image(draw_picture(90, 90), "BMP") + bytes(100_000),
+        ]
 
         def ask() -> None:
             for body in bodies:
@@ -305,13 +313,13 @@ def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_p
                 running.client.post("/v1/classify", files={"file": body})
                 running.client.post("/v1/models/none/classify", content=body)
                 with Wire(running.url) as wire:
-                    wire.send(post(body), post(body)[:-1])
+                    wire.send(classify_request(body), classify_request(body)[:-1])
 
         ask()  # what happens once has happened
         running.process.send_signal(signal.SIGUSR1)
         for _ in range(5):
             ask()
-        running.wait_for(1, "fovea_requests_in_flight")
+        running.wait_for_metric(1, "fovea_requests_in_flight")
         running.process.send_signal(signal.SIGUSR1)
         running.client.get("/health/live")
     _, after = re.findall(r"garbage (\d+)", running.log)

@@ -17,8 +17,8 @@ from fovea.model.data.examples import Examples
 from fovea.service.artifact.contract import DriftReference, Histogram
 from fovea.service.inference.drift import SIGNALS, DriftMonitor, chance_index, stability_index
 from fovea.service.inference.engine import Engine
-from tests.graphs import build, contract_of, publish, with_contract
-from tests.pictures import encode, jpeg, picture
+from tests.graphs import add_to_repository, build_model, read_contract, with_contract
+from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import Server
 
 LABELS = ("ant", "bee", "cow", "dog")
@@ -51,7 +51,7 @@ def test_chance_is_what_samples_of_one_source_differ_by(images: int, window: int
 # --- the window ----------------------------------------------------------------------------------
 
 
-def counted(*images: tuple[int, float, float], window: int = 4) -> DriftMonitor:
+def make_drift(*images: tuple[int, float, float], window: int = 4) -> DriftMonitor:
     drift = DriftMonitor(REFERENCE, LABELS, window)
     for image in images:
         drift.add(*image)
@@ -59,7 +59,7 @@ def counted(*images: tuple[int, float, float], window: int = 4) -> DriftMonitor:
 
 
 def test_each_signal_is_compared_in_its_bins() -> None:
-    drift = counted(
+    drift = make_drift(
         (3, 0.4, 0.2), (0, 0.5, 0.3), (1, 0.95, 0.9), (2, 0.6, 0.1)
     )  # an edge is of the upper bin
     indices = drift.compute_indices()
@@ -72,32 +72,32 @@ def test_each_signal_is_compared_in_its_bins() -> None:
 
 def test_what_has_left_the_window_is_forgotten() -> None:
     old, new = [(0, 0.1, 0.1)] * 6, [(3, 0.7, 0.5), (2, 0.95, 0.2), (1, 0.3, 0.9), (3, 0.5, 0.3)]
-    assert counted(*old, *new).compute_indices() == counted(*new).compute_indices()
-    assert not counted(*new[:3]).is_full
-    assert counted(*new).is_full
+    assert make_drift(*old, *new).compute_indices() == make_drift(*new).compute_indices()
+    assert not make_drift(*new[:3]).is_full
+    assert make_drift(*new).is_full
 
 
 # --- on a server ---------------------------------------------------------------------------------
 
 
-def pictures(count: int, seed: int) -> list[bytes]:
-    return [jpeg(40, 30, seed + number) for number in range(count)]
+def make_pictures(count: int, seed: int) -> list[bytes]:
+    return [make_jpeg(40, 30, seed + number) for number in range(count)]
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """With the small model, and a reference of 200 pictures like those of the tests."""
-    graph = build()
-    held_out = [np.asarray(picture(40, 30, 10_000 + seed).resize((16, 16))) for seed in range(200)]
+    graph = build_model()
+    held_out = [np.asarray(draw_picture(40, 30, 10_000 + seed).resize((16, 16))) for seed in range(200)]
     examples = Examples(torch.from_numpy(np.stack(held_out)), torch.zeros(200, dtype=torch.int64))
     engine = Engine(graph.SerializeToString(), provider="cpu", threads=1)
-    contract = replace(contract_of(graph), reference=measure_reference(engine, examples))
-    root = publish(with_contract(graph, contract), tmp_path)
+    contract = replace(read_contract(graph), reference=measure_reference(engine, examples))
+    root = add_to_repository(with_contract(graph, contract), tmp_path)
     with Server(FOVEA_MODELS=str(root), FOVEA_DRIFT_IMAGES="200", FOVEA_RUNNERS="1") as running:
         yield running
 
 
-def send(server: Server, images: list[bytes]) -> list[str]:
+def classify_images(server: Server, images: list[bytes]) -> list[str]:
     """The most probable label of each."""
     best = []
     for start in range(0, len(images), 50):
@@ -112,38 +112,40 @@ def send(server: Server, images: list[bytes]) -> list[str]:
 
 def test_the_gauge_rises_when_the_images_change_and_falls_again(server: Server) -> None:
     def psi(signal: str) -> float:
-        return server.metric("fovea_drift_psi", model="small", version="1", signal=signal)
+        return server.read_metric("fovea_drift_psi", model="small", version="1", signal=signal)
 
-    before = server.metric("fovea_prediction_confidence_count")
-    best = send(server, pictures(199, seed=0))
+    before = server.read_metric("fovea_prediction_confidence_count")
+    best = classify_images(server, make_pictures(199, seed=0))
     assert "fovea_drift_psi{" not in server.client.get("/metrics").text  # the window is not full
-    best += send(server, pictures(1, seed=500))
+    best += classify_images(server, make_pictures(1, seed=500))
     for label in LABELS:
-        assert server.metric("fovea_predictions_total", label=label) == best.count(label)
-    assert server.metric("fovea_prediction_confidence_count") - before == 200
+        assert server.read_metric("fovea_predictions_total", label=label) == best.count(label)
+    assert server.read_metric("fovea_prediction_confidence_count") - before == 200
     for signal in SIGNALS:
-        chance = server.metric("fovea_drift_chance_psi", signal=signal)
+        chance = server.read_metric("fovea_drift_chance_psi", signal=signal)
         assert 0 < psi(signal) < 3 * chance < 0.5
     rarest = best.index(min(best, key=best.count))
-    send(server, pictures(200, seed=0)[rarest : rarest + 1] * 200)
+    classify_images(server, make_pictures(200, seed=0)[rarest : rarest + 1] * 200)
     assert all(psi(signal) > 1 for signal in SIGNALS)
-    send(server, pictures(200, seed=1000))
-    assert all(psi(signal) < 3 * server.metric("fovea_drift_chance_psi", signal=signal) for signal in SIGNALS)
+    classify_images(server, make_pictures(200, seed=1000))
+    assert all(
+        psi(signal) < 3 * server.read_metric("fovea_drift_chance_psi", signal=signal) for signal in SIGNALS
+    )
 
 
 def test_what_is_seen_of_images_is_in_histograms(server: Server) -> None:
-    send(server, [encode(Image.new("RGB", (100, 50), "black"), "PNG")] * 2)
-    assert server.metric("fovea_image_brightness_bucket", model="small", le="0.1") == 2
-    assert server.metric("fovea_image_pixels_bucket", side="width", le="64.0") == 0
-    assert server.metric("fovea_image_pixels_bucket", side="height", le="64.0") == 2
-    assert server.metric("fovea_prediction_entropy_count", model="small", version="1") == 2
+    classify_images(server, [encode_image(Image.new("RGB", (100, 50), "black"), "PNG")] * 2)
+    assert server.read_metric("fovea_image_brightness_bucket", model="small", le="0.1") == 2
+    assert server.read_metric("fovea_image_pixels_bucket", side="width", le="64.0") == 0
+    assert server.read_metric("fovea_image_pixels_bucket", side="height", le="64.0") == 2
+    assert server.read_metric("fovea_prediction_entropy_count", model="small", version="1") == 2
 
 
 def test_a_model_without_a_reference_says_so(tmp_path: Path) -> None:
-    graph = build()
-    publish(with_contract(graph, replace(contract_of(graph), reference=None)), tmp_path)
+    graph = build_model()
+    add_to_repository(with_contract(graph, replace(read_contract(graph), reference=None)), tmp_path)
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DRIFT_IMAGES="100") as server:
-        send(server, pictures(100, seed=0))
+        classify_images(server, make_pictures(100, seed=0))
         assert "fovea_drift_psi{" not in server.client.get("/metrics").text
         assert server.client.get("/v1/models/small/contract").json()["reference"] is None
     assert "model small came without images to compare with: its drift cannot be told" in server.log

@@ -26,20 +26,20 @@ from fovea.service.inference.engine import (
     decode_golden_pixels,
 )
 from fovea.service.inference.preprocess import Pixels
-from tests.graphs import build, contract_of, with_contract
-from tests.pictures import encode, picture
+from tests.graphs import build_model, read_contract, with_contract
+from tests.pictures import draw_picture, encode_image
 from tests.servers import ROOT
 
 
-def engine(model: onnx.ModelProto) -> Engine:
+def make_engine(model: onnx.ModelProto) -> Engine:
     return Engine(model.SerializeToString(), provider="cpu", threads=1)
 
 
-def changed(model: onnx.ModelProto, contract: Contract) -> Engine:
-    return engine(with_contract(model, contract))
+def make_engine_with(model: onnx.ModelProto, contract: Contract) -> Engine:
+    return make_engine(with_contract(model, contract))
 
 
-SMALL = engine(build())
+SMALL = make_engine(build_model())
 
 IMAGES = 24
 """Noise, colours, and flat black and white."""
@@ -48,7 +48,7 @@ IMAGES = 24
 @pytest.mark.parametrize("task", Task)
 def test_probabilities_are_those_of_the_task(task: Task) -> None:
     labels = ("no", "yes") if task is Task.BINARY else ("a", "b", "c")
-    model = engine(build(task, labels))
+    model = make_engine(build_model(task, labels))
     batch = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     logits, probabilities = model.compute_logits(batch).astype(np.float64), model.run(batch)
     if task is Task.MULTICLASS:
@@ -61,10 +61,10 @@ def test_probabilities_are_those_of_the_task(task: Task) -> None:
 
 
 @cache
-def every_way(name: str) -> tuple[Engine, Pixels, Floats]:
+def load_both_ways(name: str) -> tuple[Engine, Pixels, Floats]:
     """A model with narrow and wide sessions, images, and each one's probabilities when it is alone."""
     zoo = ROOT / "zoo" / name / "1" / "model.onnx"
-    content = zoo.read_bytes() if zoo.exists() else build().SerializeToString()
+    content = zoo.read_bytes() if zoo.exists() else build_model().SerializeToString()
     model = Engine(content, provider="auto", threads=1, wide_threads=2)
     shape = (IMAGES, model.contract.input.height, model.contract.input.width, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -77,7 +77,7 @@ def every_way(name: str) -> tuple[Engine, Pixels, Floats]:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, IMAGES - 1), min_size=1, max_size=9))
 def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, chosen: list[int]) -> None:
-    model, images, alone = every_way(name)
+    model, images, alone = load_both_ways(name)
     tolerance = BATCH_TOLERANCE[model.provider]
     assert np.abs(model.run(images[chosen]) - alone[chosen]).max() <= tolerance
     wide = model.run(images[chosen[:1]], exclusive=True)
@@ -87,7 +87,7 @@ def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, 
 @pytest.mark.parametrize("wide_threads", [0, 2])
 def test_a_graph_for_one_image_takes_batches_one_after_the_other(wide_threads: int) -> None:
     """It is warmed up by one, and what it says is what it says of each alone."""
-    model = build()
+    model = build_model()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     single = Engine(model.SerializeToString(), provider="auto", threads=1, wide_threads=wide_threads)
     assert (single.batch_limit, SMALL.batch_limit) == (1, None)
@@ -107,27 +107,27 @@ def test_the_golden_set_proves_this_host() -> None:
 
 
 def test_other_weights_fail_the_golden_check() -> None:
-    model = build()
+    model = build_model()
     kernel = next(tensor for tensor in model.graph.initializer if tensor.name == "kernel")
     kernel.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(kernel) * np.float32(1.01), "kernel"))
     with pytest.raises(ModelError, match=r"golden image .* a logit is off by"):
-        engine(model).check_golden_set()
+        make_engine(model).check_golden_set()
 
 
 def test_weights_that_give_nan_fail_the_golden_check() -> None:
-    model = build()
+    model = build_model()
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
     bias.CopyFrom(numpy_helper.from_array(np.full(4, np.nan, np.float32), "head.bias"))
     with pytest.raises(ModelError, match="nan"):
-        engine(model).check_golden_set()
+        make_engine(model).check_golden_set()
 
 
 def test_another_pixel_path_fails_the_golden_check() -> None:
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     other = replace(contract, input=replace(contract.input, resize_to=20))
     with pytest.raises(ModelError, match="pixels are off"):
-        changed(model, other).check_golden_set()
+        make_engine_with(model, other).check_golden_set()
 
 
 @pytest.mark.parametrize(
@@ -136,28 +136,32 @@ def test_another_pixel_path_fails_the_golden_check() -> None:
         ("image", base64.b64encode(b"rubbish").decode(), "cannot be decoded"),
         ("image", "!!", "cannot be decoded|pixels"),
         ("pixels", base64.b64encode(b"rubbish").decode(), "damaged pixels"),
-        ("pixels", base64.b64encode(encode(picture(4, 4), "PNG")).decode(), r"becomes \(16, 16, 3\)"),
+        (
+            "pixels",
+            base64.b64encode(encode_image(draw_picture(4, 4), "PNG")).decode(),
+            r"becomes \(16, 16, 3\)",
+        ),
     ],
 )
 def test_a_damaged_golden_image_is_refused(field: str, value: str, message: str) -> None:
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     first = replace(contract.golden.images[0], **{field: value})  # type: ignore[arg-type]
     other = replace(contract, golden=replace(contract.golden, images=(first,)))
     with pytest.raises(ModelError, match=message):
-        changed(model, other).check_golden_set()
+        make_engine_with(model, other).check_golden_set()
 
 
 def test_a_golden_set_without_this_provider_is_refused() -> None:
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     other = replace(contract, golden=replace(contract.golden, logit_tolerance={"npu/float32": 1.0}))
     with pytest.raises(ModelError, match="no tolerance for cpu/float32"):
-        changed(model, other).check_golden_set()
+        make_engine_with(model, other).check_golden_set()
 
 
 def test_golden_pixels_are_what_the_images_become() -> None:
-    for golden in contract_of(build()).golden.images:
+    for golden in read_contract(build_model()).golden.images:
         assert decode_golden_pixels(golden).shape == (16, 16, 3)
 
 
@@ -170,40 +174,40 @@ def test_golden_pixels_are_what_the_images_become() -> None:
     ],
 )
 def test_a_contract_that_contradicts_the_graph_is_refused(change: dict[str, str], message: str) -> None:
-    model = build()
+    model = build_model()
     with pytest.raises(ContractError, match=message):
-        changed(model, replace(contract_of(model), **change))  # type: ignore[arg-type]
+        make_engine_with(model, replace(read_contract(model), **change))  # type: ignore[arg-type]
 
 
 def test_too_few_labels_for_the_graph_are_refused() -> None:
-    model = build()
-    contract = contract_of(model)
+    model = build_model()
+    contract = read_contract(model)
     images = tuple(replace(image, logits=image.logits[:3]) for image in contract.golden.images)
     other = replace(contract, labels=contract.labels[:3], golden=replace(contract.golden, images=images))
     with pytest.raises(ContractError, match="3 floats"):
-        changed(model, other)
+        make_engine_with(model, other)
 
 
 def test_a_float_input_is_refused() -> None:
-    model = build()
+    model = build_model()
     model.graph.input[0].CopyFrom(
         helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 16, 16, 3])
     )
     with pytest.raises(ModelError):
-        engine(model)
+        make_engine(model)
 
 
 def test_no_contract_is_refused() -> None:
-    model = build()
+    model = build_model()
     del model.metadata_props[:]
     with pytest.raises(ContractError, match="no contract"):
-        engine(model)
+        make_engine(model)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 1000, -1])
 def test_a_truncated_file_is_one_line(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "model.onnx"
-    path.write_bytes(build().SerializeToString()[:kept])
+    path.write_bytes(build_model().SerializeToString()[:kept])
     with pytest.raises(ModelError, match=r"model\.onnx: ") as raised:
         Engine.load(path, provider="cpu", threads=1)
     assert "\n" not in str(raised.value)
@@ -215,7 +219,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu() -> None:
-    content = build().SerializeToString()
+    content = build_model().SerializeToString()
     assert Engine(content, provider="auto", threads=1).provider in {"cpu", "cuda"}
     if Engine(content, provider="auto", threads=1).provider == "cpu":
         with pytest.raises(ModelError, match="this ONNX Runtime has no CUDA"):
@@ -224,7 +228,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu() -> None:
 
 def test_a_large_geometry_is_proven_too() -> None:
     geometry = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.EXACT)
-    assert engine(build(geometry=geometry)).check_golden_set().images == 8
+    assert make_engine(build_model(geometry=geometry)).check_golden_set().images == 8
 
 
 MEMORY = """
@@ -256,7 +260,8 @@ def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: in
     """Once sixteen small ones have followed it, whichever session runs them; and it can be had again."""
     path = tmp_path / "large.onnx"
     onnx.save(
-        build(geometry=Geometry(224, 224, Resize.SHORTER, 224, Interpolation.BILINEAR, PixelPath.FAST)), path
+        build_model(geometry=Geometry(224, 224, Resize.SHORTER, 224, Interpolation.BILINEAR, PixelPath.FAST)),
+        path,
     )
     command = [sys.executable, "-c", MEMORY, str(path), str(wide_threads)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -16,19 +16,19 @@ from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, 
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
-from tests.pictures import encode, jpeg, picture, png16
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 20_000_000
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+def decode_default(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
     return decode_image(content, geometry, max_pixels=MAX_PIXELS)
 
 
-def codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
-    return [warning.code for warning in decoded(content, geometry).warnings]
+def warning_codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
+    return [warning.code for warning in decode_default(content, geometry).warnings]
 
 
 # --- TIFF ----------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
 SUBFILE, OLD_SUBFILE, MAKE, ORIENTATION, SUB_DIRECTORIES, DNG = 254, 255, 271, 274, 330, 50706
 
 
-class Tiff:
+class TiffBuilder:
     """A TIFF of several pictures, put together by hand."""
 
     def __init__(self, order: str = "<", *, big: bool = False) -> None:
@@ -83,7 +83,7 @@ class Tiff:
         head = self._pack("Q" if self._big else "H", len(values))
         return self._append(head + entries + self._pack(number, following))
 
-    def done(self, first: int) -> bytes:
+    def build(self, first: int) -> bytes:
         """The file, whose first picture has its directory there."""
         mark = b"II" if self._order == "<" else b"MM"
         head = self._pack("HHHQ", 43, 8, 0, first) if self._big else self._pack("HI", 42, first)
@@ -99,7 +99,7 @@ class Tiff:
         return struct.pack(self._order + layout, *values)
 
 
-SMALL, LARGE = picture(160, 120, 1), picture(900, 600, 2)
+SMALL, LARGE = draw_picture(160, 120, 1), draw_picture(900, 600, 2)
 
 VARIANTS = [("<", False), (">", False), ("<", True)]
 """Order of bytes, and BigTIFF, which Pillow reads in the one order alone."""
@@ -110,53 +110,53 @@ VARIANTS = [("<", False), (">", False), ("<", True)]
 def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geometry: Geometry) -> None:
     marks: list[dict[str, Any]] = [{"t254": (1,)}, {}]
     for mark in marks:
-        tiff = Tiff(order, big=big)
+        tiff = TiffBuilder(order, big=big)
         large = tiff.add(LARGE)
-        content = tiff.done(tiff.add(SMALL, t330=(large,), **mark))
-        result = decoded(content, geometry)
+        content = tiff.build(tiff.add(SMALL, t330=(large,), **mark))
+        result = decode_default(content, geometry)
         assert (result.width, result.height) == (900, 600)
-        assert np.array_equal(result.pixels, decoded(encode(LARGE, "PNG"), geometry).pixels)
+        assert np.array_equal(result.pixels, decode_default(encode_image(LARGE, "PNG"), geometry).pixels)
         assert not result.warnings
         assert decode_upright(content, max_pixels=MAX_PIXELS).size == (900, 600)
 
 
 @pytest.mark.parametrize("mark", [{"t254": (1,)}, {"t255": (2,)}, {}], ids=["reduced", "old", "by size"])
 def test_the_large_picture_behind_a_thumbnail_is_meant(mark: Any) -> None:
-    tiff = Tiff()
+    tiff = TiffBuilder()
     large = tiff.add(LARGE)
-    content = tiff.done(tiff.add(SMALL, following=large, **mark))
-    assert (decoded(content).width, decoded(content).height) == (900, 600)
+    content = tiff.build(tiff.add(SMALL, following=large, **mark))
+    assert (decode_default(content).width, decode_default(content).height) == (900, 600)
 
 
 def test_the_largest_of_several_below_is_meant() -> None:
-    tiff = Tiff()
-    places = tuple(tiff.add(picture(*size)) for size in ((320, 240), (900, 600), (640, 480)))
-    assert decoded(tiff.done(tiff.add(SMALL, t330=places, t254=(1,)))).width == 900
+    tiff = TiffBuilder()
+    places = tuple(tiff.add(draw_picture(*size)) for size in ((320, 240), (900, 600), (640, 480)))
+    assert decode_default(tiff.build(tiff.add(SMALL, t330=places, t254=(1,)))).width == 900
 
 
 def test_orientation_of_a_thumbnail_is_that_of_its_picture() -> None:
-    tiff = Tiff()
+    tiff = TiffBuilder()
     large = tiff.add(LARGE)
-    content = tiff.done(tiff.add(SMALL, t330=(large,), t254=(1,), t274=(6,)))
-    result = decoded(content)
+    content = tiff.build(tiff.add(SMALL, t330=(large,), t254=(1,), t274=(6,)))
+    result = decode_default(content)
     assert (result.width, result.height) == (600, 900)
-    turned = encode(LARGE.transpose(Image.Transpose.ROTATE_270), "PNG")
-    assert np.array_equal(result.pixels, decoded(turned).pixels)
+    turned = encode_image(LARGE.transpose(Image.Transpose.ROTATE_270), "PNG")
+    assert np.array_equal(result.pixels, decode_default(turned).pixels)
 
 
 def test_smaller_copies_behind_a_picture_are_no_others() -> None:
-    tiff = Tiff()
+    tiff = TiffBuilder()
     small = tiff.add(SMALL, t254=(1,))
     mask = tiff.add(Image.new("L", (900, 600)), following=small, photometric=4, t254=(4,))
-    content = tiff.done(tiff.add(LARGE, following=mask))
-    assert decoded(content).width == 900
-    assert codes(content) == []
+    content = tiff.build(tiff.add(LARGE, following=mask))
+    assert decode_default(content).width == 900
+    assert warning_codes(content) == []
 
 
 def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
-    first, second = picture(400, 300, 1), picture(500, 300, 2)
-    content = encode(first, "TIFF", save_all=True, append_images=[second, second])
-    result = decoded(content)
+    first, second = draw_picture(400, 300, 1), draw_picture(500, 300, 2)
+    content = encode_image(first, "TIFF", save_all=True, append_images=[second, second])
+    result = decode_default(content)
     assert result.width == 400
     assert [tuple(warning) for warning in result.warnings] == [
         (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; the first was looked at")
@@ -164,10 +164,10 @@ def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
 
 
 def test_directories_in_a_circle_end() -> None:
-    place = Tiff().add(LARGE, t330=(8, 8, 8))
-    tiff = Tiff()
+    place = TiffBuilder().add(LARGE, t330=(8, 8, 8))
+    tiff = TiffBuilder()
     assert tiff.add(LARGE, following=place, t330=(place, 8, 1 << 30)) == place
-    assert decoded(tiff.done(place)).width == 900
+    assert decode_default(tiff.build(place)).width == 900
 
 
 RAWS: dict[str, dict[str, Any]] = {
@@ -181,11 +181,11 @@ RAWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", RAWS)
 @pytest.mark.parametrize(("order", "big"), VARIANTS)
 def test_a_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None:
-    tiff = Tiff(order, big=big)
+    tiff = TiffBuilder(order, big=big)
     raw = tiff.add(Image.new("L", (900, 600)), **{"photometric": 1, **RAWS[name]})
-    for content in (tiff.done(raw), tiff.done(tiff.add(SMALL, t330=(raw,), t254=(1,)))):
+    for content in (tiff.build(raw), tiff.build(tiff.add(SMALL, t330=(raw,), t254=(1,)))):
         with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
-            decoded(content)
+            decode_default(content)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None
 )
 def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> None:
     with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
-        decoded(head + bytes(200))
+        decode_default(head + bytes(200))
 
 
 # --- other files of several pictures -------------------------------------------------------------
@@ -215,45 +215,49 @@ def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> Non
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_an_animation_is_told_of(kind: str) -> None:
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
-    assert codes(encode(first, kind, save_all=True, append_images=[second])) == [WarningCode.SEVERAL_PICTURES]
-    assert codes(encode(first, kind)) == []
+    assert warning_codes(encode_image(first, kind, save_all=True, append_images=[second])) == [
+        WarningCode.SEVERAL_PICTURES
+    ]
+    assert warning_codes(encode_image(first, kind)) == []
 
 
 def test_a_damaged_second_frame_is_no_matter() -> None:
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
-    content = encode(first, "GIF", save_all=True, append_images=[second])
+    content = encode_image(first, "GIF", save_all=True, append_images=[second])
     place = content.rindex(b"\x2c\0\0\0\0")
-    assert decoded(content[:place] + bytes(30)).pixels[16, 16, 0] > 200
+    assert decode_default(content[:place] + bytes(30)).pixels[16, 16, 0] > 200
 
 
 def test_pictures_behind_a_jpeg_are_told_of() -> None:
-    content = encode(picture(64, 48), "MPO", save_all=True, append_images=[picture(64, 48, 1)])
-    assert codes(content) == [WarningCode.SEVERAL_PICTURES]
+    content = encode_image(
+        draw_picture(64, 48), "MPO", save_all=True, append_images=[draw_picture(64, 48, 1)]
+    )
+    assert warning_codes(content) == [WarningCode.SEVERAL_PICTURES]
 
 
 def test_a_gain_map_is_no_other_picture() -> None:
     """As phones add one to nearly every photograph."""
-    content = encode(picture(64, 48), "MPO", save_all=True, append_images=[picture(32, 24)])
+    content = encode_image(draw_picture(64, 48), "MPO", save_all=True, append_images=[draw_picture(32, 24)])
     place = content.rindex(b"\xff\xd8\xff") + 2
     text = b"http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version='1.0'/>"
     mark = b"\xff\xe1" + struct.pack(">H", len(text) + 2) + text
-    assert codes(content[:place] + mark + content[place:]) == []
+    assert warning_codes(content[:place] + mark + content[place:]) == []
 
 
 # --- 16 bits -------------------------------------------------------------------------------------
 
 
-def values(width: int = 64, height: int = 64, bands: int = 3) -> Any:
+def make_values(width: int = 64, height: int = 64, bands: int = 3) -> Any:
     """All kinds of values, those around the borders of rounding among them."""
     random = np.random.default_rng(0)
-    found = random.integers(0, 65536, (height, width, bands)).astype(np.uint16)
+    pixels = random.integers(0, 65536, (height, width, bands)).astype(np.uint16)
     edges = [0, 127, 128, 129, 255, 256, 257, 385, 386, 65535, 65407, 65406, 65278, 65408]
-    found.reshape(-1)[: len(edges)] = edges
-    return found
+    pixels.reshape(-1)[: len(edges)] = edges
+    return pixels
 
 
-def rounded(found: Any) -> Any:
-    return np.floor(found.astype(np.float64) * 255 / 65535 + 0.5)
+def round_to_bytes(pixels: Any) -> Any:
+    return np.floor(pixels.astype(np.float64) * 255 / 65535 + 0.5)
 
 
 WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
@@ -264,41 +268,45 @@ WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXA
     "geometry", [WHOLE, replace(WHOLE, pixel_path=PixelPath.FAST)], ids=["exact", "fast"]
 )
 def test_a_png_of_sixteen_bits_is_rounded(interlaced: bool, geometry: Geometry) -> None:
-    found = values()
-    result = decoded(png16(found, interlaced=interlaced), geometry)
-    assert np.array_equal(result.pixels, rounded(found))
+    found = make_values()
+    result = decode_default(make_png16(found, interlaced=interlaced), geometry)
+    assert np.array_equal(result.pixels, round_to_bytes(found))
     assert not result.warnings
-    grey = values(bands=1)
-    assert np.array_equal(decoded(png16(grey), geometry).pixels, np.repeat(rounded(grey), 3, axis=2))
+    grey = make_values(bands=1)
+    assert np.array_equal(
+        decode_default(make_png16(grey), geometry).pixels, np.repeat(round_to_bytes(grey), 3, axis=2)
+    )
 
 
 @pytest.mark.parametrize("bands", [2, 4])
 def test_alpha_of_sixteen_bits_is_rounded(bands: int) -> None:
-    found = values(bands=bands)
+    found = make_values(bands=bands)
     found[..., -1] = 65535
     colours = np.repeat(found[..., :1], 3, axis=2) if bands == 2 else found[..., :3]
-    assert np.array_equal(decoded(png16(found), WHOLE).pixels, rounded(colours))
+    assert np.array_equal(decode_default(make_png16(found), WHOLE).pixels, round_to_bytes(colours))
     found[..., -1] = 127  # rounded 0
-    assert (decoded(png16(found), WHOLE).pixels == 255).all()
+    assert (decode_default(make_png16(found), WHOLE).pixels == 255).all()
 
 
 def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
     found = np.full((64, 64, 3), 1000, np.uint16)
     found[:32] = (1000, 1000, 1001)
-    content = png16(found)
+    content = make_png16(found)
     data = b"tRNS" + struct.pack(">3H", 1000, 1000, 1001)
     chunk = struct.pack(">I", 6) + data + struct.pack(">I", zlib.crc32(data))
-    pixels = decoded(content[:33] + chunk + content[33:], WHOLE).pixels
+    pixels = decode_default(content[:33] + chunk + content[33:], WHOLE).pixels
     assert (pixels[:32] == 255).all()
     assert (pixels[32:] == 4).all()
 
 
-def tiff16(found: Any, order: str, *, compressed: bool, planes: int = 1, photometric: int = 2) -> bytes:
+def make_tiff16(
+    pixels: Any, order: str, *, is_compressed: bool, planes: int = 1, photometric: int = 2
+) -> bytes:
     """A TIFF of uint16 (height, width, bands), its colours in one plane or in as many as there are."""
-    height, width, bands = found.shape
-    parts = np.split(found, bands, axis=2) if planes > 1 else [found]
+    height, width, bands = pixels.shape
+    parts = np.split(pixels, bands, axis=2) if planes > 1 else [pixels]
     strips = [part.astype(f"{order}u2").tobytes() for part in parts]
-    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    strips = [zlib.compress(strip) for strip in strips] if is_compressed else strips
     content = bytearray(8)
     places = []
     for strip in strips:
@@ -308,7 +316,7 @@ def tiff16(found: Any, order: str, *, compressed: bool, planes: int = 1, photome
         256: (width,),
         257: (height,),
         258: (16,) * bands,
-        259: (8 if compressed else 1,),
+        259: (8 if is_compressed else 1,),
         262: (photometric,),
         273: tuple(places),
         277: (bands,),
@@ -332,38 +340,39 @@ def tiff16(found: Any, order: str, *, compressed: bool, planes: int = 1, photome
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compressed: bool) -> None:
-    found = values()
-    result = decoded(tiff16(found, order, compressed=compressed), WHOLE)
-    assert np.array_equal(result.pixels, rounded(found))
+    found = make_values()
+    result = decode_default(make_tiff16(found, order, is_compressed=compressed), WHOLE)
+    assert np.array_equal(result.pixels, round_to_bytes(found))
     assert not result.warnings
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
     """Pillow by itself takes each byte of a plane that is not compressed for a value."""
-    found = values()
+    found = make_values()
     assert np.array_equal(
-        decoded(tiff16(found, order, compressed=False, planes=3), WHOLE).pixels, rounded(found)
+        decode_default(make_tiff16(found, order, is_compressed=False, planes=3), WHOLE).pixels,
+        round_to_bytes(found),
     )
-    cut = decoded(tiff16(found, order, compressed=True, planes=3), WHOLE)
+    cut = decode_default(make_tiff16(found, order, is_compressed=True, planes=3), WHOLE)
     assert np.array_equal(cut.pixels, found >> 8)
     assert [warning.code for warning in cut.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
-    inks = tiff16(values(bands=4), order, compressed=False, planes=4, photometric=5)
+    inks = make_tiff16(make_values(bands=4), order, is_compressed=False, planes=4, photometric=5)
     with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
-        decoded(inks, WHOLE)
+        decode_default(inks, WHOLE)
 
 
 def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
     grey = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
-    assert codes(encode(Image.fromarray(grey), "PNG")) == [WarningCode.SIXTEEN_BITS_DARK]
-    assert codes(encode(Image.fromarray(grey * 16), "PNG")) == []
-    assert codes(encode(Image.fromarray(grey * 0), "PNG")) == []
+    assert warning_codes(encode_image(Image.fromarray(grey), "PNG")) == [WarningCode.SIXTEEN_BITS_DARK]
+    assert warning_codes(encode_image(Image.fromarray(grey * 16), "PNG")) == []
+    assert warning_codes(encode_image(Image.fromarray(grey * 0), "PNG")) == []
 
 
 # --- transparency and shape ----------------------------------------------------------------------
 
 
-def drawn(colour: tuple[int, int, int], share: float, alpha: int = 0) -> Image.Image:
+def draw_visible_share(colour: tuple[int, int, int], share: float, alpha: int = 0) -> Image.Image:
     """A canvas of which this share shows the colour, and the rest has it too, but of this alpha."""
     image = Image.new("RGBA", (200, 200), (*colour, alpha))
     image.paste((*colour, 255), (0, 0, 200, round(200 * share)))
@@ -373,21 +382,25 @@ def drawn(colour: tuple[int, int, int], share: float, alpha: int = 0) -> Image.I
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_a_picture_of_which_nothing_is_visible_is_told_of(kind: str) -> None:
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    assert codes(encode(drawn((200, 30, 40), 0), kind, **options)) == [WarningCode.INVISIBLE]
-    assert codes(encode(drawn((255, 255, 255), 0.3), kind, **options)) == [WarningCode.INVISIBLE]
-    assert codes(encode(drawn((200, 30, 40), 0.1), kind, **options)) == []
-    assert codes(encode(drawn((200, 30, 40), 0, alpha=200), kind, **options)) == []
+    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0), kind, **options)) == [
+        WarningCode.INVISIBLE
+    ]
+    assert warning_codes(encode_image(draw_visible_share((255, 255, 255), 0.3), kind, **options)) == [
+        WarningCode.INVISIBLE
+    ]
+    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0.1), kind, **options)) == []
+    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0, alpha=200), kind, **options)) == []
 
 
 def test_so_is_one_whose_palette_or_key_colour_is_transparent() -> None:
     image = Image.new("RGB", (40, 40), (9, 9, 9))
-    assert codes(encode(image, "PNG", transparency=(9, 9, 9))) == [WarningCode.INVISIBLE]
-    assert codes(encode(image.quantize(4), "GIF", transparency=0)) == [WarningCode.INVISIBLE]
+    assert warning_codes(encode_image(image, "PNG", transparency=(9, 9, 9))) == [WarningCode.INVISIBLE]
+    assert warning_codes(encode_image(image.quantize(4), "GIF", transparency=0)) == [WarningCode.INVISIBLE]
 
 
 def test_a_white_picture_that_hides_nothing_is_not() -> None:
-    assert codes(encode(Image.new("RGB", (40, 40), "white"), "PNG")) == []
-    assert codes(encode(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
+    assert warning_codes(encode_image(Image.new("RGB", (40, 40), "white"), "PNG")) == []
+    assert warning_codes(encode_image(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
 
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
@@ -404,19 +417,19 @@ PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
     ],
 )
 def test_extreme_shapes_are_told_of(size: tuple[int, int], code: str | None) -> None:
-    assert codes(jpeg(*size), PHOTO) == ([code] if code else [])
+    assert warning_codes(make_jpeg(*size), PHOTO) == ([code] if code else [])
     stretched = replace(PHOTO, resize=Resize.STRETCH, resize_to=0)
     wanted = [WarningCode.STRETCHED] if code == WarningCode.CROPPED else [code] if code else []
-    assert codes(jpeg(*size), stretched) == wanted
+    assert warning_codes(make_jpeg(*size), stretched) == wanted
 
 
 def test_an_everyday_photograph_has_no_warning() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     for content in (
-        jpeg(1200, 900, exif=exif),
-        encode(picture(1200, 900), "WEBP"),
-        encode(picture(99, 88), "PNG"),
+        make_jpeg(1200, 900, exif=exif),
+        encode_image(draw_picture(1200, 900), "WEBP"),
+        encode_image(draw_picture(99, 88), "PNG"),
     ):
         for geometry in (EXACT, FAST, PHOTO):
             receipt = DecodeTrace()
@@ -425,8 +438,8 @@ def test_an_everyday_photograph_has_no_warning() -> None:
 
 def test_pillow_agrees_about_the_files_of_these_tests() -> None:
     for order, big in VARIANTS:
-        tiff = Tiff(order, big=big)
-        with Image.open(BytesIO(tiff.done(tiff.add(SMALL)))) as opened:
+        tiff = TiffBuilder(order, big=big)
+        with Image.open(BytesIO(tiff.build(tiff.add(SMALL)))) as opened:
             assert np.array_equal(np.asarray(opened), np.asarray(SMALL))
-    with Image.open(BytesIO(png16(values()))) as opened:
-        assert np.array_equal(np.asarray(opened), values() >> 8)
+    with Image.open(BytesIO(make_png16(make_values()))) as opened:
+        assert np.array_equal(np.asarray(opened), make_values() >> 8)

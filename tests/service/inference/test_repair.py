@@ -17,7 +17,7 @@ from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, Pixels, decode_image
-from tests.pictures import encode, jpeg, picture
+from tests.pictures import draw_picture, encode_image, make_jpeg
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
@@ -25,19 +25,19 @@ TALL = Geometry(32, 32, Resize.SHORTER, 36, Interpolation.BILINEAR, PixelPath.FA
 MEMORY = DecodeMemory(1 << 28)
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+def decode_default(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
     return decode_image(content, geometry, max_pixels=20_000_000, memory=MEMORY)
 
 
-def pixels(content: bytes) -> Pixels:
-    return decoded(content).pixels
+def decode_pixels(content: bytes) -> Pixels:
+    return decode_default(content).pixels
 
 
-def codes(content: bytes) -> list[str]:
-    return [warning.code for warning in decoded(content).warnings]
+def warning_codes(content: bytes) -> list[str]:
+    return [warning.code for warning in decode_default(content).warnings]
 
 
-def noise(width: int = 200, height: int = 200) -> Image.Image:
+def make_noise(width: int = 200, height: int = 200) -> Image.Image:
     random = np.random.default_rng(0)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -54,69 +54,69 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_kind(kind: str, image: Image.Image) -> bytes:
-    return encode(image.convert("L") if kind == "grey" else image, "JPEG", **KINDS[kind])
+def encode_kind(kind: str, image: Image.Image) -> bytes:
+    return encode_image(image.convert("L") if kind == "grey" else image, "JPEG", **KINDS[kind])
 
 
 @pytest.mark.parametrize("missing", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
 def test_a_jpeg_without_its_end_marker_is_answered(kind: str, missing: int, geometry: Geometry) -> None:
-    for image in (noise(), picture(601, 455)):
-        content = of_kind(kind, image)
-        result = decoded(content[:-missing], geometry)
-        assert np.array_equal(result.pixels, decoded(content, geometry).pixels)
+    for image in (make_noise(), draw_picture(601, 455)):
+        content = encode_kind(kind, image)
+        result = decode_default(content[:-missing], geometry)
+        assert np.array_equal(result.pixels, decode_default(content, geometry).pixels)
         assert [warning.code for warning in result.warnings] == [WarningCode.END_MISSING]
-        assert not decoded(content, geometry).warnings
+        assert not decode_default(content, geometry).warnings
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jpeg_that_lacks_pixels_is_refused(kind: str) -> None:
-    for image in (noise(), picture(601, 455)):
-        content = of_kind(kind, image)
+    for image in (make_noise(), draw_picture(601, 455)):
+        content = encode_kind(kind, image)
         for kept in (0.2, 0.5, 0.8, 0.95, 0.99):
             with pytest.raises(BadImage, match="JPEG"):
-                decoded(content[: int(len(content) * kept)])
+                decode_default(content[: int(len(content) * kept)])
 
 
 def test_so_is_one_that_lacks_a_few_bytes() -> None:
     """The last byte of a scan may be filling; those before it never are."""
-    content = jpeg(200, 200, quality=95)
+    content = make_jpeg(200, 200, quality=95)
     for missing in range(4, 40):
         with pytest.raises(BadImage, match="JPEG"):
-            decoded(content[:-missing])
+            decode_default(content[:-missing])
 
 
 def test_so_is_one_whose_crop_would_have_all_its_pixels() -> None:
-    content = encode(noise(100, 600), "JPEG")
+    content = encode_image(make_noise(100, 600), "JPEG")
     with pytest.raises(BadImage, match="JPEG"):
-        decoded(content[: int(len(content) * 0.9)], TALL)
+        decode_default(content[: int(len(content) * 0.9)], TALL)
 
 
 def test_so_is_one_of_a_single_grey_that_ends_early() -> None:
     """The decoder fills what is missing with the very same grey."""
     image = Image.new("L", (400, 400), 128)
     image.paste(0, (0, 300, 400, 400))
-    content = encode(image, "JPEG")
+    content = encode_image(image, "JPEG")
     with pytest.raises(BadImage, match="JPEG"):
-        decoded(content[: len(content) // 2])
+        decode_default(content[: len(content) // 2])
 
 
 def test_so_is_a_progressive_one_that_lacks_whole_scans() -> None:
-    content = encode(noise(), "JPEG", progressive=True)
+    content = encode_image(make_noise(), "JPEG", progressive=True)
     starts = [place for place in range(len(content)) if content[place : place + 2] == b"\xff\xc4"]
     for start in starts[2:]:
         with pytest.raises(BadImage, match="JPEG"):
-            decoded(content[:start])
+            decode_default(content[:start])
 
 
 def test_a_receipt_tells_of_the_attempt_that_worked() -> None:
     receipt = DecodeTrace()
-    decode_image(jpeg()[:-1], EXACT, max_pixels=10**6, trace=receipt)
+    decode_image(make_jpeg()[:-1], EXACT, max_pixels=10**6, trace=receipt)
     assert [step for step, _ in receipt.steps].count("decode") == 1
 
 
-def segment(code: int, content: bytes) -> bytes:
+def make_segment(code: int, content: bytes) -> bytes:
     return bytes([0xFF, code]) + struct.pack(">H", len(content) + 2) + content
 
 
@@ -133,8 +133,10 @@ def segment(code: int, content: bytes) -> bytes:
     ],
 )
 def test_metadata_of_a_jpeg_refuses_no_image(code: int, content: bytes) -> None:
-    plain = jpeg()
-    assert np.array_equal(pixels(plain[:2] + segment(code, content) + plain[2:]), pixels(plain))
+    plain = make_jpeg()
+    assert np.array_equal(
+        decode_pixels(plain[:2] + make_segment(code, content) + plain[2:]), decode_pixels(plain)
+    )
 
 
 # --- scans ---------------------------------------------------------------------------------------
@@ -142,53 +144,53 @@ def test_metadata_of_a_jpeg_refuses_no_image(code: int, content: bytes) -> None:
 
 @pytest.mark.parametrize("progressive", [True, False])
 def test_bytes_behind_an_image_and_in_its_metadata_are_no_scans(progressive: bool) -> None:
-    content = encode(picture(64, 64), "JPEG", progressive=progressive)
+    content = encode_image(draw_picture(64, 64), "JPEG", progressive=progressive)
     video = 300 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
-    thumbnail = segment(0xE1, b"Exif\0\0" + 200 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00")
+    thumbnail = make_segment(0xE1, b"Exif\0\0" + 200 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00")
     for other in (content + video, content[:2] + thumbnail + content[2:]):
-        assert np.array_equal(pixels(other), pixels(content))
+        assert np.array_equal(decode_pixels(other), decode_pixels(content))
 
 
 def test_scans_in_an_image_count_although_an_end_is_hidden_in_a_segment() -> None:
-    content = encode(picture(64, 64).convert("L"), "JPEG", progressive=True)
+    content = encode_image(draw_picture(64, 64).convert("L"), "JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
-    hidden = segment(0xFE, b"\xff\xd9")
+    hidden = make_segment(0xFE, b"\xff\xd9")
     with pytest.raises(BadImage, match="more than 100 scans"):
-        decoded(content[:start] + hidden + 150 * content[start:-2] + b"\xff\xd9")
+        decode_default(content[:start] + hidden + 150 * content[start:-2] + b"\xff\xd9")
 
 
 # --- PNG -----------------------------------------------------------------------------------------
 
 
-def chunk(kind: bytes, content: bytes, *, checksum: int | None = None) -> bytes:
+def make_chunk(kind: bytes, content: bytes, *, checksum: int | None = None) -> bytes:
     crc = zlib.crc32(kind + content) if checksum is None else checksum
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
 
-PLAIN = encode(picture(60, 40), "PNG")
+PLAIN = encode_image(draw_picture(60, 40), "PNG")
 TEXT = b"Comment\0"
 BOMB = zlib.compress(bytes(3 << 20), 9)
 
 SOUND = {
-    "a long text": chunk(b"tEXt", TEXT + b"x" * 3_000_000),
-    "a long compressed text": chunk(b"zTXt", TEXT + b"\0" + BOMB),
-    "a long international text": chunk(b"iTXt", TEXT + b"\1\0\0\0" + BOMB),
-    "many texts": 80 * chunk(b"zTXt", TEXT + b"\0" + zlib.compress(bytes(1 << 20), 9)),
-    "an unknown compression": chunk(b"zTXt", TEXT + b"\7garbage"),
-    "a short density": chunk(b"pHYs", b"\0"),
-    "a bad animation": chunk(b"acTL", b"\0") + chunk(b"fcTL", bytes(26)),
+    "a long text": make_chunk(b"tEXt", TEXT + b"x" * 3_000_000),
+    "a long compressed text": make_chunk(b"zTXt", TEXT + b"\0" + BOMB),
+    "a long international text": make_chunk(b"iTXt", TEXT + b"\1\0\0\0" + BOMB),
+    "many texts": 80 * make_chunk(b"zTXt", TEXT + b"\0" + zlib.compress(bytes(1 << 20), 9)),
+    "an unknown compression": make_chunk(b"zTXt", TEXT + b"\7garbage"),
+    "a short density": make_chunk(b"pHYs", b"\0"),
+    "a bad animation": make_chunk(b"acTL", b"\0") + make_chunk(b"fcTL", bytes(26)),
 }
 DAMAGED = {
-    "a text": chunk(b"tEXt", TEXT + b"hello", checksum=1),
-    "a time": chunk(b"tIME", bytes(7), checksum=1),
-    "an unknown": chunk(b"abCd", b"hello", checksum=1),
-    "an unreadable": chunk(b"\xff\xfe\xfd\xfc", b"hello"),
+    "a text": make_chunk(b"tEXt", TEXT + b"hello", checksum=1),
+    "a time": make_chunk(b"tIME", bytes(7), checksum=1),
+    "an unknown": make_chunk(b"abCd", b"hello", checksum=1),
+    "an unreadable": make_chunk(b"\xff\xfe\xfd\xfc", b"hello"),
 }
 SHOWN = {
-    "a gamma": chunk(b"gAMA", b"\0"),
-    "an orientation": chunk(b"eXIf", b"garbage", checksum=1),
-    "a profile": chunk(b"iCCP", b"name\0\1"),
-    "primaries": chunk(b"cHRM", bytes(32), checksum=1),
+    "a gamma": make_chunk(b"gAMA", b"\0"),
+    "an orientation": make_chunk(b"eXIf", b"garbage", checksum=1),
+    "a profile": make_chunk(b"iCCP", b"name\0\1"),
+    "primaries": make_chunk(b"cHRM", bytes(32), checksum=1),
 }
 
 
@@ -197,95 +199,95 @@ SHOWN = {
 def test_long_or_damaged_metadata_of_a_png_refuses_no_image(content: bytes, where: str) -> None:
     place = 33 if where == "before" else len(PLAIN) - 12
     changed = PLAIN[:place] + content + PLAIN[place:]
-    assert np.array_equal(pixels(changed), pixels(PLAIN))
-    assert codes(changed) == []
+    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
+    assert warning_codes(changed) == []
 
 
 @pytest.mark.parametrize("content", SHOWN.values(), ids=SHOWN)
 def test_damaged_metadata_that_may_matter_is_told_of(content: bytes) -> None:
     changed = PLAIN[:33] + content + PLAIN[33:]
-    assert np.array_equal(pixels(changed), pixels(PLAIN))
-    assert codes(changed) == [WarningCode.METADATA_IGNORED]
+    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
+    assert warning_codes(changed) == [WarningCode.METADATA_IGNORED]
 
 
 def test_a_chunk_whose_length_is_damaged_is_passed_over() -> None:
     changed = PLAIN[:33] + b"\x7f\xff\xff\xfftEXthello" + PLAIN[33:]
-    assert np.array_equal(pixels(changed), pixels(PLAIN))
+    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
 
 
 def test_sound_metadata_beside_damaged_counts() -> None:
     """It is turned and transparent as it says; a text is damaged."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = picture(60, 40).quantize(8)
-    content = encode(image, "PNG", exif=exif, transparency=bytes(8))
+    image = draw_picture(60, 40).quantize(8)
+    content = encode_image(image, "PNG", exif=exif, transparency=bytes(8))
     changed = content[:33] + DAMAGED["a text"] + content[33:]
-    assert (decoded(changed).width, decoded(changed).height) == (40, 60)
-    assert np.array_equal(pixels(changed), pixels(content))
+    assert (decode_default(changed).width, decode_default(changed).height) == (40, 60)
+    assert np.array_equal(decode_pixels(changed), decode_pixels(content))
 
 
 def test_a_png_without_its_end_is_answered_and_without_pixels_refused() -> None:
     for missing in range(13):
-        assert np.array_equal(pixels(PLAIN[: len(PLAIN) - missing]), pixels(PLAIN))
+        assert np.array_equal(decode_pixels(PLAIN[: len(PLAIN) - missing]), decode_pixels(PLAIN))
     info = PngInfo()
     info.add_text("a", "b")
-    content = encode(noise(), "PNG", pnginfo=info)
+    content = encode_image(make_noise(), "PNG", pnginfo=info)
     for kept in (0.3, 0.6, 0.9):
         with pytest.raises(BadImage, match="PNG"):
-            decoded(content[: int(len(content) * kept)])
+            decode_default(content[: int(len(content) * kept)])
 
 
 def test_damage_to_what_pixels_need_is_refused() -> None:
     header = bytearray(PLAIN)
     header[30] ^= 1
     with pytest.raises(BadImage, match="PNG"):
-        decoded(bytes(header))
+        decode_default(bytes(header))
 
 
 # --- GIF, WebP, AVIF -----------------------------------------------------------------------------
 
 
 def test_a_gif_without_its_trailer_is_answered() -> None:
-    content = encode(picture(60, 40).quantize(16), "GIF")
+    content = encode_image(draw_picture(60, 40).quantize(16), "GIF")
     for missing in (1, 2):
-        assert np.array_equal(pixels(content[:-missing]), pixels(content))
+        assert np.array_equal(decode_pixels(content[:-missing]), decode_pixels(content))
 
 
 @pytest.mark.parametrize("lossless", [True, False])
 def test_a_webp_that_is_cut_in_its_metadata_is_answered(lossless: bool) -> None:
     exif = Image.Exif()
     exif[0x010E] = "x" * 500
-    content = encode(picture(60, 40), "WEBP", exif=exif, xmp=b"y" * 500, lossless=lossless)
+    content = encode_image(draw_picture(60, 40), "WEBP", exif=exif, xmp=b"y" * 500, lossless=lossless)
     for missing in (1, 100, 480, 700, 1000):
-        assert np.array_equal(pixels(content[:-missing]), pixels(content))
+        assert np.array_equal(decode_pixels(content[:-missing]), decode_pixels(content))
     with pytest.raises(BadImage, match="WEBP"):
-        decoded(encode(noise(), "WEBP")[:-100])
+        decode_default(encode_image(make_noise(), "WEBP")[:-100])
 
 
 def test_a_webp_whose_last_byte_is_missing_and_is_filling_is_answered() -> None:
     for seed in range(20):
-        content = encode(picture(60, 40, seed), "WEBP", lossless=True)
+        content = encode_image(draw_picture(60, 40, seed), "WEBP", lossless=True)
         if content[-1] == 0 and int.from_bytes(content[16:20], "little") % 2:
-            assert np.array_equal(pixels(content[:-1]), pixels(content))
+            assert np.array_equal(decode_pixels(content[:-1]), decode_pixels(content))
             return
     pytest.fail("none of twenty images has an odd length")
 
 
 def test_damaged_exif_refuses_no_avif() -> None:
-    image = picture(60, 40)
+    image = draw_picture(60, 40)
     exif = Image.Exif()
     exif[0x010E] = "a picture"
-    content = encode(image, "AVIF", exif=exif)
+    content = encode_image(image, "AVIF", exif=exif)
     content = content.replace(b"MM\0*", b"garb").replace(b"II*\0", b"garb")
-    assert np.array_equal(pixels(content), pixels(encode(image, "AVIF")))
+    assert np.array_equal(decode_pixels(content), decode_pixels(encode_image(image, "AVIF")))
 
 
 # --- TIFF ----------------------------------------------------------------------------------------
 
 
-def tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **options: str) -> bytes:
+def make_tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **options: str) -> bytes:
     """With further tags: number, type, count, and four bytes of a value or a place."""
-    content = bytearray(encode(image, "TIFF", **options))
+    content = bytearray(encode_image(image, "TIFF", **options))
     place = int.from_bytes(content[4:8], "little")
     count = int.from_bytes(content[place : place + 2], "little")
     entries = [bytes(content[start : start + 12]) for start in range(place + 2, place + 2 + 12 * count, 12)]
@@ -313,13 +315,13 @@ def tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **options:
     ],
 )
 def test_damaged_tags_refuse_no_tiff(tag: tuple[int, int, int, bytes], compression: str | None) -> None:
-    image = picture(60, 40)
-    content = tiff(image, [tag], **({"compression": compression} if compression else {}))
-    assert np.array_equal(pixels(content), pixels(encode(image, "PNG")))
+    image = draw_picture(60, 40)
+    content = make_tiff(image, [tag], **({"compression": compression} if compression else {}))
+    assert np.array_equal(decode_pixels(content), decode_pixels(encode_image(image, "PNG")))
 
 
 def test_repairs_are_no_way_around_limits() -> None:
-    content = encode(Image.new("RGB", (3000, 3000)), "PNG")
+    content = encode_image(Image.new("RGB", (3000, 3000)), "PNG")
     damaged = content[:33] + DAMAGED["a text"] + content[33:]
     with pytest.raises(TooManyPixels):
         decode_image(damaged, EXACT, max_pixels=8_000_000)

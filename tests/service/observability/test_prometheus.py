@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pictures import jpeg
-from tests.servers import Server, until
+from tests.pictures import make_jpeg
+from tests.servers import Server, wait_until
 
 pytestmark = [pytest.mark.needs("prometheus"), pytest.mark.long]
 
@@ -29,7 +29,7 @@ global: {scrape_interval: 1s, scrape_timeout: 1s}
 scrape_configs: [{job_name: fovea, static_configs: [{targets: ["ADDRESS"]}]}]
 """
 
-GOOD = jpeg()
+GOOD = make_jpeg()
 CLASSIFY = "/v1/classify"
 
 
@@ -49,16 +49,16 @@ class Prometheus:
     def wait_for_scrape(self) -> None:
         """Of what is there now."""
         now = time.time()
-        until(lambda: max(self.query("timestamp(up)").values(), default=0.0) > now)
+        wait_until(lambda: max(self.query("timestamp(up)").values(), default=0.0) > now)
 
-    def counts(self, query: str, label: str) -> dict[str, int]:
+    def query_counts(self, query: str, label: str) -> dict[str, int]:
         """A counter's values by one label, without those that are 0."""
-        found = {dict(labels)[label]: int(value) for labels, value in self.query(query).items()}
-        return {key: value for key, value in found.items() if value}
+        values = {dict(labels)[label]: int(value) for labels, value in self.query(query).items()}
+        return {key: value for key, value in values.items() if value}
 
 
 @contextmanager
-def watching(server: Server, folder: Path) -> Iterator[Prometheus]:
+def run_prometheus(server: Server, folder: Path) -> Iterator[Prometheus]:
     config = CONFIG.replace("ADDRESS", server.url.removeprefix("http://"))
     (folder / "prometheus.yml").write_text(config)
     options = {
@@ -69,8 +69,8 @@ def watching(server: Server, folder: Path) -> Iterator[Prometheus]:
     command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
     with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=folder, stderr=log) as process:
         try:
-            until(lambda: _address(folder / "log"))
-            prometheus = Prometheus(f"http://{_address(folder / 'log')}")
+            wait_until(lambda: _read_address(folder / "log"))
+            prometheus = Prometheus(f"http://{_read_address(folder / 'log')}")
             prometheus.wait_for_scrape()
             yield prometheus
         finally:
@@ -78,17 +78,17 @@ def watching(server: Server, folder: Path) -> Iterator[Prometheus]:
             process.wait(30)
 
 
-def _address(log: Path) -> str:
+def _read_address(log: Path) -> str:
     """Where it listens, once it does."""
-    found = re.search(r'Listening on" address=(\S+)', log.read_text())
-    return found[1] if found else ""
+    address_match = re.search(r'Listening on" address=(\S+)', log.read_text())
+    return address_match[1] if address_match else ""
 
 
 # --- clients -------------------------------------------------------------------------------------
 
 
 @dataclass
-class Seen:
+class ClientCounts:
     """What clients have seen. Threads add to it."""
 
     statuses: Counter[str] = field(default_factory=Counter)
@@ -98,69 +98,80 @@ class Seen:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, reply: httpx.Response) -> None:
-        said = reply.json()
+        body = reply.json()
         with self.lock:
             self.statuses[str(reply.status_code)] += 1
-            for result in said.get("results", [said]):
+            for result in body.get("results", [body]):
                 if "error" in result:
                     self.errors[result["error"]["code"]] += 1
                 else:
                     self.labels[result["predictions"][0]["label"]] += 1
 
 
-def good(client: httpx.Client) -> httpx.Response:
+def post_good(client: httpx.Client) -> httpx.Response:
     return client.post(CLASSIFY, content=GOOD)
 
 
-def truncated(client: httpx.Client) -> httpx.Response:
+def post_truncated(client: httpx.Client) -> httpx.Response:
     return client.post(CLASSIFY, content=GOOD[:300])
 
 
-def text(client: httpx.Client) -> httpx.Response:
+def post_text(client: httpx.Client) -> httpx.Response:
     return client.post(CLASSIFY, content=b"not an image")
 
 
-def huge(client: httpx.Client) -> httpx.Response:
+def post_huge(client: httpx.Client) -> httpx.Response:
     return client.post(CLASSIFY, content=bytes(30_000))
 
 
-def misspelt(client: httpx.Client) -> httpx.Response:
+def post_misspelt(client: httpx.Client) -> httpx.Response:
     return client.post(f"{CLASSIFY}?top_k=many", content=GOOD)
 
 
-def mixed(client: httpx.Client) -> httpx.Response:
-    images = [GOOD, b"no image", jpeg(seed=1), GOOD[:300], jpeg(seed=2)]
+def post_mixed(client: httpx.Client) -> httpx.Response:
+    images = [GOOD, b"no image", make_jpeg(seed=1), GOOD[:300], make_jpeg(seed=2)]
     return client.post(CLASSIFY, files=[("image", (str(place), one)) for place, one in enumerate(images)])
 
 
-def as_json(client: httpx.Client) -> httpx.Response:
+def post_json(client: httpx.Client) -> httpx.Response:
     return client.post(
         CLASSIFY, content=json.dumps({"images": 7}), headers={"Content-Type": "application/json"}
     )
 
 
-KINDS = (good, good, good, truncated, text, huge, misspelt, mixed, as_json)
+KINDS = (
+    post_good,
+    post_good,
+    post_good,
+    post_truncated,
+    post_text,
+    post_huge,
+    post_misspelt,
+    post_mixed,
+    post_json,
+)
 REQUESTS = 500
 CALLERS = 8
 
 
-def ask(server: Server, seen: Seen, requests: int, seed: int) -> None:
+def send_requests(server: Server, counts: ClientCounts, requests: int, seed: int) -> None:
     """Requests of all kinds, in an order of the seed; the connection is kept as long as there is one."""
-    chosen = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)  # noqa: S311
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(requests):
             try:
-                seen.add(chosen.choice(KINDS)(client))
+                counts.add(generator.choice(KINDS)(client))
             except httpx.TransportError:
-                with seen.lock:
-                    seen.lost += 1
+                with counts.lock:
+                    counts.lost += 1
 
 
 @contextmanager
-def asking(server: Server, seen: Seen) -> Iterator[None]:
+def run_callers(server: Server, counts: ClientCounts) -> Iterator[None]:
     shares = [REQUESTS // CALLERS + (caller < REQUESTS % CALLERS) for caller in range(CALLERS)]
     callers = [
-        threading.Thread(target=ask, args=(server, seen, share, seed)) for seed, share in enumerate(shares)
+        threading.Thread(target=send_requests, args=(server, counts, share, seed))
+        for seed, share in enumerate(shares)
     ]
     for caller in callers:
         caller.start()
@@ -169,7 +180,7 @@ def asking(server: Server, seen: Seen) -> Iterator[None]:
         caller.join()
 
 
-def served(small_zoo: Path, workers: int) -> Server:
+def make_server(small_zoo: Path, workers: int) -> Server:
     return Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS=str(workers), FOVEA_BODY_BYTES="20000")
 
 
@@ -180,16 +191,16 @@ IMAGES_BY_LABEL = "sum by (label) (fovea_predictions_total)"
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_counters_are_what_clients_have_seen(small_zoo: Path, tmp_path: Path, workers: int) -> None:
-    seen = Seen()
-    with served(small_zoo, workers) as server, watching(server, tmp_path) as prometheus:
-        with asking(server, seen):
+    seen = ClientCounts()
+    with make_server(small_zoo, workers) as server, run_prometheus(server, tmp_path) as prometheus:
+        with run_callers(server, seen):
             pass
         assert seen.statuses.total() == REQUESTS
         assert len(seen.statuses) == 5
         prometheus.wait_for_scrape()
-        assert prometheus.counts(REQUESTS_BY_STATUS, "status") == seen.statuses
-        assert prometheus.counts(ERRORS_BY_REASON, "reason") == seen.errors
-        assert prometheus.counts(IMAGES_BY_LABEL, "label") == seen.labels
+        assert prometheus.query_counts(REQUESTS_BY_STATUS, "status") == seen.statuses
+        assert prometheus.query_counts(ERRORS_BY_REASON, "reason") == seen.errors
+        assert prometheus.query_counts(IMAGES_BY_LABEL, "label") == seen.labels
         for query in ("sum(fovea_images_total)", "sum(fovea_prediction_confidence_count)"):
             assert list(prometheus.query(query).values()) == [seen.labels.total()]
         timed = prometheus.query(f'sum(fovea_request_seconds_count{{route="{CLASSIFY}"}})')
@@ -197,18 +208,18 @@ def test_counters_are_what_clients_have_seen(small_zoo: Path, tmp_path: Path, wo
 
 
 def test_a_killed_worker_takes_no_more_with_it_than_it_had_in_flight(small_zoo: Path, tmp_path: Path) -> None:
-    seen = Seen()
-    with served(small_zoo, 3) as server, watching(server, tmp_path) as prometheus:
+    seen = ClientCounts()
+    with make_server(small_zoo, 3) as server, run_prometheus(server, tmp_path) as prometheus:
         supervisor = server.process.pid
         workers = list(map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()))
-        with asking(server, seen):
-            until(lambda: seen.statuses.total() > REQUESTS // 4)
+        with run_callers(server, seen):
+            wait_until(lambda: seen.statuses.total() > REQUESTS // 4)
             os.kill(workers[1], signal.SIGKILL)
         assert seen.statuses.total() + seen.lost == REQUESTS
         assert seen.lost <= CALLERS
-        until(lambda: server.metric("fovea_model_info") == 1)
+        wait_until(lambda: server.read_metric("fovea_model_info") == 1)
         prometheus.wait_for_scrape()
-        counted = prometheus.counts(REQUESTS_BY_STATUS, "status")
+        counted = prometheus.query_counts(REQUESTS_BY_STATUS, "status")
         for status, count in seen.statuses.items():
             assert count <= counted[status] <= count + seen.lost
         assert 0 <= sum(counted.values()) - seen.statuses.total() <= seen.lost

@@ -9,7 +9,7 @@ import pytest
 from fovea.service.resources.cgroup import Cgroup
 
 
-def cgroup(root: Path, lines: str, files: dict[str, str]) -> Cgroup:
+def make_cgroup(root: Path, lines: str, files: dict[str, str]) -> Cgroup:
     """A file system of control groups, and a /proc/self/cgroup, under `root`."""
     root.mkdir(exist_ok=True)
     (root / "self").write_text(lines)
@@ -42,11 +42,11 @@ NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "
 def test_the_least_quota_counts(
     tmp_path: Path, lines: str, files: dict[str, str], wanted: float | None
 ) -> None:
-    assert cgroup(tmp_path, lines, files).cpu_quota() == wanted
+    assert make_cgroup(tmp_path, lines, files).cpu_quota() == wanted
 
 
 def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
-    found = cgroup(
+    found = make_cgroup(
         tmp_path,
         "0::/a/b\n",
         {
@@ -63,7 +63,7 @@ def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
 
 
 def test_so_does_version_1(tmp_path: Path) -> None:
-    found = cgroup(
+    found = make_cgroup(
         tmp_path,
         V1,
         {
@@ -80,8 +80,8 @@ def test_so_does_version_1(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
     for found in (
-        cgroup(tmp_path / "empty", "0::/\n", {"cpu.stat": "usage_usec 9\n"}),
-        cgroup(tmp_path / "free", V1, {"memory/y/memory.limit_in_bytes": "9223372036854771712"}),
+        make_cgroup(tmp_path / "empty", "0::/\n", {"cpu.stat": "usage_usec 9\n"}),
+        make_cgroup(tmp_path / "free", V1, {"memory/y/memory.limit_in_bytes": "9223372036854771712"}),
         Cgroup(tmp_path, tmp_path / "none"),
     ):
         assert (found.cpu_quota(), found.throttled_seconds()) == (None, None)

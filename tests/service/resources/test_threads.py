@@ -9,15 +9,17 @@ import pytest
 
 from fovea.service.resources.threads import available_cpus, plan_threads
 from fovea.service.settings import Settings
-from tests.service.resources.test_cgroup import cgroup
+from tests.service.resources.test_cgroup import make_cgroup
 
 AFFINITY = len(os.sched_getaffinity(0))
 
 
 def test_the_quota_counts_where_it_is_less_than_the_affinity(tmp_path: Path) -> None:
-    assert available_cpus(cgroup(tmp_path / "less", "0::/\n", {"cpu.max": "50000 100000\n"})) == 0.5
-    assert available_cpus(cgroup(tmp_path / "more", "0::/\n", {"cpu.max": "1000000000 100000"})) == AFFINITY
-    assert available_cpus(cgroup(tmp_path / "none", "", {})) == AFFINITY
+    assert available_cpus(make_cgroup(tmp_path / "less", "0::/\n", {"cpu.max": "50000 100000\n"})) == 0.5
+    assert (
+        available_cpus(make_cgroup(tmp_path / "more", "0::/\n", {"cpu.max": "1000000000 100000"})) == AFFINITY
+    )
+    assert available_cpus(make_cgroup(tmp_path / "none", "", {})) == AFFINITY
 
 
 def test_the_affinity_counts() -> None:

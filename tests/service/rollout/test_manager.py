@@ -14,19 +14,19 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.serving.classifier import Classifier
 from fovea.service.settings import load_settings
-from tests.graphs import build, publish
-from tests.zoo import put
+from tests.graphs import add_to_repository, build_model
+from tests.zoo import publish_variant
 
 
 def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path: Path) -> None:
-    zoo = publish(build(), tmp_path / "zoo")
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
     classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
 
     async def work() -> None:
         await classifier.start()
         steward = ModelManager(classifier)
         try:
-            put(zoo, seed=1)
+            publish_variant(zoo, seed=1)
             preparing = asyncio.create_task(steward.prepare("small", find_versions(zoo, "small")))
             while not steward._load_lock.locked():
                 await asyncio.sleep(0.001)  # the trial is under way

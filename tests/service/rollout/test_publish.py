@@ -16,7 +16,7 @@ import pytest
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError
 from fovea.service.rollout.publish import _add_version, publish_model
-from tests.graphs import build
+from tests.graphs import build_model
 from tests.servers import ROOT
 
 STUCK = """
@@ -39,15 +39,15 @@ fovea.service.rollout.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sy
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "made.onnx"
-    onnx.save(build(), path)
+    onnx.save(build_model(), path)
     return path
 
 
-def contents(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def start_stuck(model: Path, zoo: Path) -> subprocess.Popen[str]:
+def start_stuck_publisher(model: Path, zoo: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(model), str(zoo)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -61,19 +61,19 @@ def test_what_a_publisher_leaves_blocks_nobody_and_is_removed(
     model: Path, tmp_path: Path, number: int
 ) -> None:
     zoo = tmp_path / "zoo"
-    with start_stuck(model, zoo) as process:
+    with start_stuck_publisher(model, zoo) as process:
         process.send_signal(number)
     assert publish_model(model, zoo) == zoo / "small" / "1" / "model.onnx"
-    assert contents(zoo / "small") == ["1"]
+    assert list_names(zoo / "small") == ["1"]
 
 
 def test_one_that_is_at_work_is_left_alone(model: Path, tmp_path: Path) -> None:
     zoo = tmp_path / "zoo"
-    with start_stuck(model, zoo) as process:
+    with start_stuck_publisher(model, zoo) as process:
         try:
-            before = contents(zoo / "small")
+            before = list_names(zoo / "small")
             publish_model(model, zoo)
-            assert contents(zoo / "small") == [*before, "1"]
+            assert list_names(zoo / "small") == [*before, "1"]
         finally:
             process.kill()
 
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_process_can_publish_again(
     assert "cannot write into" in refusal
     assert "File too large" in refusal
     assert place == str(zoo / "small" / "1" / "model.onnx")
-    assert contents(zoo / "small") == ["1"]
+    assert list_names(zoo / "small") == ["1"]
 
 
 def test_one_that_fails_leaves_no_folder(model: Path, tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def test_one_that_fails_leaves_no_folder(model: Path, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, kept)
-    assert contents(tmp_path / "zoo") == []
+    assert list_names(tmp_path / "zoo") == []
 
 
 def test_many_at_once_have_a_version_each(model: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         places = list(pool.map(lambda _: publish_model(model, tmp_path / "zoo", "pets"), range(8)))
     assert sorted(int(path.parent.name) for path in places) == list(range(1, 9))
-    assert contents(tmp_path / "zoo" / "pets") == [str(number) for number in range(1, 9)]
+    assert list_names(tmp_path / "zoo" / "pets") == [str(number) for number in range(1, 9)]
 
 
 def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
             for number in range(100):
                 folder = tmp_path / "zoo" / str(number)
                 list(pool.map(lambda _, folder=folder: _add_version(source, stamp, folder), range(8)))
-                assert contents(folder) == [str(version) for version in range(1, 9)]
+                assert list_names(folder) == [str(version) for version in range(1, 9)]
     finally:
         sys.setswitchinterval(interval)
 
@@ -153,7 +153,7 @@ def test_a_dead_link_in_place_of_the_repository_is_an_error(model: Path, tmp_pat
 
 
 def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: Path) -> None:
-    with start_stuck(model, tmp_path / "zoo") as process:
+    with start_stuck_publisher(model, tmp_path / "zoo") as process:
         os.utime(model, ns=(0, 0))
         process.kill()
     code = STUCK.replace("time.sleep(600)", "__import__('os').utime(source, ns=(1, 1))")
@@ -162,7 +162,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: P
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "has changed while it was published" in ended.stderr
-    assert contents(tmp_path / "zoo") == []
+    assert list_names(tmp_path / "zoo") == []
 
 
 def test_a_version_can_be_read_by_others(model: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.rollout.refusals import Refusals
-from tests.graphs import build, publish
-from tests.servers import Server, run_service, until
-from tests.zoo import PICTURES, ask, put, status_of, version_of
+from tests.graphs import add_to_repository, build_model
+from tests.servers import Server, run_service, wait_until
+from tests.zoo import PICTURES, classify_pictures, get_served_version, get_status, publish_variant
 
 pytestmark = pytest.mark.long
 
@@ -27,39 +27,39 @@ CLASSIFY = "/v1/models/small/classify"
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    return publish(build(), tmp_path / "zoo")
+    return add_to_repository(build_model(), tmp_path / "zoo")
 
 
 @contextmanager
-def serve(zoo: Path, **settings: str) -> Iterator[Server]:
-    watched = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0", "FOVEA_MANAGEMENT": "true"}
-    with Server(FOVEA_MODELS=str(zoo), **{**watched, **settings}) as running:
-        yield running
+def run_server(zoo: Path, **settings: str) -> Iterator[Server]:
+    base_settings = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0", "FOVEA_MANAGEMENT": "true"}
+    with Server(FOVEA_MODELS=str(zoo), **{**base_settings, **settings}) as server:
+        yield server
 
 
-def garbage(zoo: Path, version: str, name: str = "small") -> Path:
+def write_garbage(zoo: Path, version: str, name: str = "small") -> Path:
     folder = zoo / name / version
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(b"no model at all")
     return folder
 
 
-def refused(running: Server) -> dict[tuple[str, str], str]:
-    listed = running.client.get("/v1/models").json()["refused"]
-    return {(one["name"], one["version"]): one["reason"] for one in listed}
+def fetch_refusals(server: Server) -> dict[tuple[str, str], str]:
+    entries = server.client.get("/v1/models").json()["refused"]
+    return {(one["name"], one["version"]): one["reason"] for one in entries}
 
 
-def wait_until_refused(running: Server, version: str = "2") -> None:
-    until(lambda: ("small", version) in refused(running))
+def wait_until_refused(server: Server, version: str = "2") -> None:
+    wait_until(lambda: ("small", version) in fetch_refusals(server))
 
 
-def flipping(zoo: Path, running: Server) -> None:
+def publish_refused(zoo: Path, server: Server) -> None:
     """Put a version that gives many of the last images another label, and wait until it is refused."""
     for picture in PICTURES * 5:
-        ask(running, picture)
-    put(zoo, seed=1)
-    wait_until_refused(running)
-    assert version_of(running) == "1"
+        classify_pictures(server, picture)
+    publish_variant(zoo, seed=1)
+    wait_until_refused(server)
+    assert get_served_version(server) == "1"
 
 
 FLIPS = {"FOVEA_SWAP_FLIPS": "0.1"}
@@ -72,17 +72,17 @@ both = pytest.mark.parametrize("workers", ["1", "2"])
 
 @both
 def test_garbage_that_was_refused_harms_no_restart(zoo: Path, workers: str) -> None:
-    publish(build(seed=5), zoo, "other")
-    with serve(zoo, FOVEA_WORKERS=workers) as running:
-        garbage(zoo, "2")
+    add_to_repository(build_model(seed=5), zoo, "other")
+    with run_server(zoo, FOVEA_WORKERS=workers) as running:
+        write_garbage(zoo, "2")
         wait_until_refused(running)
-        assert version_of(running) == "1"
-        assert running.metric("fovea_versions_refused", model="small") == 1
-    with serve(zoo, FOVEA_WORKERS=workers) as again:
-        assert version_of(again) == "1"
-        assert version_of(again, "other") == "1"
-        assert "cannot load the model" in refused(again)["small", "2"]
-        assert again.metric("fovea_versions_refused", model="small") == 1
+        assert get_served_version(running) == "1"
+        assert running.read_metric("fovea_versions_refused", model="small") == 1
+    with run_server(zoo, FOVEA_WORKERS=workers) as again:
+        assert get_served_version(again) == "1"
+        assert get_served_version(again, "other") == "1"
+        assert "cannot load the model" in fetch_refusals(again)["small", "2"]
+        assert again.read_metric("fovea_versions_refused", model="small") == 1
         index = {(one["name"], one["version"]): one for one in again.client.post(INDEX).json()}
         assert index["small", "2"]["state"] == "UNAVAILABLE"
         assert "cannot load the model" in index["small", "2"]["reason"]
@@ -91,25 +91,25 @@ def test_garbage_that_was_refused_harms_no_restart(zoo: Path, workers: str) -> N
 
 @both
 def test_garbage_that_comes_before_the_start_takes_nobody_down(zoo: Path, workers: str) -> None:
-    publish(build(seed=5), zoo, "other")
-    put(zoo, seed=1)
-    garbage(zoo, "3")
-    garbage(zoo, "4")
-    garbage(zoo, "1", "hopeless")
-    with serve(zoo, FOVEA_WORKERS=workers) as running:
-        assert version_of(running) == "2"
-        assert version_of(running, "other") == "1"
-        assert {("small", "3"), ("small", "4"), ("hopeless", "1")} == refused(running).keys()
+    add_to_repository(build_model(seed=5), zoo, "other")
+    publish_variant(zoo, seed=1)
+    write_garbage(zoo, "3")
+    write_garbage(zoo, "4")
+    write_garbage(zoo, "1", "hopeless")
+    with run_server(zoo, FOVEA_WORKERS=workers) as running:
+        assert get_served_version(running) == "2"
+        assert get_served_version(running, "other") == "1"
+        assert {("small", "3"), ("small", "4"), ("hopeless", "1")} == fetch_refusals(running).keys()
         reply = running.client.post("/v1/models/hopeless/classify", content=PICTURES[0])
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
         assert running.client.get("/health/ready").status_code == 200
-        onnx.save(build(seed=7), zoo / "hopeless" / "1" / "model.onnx")
-        until(lambda: status_of(running, "/v1/models/hopeless/classify") == 200)
-        assert ("hopeless", "1") not in refused(running)
+        onnx.save(build_model(seed=7), zoo / "hopeless" / "1" / "model.onnx")
+        wait_until(lambda: get_status(running, "/v1/models/hopeless/classify") == 200)
+        assert ("hopeless", "1") not in fetch_refusals(running)
 
 
 def test_a_strict_start_ends_with_one_line(zoo: Path) -> None:
-    garbage(zoo, "2")
+    write_garbage(zoo, "2")
     ended = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
     assert ended.returncode == 2
     assert ended.stderr.startswith("fovea: ")
@@ -117,39 +117,39 @@ def test_a_strict_start_ends_with_one_line(zoo: Path) -> None:
 
 
 def test_a_version_that_is_configured_has_no_substitute(zoo: Path) -> None:
-    publish(build(seed=5), zoo, "other")
-    garbage(zoo, "2")
+    add_to_repository(build_model(seed=5), zoo, "other")
+    write_garbage(zoo, "2")
     (zoo / "small" / "config.toml").write_text('versions = ["2"]\n')
-    with serve(zoo) as running:
-        assert status_of(running, CLASSIFY) == 503
-        assert status_of(running, "/v1/classify") in (404, 503), "the other is not the default for that"
-        assert version_of(running, "other") == "1"
+    with run_server(zoo) as running:
+        assert get_status(running, CLASSIFY) == 503
+        assert get_status(running, "/v1/classify") in (404, 503), "the other is not the default for that"
+        assert get_served_version(running, "other") == "1"
         (zoo / "small" / "config.toml").write_text('versions = ["1", "2"]\n')
-        until(lambda: ("small", "2") in refused(running))
-        assert status_of(running, CLASSIFY) == 503
+        wait_until(lambda: ("small", "2") in fetch_refusals(running))
+        assert get_status(running, CLASSIFY) == 503
         (zoo / "small" / "config.toml").unlink()
-        until(lambda: status_of(running, CLASSIFY) == 200)
-        assert version_of(running) == "1"
+        wait_until(lambda: get_status(running, CLASSIFY) == 200)
+        assert get_served_version(running) == "1"
 
 
 def test_of_versions_side_by_side_the_good_one_answers_for_itself(zoo: Path) -> None:
-    garbage(zoo, "2")
+    write_garbage(zoo, "2")
     (zoo / "small" / "config.toml").write_text('versions = ["1", "2"]\n')
-    with serve(zoo) as running:
-        assert status_of(running, "/v1/models/small/versions/1/classify") == 200
-        assert status_of(running, CLASSIFY) == 503, "version 2 would have answered"
+    with run_server(zoo) as running:
+        assert get_status(running, "/v1/models/small/versions/1/classify") == 200
+        assert get_status(running, CLASSIFY) == 503, "version 2 would have answered"
 
 
 def test_a_config_that_cannot_be_read_is_of_one_model(zoo: Path) -> None:
-    publish(build(seed=5), zoo, "other")
+    add_to_repository(build_model(seed=5), zoo, "other")
     (zoo / "small" / "config.toml").write_text("batch_size = 4\n")
-    with serve(zoo) as running:
-        assert status_of(running, CLASSIFY) == 503
-        assert version_of(running, "other") == "1"
-        assert "batch_size" in refused(running)["small", ""]
+    with run_server(zoo) as running:
+        assert get_status(running, CLASSIFY) == 503
+        assert get_served_version(running, "other") == "1"
+        assert "batch_size" in fetch_refusals(running)["small", ""]
         (zoo / "small" / "config.toml").unlink()
-        until(lambda: status_of(running, CLASSIFY) == 200)
-        assert refused(running) == {}
+        wait_until(lambda: get_status(running, CLASSIFY) == 200)
+        assert fetch_refusals(running) == {}
 
 
 # --- an empty repository -------------------------------------------------------------------------
@@ -160,18 +160,18 @@ def test_a_config_that_cannot_be_read_is_of_one_model(zoo: Path) -> None:
 def test_an_empty_repository_is_waited_for(tmp_path: Path, workers: str, watch: str) -> None:
     zoo = tmp_path / "zoo"
     (zoo / "small" / "1").mkdir(parents=True)
-    with serve(zoo, FOVEA_WORKERS=workers, FOVEA_WATCH=watch) as running:
+    with run_server(zoo, FOVEA_WORKERS=workers, FOVEA_WATCH=watch) as running:
         reply = running.client.get("/health/ready")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
         assert running.client.get("/health/live").status_code == 200
-        assert status_of(running, CLASSIFY) == 503
-        assert status_of(running, "/v1/classify") in (404, 503)
-        content = build().SerializeToString()
+        assert get_status(running, CLASSIFY) == 503
+        assert get_status(running, "/v1/classify") in (404, 503)
+        content = build_model().SerializeToString()
         (zoo / "small" / "1" / "model.onnx").write_bytes(content[: len(content) // 2])
-        until(lambda: ("small", "1") in refused(running))
+        wait_until(lambda: ("small", "1") in fetch_refusals(running))
         (zoo / "small" / "1" / "model.onnx").write_bytes(content)
-        until(lambda: running.client.get("/health/ready").status_code == 200)
-        until(lambda: version_of(running) == "1")
+        wait_until(lambda: running.client.get("/health/ready").status_code == 200)
+        wait_until(lambda: get_served_version(running) == "1")
 
 
 # --- what may be served, and is not to be --------------------------------------------------------
@@ -179,96 +179,96 @@ def test_an_empty_repository_is_waited_for(tmp_path: Path, workers: str, watch: 
 
 @both
 def test_a_refusal_is_kept_over_a_restart_until_the_file_changes(zoo: Path, workers: str) -> None:
-    with serve(zoo, FOVEA_WORKERS=workers, **FLIPS) as running:
-        flipping(zoo, running)
+    with run_server(zoo, FOVEA_WORKERS=workers, **FLIPS) as running:
+        publish_refused(zoo, running)
     record = json.loads((zoo / "small" / "2" / "trial.json").read_text())
     assert record["accepted"] is False
     assert "would get another label" in record["reason"]
-    with serve(zoo, FOVEA_WORKERS=workers) as again:  # whatever the limit is now
-        assert version_of(again) == "1"
-        assert "would get another label" in refused(again)["small", "2"]
-        onnx.save(build(seed=2), zoo / "small" / "fresh.onnx")
+    with run_server(zoo, FOVEA_WORKERS=workers) as again:  # whatever the limit is now
+        assert get_served_version(again) == "1"
+        assert "would get another label" in fetch_refusals(again)["small", "2"]
+        onnx.save(build_model(seed=2), zoo / "small" / "fresh.onnx")
         (zoo / "small" / "fresh.onnx").replace(zoo / "small" / "2" / "model.onnx")
-        until(lambda: version_of(again) == "2")
-        assert refused(again) == {}
+        wait_until(lambda: get_served_version(again) == "2")
+        assert fetch_refusals(again) == {}
 
 
 @both
 def test_somebody_may_let_it_in_for_good(zoo: Path, workers: str) -> None:
-    with serve(zoo, FOVEA_WORKERS=workers, **FLIPS) as running:
-        flipping(zoo, running)
+    with run_server(zoo, FOVEA_WORKERS=workers, **FLIPS) as running:
+        publish_refused(zoo, running)
         reply = running.client.post(LOAD, json={"parameters": {"version": "2"}})
         assert reply.status_code == 200, reply.text
-        assert version_of(running) == "2"
-        assert refused(running) == {}
-    with serve(zoo, FOVEA_WORKERS=workers, **FLIPS) as again:
-        assert version_of(again) == "2"
+        assert get_served_version(running) == "2"
+        assert fetch_refusals(running) == {}
+    with run_server(zoo, FOVEA_WORKERS=workers, **FLIPS) as again:
+        assert get_served_version(again) == "2"
 
 
 def test_what_is_broken_cannot_be_let_in(zoo: Path) -> None:
-    with serve(zoo) as running:
-        garbage(zoo, "2")
+    with run_server(zoo) as running:
+        write_garbage(zoo, "2")
         wait_until_refused(running)
         for _ in range(2):
             reply = running.client.post(LOAD, json={"parameters": {"version": "2"}})
             assert (reply.status_code, reply.json()["code"]) == (409, "swap_refused")
-        assert version_of(running) == "1"
+        assert get_served_version(running) == "1"
 
 
 def test_a_record_that_is_deleted_has_the_version_tried_again(zoo: Path) -> None:
-    with serve(zoo, **FLIPS) as running:
-        flipping(zoo, running)
-        before = running.metric("fovea_model_changes_total", model="small", result="refused")
+    with run_server(zoo, **FLIPS) as running:
+        publish_refused(zoo, running)
+        before = running.read_metric("fovea_model_changes_total", model="small", result="refused")
         (zoo / "small" / "2" / "trial.json").unlink()
-        running.wait_for(before + 1, "fovea_model_changes_total", model="small", result="refused")
-        assert version_of(running) == "1"
+        running.wait_for_metric(before + 1, "fovea_model_changes_total", model="small", result="refused")
+        assert get_served_version(running) == "1"
     (zoo / "small" / "2" / "trial.json").unlink()
-    with serve(zoo) as again:
-        assert version_of(again) == "2"
+    with run_server(zoo) as again:
+        assert get_served_version(again) == "2"
 
 
 def test_without_a_place_for_it_the_start_gives_the_same_verdict(zoo: Path) -> None:
     """A folder in the record's place stands for a repository that cannot be written."""
-    with serve(zoo, **FLIPS) as running:
+    with run_server(zoo, **FLIPS) as running:
         for picture in PICTURES * 5:
-            ask(running, picture)
+            classify_pictures(running, picture)
         (zoo / "small" / "2" / "trial.json").mkdir(parents=True)
-        onnx.save(build(seed=1), zoo / "small" / "2" / "model.onnx")
+        onnx.save(build_model(seed=1), zoo / "small" / "2" / "model.onnx")
         wait_until_refused(running)
     assert "name a folder that can be written with FOVEA_STATE" in running.log
-    with serve(zoo, FOVEA_SWAP_FLIPS="0") as again:
-        assert version_of(again) == "1"
-        assert "would get another label" in refused(again)["small", "2"]
-    with serve(zoo, FOVEA_SWAP_FLIPS="0.99") as lenient:
-        assert version_of(lenient) == "2"
+    with run_server(zoo, FOVEA_SWAP_FLIPS="0") as again:
+        assert get_served_version(again) == "1"
+        assert "would get another label" in fetch_refusals(again)["small", "2"]
+    with run_server(zoo, FOVEA_SWAP_FLIPS="0.99") as lenient:
+        assert get_served_version(lenient) == "2"
 
 
 def test_services_that_share_their_verdicts_serve_the_same(zoo: Path, tmp_path: Path) -> None:
     """One has seen images that tell the versions apart, and the other has seen none."""
     settings = {**FLIPS, "FOVEA_STATE": str(tmp_path / "state"), "FOVEA_REPLAY_IMAGES": "64"}
-    with serve(zoo, **settings) as one, serve(zoo, **settings) as other:
+    with run_server(zoo, **settings) as one, run_server(zoo, **settings) as other:
         for picture in PICTURES * 5:
-            ask(one, picture)
-        put(zoo, seed=1)
+            classify_pictures(one, picture)
+        publish_variant(zoo, seed=1)
         wait_until_refused(one)
         wait_until_refused(other)
-        until(lambda: version_of(other) == "1")
-        assert version_of(one) == "1"
+        wait_until(lambda: get_served_version(other) == "1")
+        assert get_served_version(one) == "1"
         record = tmp_path / "state" / "small" / "2.json"
         assert json.loads(record.read_text())["accepted"] is False
         assert not (zoo / "small" / "2" / "trial.json").exists()
         assert one.client.post(LOAD, json={"parameters": {"version": "2"}}).status_code == 200
-        until(lambda: version_of(other) == "2")
+        wait_until(lambda: get_served_version(other) == "2")
 
 
 def test_a_resting_model_falls_back_too(zoo: Path) -> None:
-    publish(build(seed=5), zoo, "another")
+    add_to_repository(build_model(seed=5), zoo, "another")
     settings: dict[str, Any] = {"FOVEA_MODELS_LOADED": "1", "FOVEA_DEFAULT_MODEL": "another"}
-    garbage(zoo, "2")
-    with serve(zoo, FOVEA_WATCH="0", **settings) as running:
-        assert status_of(running, CLASSIFY) == 503
-        until(lambda: status_of(running, CLASSIFY) == 200)
-        assert version_of(running) == "1"
+    write_garbage(zoo, "2")
+    with run_server(zoo, FOVEA_WATCH="0", **settings) as running:
+        assert get_status(running, CLASSIFY) == 503
+        wait_until(lambda: get_status(running, CLASSIFY) == 200)
+        assert get_served_version(running) == "1"
 
 
 def test_the_start_does_not_blame_a_version_for_the_machine(zoo: Path) -> None:

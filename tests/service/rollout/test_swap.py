@@ -20,9 +20,9 @@ import onnx
 import pytest
 
 from tests import hostile
-from tests.graphs import build, publish
-from tests.servers import ROOT, Server, until
-from tests.zoo import PICTURES, ask, put, status_of, version_of
+from tests.graphs import add_to_repository, build_model
+from tests.servers import ROOT, Server, wait_until
+from tests.zoo import PICTURES, classify_pictures, get_served_version, get_status, publish_variant
 
 pytestmark = pytest.mark.long
 
@@ -32,84 +32,84 @@ CALLERS = 4
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    return publish(build(), tmp_path / "zoo")
+    return add_to_repository(build_model(), tmp_path / "zoo")
 
 
 @contextmanager
-def serve(zoo: Path, **settings: str) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(zoo), **{**WATCHED, **settings}) as running:
-        yield running
+def run_server(zoo: Path, **settings: str) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(zoo), **{**WATCHED, **settings}) as server:
+        yield server
 
 
-def wait_for_version(running: Server, version: str) -> None:
-    until(lambda: version_of(running) == version)
+def wait_for_version(server: Server, version: str) -> None:
+    wait_until(lambda: get_served_version(server) == version)
 
 
-def wait_for_log(running: Server, log: list[str], words: str) -> None:
+def wait_for_log(server: Server, log: list[str], words: str) -> None:
     """Until the service has logged these words."""
-    until(lambda: any(words in line for line in log))
+    wait_until(lambda: any(words in line for line in log))
 
 
 @contextmanager
-def logged(zoo: Path, **settings: str) -> Iterator[tuple[Server, list[str]]]:
+def run_logged_server(zoo: Path, **settings: str) -> Iterator[tuple[Server, list[str]]]:
     """A server, and the lines of its log as they come."""
-    with serve(zoo, **settings) as running:
+    with run_server(zoo, **settings) as server:
         lines: list[str] = []
-        stream = running.process.stderr
+        stream = server.process.stderr
         assert stream
         reader = threading.Thread(target=lambda: lines.extend(iter(stream.readline, "")), daemon=True)
         reader.start()
         try:
-            yield running, lines
+            yield server, lines
         finally:
-            running.process.terminate()
+            server.process.terminate()
             reader.join()
 
 
 # --- a model comes -------------------------------------------------------------------------------
 
 
-def of_all(running: Server, ask: Callable[[httpx.Client], Any]) -> set[Any]:
+def ask_workers(server: Server, request: Callable[[httpx.Client], Any]) -> set[Any]:
     """What the workers say: connections that are open at the same time are shared out among them."""
     with ExitStack() as stack:
-        clients = [stack.enter_context(httpx.Client(base_url=running.url, timeout=30)) for _ in range(4)]
-        return {ask(client) for client in clients}
+        clients = [stack.enter_context(httpx.Client(base_url=server.url, timeout=30)) for _ in range(4)]
+        return {request(client) for client in clients}
 
 
-def defaults_of(running: Server) -> set[str]:
+def default_names(server: Server) -> set[str]:
     """Who answers where no model is named; an empty name where nobody does."""
 
-    def ask(client: httpx.Client) -> str:
+    def ask_default(client: httpx.Client) -> str:
         reply = client.post("/v1/classify", content=PICTURES[0]).json()
         return str(reply["model"]["name"]) if "model" in reply else ""
 
-    return of_all(running, ask)
+    return ask_workers(server, ask_default)
 
 
-def pids_of(running: Server) -> set[int]:
-    return of_all(running, lambda one: one.get("/runtime").json()["pid"])
+def worker_pids(server: Server) -> set[int]:
+    return ask_workers(server, lambda one: one.get("/runtime").json()["pid"])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_model_takes_nothing_from_the_first(zoo: Path, workers: str) -> None:
     """Until the repository says so: while it is watched, and to a worker that comes later."""
-    with logged(zoo, FOVEA_WORKERS=workers) as (running, log):
-        publish(build(), zoo, "later")
-        until(lambda: status_of(running, "/v1/models/later/classify") == 200)
-        assert defaults_of(running) == {"small"}
+    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (running, log):
+        add_to_repository(build_model(), zoo, "later")
+        wait_until(lambda: get_status(running, "/v1/models/later/classify") == 200)
+        assert default_names(running) == {"small"}
         (zoo / "default").write_text("nowhere\n")
         wait_for_log(running, log, f"{zoo}/default is 'nowhere', which is not served")
-        assert defaults_of(running) == {"small"}
+        assert default_names(running) == {"small"}
         (zoo / "default").write_text("later\n")
-        until(lambda: defaults_of(running) == {"later"})
+        wait_until(lambda: default_names(running) == {"later"})
         (zoo / "default").unlink()
         if workers == "2":
-            killed = pids_of(running).pop()
+            killed = worker_pids(running).pop()
             os.kill(killed, signal.SIGKILL)
-            until(lambda: len(pids_of(running) - {killed}) == 2)
-        assert defaults_of(running) == {"later"}
+            wait_until(lambda: len(worker_pids(running) - {killed}) == 2)
+        assert default_names(running) == {"later"}
         shutil.rmtree(zoo / "later")
-        until(lambda: defaults_of(running) == {"small"})
+        wait_until(lambda: default_names(running) == {"small"})
 
 
 # --- a version comes -----------------------------------------------------------------------------
@@ -117,66 +117,72 @@ def test_a_second_model_takes_nothing_from_the_first(zoo: Path, workers: str) ->
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_version_that_appears_is_served_and_the_old_one_unloaded(zoo: Path, workers: str) -> None:
-    with serve(zoo, FOVEA_WORKERS=workers) as running:
+    with run_server(zoo, FOVEA_WORKERS=workers) as running:
         for picture in PICTURES:
-            ask(running, picture)
-        version = put(zoo, seed=1)
+            classify_pictures(running, picture)
+        version = publish_variant(zoo, seed=1)
         wait_for_version(running, version)
-        running.wait_for(0, "fovea_model_info", model="small", version="1")
-        running.wait_for(int(workers), "fovea_model_changes_total", model="small", result="loaded")
-        assert running.metric("fovea_model_info", model="small", version="2") == 1
-        assert status_of(running, "/v1/models/small/versions/1/classify") == 404
-        expected = ask(running, *PICTURES)["results"]
-    with serve(zoo) as fresh:
-        assert ask(fresh, *PICTURES)["results"] == expected
+        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
+        running.wait_for_metric(int(workers), "fovea_model_changes_total", model="small", result="loaded")
+        assert running.read_metric("fovea_model_info", model="small", version="2") == 1
+        assert get_status(running, "/v1/models/small/versions/1/classify") == 404
+        expected = classify_pictures(running, *PICTURES)["results"]
+    with run_server(zoo) as fresh:
+        assert classify_pictures(fresh, *PICTURES)["results"] == expected
 
 
 def test_the_new_version_is_compared_on_the_last_images(zoo: Path) -> None:
-    with logged(zoo) as (running, log):
+    with run_logged_server(zoo) as (running, log):
         for picture in PICTURES:
-            ask(running, picture)
-        put(zoo, seed=0)
+            classify_pictures(running, picture)
+        publish_variant(zoo, seed=0)
         wait_for_version(running, "2")
-        assert running.metric("fovea_swap_flip_ratio", model="small") == 0
-        before = {answer: ask(running, PICTURES[answer])["predictions"][0]["label"] for answer in range(4)}
-        put(zoo, seed=1)
+        assert running.read_metric("fovea_swap_flip_ratio", model="small") == 0
+        before = {
+            answer: classify_pictures(running, PICTURES[answer])["predictions"][0]["label"]
+            for answer in range(4)
+        }
+        publish_variant(zoo, seed=1)
         wait_for_version(running, "3")
-        after = {answer: ask(running, PICTURES[answer])["predictions"][0]["label"] for answer in range(4)}
+        after = {
+            answer: classify_pictures(running, PICTURES[answer])["predictions"][0]["label"]
+            for answer in range(4)
+        }
         flipped = sum(before[answer] != after[answer] for answer in before)
         assert flipped > 0
-        assert 0 < running.metric("fovea_swap_flip_ratio", model="small") <= 1
-        assert 0.1 < running.metric("fovea_swap_slowdown_ratio", model="small") < 10
+        assert 0 < running.read_metric("fovea_swap_flip_ratio", model="small") <= 1
+        assert 0.1 < running.read_metric("fovea_swap_slowdown_ratio", model="small") < 10
     assert any("of the last" in line and "another label than version 1" in line for line in log)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_version_that_flips_too_many_labels_is_refused(zoo: Path, workers: str) -> None:
-    with logged(zoo, FOVEA_SWAP_FLIPS="0.2", FOVEA_WORKERS=workers) as (running, log):
+    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0.2", FOVEA_WORKERS=workers) as (running, log):
         for picture in PICTURES * 5:
-            ask(running, picture)
-        put(zoo, seed=1)
+            classify_pictures(running, picture)
+        publish_variant(zoo, seed=1)
         wait_for_log(running, log, "would get another label")
-        assert version_of(running) == "1"
-        assert running.metric("fovea_model_changes_total", model="small", result="refused") >= 1
-        put(zoo, seed=0)
+        assert get_served_version(running) == "1"
+        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") >= 1
+        publish_variant(zoo, seed=0)
         wait_for_version(running, "3")
-        refused = running.metric("fovea_model_changes_total", model="small", result="refused")
+        refused = running.read_metric("fovea_model_changes_total", model="small", result="refused")
         assert 1 <= refused <= int(workers), "once, and not at each look"
 
 
 def test_a_version_that_is_too_slow_is_refused(zoo: Path) -> None:
-    with logged(zoo, FOVEA_SWAP_SLOWDOWN="0.01") as (running, log):
-        ask(running)
-        put(zoo, seed=0)
+    with run_logged_server(zoo, FOVEA_SWAP_SLOWDOWN="0.01") as (running, log):
+        classify_pictures(running)
+        publish_variant(zoo, seed=0)
         wait_for_log(running, log, "times as long; at most 0.01 (FOVEA_SWAP_SLOWDOWN)")
-        assert version_of(running) == "1"
+        assert get_served_version(running) == "1"
 
 
 def test_no_image_is_kept_if_none_is_to_be(zoo: Path) -> None:
-    with serve(zoo, FOVEA_REPLAY_IMAGES="0", FOVEA_SWAP_FLIPS="0") as running:
+    with run_server(zoo, FOVEA_REPLAY_IMAGES="0", FOVEA_SWAP_FLIPS="0") as running:
         for picture in PICTURES:
-            ask(running, picture)
-        put(zoo, seed=1)
+            classify_pictures(running, picture)
+        publish_variant(zoo, seed=1)
         wait_for_version(running, "2")
 
 
@@ -184,52 +190,52 @@ def test_no_image_is_kept_if_none_is_to_be(zoo: Path) -> None:
 
 
 def test_a_version_that_is_removed_gives_way_to_the_one_before(zoo: Path) -> None:
-    put(zoo, seed=1)
-    with serve(zoo) as running:
-        assert version_of(running) == "2"
+    publish_variant(zoo, seed=1)
+    with run_server(zoo) as running:
+        assert get_served_version(running) == "2"
         shutil.rmtree(zoo / "small" / "2")
         wait_for_version(running, "1")
 
 
 def test_a_config_rolls_back_and_forth(zoo: Path) -> None:
-    put(zoo, seed=1)
-    with serve(zoo) as running:
+    publish_variant(zoo, seed=1)
+    with run_server(zoo) as running:
         (zoo / "small" / "config.toml").write_text('versions = ["1"]\n')
         wait_for_version(running, "1")
         (zoo / "small" / "config.toml").write_text('versions = ["1", "2"]\n')
         wait_for_version(running, "2")
-        assert status_of(running, "/v1/models/small/versions/1/classify") == 200
+        assert get_status(running, "/v1/models/small/versions/1/classify") == 200
         (zoo / "small" / "config.toml").unlink()
-        running.wait_for(0, "fovea_model_info", model="small", version="1")
+        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
 
 
 def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothing(
     zoo: Path,
 ) -> None:
-    put(zoo, seed=1, name="other")
-    with logged(zoo) as (running, log):
-        assert ask(running, name="other")
+    publish_variant(zoo, seed=1, name="other")
+    with run_logged_server(zoo) as (running, log):
+        assert classify_pictures(running, name="other")
         shutil.rmtree(zoo / "other")
-        until(lambda: status_of(running, "/v1/models/other/classify") == 404)
+        wait_until(lambda: get_status(running, "/v1/models/other/classify") == 404)
         (zoo / "small").rename(zoo.with_name("kept"))
         wait_for_log(running, log, "is empty; what is served stays")
         zoo.with_name("kept").rename(zoo / "small")
         zoo.rename(zoo.with_name("away"))
         wait_for_log(running, log, "cannot read the repository")
-        assert version_of(running) == "1"
+        assert get_served_version(running) == "1"
         zoo.with_name("away").rename(zoo)
-        put(zoo, seed=2)
+        publish_variant(zoo, seed=2)
         wait_for_version(running, "2")
 
 
 def test_a_file_that_is_replaced_is_another_version_of_itself(zoo: Path) -> None:
-    with serve(zoo) as running:
-        before = ask(running, *PICTURES)["results"]
+    with run_server(zoo) as running:
+        before = classify_pictures(running, *PICTURES)["results"]
         fresh = zoo.parent / "fresh.onnx"
-        onnx.save(build(seed=3), fresh)
+        onnx.save(build_model(seed=3), fresh)
         fresh.replace(zoo / "small" / "1" / "model.onnx")
-        until(lambda: ask(running, *PICTURES)["results"] != before)
-        assert running.metric("fovea_model_info", model="small", version="1") == 1
+        wait_until(lambda: classify_pictures(running, *PICTURES)["results"] != before)
+        assert running.read_metric("fovea_model_info", model="small", version="1") == 1
 
 
 # --- what must not be served ---------------------------------------------------------------------
@@ -237,49 +243,49 @@ def test_a_file_that_is_replaced_is_another_version_of_itself(zoo: Path) -> None
 
 def test_half_a_file_is_never_loaded(zoo: Path) -> None:
     """Written in pieces, with pauses longer than the service takes to look."""
-    content = build(seed=1).SerializeToString()
-    with logged(zoo) as (running, log):
+    content = build_model(seed=1).SerializeToString()
+    with run_logged_server(zoo) as (running, log):
         (zoo / "small" / "2").mkdir()
         with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
             for start in range(0, len(content), len(content) // 3):
                 file.write(content[start : start + len(content) // 3])
                 time.sleep(0.5)
-                assert version_of(running) in ("1", "2")
+                assert get_served_version(running) in ("1", "2")
         wait_for_version(running, "2")
     assert not any("Traceback" in line for line in log)
 
 
 def test_a_file_that_grows_is_not_tried_before_it_has_settled(zoo: Path) -> None:
-    content = build(seed=1).SerializeToString()
-    with serve(zoo) as running:
+    content = build_model(seed=1).SerializeToString()
+    with run_server(zoo) as running:
         (zoo / "small" / "2").mkdir()
         with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
             for start in range(0, len(content), len(content) // 50):
                 file.write(content[start : start + len(content) // 50])
                 time.sleep(0.02)
         wait_for_version(running, "2")
-        assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
+        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
 
 
 HOSTILE = {
-    "outside": (hostile.external("../../secret.bin"), "External data path"),
-    "absolute": (hostile.external("/dev/null/secret.bin"), "Absolute path"),
-    "beside": (hostile.external("weights.bin"), "External data path"),
-    "custom operator": (hostile.custom_operator, "com.example:Conv(-1) is not a registered function/op"),
-    "truncated": (hostile.truncated, "protobuf parsing failed"),
-    "zeros": (hostile.zeros, "an ONNX file has at most 2147483647"),
+    "outside": (hostile.make_external_weight("../../secret.bin"), "External data path"),
+    "absolute": (hostile.make_external_weight("/dev/null/secret.bin"), "Absolute path"),
+    "beside": (hostile.make_external_weight("weights.bin"), "External data path"),
+    "custom operator": (hostile.write_custom_operator, "com.example:Conv(-1) is not a registered function/op"),
+    "truncated": (hostile.write_truncated, "protobuf parsing failed"),
+    "zeros": (hostile.write_zeros, "an ONNX file has at most 2147483647"),
     "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is no ONNX model"),
-    "hungry": (hostile.hungry, "the graph does not run"),
-    "without contract": (hostile.without_contract, "the model has no contract"),
-    "endless": (hostile.endless, "it could not be tried within 1 s (FOVEA_TRIAL_SECONDS)"),
+    "hungry": (hostile.write_huge_tensor, "the graph does not run"),
+    "without contract": (hostile.write_without_contract, "the model has no contract"),
+    "endless": (hostile.write_endless_loop, "it could not be tried within 1 s (FOVEA_TRIAL_SECONDS)"),
 }  # fmt: skip
 
 
 def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
     limits = {"FOVEA_TRIAL_SECONDS": "1", "FOVEA_MANAGEMENT": "true"}
-    with serve(zoo, **limits) as running:
-        ask(running)
-        runners = running.runners
+    with run_server(zoo, **limits) as running:
+        classify_pictures(running)
+        runners = running.runner_pids
         for number, (name, (write, message)) in enumerate(HOSTILE.items(), 2):
             folder = zoo / "small" / str(number)
             folder.mkdir()
@@ -288,11 +294,11 @@ def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
             assert (reply.status_code, reply.json()["code"]) == (409, "swap_refused"), name
             assert message in reply.json()["error"], name
             assert "\n" not in reply.json()["error"]
-            assert version_of(running) == "1"
+            assert get_served_version(running) == "1"
             shutil.rmtree(folder)
-        assert runners == running.runners
-        assert running.metric("fovea_runner_deaths_total") == 0
-        put(zoo, seed=1)
+        assert runners == running.runner_pids
+        assert running.read_metric("fovea_runner_deaths_total") == 0
+        publish_variant(zoo, seed=1)
         wait_for_version(running, "2")
 
 
@@ -324,13 +330,13 @@ def test_a_runner_that_dies_meanwhile_costs_no_change(
     (tmp_path / "sitecustomize.py").write_text(DYING.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     settings = {"PYTHONPATH": paths, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
-    with logged(zoo, **settings) as (running, log):
-        put(zoo, seed=1)
+    with run_logged_server(zoo, **settings) as (running, log):
+        publish_variant(zoo, seed=1)
         wait_for_version(running, "2")
-        running.wait_for(0, "fovea_model_info", model="small", version="1")
-        assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
-        running.wait_for(int(workers) * int(runners), "fovea_runners")
-        assert {version_of(running) for _ in range(8)} == {"2"}
+        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
+        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
+        running.wait_for_metric(int(workers) * int(runners), "fovea_runners")
+        assert {get_served_version(running) for _ in range(8)} == {"2"}
     assert any("died while it loaded the model" in line for line in log)
     assert not any("stays as it is" in line for line in log)
 
@@ -345,46 +351,46 @@ def test_a_model_that_kills_runners_is_given_up_and_the_old_version_answers(
     (tmp_path / "once").mkdir()
     (tmp_path / "sitecustomize.py").write_text(KILLER.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with logged(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (running, log):
-        put(zoo, seed=1)
+    with run_logged_server(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (running, log):
+        publish_variant(zoo, seed=1)
         wait_for_log(running, log, "model small stays as it is: runner")
-        running.wait_for(2, "fovea_runners")
-        assert version_of(running) == "1"
+        running.wait_for_metric(2, "fovea_runners")
+        assert get_served_version(running) == "1"
 
 
 def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(zoo: Path) -> None:
     """Renamed into the old one's place: the runner that replaces a dead one loads what was served."""
-    with logged(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (running, log):
-        before = ask(running, *PICTURES)["results"]
+    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (running, log):
+        before = classify_pictures(running, *PICTURES)["results"]
         fresh = zoo.parent / "fresh.onnx"
-        onnx.save(build(seed=3), fresh)
+        onnx.save(build_model(seed=3), fresh)
         fresh.replace(zoo / "small" / "1" / "model.onnx")
         wait_for_log(running, log, "would get another label")
-        (pid,) = running.runners
+        (pid,) = running.runner_pids
         os.kill(pid, signal.SIGKILL)
-        until(lambda: running.runners and running.runners != {pid})
-        assert ask(running, *PICTURES)["results"] == before
+        wait_until(lambda: running.runner_pids and running.runner_pids != {pid})
+        assert classify_pictures(running, *PICTURES)["results"] == before
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_refusal_may_be_as_long_as_it_likes(zoo: Path, workers: str) -> None:
     """A library quotes what a hostile file says; what workers tell each other has a bound."""
-    model = build()
+    model = build_model()
     model.graph.node[3].domain = "x" * 70_000
     model.opset_import.append(onnx.helper.make_opsetid("x" * 70_000, 1))
-    with logged(zoo, FOVEA_WORKERS=workers) as (running, log):
+    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (running, log):
         (zoo / "small" / "2").mkdir()
         onnx.save(model, zoo / "small" / "2" / "model.onnx")
         wait_for_log(running, log, "stays as it is")
-        put(zoo, seed=1)
+        publish_variant(zoo, seed=1)
         wait_for_version(running, "3")
 
 
 @pytest.mark.slow
 def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
-    with serve(zoo, FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as running:
+    with run_server(zoo, FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as running:
         for _ in range(25):
-            put(zoo, seed=0)
+            publish_variant(zoo, seed=0)
             assert running.client.post("/v2/repository/models/small/load").status_code == 200
         shown = set(re.findall(r'model="small",.*version="(\d+)"', running.client.get("/metrics").text))
     assert shown == {str(version) for version in range(6, 27)}
@@ -393,46 +399,48 @@ def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
 # --- under load ----------------------------------------------------------------------------------
 
 
-def answers_of(zoo: Path, seeds: int) -> dict[str, list[Any]]:
+def answers_by_version(zoo: Path, seeds: int) -> dict[str, list[Any]]:
     """What each version says of the pictures, by a service that has nothing else to do."""
-    found = {}
+    answers = {}
     for version in range(1, seeds + 1):
         (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')
-        with serve(zoo) as alone:
-            found[str(version)] = ask(alone, *PICTURES)["results"]
+        with run_server(zoo) as server:
+            answers[str(version)] = classify_pictures(server, *PICTURES)["results"]
     (zoo / "small" / "config.toml").unlink()
-    return found
+    return answers
 
 
-def load(url: str, right: dict[str, list[Any]], enough: threading.Event) -> tuple[Counter[str], list[float]]:
+def send_load(
+    url: str, expected: dict[str, list[Any]], stop: threading.Event
+) -> tuple[Counter[str], list[float]]:
     """Ask until told to stop: what came how often, and how long each took in seconds."""
-    seen: Counter[str] = Counter()
-    taken = []
+    outcomes: Counter[str] = Counter()
+    durations = []
     with httpx.Client(base_url=url, timeout=30) as client:
-        while not enough.is_set():
-            started = time.monotonic()
+        while not stop.is_set():
+            started_at = time.monotonic()
             try:
                 files = [("image", picture) for picture in PICTURES]
                 reply = client.post("/v1/models/small/classify?top_k=0", files=files)
             except httpx.HTTPError as error:
-                seen[repr(error)] += 1
+                outcomes[repr(error)] += 1
                 continue
-            taken.append(time.monotonic() - started)
+            durations.append(time.monotonic() - started_at)
             if reply.status_code != 200:
-                seen[f"{reply.status_code} {reply.text}"] += 1
+                outcomes[f"{reply.status_code} {reply.text}"] += 1
             else:
                 version = reply.json()["model"]["version"]
-                seen[version if reply.json()["results"] == right[version] else "mixed"] += 1
-    return seen, taken
+                outcomes[version if reply.json()["results"] == expected[version] else "mixed"] += 1
+    return outcomes, durations
 
 
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_no_request_is_lost_or_mixed_while_versions_change(zoo: Path, workers: str) -> None:
-    put(zoo, seed=1)
-    right = answers_of(zoo, 2)
+    publish_variant(zoo, seed=1)
+    right = answers_by_version(zoo, 2)
     enough = threading.Event()
-    with serve(zoo, FOVEA_WORKERS=workers) as running, ThreadPoolExecutor(CALLERS) as pool:
-        callers = [pool.submit(load, running.url, right, enough) for _ in range(CALLERS)]
+    with run_server(zoo, FOVEA_WORKERS=workers) as running, ThreadPoolExecutor(CALLERS) as pool:
+        callers = [pool.submit(send_load, running.url, right, enough) for _ in range(CALLERS)]
         try:
             for version in ("1", "2", "1"):
                 (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')

@@ -17,11 +17,11 @@ import httpx
 import pytest
 
 from fovea.bench.groups import ControlGroup, create_limited_group
-from tests.graphs import build, publish
-from tests.pictures import encode, jpeg, picture
-from tests.servers import Server, until
-from tests.tools import OF_THE_SYSTEM
-from tests.zoo import ask, put, version_of
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import draw_picture, encode_image, make_jpeg
+from tests.servers import Server, wait_until
+from tests.tools import SYSTEM_REASON
+from tests.zoo import classify_pictures, get_served_version, publish_variant
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +31,7 @@ CALLERS = 6
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    return publish(build(), tmp_path / "zoo")
+    return add_to_repository(build_model(), tmp_path / "zoo")
 
 
 @contextmanager
@@ -39,22 +39,22 @@ def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple
     """Start a service in a group of `megabytes`; skip the test where no group can be made."""
     with create_limited_group(megabytes * MB) as group:
         if group is None:
-            pytest.skip(f"{OF_THE_SYSTEM}lets no group with a memory limit be made")
+            pytest.skip(f"{SYSTEM_REASON}lets no group with a memory limit be made")
         popen = {"args": group.wrap_command([sys.executable, "-m", "fovea.service"])}
-        with Server(popen, FOVEA_MODELS=str(zoo), **settings) as running:
-            yield running, group
+        with Server(popen, FOVEA_MODELS=str(zoo), **settings) as server:
+            yield server, group
 
 
 @pytest.fixture(scope="module")
 def bodies() -> list[bytes]:
     """Large pictures of several formats and costs, and a small one."""
-    photograph = picture(1500, 1200).resize((6000, 4000))
-    flat = picture(64, 64).resize((7000, 7000))
+    photograph = draw_picture(1500, 1200).resize((6000, 4000))
+    flat = draw_picture(64, 64).resize((7000, 7000))
     return [
-        encode(photograph, "JPEG", quality=80),
-        encode(photograph.resize((3000, 2000)), "PNG", compress_level=1),
-        encode(flat, "WEBP", quality=10, method=0),
-        jpeg(),
+        encode_image(photograph, "JPEG", quality=80),
+        encode_image(photograph.resize((3000, 2000)), "PNG", compress_level=1),
+        encode_image(flat, "WEBP", quality=10, method=0),
+        make_jpeg(),
     ]
 
 
@@ -76,7 +76,7 @@ def test_whatever_is_asked_is_answered_or_refused_and_nobody_is_killed(
         assert set(statuses) <= {200, 413, 503}, statuses
         assert statuses[200] >= CALLERS  # the small ones at least
         assert group.kill_count == 0
-        assert running.metric("fovea_runner_deaths_total") == 0
+        assert running.read_metric("fovea_runner_deaths_total") == 0
 
 
 def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo: Path) -> None:
@@ -89,29 +89,29 @@ def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo:
         def explain() -> None:
             with httpx.Client(base_url=running.url, timeout=120) as client:
                 while not is_over.is_set():
-                    statuses[client.post("/v1/explain", content=jpeg()).status_code] += 1
+                    statuses[client.post("/v1/explain", content=make_jpeg()).status_code] += 1
 
         asking = threading.Thread(target=explain)
         asking.start()
         try:
-            until(lambda: statuses[200])
+            wait_until(lambda: statuses[200])
             for seed in (1, 2):
-                version = put(zoo, seed=seed)
-                until(partial(_answers, running, version))
-                until(partial(_more_than, statuses, statuses[200]))
+                version = publish_variant(zoo, seed=seed)
+                wait_until(partial(_is_served, running, version))
+                wait_until(partial(_has_more_than, statuses, statuses[200]))
         finally:
             is_over.set()
             asking.join()
         assert set(statuses) <= {200, 503}, statuses
-        assert ask(running)["model"]["version"] == "3"
+        assert classify_pictures(running)["model"]["version"] == "3"
         assert group.kill_count == 0
 
 
-def _answers(running: Server, version: str) -> bool:
-    return version_of(running) == version
+def _is_served(server: Server, version: str) -> bool:
+    return get_served_version(server) == version
 
 
-def _more_than(statuses: Counter[int], count: int) -> bool:
+def _has_more_than(statuses: Counter[int], count: int) -> bool:
     return statuses[200] > count
 
 
@@ -119,7 +119,7 @@ def test_memory_for_inflated_bodies_is_returned_to_the_system(small_zoo: Path) -
     """glibc's own limits rise with large blocks, and small blocks leave gaps: it kept 100 to 300 MB."""
     packed = gzip.compress(os.urandom(7 * MB), 1)
     with Server(FOVEA_MODELS=str(small_zoo)) as running:
-        before = _anonymous(running.process.pid)
+        before = _anonymous_bytes(running.process.pid)
 
         def send(_number: int) -> int:
             with httpx.Client(base_url=running.url, timeout=60) as client:
@@ -128,11 +128,11 @@ def test_memory_for_inflated_bodies_is_returned_to_the_system(small_zoo: Path) -
 
         with ThreadPoolExecutor(CALLERS) as pool:
             assert set(pool.map(send, range(48))) <= {415, 503}
-        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
-        assert _anonymous(running.process.pid) - before < 32 * MB
+        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        assert _anonymous_bytes(running.process.pid) - before < 32 * MB
 
 
-def _anonymous(pid: int) -> int:
+def _anonymous_bytes(pid: int) -> int:
     """Bytes of anonymous memory that are resident (proc_pid_status(5))."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024

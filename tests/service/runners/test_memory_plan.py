@@ -17,7 +17,7 @@ from fovea.service.settings import Settings
 MB = 1 << 20
 
 
-def limited(folder: Path, limit: int | None) -> Cgroup:
+def make_cgroup(folder: Path, limit: int | None) -> Cgroup:
     """A control group of version 2 with this limit, or without one."""
     (folder / "group").mkdir(exist_ok=True)
     (folder / "self").write_text("0::/\n")
@@ -25,9 +25,9 @@ def limited(folder: Path, limit: int | None) -> Cgroup:
     return Cgroup(folder / "group", folder / "self")
 
 
-def fit(folder: Path, limit: int | None, **values: Any) -> Settings:
+def fit_settings(folder: Path, limit: int | None, **values: Any) -> Settings:
     settings = Settings(**{"models": folder, **values})
-    return memory_plan.fit_to_memory(settings, limited(folder, limit))
+    return memory_plan.fit_to_memory(settings, make_cgroup(folder, limit))
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_limit_nothing_changes(folder: Path) -> None:
-    assert fit(folder, None) == Settings(models=folder)
+    assert fit_settings(folder, None) == Settings(models=folder)
 
 
 def test_with_room_for_all_nothing_changes_but_how_long_an_explainer_stays(folder: Path) -> None:
-    roomy = fit(folder, 16 << 30)
+    roomy = fit_settings(folder, 16 << 30)
     assert roomy == Settings(models=folder).model_copy(update={"explain_idle": roomy.explain_idle})
 
 
@@ -59,7 +59,7 @@ def test_with_room_for_all_nothing_changes_but_how_long_an_explainer_stays(folde
 @pytest.mark.parametrize("workers", [1, 2])
 def test_all_that_callers_can_make_it_take_fits(folder: Path, limit: int, workers: int) -> None:
     one = folder / "a" / "2" / "model.onnx"
-    settings = fit(folder, limit * MB, runners=1, workers=workers, models=one)
+    settings = fit_settings(folder, limit * MB, runners=1, workers=workers, models=one)
     at_rest = workers * (70 + 58 + 24) + (40 if workers > 1 else 0)
     spare = workers * (58 + 2 * 24 + 16)
     left = limit * 0.9 - at_rest
@@ -74,15 +74,15 @@ def test_all_that_callers_can_make_it_take_fits(folder: Path, limit: int, worker
 
 def test_runners_are_left_out_where_there_is_no_memory_for_them(folder: Path) -> None:
     """Each takes 58 MB, and three times the 28 MB of models."""
-    planned = fit(folder, None)
+    planned = fit_settings(folder, None)
     assert planned.runners == 0  # one for each processor
-    assert fit(folder, 300 * MB).runners == 1
-    assert fit(folder, 300 * MB, runners=2).runners == 2  # it was asked for
+    assert fit_settings(folder, 300 * MB).runners == 1
+    assert fit_settings(folder, 300 * MB, runners=2).runners == 2  # it was asked for
 
 
 def test_what_was_set_by_hand_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEA_BODY_BYTES", str(40 * MB))
-    settings = fit(folder, 512 * MB, decode_bytes=900 * MB, connections=4000)
+    settings = fit_settings(folder, 512 * MB, decode_bytes=900 * MB, connections=4000)
     assert settings.decode_bytes == 900 * MB
     assert settings.connections == 4000
     assert settings.body_bytes == 40 * MB
@@ -90,23 +90,23 @@ def test_what_was_set_by_hand_stays(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_little_for_what_it_takes_at_rest_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit(folder, 200 * MB, runners=2)
+    fit_settings(folder, 200 * MB, runners=2)
     assert "the container's memory limit of 200 MB is little for 2 runners" in caplog.text
 
 
 def test_no_memory_for_trials_and_explanations_is_said(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fit(folder, 620 * MB, workers=2, runners=1)
+    fit_settings(folder, 620 * MB, workers=2, runners=1)
     assert "leaves no memory to try new versions or to explain with 2 runners" in caplog.text
     (missing,) = map(int, re.findall(r"give the container (\d+) MB more", caplog.text))
     caplog.clear()
-    fit(folder, (620 + missing + 1) * MB, workers=2, runners=1)
+    fit_settings(folder, (620 + missing + 1) * MB, workers=2, runners=1)
     assert "leaves no memory" not in caplog.text
 
 
 def test_models_that_are_not_loaded_at_once_do_not_count(folder: Path) -> None:
-    one, both = (fit(folder, 700 * MB, runners=2, models_loaded=most) for most in (1, 0))
+    one, both = (fit_settings(folder, 700 * MB, runners=2, models_loaded=most) for most in (1, 0))
     assert one.decode_bytes > both.decode_bytes
 
 
@@ -135,11 +135,11 @@ def test_what_is_set_aside_is_taken_first_and_then_what_decoding_has_free() -> N
     assert free == [95]
 
 
-def _nothing_free(size: int) -> bool:
+def _has_no_memory(size: int) -> bool:
     return False
 
 
-def _nothing_given(size: int) -> None:
+def _refuse_release(size: int) -> None:
     raise AssertionError(size)
 
 

@@ -25,56 +25,58 @@ from fovea.service.runners.batcher import Lane
 from fovea.service.runners.messages import Answer
 from fovea.service.runners.messages import Image as Encoded
 from fovea.service.runners.pool import _count_suspects, _PendingBatch
-from tests.graphs import build, publish, undecided_about_black
-from tests.pictures import encode, jpeg, picture
-from tests.poison import DEADLY, RAISING, Gate, poisonous
-from tests.raw import Wire, post
-from tests.servers import ROOT, Server, children_of, is_running, runs_module, until
-from tests.zoo import put, status_of, version_of
+from tests.graphs import add_to_repository, build_model, build_nan_for_black
+from tests.pictures import draw_picture, encode_image, make_jpeg
+from tests.poison import EXIT_IMAGE, RAISE_IMAGE, BlockingImage, make_poison_environment
+from tests.raw import Wire, classify_request
+from tests.servers import ROOT, Server, is_running, is_running_module, list_children, wait_until
+from tests.zoo import get_served_version, get_status, publish_variant
 
-PICTURE = jpeg()
-
-
-def _until_ready(running: Server, runners: int) -> None:
-    running.wait_for(runners, "fovea_runners")
-    assert running.client.get("/health/ready").status_code == 200
+PICTURE = make_jpeg()
 
 
-def _until_not_ready(running: Server) -> httpx.Response:
-    while (reply := running.client.get("/health/ready")).status_code == 200:
+def _wait_until_ready(server: Server, runners: int) -> None:
+    server.wait_for_metric(runners, "fovea_runners")
+    assert server.client.get("/health/ready").status_code == 200
+
+
+def _wait_until_not_ready(server: Server) -> httpx.Response:
+    while (reply := server.client.get("/health/ready")).status_code == 200:
         pass
     return reply
 
 
-def _until_at_work(running: Server) -> None:
-    running.wait_for(1, "fovea_images_in_flight")
-    running.wait_for(0, "fovea_queue_images")
+def _wait_until_busy(server: Server) -> None:
+    server.wait_for_metric(1, "fovea_images_in_flight")
+    server.wait_for_metric(0, "fovea_queue_images")
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
+def gate(tmp_path: Path) -> BlockingImage:
+    return BlockingImage(tmp_path / "gate")
 
 
 @pytest.fixture
 def poisoned(small_zoo: Path, tmp_path: Path) -> Iterator[Server]:
     """One runner, and it falls for poison."""
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **poisonous(tmp_path)) as running:
+    with Server(
+        FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **make_poison_environment(tmp_path)
+    ) as running:
         yield running
 
 
-def _at_once(running: Server, gate: Gate, *images: bytes) -> list[int]:
+def _send_one_batch(server: Server, gate: BlockingImage, *images: bytes) -> list[int]:
     """The statuses of requests of one image each that come while the runner is busy: they share a batch."""
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(running.url)) for _ in range(len(images) + 1)]
-        wires[0].send(post(gate.image))
-        _until_at_work(running)
+        wires = [stack.enter_context(Wire(server.url)) for _ in range(len(images) + 1)]
+        wires[0].send(classify_request(gate.image))
+        _wait_until_busy(server)
         for waiting, (wire, image) in enumerate(zip(wires[1:], images, strict=True), 1):
-            wire.send(post(image))
-            running.wait_for(waiting, "fovea_queue_images")
-        gate.open()
-        assert wires[0].answer().code == "unsupported_format"
-        return [wire.answer().status for wire in wires[1:]]
+            wire.send(classify_request(image))
+            server.wait_for_metric(waiting, "fovea_queue_images")
+        gate.release()
+        assert wires[0].read_response().error_code == "unsupported_format"
+        return [wire.read_response().status for wire in wires[1:]]
 
 
 # --- one dies ------------------------------------------------------------------------------------
@@ -90,27 +92,27 @@ def test_no_request_fails_when_a_runner_is_killed_under_load(small_zoo: Path) ->
         ThreadPoolExecutor(6) as pool,
     ):
         asking = [pool.submit(ask, running.url) for _ in range(6)]
-        until(lambda: running.metric("fovea_images_total") >= 50)
-        os.kill(min(running.runners), signal.SIGKILL)
+        wait_until(lambda: running.read_metric("fovea_images_total") >= 50)
+        os.kill(min(running.runner_pids), signal.SIGKILL)
         assert set().union(*(one.result() for one in asking)) == {200}
-        _until_ready(running, 2)
-        assert running.metric("fovea_runner_deaths_total") == 1
-        assert running.metric("fovea_errors_total") == 0
+        _wait_until_ready(running, 2)
+        assert running.read_metric("fovea_runner_deaths_total") == 1
+        assert running.read_metric("fovea_errors_total") == 0
     assert "died, exit status -9; it is replaced" in running.log
 
 
-def test_the_batch_of_a_killed_runner_is_run_again(poisoned: Server, gate: Gate) -> None:
+def test_the_batch_of_a_killed_runner_is_run_again(poisoned: Server, gate: BlockingImage) -> None:
     with Wire(poisoned.url) as wire:
-        wire.send(post(gate.image))
-        _until_at_work(poisoned)
-        (first,) = poisoned.runners
+        wire.send(classify_request(gate.image))
+        _wait_until_busy(poisoned)
+        (first,) = poisoned.runner_pids
         os.kill(first, signal.SIGKILL)
-        until(lambda: not is_running(first))
-        gate.open()
-        assert wire.answer().code == "unsupported_format"
-        (second,) = poisoned.runners
+        wait_until(lambda: not is_running(first))
+        gate.release()
+        assert wire.read_response().error_code == "unsupported_format"
+        (second,) = poisoned.runner_pids
         assert second != first
-        assert poisoned.metric("fovea_runner_deaths_total") == 1
+        assert poisoned.read_metric("fovea_runner_deaths_total") == 1
 
 
 def test_all_killed_at_once_is_not_ready_and_requests_wait(small_zoo: Path) -> None:
@@ -119,31 +121,31 @@ def test_all_killed_at_once_is_not_ready_and_requests_wait(small_zoo: Path) -> N
         Wire(running.url) as first,
         Wire(running.url) as second,
     ):
-        for pid in running.runners:
+        for pid in running.runner_pids:
             os.kill(pid, signal.SIGKILL)
-        reply = _until_not_ready(running)
+        reply = _wait_until_not_ready(running)
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
         assert reply.headers["Retry-After"] == "1"
         assert running.client.get("/health/live").status_code == 200
         for wire in (first, second):
-            wire.send(post(PICTURE))
-        assert (first.answer().status, second.answer().status) == (200, 200)
-        _until_ready(running, 2)
-        assert running.metric("fovea_runner_deaths_total") == 2
+            wire.send(classify_request(PICTURE))
+        assert (first.read_response().status, second.read_response().status) == (200, 200)
+        _wait_until_ready(running, 2)
+        assert running.read_metric("fovea_runner_deaths_total") == 2
 
 
 # --- images that harm ----------------------------------------------------------------------------
 
 
-def test_an_image_that_kills_runners_harms_no_neighbour(poisoned: Server, gate: Gate) -> None:
-    assert _at_once(poisoned, gate, PICTURE, DEADLY, PICTURE) == [200, 500, 200]
-    assert poisoned.metric("fovea_runner_deaths_total") == 2
-    assert poisoned.metric("fovea_errors_total", reason="internal") == 1
-    _until_ready(poisoned, 1)
+def test_an_image_that_kills_runners_harms_no_neighbour(poisoned: Server, gate: BlockingImage) -> None:
+    assert _send_one_batch(poisoned, gate, PICTURE, EXIT_IMAGE, PICTURE) == [200, 500, 200]
+    assert poisoned.read_metric("fovea_runner_deaths_total") == 2
+    assert poisoned.read_metric("fovea_errors_total", reason="internal") == 1
+    _wait_until_ready(poisoned, 1)
 
 
 def test_nor_the_other_images_of_its_request(poisoned: Server) -> None:
-    files = [("file", ("a.jpg", image)) for image in (PICTURE, DEADLY, PICTURE)]
+    files = [("file", ("a.jpg", image)) for image in (PICTURE, EXIT_IMAGE, PICTURE)]
     reply = poisoned.client.post("/v1/classify", files=files)
     assert reply.status_code == 200
     good, bad, also_good = reply.json()["results"]
@@ -155,15 +157,15 @@ def test_nor_the_other_images_of_its_request(poisoned: Server) -> None:
     assert "predictions" in also_good
 
 
-def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: Gate) -> None:
-    statuses = _at_once(poisoned, gate, PICTURE, RAISING, PICTURE, PICTURE)
+def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: BlockingImage) -> None:
+    statuses = _send_one_batch(poisoned, gate, PICTURE, RAISE_IMAGE, PICTURE, PICTURE)
     assert statuses == [200, 500, 200, 200]  # what was run together is then run apart
-    reply = poisoned.client.post("/v1/classify", content=RAISING)
+    reply = poisoned.client.post("/v1/classify", content=RAISE_IMAGE)
     assert reply.json()["error"]["code"] == "internal"
     assert "on purpose" not in reply.text
     assert poisoned.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert poisoned.metric("fovea_runner_deaths_total") == 0
-    assert poisoned.metric("fovea_errors_total", reason="internal") == 2
+    assert poisoned.read_metric("fovea_runner_deaths_total") == 0
+    assert poisoned.read_metric("fovea_errors_total", reason="internal") == 2
     poisoned.__exit__(None, None, None)
     assert "ArithmeticError: raised on purpose" in poisoned.log
 
@@ -174,22 +176,24 @@ def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: G
 def test_a_runner_that_is_stopped_is_replaced(small_zoo: Path) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1.5"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        (pid,) = running.runners
+        (pid,) = running.runner_pids
         os.kill(pid, signal.SIGSTOP)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         assert not is_running(pid)
-        assert running.metric("fovea_runner_deaths_total") == 1
+        assert running.read_metric("fovea_runner_deaths_total") == 1
     assert f"runner {pid} has not answered for 1.5 s (FOVEA_BATCH_TIMEOUT); it is killed" in running.log
 
 
 @pytest.mark.long
-def test_an_image_that_hangs_runners_is_given_up(small_zoo: Path, tmp_path: Path, gate: Gate) -> None:
-    settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1", **poisonous(tmp_path)}
+def test_an_image_that_hangs_runners_is_given_up(
+    small_zoo: Path, tmp_path: Path, gate: BlockingImage
+) -> None:
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1", **make_poison_environment(tmp_path)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
         reply = running.client.post("/v1/classify", content=gate.image)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        assert running.metric("fovea_runner_deaths_total") == 2
+        assert running.read_metric("fovea_runner_deaths_total") == 2
 
 
 # --- none can be started -------------------------------------------------------------------------
@@ -200,15 +204,17 @@ def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -
     zoo = tmp_path / "zoo"
     shutil.copytree(small_zoo, zoo)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0") as running:
-        before = running.metric("fovea_runners")
+        before = running.read_metric("fovea_runners")
         shutil.rmtree(zoo / "small")
-        for pid in running.runners:
+        for pid in running.runner_pids:
             os.kill(pid, signal.SIGKILL)
-        running.wait_for(before, "fovea_runner_deaths_total")  # no batch was given to one that is dying
+        running.wait_for_metric(
+            before, "fovea_runner_deaths_total"
+        )  # no batch was given to one that is dying
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        _until_ready(running, int(before))
-        assert running.metric("fovea_runner_deaths_total") == before
-        assert running.metric("fovea_runner_start_failures_total") == 0
+        _wait_until_ready(running, int(before))
+        assert running.read_metric("fovea_runner_deaths_total") == before
+        assert running.read_metric("fovea_runner_start_failures_total") == 0
 
 
 @pytest.mark.long
@@ -219,19 +225,19 @@ def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_p
     content, when = model.read_bytes(), model.stat().st_mtime_ns
     settings = {"FOVEA_MODELS": str(zoo), "FOVEA_WATCH": "0"}
     with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as running:
-        before = running.metric("fovea_runners")
+        before = running.read_metric("fovea_runners")
         model.write_bytes(b"damaged")
-        for pid in running.runners:
+        for pid in running.runner_pids:
             os.kill(pid, signal.SIGKILL)
-        until(lambda: "a runner cannot be replaced, next try in 2 s" in log.read_text())
+        wait_until(lambda: "a runner cannot be replaced, next try in 2 s" in log.read_text())
         assert "the file has changed since it was found" in log.read_text()
-        assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
-        assert running.metric("fovea_runner_start_failures_total", reason="other") >= 1
+        assert _wait_until_not_ready(running).json()["error"]["code"] == "not_ready"
+        assert running.read_metric("fovea_runner_start_failures_total", reason="other") >= 1
         model.write_bytes(content)
         os.utime(model, ns=(when, when))
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        _until_ready(running, int(before))
-        assert running.metric("fovea_runner_deaths_total") == before
+        _wait_until_ready(running, int(before))
+        assert running.read_metric("fovea_runner_deaths_total") == before
 
 
 @pytest.mark.long
@@ -250,11 +256,11 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
     }
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        assert running.metric("fovea_runners_expected") == 2
+        assert running.read_metric("fovea_runners_expected") == 2
         flag.touch()
-        for pid in running.runners:
+        for pid in running.runner_pids:
             os.kill(pid, signal.SIGKILL)
-        running.wait_for(0, "fovea_runners")
+        running.wait_for_metric(0, "fovea_runners")
         assert running.client.get("/health/live").status_code == 200
         files = [("image", PICTURE)] * 3
         for body in ({"content": PICTURE}, {"files": files}):  # alone, and several
@@ -266,52 +272,52 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
         with Wire(running.url) as early:
             reply = running.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": "200"})
             assert reply.status_code == 504
-            early.send(post(PICTURE))
-            assert early.answer().status == 503
-        assert running.metric("fovea_images_in_flight") == 0
-        assert running.metric("fovea_queue_images") == 0
+            early.send(classify_request(PICTURE))
+            assert early.read_response().status == 503
+        assert running.read_metric("fovea_images_in_flight") == 0
+        assert running.read_metric("fovea_queue_images") == 0
         for path in ("/health/live", "/v2/health/live"):
-            until(lambda path=path: running.client.get(path).status_code == 503)  # type: ignore[misc]
+            wait_until(lambda path=path: running.client.get(path).status_code == 503)  # type: ignore[misc]
         assert "FOVEA_RUNNER_ABSENCE" in running.client.get("/health/live").text
 
 
-def _below(pid: int, module: str) -> set[int]:
+def _descendant_pids(pid: int, module: str) -> set[int]:
     """The processes below this one that run a module of the service."""
-    children = children_of(pid)
-    own = {child for child in children if runs_module(child, module)}
-    return own.union(*(_below(child, module) for child in children))
+    children = list_children(pid)
+    own = {child for child in children if is_running_module(child, module)}
+    return own.union(*(_descendant_pids(child, module) for child in children))
 
 
-def _damage(model: Path) -> None:
+def _damage_file(model: Path) -> None:
     """Written into the file, so that who has it open has the damage too."""
     with model.open("r+b") as file:
         file.write(b"damaged")
 
 
-def _kill_all(running: Server) -> None:
-    for pid in running.runners:
+def _kill_runners(server: Server) -> None:
+    for pid in server.runner_pids:
         os.kill(pid, signal.SIGKILL)
-    running.wait_for(0, "fovea_runners")
+    server.wait_for_metric(0, "fovea_runners")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, workers: str) -> None:
     """Though nobody watches the repository, and the file that was served is damaged."""
-    zoo = publish(build(seed=1), tmp_path / "zoo")
-    put(zoo, seed=2)
+    zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo")
+    publish_variant(zoo, seed=2)
     settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
-        assert version_of(running) == "2"
-        _damage(zoo / "small" / "2" / "model.onnx")
-        for pid in _below(running.process.pid, "runners.process"):
+        assert get_served_version(running) == "2"
+        _damage_file(zoo / "small" / "2" / "model.onnx")
+        for pid in _descendant_pids(running.process.pid, "runners.process"):
             os.kill(pid, signal.SIGKILL)
 
         def is_back() -> bool:
             reply = running.client.post("/v1/models/small/classify", content=PICTURE)
             return reply.status_code == 200 and reply.json()["model"]["version"] == "1"
 
-        until(is_back)
+        wait_until(is_back)
         assert running.client.get("/health/ready").status_code == 200
         listed = running.client.get("/v1/models").json()["refused"]
         assert [(one["name"], one["version"]) for one in listed] == [("small", "2")]
@@ -320,12 +326,12 @@ def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, 
 @pytest.mark.long
 def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Path) -> None:
     """All of them are killed, and the file that they had is damaged."""
-    zoo = publish(build(seed=1), tmp_path / "zoo")
-    put(zoo, seed=2)
+    zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo")
+    publish_variant(zoo, seed=2)
     settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": "2"}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
-        assert version_of(running) == "2"
-        _damage(zoo / "small" / "2" / "model.onnx")
+        assert get_served_version(running) == "2"
+        _damage_file(zoo / "small" / "2" / "model.onnx")
         tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
         for pid in {int(child) for task in tasks for child in task.read_text().split()}:
             os.kill(pid, signal.SIGKILL)
@@ -336,36 +342,36 @@ def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Pa
 
 @pytest.mark.long
 def test_a_damaged_file_takes_no_other_model_down(tmp_path: Path) -> None:
-    zoo = publish(build(seed=1), tmp_path / "zoo", "ants")
-    publish(build(seed=2), zoo, "bees")
+    zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo", "ants")
+    add_to_repository(build_model(seed=2), zoo, "bees")
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0", FOVEA_RUNNERS="2") as running:
         content = (zoo / "bees" / "1" / "model.onnx").read_bytes()
         before = running.client.post("/v1/models/bees/classify", content=PICTURE).json()["predictions"]
-        _damage(zoo / "bees" / "1" / "model.onnx")
-        _kill_all(running)
-        assert status_of(running, "/v1/models/ants/classify") in (200, 503)
-        until(lambda: status_of(running, "/v1/models/ants/classify") == 200)
-        running.wait_for(2, "fovea_runners")
+        _damage_file(zoo / "bees" / "1" / "model.onnx")
+        _kill_runners(running)
+        assert get_status(running, "/v1/models/ants/classify") in (200, 503)
+        wait_until(lambda: get_status(running, "/v1/models/ants/classify") == 200)
+        running.wait_for_metric(2, "fovea_runners")
         reply = running.client.post("/v1/models/bees/classify", content=PICTURE)
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
         (zoo / "bees" / "1" / "model.onnx").write_bytes(content)
-        until(lambda: status_of(running, "/v1/models/bees/classify") == 200)
+        wait_until(lambda: get_status(running, "/v1/models/bees/classify") == 200)
         after = running.client.post("/v1/models/bees/classify", content=PICTURE).json()["predictions"]
         assert after == before
 
 
 @pytest.mark.long
 def test_a_single_file_that_was_damaged_revives_too(tmp_path: Path) -> None:
-    path = publish(build(seed=1), tmp_path / "zoo") / "small" / "1" / "model.onnx"
+    path = add_to_repository(build_model(seed=1), tmp_path / "zoo") / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path), FOVEA_WATCH="0", FOVEA_RUNNERS="1") as running:
         content, when = path.read_bytes(), path.stat().st_mtime_ns
-        _damage(path)
-        _kill_all(running)
-        until(lambda: "no model is loaded" in running.client.get("/health/ready").text)
+        _damage_file(path)
+        _kill_runners(running)
+        wait_until(lambda: "no model is loaded" in running.client.get("/health/ready").text)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 503
         path.write_bytes(content)
         os.utime(path, ns=(when, when))
-        until(lambda: running.client.get("/health/ready").status_code == 200)
+        wait_until(lambda: running.client.get("/health/ready").status_code == 200)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
 
 
@@ -392,44 +398,44 @@ if "runners.process" in " ".join(sys.orig_argv):
 """A runner says when it begins to load one model more, and waits until it may."""
 
 
-def _gated(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Path, Path]:
-    began, gate = tmp_path / "began", tmp_path / "gate"
-    (tmp_path / "sitecustomize.py").write_text(GATED.format(began=str(began), gate=str(gate)))
+def _gated_settings(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Path, Path]:
+    started_file, gate_file = tmp_path / "began", tmp_path / "gate"
+    (tmp_path / "sitecustomize.py").write_text(GATED.format(began=str(started_file), gate=str(gate_file)))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     management = {"FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true", "PYTHONPATH": paths}
-    return {**management, **settings}, began, gate
+    return {**management, **settings}, started_file, gate_file
 
 
 def test_a_load_goes_on_when_a_runner_dies_that_has_not_begun(tmp_path: Path) -> None:
-    zoo = publish(build(), tmp_path / "zoo")
-    settings, began, gate = _gated(tmp_path, FOVEA_RUNNERS="2")
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    settings, began, gate = _gated_settings(tmp_path, FOVEA_RUNNERS="2")
     with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
-        put(zoo, seed=1)
+        publish_variant(zoo, seed=1)
         loading = pool.submit(running.client.post, LOAD)
-        until(began.exists)
-        second = max(running.runners)
+        wait_until(began.exists)
+        second = max(running.runner_pids)
         os.kill(second, signal.SIGKILL)
-        running.wait_for(1, "fovea_runner_deaths_total")
+        running.wait_for_metric(1, "fovea_runner_deaths_total")
         gate.touch()
         assert loading.result().status_code == 200
-        running.wait_for(2, "fovea_runners")
-        assert {version_of(running) for _ in range(8)} == {"2"}
+        running.wait_for_metric(2, "fovea_runners")
+        assert {get_served_version(running) for _ in range(8)} == {"2"}
 
 
 @pytest.mark.long
 def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
     """Its limit is ten times FOVEA_TRIAL_SECONDS."""
-    zoo = publish(build(), tmp_path / "zoo")
-    settings, began, gate = _gated(tmp_path, FOVEA_RUNNERS="2", FOVEA_TRIAL_SECONDS="0.5")
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    settings, began, gate = _gated_settings(tmp_path, FOVEA_RUNNERS="2", FOVEA_TRIAL_SECONDS="0.5")
     with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
-        put(zoo, seed=1)
+        publish_variant(zoo, seed=1)
         loading = pool.submit(running.client.post, LOAD)
-        until(began.exists)
-        running.wait_for(1, "fovea_runner_deaths_total")
+        wait_until(began.exists)
+        running.wait_for_metric(1, "fovea_runner_deaths_total")
         gate.touch()
         assert loading.result().status_code == 200
-        running.wait_for(2, "fovea_runners")
-        assert version_of(running) == "2"
+        running.wait_for_metric(2, "fovea_runners")
+        assert get_served_version(running) == "2"
     assert "has not loaded a model within 5 s; it is killed" in running.log
 
 
@@ -446,10 +452,10 @@ def test_a_runner_that_hangs_at_its_start_is_replaced(small_zoo: Path, tmp_path:
     )
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_TRIAL_SECONDS": "0.5", "PYTHONPATH": str(tmp_path)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        (runner,) = running.runners
+        (runner,) = running.runner_pids
         os.kill(runner, signal.SIGKILL)
-        running.wait_for(1, "fovea_runner_start_failures_total", reason="other")
-        until(lambda: running.client.get("/health/ready").status_code == 200)
+        running.wait_for_metric(1, "fovea_runner_start_failures_total", reason="other")
+        wait_until(lambda: running.client.get("/health/ready").status_code == 200)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
     assert "has not loaded its models within 20 s" in running.log
 
@@ -473,12 +479,12 @@ def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(
     (tmp_path / "sitecustomize.py").write_text(WRONG.format(flag=str(flag)))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", PYTHONPATH=paths) as running:
-        assert running.metric("fovea_runner_start_failures_total", reason="golden") == 0
+        assert running.read_metric("fovea_runner_start_failures_total", reason="golden") == 0
         flag.touch()
-        (runner,) = running.runners
+        (runner,) = running.runner_pids
         os.kill(runner, signal.SIGKILL)
-        running.wait_for(1, "fovea_runner_start_failures_total", reason="golden")
-        assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
+        running.wait_for_metric(1, "fovea_runner_start_failures_total", reason="golden")
+        assert _wait_until_not_ready(running).json()["error"]["code"] == "not_ready"
 
 
 def test_how_long_runners_are_at_work_is_counted(small_zoo: Path) -> None:
@@ -487,17 +493,19 @@ def test_how_long_runners_are_at_work_is_counted(small_zoo: Path) -> None:
         for _ in range(20):
             running.client.post("/v1/classify", content=PICTURE)
         passed = time.monotonic() - started
-        worked = sum(running.metric("fovea_stage_seconds_sum", stage=one) for one in ("decode", "inference"))
-        assert worked < running.metric("fovea_runner_busy_seconds_total") < passed
+        worked = sum(
+            running.read_metric("fovea_stage_seconds_sum", stage=one) for one in ("decode", "inference")
+        )
+        assert worked < running.read_metric("fovea_runner_busy_seconds_total") < passed
 
 
 def test_one_that_had_done_nothing_is_replaced_after_a_while(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1") as running:
-        (runner,) = running.runners
+        (runner,) = running.runner_pids
         killed = time.monotonic()
         os.kill(runner, signal.SIGKILL)
-        running.wait_for(1, "fovea_runner_deaths_total")
-        running.wait_for(1, "fovea_runners")
+        running.wait_for_metric(1, "fovea_runner_deaths_total")
+        running.wait_for_metric(1, "fovea_runners")
         assert time.monotonic() - killed >= 1.0
 
 
@@ -505,12 +513,12 @@ def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> 
     log = tmp_path / "log"
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1"}
     with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as running:
-        (runner,) = running.runners
+        (runner,) = running.runner_pids
         assert running.client.get("/health/ready").status_code == 200
         soft, hard = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (3, hard))
         os.kill(runner, signal.SIGKILL)
-        until(lambda: "a runner cannot be started: Too many open files" in log.read_text())
+        wait_until(lambda: "a runner cannot be started: Too many open files" in log.read_text())
         assert running.client.get("/health/ready").status_code == 503
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
@@ -529,30 +537,30 @@ def test_one_that_dies_while_it_loads_is_tried_again(small_zoo: Path, tmp_path: 
     )
     settings = {"FOVEA_RUNNERS": "1", "PYTHONPATH": str(tmp_path)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        (runner,) = running.runners
+        (runner,) = running.runner_pids
         os.kill(runner, signal.SIGKILL)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        assert running.metric("fovea_runner_deaths_total") == 1
+        assert running.read_metric("fovea_runner_deaths_total") == 1
     assert "a runner died while it loaded the models, exit status 3" in running.log
 
 
 # --- the service itself --------------------------------------------------------------------------
 
 
-def test_no_runner_outlives_a_killed_service(poisoned: Server, gate: Gate) -> None:
-    (runner,) = poisoned.runners
+def test_no_runner_outlives_a_killed_service(poisoned: Server, gate: BlockingImage) -> None:
+    (runner,) = poisoned.runner_pids
     with Wire(poisoned.url) as wire:
-        wire.send(post(gate.image))
-        _until_at_work(poisoned)
+        wire.send(classify_request(gate.image))
+        _wait_until_busy(poisoned)
         poisoned.process.kill()
         poisoned.process.wait()
-        gate.open()  # it finishes its batch, and finds nobody to tell
-        until(lambda: not is_running(runner))
+        gate.release()  # it finishes its batch, and finds nobody to tell
+        wait_until(lambda: not is_running(runner))
 
 
 def test_runners_give_memory_back_unless_told_otherwise(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), MALLOC_TRIM_THRESHOLD_="1000000") as running:
-        for pid in running.runners:
+        for pid in running.runner_pids:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             assert b"MALLOC_MMAP_THRESHOLD_=4194304" in environment
             assert b"MALLOC_TRIM_THRESHOLD_=1000000" in environment
@@ -560,11 +568,11 @@ def test_runners_give_memory_back_unless_told_otherwise(small_zoo: Path) -> None
 
 def test_no_idle_runner_outlives_a_killed_service(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="3") as running:
-        runners = running.runners
+        runners = running.runner_pids
         assert len(runners) == 3
         running.process.kill()
         running.process.wait()
-        until(lambda: not any(map(is_running, runners)))
+        wait_until(lambda: not any(map(is_running, runners)))
 
 
 def test_padding_in_the_middle_of_a_large_image_is_refused(server: Server) -> None:
@@ -577,7 +585,7 @@ def test_padding_in_the_middle_of_a_large_image_is_refused(server: Server) -> No
 def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> None:
     """They are written in pieces, as the socket takes them."""
     noise = np.random.default_rng(0).integers(0, 256, (400, 180, 3), dtype=np.uint8)
-    images = [encode(Image.fromarray(noise + shade), "PNG", compress_level=0) for shade in range(4)]
+    images = [encode_image(Image.fromarray(noise + shade), "PNG", compress_level=0) for shade in range(4)]
     assert len(images[0]) > 200_000
     engine = Engine.load(small_zoo / "small" / "1" / "model.onnx", provider="cpu", threads=1)
     files = [("file", ("a.png", BytesIO(image))) for image in images]
@@ -595,35 +603,35 @@ def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> N
 # --- who is suspected ----------------------------------------------------------------------------
 
 
-def _begun(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _PendingBatch:
+def _begin_batch(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _PendingBatch:
     return _PendingBatch(lambda _outcome: None, lane, images, apart)
 
 
 def test_suspects_are_what_the_runner_may_have_put_together() -> None:
     """And nobody else: an image is given up when it is suspected twice."""
     ours, others = (Lane[Encoded, Answer](model_id=i, batch_max=4, weight_max=100, weigh=len) for i in (0, 1))
-    one, large = _begun(ours, b"x"), _begun(ours, b"x" * 99)
+    one, large = _begin_batch(ours, b"x"), _begin_batch(ours, b"x" * 99)
     assert _count_suspects([]) == 0
     assert _count_suspects([one]) == 1
     assert _count_suspects([one, one, one, one, one]) == 4
-    assert _count_suspects([_begun(ours, b"x", b"x", b"x"), _begun(ours, b"x", b"x")]) == 1
+    assert _count_suspects([_begin_batch(ours, b"x", b"x", b"x"), _begin_batch(ours, b"x", b"x")]) == 1
     assert _count_suspects([one, large, one]) == 2
-    assert _count_suspects([_begun(ours, b"x" * 1000), one]) == 1
-    assert _count_suspects([one, _begun(others, b"x"), one]) == 1
-    assert _count_suspects([one, _begun(ours, b"x", apart=True), one]) == 1
-    assert _count_suspects([_begun(ours, b"x", apart=True), one]) == 1
+    assert _count_suspects([_begin_batch(ours, b"x" * 1000), one]) == 1
+    assert _count_suspects([one, _begin_batch(others, b"x"), one]) == 1
+    assert _count_suspects([one, _begin_batch(ours, b"x", apart=True), one]) == 1
+    assert _count_suspects([_begin_batch(ours, b"x", apart=True), one]) == 1
 
 
 def test_runners_stand_back_behind_the_service(server: Server) -> None:
-    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in server.runners} == {
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in server.runner_pids} == {
         os.getpriority(os.PRIO_PROCESS, server.process.pid) + 5
     }
 
 
 def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Path) -> None:
     """A model that gives NaN for black pictures: each is an error of its own, and others go on."""
-    zoo = publish(undecided_about_black(), tmp_path / "zoo")
-    black = encode(Image.new("RGB", (32, 32)), "PNG")
+    zoo = add_to_repository(build_nan_for_black(), tmp_path / "zoo")
+    black = encode_image(Image.new("RGB", (32, 32)), "PNG")
     places = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8"}
     with Server(FOVEA_MODELS=str(zoo), **places) as running:
         for _ in range(9):
@@ -639,16 +647,16 @@ def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Pa
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         assert running.client.post("/v1/explain", content=black).status_code == 500
         assert running.client.post("/v1/explain", content=PICTURE).status_code == 200
-        assert running.metric("fovea_images_in_flight") == 0
-        assert running.metric("fovea_runner_deaths_total") == 0
-        assert running.metric("fovea_errors_total", reason="internal") == 11
+        assert running.read_metric("fovea_images_in_flight") == 0
+        assert running.read_metric("fovea_runner_deaths_total") == 0
+        assert running.read_metric("fovea_errors_total", reason="internal") == 11
     assert "could not be counted" not in running.log
 
 
 @pytest.mark.long
 def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: Path) -> None:
     """Together they need more than there is: each is decoded, and cheap ones are answered meanwhile."""
-    large = encode(picture(2000, 1500), "PNG", compress_level=0)  # 84 MB by its header, of 150
+    large = encode_image(draw_picture(2000, 1500), "PNG", compress_level=0)  # 84 MB by its header, of 150
     limits = {"FOVEA_DECODE_BYTES": "200000000", "FOVEA_RUNNERS": "4"}
     with (
         Server(FOVEA_MODELS=str(small_zoo), **limits) as running,
@@ -659,24 +667,24 @@ def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: 
             return httpx.post(f"{running.url}/v1/classify", content=image, timeout=60).status_code
 
         asking = [pool.submit(ask, large) for _ in range(8)]
-        until(lambda: running.metric("fovea_decode_reserved_bytes") > 0)
+        wait_until(lambda: running.read_metric("fovea_decode_reserved_bytes") > 0)
         assert ask(PICTURE) == 200
         assert {one.result() for one in asking} == {200}
-        running.wait_for(0, "fovea_decode_reserved_bytes")
-        assert running.metric("fovea_runner_deaths_total") == 0
-        assert running.metric("fovea_queue_costly_images") == 0
+        running.wait_for_metric(0, "fovea_decode_reserved_bytes")
+        assert running.read_metric("fovea_runner_deaths_total") == 0
+        assert running.read_metric("fovea_queue_costly_images") == 0
 
 
 @pytest.mark.long
 def test_the_most_expensive_images_may_have_a_quarter_of_the_places(small_zoo: Path) -> None:
-    giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)  # 2 KB
+    giant = encode_image(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)  # 2 KB
     limits = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8", "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **limits) as running, ExitStack() as stack:
         wires = [stack.enter_context(Wire(running.url)) for _ in range(4)]
-        wires[0].send(post(giant))
-        _until_at_work(running)
+        wires[0].send(classify_request(giant))
+        _wait_until_busy(running)
         for wire in wires[1:]:
-            wire.send(post(giant))
-        answers = sorted(wire.answer().status for wire in wires)
+            wire.send(classify_request(giant))
+        answers = sorted(wire.read_response().status for wire in wires)
         assert answers == [200, 200, 200, 503]  # one at work, two that wait
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200

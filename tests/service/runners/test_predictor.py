@@ -14,22 +14,22 @@ from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
-from tests.graphs import build, undecided_about_black
-from tests.pictures import encode, jpeg
+from tests.graphs import build_model, build_nan_for_black
+from tests.pictures import encode_image, make_jpeg
 
 PLAN = ProcessPlan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
 
 @pytest.mark.parametrize(("first", "most"), [("batch", 3), (1, 1)])
 def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: str | int, most: int) -> None:
-    model = build()
+    model = build_model()
     side = model.graph.input[0].type.tensor_type.shape.dim[0]
     if isinstance(first, int):
         side.dim_value = first
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     loaded = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
     assert loaded.loaded_model.batch_max == most
-    images = [jpeg(seed=seed) for seed in range(3)]
+    images = [make_jpeg(seed=seed) for seed in range(3)]
     assert all(isinstance(answer, Answer) for answer in loaded.predict_batch(images).answers)
 
 
@@ -59,11 +59,11 @@ def test_brightness_is_the_mean_of_all_values() -> None:
 
 
 def test_an_answer_that_is_not_finite_is_an_error_and_harms_no_neighbour(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(undecided_about_black().SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(build_nan_for_black().SerializeToString())
     model = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
-    black = encode(Image.new("RGB", (32, 32)), "PNG")
+    black = encode_image(Image.new("RGB", (32, 32)), "PNG")
     (frame,) = FrameDecoder().feed(
-        model.predict_batch([jpeg(), black, ImageRequest(jpeg(), include_logits=True)]).to_bytes()
+        model.predict_batch([make_jpeg(), black, ImageRequest(make_jpeg(), include_logits=True)]).to_bytes()
     )
     report = BatchReport.from_frame(frame)
     assert isinstance(report, BatchReport)

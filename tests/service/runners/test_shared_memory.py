@@ -21,16 +21,16 @@ def slots() -> Iterator[SharedBodies]:
     made.close()
 
 
-def pages(slots: SharedBodies) -> int:
+def resident_bytes(bodies: SharedBodies) -> int:
     """Bytes of the memory that are there."""
-    return os.fstat(slots.descriptor).st_blocks * 512
+    return os.fstat(bodies.descriptor).st_blocks * 512
 
 
-def on_a_loop(act: Callable[[], None]) -> None:
+def run_on_loop(action: Callable[[], None]) -> None:
     """Then let the event loop do what is left to do."""
 
     async def run() -> None:
-        act()
+        action()
         for _ in range(20):
             await asyncio.sleep(0)
 
@@ -56,7 +56,7 @@ def test_there_are_so_many_and_the_warmest_is_taken_first(slots: SharedBodies) -
         assert slots.free_count == 1
         assert slots.allocate() is taken[2]
 
-    on_a_loop(run)
+    run_on_loop(run)
 
 
 def test_little_memory_stays_and_much_is_returned(slots: SharedBodies) -> None:
@@ -70,10 +70,10 @@ def test_little_memory_stays_and_much_is_returned(slots: SharedBodies) -> None:
         for slot, size in zip(taken, sizes, strict=True):
             slot.release(size)
 
-    on_a_loop(lambda: use(5 * MB))
-    assert pages(slots) == 5 * MB
-    on_a_loop(lambda: use(5 * MB + 1, 17 * MB, 23 * MB, 20 * MB))
-    assert 20 * MB < pages(slots) <= 33 * MB
+    run_on_loop(lambda: use(5 * MB))
+    assert resident_bytes(slots) == 5 * MB
+    run_on_loop(lambda: use(5 * MB + 1, 17 * MB, 23 * MB, 20 * MB))
+    assert 20 * MB < resident_bytes(slots) <= 33 * MB
     assert slots.free_count == 4
 
 

@@ -13,30 +13,30 @@ import pytest
 
 from fovea.service.artifact.contract import Task
 from tests import hostile
-from tests.graphs import build, publish
-from tests.pictures import jpeg
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
 from tests.raw import Wire
-from tests.servers import ROOT, Server, run_service, until
-from tests.zoo import ask, put, status_of
+from tests.servers import ROOT, Server, run_service, wait_until
+from tests.zoo import classify_pictures, get_status, publish_variant
 
 pytestmark = pytest.mark.long
 
-PICTURE = jpeg()
+PICTURE = make_jpeg()
 
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
     for name, seed in (("ants", 0), ("bees", 1), ("cows", 2)):
-        publish(build(seed=seed), tmp_path / "zoo", name)
+        add_to_repository(build_model(seed=seed), tmp_path / "zoo", name)
     return tmp_path / "zoo"
 
 
-def loaded(running: Server) -> set[str]:
-    return {model["name"] for model in running.client.get("/v1/models").json()["models"]}
+def loaded_models(server: Server) -> set[str]:
+    return {model["name"] for model in server.client.get("/v1/models").json()["models"]}
 
 
-def resting(running: Server) -> set[str]:
-    return {model["name"] for model in running.client.get("/v1/models").json()["resting"]}
+def resting_models(server: Server) -> set[str]:
+    return {model["name"] for model in server.client.get("/v1/models").json()["resting"]}
 
 
 # --- on demand -----------------------------------------------------------------------------------
@@ -44,28 +44,28 @@ def resting(running: Server) -> set[str]:
 
 def test_models_load_when_asked_for_and_the_least_recently_used_goes(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as all_of_them:
-        right = {name: ask(all_of_them, name=name) for name in ("ants", "bees", "cows")}
-        assert (loaded(all_of_them), resting(all_of_them)) == (set(right), set())
+        right = {name: classify_pictures(all_of_them, name=name) for name in ("ants", "bees", "cows")}
+        assert (loaded_models(all_of_them), resting_models(all_of_them)) == (set(right), set())
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2", FOVEA_DEFAULT_MODEL="bees") as running:
-        assert (loaded(running), resting(running)) == ({"ants", "bees"}, {"cows"})
+        assert (loaded_models(running), resting_models(running)) == ({"ants", "bees"}, {"cows"})
         for name in ("ants", "bees", "cows"):
-            assert ask(running, name=name) == right[name]
-        assert (loaded(running), resting(running)) == ({"bees", "cows"}, {"ants"})
+            assert classify_pictures(running, name=name) == right[name]
+        assert (loaded_models(running), resting_models(running)) == ({"bees", "cows"}, {"ants"})
         for name in ("bees", "ants"):
-            assert ask(running, name=name) == right[name]
-        assert resting(running) == {"cows"}
+            assert classify_pictures(running, name=name) == right[name]
+        assert resting_models(running) == {"cows"}
         assert running.client.get("/v1/models/cows/contract").json()["name"] == "cows"
-        assert resting(running) == {"bees"}
-        assert running.metric("fovea_model_info", model="bees") == 0
+        assert resting_models(running) == {"bees"}
+        assert running.read_metric("fovea_model_info", model="bees") == 0
         assert running.client.post("/v1/classify", content=PICTURE).json()["model"]["name"] == "bees"
 
 
 def test_many_who_ask_at_once_for_a_model_that_rests_load_it_once(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1") as running:
         with ThreadPoolExecutor(8) as pool:
-            statuses = pool.map(lambda _: status_of(running, "/v1/models/cows/classify"), range(8))
+            statuses = pool.map(lambda _: get_status(running, "/v1/models/cows/classify"), range(8))
             assert set(statuses) == {200}
-        assert running.metric("fovea_model_changes_total", model="cows", result="loaded") == 1
+        assert running.read_metric("fovea_model_changes_total", model="cows", result="loaded") == 1
 
 
 def test_a_model_that_cannot_be_loaded_is_503_and_the_others_answer(zoo: Path) -> None:
@@ -75,18 +75,18 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_others_answer(zoo: Path) -
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
         assert str(zoo) not in reply.text
         assert int(reply.headers["Retry-After"]) > 0
-        assert loaded(running) == {"ants", "bees"}, "nobody had to go for it"
-        assert status_of(running, "/v1/models/ants/classify") == 200
+        assert loaded_models(running) == {"ants", "bees"}, "nobody had to go for it"
+        assert get_status(running, "/v1/models/ants/classify") == 200
     assert "model cows cannot be loaded" in running.log
 
 
 def test_many_who_ask_at_once_for_a_model_that_cannot_be_loaded_have_it_tried_once(zoo: Path) -> None:
-    hostile.endless(zoo / "cows" / "1" / "model.onnx")
+    hostile.write_endless_loop(zoo / "cows" / "1" / "model.onnx")
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2", FOVEA_TRIAL_SECONDS="1") as running:
         with ThreadPoolExecutor(8) as pool:
-            statuses = pool.map(lambda _: status_of(running, "/v1/models/cows/classify"), range(8))
+            statuses = pool.map(lambda _: get_status(running, "/v1/models/cows/classify"), range(8))
             assert set(statuses) == {503}
-        assert running.metric("fovea_model_changes_total", model="cows", result="refused") == 1
+        assert running.read_metric("fovea_model_changes_total", model="cows", result="refused") == 1
 
 
 def test_models_that_are_asked_for_in_turn_by_many_all_answer(zoo: Path) -> None:
@@ -94,25 +94,25 @@ def test_models_that_are_asked_for_in_turn_by_many_all_answer(zoo: Path) -> None
     names = ["ants", "bees", "cows"]
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEADLINE_MS="30000") as running:
         for name in names:
-            assert ask(running, name=name)  # tried once
+            assert classify_pictures(running, name=name)  # tried once
         with ThreadPoolExecutor(6) as pool:
             paths = [f"/v1/models/{name}/classify" for name in names * 10]
-            assert set(pool.map(lambda path: status_of(running, path), paths)) == {200}
-        assert running.metric("fovea_images_in_flight") == 0
+            assert set(pool.map(lambda path: get_status(running, path), paths)) == {200}
+        assert running.read_metric("fovea_images_in_flight") == 0
 
 
 def test_the_latest_version_answers_even_if_an_older_one_is_loaded(zoo: Path) -> None:
-    put(zoo, seed=7, name="ants")
+    publish_variant(zoo, seed=7, name="ants")
     (zoo / "ants" / "config.toml").write_text('versions = ["1", "2"]\n')
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEFAULT_MODEL="ants") as running:
         for version in ("2", "1"):
             path = f"/v1/models/ants/versions/{version}/classify"
             assert running.client.post(path, content=PICTURE).json()["model"]["version"] == version
-        assert ask(running, name="ants")["model"]["version"] == "2"
+        assert classify_pictures(running, name="ants")["model"]["version"] == "2"
 
 
 def test_who_cannot_wait_for_a_model_that_rests_is_told_so(zoo: Path) -> None:
-    hostile.endless(zoo / "cows" / "1" / "model.onnx")
+    hostile.write_endless_loop(zoo / "cows" / "1" / "model.onnx")
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2", FOVEA_TRIAL_SECONDS="3") as running:
         headers = {"X-Deadline-Ms": "200"}
         reply = running.client.post("/v1/models/cows/classify", content=PICTURE, headers=headers)
@@ -122,14 +122,16 @@ def test_who_cannot_wait_for_a_model_that_rests_is_told_so(zoo: Path) -> None:
 def test_a_new_version_of_a_model_that_rests_waits_until_it_is_asked_for(zoo: Path) -> None:
     settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_WATCH": "0.1"}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
-        put(zoo, seed=5, name="cows")
-        until(lambda: {"name": "cows", "version": "2"} in running.client.get("/v1/models").json()["resting"])
-        assert loaded(running) == {"ants"}
-        assert ask(running, name="cows")["model"] == {"name": "cows", "version": "2"}
+        publish_variant(zoo, seed=5, name="cows")
+        wait_until(
+            lambda: {"name": "cows", "version": "2"} in running.client.get("/v1/models").json()["resting"]
+        )
+        assert loaded_models(running) == {"ants"}
+        assert classify_pictures(running, name="cows")["model"] == {"name": "cows", "version": "2"}
 
 
-def unload(running: Server, name: str) -> int:
-    return running.client.post(f"/v2/repository/models/{name}/unload").status_code
+def unload_model(server: Server, name: str) -> int:
+    return server.client.post(f"/v2/repository/models/{name}/unload").status_code
 
 
 SLOW = """
@@ -166,15 +168,15 @@ def test_a_model_that_is_unloaded_while_it_wakes_stays_unloaded(
     }
     with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
         gate.touch()
-        asking = pool.submit(status_of, running, "/v1/models/cows/classify")
-        until(began.exists)
+        asking = pool.submit(get_status, running, "/v1/models/cows/classify")
+        wait_until(began.exists)
         with httpx.Client(base_url=running.url, timeout=60) as other:
             assert other.post("/v2/repository/models/cows/unload").status_code == 200
         gate.unlink()
         assert asking.result() == 404
-        assert status_of(running, "/v1/models/cows/classify") == 404
-        assert "cows" not in loaded(running)
-        assert unload(running, "cows") == 404
+        assert get_status(running, "/v1/models/cows/classify") == 404
+        assert "cows" not in loaded_models(running)
+        assert unload_model(running, "cows") == 404
 
 
 def test_no_more_versions_are_loaded_than_there_is_room_for(zoo: Path) -> None:
@@ -189,11 +191,11 @@ def test_no_more_versions_are_loaded_than_there_is_room_for(zoo: Path) -> None:
             return [(one["name"], one["version"]) for one in listed["models"]]
 
         for seed in range(4):
-            put(zoo, seed=seed, name="dogs")
+            publish_variant(zoo, seed=seed, name="dogs")
         (zoo / "dogs" / "config.toml").write_text('versions = ["1", "2", "3", "4"]\n')
         assert load("dogs") == [("ants", "1"), ("dogs", "4")]
         for seed in range(2):
-            put(zoo, seed=seed, name="ants")
+            publish_variant(zoo, seed=seed, name="ants")
         (zoo / "ants" / "config.toml").write_text('versions = ["1", "2", "3"]\n')
         after = load("ants")
         assert len(after) == 2
@@ -204,7 +206,7 @@ def test_no_more_versions_are_loaded_than_there_is_room_for(zoo: Path) -> None:
 
 
 def test_versions_side_by_side_answer_each_for_itself(zoo: Path) -> None:
-    put(zoo, seed=7, name="ants")
+    publish_variant(zoo, seed=7, name="ants")
     (zoo / "ants" / "config.toml").write_text('versions = ["1", "2"]\n')
     with Server(FOVEA_MODELS=str(zoo)) as running:
         urls = ["/v1/models/ants/classify", *(f"/v1/models/ants/versions/{one}/classify" for one in (1, 2))]
@@ -220,9 +222,9 @@ def test_versions_side_by_side_answer_each_for_itself(zoo: Path) -> None:
 def test_a_config_that_cannot_be_read_stops_a_strict_start_and_no_running_service(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1") as running:
         (zoo / "ants" / "config.toml").write_text("batch_size = 4\n")
-        put(zoo, seed=7, name="bees")
-        until(lambda: ask(running, name="bees")["model"]["version"] == "2")
-        assert ask(running, name="ants")["model"]["version"] == "1"
+        publish_variant(zoo, seed=7, name="bees")
+        wait_until(lambda: classify_pictures(running, name="bees")["model"]["version"] == "2")
+        assert classify_pictures(running, name="ants")["model"]["version"] == "1"
     assert running.log.count("batch_size: there is no such name") == 1
     ended = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
     assert ended.returncode == 2
@@ -234,10 +236,10 @@ def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_RUNNERS="1") as running:
         files = [("image", PICTURE)] * 8
         for name, calls in (("ants", 8), ("bees", 2)):
-            before = running.metric("fovea_batch_images_count")
+            before = running.read_metric("fovea_batch_images_count")
             assert running.client.post(f"/v1/models/{name}/classify", files=files).status_code == 200
-            assert running.metric("fovea_batch_images_count") - before >= calls
-        assert running.metric("fovea_batch_images_bucket", le="1.0") >= 8
+            assert running.read_metric("fovea_batch_images_count") - before >= calls
+        assert running.read_metric("fovea_batch_images_bucket", le="1.0") >= 8
     (zoo / "cows" / "config.toml").write_text('provider = "cuda"\n')
     strict = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
     assert "ONNX Runtime has no CUDA" in strict.stderr
@@ -266,7 +268,7 @@ def test_places_are_kept_for_models_that_few_ask_for(zoo: Path) -> None:
 def test_a_flood_for_one_model_does_not_starve_another(zoo: Path) -> None:
     """Many callers of one, who fill its places: the other's single caller is answered between them."""
     enough = threading.Event()
-    flood = [("image", jpeg(640, 480))] * 16
+    flood = [("image", make_jpeg(640, 480))] * 16
 
     def pour(running: Server) -> int:
         answered = 0
@@ -277,12 +279,12 @@ def test_a_flood_for_one_model_does_not_starve_another(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_RUNNERS="1") as running, ThreadPoolExecutor(9) as pool:
         pouring = [pool.submit(pour, running) for _ in range(9)]
         try:
-            until(lambda: running.metric("fovea_queue_images") > 64)
+            wait_until(lambda: running.read_metric("fovea_queue_images") > 64)
             for _ in range(10):
-                waiting = running.metric("fovea_queue_images")
-                answered = running.metric("fovea_images_total", model="ants")
-                assert status_of(running, "/v1/models/bees/classify") == 200
-                between = running.metric("fovea_images_total", model="ants") - answered
+                waiting = running.read_metric("fovea_queue_images")
+                answered = running.read_metric("fovea_images_total", model="ants")
+                assert get_status(running, "/v1/models/bees/classify") == 200
+                between = running.read_metric("fovea_images_total", model="ants") - answered
                 assert between < max(64, waiting), "the whole queue went first"
         finally:
             enough.set()
@@ -294,16 +296,16 @@ def test_a_model_that_goes_answers_what_it_was_asked_first(zoo: Path) -> None:
         body = PICTURE
         path = b"/v1/models/ants/classify"
         wire.send(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (path, len(body)), body[:10])
-        running.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
+        running.wait_for_metric(2, "fovea_requests_in_flight")  # it, and the scrape
         shutil.rmtree(zoo / "ants")
-        until(lambda: status_of(running, "/v1/models/ants/classify") == 404)
+        wait_until(lambda: get_status(running, "/v1/models/ants/classify") == 404)
         wire.send(body[10:])
-        assert wire.answer().status == 200
+        assert wire.read_response().status == 200
 
 
 def test_tasks_of_all_kinds_are_served_together(zoo: Path) -> None:
-    publish(build(Task.BINARY, ("cat", "dog")), zoo, "pets")
-    publish(build(Task.MULTILABEL, ("sand", "sea")), zoo, "beach")
+    add_to_repository(build_model(Task.BINARY, ("cat", "dog")), zoo, "pets")
+    add_to_repository(build_model(Task.MULTILABEL, ("sand", "sea")), zoo, "beach")
     with Server(FOVEA_MODELS=str(zoo)) as running:
         for name, labels in (("pets", 2), ("beach", 2), ("ants", 4)):
-            assert len(ask(running, name=name)["predictions"]) == labels
+            assert len(classify_pictures(running, name=name)["predictions"]) == labels

@@ -18,23 +18,23 @@ LONG = {"names": "x" * 300_000}
 """As long as the names of 10,000 models."""
 
 
-def _run(work: Callable[[socket.socket, socket.socket], Coroutine[Any, Any, None]]) -> None:
+def _run_with_pair(use_ends: Callable[[socket.socket, socket.socket], Coroutine[Any, Any, None]]) -> None:
     ours, theirs = channel.create_channel()
     theirs.setblocking(False)
     with ours, theirs:
-        asyncio.run(work(ours, theirs))
+        asyncio.run(use_ends(ours, theirs))
 
 
-async def _received(end: socket.socket, count: int) -> list[Any]:
+async def _read_messages(connection: socket.socket, count: int) -> list[Any]:
     """So many whole messages, or those up to the last one, read by one who is slow to begin."""
     inbox = Inbox()
-    found: list[Any] = []
+    messages: list[Any] = []
     loop = asyncio.get_running_loop()
-    while len(found) < count and channel.NO_MORE_MESSAGE not in found[-1:]:
-        whole = inbox.add_piece(await loop.sock_recv(end, 1 << 16))
-        if whole is not None:
-            found.append(whole if whole == channel.NO_MORE_MESSAGE else json.loads(whole))
-    return found
+    while len(messages) < count and channel.NO_MORE_MESSAGE not in messages[-1:]:
+        message = inbox.add_piece(await loop.sock_recv(connection, 1 << 16))
+        if message is not None:
+            messages.append(message if message == channel.NO_MORE_MESSAGE else json.loads(message))
+    return messages
 
 
 def test_a_worker_that_is_busy_gets_everything_later() -> None:
@@ -43,10 +43,10 @@ def test_a_worker_that_is_busy_gets_everything_later() -> None:
         for number in range(5000):  # the socket has room for some hundreds
             outbox.send(commit=str(number))
         assert not outbox.is_empty
-        assert await _received(theirs, 5000) == [{"commit": str(number)} for number in range(5000)]
+        assert await _read_messages(theirs, 5000) == [{"commit": str(number)} for number in range(5000)]
         assert outbox.is_empty
 
-    _run(work)
+    _run_with_pair(work)
 
 
 def test_a_message_may_have_any_length() -> None:
@@ -54,9 +54,9 @@ def test_a_message_may_have_any_length() -> None:
         outbox = Outbox(ours)
         for message in (LONG, {"commit": "a"}, LONG, {"commit": "b"}):
             outbox.send(**message)
-        assert await _received(theirs, 4) == [LONG, {"commit": "a"}, LONG, {"commit": "b"}]
+        assert await _read_messages(theirs, 4) == [LONG, {"commit": "a"}, LONG, {"commit": "b"}]
 
-    _run(work)
+    _run_with_pair(work)
 
 
 def test_who_reads_nothing_at_all_is_given_up() -> None:
@@ -66,7 +66,7 @@ def test_who_reads_nothing_at_all_is_given_up() -> None:
             for number in range(50_000):
                 outbox.send(commit=str(number))
 
-    _run(work)
+    _run_with_pair(work)
 
 
 def test_who_has_gone_is_known_at_once() -> None:
@@ -75,7 +75,7 @@ def test_who_has_gone_is_known_at_once() -> None:
         with pytest.raises(OSError, match="Broken pipe"):
             Outbox(ours).send(commit="a")
 
-    _run(work)
+    _run_with_pair(work)
 
 
 def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() -> None:
@@ -88,13 +88,13 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
             feed.send_message(prepared=1)
         feed.report_ready(**LONG)
         stopping = asyncio.create_task(feed.stop())
-        everything = await _received(ours, 1_000_000)
+        everything = await _read_messages(ours, 1_000_000)
         said = [one for one in everything if one == channel.NO_MORE_MESSAGE or "closed" not in one]
         assert said == [*({"prepared": 1} for _ in range(5000)), {"ready": LONG}, channel.NO_MORE_MESSAGE]
         ours.shutdown(socket.SHUT_WR)
         await stopping
 
-    _run(work)
+    _run_with_pair(work)
 
 
 def test_a_worker_puts_long_messages_together() -> None:
@@ -105,4 +105,4 @@ def test_a_worker_puts_long_messages_together() -> None:
         Outbox(ours).send(**LONG)
         assert await told.get() == LONG
 
-    _run(work)
+    _run_with_pair(work)

@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.pictures import jpeg
+from tests.pictures import make_jpeg
 from tests.servers import Server
-from tests.tools import need
+from tests.tools import require_tool
 
 CLIENTS = 8
 CONFIG = """
@@ -43,11 +43,11 @@ backend fovea
 
 @pytest.fixture
 def haproxy() -> str:
-    return need("haproxy")
+    return require_tool("haproxy")
 
 
 @contextmanager
-def _balanced(haproxy: str, one: int, two: int, folder: Path) -> Iterator[str]:
+def _run_haproxy(haproxy: str, one: int, two: int, folder: Path) -> Iterator[str]:
     """HAProxy before two ports; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as public:
         config = folder / "haproxy.cfg"
@@ -60,19 +60,19 @@ def _balanced(haproxy: str, one: int, two: int, folder: Path) -> Iterator[str]:
             process.wait()
 
 
-def _load(url: str, enough: threading.Event) -> Counter[str]:
+def _send_load(url: str, stop: threading.Event) -> Counter[str]:
     """Classify until told to stop; how often came what."""
-    seen: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     with httpx.Client(base_url=url, timeout=30) as client:
-        while not enough.is_set():
+        while not stop.is_set():
             try:
-                seen[str(client.post("/v1/classify", content=jpeg()).status_code)] += 1
+                outcomes[str(client.post("/v1/classify", content=make_jpeg()).status_code)] += 1
             except httpx.HTTPError as error:
-                seen[repr(error)] += 1
-    return seen
+                outcomes[repr(error)] += 1
+    return outcomes
 
 
-def _until_up(url: str, name: str) -> None:
+def _wait_until_up(url: str, name: str) -> None:
     """Wait until HAProxy sends work to a server again."""
     while f"fovea,{name}," not in (text := httpx.get(f"{url}/stats;csv").text) or not any(
         line.startswith(f"fovea,{name},") and ",UP," in line for line in text.splitlines()
@@ -80,14 +80,14 @@ def _until_up(url: str, name: str) -> None:
         pass
 
 
-def _restart(running: Server, stack: ExitStack, settings: dict[str, str]) -> Server:
-    running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(timeout=30) == 0
-    return stack.enter_context(Server(**settings, FOVEA_PORT=str(_port(running))))
+def _restart_server(server: Server, stack: ExitStack, settings: dict[str, str]) -> Server:
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=30) == 0
+    return stack.enter_context(Server(**settings, FOVEA_PORT=str(_server_port(server))))
 
 
-def _port(running: Server) -> int:
-    return int(running.url.rsplit(":", 1)[1])
+def _server_port(server: Server) -> int:
+    return int(server.url.rsplit(":", 1)[1])
 
 
 @pytest.mark.slow
@@ -99,14 +99,14 @@ def test_no_request_fails_in_a_rolling_restart(
     enough = threading.Event()
     with ExitStack() as stack:
         one, two = (stack.enter_context(Server(**settings)) for _ in range(2))
-        url = stack.enter_context(_balanced(haproxy, _port(one), _port(two), tmp_path))
+        url = stack.enter_context(_run_haproxy(haproxy, _server_port(one), _server_port(two), tmp_path))
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
         stack.callback(enough.set)
-        clients: list[Future[Counter[str]]] = [pool.submit(_load, url, enough) for _ in range(CLIENTS)]
+        clients: list[Future[Counter[str]]] = [pool.submit(_send_load, url, enough) for _ in range(CLIENTS)]
         for name, running in (("one", one), ("two", two)):
-            again = _restart(running, stack, settings)
-            _until_up(url, name)
-            while again.metric("fovea_requests_total", route="/v1/classify", status="200") < 20:
+            again = _restart_server(running, stack, settings)
+            _wait_until_up(url, name)
+            while again.read_metric("fovea_requests_total", route="/v1/classify", status="200") < 20:
                 pass
         enough.set()
         seen = sum((client.result() for client in clients), Counter[str]())
