@@ -95,7 +95,7 @@ DISTURBANCE_LIMIT: Final = 0.15
 
 _MAX_TRIES: Final = 3
 
-CellT = TypeVar("Cell", ClosedLoopCell, OpenLoopCell)
+CellT = TypeVar("CellT", ClosedLoopCell, OpenLoopCell)
 
 
 def measure_undisturbed(measure: Callable[[], CellT]) -> CellT:

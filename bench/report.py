@@ -232,7 +232,7 @@ def _format_goal_table(goals: Iterable[Goal]) -> str:
                     goal.workload,
                     goal.description,
                     f"{goal.value:.2f}",
-                    f"{'≥' if goal.at_least else '≤'} {goal.wanted:g}",
+                    f"{'≥' if goal.at_least else '≤'} {goal.target:g}",
                     "met" if goal.is_met else "NOT MET",
                 ]
                 for goal in goals

@@ -37,7 +37,7 @@ class Canvas:
     def __init__(self, zenith: str, horizon: str, *, clouds: int) -> None:
         self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE))
         self.fill(make_box(0, 0, WIDTH, HEIGHT), zenith, horizon, soft=0)
-        self.veil("#ffffff", np.tanh(0.5 * make_noise(clouds, 3, 3) - 0.5 + 0.5 * ROW_POSITIONS / HEIGHT))
+        self.overlay("#ffffff", np.tanh(0.5 * make_noise(clouds, 3, 3) - 0.5 + 0.5 * ROW_POSITIONS / HEIGHT))
 
     def fill(self, outline: Outline, top: str, bottom: str, soft: float = 0.3, opacity: float = 1) -> None:
         """Fill a polygon from one colour down to another, its edge blurred by `soft`."""
@@ -158,8 +158,8 @@ def _draw_sea(horizon: int) -> Canvas:
     canvas = Canvas("#8dbce2", "#ffffff", clouds=16)
     canvas.fill(make_box(0, horizon, WIDTH, HEIGHT), "#4d86a8", "#103555", soft=0)
     swell = make_noise(5, 24, 4) * (horizon < ROW_POSITIONS)
-    canvas.veil("#0b2c4a", swell * (ROW_POSITIONS - horizon) / 500)
-    canvas.veil("#b9d9ea", 0.25 * (-swell - 0.5))
+    canvas.overlay("#0b2c4a", swell * (ROW_POSITIONS - horizon) / 500)
+    canvas.overlay("#b9d9ea", 0.25 * (-swell - 0.5))
     return canvas
 
 
@@ -205,9 +205,9 @@ def _draw_road() -> Canvas:
     canvas = Canvas("#86b6e0", "#ffffff", clouds=13)
     trees = ((ROW_POSITIONS - 112 - 18 * make_noise(6, 1, 4)[:1]) / 4).clip(0, 1)
     leaves = make_noise(11, 6, 10)
-    canvas.veil("#3f5c37", trees)
-    canvas.veil("#1c3119", 0.3 * trees * leaves)
-    canvas.veil("#8fae6a", -0.25 * trees * leaves)
+    canvas.overlay("#3f5c37", trees)
+    canvas.overlay("#1c3119", 0.3 * trees * leaves)
+    canvas.overlay("#8fae6a", -0.25 * trees * leaves)
     canvas.fill(make_box(0, 226, WIDTH, HEIGHT), "#93a868", "#6f8a4a", soft=0)
     canvas.fill(make_box(0, 246, WIDTH, HEIGHT), "#98999b", "#626468", soft=0)
     return canvas
@@ -259,10 +259,10 @@ def _draw_wheel(canvas: Canvas, along: float, depth: float = 0) -> None:
 
 def main() -> None:
     for folder in (HERE, HERE.parent / "service" / "web" / "page" / "samples"):
-        draw_airplane().develop(grain=2).save(folder / "airplane.jpg", quality=88)
-        draw_ship().develop(grain=2).save(folder / "ship.jpg", quality=88)
+        draw_airplane().render_image(grain=2).save(folder / "airplane.jpg", quality=88)
+        draw_ship().render_image(grain=2).save(folder / "ship.jpg", quality=88)
         # a PNG with grain is 4 times the size
-        draw_truck().develop(grain=0).save(folder / "truck.png", optimize=True)
+        draw_truck().render_image(grain=0).save(folder / "truck.png", optimize=True)
 
 
 if __name__ == "__main__":

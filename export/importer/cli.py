@@ -133,7 +133,7 @@ def _find_missing_facts(
     return sentences
 
 
-EnumT = TypeVar("Known", bound=StrEnum)
+EnumT = TypeVar("EnumT", bound=StrEnum)
 
 
 def _parse_choice(option: str, enum_class: type[EnumT], text: str | None) -> EnumT | None:

@@ -20,7 +20,7 @@ import torch
 
 from fovea.model.data import cifar10, raw_dataset
 from fovea.model.data.choices import Choices
-from fovea.model.data.decoding import ImageHashes
+from fovea.model.data.decoding import ImageHashes, square_geometry
 from fovea.model.data.duplicates import find_contradictions, find_leaks
 from fovea.model.data.examples import DataError, Examples
 from fovea.model.data.inventory import File, Inventory, Part, format_count, join_names, to_printable
@@ -37,7 +37,7 @@ from fovea.model.data.raw_dataset import RawDataset, WarningHandler
 from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, split_images, split_in_half
 from fovea.service.artifact.contract import Geometry, Task
 
-__all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]
+__all__ = ["IMBALANCE_RATIO", "DataError", "Dataset", "Examples", "load_dataset", "square_geometry"]
 
 IMBALANCE_RATIO: Final = 3.0
 """Ratio of the largest label to the smallest from which labels count as imbalanced."""

@@ -37,9 +37,8 @@ def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_come_from_the_environment_and_overrides_before_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = load_from_variables(
-        monkeypatch, FOVEA_PORT="8001", FOVEA_HOST="0.0.0.0", FOVEA_BODY_TIMEOUT="2.5"
-    )  # noqa: S104
+    variables = {"FOVEA_PORT": "8001", "FOVEA_HOST": "0.0.0.0", "FOVEA_BODY_TIMEOUT": "2.5"}  # noqa: S104
+    settings = load_from_variables(monkeypatch, **variables)
     assert (settings.port, settings.host, settings.body_timeout) == (8001, "0.0.0.0", 2.5)  # noqa: S104
     assert load_settings(port=9000).port == 9000
 

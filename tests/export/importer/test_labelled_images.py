@@ -254,14 +254,17 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
         tmp_path,
         preprocessing=PreprocessingOptions(preset=IMAGENET),
         force=True,
-        **options,
-    )  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
+    )
     assert kept.report.check is not None
     others = kept.report.check.others
     assert others["--preset zero-one"][0] == 1.0 > others["own"][0]
     right = import_graph(
-        build_shade_model(), tmp_path, preprocessing=PreprocessingOptions(preset=ZERO_ONE), **options
-    )  # type: ignore[arg-type]
+        build_shade_model(),
+        tmp_path,
+        preprocessing=PreprocessingOptions(preset=ZERO_ONE),
+        **options,  # type: ignore[arg-type]
+    )
     assert right.contract.accuracy is not None
     assert right.contract.accuracy.top1 == 1
 
