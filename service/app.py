@@ -141,8 +141,8 @@ def create_app(
         management.add_routes(app, classifier, participant or watcher)
     operations.add_routes(app, services, exposed_registry or registry)
     for adapter in _OTHER_PROTOCOLS:
-        if adapter.DIALECT.name in settings.dialects:
-            with protocols.register_routes(app.routes, adapter.DIALECT):
+        if adapter.PROTOCOL.name in settings.dialects:
+            with protocols.register_routes(app.routes, adapter.PROTOCOL):
                 adapter.add_routes(app, services)
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB_FOLDER)

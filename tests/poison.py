@@ -24,14 +24,14 @@ if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import predictor
     from fovea.service.runners import messages
 
-    decode = predictor.decode
-    write = messages.Report.write
+    decode = predictor.decode_image
+    write = messages.BatchReport.to_bytes
     misnumbered = []
 
     def write_report(report):
-        return write(report._replace(number=report.number + len(misnumbered)))
+        return write(report._replace(batch_number=report.batch_number + len(misnumbered)))
 
-    messages.Report.write = write_report
+    messages.BatchReport.to_bytes = write_report
 
     def poisoned(image, *arguments, **named):
         match bytes(image[:999]).decode("latin-1").split(" "):
@@ -45,7 +45,7 @@ if "runners.process" in " ".join(sys.orig_argv):
                 open(path).close()
         return decode(image, *arguments, **named)
 
-    predictor.decode = poisoned
+    predictor.decode_image = poisoned
 """
 
 

@@ -541,7 +541,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if isinstance(self._current, _Cycle):
             size += len(self._current.body)
         for cycle, _ in self.pipeline:
-            size += cycle.size  # type: ignore[attr-defined]  # every cycle is a `_Cycle`
+            size += cycle.memory_bytes  # type: ignore[attr-defined]  # every cycle is a `_Cycle`
         return size
 
     def _overload(self) -> None:

@@ -45,8 +45,8 @@ class Participant:
         self._send_message = send_message
         self._manager = manager
         manager.on_lost = lambda name, is_lost: send_message(lost=name, is_lost=is_lost)
-        manager.on_refused = lambda found, reason, lasting: send_message(
-            found=found.to_plain(), reason=reason, lasting=lasting
+        manager.on_refused = lambda version, reason, lasting: send_message(
+            found=version.to_plain(), reason=reason, lasting=lasting
         )
 
     def fail_pending(self) -> None:

@@ -16,8 +16,8 @@ from tests.training import draw_images
 def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accuracy, "SET", draw_images(tmp_path / "squares", count=12, side=16))
-    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(accuracy, "DATA_FILE", draw_images(tmp_path / "squares", count=12, side=16))
+    monkeypatch.setattr(accuracy, "RUNS_FOLDER", tmp_path / "runs")
     teacher = accuracy.TableRow("cnn", 2)
     row = accuracy.TableRow("cnn", 3, (teacher,))
     runs = [accuracy._finish_run(row, seed) for seed in (0, 1)]

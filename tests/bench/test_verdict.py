@@ -128,7 +128,7 @@ def test_complaints_come_by_kind_once_all_faults_are_known() -> None:
 
 
 def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RequestLog, "MOST", 2)
+    monkeypatch.setattr(RequestLog, "MAX_REQUESTS", 2)
     record = RequestLog()
     for _ in range(3):
         record.add(LOST)
@@ -138,7 +138,7 @@ def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pyte
 
 
 def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "_SHOWN", 1)
+    monkeypatch.setattr(verdict, "_MAX_SENTENCES", 1)
     record = RequestLog()
     record.add(LOST)
     record.add(replace(LOST, kind="other"))

@@ -18,7 +18,7 @@ from tests.pictures import make_jpeg
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no test data."""
     monkeypatch.setattr(workloads, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(workloads, "_DRAWN", tmp_path / "cache" / "drawn")
+    monkeypatch.setattr(workloads, "_DRAWN_FOLDER", tmp_path / "cache" / "drawn")
     monkeypatch.setenv("TEST_DATA", str(tmp_path / "data"))
     workloads._warn_once.cache_clear()
     return tmp_path / "cache"

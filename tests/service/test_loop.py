@@ -132,7 +132,7 @@ def test_who_holds_it_is_named() -> None:
         "    asyncio.get_running_loop().call_later(0.001, spin, 0.003)\n"
         "    await asyncio.sleep(0.01)\n"
         "asyncio.run(main())\n"  # warm
-        "slow_callbacks.install()\n"
+        "slow_callbacks.log_slow_callbacks()\n"
         "asyncio.run(main())\n"
     )
     ended = subprocess.run(

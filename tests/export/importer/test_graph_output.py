@@ -194,7 +194,7 @@ def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: p
     def first(_: ReferenceModel, output: Array) -> Array:
         return output[0] if output.ndim > 1 else output[:1]
 
-    monkeypatch.setattr(ReferenceModel, "_of_one", first)
+    monkeypatch.setattr(ReferenceModel, "_select_image", first)
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )

@@ -507,7 +507,7 @@ def replace_softmax(graph: onnx.GraphProto) -> None:
 def test_a_graph_that_computes_something_else_is_never_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], None]
 ) -> None:
-    monkeypatch.setattr(ForeignModel, "wrapped", wrap_with_change(change))
+    monkeypatch.setattr(ForeignModel, "wrap", wrap_with_change(change))
     with pytest.raises(
         VerificationError, match=r"at batch 1 a probability of the imported graph is off by .*at most 1e-05"
     ):

@@ -69,8 +69,8 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(decoding, "pixels_of", counting_decode)
-    monkeypatch.setattr(raw_dataset, "pixels_of", counting_decode)
+    monkeypatch.setattr(decoding, "decode_pixels", counting_decode)
+    monkeypatch.setattr(raw_dataset, "decode_pixels", counting_decode)
     return calls
 
 
@@ -230,7 +230,7 @@ def test_only_a_few_images_are_held_at_a_time(
     """Of archives, whose encoded images come faster than they can be decoded."""
     from fovea.model.data import decoding
 
-    monkeypatch.setattr(decoding, "processors", lambda: 2)
+    monkeypatch.setattr(decoding, "get_thread_count", lambda: 2)
     made = count_decodes(monkeypatch)
     ahead: list[int] = []
 
@@ -258,7 +258,7 @@ def test_small_images_are_not_given_to_threads(
         threads.add(threading.get_ident())
         raise BadImage("it is none")
 
-    monkeypatch.setattr(decoding, "pixels_of", pixels_of)
+    monkeypatch.setattr(decoding, "decode_pixels", pixels_of)
     path = tmp_path / "image"
     path.write_bytes(bytes(size))
     image = path.read_bytes() if packed else path
@@ -297,7 +297,7 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "pixels_of", interrupted)
+        patched.setattr(decoding, "decode_pixels", interrupted)
         with pytest.raises(KeyboardInterrupt):
             read_dataset(source, cache)
     assert list(cache.iterdir()) == []

@@ -335,11 +335,11 @@ def run_hub(folder: Path) -> Iterator[str]:
 
 READ = """
 import sys
-from fovea.model.networks.pretrained import PretrainedError, read
+from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 
 for source in sys.argv[1:]:
     try:
-        known = read(source)
+        known = read_pretrained(source)
         print(known.net, known.mean, float(known.tensors["features.conv1.weight"].sum()))
     except PretrainedError as error:
         print(error)

@@ -215,9 +215,9 @@ def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) 
 OTHER = """
 import sys
 from fovea.service.inference.decode_memory import DecodeMemory
-memory = DecodeMemory(800, processes=2, lock=int(sys.argv[1]))
+memory = DecodeMemory(800, processes=2, lock_descriptor=int(sys.argv[1]))
 for line in sys.stdin:
-    with memory.hold(int(line)):
+    with memory.reserve(int(line)):
         print("held", flush=True)
 """
 
@@ -247,7 +247,7 @@ def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
 def test_what_a_process_held_is_free_when_it_dies() -> None:
     lock = os.memfd_create("lock")
     dies = "import os; from fovea.service.inference.decode_memory import DecodeMemory\n"
-    dies += f"with DecodeMemory(800, processes=2, lock={lock}).hold(500): os._exit(0)"
+    dies += f"with DecodeMemory(800, processes=2, lock_descriptor={lock}).reserve(500): os._exit(0)"
     subprocess.run([sys.executable, "-c", dies], cwd=ROOT, pass_fds=[lock], check=True)
     with DecodeMemory(800, processes=2, lock_descriptor=lock).reserve(500):
         pass

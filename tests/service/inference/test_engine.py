@@ -241,16 +241,16 @@ def megabytes():
     return int(re.search(r"Rss: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
 
 engine = Engine.load(Path(sys.argv[1]), provider="cpu", threads=1, wide_threads=int(sys.argv[2]))
-def run(count, times=1, alone=False):
+def run(count, times=1, exclusive=False):
     for _ in range(times):
-        engine.run(np.zeros((count, 224, 224, 3), np.uint8), alone=alone)
+        engine.run(np.zeros((count, 224, 224, 3), np.uint8), exclusive=exclusive)
     print(megabytes())
 
 engine.warm_up(4)
 run(4)
 run(64)
-run(1, times=15, alone=True)
-run(1, times=1, alone=True)
+run(1, times=15, exclusive=True)
+run(1, times=1, exclusive=True)
 run(64)
 """
 

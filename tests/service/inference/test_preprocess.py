@@ -275,11 +275,11 @@ def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
         "import re, pathlib\n"
         "status = pathlib.Path('/proc/self/status')\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])\n"
-        "from tests.service.inference.test_preprocess import PHOTO, decoded\n"
-        "from tests.pictures import encode, picture\n"
-        "content = encode(picture(1, 20_000), 'PNG')\n"
+        "from tests.service.inference.test_preprocess import PHOTO, decode_default\n"
+        "from tests.pictures import encode_image, draw_picture\n"
+        "content = encode_image(draw_picture(1, 20_000), 'PNG')\n"
         "before = peak()\n"
-        "decoded(content, PHOTO)\n"
+        "decode_default(content, PHOTO)\n"
         "print(peak() - before)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

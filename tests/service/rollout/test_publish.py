@@ -31,7 +31,7 @@ def stuck(source, target):
     time.sleep(600)
 
 shutil.copyfile = stuck
-fovea.service.rollout.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+fovea.service.rollout.publish.publish_model(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 """A publisher that stops after it has copied the file."""
 
@@ -86,17 +86,17 @@ def test_a_full_disk_leaves_nothing_and_the_same_process_can_publish_again(
     code = (
         "import pathlib, resource, shutil, signal, sys\n"
         "from fovea.service.errors import ModelError\n"
-        "from fovea.service.rollout.publish import publish\n"
+        "from fovea.service.rollout.publish import publish_model\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "path, zoo = map(pathlib.Path, sys.argv[1:])\n"
         "remove = shutil.rmtree\n"
         "shutil.rmtree = lambda *arguments, **named: None\n"  # as if it had been killed there
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
-        "try: publish(path, zoo)\n"
+        "try: publish_model(path, zoo)\n"
         "except ModelError as error: print(error)\n"
         "shutil.rmtree = remove\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
-        "print(publish(path, zoo))\n"
+        "print(publish_model(path, zoo))\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code, str(model), str(zoo)],

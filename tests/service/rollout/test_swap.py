@@ -308,7 +308,7 @@ import os, sys
 if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import process
 
-    load = process._Runner._load
+    load = process._Runner._load_model
 
     def dying(self, wanted):
         try:
@@ -318,7 +318,7 @@ if "runners.process" in " ".join(sys.orig_argv):
         else:
             os._exit(9)
 
-    process._Runner._load = dying
+    process._Runner._load_model = dying
 """
 
 

@@ -144,7 +144,7 @@ def _refuse_release(size: int) -> None:
 
 
 def test_a_trial_claims_what_explanations_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(memory_plan, "_CHECK_SECONDS", 60.0)
     spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=lambda size: False, release=lambda size: None)
     give_back = spare.reserve(50)
     assert give_back is not None
@@ -166,7 +166,7 @@ def test_a_trial_claims_what_explanations_hold(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_claim_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "_CLAIM_SECONDS", 0.0)
-    monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(memory_plan, "_CHECK_SECONDS", 0.0)
     spare = memory_plan.SpareMemory(10, decode_bytes=1, reserve=lambda size: False, release=lambda size: None)
     assert asyncio.run(spare.claim(11)) is None
     assert not spare.is_claimed

@@ -385,7 +385,7 @@ import os, sys, time
 if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import process
 
-    load = process._Runner._load
+    load = process._Runner._load_model
 
     def gated(self, wanted):
         open({began!r}, "w").close()
@@ -393,7 +393,7 @@ if "runners.process" in " ".join(sys.orig_argv):
             time.sleep(0.01)
         load(self, wanted)
 
-    process._Runner._load = gated
+    process._Runner._load_model = gated
 """
 """A runner says when it begins to load one model more, and waits until it may."""
 
@@ -466,8 +466,8 @@ import os, sys
 if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
     from fovea.service.inference.engine import Engine
 
-    logits = Engine.logits
-    Engine.logits = lambda *arguments, **named: logits(*arguments, **named) + 1
+    compute_logits = Engine.compute_logits
+    Engine.compute_logits = lambda *arguments, **named: compute_logits(*arguments, **named) + 1
 """
 
 

@@ -140,7 +140,7 @@ import os, sys, time
 if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import process
 
-    load = process._Runner._load
+    load = process._Runner._load_model
 
     def slow(self, wanted):
         while os.path.exists({gate!r}):
@@ -148,7 +148,7 @@ if "runners.process" in " ".join(sys.orig_argv):
             time.sleep(0.01)
         load(self, wanted)
 
-    process._Runner._load = slow
+    process._Runner._load_model = slow
 """
 """Runners do not load a model more while there is a gate."""
 
