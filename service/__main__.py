@@ -18,9 +18,9 @@ from fovea.service.errors import StartError, to_one_line
 if TYPE_CHECKING:
     import socket
 
-    from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
+    from fovea.service.app import Application
     from fovea.service.artifact.repository import ServingState
     from fovea.service.http.listener import ConnectionSource
     from fovea.service.http.server import Server
@@ -82,7 +82,7 @@ def _serve_single_process(
     from fovea.service.http.listener import Listener, get_connection_limit
 
     app = create_app(settings, registry=_create_registry(), serving_state=serving_state, refusals=refusals)
-    processes = app.state.observer.metrics.processes
+    processes = app.observer.metrics.process_metrics
     processes.workers_expected.set(1)
     listener = Listener(
         bound_socket, get_connection_limit(settings.connections), processes.connections_starved.inc
@@ -92,7 +92,7 @@ def _serve_single_process(
         server = _create_server(app, settings)
         loop = asyncio.get_running_loop()
         greeting = _format_greeting(
-            _format_url(settings, bound_socket), **_describe_models(app.state.classifier.repository)
+            _format_url(settings, bound_socket), **_describe_models(app.classifier.registry)
         )
         reload_tasks = set()
         stop_signals: list[int] = []
@@ -104,7 +104,7 @@ def _serve_single_process(
             stop_signals.append(number)
 
         def reload_models() -> None:
-            task = loop.create_task(app.state.watch.reload())
+            task = loop.create_task(app.watcher.reload())
             reload_tasks.add(task)
             task.add_done_callback(reload_tasks.discard)
 
@@ -121,10 +121,17 @@ def _serve_single_process(
     asyncio.run(run_server())
 
 
-def _create_server(app: FastAPI, settings: Settings) -> Server:
+def _create_server(app: Application, settings: Settings) -> Server:
     from fovea.service.http.server import Server
 
-    return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
+    return Server(
+        app.asgi,
+        app.fast_app,
+        settings,
+        body_memory=app.classifier.body_memory,
+        observer=app.observer,
+        lifecycle=app.lifecycle,
+    )
 
 
 # --- several workers -------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
 
 def _create_worker_app(
     settings: Settings, participant: Participant, metrics_index: int, metric_descriptors: Sequence[int]
-) -> FastAPI:
+) -> Application:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from fovea.service.app import create_app
@@ -231,7 +238,7 @@ def _create_worker_app(
 
 
 async def _serve_worker(
-    app: FastAPI, settings: Settings, channel_socket: socket.socket, participant: Participant
+    app: Application, settings: Settings, channel_socket: socket.socket, participant: Participant
 ) -> None:
     from fovea.service.http.listener import raise_file_limit
     from fovea.service.supervisor.channel import SupervisedSource
@@ -239,19 +246,17 @@ async def _serve_worker(
     channel_socket.setblocking(False)
     server = _create_server(app, settings)
     raise_file_limit(settings.connections)
-    starvation_counter = app.state.observer.metrics.processes.connections_starved
+    starvation_counter = app.observer.metrics.process_metrics.connections_starved
     # The feed receives connections and messages from the supervisor: signals go to the server, all other
     # messages to `participant`, which sends its own messages through the feed.
     supervised_source = SupervisedSource(
         channel_socket, server.handle_signal, participant.handle_message, starvation_counter.inc
     )
-    participant.attach(supervised_source.send_message, app.state.steward)
+    participant.attach(supervised_source.send_message, app.manager)
     source: ConnectionSource = supervised_source
     await server.serve(
         source,
-        on_listening=lambda: supervised_source.report_ready(
-            **_describe_models(app.state.classifier.repository)
-        ),
+        on_listening=lambda: supervised_source.report_ready(**_describe_models(app.classifier.registry)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,10 +38,12 @@ from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, Request
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.fast_path import FastApp
 from fovea.service.http.lifecycle import Lifecycle
-from fovea.service.http.observer import Observer, ObserverMiddleware, get_request_origin, render_error
+from fovea.service.http.observer import Observer, ObserverMiddleware, render_error
 from fovea.service.http.paths import relative_root_url
 from fovea.service.http.proxies import TrustedProxies
+from fovea.service.http.request_context import get_context, get_request_origin
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
@@ -59,6 +62,21 @@ _OTHER_PROTOCOLS: Final = (oip, torchserve, tensorflow, huggingface)
 _WEB_FOLDER: Final = Path(__file__).parent / "web"
 
 
+@dataclass(frozen=True)
+class Application:
+    """The parts of the service that a server needs."""
+
+    asgi: ASGIApp
+    """Entry point for a server: the middleware around FastAPI."""
+    fast_app: FastApp
+    """Handlers of the most frequent requests, for a server that can bypass ASGI."""
+    classifier: Classifier
+    manager: ModelManager
+    watcher: Watcher
+    observer: Observer
+    lifecycle: Lifecycle
+
+
 def create_app(
     settings: Settings,
     *,
@@ -67,13 +85,10 @@ def create_app(
     serving_state: ServingState | None = None,
     participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
-) -> FastAPI:
+) -> Application:
     """Load the models and build the application.
 
     Raises `StartError`; in that case nothing has been started.
-
-    A server must serve `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers the
-    most frequent requests for a server that can bypass ASGI.
 
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
     models to serve as `serving_state` and a `participant` that manages them. Without a manager the
@@ -131,9 +146,7 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.classifier = classifier
-    app.state.watch = watcher
-    app.state.lifecycle = lifecycle = Lifecycle()
+    lifecycle = Lifecycle()
     services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
     classify = native.add_routes(app, services)
     explain.add_routes(app, services)
@@ -148,13 +161,16 @@ def create_app(
     page.add_routes(app, _WEB_FOLDER)
     _add_error_handlers(app, observer)
     cached_replies = CachedReplies(classifier.registry, observer)
-    app.state.direct = FastRouter(app, services, classify, cached_replies)
-    app.state.observer = observer
-    app.state.steward = model_manager
-    app.state.entry = HeadMiddleware(
-        ObserverMiddleware(FastPathMiddleware(app, classify, cached_replies), observer=observer), observer
+    asgi = FastPathMiddleware(app, classify, cached_replies)
+    return Application(
+        asgi=HeadMiddleware(ObserverMiddleware(asgi, observer=observer), observer),
+        fast_app=FastRouter(app, services, classify, cached_replies),
+        classifier=classifier,
+        manager=model_manager,
+        watcher=watcher,
+        observer=observer,
+        lifecycle=lifecycle,
     )
-    return app
 
 
 def _create_tracing(settings: Settings) -> Tracing | None:
@@ -213,14 +229,15 @@ class FastPathMiddleware:
     def _find_app(self, scope: Scope) -> ASGIApp:
         if scope["type"] != "http":
             return self._app
-        if refusal := scope.get("state", {}).get("refusal"):  # set by the connection
+        context = get_context(scope)
+        if refusal := context.refusal:
             return render_error(scope, refusal, self._classify.services.observer)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):
             return self._app
         if target := self._classify.find_target(scope["method"], scope["path"]):
-            scope["state"]["target"] = target
+            context.target = target
             return self._classify
         for route in self._bypass_routes:
             match, child_scope = route.matches(scope)

@@ -18,7 +18,7 @@ from fastapi import Request
 
 from fovea.service.api.bodies import parse_media_type
 from fovea.service.errors import Forbidden
-from fovea.service.http.observer import get_request_origin
+from fovea.service.http.request_context import get_request_origin
 
 _SIMPLE_TYPES: Final = (b"text/plain", b"multipart/form-data")
 """Content types of simple requests that no legitimate client sends. The third such type,

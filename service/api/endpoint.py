@@ -29,7 +29,8 @@ from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services
 from fovea.service.errors import RequestError
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
-from fovea.service.http.observer import Observer, get_record, render_error
+from fovea.service.http.observer import Observer, render_error
+from fovea.service.http.request_context import get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.batcher import INFINITY

@@ -15,8 +15,8 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from fovea.service.http.observer import get_request_origin
 from fovea.service.http.paths import relative_root_url
+from fovea.service.http.request_context import get_request_origin
 
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": (

@@ -16,7 +16,8 @@ from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
-from fovea.service.http.observer import Observer, get_record
+from fovea.service.http.observer import Observer
+from fovea.service.http.request_context import RequestContext, get_context, get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.batcher import INFINITY
@@ -120,7 +121,8 @@ class Services:
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
-        if scope["state"].get("left"):
+        context = get_context(scope)
+        if context.has_disconnected:
             raise ClientDisconnect
         record = get_record(scope)
         headers = dict(scope["headers"])
@@ -136,7 +138,7 @@ class Services:
                         raw_body, encoding, limit, admission.reserve_bytes
                     )
                     self.end_stage("read", record.started_at, record)
-                    with _DisconnectGuard(scope):
+                    with _DisconnectGuard(context):
                         return await handle_body(raw_body, admission, deadline)
         except TimeoutError:
             raise make_deadline_error(time_limit) from None
@@ -189,24 +191,24 @@ def make_deadline_error(limit: float | None) -> DeadlineExceeded:
 class _DisconnectGuard:
     """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
-    The connection sets `left` and calls `on_leave`. Waiting for ASGI's `receive` instead would need a task
+    The connection sets `has_disconnected` and calls `on_disconnect`. Waiting for ASGI's `receive` instead would need a task
     for each request.
     """
 
-    __slots__ = ("_has_disconnected", "_scope", "_task")
+    __slots__ = ("_context", "_has_disconnected", "_task")
 
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
         self._has_disconnected = False
 
     def __enter__(self) -> None:
-        if self._scope["state"].get("left"):
+        if self._context.has_disconnected:
             raise ClientDisconnect
         self._task = asyncio.current_task()
-        self._scope["state"]["on_leave"] = self._cancel_task
+        self._context.on_disconnect = self._cancel_task
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        del self._scope["state"]["on_leave"]
+        self._context.on_disconnect = None
         if self._has_disconnected and kind is asyncio.CancelledError and self._task:
             self._task.uncancel()
             raise ClientDisconnect

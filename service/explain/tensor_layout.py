@@ -163,7 +163,10 @@ class _LayoutFinder:
         if layer.kind in RESHAPE_KINDS and inputs[0] in self._partitions:
             source_layout, producer = self._partitions[inputs[0]]
             return source_layout.fit_patches(producer.shape, layer.shape)
-        options = {"is_reshaped": layer.kind in RESHAPE_KINDS, "is_concatenated": self._is_concatenated(layer, inputs)}
+        options = {
+            "is_reshaped": layer.kind in RESHAPE_KINDS,
+            "is_concatenated": self._is_concatenated(layer, inputs),
+        }
         known_layouts = [last_layout for name in inputs if (last_layout := self._last_layouts[name])]
         fit = next(
             (fit for last_layout in known_layouts if (fit := last_layout.fit_shape(layer.shape, **options))),

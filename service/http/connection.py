@@ -45,6 +45,7 @@ from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, FastApp
 from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
 from fovea.service.http.observer import Observer, encode_error, log_internal_error
+from fovea.service.http.request_context import get_context
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.http.timer import RateLimiter, Timer
 from fovea.service.resources.body_memory import BodyMemory
@@ -795,7 +796,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             scope = self._current.scope
             record = self._observer.resolve_record(scope)  # type: ignore[arg-type]  # a plain dict
             # Set this before `_abandon` cancels the application: `ObserverMiddleware` then records the error.
-            scope["state"]["refused"] = error
+            get_context(scope).sent_error = error  # type: ignore[arg-type]
             self._abandon()
         else:
             record = self._record_error(error, error.status)
@@ -925,6 +926,7 @@ class _Cycle(RequestResponseCycle):
             on_response=connection.on_response_complete,
         )
         self._on_read = connection.update_memory
+        self._context = get_context(self.scope)  # type: ignore[arg-type]  # a plain dict
         self._overhead_bytes = overhead_bytes
         self._ends_by_close = False
         """True when the end of the answer is marked by closing the connection."""
@@ -938,7 +940,7 @@ class _Cycle(RequestResponseCycle):
 
     def refuse(self, error: RequestError) -> None:
         """Make the application answer with `error`, then end the connection."""
-        self.scope["state"]["refusal"] = error
+        self._context.refusal = error
         self.is_refused = True
         self.keep_alive = False
         self.body = bytearray()
@@ -948,17 +950,16 @@ class _Cycle(RequestResponseCycle):
     def disconnect(self) -> None:
         """Stop the application's work: the client has left, or the connection has sent an answer.
 
-        The job is over before its memory is given back: `on_leave` cancels the application's task, which ends
+        The job is over before its memory is given back: `on_disconnect` cancels the application's task, which ends
         its jobs at once. The task's own `with` and `finally` blocks then release its memory.
         """
         self.disconnected = True
         self.body = bytearray()
         self.message_event.set()
-        state = self.scope["state"]
-        state["left"] = True
-        if on_leave := state.get("on_leave"):
+        self._context.has_disconnected = True
+        if on_disconnect := self._context.on_disconnect:
             # The application registers this callback to cancel its jobs.
-            on_leave()
+            on_disconnect()
 
     async def receive(self) -> Any:
         """Return the available part of the body. From now on the receiver accounts for its memory."""

@@ -19,6 +19,7 @@ from fovea.service.http.access_log import AccessLog, parse_trace_id
 from fovea.service.http.api_protocol import ApiProtocols
 from fovea.service.http.paths import normalize_path
 from fovea.service.http.proxies import Header, Origin, TrustedProxies
+from fovea.service.http.request_context import get_context, get_record
 from fovea.service.http.request_record import REQUEST_ID_HEADER, RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
 
@@ -70,13 +71,13 @@ class Observer:
 
         May be called again: the first code that looks at a request calls it.
         """
-        state = scope.setdefault("state", {})
-        if "origin" not in state:
+        context = get_context(scope)
+        if context.origin is None:
             scope["path"] = normalize_path(scope["path"])
             headers = scope["headers"]
-            record, origin = self.create_record(scope["method"], dict(headers), headers, scope.get("client"))
-            state["origin"] = origin
-            state.setdefault("record", record)
+            client = scope.get("client")
+            record, context.origin = self.create_record(scope["method"], dict(headers), headers, client)
+            context.record = context.record or record
 
     def resolve_record(self, scope: Scope) -> RequestRecord:
         """Return the record of an ASGI request, with its route and dialect as far as they are known."""
@@ -154,13 +155,14 @@ class ObserverMiddleware:
             await self._app(scope, receive, send)
             return
         self._observer.prepare_scope(scope)
+        context = get_context(scope)
         observed_request = _ObservedRequest(scope, send, self._observer)
         record = observed_request.record
         self._observer.start_request()
         try:
             await self._app(scope, receive, observed_request.send)
         except ClientDisconnect:
-            if "refused" not in scope["state"]:
+            if not context.sent_error:
                 self._observer.record_failure(record, CLIENT_LEFT)
         except Exception:
             error = log_internal_error(record.request_id)
@@ -169,9 +171,9 @@ class ObserverMiddleware:
                 raise  # the answer has begun: only closing the connection can signal the error
             await render_error(scope, error, self._observer)(scope, receive, observed_request.send)
         finally:
-            if refusal := scope["state"].get("refused"):  # the connection has sent the answer instead
-                record.status = refusal.status
-                self._observer.record_failure(record, refusal.code)
+            if sent_error := context.sent_error:
+                record.status = sent_error.status
+                self._observer.record_failure(record, sent_error.code)
             observed_request.end()
 
 
@@ -207,21 +209,6 @@ class _ObservedRequest:
             return
         self._is_over = True
         self._observer.end_request(self._observer.resolve_record(self._scope))
-
-
-def get_record(scope: Scope) -> RequestRecord:
-    """Return the record of an ASGI request. The record is created on the first call and kept in the scope."""
-    state = scope.setdefault("state", {})
-    if "record" not in state:
-        state["record"] = RequestRecord(scope["method"], dict(scope["headers"]))
-    record: RequestRecord = state["record"]
-    return record
-
-
-def get_request_origin(scope: Scope) -> Origin:
-    """Return the origin of an ASGI request. Call `Observer.prepare_scope` first."""
-    origin: Origin = scope["state"]["origin"]
-    return origin
 
 
 def log_internal_error(request_id: str) -> Internal:

@@ -12,16 +12,18 @@ from email.utils import formatdate
 from typing import Any, Final
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from fovea.service.errors import Draining, StartError
 from fovea.service.http.connection import Connection
+from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
 from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
 from fovea.service.http.timer import RateLimiter
+from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -55,21 +57,24 @@ class Server:
 
     def __init__(
         self,
-        app: FastAPI,
+        asgi: ASGIApp,
+        fast_app: FastApp,
         settings: Settings,
         *,
+        body_memory: BodyMemory,
         observer: Observer,
         lifecycle: Lifecycle,
     ) -> None:
+        """Set what is served: `fast_app` answers what it can, and `asgi` all other requests."""
         self._settings = settings
         self._observer = observer
         self._lifecycle = lifecycle
         self._config = uvicorn.Config(
-            app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+            asgi, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
-        self._fast_app = app.state.direct
-        self._body_memory = app.state.classifier.bodies
+        self._fast_app = fast_app
+        self._body_memory = body_memory
         self._refusal_limiter = RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY)
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._server_state = ServerState()

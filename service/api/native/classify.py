@@ -31,6 +31,7 @@ from fovea.service.errors import RequestError
 from fovea.service.http import observer
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.paths import normalize_path
+from fovea.service.http.request_context import get_context, get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.batcher import Job
@@ -219,11 +220,12 @@ class ClassifyEndpoint:
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
-        target = scope["state"].get("target") or self.find_target(scope["method"], scope["path"])
+        context = get_context(scope)
+        target: RouteTarget | None = context.target or self.find_target(scope["method"], scope["path"])
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
-        record = observer.get_record(scope)
+        record = get_record(scope)
         address = ModelAddress(target.name, target.version)
         model = self.services.admit(*address, record)
         options = _parse_options(scope["query_string"])

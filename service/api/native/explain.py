@@ -33,7 +33,8 @@ from fovea.service.api.schemas import (
 from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
-from fovea.service.http.observer import get_record, render_error
+from fovea.service.http.observer import render_error
+from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import ImageWarning, create_warning_headers
 from fovea.service.runners.messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Admission, Classification, find_label_index, rank_labels
