@@ -154,7 +154,7 @@ def create_app(
         management.add_routes(app, classifier, participant or watcher)
     operations.add_routes(app, services, exposed_registry or registry)
     for adapter in _OTHER_PROTOCOLS:
-        if adapter.PROTOCOL.name in settings.dialects:
+        if adapter.PROTOCOL.name in settings.protocols:
             with protocols.register_routes(app.routes, adapter.PROTOCOL):
                 adapter.add_routes(app, services)
     _add_documentation(app, classifier)

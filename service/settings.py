@@ -68,7 +68,7 @@ def _parse_protocols(value: Any) -> Any:
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
         if name not in PROTOCOLS:
-            raise ValueError(f"there is no dialect {name!r}; there are {', '.join(PROTOCOLS)}")
+            raise ValueError(f"there is no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
     if PROTOCOLS[0] not in names:
         raise ValueError(f"{PROTOCOLS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
@@ -178,7 +178,7 @@ class Settings(BaseSettings):
         description="Names under which browsers may manage models, with commas; addresses and names that are "
         "private always may.",
     )
-    dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
+    protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
         PROTOCOLS, description="Protocols that are spoken, with commas between them; `native` always is."
     )
     replay_images: int = Field(
@@ -255,7 +255,7 @@ class Settings(BaseSettings):
         4 << 20,
         ge=1 << 10,
         le=1 << 30,
-        description="Most bytes of JSON in another dialect than ours: nothing else runs while it is read.",
+        description="Most bytes of JSON in another protocol than ours: nothing else runs while it is read.",
     )
     bodies_bytes: int = Field(
         256 << 20,
@@ -367,6 +367,8 @@ def load_settings(**overrides: Any) -> Settings:
             and name.upper() not in known_names
             and not _is_kubernetes_variable(name, value)
         ):
+            if new_name := _RENAMED.get(name.upper()):
+                raise SettingsError(f"the setting {name} is called {new_name} now")
             raise SettingsError(
                 f"unknown setting {name}; did you mean {_suggest_name(name.upper(), known_names)}?"
             )
@@ -387,6 +389,9 @@ def load_settings(**overrides: Any) -> Settings:
             name = _PLATFORM_PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
+
+_RENAMED: Final = {"FOVEA_DIALECTS": "FOVEA_PROTOCOLS"}
+"""New names of settings by their old names."""
 
 _RANGE_HINTS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
 

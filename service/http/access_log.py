@@ -107,7 +107,7 @@ def _log_fields(record: RequestRecord, seconds: float, trace_id: str) -> dict[st
         "client": record.client,
         "peer": record.peer if record.peer != record.client else "",
         "method": record.method,
-        "dialect": record.protocol.name,
+        "protocol": record.protocol.name,
         "route": record.route,
         "model": record.model,
         "version": record.version,

@@ -1,6 +1,6 @@
-"""API dialects: the client protocols, and how each protocol renders an error.
+"""API protocols: the client protocols, and how each protocol renders an error.
 
-`service/api` has the routes and the translation of each dialect. This module has the part that all other code
+`service/api` has the routes and the translation of each protocol. This module has the part that all other code
 needs.
 """
 
@@ -27,7 +27,7 @@ class ApiProtocol:
     name: str
     render_error: ErrorRenderer
     path_prefix: str | None = None
-    """Path prefix that belongs to this dialect, including paths without a route. None if there is no
+    """Path prefix that belongs to this protocol, including paths without a route. None if there is no
     prefix."""
 
 
@@ -45,22 +45,22 @@ def render_flat_error(error: RequestError, request_id: str) -> dict[str, Any]:
 
 
 NATIVE: Final = ApiProtocol("native", _render_native_error)
-"""Fovea's own dialect. It also covers operations, pages and paths without a route."""
+"""Fovea's own protocol. It also covers operations, pages and paths without a route."""
 
 
 class ApiProtocols:
-    """Registry that maps requests to dialects by route."""
+    """Registry that maps requests to protocols by route."""
 
     def __init__(self) -> None:
         self._routes: Sequence[BaseRoute] = ()
         self._protocols: dict[int, ApiProtocol] = {}
-        """Dialects by `id` of the route, because routes are not hashable."""
+        """Protocols by `id` of the route, because routes are not hashable."""
         self._protocols_by_prefix: dict[str, ApiProtocol] = {}
-        """Dialects by path prefix, with a slash at its end."""
+        """Protocols by path prefix, with a slash at its end."""
 
     @contextmanager
     def register_routes(self, routes: Sequence[BaseRoute], protocol: ApiProtocol) -> Iterator[None]:
-        """Register every route that is added to `routes` inside the `with` block for this dialect."""
+        """Register every route that is added to `routes` inside the `with` block for this protocol."""
         self._routes = routes
         route_count = len(routes)
         yield
@@ -69,7 +69,7 @@ class ApiProtocols:
             self._protocols_by_prefix[f"{protocol.path_prefix}/"] = protocol
 
     def find_protocol(self, scope: Scope) -> ApiProtocol:
-        """Return the dialect of a request. If the request has no route yet, its route is looked up."""
+        """Return the protocol of a request. If the request has no route yet, its route is looked up."""
         if route := scope.get("route") or self._find_route(scope):
             return self._protocols.get(id(route), NATIVE)
         protocols = (

@@ -80,7 +80,7 @@ class Observer:
             context.record = context.record or record
 
     def resolve_record(self, scope: Scope) -> RequestRecord:
-        """Return the record of an ASGI request, with its route and dialect as far as they are known."""
+        """Return the record of an ASGI request, with its route and protocol as far as they are known."""
         self.prepare_scope(scope)
         record = get_record(scope)
         record.protocol = self._protocols.find_protocol(scope)

@@ -90,13 +90,13 @@ class Metrics:
         self.requests = Counter(
             "fovea_requests",
             "Requests answered. `route` is the route's template, `model` empty where none took part.",
-            ("dialect", "route", "model", "status"),
+            ("protocol", "route", "model", "status"),
             registry=registry,
         )
         self.request_seconds = Histogram(
             "fovea_request_seconds",
             "Time from the request's headers to the last byte of its answer.",
-            ("dialect", "route", "model"),
+            ("protocol", "route", "model"),
             buckets=_SECONDS_BUCKETS,
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Classification of encoded images into ranked labels. Every dialect and the command-line tool use it."""
+"""Classification of encoded images into ranked labels. Every protocol and the command-line tool use it."""
 
 from __future__ import annotations
 

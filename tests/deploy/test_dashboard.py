@@ -61,7 +61,7 @@ def test_every_query_names_a_metric_that_there_is() -> None:
     ],
 )
 def test_requests_errors_and_times_are_told_by_protocol(metric: str, narrowed: str) -> None:
-    grouped = [query for query in QUERIES if re.search(r"by \([^)]*\bdialect\b", query)]
+    grouped = [query for query in QUERIES if re.search(r"by \([^)]*\bprotocol\b", query)]
     assert any(f"{metric}{{" in query and narrowed in query for query in grouped)
 
 

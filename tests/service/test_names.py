@@ -70,7 +70,7 @@ def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
     labels = set().union(*metrics.values())
     for field in fields - OF_THE_LOG_ALONE:
         assert f"fovea_{field}" in metrics or field in labels, field
-    assert metrics["fovea_requests"] == {"dialect", "route", "model", "status"} <= fields
+    assert metrics["fovea_requests"] == {"protocol", "route", "model", "status"} <= fields
     assert metrics["fovea_errors"] <= fields
 
 

@@ -115,7 +115,7 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
     @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **route_options)
     async def index(request: Request) -> list[dict[str, str]]:
         """The repository's models, and whether they are loaded: `ready` leaves out those that are not."""
-        if oip.PROTOCOL.name not in classifier.settings.dialects:
+        if oip.PROTOCOL.name not in classifier.settings.protocols:
             require_allowed()
         index_request = await _read_body(request, IndexRequest)
         entries = (

@@ -1,4 +1,4 @@
-"""Good images in unusual clothes: forms and base64 as other tools write them, in every dialect."""
+"""Good images in unusual clothes: forms and base64 as other tools write them, in every protocol."""
 
 from __future__ import annotations
 
@@ -173,15 +173,15 @@ def test_a_query_is_never_ignored(server: Server, query: str, said: str, is_chun
     assert said in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("dialect", ["oip", "torchserve", "tensorflow", "huggingface"])
+@pytest.mark.parametrize("protocol", ["oip", "torchserve", "tensorflow", "huggingface"])
 def test_our_options_are_refused_where_another_protocol_would_ignore_them(
-    server: Server, dialect: str
+    server: Server, protocol: str
 ) -> None:
-    path, body = ASKED[dialect]
+    path, body = ASKED[protocol]
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     url = path.format("small")
     reply = server.client.post(f"{url}?top_k=2", **content)
-    assert (reply.status_code, error_code(reply, dialect)) == (400, "bad_request")
+    assert (reply.status_code, error_code(reply, protocol)) == (400, "bad_request")
     assert "top_k" in reply.text
     assert server.client.post(f"{url}?key=of-a-gateway", **content).status_code == 200
 
@@ -287,9 +287,9 @@ def test_json_may_come_from_windows(server: Server, where: str, encoding: str) -
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{", b"\xef\xbb\xbf", b'{\0"\0\0\xd8', b"\0\0\0", b"[\0"])
 def test_broken_encodings_of_json_are_malformed(server: Server, content: bytes) -> None:
-    for dialect, path in (("native", CLASSIFY), ("huggingface", "/predict"), ("tensorflow", TENSORFLOW)):
+    for protocol, path in (("native", CLASSIFY), ("huggingface", "/predict"), ("tensorflow", TENSORFLOW)):
         reply = post_body(server, content, "application/json", path)
-        assert (reply.status_code, error_code(reply, dialect)) == (400, "bad_request")
+        assert (reply.status_code, error_code(reply, protocol)) == (400, "bad_request")
 
 
 # --- TorchServe's JSON ---------------------------------------------------------------------------

@@ -68,7 +68,7 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
         "torchserve", "/predictions/small", fill_items(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000), FORM,
     ),
 }  # fmt: skip
-"""The dialect, the path, the body and its headers."""
+"""The protocol, the path, the body and its headers."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def served(small_zoo: Path) -> Iterator[Server]:
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
     """Beside the body itself at most 200 MB; before there were limits it was ten times that."""
-    dialect, path, body, headers = BOMBS[bomb]
+    protocol, path, body, headers = BOMBS[bomb]
     status = Path(f"/proc/{served.process.pid}/status")
     clear = status.with_name("clear_refs")
     if not os.access(clear, os.W_OK):
@@ -88,7 +88,7 @@ def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
     clear.write_text("5")  # the peak is from here on (proc(5))
     before = memory_size(status, "VmRSS")
     reply = served.client.post(path, content=body, headers=headers)
-    assert error_code(reply, dialect) in ("bad_request", "body_too_large")
+    assert error_code(reply, protocol) in ("bad_request", "body_too_large")
     assert len(reply.content) < 2000
     assert memory_size(status, "VmHWM") - before - len(body) < 200_000_000
 

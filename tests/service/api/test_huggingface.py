@@ -1,4 +1,4 @@
-"""Hugging Face's dialect, by its own client and by hand."""
+"""Hugging Face's protocol, by its own client and by hand."""
 
 from __future__ import annotations
 

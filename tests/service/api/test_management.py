@@ -55,8 +55,8 @@ def test_it_is_off_unless_switched_on(server: Server, path: str) -> None:
 def test_the_index_is_there_where_one_of_both_is_on(small_zoo: Path) -> None:
     for settings, status in (
         ({}, 200),
-        ({"FOVEA_DIALECTS": "native"}, 403),
-        ({"FOVEA_DIALECTS": "native", "FOVEA_MANAGEMENT": "true"}, 200),
+        ({"FOVEA_PROTOCOLS": "native"}, 403),
+        ({"FOVEA_PROTOCOLS": "native", "FOVEA_MANAGEMENT": "true"}, 200),
     ):
         with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
             assert running.client.post(INDEX).status_code == status

@@ -591,7 +591,7 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_a_bad_request_is_told_so_in_this_dialect(served: Server, case: str) -> None:
+def test_a_bad_request_is_told_so_in_this_protocol(served: Server, case: str) -> None:
     request, behind, said = BAD[case]
     reply = post_infer(served, request, behind, **{"X-Request-ID": "mine"})
     assert reply.status_code == 400, reply.text

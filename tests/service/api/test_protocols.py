@@ -1,4 +1,4 @@
-"""What all dialects have in common: limits, errors in their own shapes, metrics, and a switch."""
+"""What all protocols have in common: limits, errors in their own shapes, metrics, and a switch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ASKED: dict[str, tuple[str, Any]] = {
 
 
 JSON = {
-    dialect: {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
-    for dialect, (_, body) in ASKED.items()
+    protocol: {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
+    for protocol, (_, body) in ASKED.items()
 }
 
 
@@ -63,7 +63,7 @@ def post_request(url: str, protocol: str, name: str = "small", **headers: str) -
 
 
 def error_code(reply: httpx.Response, protocol: str) -> str:
-    """Our code of an error, where the dialect has it, which must have all that its clients look for."""
+    """Our code of an error, where the protocol has it, which must have all that its clients look for."""
     body = reply.json()
     if protocol == "native":
         assert body["error"]["message"]
@@ -112,7 +112,7 @@ def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
 
 
 def test_head_is_counted_by_its_route(server: Server) -> None:
-    labels = {"dialect": "torchserve", "route": "/ping", "status": "200"}
+    labels = {"protocol": "torchserve", "route": "/ping", "status": "200"}
     before = server.read_metric("fovea_requests_total", **labels)
     server.client.head("/ping")
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
@@ -123,20 +123,20 @@ def test_what_is_not_there_is_told_in_the_shape_of_what_is_around_it(server: Ser
         reply = server.client.get(path)
         assert (reply.status_code, error_code(reply, "oip")) == (404, "not_found")
     assert error_code(server.client.get("/v2nd"), "native") == "not_found"
-    assert server.read_metric("fovea_requests_total", dialect="oip", route="unmatched", status="404") >= 2
+    assert server.read_metric("fovea_requests_total", protocol="oip", route="unmatched", status="404") >= 2
 
 
-@pytest.mark.parametrize("dialect", ASKED)
-def test_errors_have_each_dialect_s_shape(server: Server, dialect: str) -> None:
-    assert post_request(server.url, dialect).status_code == 200
-    unknown = post_request(server.url, dialect, "large")
-    assert (unknown.status_code, error_code(unknown, dialect)) == (404, "model_not_found")
-    late = post_request(server.url, dialect, **{"X-Deadline-Ms": "0.001", "X-Request-ID": "mine"})
-    assert (late.status_code, error_code(late, dialect)) == (504, "deadline_exceeded")
+@pytest.mark.parametrize("protocol", ASKED)
+def test_errors_have_each_protocol_s_shape(server: Server, protocol: str) -> None:
+    assert post_request(server.url, protocol).status_code == 200
+    unknown = post_request(server.url, protocol, "large")
+    assert (unknown.status_code, error_code(unknown, protocol)) == (404, "model_not_found")
+    late = post_request(server.url, protocol, **{"X-Deadline-Ms": "0.001", "X-Request-ID": "mine"})
+    assert (late.status_code, error_code(late, protocol)) == (504, "deadline_exceeded")
     assert late.headers["x-request-id"] == "mine"
 
 
-def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
+def test_work_is_refused_in_each_protocol_s_shape(small_zoo: Path) -> None:
     """First because there is too much of it, then because the service stops."""
     settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
     with (
@@ -146,32 +146,32 @@ def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
         wire.send(CLASSIFY_HEAD, b"Content-Length: 100000\r\n\r\n", bytes(99_999))
         running.wait_for_metric(2, "fovea_requests_in_flight")  # it, and the scrape
         assert {httpx.get(running.url + path, timeout=60).status_code for path in PROBES} == {200}
-        for dialect in ASKED:
-            full = post_request(running.url, dialect)
-            assert (full.status_code, error_code(full, dialect)) == (503, "overloaded")
+        for protocol in ASKED:
+            full = post_request(running.url, protocol)
+            assert (full.status_code, error_code(full, protocol)) == (503, "overloaded")
             assert int(full.headers["retry-after"]) >= 1
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: error_code(post_request(running.url, "native"), "native") == "draining")
-        for path, dialect in PROBES.items():
+        for path, protocol in PROBES.items():
             probe = httpx.get(running.url + path, timeout=60)
-            assert (probe.status_code, error_code(probe, dialect)) == (503, "draining"), path
-        for dialect in ASKED:
-            stopping = post_request(running.url, dialect)
-            assert (stopping.status_code, error_code(stopping, dialect)) == (503, "draining")
+            assert (probe.status_code, error_code(probe, protocol)) == (503, "draining"), path
+        for protocol in ASKED:
+            stopping = post_request(running.url, protocol)
+            assert (stopping.status_code, error_code(stopping, protocol)) == (503, "draining")
             assert stopping.headers["retry-after"] == "1"
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("dialect", ASKED)
-def test_a_model_that_rests_is_woken(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("protocol", ASKED)
+def test_a_model_that_rests_is_woken(tmp_path: Path, protocol: str) -> None:
     for number in range(2):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as running:
         for name in ("m1", "m0", "m1"):
-            assert post_request(running.url, dialect, name).status_code == 200
+            assert post_request(running.url, protocol, name).status_code == 200
             assert [one["name"] for one in running.client.get("/v1/models").json()["models"]] == [name]
-        assert running.read_metric("fovea_requests_total", dialect=dialect, model="m1", status="200") == 2
+        assert running.read_metric("fovea_requests_total", protocol=protocol, model="m1", status="200") == 2
 
 
 def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
@@ -188,29 +188,29 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
     assert "FOVEA_BODY_BYTES" in raw.json()["error"]
 
 
-@pytest.mark.parametrize("dialect", [one for one, (_, body) in ASKED.items() if not isinstance(body, bytes)])
+@pytest.mark.parametrize("protocol", [one for one, (_, body) in ASKED.items() if not isinstance(body, bytes)])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_base64_may_be_in_lines(server: Server, dialect: str, end: str) -> None:
+def test_base64_may_be_in_lines(server: Server, protocol: str, end: str) -> None:
     """As `base64` writes it, and Python's `encodebytes`."""
-    path, body = ASKED[dialect]
+    path, body = ASKED[protocol]
     lines = base64.encodebytes(make_jpeg()).decode().replace("\n", end)
     content = json.dumps(body).replace(json.dumps(B64), json.dumps(lines))
-    reply = server.client.post(path.format("small"), content=content, headers=JSON[dialect])
-    assert (reply.status_code, reply.json()) == (200, post_request(server.url, dialect).json())
+    reply = server.client.post(path.format("small"), content=content, headers=JSON[protocol])
+    assert (reply.status_code, reply.json()) == (200, post_request(server.url, protocol).json())
 
 
-@pytest.mark.parametrize("dialect", ASKED)
-def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
-    path, body = ASKED[dialect]
+@pytest.mark.parametrize("protocol", ASKED)
+def test_bodies_may_be_compressed(server: Server, protocol: str) -> None:
+    path, body = ASKED[protocol]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    as_it_is = server.client.post(path.format("small"), content=content, headers=JSON[dialect])
+    as_it_is = server.client.post(path.format("small"), content=content, headers=JSON[protocol])
     for encoding, packed in (
         ("gzip", gzip.compress(content)),
         ("GZip", gzip.compress(content)),
         ("deflate", zlib.compress(content)),
         ("identity", content),
     ):
-        headers = {**JSON[dialect], "Content-Encoding": encoding}
+        headers = {**JSON[protocol], "Content-Encoding": encoding}
         reply = server.client.post(path.format("small"), content=packed, headers=headers)
         assert (reply.status_code, reply.json()) == (200, as_it_is.json())
 
@@ -247,9 +247,9 @@ def test_what_was_compressed_has_the_limits_of_what_was_not(narrow: Server) -> N
     reply = narrow.client.post("/predict", content=gzip.compress(bytes(100_001)), headers=headers)
     assert (reply.status_code, error_code(reply, "huggingface")) == (413, "body_too_large")
     written = gzip.compress(b'{"inputs": "' + 20_000 * b"A" + b'"}')
-    for path, dialect in (("/v1/models/small:predict", "tensorflow"), ("/v2/models/small/infer", "oip")):
+    for path, protocol in (("/v1/models/small:predict", "tensorflow"), ("/v2/models/small/infer", "oip")):
         reply = narrow.client.post(path, content=written, headers=headers)
-        assert (reply.status_code, error_code(reply, dialect)) == (413, "body_too_large")
+        assert (reply.status_code, error_code(reply, protocol)) == (413, "body_too_large")
         assert "FOVEA_JSON_BYTES" in reply.json()["error"]
 
 
@@ -285,18 +285,18 @@ def test_what_is_no_http_any_more_is_refused_in_its_shape(narrow: Server) -> Non
         "bad_http",
         answer.headers["x-request-id"],
     )
-    narrow.wait_for_metric(1, "fovea_requests_total", dialect="huggingface", status="400")
+    narrow.wait_for_metric(1, "fovea_requests_total", protocol="huggingface", status="400")
 
 
 @pytest.mark.parametrize(
-    ("path", "dialect"),
+    ("path", "protocol"),
     [("/predict", "huggingface"), ("/explanations/small", "torchserve"), ("/v1/explain", "native")],
 )
-def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server, path: str, dialect: str) -> None:
+def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server, path: str, protocol: str) -> None:
     with Wire(narrow.url) as wire:
         wire.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc" % path.encode())
         narrow.wait_for_metric(2, "fovea_requests_in_flight")  # it, and the scrape
-    narrow.wait_for_metric(1, "fovea_requests_total", dialect=dialect, status="0")
+    narrow.wait_for_metric(1, "fovea_requests_total", protocol=protocol, status="0")
 
 
 def test_a_deadline_holds(server: Server) -> None:
@@ -306,19 +306,19 @@ def test_a_deadline_holds(server: Server) -> None:
     assert (bad.status_code, bad.json()["code"]) == (400, "bad_request")
 
 
-def test_requests_are_counted_by_dialect(server: Server) -> None:
-    labels = {"dialect": "huggingface", "route": "/models/{name}", "model": "small", "status": "200"}
+def test_requests_are_counted_by_protocol(server: Server) -> None:
+    labels = {"protocol": "huggingface", "route": "/models/{name}", "model": "small", "status": "200"}
     before = server.read_metric("fovea_requests_total", **labels)
-    seconds = server.read_metric("fovea_request_seconds_count", dialect="huggingface", model="small")
+    seconds = server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small")
     server.client.post("/models/small", content=make_jpeg())
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
     assert (
-        server.read_metric("fovea_request_seconds_count", dialect="huggingface", model="small") == seconds + 1
+        server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small") == seconds + 1
     )
 
 
-def test_a_dialect_can_be_switched_off(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DIALECTS="native, torchserve") as running:
+def test_a_protocol_can_be_switched_off(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_PROTOCOLS="native, torchserve") as running:
         assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
         assert running.client.post("/predict", content=make_jpeg()).json()["error"]["code"] == "not_found"
         assert "/predict" not in running.client.get("/openapi.json").json()["paths"]
@@ -329,13 +329,13 @@ def test_a_dialect_can_be_switched_off(small_zoo: Path) -> None:
     [
         (
             "native,torchserv",
-            "FOVEA_DIALECTS is .*: there is no dialect 'torchserv'; there are native, oip, torchserve, ",
+            "FOVEA_PROTOCOLS is .*: there is no protocol 'torchserv'; there are native, oip, torchserve, ",
         ),
-        ("native,", "there is no dialect ''; there are native"),
+        ("native,", "there is no protocol ''; there are native"),
         ("oip", "'native' is missing"),
     ],
 )
-def test_an_unknown_dialect_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
-    monkeypatch.setenv("FOVEA_DIALECTS", value)
+def test_an_unknown_protocol_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, said: str) -> None:
+    monkeypatch.setenv("FOVEA_PROTOCOLS", value)
     with pytest.raises(SettingsError, match=said.replace("?", r"\?")):
         load_settings()

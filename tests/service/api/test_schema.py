@@ -1,4 +1,4 @@
-"""The OpenAPI document says what comes: no other status, no other type, no 500, in any dialect."""
+"""The OpenAPI document says what comes: no other status, no other type, no 500, in any protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's dialect, as its documentation has clients written: with `requests`."""
+"""TensorFlow Serving's protocol, as its documentation has clients written: with `requests`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchServe's dialect: the lines of its README, and what its clients look at."""
+"""TorchServe's protocol: the lines of its README, and what its clients look at."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_explanations(server: Server, photo: str) -> None:
     """The map is that of our own route."""
     own = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
     expected = [own["heatmap"]["values"]]
-    labels = {"dialect": "torchserve", "route": "/explanations/{name}", "status": "200"}
+    labels = {"protocol": "torchserve", "route": "/explanations/{name}", "status": "200"}
     before = server.read_metric("fovea_requests_total", **labels)
     assert run_curl(f"{server.url}/explanations/small", "-T", photo) == expected
     assert run_curl(f"{server.url}/explanations/small/1", "-F", f"data=@{photo}") == expected

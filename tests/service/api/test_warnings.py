@@ -99,13 +99,13 @@ OTHERS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dialect", OTHERS)
-def test_other_protocols_have_a_header(running: Server, dialect: str) -> None:
-    path, body = OTHERS[dialect]
+@pytest.mark.parametrize("protocol", OTHERS)
+def test_other_protocols_have_a_header(running: Server, protocol: str) -> None:
+    path, body = OTHERS[protocol]
     reply = running.client.post(path, json=body)
     assert reply.status_code == 200
     assert reply.headers[WARNINGS_HEADER] == "end_missing=1, cmyk_without_profile=1"
-    if dialect == "oip":
+    if protocol == "oip":
         assert reply.json()["parameters"] == {"warnings": "end_missing=1, cmyk_without_profile=1"}
 
 

@@ -22,11 +22,11 @@ def careless_forms(path: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("dialect", ASKED)
+@pytest.mark.parametrize("protocol", ASKED)
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_slashes_too_many_change_nothing(server: Server, dialect: str, is_chunked: bool) -> None:
+def test_slashes_too_many_change_nothing(server: Server, protocol: str, is_chunked: bool) -> None:
     """Past ASGI and by it; no redirect, which would lose the body, or scheme and prefix behind a proxy."""
-    path, body = ASKED[dialect]
+    path, body = ASKED[protocol]
     path = path.format("small")
     request = server.client.build_request(
         "POST", path, **({"content": body} if isinstance(body, bytes) else {"json": body})
@@ -40,7 +40,7 @@ def test_slashes_too_many_change_nothing(server: Server, dialect: str, is_chunke
 
 
 def test_nor_for_what_is_asked_by_get(server: Server) -> None:
-    """Every route of every dialect that needs no parameter but the model's name and version."""
+    """Every route of every protocol that needs no parameter but the model's name and version."""
     document = server.client.get("/openapi.json").json()
     paths = [path for path, operations in document["paths"].items() if "get" in operations]
     asked = [path.format(name="small", version="1") for path in paths if "weights" not in path]
@@ -56,7 +56,7 @@ def test_nor_for_what_is_asked_by_get(server: Server) -> None:
 
 
 def test_they_are_counted_as_the_route(server: Server) -> None:
-    labels = {"route": "/ping", "dialect": "torchserve"}
+    labels = {"route": "/ping", "protocol": "torchserve"}
     before = server.read_metric("fovea_requests_total", **labels)
     server.client.get("/ping/")
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
@@ -69,7 +69,7 @@ def test_nothing_is_redirected(server: Server, path: str) -> None:
     assert "location" not in reply.headers
 
 
-def test_an_error_there_has_the_dialect_s_shape(server: Server) -> None:
+def test_an_error_there_has_the_protocol_s_shape(server: Server) -> None:
     reply = server.client.delete(f"{server.url}//predict/")
     assert (reply.status_code, error_code(reply, "huggingface")) == (405, "method_not_allowed")
     reply = server.client.get(f"{server.url}//v2//nothing/")
