@@ -174,7 +174,7 @@ class Explainer:
         note = None
         if isinstance(self._cam, str) or request.method == "occlusion":
             for step in self._run_occlusion(pixels, label, request):
-                heatmap = self._create_even_heatmap(step.heat)
+                heatmap = self._create_even_heatmap(step.heatmap)
                 samples = step.samples
                 on_step(step, partial(heatmap.project_to_grid, seen_input.region, grid))
             note = self._cam if isinstance(self._cam, str) else None

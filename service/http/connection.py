@@ -475,7 +475,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Pass a piece of the body to the newest request, within the size limit."""
         self._unparsed_bytes = 0
         if isinstance(self.cycle, Exchange):
-            self.cycle.receive(body)
+            self.cycle.receive_body(body)
             return
         self._body_bytes += len(body)
         if self._body_bytes > self._settings.body_bytes:
@@ -492,7 +492,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if not self.pipeline:
             self._timer.disarm()
         if isinstance(self.cycle, Exchange):
-            self.cycle.complete()
+            self.cycle.complete_body()
         else:
             super().on_message_complete()
         if self._is_lingering:

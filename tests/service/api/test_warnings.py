@@ -154,7 +154,7 @@ def test_every_code_is_documented_and_has_a_series_from_the_start(running: Serve
     for code in WarningCode:
         assert f"| `{code}` |" in operations
         assert metrics.registry.get_sample_value("fovea_image_warnings_total", {"reason": code}) == 0
-    schema = running.client.get("/openapi.json").json()["components"]["schemas"]["Warned"]
+    schema = running.client.get("/openapi.json").json()["components"]["schemas"]["WarningInfo"]
     assert schema["properties"]["code"]["enum"] == [code.value for code in WarningCode]
 
 

@@ -99,7 +99,7 @@ def test_a_request_that_is_no_http_or_whose_caller_leaves_is_told_of(start: Any)
         assert wire.read_response().status == 400
     with Wire(server.url) as wire:
         wire.send(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-        wait_until(lambda: server.metric("fovea_requests_in_flight") == 2)  # and the one that asks
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # and the one that asks
     wait_until(lambda: len(read_request_lines(path)) == 2)
     malformed, left = read_request_lines(path)
     assert (malformed["status"], malformed["reason"]) == (400, "bad_http")
@@ -110,7 +110,7 @@ def test_an_image_among_others_that_fails_is_told_of(start: Any) -> None:
     server, path = start()
     files = [("image", one) for one in (make_jpeg(), b"nonsense", make_jpeg(), b"rubbish", make_jpeg()[:-40])]
     assert server.client.post(CLASSIFY, files=files).status_code == 200
-    assert server.metric("fovea_errors_total", reason="unsupported_format") == 2
+    assert server.read_metric("fovea_errors_total", reason="unsupported_format") == 2
     stop_server(server)
     (line,) = read_request_lines(path)
     assert (line["status"], "reason" in line, line["images"]) == (200, False, 5)
@@ -136,7 +136,7 @@ def test_what_is_cut_at_the_end_is_told_of_once(start: Any, is_direct: bool) -> 
         wire.send(
             b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nX-Request-Id: my-own-id\r\n", length, b"\r\n\r\n"
         )
-        wait_until(lambda: server.metric("fovea_requests_in_flight") == 2)  # and the one that asks
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # and the one that asks
         server.process.terminate()
         answer = wire.read_response()
     stop_server(server)

@@ -56,8 +56,8 @@ def _count_refusals(server: Server, stack: ExitStack) -> int:
     end = time.monotonic() + SECONDS
     while (seconds_left := end - time.monotonic()) > 0:
         for key, _ in selector.select(seconds_left):
-            answer = key.data.answer()
-            assert (answer.status, answer.code, answer.closes) == (503, "overloaded", False)
+            response = key.data.read_response()
+            assert (response.status, response.error_code, response.is_closing) == (503, "overloaded", False)
             refusals += 1
             key.data.send(request)
     return refusals
