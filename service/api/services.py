@@ -163,7 +163,7 @@ class Services:
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
         """Record the end of a stage of a request that began at `started_at`, in seconds of the monotonic clock."""
-        self.classifier.metrics.stage_seconds[stage].observe(record.add_stage(stage, started_at))
+        self.classifier.metrics.seconds_by_stage[stage].observe(record.add_stage(stage, started_at))
 
 
 def parse_time_limit(headers: Headers, settings: Settings) -> float | None:

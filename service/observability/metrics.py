@@ -1,12 +1,13 @@
-"""Definition of every metric: name, unit, labels and buckets.
+"""All metrics: two tables of name, meaning, labels and buckets.
 
-Metrics are an interface: renaming a metric breaks the alerts that use the metric.
+The name of a metric is `fovea_` and the name of its attribute. Metrics are an interface: renaming a metric
+breaks the alerts that use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -42,262 +43,185 @@ _SIDE_BUCKETS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Bucket edges of image sides in pixels: from thumbnails to phones (4,000) and scanners (8,000)."""
 
 
+MetricT = TypeVar("MetricT", bound=MetricWrapperBase)
+
+
+class _Row(Generic[MetricT]):
+    """One row of a table. Reading the attribute of an instance returns its metric."""
+
+    def __init__(self, kind: type[MetricT], meaning: str, labels: tuple[str, ...], **options: Any) -> None:
+        self._kind, self._meaning, self._labels, self._options = kind, meaning, labels, options
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, instance: object, owner: type) -> MetricT:
+        """Never runs for an instance, whose own attribute comes first; it gives the attribute its type."""
+        raise AttributeError(f"{owner.__name__}.{self._attribute} belongs to an instance")
+
+    def register(self, owner: object, registry: CollectorRegistry) -> None:
+        """Create the metric in `registry`, as an attribute of `owner`."""
+        metric = self._kind(
+            f"fovea_{self._attribute}", self._meaning, self._labels, registry=registry, **self._options
+        )
+        vars(owner)[self._attribute] = metric
+
+
+def _counter(meaning: str, *labels: str) -> _Row[Counter]:
+    return _Row(Counter, meaning, labels)
+
+
+def _gauge(meaning: str, *labels: str, workers: str = "livesum") -> _Row[Gauge]:
+    """`workers` says how the values of several workers are combined: `livesum` or `livemax`."""
+    return _Row(Gauge, meaning, labels, multiprocess_mode=workers)
+
+
+def _histogram(meaning: str, *labels: str, buckets: Sequence[float]) -> _Row[Histogram]:
+    return _Row(Histogram, meaning, labels, buckets=buckets)
+
+
+def _register_all(owner: object, registry: CollectorRegistry) -> None:
+    """Create the metrics of the table that is the class of `owner`."""
+    for row in vars(type(owner)).values():
+        if isinstance(row, _Row):
+            row.register(owner, registry)
+
+
 class ProcessMetrics:
     """Metrics of the service's own processes.
 
     The supervisor counts the workers. Each process counts the connections that lacked a file descriptor.
     """
 
+    workers = _gauge("Worker processes that accept connections; 1 if the service is one process.")
+    workers_expected = _gauge("Worker processes that should run (FOVEA_WORKERS).")
+    worker_deaths = _counter(
+        "Worker processes that died and were replaced: ended by a `signal`, ended by themselves (`exit`), or "
+        "killed because they did not respond any more (`hung`).",
+        "reason",
+    )
+    connections_starved = _counter(
+        "Connections that had to wait because a process had no free file descriptor."
+    )
+
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.workers = Gauge(
-            "fovea_workers",
-            "Worker processes that take connections; 1 where the service is one process.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.workers_expected = Gauge(
-            "fovea_workers_expected",
-            "Worker processes that there should be (FOVEA_WORKERS).",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        deaths = Counter(
-            "fovea_worker_deaths",
-            "Worker processes that died and were replaced: ended by a `signal`, by themselves (`exit`), or "
-            "killed because they were not heard of any more (`hung`).",
-            ("reason",),
-            registry=registry,
-        )
-        self.worker_deaths: Mapping[str, Counter] = {
-            reason: deaths.labels(reason) for reason in DEATH_REASONS
-        }
-        self.connections_starved = Counter(
-            "fovea_connections_starved",
-            "Times that a connection had to wait because a process had no file descriptor left for it.",
-            registry=registry,
-        )
+        _register_all(self, registry)
+        for reason in DEATH_REASONS:
+            self.worker_deaths.labels(reason)  # every series exists from the start
 
 
 class Metrics:
-    """All metrics of one process, in the given registry.
+    """All metrics of one process, in the given registry."""
 
-    `multiprocess_mode` of a gauge says how the values of several workers are combined.
-    """
+    requests = _counter(
+        "Requests answered. `route` is the route's template; `model` is empty if no model took part.",
+        "protocol", "route", "model", "status",
+    )  # fmt: skip
+    request_seconds = _histogram(
+        "Time from the request's headers to the last byte of its answer.",
+        "protocol", "route", "model", buckets=_SECONDS_BUCKETS,
+    )  # fmt: skip
+    requests_in_flight = _gauge("Requests that are being answered.")
+    connections = _gauge("Open connections.")
+    errors = _counter(
+        "Requests that got an error, and failed images of requests with many images, by error code.",
+        "reason",
+    )
+    image_warnings = _counter("Images answered with a warning, by warning code.", "reason")
+    stage_seconds = _histogram(
+        "Time in one stage: read and encode per request, decode and queue per image, inference per batch.",
+        "stage",
+        buckets=_SECONDS_BUCKETS,
+    )
+    images = _counter("Images classified.", "model", "version")
+    explanations = _counter("Heatmaps computed.", "model", "version", "method")
+    images_in_flight = _gauge("Images accepted and not yet answered.")
+    images_limit = _gauge(
+        "Maximum number of images that may be accepted and not yet answered (FOVEA_QUEUE_IMAGES)."
+    )
+    queue_images = _gauge("Images that wait for a runner.")
+    decode_reserved_bytes = _gauge(
+        "Memory reserved for large images that runners decode (part of FOVEA_DECODE_BYTES)."
+    )
+    queue_costly_images = _gauge(
+        "Images that wait for a runner and will take long to decode, estimated from their headers."
+    )
+    batch_images = _histogram("Images in one model call.", buckets=_BATCH_BUCKETS)
+    runners = _gauge("Runner processes that are ready for work.")
+    runners_expected = _gauge("Runner processes that should run, in all workers together.", workers="livemax")
+    runner_deaths = _counter("Runner processes that died and were replaced.")
+    runner_busy_seconds = _counter("Time for which runners had a batch, summed over all runners.")
+    runner_start_failures = _counter(
+        "Runners that could not replace a dead runner: this host fails the `golden` set, or `other`.",
+        "reason",
+    )
+    model_info = _gauge(
+        "1 for a loaded model with the provider that runs it; 0 for a model that was unloaded.",
+        "model", "version", "task", "provider", workers="livemax",
+    )  # fmt: skip
+    provider_fallback = _gauge(
+        "1 if the model runs on a CPU although ONNX Runtime has CUDA and nobody asked for the CPU.",
+        "model", "version", workers="livemax",
+    )  # fmt: skip
+    golden_logit_difference = _gauge(
+        "Largest difference of a logit from the golden set when the model was loaded.",
+        "model", "version", workers="livemax",
+    )  # fmt: skip
+    model_load_seconds = _gauge(
+        "Time to load, warm up and check a model.", "model", "version", workers="livemax"
+    )
+    model_changes = _counter(
+        "Models and versions that appeared after the start, by `result`: `loaded` or `refused`.",
+        "model", "result",
+    )  # fmt: skip
+    versions_refused = _gauge(
+        "Versions in the repository that failed their checks and are newer than the served version.",
+        "model",
+        workers="livemax",
+    )
+    swap_flip_ratio = _gauge(
+        "Share of the recent images to which a new version gave another label in its last shadow test.",
+        "model",
+        workers="livemax",
+    )
+    swap_slowdown_ratio = _gauge(
+        "Time of a new version for an image, divided by the old version's time, in the last shadow test.",
+        "model",
+        workers="livemax",
+    )
+    predictions = _counter(
+        "Images by their most probable label; labels after the model's first hundred count as `other`.",
+        "model", "version", "label",
+    )  # fmt: skip
+    prediction_confidence = _histogram(
+        "Probability of the most probable label.", "model", "version", buckets=_CONFIDENCE_BUCKETS
+    )
+    prediction_entropy = _histogram(
+        "Entropy of the probabilities: 0 if one label is certain, 1 if all labels are equally probable.",
+        "model", "version", buckets=_RATIO_BUCKETS,
+    )  # fmt: skip
+    image_pixels = _histogram("Width and height of the images, by `side`.", "side", buckets=_SIDE_BUCKETS)
+    image_brightness = _histogram(
+        "Mean of the model's input: 0 is black, 1 is white.", "model", "version", buckets=_RATIO_BUCKETS
+    )
+    drift_psi = _gauge(
+        "Population stability index between recent images and held-out images, by `signal`; the largest of "
+        "all workers.",
+        "model", "version", "signal", workers="livemax",
+    )  # fmt: skip
+    drift_chance_psi = _gauge(
+        "Average of the population stability index that chance alone would give.",
+        "model", "version", "signal", workers="livemax",
+    )  # fmt: skip
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.process_metrics = ProcessMetrics(registry)
-        self.requests = Counter(
-            "fovea_requests",
-            "Requests answered. `route` is the route's template, `model` empty where none took part.",
-            ("protocol", "route", "model", "status"),
-            registry=registry,
-        )
-        self.request_seconds = Histogram(
-            "fovea_request_seconds",
-            "Time from the request's headers to the last byte of its answer.",
-            ("protocol", "route", "model"),
-            buckets=_SECONDS_BUCKETS,
-            registry=registry,
-        )
-        self.requests_in_flight = Gauge(
-            "fovea_requests_in_flight",
-            "Requests being answered now.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.connections = Gauge(
-            "fovea_connections", "Open connections.", multiprocess_mode="livesum", registry=registry
-        )
-        self.errors = Counter(
-            "fovea_errors",
-            "Requests, or images of one with many, that got an error, by its code.",
-            ("reason",),
-            registry=registry,
-        )
-        self.image_warnings = Counter(
-            "fovea_image_warnings",
-            "Images answered with a warning, by its code.",
-            ("reason",),
-            registry=registry,
-        )
-        stages = Histogram(
-            "fovea_stage_seconds",
-            "Time in one stage: read and encode per request, decode and queue per image, "
-            "inference per batch.",
-            ("stage",),
-            buckets=_SECONDS_BUCKETS,
-            registry=registry,
-        )
-        self.stage_seconds: Mapping[str, Histogram] = {stage: stages.labels(stage) for stage in STAGES}
-        self.images = Counter("fovea_images", "Images classified.", ("model", "version"), registry=registry)
-        self.explanations = Counter(
-            "fovea_explanations", "Heat maps made.", ("model", "version", "method"), registry=registry
-        )
-        self.images_in_flight = Gauge(
-            "fovea_images_in_flight",
-            "Images accepted and not yet answered.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.images_limit = Gauge(
-            "fovea_images_limit",
-            "Most images that may be accepted and not yet answered (FOVEA_QUEUE_IMAGES).",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.queue_images = Gauge(
-            "fovea_queue_images",
-            "Images waiting for a runner.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.decode_reserved_bytes = Gauge(
-            "fovea_decode_reserved_bytes",
-            "Memory reserved for the large images that runners decode (of FOVEA_DECODE_BYTES).",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.queue_costly_images = Gauge(
-            "fovea_queue_costly_images",
-            "Images waiting for a runner that take long to decode, by their headers.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.batch_images = Histogram(
-            "fovea_batch_images", "Images in one model call.", buckets=_BATCH_BUCKETS, registry=registry
-        )
-        self.runners = Gauge(
-            "fovea_runners",
-            "Runner processes that are ready for work.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.runners_expected = Gauge(
-            "fovea_runners_expected",
-            "Runner processes that there should be, of all workers together.",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.runner_deaths = Counter(
-            "fovea_runner_deaths", "Runner processes that died and were replaced.", registry=registry
-        )
-        self.runner_busy_seconds = Counter(
-            "fovea_runner_busy_seconds",
-            "Time that runners had a batch, all of them together.",
-            registry=registry,
-        )
-        self.runner_start_failures = Counter(
-            "fovea_runner_start_failures",
-            "Runners that could not take a dead one's place: the host fails the `golden` set, or `other`.",
-            ("reason",),
-            registry=registry,
-        )
-        self.model_info = Gauge(
-            "fovea_model_info",
-            "1: a model that is loaded, and where it really runs; 0: one that was.",
-            ("model", "version", "task", "provider"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.provider_fallback = Gauge(
-            "fovea_provider_fallback",
-            "1 if the model runs on a CPU although ONNX Runtime has CUDA and the CPU was not asked for.",
-            ("model", "version"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.golden_logit_difference = Gauge(
-            "fovea_golden_logit_difference",
-            "Largest difference of a logit from the golden set when the model was loaded.",
-            ("model", "version"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.model_load_seconds = Gauge(
-            "fovea_model_load_seconds",
-            "Time to load, warm up and prove a model.",
-            ("model", "version"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.model_changes = Counter(
-            "fovea_model_changes",
-            "Models and versions that came after the start, by `result`: `loaded` or `refused`.",
-            ("model", "result"),
-            registry=registry,
-        )
-        self.versions_refused = Gauge(
-            "fovea_versions_refused",
-            "Versions in the repository that did not pass their checks, newer than what is served.",
-            ("model",),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.swap_flip_ratio = Gauge(
-            "fovea_swap_flip_ratio",
-            "Share of the last images that a new version gave another label when it was last tried.",
-            ("model",),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.swap_slowdown_ratio = Gauge(
-            "fovea_swap_slowdown_ratio",
-            "How many times as long as the old version a new one took for an image when it was last tried.",
-            ("model",),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.predictions = Counter(
-            "fovea_predictions",
-            "Images by their most probable label; labels beyond the model's first hundred are `other`.",
-            ("model", "version", "label"),
-            registry=registry,
-        )
-        self.prediction_confidence = Histogram(
-            "fovea_prediction_confidence",
-            "Probability of the most probable label.",
-            ("model", "version"),
-            buckets=_CONFIDENCE_BUCKETS,
-            registry=registry,
-        )
-        self.prediction_entropy = Histogram(
-            "fovea_prediction_entropy",
-            "Entropy of the probabilities: 0 sure of one label, 1 all labels alike.",
-            ("model", "version"),
-            buckets=_RATIO_BUCKETS,
-            registry=registry,
-        )
-        self.image_pixels = Histogram(
-            "fovea_image_pixels",
-            "Width and height of the images, by `side`.",
-            ("side",),
-            buckets=_SIDE_BUCKETS,
-            registry=registry,
-        )
-        self.image_brightness = Histogram(
-            "fovea_image_brightness",
-            "Mean of the model's input: 0 black, 1 white.",
-            ("model", "version"),
-            buckets=_RATIO_BUCKETS,
-            registry=registry,
-        )
-        self.drift_psi = Gauge(
-            "fovea_drift_psi",
-            "Population stability index of the last images against the held-out ones, by `signal`; "
-            "of the worker that is farthest from them.",
-            ("model", "version", "signal"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.drift_chance_psi = Gauge(
-            "fovea_drift_chance_psi",
-            "How large that index is on average by chance alone.",
-            ("model", "version", "signal"),
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
+        _register_all(self, registry)
         # Create every series at the start: an alert on an increase would miss a series that begins at 1.
+        self.seconds_by_stage: Mapping[str, Histogram] = {
+            stage: self.stage_seconds.labels(stage) for stage in STAGES
+        }
         self._error_counters = {code: self.errors.labels(code) for code in (*list_error_codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)

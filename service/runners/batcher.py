@@ -497,7 +497,7 @@ class Batcher:
             job.drop_item, job.index = drop_item, index
         try:
             for job in batch:
-                self._metrics.stage_seconds["queue"].observe(now - job.arrived_at)
+                self._metrics.seconds_by_stage["queue"].observe(now - job.arrived_at)
         except Exception:  # the batch has been sent; metrics are optional
             log.exception("the time in the queue could not be counted")
 

@@ -447,7 +447,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         self._metrics.runner_busy_seconds.inc(busy_seconds)
         if isinstance(report, Failure):
             return
-        histograms = self._metrics.stage_seconds
+        histograms = self._metrics.seconds_by_stage
         for seconds in report.decode_seconds:
             histograms["decode"].observe(seconds)
         if report.batch_size:

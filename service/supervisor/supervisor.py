@@ -447,7 +447,7 @@ class Supervisor:
             log.error("worker %d %s; another takes its place", worker.process.pid, description)
         with _log_exceptions("the metrics of worker %d are lost", worker.process.pid):
             if not self._is_stopping:
-                self._metrics.process_metrics.worker_deaths[reason].inc()
+                self._metrics.process_metrics.worker_deaths.labels(reason).inc()
             self._metrics.merge_dead_worker(worker.process.pid)
 
     async def _wait_for_exit(self, worker: _Worker) -> int:

@@ -529,7 +529,7 @@ def test_metrics_that_raise_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
         made = Batcher(metrics)
         made.add_runner(Doubler())
         monkeypatch.setattr(metrics.queue_images, "set", fail)
-        monkeypatch.setattr(metrics.stage_seconds["queue"], "observe", fail)
+        monkeypatch.setattr(metrics.seconds_by_stage["queue"], "observe", fail)
         assert await made.submit(1, only) == 2
         assert await made.submit(2, only) == 4
 
