@@ -16,6 +16,7 @@ serve: $(VENV)/.runtime ## Serve the default model on port 8000
 setup: $(VENV)/.dev ## Install everything for development into .venv
 
 test: $(VENV)/.dev lint ## Check style and types, run all tests; COVER=--cov measures what they reach
+	@echo "A part: $(BIN)/pytest tests/service/api; one test: $(BIN)/pytest -k part_of_its_name; the long ones: make proof"
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(COVER)
 
 proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)

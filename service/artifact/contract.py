@@ -10,15 +10,20 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from enum import StrEnum
-from typing import Any, Final, TypeVar
+from functools import cache
+from typing import Any, Final, TypeAlias, TypeVar
 
 from fovea.service.errors import ContractError
 
 FORMAT_VERSION: Final = 1
-"""Version of the document layout. A reader refuses any other version."""
+"""Version of the document's layout that Fovea writes. It reads this version and all earlier ones.
+
+Raise it with every change of a field or of a field's meaning, and add the step from the previous version to
+`_UPGRADES`: `docs/models.md` has the policy.
+"""
 
 MAX_GOLDEN_PIXELS: Final = 1 << 24
 """Pixel limit of a golden image. Golden images are small; Fovea writes no contract with larger images."""
@@ -242,9 +247,7 @@ class Contract:
     golden: GoldenSet
 
     def __post_init__(self) -> None:
-        _require(
-            self.format == FORMAT_VERSION, f"format is {self.format}; this reader knows {FORMAT_VERSION}"
-        )
+        _require(self.format == FORMAT_VERSION, f"format is {self.format}; a contract has {FORMAT_VERSION}")
         _require(len(self.labels) >= 2, "labels: at least two are needed")
         _require(len(set(self.labels)) == len(self.labels), "labels: each must be unique")
         _require(self.task is not Task.BINARY or len(self.labels) == 2, "binary takes two labels")
@@ -278,7 +281,7 @@ class Contract:
         except (ValueError, RecursionError) as error:
             raise ContractError(f"the contract is not JSON: {error}") from None
         try:
-            return from_plain(cls, value, "contract")
+            return from_plain(cls, _upgrade(value), "contract")
         except (OverflowError, UnicodeEncodeError) as error:
             raise ContractError(f"the contract has a value that cannot be used: {error}") from None
 
@@ -307,6 +310,26 @@ def _require(condition: bool, message: str) -> None:
         raise ContractError(message)
 
 
+Upgrade: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+
+_UPGRADES: Final[dict[int, Upgrade]] = {}
+"""Functions that convert a parsed document of one version to the next version, by the old version."""
+
+
+def _upgrade(document: Any) -> Any:
+    """Return a parsed document in the layout of `FORMAT_VERSION`. Raises `ContractError` if it is newer."""
+    version = document.get("format") if isinstance(document, dict) else None
+    if type(version) is not int:
+        return document  # the decoder says what is wrong
+    _require(
+        1 <= version <= FORMAT_VERSION,
+        f"format is {version}; this version of Fovea reads 1 to {FORMAT_VERSION}. Update Fovea to serve it",
+    )
+    for number in range(version, FORMAT_VERSION):
+        document = {**_UPGRADES[number](document), "format": number + 1}
+    return document
+
+
 T = TypeVar("T")
 
 
@@ -319,54 +342,99 @@ def from_plain(kind: type[T], value: Any, path: str) -> T:
     return typing.cast(T, result)
 
 
-def _decode_value(kind: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type[Any], kind), value, path)
-    if origin is types.UnionType:
-        return _decode_union(arguments, value, path)
-    if origin is tuple:
-        _require(isinstance(value, list), f"{path} must be a list")
-        return tuple(
-            _decode_value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)
-        )
-    if origin is dict:
-        _require(isinstance(value, dict), f"{path} must be an object")
-        return {key: _decode_value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if kind is types.NoneType:
-        _require(value is None, f"{path} must be null")
-        return None
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        choices = [member.value for member in kind]
-        _require(value in choices, f"{path} is {value!r}; known are {', '.join(choices)}")
-        return kind(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is str:
-        value.encode()  # an unpaired surrogate cannot be encoded, so it could not be sent to a client
-    _require(type(value) is kind, f"{path} must be {kind.__name__}, not {type(value).__name__}")
-    _require(kind is not float or math.isfinite(value), f"{path} must be finite")
-    return value
+# Each decoder converts parsed JSON to its kind of type. `path` is the place in the document.
 
 
-def _decode_dataclass(kind: type[Any], value: Any, path: str) -> Any:
+def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
     _require(isinstance(value, dict), f"{path} must be an object")
-    field_names = {field.name for field in fields(kind)}
-    for word, names in (("lacks", field_names - value.keys()), ("has unknown", value.keys() - field_names)):
-        _require(not names, f"{path} {word} {', '.join(sorted(names))}")
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _decode_value(hints[name], value[name], f"{path}.{name}") for name in field_names})
+    types_by_name = _field_types(kind)
+    names = types_by_name.keys()
+    for word, wrong in (("lacks", names - value.keys()), ("has unknown", value.keys() - names)):
+        _require(not wrong, f"{path} {word} {', '.join(sorted(wrong))}")
+    values = {
+        name: _decode_value(types_by_name[name], value[name], f"{path}.{name}") for name in types_by_name
+    }
+    return kind(**values)
 
 
-def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    """Decode the value as the first kind that accepts it.
+@cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
-    If no kind does, raise the `ContractError` of the first kind.
-    """
+
+def _decode_union(kind: Any, value: Any, path: str) -> Any:
+    """Decode the value as the first type that accepts it, or raise the error of the first type."""
     errors = []
-    for kind in kinds:
+    for choice in typing.get_args(kind):
         try:
-            return _decode_value(kind, value, path)
+            return _decode_value(choice, value, path)
         except ContractError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _decode_list(kind: Any, value: Any, path: str) -> Any:
+    _require(isinstance(value, list), f"{path} must be a list")
+    item_kind = typing.get_args(kind)[0]
+    return tuple(_decode_value(item_kind, item, f"{path}[{index}]") for index, item in enumerate(value))
+
+
+def _decode_mapping(kind: Any, value: Any, path: str) -> Any:
+    _require(isinstance(value, dict), f"{path} must be an object")
+    item_kind = typing.get_args(kind)[1]
+    return {key: _decode_value(item_kind, item, f"{path}.{key}") for key, item in value.items()}
+
+
+def _decode_enum(kind: type[StrEnum], value: Any, path: str) -> Any:
+    choices = [member.value for member in kind]
+    _require(value in choices, f"{path} is {value!r}; known are {', '.join(choices)}")
+    return kind(value)
+
+
+def _decode_null(_kind: Any, value: Any, path: str) -> None:
+    _require(value is None, f"{path} must be null")
+
+
+def _decode_float(_kind: Any, value: Any, path: str) -> float:
+    if type(value) is int:
+        value = float(value)
+    _require(type(value) is float, f"{path} must be float, not {type(value).__name__}")
+    _require(math.isfinite(value), f"{path} must be finite")
+    return typing.cast(float, value)
+
+
+def _decode_text(_kind: Any, value: Any, path: str) -> str:
+    _require(type(value) is str, f"{path} must be str, not {type(value).__name__}")
+    value.encode()  # an unpaired surrogate cannot be encoded, so it could not be sent to a client
+    return typing.cast(str, value)
+
+
+def _decode_int(_kind: Any, value: Any, path: str) -> int:
+    _require(type(value) is int, f"{path} must be int, not {type(value).__name__}")
+    return typing.cast(int, value)
+
+
+_DECODERS: Final[Mapping[Any, Callable[[Any, Any, str], Any]]] = {
+    "dataclass": _decode_dataclass,
+    "enum": _decode_enum,
+    types.UnionType: _decode_union,
+    tuple: _decode_list,
+    dict: _decode_mapping,
+    types.NoneType: _decode_null,
+    float: _decode_float,
+    str: _decode_text,
+    int: _decode_int,
+}
+
+
+@cache
+def _decoder_of(kind: Any) -> Callable[[Any, Any, str], Any]:
+    if is_dataclass(kind):
+        return _DECODERS["dataclass"]
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return _DECODERS["enum"]
+    return _DECODERS[typing.get_origin(kind) or kind]
+
+
+def _decode_value(kind: Any, value: Any, path: str) -> Any:
+    return _decoder_of(kind)(kind, value, path)
