@@ -202,7 +202,7 @@ class ExplainerClient:
             )
 
     def _end_if_idle(self) -> None:
-        """End the process unless it is answering; in that case `_run_exclusively` ends it after the answer."""
+        """End the process, unless it is answering: `_run_exclusively` then ends it after the answer."""
         if self._process and not self._lock.locked():
             self.close()
 

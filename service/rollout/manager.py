@@ -238,9 +238,8 @@ class ModelManager:
                 try:
                     fresh = await self._load(version)
                 except ModelError as error:
-                    log.error(
-                        f"{version.path} was lost with all runners, and cannot be loaded: {to_one_line(error)}"
-                    )
+                    reason = to_one_line(error)
+                    log.error(f"{version.path} was lost with all runners, and cannot be loaded: {reason}")
                     delay = min(2 * delay, longest)
                     continue
                 if not self._is_wanted(version):

@@ -203,12 +203,14 @@ def _compare_pair(
     if result.flip_rate > settings.swap_flips and probability >= _SIGNIFICANCE_LEVEL:
         log.warning(
             f"{version.path} gives {result.flips} of {result.images} golden images another label than "
-            f"version {previous_version.version}: too few to tell whether it may be served (FOVEA_SWAP_FLIPS); it is"
+            f"version {previous_version.version}: too few to tell whether it may be served "
+            "(FOVEA_SWAP_FLIPS); it is"
         )
         result = replace(result, flips=0)
     elif not result.images and settings.swap_flips < 1:
         log.warning(
-            f"{version.path} could not be compared with version {previous_version.version}: there are no images"
+            f"{version.path} could not be compared with version {previous_version.version}: "
+            "there are no images"
         )
     check_result(result, settings.swap_flips, settings.swap_slowdown)
 

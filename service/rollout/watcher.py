@@ -375,9 +375,8 @@ class Watcher:
                 *self._refused_by_model,
                 self._default,
             }:
-                raise ModelError(
-                    f"{self._root / repository.DEFAULT_MODEL_FILE} is {configured_default!r}, which is not served"
-                )
+                file = self._root / repository.DEFAULT_MODEL_FILE
+                raise ModelError(f"{file} is {configured_default!r}, which is not served")
         except ModelError as error:
             self._log_once(None, error)
             return

@@ -376,8 +376,8 @@ class Classifier:
         limit = self.settings.runner_absence
         if limit and self.runners.absence_seconds > limit:
             raise NotReady(
-                f"there has been no runner for {self.runners.absence_seconds:.0f} s, and at most {limit:g} s are "
-                "waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
+                f"there has been no runner for {self.runners.absence_seconds:.0f} s, and at most {limit:g} s "
+                "are waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
                 retry_after=1.0,
             )
 
@@ -588,7 +588,8 @@ class LabelSet(NamedTuple):
     level: float
     labels: list[str]
     abstain: bool
-    """True if the set is not informative: empty, more than half of all labels, or more than `MAX_SET_LABELS` labels."""
+    """True if the set is not informative: empty, more than half of all labels, or more than `MAX_SET_LABELS`
+    labels."""
 
 
 MAX_SET_LABELS: Final = 5

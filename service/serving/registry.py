@@ -243,9 +243,9 @@ class ModelRegistry:
             )
 
     def list_versions(self, name: str) -> list[LiveModel | ModelVersion]:
-        """Return all served versions of a model, the latest last. A version that is not loaded is a `ModelVersion`.
+        """Return all served versions of a model, the latest last.
 
-        Raises `ModelNotFound` when there is none.
+        A version that is not loaded is a `ModelVersion`. Raises `ModelNotFound` when there is none.
         """
         live_models, model_versions = self._live_models.get(name, {}), self.versions_by_model.get(name, ())
         if not live_models and not model_versions:
@@ -317,23 +317,19 @@ class ModelRegistry:
         """Set the metrics of a new model and log it."""
         provider = model.model_version.config.provider or self._provider
         is_fallback = model.load_result.provider == "cpu" and expects_cuda(provider)
-        label_count, load_result, identity = (
-            len(model.contract.labels),
-            model.load_result,
-            (model.name, model.version),
-        )
+        load_result, identity = model.load_result, (model.name, model.version)
         set_info, set_fallback = self._get_gauge_setters(model)
         set_info(1)
         set_fallback(is_fallback)
         self._metrics.model_load_seconds.labels(*identity).set(load_result.load_seconds)
-        self._metrics.golden_logit_difference.labels(*identity).set(
-            load_result.golden_differences["logit_difference"]
-        )
+        golden = load_result.golden_differences
+        self._metrics.golden_logit_difference.labels(*identity).set(golden["logit_difference"])
         if is_fallback:
             log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
         log.info(
-            f"model {model.name} version {model.version}: {label_count} labels on {load_result.provider}, proven on "
-            f"{load_result.golden_differences['images']} golden images, ready in {load_result.load_seconds:.2f} s"
+            f"model {model.name} version {model.version}: {len(model.contract.labels)} labels on "
+            f"{load_result.provider}, proven on {golden['images']} golden images, "
+            f"ready in {load_result.load_seconds:.2f} s"
         )
         if model.contract.reference is None:
             log.info(f"model {model.name} came without images to compare with: its drift cannot be told")

@@ -271,14 +271,17 @@ HOSTILE = {
     "outside": (hostile.make_external_weight("../../secret.bin"), "External data path"),
     "absolute": (hostile.make_external_weight("/dev/null/secret.bin"), "Absolute path"),
     "beside": (hostile.make_external_weight("weights.bin"), "External data path"),
-    "custom operator": (hostile.write_custom_operator, "com.example:Conv(-1) is not a registered function/op"),
+    "custom operator": (
+        hostile.write_custom_operator,
+        "com.example:Conv(-1) is not a registered function/op",
+    ),
     "truncated": (hostile.write_truncated, "protobuf parsing failed"),
     "zeros": (hostile.write_zeros, "an ONNX file has at most 2147483647"),
     "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is no ONNX model"),
     "hungry": (hostile.write_huge_tensor, "the graph does not run"),
     "without contract": (hostile.write_without_contract, "the model has no contract"),
     "endless": (hostile.write_endless_loop, "it could not be tried within 1 s (FOVEA_TRIAL_SECONDS)"),
-}  # fmt: skip
+}
 
 
 def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
