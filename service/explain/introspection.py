@@ -1,7 +1,7 @@
 """A model whose inner values can be read: every tensor of the graph is one of its outputs.
 
-The model computes the same results as the served one, but more slowly, because no operators are fused. Only
-explanations run it.
+The model computes the same results as the served model, but more slowly, because no operators are fused. Only
+explanations run this model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ _MAX_REPLY_BYTES: Final = 16 << 20
 
 
 class IntrospectedModel:
-    """A graph, and the values of its tensors for the last image. Only one thread at a time may use it."""
+    """A graph, and the values of its tensors for the last image.
+
+    Only one thread at a time may use the model. The explaining process uses it on its only thread.
+    """
 
     def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
         """Open the graph from the content of the model file.
@@ -86,7 +89,7 @@ class IntrospectedModel:
     def decode_image(self, image: bytes, *, is_prepared: bool) -> Pixels:
         """Decode an image; a `is_prepared` image is the model's input itself.
 
-        Raises the errors of `preprocess.decode`, and `BadRequest` if a prepared image has another size.
+        Raises the errors of `preprocess.decode_image`, and `BadRequest` if a prepared image has another size.
         """
         geometry = self._contract.input
         if is_prepared:

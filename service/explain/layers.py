@@ -1,4 +1,4 @@
-"""The inside of a model in a readable form: its layers, their connections, and their receptive fields.
+"""The layers of a model in a readable form, with their connections and receptive fields.
 
 The sources are the contract's layer table and an opened graph (see `introspection`). The graph adds the
 shapes of the weights, and constants.
@@ -227,11 +227,8 @@ class _LayerReader:
         """Return the receptive field of one value of the input: a pixel, or the patch of a token."""
         geometry = self._contract.input
         patch_height, patch_width = geometry.height // layout.height, geometry.width // layout.width
-        if (patch_height, patch_width) != (
-            1,
-            1,
-        ) and "T" not in layout.axes:  # the network itself resizes the image
-            return None
+        if (patch_height, patch_width) != (1, 1) and "T" not in layout.axes:
+            return None  # the network itself resizes the image
         return ReceptiveField(Span(patch_height, 0, patch_height - 1), Span(patch_width, 0, patch_width - 1))
 
     def _record_sources(self, layer: Layer) -> None:
@@ -267,9 +264,8 @@ class _LayerReader:
     def _is_shown(self, layer: Layer) -> bool:
         if layer.kind in _HIDDEN_KINDS or layer.outputs[0] not in self._image_tensors:
             return False
-        if (
-            layer.kind in RESHAPE_KINDS
-        ):  # only flattening of maps counts, not a reshape of one value per channel
+        if layer.kind in RESHAPE_KINDS:
+            # Only the flattening of maps is shown, not a reshape of one value per channel.
             shape = self._find_shape(layer.inputs[0])
             return len(shape) == 3 and len(layer.shape) == 1 and len(_drop_ones(shape)) > 1
         return True

@@ -26,14 +26,15 @@ log = logging.getLogger(__name__)
 
 _SIGNIFICANCE_LEVEL: Final = 0.01
 """Probability below which flips on a few images are not considered chance. A model has at most 8 golden
-images, and they must not refuse a version that was accepted before."""
+images, which are too few to refuse a version that was accepted before."""
 
 
 def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], None]) -> None:
     """Call `run` with the versions to serve. Call it again without the versions that prevent the start.
 
-    `run` raises `StartError` when it cannot serve the versions, and only before it serves anything. Raises
-    `StartError` when no model is the cause, or with FOVEA_STRICT.
+    `run` is called in the calling thread, blocks until the service ends, and may be called again only because
+    it raises `StartError` before it serves anything. This function raises `StartError` when no model is the
+    cause, or with FOVEA_STRICT.
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
@@ -129,7 +130,7 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
             try:
                 shadow_tests.run(_create_load(settings, version), None, [])
             except Interrupted:
-                pass
+                pass  # nothing is known about the file: count it as valid
             except ModelError as error:
                 if is_provider_error(error) and not version.config.provider:
                     raise
@@ -141,7 +142,10 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
 
 
 def is_broken(settings: Settings, refusals: Refusals, version: ModelVersion) -> bool:
-    """Return whether a starting process cannot load a version. A broken version is also refused."""
+    """Return whether a starting process cannot load a version. A broken version is also refused.
+
+    The supervisor's `Watcher` calls this in a worker thread.
+    """
     try:
         if fingerprint_of(version.path) != version.fingerprint:
             return True

@@ -1,4 +1,4 @@
-"""Process that tries a new model file: it loads, warms up and validates the model as runners do.
+"""Trial process of a new model file: it loads, warms up and validates the model as runners do.
 
 The process also answers recent images with the new and the current version. It runs at low priority, and the
 kernel's out-of-memory killer selects it first.
@@ -30,13 +30,15 @@ _NICE: Final = 12
 
 
 def main(descriptor: int, memory: int, seconds: int) -> None:
-    """Run the trial that the socket `descriptor` describes.
+    """Run the trial that the parent describes through the socket `descriptor`.
 
-    The limits are `memory` in bytes and `seconds` of processor time.
+    `ShadowTests.run` in the parent starts this process, sends one message with the loads and the images, and
+    waits for one reply. The limits are `memory` in bytes and `seconds` of processor time.
     """
     os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+    # Set the limits before anything is read: the kernel must enforce them for the whole trial.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -71,7 +73,7 @@ def _run_test(
         return ShadowTestResult(0, 0, 1.0)
     try:
         current = Predictor.from_load(loads[1], memory)
-    except ModelError:  # its file was overwritten: nothing to compare with
+    except ModelError:  # the current version's file was overwritten: there is nothing to compare with
         return ShadowTestResult(0, 0, 1.0)
     if golden:
         sets = (*current.contract.golden.images, *candidate.contract.golden.images)

@@ -1,4 +1,4 @@
-"""Watcher of the repository. It looks regularly, and serves changes that have settled."""
+"""Watcher of the repository. It scans the repository regularly, and serves changes that have settled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SETTLE_SECONDS: float = 0.1
 """Time in seconds for which a file must stay unchanged when a request asks to load it."""
 
 _MISSING_INTERVAL: Final = 2.0
-"""Time in seconds between two looks while a model is missing, if the repository is not watched otherwise."""
+"""Time in seconds between two scans while a model is missing, if the repository is not watched otherwise."""
 
 _BACKOFF_SECONDS: Final = (2.0, 300.0)
 """Time in seconds before an interrupted change is tried again: the delay after the second interruption, which
@@ -30,7 +30,10 @@ doubles each time, and the maximum. The file was not the cause of the interrupti
 
 
 class RolloutTarget(Protocol):
-    """Interface that applies a change: in this process, or in all workers."""
+    """Interface that applies a change: in this process, or in all workers.
+
+    `Watcher` calls all methods on its event loop, and prepares only one change at a time.
+    """
 
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
@@ -41,7 +44,10 @@ class RolloutTarget(Protocol):
         """
 
     def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions at once."""
+        """Switch to the prepared versions at once.
+
+        This is called once after each `prepare` that has returned, before anything else is awaited.
+        """
 
     def set_default(self, default: str | None) -> None:
         """Set the model that answers requests that name no model."""
@@ -89,8 +95,8 @@ class Watcher:
 
         With `has_limits`, a version that passes its comparison is remembered, so that no other service with
         the same verdicts refuses it. A requested change waits at most `change_timeout` seconds for other
-        changes. `is_broken` returns whether a starting process cannot load a version. It may be called in any
-        thread.
+        changes. `is_broken` returns whether a starting process cannot load a version. It is called in a
+        worker thread, never twice at once, and may take as long as a trial.
         """
         self._root = root
         self._configured_default = configured_default
@@ -113,12 +119,14 @@ class Watcher:
         self._lost_counts: dict[str | None, int] = {}
         """Number of processes that have lost a model with all their runners, by model."""
         self._pending_models: set[str | None] = set()
-        """Models to look at even if the repository is not watched."""
+        """Models to scan even if the repository is not watched."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_by_model: dict[str, tuple[RefusedVersion, ...]] = {}
         for one in state.refused_versions:
             self._refused_by_model[one.name] = (*self._refused_by_model.get(one.name, ()), one)
         self._last_report = state.refused_versions, state.is_empty
+        # The lock is held from the choice of versions to their commit. It also orders the calls of
+        # `Refusals`, which run in worker threads.
         self._lock = asyncio.Lock()
 
     @property
@@ -127,7 +135,7 @@ class Watcher:
         return ServingState(self._versions_by_model, self._default, *self._last_report)
 
     async def run(self, interval: float) -> None:
-        """Look every `interval` seconds for ever. With 0, look only while a model is missing."""
+        """Scan every `interval` seconds for ever. With 0, scan only while a model is missing."""
         while True:
             await asyncio.sleep(interval or _MISSING_INTERVAL)
             if interval or self._last_report[1]:
@@ -136,21 +144,24 @@ class Watcher:
                 await self._scan_or_log({*self._lost_counts, *self._pending_models})
 
     async def reload(self) -> None:
-        """Look now, and look again after new files have had time to settle."""
+        """Scan now, and scan again after new files have had time to settle."""
         log.info("looks at the repository, as SIGHUP asks")
         await self._scan_or_log()
         await asyncio.sleep(_SETTLE_SECONDS)
         await self._scan_or_log()
 
     async def _scan_or_log(self, only_names: set[str | None] | None = None) -> None:
-        """Look, and log any exception."""
+        """Scan, and log any exception."""
         try:
             await self.scan_repository(only_names)
-        except Exception:  # the next look may succeed; served models stay
+        except Exception:  # the next scan may succeed; served models stay
             log.exception("the repository could not be looked at")
 
     def count_lost_model(self, name: str | None, is_lost: bool) -> None:
-        """Count a process that has lost a model with all its runners, or has the model again."""
+        """Count a process that has lost a model with all its runners, or has the model again.
+
+        `ModelManager.on_lost` calls this, or the supervisor for a worker.
+        """
         count = self._lost_counts.get(name, 0) + (1 if is_lost else -1)
         if count > 0:
             self._lost_counts[name] = count
@@ -158,9 +169,10 @@ class Watcher:
             self._lost_counts.pop(name, None)
 
     def refuse_version(self, version: ModelVersion, reason: str, lasting: bool) -> None:
-        """Refuse a resting version that failed its trial on demand.
+        """Refuse a version that failed its trial on demand.
 
-        Another version takes its place at the next look.
+        Another version takes its place at the next scan. `ModelManager.on_refused` calls this, or the
+        supervisor for a worker.
         """
 
         async def store_refusal() -> None:
@@ -168,7 +180,8 @@ class Watcher:
                 await asyncio.to_thread(self._refusals.refuse, version, reason, lasting=lasting)
                 self._pending_models.add(version.name)
 
-        # This is a callback and cannot wait for the lock. The set keeps the task from being collected.
+        # This is a callback, which cannot wait for the lock. The event loop holds only a weak reference to
+        # the task; the set keeps the task from being garbage-collected.
         task = asyncio.get_running_loop().create_task(store_refusal())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -176,7 +189,8 @@ class Watcher:
     def handle_start_failure(self) -> None:
         """Replace broken versions, because a worker could not start with the served versions.
 
-        Otherwise there would be no worker left once the last one had died.
+        Otherwise there would be no worker left once the last one had died. The supervisor calls this for
+        every worker that fails; one replacement runs at a time.
         """
         if self._replace_task is None or self._replace_task.done():
             self._replace_task = asyncio.get_running_loop().create_task(self._replace_broken())
@@ -219,8 +233,8 @@ class Watcher:
     async def scan_repository(self, only_names: set[str | None] | None = None) -> None:
         """Bring the served versions up to date with the repository.
 
-        A new version is served once it has not changed since the last look. Versions that are gone are not
-        served any more. With `only_names`, look at these models alone.
+        A new version is served once it has not changed since the last scan. Versions that are gone are not
+        served any more. With `only_names`, scan only these models.
         """
         async with self._lock:
             try:
@@ -228,9 +242,8 @@ class Watcher:
             except ModelError as error:
                 self._log_once(None, error)
                 return
-            for missing_name in (
-                self._refused_by_model.keys() - names
-            ):  # except the default model, which is awaited
+            for missing_name in self._refused_by_model.keys() - names:
+                # Only the default model, which has no version yet, stays in the report.
                 self._refused_by_model[missing_name] = tuple(
                     one for one in self._refused_by_model[missing_name] if not one.version
                 )
@@ -396,8 +409,8 @@ class Watcher:
     def _list_names(self) -> set[str | None]:
         """Return the names of the models in the repository and of the served models.
 
-        An empty repository is taken for one that is not mounted, so that no model is removed. Raises
-        `ModelError` then.
+        Raises `ModelError` if the repository has become empty: it may just not be mounted, and no model must
+        be removed then.
         """
         if self._root.is_file() or None in self._versions_by_model:
             return {None}
@@ -456,7 +469,8 @@ class Watcher:
             else:
                 await self._store_refusal(versions[0], reason, lasting=is_lasting(error))
             raise SwapRefused(reason) from None
-        # Nothing may be awaited between `prepare` and `commit`: the prepared state could become outdated.
+        # Nothing may be awaited between `prepare` and `commit`: the prepared change could be aborted or
+        # become outdated.
         self._target.commit(name)
         self._refused_changes.pop(name, None)
         self._interruptions.pop(name, None)
@@ -498,7 +512,7 @@ class Watcher:
                 self._refusals.accept(one, "it passed its trial")
 
     def _postpone_change(self, name: str | None, versions: Sequence[ModelVersion]) -> None:
-        """Schedule an interrupted change again: at the next look, then with growing delays."""
+        """Schedule an interrupted change again: at the next scan, then with growing delays."""
         interruption = self._interruptions.get(name)
         count = (
             interruption.interruption_count + 1
@@ -510,7 +524,7 @@ class Watcher:
         self._interruptions[name] = _Interruptions(tuple(versions), count, time.monotonic() + delay)
 
     def _log_once(self, name: str | None, error: FoveaError) -> None:
-        """Log an error once, not at every look."""
+        """Log an error once, not at every scan."""
         message = to_one_line(error)
         if self._logged_errors.get(name) != message:
             self._logged_errors[name] = message

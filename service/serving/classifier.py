@@ -67,8 +67,8 @@ class Classification(NamedTuple):
 
 
 AnswerCallback: TypeAlias = Callable[[Answer | Exception, Job], None]
-"""Callback with the outcome and the job of an image, called before the caller gets the outcome. See
-`record.Record.image`."""
+"""Callback with the outcome and the job of an image, such as `RequestRecord.add_image`. The classifier calls
+it on the event loop before the caller gets the outcome, and logs any exception that it raises."""
 
 
 _LEVEL_SECONDS: Final = (0.025, 0.25)
@@ -89,7 +89,11 @@ _MAX_RETIRED: Final = 20
 
 
 class Classifier:
-    """Models, runners and admission control."""
+    """Models, runners and admission control.
+
+    Only the constructor may run before the event loop. Every other method must be called on the event loop
+    that runs `start`, so that no method needs a lock.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics, state: ServingState | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
@@ -111,7 +115,7 @@ class Classifier:
         )
         self._model_ids = count()
         self._pinned_files: dict[int, PinnedFile] = {}
-        """Open model files by load slot."""
+        """Open model files by the model's id in the runners."""
         self._retired_models: deque[LiveModel] = deque()
         """Retired models, the most recent last."""
         initial_versions = self.registry.initial_versions(settings.models_loaded)
@@ -130,7 +134,8 @@ class Classifier:
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_model_lost: Callable[[int, LiveModel | None], None] = lambda model_id, model: None
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
-        arguments are the load slot, and the model if it was being served."""
+        arguments are the model's id in the runners, and the model if it was being served. It is called on the
+        event loop after the model has been retired, so that no new request can get the model."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._prediction_metrics: dict[LiveModel, PredictionMetrics] = {}
         self._recent_images: dict[str, RecentImages] = {}
@@ -150,7 +155,9 @@ class Classifier:
         self.body_memory = BodyMemory(settings.bodies_bytes)
 
     def create_load(self, version: ModelVersion) -> LoadCommand:
-        """Return the load message for the runners, with a new slot. The file stays open until `close_file`.
+        """Return the load message for the runners, with a new model id.
+
+        The model's file stays open until `close_file`, so that runners which start later read the same file.
 
         Raises `ModelError` when the file has changed since it was found.
         """
@@ -162,6 +169,7 @@ class Classifier:
 
     def unload(self, load: LoadCommand) -> None:
         """Unload a model from the runners and close its file."""
+        # Unload first: until then a runner that starts may still open the file.
         self.runners.unload_model(load.model_id)
         self.close_file(load)
 
@@ -180,7 +188,7 @@ class Classifier:
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
         )
         self.registry.add(model)
-        for result in ("loaded", "refused"):  # create at 0: `increase` ignores the first value
+        for result in ("loaded", "refused"):  # create at 0: PromQL ignores the first value
             self.metrics.model_changes.labels(model.name, result)
         for method in ("cam", "occlusion"):
             self.metrics.explanations.labels(model.name, model.version, method)
@@ -190,7 +198,8 @@ class Classifier:
         """Stop serving a model. It is unloaded when its last request is answered."""
         self.registry.remove(model)
         if all(other.name != model.name for other in self.registry.models):
-            del self._recent_images[model.name]  # a next version has no version to be compared with
+            del self._recent_images[model.name]  # the next version will have no version to compare with
+        # The last request calls this on the event loop. The runners must know the model until then.
         model.call_when_idle(lambda: self._unload_retired(model))
 
     def _unload_retired(self, model: LiveModel) -> None:
@@ -215,7 +224,11 @@ class Classifier:
             self.metrics.remove_version(*identity)
 
     def _handle_lost_model(self, model_id: int, error: ModelError) -> None:
-        """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
+        """Refuse the waiting images of a model that was lost with its runners, and retire the model.
+
+        The runner pool calls this on the event loop, and needs the lanes to be empty when it returns: no
+        runner will ever take images of this model.
+        """
         model = next((one for one in self._prediction_metrics if one.load.model_id == model_id), None)
         if model:
             message = (
@@ -234,7 +247,7 @@ class Classifier:
         return self._recent_images[name].images if name in self._recent_images else []
 
     def _fetch_image(self, ref: SharedRef) -> bytes:
-        """Copy an image out of shared memory."""
+        """Copy an image out of shared memory. The image's request must not be over yet."""
         return read_shared(self.shared_bodies.descriptor, ref)
 
     async def start(self) -> None:
@@ -244,7 +257,7 @@ class Classifier:
     async def close(self) -> None:
         """Stop the runners, then release shared memory and close the model files."""
         await self.runners.close()
-        # Runners read from the slots and the files: stop the runners first.
+        # Runners read from shared memory and from the files: stop the runners first.
         self.shared_bodies.close()
         for pinned_file in self._pinned_files.values():
             pinned_file.close()
@@ -265,11 +278,13 @@ class Classifier:
         `cancel` is dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
         """
 
+        # The batcher calls this once, on the event loop, unless the job is cancelled before. The image's
+        # shared memory is still reserved then, because `_count_image` may copy the image.
         def handle_outcome(outcome: Any, job: Job) -> None:
             result = _convert_outcome(outcome, model)
             self._count_image(outcome, model, job, on_answer)
             model.statistics.count_request(job.arrived_at, is_success=isinstance(result, Classification))
-            # This is last: it may end the request and give the image's memory back.
+            # This call comes last: it may end the request and release the image's memory.
             on_outcome(result)
 
         lane, memory = self._choose_lane(image, model)
@@ -318,7 +333,8 @@ class Classifier:
         def convert_outcome(
             outcome: Answer | Exception, job: Job
         ) -> Classification | RequestError | BaseException:
-            # per image: processing all at once would block the event loop
+            # The batcher calls this on the event loop for each image as it is answered. Counting all images
+            # at once, after the last one, would block the event loop.
             self._count_image(outcome, model, job, on_answer)
             return _convert_outcome(outcome, model)
 
@@ -347,7 +363,7 @@ class Classifier:
     def _count_image(
         self, outcome: Answer | Exception, model: LiveModel, job: Job, on_answer: AnswerCallback
     ) -> None:
-        """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
+        """Count an image in the record, the metrics and the statistics, and keep it for the next shadow test.
 
         Never raises, so that the caller gets its answer in any case.
         """
@@ -428,7 +444,7 @@ def _convert_outcome(
 
 def _check_outcome(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
     """Return an outcome that belongs to one image, and raise any other outcome."""
-    if isinstance(outcome, Unavailable):  # this concerns the whole request
+    if isinstance(outcome, Unavailable):  # this error concerns the whole request
         raise outcome
     if isinstance(outcome, Classification | RequestError):
         return outcome
@@ -463,6 +479,8 @@ class Admission:
 
     def release(self) -> None:
         """Release everything. Further calls do nothing."""
+        # The model comes last: its release may unload a retired model, and an error there must not keep
+        # memory and places.
         self._classifier.body_memory.release(self._reserved_bytes)
         self._reserved_bytes = 0
         if self._reserved_images:
@@ -478,7 +496,7 @@ class Admission:
         """
         classifier = self._classifier
         limit = classifier.body_memory.limit
-        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is for small bodies
+        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is reserved for small bodies
             large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
             if classifier.body_memory.body_bytes + size > large_limit:
                 raise classifier.create_overload_error(
@@ -593,7 +611,7 @@ class LabelSet(NamedTuple):
 
 
 MAX_SET_LABELS: Final = 5
-"""Maximum number of labels in an informative set. With ten labels, a set of six is also too wide."""
+"""Maximum number of labels in an informative set. With ten labels, a set of six is also too large."""
 
 
 def find_coverage(contract: Contract, level: float) -> Coverage:

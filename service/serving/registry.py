@@ -47,7 +47,7 @@ class LiveModel:
     tensors: tuple[InputTensor, ...]
     """Tensors that the model accepts besides encoded images."""
     lanes: Sequence[Lane[Item, Answer]]
-    """Queues of images for the runners, by decode cost (`batcher.LEVELS`)."""
+    """Queues of images for the runners, by decode cost: one for each of the `LEVEL_COUNT` levels."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     images_in_flight: int = 0
     """Number of accepted images that are not yet answered."""
@@ -56,7 +56,7 @@ class LiveModel:
     active_requests: int = 0
     """Number of requests that the model has to answer."""
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
-    """Callbacks that are called once when the model has no more requests."""
+    """Callbacks that are called once, on the event loop, when the model has no more requests."""
 
     @classmethod
     def from_load_result(
@@ -64,9 +64,8 @@ class LiveModel:
     ) -> LiveModel:
         """Create the model from the runners' reply to a load message."""
         contract = Contract.from_json(load_result.contract_json)
-        max_shared_level = (
-            LEVEL_COUNT - 2 if load_result.provider == "cuda" else 0
-        )  # highest level of shared batches
+        # Images of higher levels run in a batch of their own.
+        max_shared_level = LEVEL_COUNT - 2 if load_result.provider == "cuda" else 0
         lanes: list[Lane[Item, Answer]] = [
             Lane(
                 model_id=load.model_id,
@@ -103,14 +102,17 @@ class LiveModel:
         self._run_idle_callbacks()
 
     def call_when_idle(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the model has no requests: now, or when the last request is over."""
+        """Call `callback` once when the model has no requests.
+
+        `callback` is called here if there are none now, or else by the `release` of the last request.
+        """
         self.idle_callbacks.append(callback)
         self._run_idle_callbacks()
 
     def _run_idle_callbacks(self) -> None:
         """Call the callbacks if the model has no requests."""
         if not self.active_requests:
-            # Clear the list first, so that each callback is called once.
+            # Clear the list first, so that each callback is called once, even if it calls this again.
             callbacks, self.idle_callbacks = self.idle_callbacks, []
             for callback in callbacks:
                 callback()
