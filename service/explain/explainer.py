@@ -169,7 +169,8 @@ class Explainer:
         pixels, seen_input = self.classify_image(image)
         if request.picture and max(seen_input.region.photo_size) > MAX_PHOTO_SIDE:
             raise BadRequest(
-                f"a side of more than {MAX_PHOTO_SIDE} pixels is not painted; ask for format=json"
+                f"the photo has a side of {max(seen_input.region.photo_size)} pixels; a picture may have at "
+                f"most {MAX_PHOTO_SIDE}; ask for format=json"
             )
         on_start(seen_input)
         label = int(seen_input.probabilities.argmax()) if request.label is None else request.label

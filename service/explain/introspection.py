@@ -97,8 +97,8 @@ class IntrospectedModel:
         decoded_image = decode_image(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
         if is_prepared and (decoded_image.width, decoded_image.height) != (geometry.width, geometry.height):
             raise BadRequest(
-                f"a prepared image has {geometry.width} x {geometry.height} pixels, "
-                f"not {decoded_image.width} x {decoded_image.height}"
+                f"a prepared image must have {geometry.width} x {geometry.height} pixels; "
+                f"this image has {decoded_image.width} x {decoded_image.height}"
             )
         return decoded_image.pixels
 
@@ -196,7 +196,10 @@ class IntrospectedModel:
         )
         tolerance = golden.logit_tolerance.get("cpu/float32", 0.0)
         if not difference <= tolerance:
-            raise ModelError(f"with all its layers as outputs the graph's logits are off by {difference:.3g}")
+            raise ModelError(
+                f"with all layers as outputs, the graph's logits are off by {difference:.3g}; "
+                f"the tolerance is {tolerance:.3g}"
+            )
 
 
 def slice_rows(values: Floats, first: int, count: int) -> Floats:
@@ -205,11 +208,11 @@ def slice_rows(values: Floats, first: int, count: int) -> Floats:
     Raises `BadRequest`.
     """
     if first >= len(values):
-        raise BadRequest(f"first is {first}; there are {len(values)}")
+        raise BadRequest(f"first is {first}; it must be less than {len(values)}, the number of rows")
     rows = values[first : first + count if count else None]
     if rows.nbytes > _MAX_REPLY_BYTES:
         raise BadRequest(
-            f"these are {rows.nbytes} bytes, and at most {_MAX_REPLY_BYTES} are given at once: "
+            f"the reply would have {rows.nbytes} bytes; the limit is {_MAX_REPLY_BYTES}: "
             f"ask for fewer of the {len(values)} with first and count"
         )
     return rows

@@ -78,7 +78,7 @@ def main(descriptor: int) -> None:
             if "stop" not in values:  # a `stop` that arrives here crossed the final reply
                 handler.handle_request(values, bytes(content))
             elif content:
-                raise ValueError("a `stop` has no content")
+                raise ValueError(f"a `stop` message has {len(content)} bytes of content; it must have none")
 
 
 class _RequestHandler:
@@ -121,7 +121,7 @@ class _RequestHandler:
         """Return the explainer of this model, and load the model if necessary."""
         model = self._get_model(load, lambda content, contract: Explainer(content, contract, load.plan))
         if not isinstance(model, Explainer):
-            raise TypeError("this process opens models, and does not explain them")
+            raise TypeError("this process reads layers; the other explaining process computes heat maps")
         return model
 
     def _load_introspected(self, load: LoadCommand) -> IntrospectedModel | ModelError:
@@ -135,13 +135,13 @@ class _RequestHandler:
 
         model = self._get_model(load, open_model)
         if isinstance(model, Explainer):
-            raise TypeError("this process explains models, and does not open them")
+            raise TypeError("this process computes heat maps; the other explaining process reads layers")
         return model
 
     def _require_introspected(self, load: LoadCommand) -> IntrospectedModel:
         model = self._load_introspected(load)
         if isinstance(model, ModelError):
-            raise NotFound(f"the graph cannot be looked into: {model}")
+            raise NotFound(f"the layers of this model cannot be read: {model}")
         return model
 
     def _get_model(

@@ -133,7 +133,7 @@ class Refusals:
         except (OSError, ValueError, RecursionError) as error:
             if path not in self._unreadable:  # log once, not at every scan
                 self._unreadable.add(path)
-                log.warning("%s cannot be read, and is passed over: %s", path, error)
+                log.warning("the verdict %s cannot be read and is ignored: %s", path, error)
             return None
         match verdict:  # the file may hold anything
             case {"sha256": str(digest), "accepted": bool(), "reason": str()}:
@@ -172,8 +172,8 @@ class Refusals:
                 raise
         except OSError as error:
             log.warning(
-                "the verdict on %s cannot be kept at %s (%s), and ends with this process; name a folder that "
-                "can be written with FOVEA_STATE",
+                "the verdict on %s cannot be written to %s (%s) and ends with this process; set FOVEA_STATE "
+                "to a writable folder",
                 version.path,
                 path,
                 error.strerror,

@@ -49,7 +49,7 @@ def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], No
             reduced_state = _exclude_broken(settings, state, refusals)
             if reduced_state is None or reduced_state.versions_by_model == state.versions_by_model:
                 raise
-            log.error("the start is tried again without what cannot be served: %s", to_one_line(error))
+            log.error("starting again without the versions that cannot be served: %s", to_one_line(error))
             state = reduced_state
 
 
@@ -92,7 +92,7 @@ def find_serving_state(
     for one in refused_versions:
         log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
     if not versions_by_model:
-        log.error("%s has no <name>/<version>/model.onnx that can be served: it is waited for", root)
+        log.error("%s has no <name>/<version>/model.onnx that can be served yet; waiting for one", root)
     return ServingState(
         versions_by_model,
         default or repository.find_single_model(known_names),
@@ -207,8 +207,8 @@ def _compare_pair(
     if result.flip_rate > settings.swap_flips and probability >= _SIGNIFICANCE_LEVEL:
         log.warning(
             f"{version.path} gives {result.flips} of {result.images} golden images another label than "
-            f"version {previous_version.version}: too few to tell whether it may be served "
-            "(FOVEA_SWAP_FLIPS); it is"
+            f"version {previous_version.version}, more than FOVEA_SWAP_FLIPS allows. It is served, because "
+            "so few images prove nothing"
         )
         result = replace(result, flips=0)
     elif not result.images and settings.swap_flips < 1:

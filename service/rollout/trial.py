@@ -104,7 +104,7 @@ class ShadowTests:
             raise Interrupted("the service was ending")
         if frame is None:
             kind = Unproven if status == -signal.SIGKILL else ModelError
-            raise kind(f"the process that tried it {_describe_exit(status)}")
+            raise kind(f"its trial process {_describe_exit(status)}")
         if failure := Failure.from_dict(frame[0]):
             raise failure.to_exception()
         return ShadowTestResult(**frame[0])

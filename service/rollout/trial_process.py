@@ -53,7 +53,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
             loads = [LoadCommand.from_dict(load) for load in values["loads"]]
             result: Any = asdict(_run_test(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
-            result = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
+            result = Failure(f"it needs more than {memory} bytes of memory (FOVEA_TRIAL_BYTES)").to_dict()
         except Exception as error:  # any exception means that the file cannot be served
             result = Failure(to_one_line(error), isinstance(error, GoldenError)).to_dict()
         send_message(parent, result)

@@ -145,7 +145,7 @@ class Watcher:
 
     async def reload(self) -> None:
         """Scan now, and scan again after new files have had time to settle."""
-        log.info("looks at the repository, as SIGHUP asks")
+        log.info("SIGHUP: scanning the repository")
         await self._scan_or_log()
         await asyncio.sleep(_SETTLE_SECONDS)
         await self._scan_or_log()
@@ -155,7 +155,7 @@ class Watcher:
         try:
             await self.scan_repository(only_names)
         except Exception:  # the next scan may succeed; served models stay
-            log.exception("the repository could not be looked at")
+            log.exception("the repository could not be scanned")
 
     def count_lost_model(self, name: str | None, is_lost: bool) -> None:
         """Count a process that has lost a model with all its runners, or has the model again.
@@ -201,13 +201,11 @@ class Watcher:
             for name, versions in list(self._versions_by_model.items()):
                 broken_flags = [await asyncio.to_thread(self._is_broken, one) for one in versions]
                 if name is not None and any(broken_flags):
-                    log.error(
-                        f"no worker that starts can load {versions[-1].path}: another version is served"
-                    )
+                    log.error(f"new workers cannot load {versions[-1].path}: another version replaces it")
                     try:
                         await self._replace_version(name)
                     except (FoveaError, OSError) as error:
-                        log.error(f"there is no other version of model {name} now: {to_one_line(error)}")
+                        log.error(f"no other version of model {name} can be served: {to_one_line(error)}")
             await self._choose_default()
             self._report_refused()
 
@@ -260,7 +258,7 @@ class Watcher:
                     self._log_once(name, error)
                     continue
                 except OSError as error:
-                    self._log_once(name, ModelError(f"it cannot be looked at: {error.strerror}"))
+                    self._log_once(name, ModelError(f"its folder cannot be read: {error.strerror}"))
                     continue
                 await self._reconcile(name, choice)
             await self._choose_default()
@@ -345,7 +343,7 @@ class Watcher:
                 self._refused_by_model.pop(name, None)
             for one, reason in zip(versions, reasons, strict=True):
                 if reason:
-                    text = f"loaded by request though it had been refused: {reason}"
+                    text = f"loaded by request although it had been refused: {reason}"
                     await asyncio.to_thread(self._refusals.accept, one, text)
             await self._choose_default()
             self._report_refused()
@@ -368,7 +366,7 @@ class Watcher:
                 await self._lock.acquire()
         except TimeoutError:
             raise SwapRefused(
-                f"another change has been under way for more than {self._change_timeout:g} s; ask again later"
+                f"other changes have taken more than {self._change_timeout:g} s; try again later"
             ) from None
         try:
             yield
@@ -404,7 +402,7 @@ class Watcher:
         if default != self._default:
             self._default = default
             self._target.set_default(default)
-            log.info(f"the default model is {default} from now on" if default else "no model is the default")
+            log.info(f"the default model is now {default}" if default else "there is no default model now")
 
     def _list_names(self) -> set[str | None]:
         """Return the names of the models in the repository and of the served models.
@@ -416,7 +414,7 @@ class Watcher:
             return {None}
         names = repository.list_model_names(self._root)
         if not names and self._versions_by_model:
-            raise ModelError(f"the repository {self._root} is empty; what is served stays")
+            raise ModelError(f"the repository {self._root} is empty; the served models stay")
         return {*names, *self._versions_by_model}
 
     async def _find_versions(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
@@ -486,8 +484,8 @@ class Watcher:
             self._versions_by_model.pop(name, None)
         if self._has_limits and name is not None:
             await asyncio.to_thread(self._accept_versions, versions)
-        description = ", ".join(str(one.path) for one in versions) or f"model {name} no more"
-        log.info(f"now serves {description}")
+        paths = ", ".join(str(one.path) for one in versions)
+        log.info(f"now serves {paths}" if versions else f"no longer serves model {name}")
 
     async def _store_refusal(self, version: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Store and report a refusal."""
@@ -495,8 +493,8 @@ class Watcher:
         name, path = version.name or "", self._refusals.get_verdict_path(version)
         if lasting and self._logged_errors.get(version.name) != reason:
             log.error(
-                f"model {name} version {version.version} is refused from now on. To have it served all the "
-                f"same, load it by request with its number; to have it tried again, delete {path}"
+                f"model {name} version {version.version} is refused from now on. To serve it anyway, load it "
+                f"by request with its version number; to repeat its trial, delete {path}"
             )
         public_reason = reason.removeprefix(f"{version.path}: ")  # callers see the reason, but no local paths
         self._refused_by_model[name] = (RefusedVersion(name, version.version or "", public_reason),)

@@ -232,7 +232,7 @@ class Classifier:
         model = next((one for one in self._prediction_metrics if one.load.model_id == model_id), None)
         if model:
             message = (
-                f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
+                f"model {model.name!r} was lost with its runners and cannot be loaded again; the log says why"
             )
             for lane in model.lanes:
                 self._batcher.close_lane(lane, NotReady(message, retry_after=5.0))
@@ -308,7 +308,10 @@ class Classifier:
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
         limit = max(1, self.settings.queue_images // _COSTLY_DIVISOR)
         if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= limit:
-            raise self.create_overload_error(f"{limit} images that take long to decode are waiting already")
+            raise self.create_overload_error(
+                f"{limit} images that take long to decode are already waiting; the limit is a quarter of "
+                "FOVEA_QUEUE_IMAGES"
+            )
         return model.lanes[level], memory
 
     def cancel(self, job: Job) -> None:
@@ -392,8 +395,8 @@ class Classifier:
         limit = self.settings.runner_absence
         if limit and self.runners.absence_seconds > limit:
             raise NotReady(
-                f"there has been no runner for {self.runners.absence_seconds:.0f} s, and at most {limit:g} s "
-                "are waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
+                f"there has been no runner for {self.runners.absence_seconds:.0f} s; the limit is "
+                f"{limit:g} s (FOVEA_RUNNER_ABSENCE); restart the service",
                 retry_after=1.0,
             )
 
@@ -422,7 +425,8 @@ class Classifier:
                 and self.images_in_flight + count > limit - other_reserve
             ):
                 raise self.create_overload_error(
-                    f"the last {other_reserve} places are for other models (FOVEA_QUEUE_IMAGES)"
+                    f"the last {other_reserve} places in the queue are reserved for other models "
+                    "(FOVEA_QUEUE_IMAGES)"
                 )
 
     def create_overload_error(self, message: str) -> Overloaded:
@@ -500,8 +504,8 @@ class Admission:
             large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
             if classifier.body_memory.body_bytes + size > large_limit:
                 raise classifier.create_overload_error(
-                    f"all bodies together have {limit} bytes, of which large ones have {large_limit:.0f} "
-                    "(FOVEA_BODIES_BYTES)"
+                    f"there is no room for this body: all bodies together may take {limit} bytes, and large "
+                    f"bodies {large_limit:.0f} of them (FOVEA_BODIES_BYTES)"
                 )
         self._reserve(size)
 
@@ -511,7 +515,8 @@ class Admission:
         if not classifier.body_memory.reserve(size):
             limit = classifier.body_memory.limit
             raise classifier.create_overload_error(
-                f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)"
+                f"there is no room for this request: all bodies together may take {limit} bytes "
+                "(FOVEA_BODIES_BYTES)"
             )
         self._reserved_bytes += size
 
@@ -523,7 +528,7 @@ class Admission:
         size, limit = labels * _LABEL_BYTES, self._classifier.body_memory.limit
         if size > limit:
             raise BadRequest(
-                f"an answer with {labels} labels takes about {size} bytes, and all bodies together have "
+                f"an answer with {labels} labels takes about {size} bytes, and all bodies together may take "
                 f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
             )
         self._reserve(size)
@@ -623,7 +628,8 @@ def find_coverage(contract: Contract, level: float) -> Coverage:
         raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
     if not contract.coverage:
         raise BadRequest(
-            "coverage: no label sets were measured for this model; `fovea train` does, and `fovea import` not"
+            "coverage: no label sets were measured for this model; `fovea train` measures them, and "
+            "`fovea import` does not"
         )
     levels = ", ".join(str(one.level) for one in contract.coverage)
     raise BadRequest(f"coverage {level} is not one of {levels}")

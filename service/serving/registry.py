@@ -202,7 +202,9 @@ class ModelRegistry:
         name = name or self.default
         if name is None:
             where = f"the repository's file `{DEFAULT_MODEL_FILE}`, or FOVEA_DEFAULT_MODEL"
-            raise ModelNotFound(f"name a model: {self._format_names()}; none is the default ({where})")
+            raise ModelNotFound(
+                f"name a model, because there is no default model ({where}); there are {self._format_names()}"
+            )
         live_models, model_versions = self._live_models.get(name, {}), self.versions_by_model.get(name, ())
         if not live_models and name == self.single_model_name and None in self.versions_by_model:
             return self.versions_by_model[None][-1]
@@ -226,7 +228,7 @@ class ModelRegistry:
         reasons = [one for one in self.refused_versions if one.name == name]
         if reasons:
             raise NotReady(
-                f"model {name!r} is in the repository, and cannot be served; /v1/models says why",
+                f"model {name!r} is in the repository but cannot be served; /v1/models says why",
                 retry_after=_RETRY_SECONDS,
             )
         if self.is_repository_empty:
@@ -311,9 +313,8 @@ class ModelRegistry:
 
     def _format_names(self) -> str:
         """Return the known names, for error messages."""
-        return ", ".join(
-            sorted({*self._live_models, *(name for name in self.versions_by_model if name is not None)})
-        )
+        names = {*self._live_models, *(name for name in self.versions_by_model if name is not None)}
+        return ", ".join(sorted(names)) or "none"
 
     def _announce_model(self, model: LiveModel) -> None:
         """Set the metrics of a new model and log it."""
@@ -327,14 +328,14 @@ class ModelRegistry:
         golden = load_result.golden_differences
         self._metrics.golden_logit_difference.labels(*identity).set(golden["logit_difference"])
         if is_fallback:
-            log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
+            log.warning(f"model {model.name} runs on the CPU: ONNX Runtime cannot use the machine's GPU")
         log.info(
             f"model {model.name} version {model.version}: {len(model.contract.labels)} labels on "
-            f"{load_result.provider}, proven on {golden['images']} golden images, "
+            f"{load_result.provider}, verified on {golden['images']} golden images, "
             f"ready in {load_result.load_seconds:.2f} s"
         )
         if model.contract.reference is None:
-            log.info(f"model {model.name} came without images to compare with: its drift cannot be told")
+            log.info(f"model {model.name} has no drift reference, so its drift is not measured")
 
     def _get_gauge_setters(self, model: LiveModel) -> tuple[Callable[[float], None], Callable[[float], None]]:
         """Return the setters of the model's info gauge and its provider fallback gauge."""

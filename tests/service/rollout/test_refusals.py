@@ -234,7 +234,7 @@ def test_without_a_place_for_it_the_start_gives_the_same_verdict(zoo: Path) -> N
         (zoo / "small" / "2" / "trial.json").mkdir(parents=True)
         onnx.save(build_model(seed=1), zoo / "small" / "2" / "model.onnx")
         wait_until_refused(running)
-    assert "name a folder that can be written with FOVEA_STATE" in running.log
+    assert "set FOVEA_STATE to a writable folder" in running.log
     with run_server(zoo, FOVEA_SWAP_FLIPS="0") as again:
         assert get_served_version(again) == "1"
         assert "would get another label" in fetch_refusals(again)["small", "2"]

@@ -218,7 +218,7 @@ def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothi
         shutil.rmtree(zoo / "other")
         wait_until(lambda: get_status(running, "/v1/models/other/classify") == 404)
         (zoo / "small").rename(zoo.with_name("kept"))
-        wait_for_log(running, log, "is empty; what is served stays")
+        wait_for_log(running, log, "is empty; the served models stay")
         zoo.with_name("kept").rename(zoo / "small")
         zoo.rename(zoo.with_name("away"))
         wait_for_log(running, log, "cannot read the repository")
