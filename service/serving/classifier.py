@@ -1,23 +1,19 @@
-"""Classification of encoded images into ranked labels. Every protocol and the command-line tool use it."""
+"""Classification of encoded images. Every protocol uses it."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from fovea.service.artifact.contract import Contract, Coverage, Task
 from fovea.service.artifact.model_file import PinnedFile
-from fovea.service.artifact.repository import ModelConfig, ModelVersion, ServingState, scan_repository
+from fovea.service.artifact.repository import ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
-    BadRequest,
     Internal,
     ModelError,
     NotReady,
@@ -30,33 +26,20 @@ from fovea.service.inference.decode_memory import process_share
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
-from fovea.service.resources.threads import ThreadPlan
 from fovea.service.runners import shared_memory, spawn
 from fovea.service.runners.batcher import INFINITY, LEVEL_COUNT, Batcher, Job, Lane, RunnerLost
 from fovea.service.runners.memory_plan import create_spare_memory
-from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel, ProcessPlan
+from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel
 from fovea.service.runners.pool import RunnerPool
 from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
 from fovea.service.serving.prediction_metrics import PredictionMetrics
+from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.recent_images import RecentImages
 from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Prediction:
-    """One label of an answer.
-
-    `selected` tells whether the label passes the model's threshold. It is None for multi-class models.
-    """
-
-    label: str
-    index: int
-    probability: float
-    selected: bool | None
 
 
 class Classification(NamedTuple):
@@ -75,11 +58,6 @@ _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated decode time in seconds from which an image belongs to the next level. A phone photograph takes
 0.04 s, a 48 MP PNG 1.7 s."""
 
-_LARGE_BODY_BYTES: Final = 1 << 20
-"""Size in bytes above which a body counts as large and must leave room for others."""
-
-_LARGE_BODIES_SHARE: Final = 3 / 4
-"""Share of the body memory available to large bodies, so that small bodies are always accepted."""
 
 _COSTLY_DIVISOR: Final = 4
 """Divisor of the queue for the most expensive images: they may take every fourth place in the queue."""
@@ -453,193 +431,3 @@ def _check_outcome(outcome: Classification | RequestError | BaseException) -> Cl
     if isinstance(outcome, Classification | RequestError):
         return outcome
     raise outcome
-
-
-_LABEL_BYTES: Final = 130
-"""Memory in bytes for one label of a JSON answer. The label counts twice, because the answer's parts are
-joined."""
-
-
-class Admission:
-    """Memory and places of one request, and a reference to its model.
-
-    Release them by `with` or by calling `release`.
-    """
-
-    __slots__ = ("_classifier", "_is_released", "_reserved_bytes", "_reserved_images", "model")
-
-    def __init__(self, classifier: Classifier, model: LiveModel) -> None:
-        self._classifier = classifier
-        self.model = model
-        self._reserved_bytes = self._reserved_images = 0
-        self._is_released = False
-        model.acquire()
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Release everything. Further calls do nothing."""
-        # The model comes last: its release may unload a retired model, and an error there must not keep
-        # memory and places.
-        self._classifier.body_memory.release(self._reserved_bytes)
-        self._reserved_bytes = 0
-        if self._reserved_images:
-            self._add_images(-self._reserved_images)
-        if not self._is_released:
-            self._is_released = True
-            self.model.release()
-
-    def reserve_bytes(self, size: int) -> None:
-        """Reserve `size` more bytes for a body.
-
-        Raises `Overloaded` when all bodies together become too large.
-        """
-        classifier = self._classifier
-        limit = classifier.body_memory.limit
-        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is reserved for small bodies
-            large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.body_memory.body_bytes + size > large_limit:
-                raise classifier.create_overload_error(
-                    f"there is no room for this body: all bodies together may take {limit} bytes, and large "
-                    f"bodies {large_limit:.0f} of them (FOVEA_BODIES_BYTES)"
-                )
-        self._reserve(size)
-
-    def _reserve(self, size: int) -> None:
-        """Reserve `size` bytes, or raise `Overloaded`."""
-        classifier = self._classifier
-        if not classifier.body_memory.reserve(size):
-            limit = classifier.body_memory.limit
-            raise classifier.create_overload_error(
-                f"there is no room for this request: all bodies together may take {limit} bytes "
-                "(FOVEA_BODIES_BYTES)"
-            )
-        self._reserved_bytes += size
-
-    def reserve_answer(self, labels: int) -> None:
-        """Reserve the memory for creating an answer with `labels` labels.
-
-        Raises `Overloaded`, or `BadRequest` if the answer would exceed the whole limit.
-        """
-        size, limit = labels * _LABEL_BYTES, self._classifier.body_memory.limit
-        if size > limit:
-            raise BadRequest(
-                f"an answer with {labels} labels takes about {size} bytes, and all bodies together may take "
-                f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
-            )
-        self._reserve(size)
-
-    def reserve_images(self, count: int) -> None:
-        """Take places for `count` images. Raises `Overloaded` at once if there are not enough."""
-        self._classifier.check_capacity(self.model, count)
-        self._add_images(count)
-
-    def _add_images(self, images: int) -> None:
-        """Change the number of images in flight."""
-        self._reserved_images += images
-        self._classifier.images_in_flight += images
-        self._classifier.metrics.images_in_flight.inc(images)
-        self.model.images_in_flight += images
-
-
-def create_plan(
-    settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None
-) -> ProcessPlan:
-    """Return how a process runs a model.
-
-    The plan combines the settings, the model's own configuration, and the process's share of the processors.
-    """
-    config = config or ModelConfig()
-    return ProcessPlan(
-        provider=config.provider or settings.provider,
-        batch_max=config.batch_max or settings.batch_max,
-        threads=config.threads or thread_plan.runner_threads,
-        wide_threads=0 if config.threads else thread_plan.wide_threads,
-        decode_threads=thread_plan.decode_threads,
-        image_pixels=settings.image_pixels,
-        decode_bytes=settings.decode_bytes // settings.workers,
-        processes=thread_plan.runners,
-    )
-
-
-def rank_labels(
-    classification: Classification, *, top_k: int, threshold: float | None = None
-) -> list[Prediction]:
-    """Return the `top_k` most probable labels (0: all) of at least probability `threshold`, best first.
-
-    Equal probabilities keep the contract's order.
-    """
-    contract = classification.model.contract
-    probabilities = classification.answer.probabilities
-    best = classification.answer.ranking[: top_k or None]
-    return [
-        _create_prediction(contract, index, probabilities)
-        for index in best
-        if threshold is None or probabilities[index] >= threshold
-    ]
-
-
-def _create_prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
-    """Return the prediction for the label at `index`."""
-    selected = None
-    if contract.task is Task.MULTILABEL:
-        selected = probabilities[index] >= contract.thresholds[index]
-    elif contract.task is Task.BINARY:
-        selected = (probabilities[1] >= contract.thresholds[0]) == bool(index)
-    return Prediction(contract.labels[index], index, probabilities[index], selected)
-
-
-def find_label_index(contract: Contract, label: str) -> int:
-    """Return the index of a label in the contract. Raises `BadRequest`."""
-    try:
-        return contract.labels.index(label)
-    except ValueError:
-        nearest_label = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
-        raise BadRequest(f"there is no label {label!r}; the nearest is {nearest_label!r}") from None
-
-
-class LabelSet(NamedTuple):
-    """Conformal set: it contains the true label in a share `level` of all cases.
-
-    The most probable label is first.
-    """
-
-    level: float
-    labels: list[str]
-    abstain: bool
-    """True if the set is not informative: empty, more than half of all labels, or more than `MAX_SET_LABELS`
-    labels."""
-
-
-MAX_SET_LABELS: Final = 5
-"""Maximum number of labels in an informative set. With ten labels, a set of six is also too large."""
-
-
-def find_coverage(contract: Contract, level: float) -> Coverage:
-    """Return the stored coverage of the model for a level. Raises `BadRequest` if there is none."""
-    for coverage in contract.coverage:
-        if abs(coverage.level - level) < 1e-9:  # the level was parsed from text
-            return coverage
-    if contract.task is Task.MULTILABEL:
-        raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
-    if not contract.coverage:
-        raise BadRequest(
-            "coverage: no label sets were measured for this model; `fovea train` measures them, and "
-            "`fovea import` does not"
-        )
-    levels = ", ".join(str(one.level) for one in contract.coverage)
-    raise BadRequest(f"coverage {level} is not one of {levels}")
-
-
-def compute_label_set(classification: Classification, coverage: Coverage) -> LabelSet:
-    """Return the conformal set of an answer."""
-    contract, answer = classification.model.contract, classification.answer
-    indices = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
-    labels = [contract.labels[index] for index in indices]
-    return LabelSet(
-        coverage.level, labels, not 1 <= len(labels) <= min(MAX_SET_LABELS, len(contract.labels) // 2)
-    )
