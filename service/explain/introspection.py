@@ -18,7 +18,8 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
 from fovea.service.explain.cam import NoCam, find_head, verify_cam
-from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs

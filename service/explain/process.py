@@ -33,7 +33,8 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
 from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenInput
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
-from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.occlusion import OcclusionStep
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import configure_pillow

@@ -20,7 +20,7 @@ from fovea.service.explain.heatmap import (
     draw_overlay,
     scale_to_unit,
 )
-from fovea.service.explain.layers import Span
+from fovea.service.explain.receptive_field import Span
 from fovea.service.inference.preprocess import DecodeTrace, decode_image
 from tests.pictures import encode_image
 

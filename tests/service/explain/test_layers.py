@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fovea.service.explain.layers import LayerView, Span, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
+from fovea.service.explain.receptive_field import Span
 from tests.graphs import LayerRow, contract_with_layers
 
 PLANES: LayerRow = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
