@@ -143,11 +143,11 @@ class ModelManager:
         self._make_room(0, keep=new_models)
 
     def set_default(self, default: str | None) -> None:
-        """Set the default model, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Set the default model, as `RolloutTarget` describes."""
         self._registry.set_default(default)
 
     def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the refused versions, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Remember the refused versions, as `RolloutTarget` describes."""
         self._registry.set_refused_versions(refused_versions, is_empty=is_empty)
 
     def abort(self, name: str | None) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 from fovea.service.artifact import repository
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, to_one_line
+from fovea.service.rollout.change_backoff import ChangeBackoff
 from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.rollout_target import RolloutTarget
 from fovea.service.rollout.trial import is_lasting
+from fovea.service.rollout.version_choice import VersionChoice, VersionChooser
 
 log = logging.getLogger(__name__)
 
@@ -23,55 +25,6 @@ _SETTLE_SECONDS: float = 0.1
 
 _MISSING_INTERVAL: Final = 2.0
 """Time in seconds between two scans while a model is missing, if the repository is not watched otherwise."""
-
-_BACKOFF_SECONDS: Final = (2.0, 300.0)
-"""Time in seconds before an interrupted change is tried again: the delay after the second interruption, which
-doubles each time, and the maximum. The file was not the cause of the interruption."""
-
-
-class RolloutTarget(Protocol):
-    """Interface that applies a change: in this process, or in all workers.
-
-    `Watcher` calls all methods on its event loop, and prepares only one change at a time.
-    """
-
-    async def prepare(
-        self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
-    ) -> None:
-        """Load versions of a model. Raises `ModelError`; in that case nothing has changed.
-
-        With `force`, the versions are not compared with the served version.
-        """
-
-    def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions at once.
-
-        This is called once after each `prepare` that has returned, before anything else is awaited.
-        """
-
-    def set_default(self, default: str | None) -> None:
-        """Set the model that answers requests that name no model."""
-
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the versions that are refused, and whether the repository has no version to serve."""
-
-
-class _VersionChoice(NamedTuple):
-    """Versions of one model that should be served now."""
-
-    versions: tuple[ModelVersion, ...]
-    refused_versions: tuple[RefusedVersion, ...]
-    force: bool
-    """True to skip the comparison."""
-
-
-class _Interruptions(NamedTuple):
-    """Number of consecutive interruptions of a change, and the time of the next attempt."""
-
-    versions: tuple[ModelVersion, ...]
-    interruption_count: int
-    retry_at: float
-    """Time of the next attempt on the monotonic clock in seconds."""
 
 
 class Watcher:
@@ -104,13 +57,14 @@ class Watcher:
         self._default = state.default_model
         self._target = target
         self._refusals = refusals or Refusals()
+        self._chooser = VersionChooser(root, self._refusals)
         self._has_limits = has_limits
         self._change_timeout = change_timeout
         self._is_broken = is_broken
         self._replace_task: asyncio.Task[None] | None = None
         self._last_versions: dict[str | None, Sequence[ModelVersion]] = dict(state.versions_by_model)
         self._refused_changes: dict[str | None, Sequence[ModelVersion]] = {}
-        self._interruptions: dict[str | None, _Interruptions] = {}
+        self._backoff = ChangeBackoff()
         self._logged_errors: dict[str | None, str] = {}
         self._pinned_versions: dict[str | None, str] = {}
         """Requested versions by model."""
@@ -216,7 +170,7 @@ class Watcher:
         """
         tried_versions: set[tuple[ModelVersion, ...]] = set()
         while True:
-            choice = await self._make_choice(name, None)
+            choice = await self._choose_versions(name, None)
             self._record_refused(name, choice.refused_versions)
             if choice.versions in tried_versions:
                 return
@@ -236,7 +190,7 @@ class Watcher:
         """
         async with self._lock:
             try:
-                names = await asyncio.to_thread(self._list_names)
+                names = await asyncio.to_thread(self._chooser.list_names, set(self._versions_by_model))
             except ModelError as error:
                 self._log_once(None, error)
                 return
@@ -253,7 +207,7 @@ class Watcher:
                     del self._pinned_versions[name]
                     pinned_version = None
                 try:
-                    choice = await self._make_choice(name, pinned_version)
+                    choice = await self._choose_versions(name, pinned_version)
                 except ModelError as error:
                     self._log_once(name, error)
                     continue
@@ -264,7 +218,7 @@ class Watcher:
             await self._choose_default()
             self._report_refused()
 
-    async def _reconcile(self, name: str | None, choice: _VersionChoice) -> None:
+    async def _reconcile(self, name: str | None, choice: VersionChoice) -> None:
         """Serve the chosen versions if they have settled and are not refused."""
         versions = choice.versions
         has_settled = self._last_versions.get(name) == versions
@@ -280,8 +234,7 @@ class Watcher:
             return
         if choice.refused_versions and not versions:  # there is no replacement for the served versions
             return
-        interruption = self._interruptions.get(name)
-        if interruption and interruption.versions == versions and time.monotonic() < interruption.retry_at:
+        if not self._backoff.is_due(name, versions):
             return
         await self._apply_or_log(name, versions, force=choice.force)
 
@@ -322,11 +275,13 @@ class Watcher:
         """
         async with self._hold_lock():
             try:
-                if name not in await asyncio.to_thread(self._list_names):
+                if name not in await asyncio.to_thread(
+                    self._chooser.list_names, set(self._versions_by_model)
+                ):
                     raise ModelError(f"the repository has no model {name!r}")
-                versions = await self._find_versions(name, version)
+                versions = await self._chooser.find_versions(name, version)
                 await asyncio.sleep(_SETTLE_SECONDS)
-                if versions != await self._find_versions(name, version):
+                if versions != await self._chooser.find_versions(name, version):
                     raise SwapRefused(f"the file of model {name!r} is still being written")
             except ModelError as error:
                 raise ModelNotFound(to_one_line(error)) from None
@@ -404,45 +359,9 @@ class Watcher:
             self._target.set_default(default)
             log.info(f"the default model is now {default}" if default else "there is no default model now")
 
-    def _list_names(self) -> set[str | None]:
-        """Return the names of the models in the repository and of the served models.
-
-        Raises `ModelError` if the repository has become empty: it may just not be mounted, and no model must
-        be removed then.
-        """
-        if self._root.is_file() or None in self._versions_by_model:
-            return {None}
-        names = repository.list_model_names(self._root)
-        if not names and self._versions_by_model:
-            raise ModelError(f"the repository {self._root} is empty; the served models stay")
-        return {*names, *self._versions_by_model}
-
-    async def _find_versions(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
-        """Return the versions of a model that its folder asks for."""
-        if name is not None and not (self._root / name).is_dir():
-            return ()
-        return await asyncio.to_thread(repository.find_versions, self._root, name, version)
-
-    async def _make_choice(self, name: str | None, pinned_version: str | None) -> _VersionChoice:
-        """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
-        if name is None or pinned_version or not (self._root / name).is_dir():
-            return _VersionChoice(await self._find_versions(name, pinned_version), (), force=False)
-        return await asyncio.to_thread(self._choose_versions, name)
-
-    def _choose_versions(self, name: str) -> _VersionChoice:
-        """Choose the versions of a model by its folder and the refusals.
-
-        Runs in a thread, because it reads files.
-        """
-        choice = repository.choose_versions(self._root, name, self._refusals.find_reason)
-        if any(one.is_pinned for one in choice.refused_versions):  # all configured versions or no change
-            return _VersionChoice((), choice.refused_versions, force=False)
-        current_versions = self._versions_by_model.get(name, ())
-        is_refused_elsewhere = any(self._refusals.find_reason(one) for one in current_versions)
-        is_accepted = bool(choice.versions) and self._refusals.is_accepted(choice.versions[-1])
-        return _VersionChoice(
-            choice.versions, choice.refused_versions, force=is_refused_elsewhere or is_accepted
-        )
+    async def _choose_versions(self, name: str | None, pinned_version: str | None) -> VersionChoice:
+        """Choose the versions of a model that should be served now."""
+        return await self._chooser.choose(name, pinned_version, self._versions_by_model.get(name, ()))
 
     async def _apply_or_log(self, name: str | None, versions: Sequence[ModelVersion], *, force: bool) -> None:
         """Make a change, or log why it is refused."""
@@ -458,7 +377,7 @@ class Watcher:
         try:
             await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
-            self._postpone_change(name, versions)
+            self._backoff.postpone(name, versions)
             raise SwapRefused(to_one_line(error)) from None
         except ModelError as error:
             reason = to_one_line(error)
@@ -471,7 +390,7 @@ class Watcher:
         # become outdated.
         self._target.commit(name)
         self._refused_changes.pop(name, None)
-        self._interruptions.pop(name, None)
+        self._backoff.reset(name)
         self._lost_counts.pop(name, None)
         self._logged_errors.pop(name, None)
         if name is not None:
@@ -508,18 +427,6 @@ class Watcher:
         for one in versions:
             if self._refusals.find_reason(one) is None and not self._refusals.is_accepted(one):
                 self._refusals.accept(one, "it passed its trial")
-
-    def _postpone_change(self, name: str | None, versions: Sequence[ModelVersion]) -> None:
-        """Schedule an interrupted change again: at the next scan, then with growing delays."""
-        interruption = self._interruptions.get(name)
-        count = (
-            interruption.interruption_count + 1
-            if interruption and interruption.versions == tuple(versions)
-            else 0
-        )
-        shortest, longest = _BACKOFF_SECONDS
-        delay = min(longest, shortest * 2 ** min(count, 16)) if count else 0.0
-        self._interruptions[name] = _Interruptions(tuple(versions), count, time.monotonic() + delay)
 
     def _log_once(self, name: str | None, error: FoveaError) -> None:
         """Log an error once, not at every scan."""
