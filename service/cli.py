@@ -28,11 +28,11 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.runners.messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
-from fovea.service.serving.classifier import (
-    Classification,
+from fovea.service.serving.classifier import Classification
+from fovea.service.serving.process_plan import create_plan
+from fovea.service.serving.ranking import (
     LabelSet,
     compute_label_set,
-    create_plan,
     find_coverage,
     find_label_index,
     rank_labels,

@@ -26,7 +26,7 @@ from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.paths import normalize_path
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.shared_memory import SharedBuffer
-from fovea.service.serving.classifier import Admission
+from fovea.service.serving.admission import Admission
 from fovea.service.serving.registry import LiveModel
 
 MAX_CACHED_URLS: Final = 1024

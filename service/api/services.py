@@ -21,7 +21,8 @@ from fovea.service.http.request_context import RequestContext, get_context, get_
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.batcher import INFINITY
-from fovea.service.serving.classifier import Admission, Classifier
+from fovea.service.serving.admission import Admission
+from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 

@@ -31,7 +31,7 @@ smaller."""
 
 
 class NoCam(Exception):
-    """This network has no class activation map; the message is a sentence that says why."""
+    """Error for a network without class activation maps; the message is a sentence that says why."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def verify_cam(head: Head, contract: Contract, run_graph: RunGraph) -> Cam:
     """Verify that the class activation maps are exact, and return them.
 
     The head may be a misreading of the layer table. Therefore the averages must reproduce the logits of two
-    images, up to the bias. `run_graph` must know the tensors of `head`. Raises `NoCam`.
+    images, up to the bias. `run_graph` is called twice at most, in the calling thread, and must know the
+    tensors of `head`. Raises `NoCam`.
     """
     images = np.stack([decode_golden_pixels(contract.golden.images[0]), _create_grey_image(contract)])
     values, logits = run_graph([head.maps, contract.logits_name], images)
@@ -146,9 +147,8 @@ def verify_cam(head: Head, contract: Contract, run_graph: RunGraph) -> Cam:
         )
         if weights.size != weight_shape[0] * weight_shape[1]:
             raise NoCam(_NO_CAM_REASON)
-        weights = np.float32(head.factor) * weights.reshape(
-            weight_shape
-        )  # the weights may be kernels of 1 x 1
+        # The weights may be kernels of 1 x 1.
+        weights = np.float32(head.factor) * weights.reshape(weight_shape)
         weights = weights.T if head.is_transposed else weights
     averages = maps.mean(axis=(2, 3), dtype=np.float64)  # (2, channels)
     computed_logits = averages if weights is None else averages @ weights.T.astype(np.float64)

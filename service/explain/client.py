@@ -53,7 +53,7 @@ class _PendingRequest:
     """A question that has been asked and not yet answered."""
 
     has_begun: bool = False
-    """True once the question's turn has begun."""
+    """True once the question holds the lock of the process."""
     is_abandoned: bool = False
     """True once the caller has left."""
 
@@ -88,8 +88,8 @@ class ExplainerClient:
         """Ask a question about a model and wait for the answer; `on_part` gets the partial answers.
 
         Raises `RequestError`: an error of the image or the question, `Overloaded` if too many questions wait
-        or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process is
-        told to stop.
+        or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process gets
+        a `stop` message.
         """
         if self._waiting_count >= _MAX_WAITING:
             raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
@@ -116,9 +116,9 @@ class ExplainerClient:
         image: bytes,
         on_part: Callable[[dict[str, Any]], None],
     ) -> ExplainerReply:
-        """Wait for the turn, and talk with the process.
+        """Wait for the lock, and send the question to the process.
 
-        The turn belongs to this task and not to the caller, who may leave at any time.
+        The lock belongs to this task and not to the caller, who may leave at any time.
         """
         async with self._lock:
             pending_request.has_begun = True
@@ -202,7 +202,7 @@ class ExplainerClient:
             )
 
     def _end_if_idle(self) -> None:
-        """End the process unless it is answering; in that case `_run_exclusively` ends it after the answer."""
+        """End the process, unless it is answering: `_run_exclusively` then ends it after the answer."""
         if self._process and not self._lock.locked():
             self.close()
 
@@ -259,7 +259,7 @@ class _Process:
         self.is_busy = False
         """True from the start of a question until its final reply."""
         self._loaded_model_ids: list[int] = []
-        """Slots of the models that the process has loaded and whose contracts it has, in the order of their
+        """Ids of the models that the process has loaded and whose contracts it has, in the order of their
         last use."""
 
     @classmethod

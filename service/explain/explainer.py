@@ -48,7 +48,7 @@ _MAX_GRID_SIDE: Final = 96
 
 @dataclass(frozen=True)
 class ExplanationRequest:
-    """A question: the label to explain, and the method."""
+    """Request for an explanation: the label to explain, and the method."""
 
     method: Method = "auto"
     label: int | None = None
@@ -71,7 +71,7 @@ class SeenInput:
     png: bytes
     """Exact input of the model as a PNG."""
     steps: list[tuple[str, str]]
-    """Steps of the preprocessing, as in `preprocess.Receipt`."""
+    """Names and descriptions of the preprocessing steps, as in `DecodeTrace.steps`."""
     probabilities: Floats
     """Probabilities, float32 (labels,)."""
     warnings: Sequence[ImageWarning] = ()
@@ -95,7 +95,10 @@ class Explanation:
 
 
 class Explainer:
-    """An explainer of one model. Only one thread at a time may use it."""
+    """An explainer of one model.
+
+    Only one thread at a time may use an explainer. The explaining process uses it on its only thread.
+    """
 
     def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
         """Load the model from the content of its file.
@@ -113,33 +116,33 @@ class Explainer:
             self._cam = verify_cam(head, contract, self._run_session)
             self._centres = self._find_centres(head)
         except Exception as error:
-            # Whatever the error is, an occlusion is still possible: it needs no knowledge about the network.
+            # Whatever the error is, an occlusion is still possible: it knows nothing about the network.
             self._cam = to_one_line(error)
             self._session = open_session(model, plan.provider, plan.max_threads)
 
     def classify_image(self, image: bytes) -> tuple[Pixels, SeenInput]:
         """Decode an image and classify it.
 
-        Raises the errors of `preprocess.decode`.
+        Raises the errors of `decode_image`.
         """
-        receipt = DecodeTrace()
+        trace = DecodeTrace()
         decoded_image = decode_image(
             image,
             self.contract.input,
             max_pixels=self._image_pixels,
             memory=self._memory,
-            trace=receipt,
+            trace=trace,
         )
         pixels = decoded_image.pixels
         probabilities = self._run_session([self.contract.probabilities_name], pixels[None])[0][0]
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
-        region = InputRegion((decoded_image.width, decoded_image.height), receipt.crop_box, pixels.shape[:2])
+        region = InputRegion((decoded_image.width, decoded_image.height), trace.crop_box, pixels.shape[:2])
         seen_input = SeenInput(
             decoded_image.format,
             region,
             _encode_png(pixels),
-            receipt.steps,
+            trace.steps,
             probabilities,
             warnings=decoded_image.warnings,
         )
@@ -154,18 +157,20 @@ class Explainer:
     ) -> Explanation:
         """Explain one image.
 
-        `on_start` is called first, with the model's input. During an occlusion `on_step` is called after each
-        step, with a function that returns the current map over the photo. Both run in the calling thread;
-        `on_step` may raise an exception to stop the occlusion.
+        `on_start` is called once and first, with the model's input. During an occlusion `on_step` is called
+        after each step, with a function that returns the current map over the photo. Both run in the calling
+        thread, and no step runs until they return. An exception of `on_step` stops the occlusion and passes
+        to the caller.
 
-        Raises the errors of `preprocess.decode`, and `BadRequest` if the network does not allow the method.
+        Raises the errors of `decode_image`, and `BadRequest` if the network does not allow the method.
         """
         if request.method == "cam":
             self._require_cam()
         pixels, seen_input = self.classify_image(image)
         if request.picture and max(seen_input.region.photo_size) > MAX_PHOTO_SIDE:
             raise BadRequest(
-                f"a side of more than {MAX_PHOTO_SIDE} pixels is not painted; ask for format=json"
+                f"the photo has a side of {max(seen_input.region.photo_size)} pixels; a picture may have at "
+                f"most {MAX_PHOTO_SIDE}; ask for format=json"
             )
         on_start(seen_input)
         label = int(seen_input.probabilities.argmax()) if request.label is None else request.label

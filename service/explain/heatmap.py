@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fovea.service.explain.layers import Span
+from fovea.service.explain.receptive_field import Span
 from fovea.service.inference.engine import Floats
 
 _COLOURS_FILE: Final = Path(__file__).parents[1] / "web" / "page" / "colours.json"

@@ -1,7 +1,7 @@
 """A model whose inner values can be read: every tensor of the graph is one of its outputs.
 
-The model computes the same results as the served one, but more slowly, because no operators are fused. Only
-explanations run it.
+The model computes the same results as the served model, but more slowly, because no operators are fused. Only
+explanations run this model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
 from fovea.service.explain.cam import NoCam, find_head, verify_cam
-from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
@@ -40,7 +41,10 @@ _MAX_REPLY_BYTES: Final = 16 << 20
 
 
 class IntrospectedModel:
-    """A graph, and the values of its tensors for the last image. Only one thread at a time may use it."""
+    """A graph, and the values of its tensors for the last image.
+
+    Only one thread at a time may use the model. The explaining process uses it on its only thread.
+    """
 
     def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
         """Open the graph from the content of the model file.
@@ -86,7 +90,7 @@ class IntrospectedModel:
     def decode_image(self, image: bytes, *, is_prepared: bool) -> Pixels:
         """Decode an image; a `is_prepared` image is the model's input itself.
 
-        Raises the errors of `preprocess.decode`, and `BadRequest` if a prepared image has another size.
+        Raises the errors of `preprocess.decode_image`, and `BadRequest` if a prepared image has another size.
         """
         geometry = self._contract.input
         if is_prepared:
@@ -94,8 +98,8 @@ class IntrospectedModel:
         decoded_image = decode_image(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
         if is_prepared and (decoded_image.width, decoded_image.height) != (geometry.width, geometry.height):
             raise BadRequest(
-                f"a prepared image has {geometry.width} x {geometry.height} pixels, "
-                f"not {decoded_image.width} x {decoded_image.height}"
+                f"a prepared image must have {geometry.width} x {geometry.height} pixels; "
+                f"this image has {decoded_image.width} x {decoded_image.height}"
             )
         return decoded_image.pixels
 
@@ -193,7 +197,10 @@ class IntrospectedModel:
         )
         tolerance = golden.logit_tolerance.get("cpu/float32", 0.0)
         if not difference <= tolerance:
-            raise ModelError(f"with all its layers as outputs the graph's logits are off by {difference:.3g}")
+            raise ModelError(
+                f"with all layers as outputs, the graph's logits are off by {difference:.3g}; "
+                f"the tolerance is {tolerance:.3g}"
+            )
 
 
 def slice_rows(values: Floats, first: int, count: int) -> Floats:
@@ -202,11 +209,11 @@ def slice_rows(values: Floats, first: int, count: int) -> Floats:
     Raises `BadRequest`.
     """
     if first >= len(values):
-        raise BadRequest(f"first is {first}; there are {len(values)}")
+        raise BadRequest(f"first is {first}; it must be less than {len(values)}, the number of rows")
     rows = values[first : first + count if count else None]
     if rows.nbytes > _MAX_REPLY_BYTES:
         raise BadRequest(
-            f"these are {rows.nbytes} bytes, and at most {_MAX_REPLY_BYTES} are given at once: "
+            f"the reply would have {rows.nbytes} bytes; the limit is {_MAX_REPLY_BYTES}: "
             f"ask for fewer of the {len(values)} with first and count"
         )
     return rows

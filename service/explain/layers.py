@@ -1,4 +1,4 @@
-"""The inside of a model in a readable form: its layers, their connections, and their receptive fields.
+"""The layers of a model in a readable form, with their connections and receptive fields.
 
 The sources are the contract's layer table and an opened graph (see `introspection`). The graph adds the
 shapes of the weights, and constants.
@@ -6,17 +6,18 @@ shapes of the weights, and constants.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import replace
 from math import prod
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import Contract, Layer
+from fovea.service.explain.layer_fusion import assign_blocks, is_bias, merge_bias, merge_composites
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.receptive_field import ReceptiveField, Span, Window, apply_window, unite_fields
 from fovea.service.explain.tensor_layout import RESHAPE_KINDS, TensorLayout, find_image_tensors, find_layouts
 
 Constants = Mapping[str, npt.NDArray[Any]]
@@ -43,17 +44,6 @@ _LINEAR_KINDS: Final = frozenset({"Gemm", "MatMul"})
 _WEIGHTED_KINDS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR_KINDS})
 """Operators that can be the first layer of a network; everything before it prepares the input."""
 
-_COMPOSITE_LAYERS: Final = (
-    ({"Erf", "Mul"}, {"Div", "Add", "Pow"}, "Gelu"),
-    ({"Softplus", "Tanh", "Mul"}, set[str](), "Mish"),
-    ({"HardSigmoid", "Mul"}, set[str](), "HardSwish"),
-    ({"Sigmoid", "Mul"}, set[str](), "Silu"),
-    ({"ReduceMean", "Sub", "Sqrt", "Div"}, {"Pow", "Mul", "Add", "Cast"}, "LayerNormalization"),
-)
-"""Layers that export tools write as several operators: required operators, optional operators, and the layer.
-
-If there are no optional operators, each required operator occurs exactly once.
-"""
 
 _WEIGHT_NAMES: Final = {
     "Conv": ("weight", "bias"),
@@ -71,79 +61,6 @@ _SCALAR_NAMES: Final = {
 }
 """Names of scalar constants, by their position among the inputs."""
 
-_MAX_BLOCK_LAYERS: Final = 16
-"""Maximum number of layers that fold into a block; a bottleneck of a ResNet has 10."""
-
-
-class Span(NamedTuple):
-    """A receptive field along one axis.
-
-    The value at place r depends on the places `jump` * r + `low` … `jump` * r + `high` of the input, both
-    inclusive (Araujo, Norris and Sim, 2019, "Computing Receptive Fields of CNNs").
-    """
-
-    jump: int
-    low: int
-    high: int
-
-    def apply_window(self, window: int, stride: int, padding: int, dilation: int) -> Span:
-        """Return the span after a layer with a sliding window.
-
-        The layer's value r reads `window` places from stride * r - before on, `dilation` apart.
-        """
-        last_offset = dilation * (window - 1) - padding
-        return Span(self.jump * stride, self.low - self.jump * padding, self.high + self.jump * last_offset)
-
-
-class ReceptiveField(NamedTuple):
-    """A receptive field, in pixels of the input."""
-
-    rows: Span
-    columns: Span
-
-
-@dataclass(frozen=True)
-class Window:
-    """The sliding window of a convolution or a pooling. Pairs are (height, width)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    """Top, left, bottom and right padding."""
-    dilation: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """A layer as it is shown to people."""
-
-    tensor: str
-    """Output tensor, which identifies the layer."""
-    name: str
-    kind: str
-    """ONNX operator; `Input` for the input of the network."""
-    sources: tuple[str, ...]
-    """Output tensors of the layers that this layer reads."""
-    shape: tuple[int | None, ...]
-    """(channels, height, width) of maps, (n,) of a vector."""
-    layout: TensorLayout | None = None
-    """Layout of the maps in the graph's tensor; None if the tensor is shown unchanged."""
-    is_direct: bool = True
-    """True if the layer reads its sources as shown; False if they are cut or rearranged in between."""
-    block: str | None = None
-    """Name of the block; adjacent layers with the same name belong together."""
-    window: Window | None = None
-    groups: int = 1
-    parameters: int = 0
-    constants: Mapping[str, float] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    weights: Mapping[str, str] = field(default_factory=dict)
-    """Tensor of each part, such as `weight`."""
-    is_transposed: bool = False
-    """True if the weight is (inputs, outputs), see `is_transposed`."""
-    receptive_field: ReceptiveField | None = None
-    """Receptive field of one value; None if it is the whole input or the output is not a map."""
-
 
 def describe_layers(contract: Contract, shapes: Shapes, constants: Constants) -> list[LayerView]:
     """Return the layers in the order of computation.
@@ -152,7 +69,7 @@ def describe_layers(contract: Contract, shapes: Shapes, constants: Constants) ->
     are then missing.
     """
     reader = _LayerReader(contract, shapes, constants)
-    return _assign_blocks(_merge_composites(reader.read_layers()))
+    return assign_blocks(merge_composites(reader.read_layers()))
 
 
 def is_transposed(layer: Layer) -> bool:
@@ -199,9 +116,9 @@ class _LayerReader:
             if layer.outputs[0] not in hidden_tensors and self._is_shown(layer):
                 view = self._create_view(layer)
                 product = self._views.get(next(iter(view.sources), ""))
-                if product and self._consumer_counts[product.tensor] == 1 and _is_bias(view, product):
+                if product and self._consumer_counts[product.tensor] == 1 and is_bias(view, product):
                     del self._views[product.tensor]
-                    view = _merge_bias(product, view)
+                    view = merge_bias(product, view)
                 self._views[view.tensor] = view
                 self._sources[layer.outputs[0]] = (view.tensor,)
         return list(self._views.values())
@@ -227,11 +144,8 @@ class _LayerReader:
         """Return the receptive field of one value of the input: a pixel, or the patch of a token."""
         geometry = self._contract.input
         patch_height, patch_width = geometry.height // layout.height, geometry.width // layout.width
-        if (patch_height, patch_width) != (
-            1,
-            1,
-        ) and "T" not in layout.axes:  # the network itself resizes the image
-            return None
+        if (patch_height, patch_width) != (1, 1) and "T" not in layout.axes:
+            return None  # the network itself resizes the image
         return ReceptiveField(Span(patch_height, 0, patch_height - 1), Span(patch_width, 0, patch_width - 1))
 
     def _record_sources(self, layer: Layer) -> None:
@@ -267,9 +181,8 @@ class _LayerReader:
     def _is_shown(self, layer: Layer) -> bool:
         if layer.kind in _HIDDEN_KINDS or layer.outputs[0] not in self._image_tensors:
             return False
-        if (
-            layer.kind in RESHAPE_KINDS
-        ):  # only flattening of maps counts, not a reshape of one value per channel
+        if layer.kind in RESHAPE_KINDS:
+            # Only the flattening of maps is shown, not a reshape of one value per channel.
             shape = self._find_shape(layer.inputs[0])
             return len(shape) == 3 and len(layer.shape) == 1 and len(_drop_ones(shape)) > 1
         return True
@@ -377,16 +290,16 @@ class _LayerReader:
         fields = [source.receptive_field for source in sources if source.receptive_field]
         if not view.layout or not view.is_direct or not sources or len(fields) < len(sources):
             return None
-        receptive_field = _unite_fields(fields)
+        receptive_field = unite_fields(fields)
         if layer.kind == "Pad":
             padding = self._read_pads(layer, view.layout.axes)
             return (
                 receptive_field
                 and padding
-                and _apply_window(receptive_field, Window((1, 1), (1, 1), (*padding, 0, 0), (1, 1)))
+                and apply_window(receptive_field, Window((1, 1), (1, 1), (*padding, 0, 0), (1, 1)))
             )
         if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool"):
-            return _apply_window(receptive_field, view.window) if receptive_field and view.window else None
+            return apply_window(receptive_field, view.window) if receptive_field and view.window else None
         is_same_size = all(source.shape[1:] == view.shape[1:] for source in sources)
         return receptive_field if is_same_size and self._keeps_positions(layer, view) else None
 
@@ -460,133 +373,3 @@ def _drop_ones(shape: Sequence[int | None]) -> list[int | None]:
 def _read_pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
     values: Any = layer.attributes.get(name, (default, default))
     return int(values[0]), int(values[1])
-
-
-def _apply_window(receptive_field: ReceptiveField, window: Window) -> ReceptiveField:
-    spans = (
-        span.apply_window(
-            window.kernel[axis], window.stride[axis], window.padding[axis], window.dilation[axis]
-        )
-        for axis, span in enumerate(receptive_field)
-    )
-    return ReceptiveField(*spans)
-
-
-def _unite_fields(fields: Sequence[ReceptiveField]) -> ReceptiveField | None:
-    """Return the union of receptive fields, or None if their jumps differ."""
-    spans = []
-    for axis in zip(*fields, strict=True):
-        if len({span.jump for span in axis}) > 1:
-            return None
-        spans.append(Span(axis[0].jump, min(one.low for one in axis), max(one.high for one in axis)))
-    return ReceptiveField(*spans)
-
-
-# --- merging operators into layers and blocks ----------------------------------------------------
-
-
-def _is_bias(layer: LayerView, product: LayerView) -> bool:
-    return (
-        product.kind == "MatMul"
-        and layer.kind == "Add"
-        and layer.is_direct
-        and layer.sources == (product.tensor,)
-        and "bias" in layer.weights
-        and layer.shape == product.shape
-    )
-
-
-def _merge_bias(product: LayerView, addition: LayerView) -> LayerView:
-    """Merge a matrix product and the addition of its bias into one linear layer."""
-    return replace(
-        product,
-        tensor=addition.tensor,
-        weights={**product.weights, **addition.weights},
-        parameters=product.parameters + addition.parameters,
-    )
-
-
-def _merge_composites(layers: Sequence[LayerView]) -> list[LayerView]:
-    """Merge the operators of activations and norms that export tools write as several operators."""
-    result: list[LayerView] = []
-    for _, group in groupby(layers, key=lambda layer: _find_module(layer.name)):
-        run = list(group)
-        merged_layer = _merge_run(run, layers)
-        result += [merged_layer] if merged_layer else run
-    return result
-
-
-def _merge_run(run: Sequence[LayerView], layers: Sequence[LayerView]) -> LayerView | None:
-    """Merge the layers of a module if they form a known layer and no other layer reads their inner values."""
-    kind = _find_composite_kind(run) if _find_module(run[0].name) else None
-    run_tensors = {layer.tensor for layer in run}
-    sources = {source for layer in run for source in layer.sources} - run_tensors
-    if not kind or len(sources) != 1:
-        return None
-    inner_tensors = run_tensors - {run[-1].tensor}
-    if any(
-        not inner_tensors.isdisjoint(layer.sources) for layer in layers if layer.tensor not in run_tensors
-    ):
-        return None
-    return replace(
-        run[-1],
-        kind=kind,
-        sources=tuple(sources),
-        is_direct=all(layer.is_direct for layer in run),
-        parameters=sum(layer.parameters for layer in run),
-        constants={},
-        attributes={},
-        weights={},
-    )
-
-
-def _find_composite_kind(run: Sequence[LayerView]) -> str | None:
-    kinds = {layer.kind for layer in run}
-    means = [layer.shape for layer in run if layer.kind == "ReduceMean"]
-    # The mean is over places, or over some of the channels.
-    if any(shape != (1, *run[-1].shape[1:]) for shape in means):
-        return None
-    matching_kinds = (
-        kind
-        for required_kinds, optional_kinds, kind in _COMPOSITE_LAYERS
-        if required_kinds <= kinds <= required_kinds | optional_kinds
-        and (optional_kinds or len(run) == len(required_kinds))
-    )
-    return next(matching_kinds, None)
-
-
-def _find_module(name: str) -> str:
-    """Return the module of a node.
-
-    A name from torch's newer exporter is the module; a name from the older one is the node in the module.
-    """
-    return name.rpartition("/")[0] if name.startswith("/") else name
-
-
-def _split_name(name: str) -> list[str]:
-    return [part for part in re.split(r"[./]", name) if part]
-
-
-def _assign_blocks(layers: Sequence[LayerView]) -> list[LayerView]:
-    """Assign each layer its block.
-
-    A block is the shortest module path whose layers are adjacent and at most `_MAX_BLOCK_LAYERS` in number.
-    """
-    positions: dict[str, list[int]] = {}
-    for position, layer in enumerate(layers):
-        path = _split_name(layer.name)
-        for length in range(1, len(path) + 1):
-            positions.setdefault(".".join(path[:length]), []).append(position)
-    block_names = {
-        name
-        for name, layer_positions in positions.items()
-        if 2 <= len(layer_positions) <= _MAX_BLOCK_LAYERS
-        and layer_positions[-1] - layer_positions[0] == len(layer_positions) - 1
-    }
-    return [replace(layer, block=_find_block(layer, block_names)) for layer in layers]
-
-
-def _find_block(layer: LayerView, block_names: set[str]) -> str | None:
-    path = _split_name(layer.name)
-    names = (".".join(path[:length]) for length in range(1, len(path) + 1))
-    return next((name for name in names if name in block_names), None)

@@ -1,15 +1,16 @@
-"""The explaining process, which starts when somebody asks a question and ends when it is idle.
+"""The explaining process, which starts with the first request for an explanation and ends when it is idle.
 
-It has its own sessions, so that explanations cost the serving processes neither memory nor speed. It has the
-lowest priority, and if it is killed, only one explanation is lost. There are two such processes: one computes
-heat maps, the other has models opened, so that requests for layers need not wait for the end of an occlusion.
+The process has its own sessions, so that explanations cost the serving processes neither memory nor speed.
+It has the lowest priority, and if it is killed, only one explanation is lost. There are two such processes:
+one computes heat maps, the other reads layers, so that requests for layers need not wait for the end of an
+occlusion.
 
-    service → explainer    a question: JSON with `ask` and its `number`, and an image
-    explainer → service    parts, marked `part`, while it works; then the answer, or `error` or `failure`
-    service → explainer    `stop` and the question's number, while it works: nobody waits any more
+    service → process    a request: JSON with its `number`, its kind in `ask`, and an image
+    process → service    partial replies, marked `part`; then the final reply, or `error` or `failure`
+    service → process    `stop` and the request's number, if the caller has left before the final reply
 
-Every message of the process repeats the number of the question. A message that is neither a question nor a
-`stop` ends the process: the stream is out of step, and no later answer could be trusted.
+Every reply repeats the number of its request. A message that is neither a request nor a `stop` ends the
+process: the stream is out of step, and no later reply could be trusted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
 from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenInput
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
-from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.occlusion import OcclusionStep
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import configure_pillow
@@ -57,7 +59,11 @@ class _StopRequested(Exception):
 
 
 def main(descriptor: int) -> None:
-    """Answer questions from the socket with this file descriptor until the socket is closed."""
+    """Answer requests from the socket with this file descriptor until the socket is closed.
+
+    The process has one thread, which answers one request after another. `ExplainerClient` in the service
+    sends the next request only after the final reply to the request before.
+    """
     # Signals go to the whole process group; the service ends this process itself.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -70,32 +76,34 @@ def main(descriptor: int) -> None:
         handler = _RequestHandler(service)
         while frame := receive_message(service):
             values, content = frame
-            if "stop" not in values:  # a `stop` here came after the answer was sent
+            if "stop" not in values:  # a `stop` that arrives here crossed the final reply
                 handler.handle_request(values, bytes(content))
             elif content:
-                raise ValueError("a `stop` has no content")
+                raise ValueError(f"a `stop` message has {len(content)} bytes of content; it must have none")
 
 
 class _RequestHandler:
-    """The loaded models, and the answers to questions about them."""
+    """The loaded models, and the replies to requests about them."""
 
     def __init__(self, service: socket.socket) -> None:
         self._service = service
         self._request_number = 0
-        """Number of the question that is being answered."""
+        """Number of the request that is being answered."""
         self._contracts: dict[int, Contract] = {}
         self._models: OrderedDict[int, Explainer | IntrospectedModel | ModelError] = OrderedDict()
 
     def handle_request(self, request: dict[str, Any], image: bytes) -> None:
-        """Answer one question, and send any error as the reply.
+        """Answer one request, and send any error as the reply.
 
-        Raises `KeyError` if the message is not a question.
+        Raises `KeyError` if the message is not a request.
         """
         self._request_number = request["number"]
         values: dict[str, Any]
         content = b""
         try:
             load = LoadCommand.from_dict(request["load"])
+            # The service sends a contract only with the first request for a model, and counts like
+            # `_get_model` which models were dropped since.
             if request["contract"] is not None:
                 self._contracts[load.model_id] = Contract.from_json(request["contract"])
             values, content = getattr(self, f"_{request['ask']}")(load, request, image)
@@ -111,30 +119,30 @@ class _RequestHandler:
         send_message(self._service, {**values, "number": self._request_number}, [content])
 
     def _load_explainer(self, load: LoadCommand) -> Explainer:
-        """Return the explainer for heat maps in this slot, and load the model if necessary."""
+        """Return the explainer of this model, and load the model if necessary."""
         model = self._get_model(load, lambda content, contract: Explainer(content, contract, load.plan))
         if not isinstance(model, Explainer):
-            raise TypeError("this process opens models, and does not explain them")
+            raise TypeError("this process reads layers; the other explaining process computes heat maps")
         return model
 
     def _load_introspected(self, load: LoadCommand) -> IntrospectedModel | ModelError:
-        """Return the opened model in this slot, or the reason why it cannot be opened."""
+        """Return the introspected model, or the reason why its graph cannot be opened."""
 
         def open_model(content: bytes, contract: Contract) -> IntrospectedModel | ModelError:
             try:
                 return IntrospectedModel(content, contract, load.plan)
-            except Exception as error:  # anybody may have written the graph
+            except Exception as error:  # a foreign graph may cause any exception
                 return ModelError(to_one_line(error))
 
         model = self._get_model(load, open_model)
         if isinstance(model, Explainer):
-            raise TypeError("this process explains models, and does not open them")
+            raise TypeError("this process computes heat maps; the other explaining process reads layers")
         return model
 
     def _require_introspected(self, load: LoadCommand) -> IntrospectedModel:
         model = self._load_introspected(load)
         if isinstance(model, ModelError):
-            raise NotFound(f"the graph cannot be looked into: {model}")
+            raise NotFound(f"the layers of this model cannot be read: {model}")
         return model
 
     def _get_model(
@@ -142,7 +150,10 @@ class _RequestHandler:
         load: LoadCommand,
         create_model: Callable[[bytes, Contract], Explainer | IntrospectedModel | ModelError],
     ) -> Explainer | IntrospectedModel | ModelError:
-        """Return the model in this slot; if too many are loaded, the least recently used one is dropped."""
+        """Return the model, and load it if necessary.
+
+        If too many models are loaded, the least recently used model is dropped.
+        """
         if load.model_id not in self._models:
             while len(self._models) >= MAX_EXPLAINER_MODELS:
                 del self._contracts[self._models.popitem(last=False)[0]]
@@ -151,11 +162,13 @@ class _RequestHandler:
         self._models.move_to_end(load.model_id)
         return self._models[load.model_id]
 
-    # --- questions ---
+    # --- requests: `ask` names the method ---
 
     def _explain(self, load: LoadCommand, request: dict[str, Any], image: bytes) -> _Reply:
         input_values: list[dict[str, Any]] = []
 
+        # `Explainer.explain` calls both functions on this thread, between two model calls. Partial replies
+        # are therefore never sent while the final reply is written.
         def on_start(seen_input: SeenInput) -> None:
             input_values.append(_render_seen_input(seen_input))
             if request["told"]:
@@ -165,7 +178,8 @@ class _RequestHandler:
             if self._is_stopped():
                 raise _StopRequested
             if not request["told"]:
-                self._send_part({})  # an empty message shows the service that this process is alive
+                # An empty partial reply shows the service that this process is alive.
+                self._send_part({})
             elif step.progress < 1:
                 self._send_part(
                     {
@@ -210,14 +224,14 @@ class _RequestHandler:
             layers, reason, cam = _describe_contract(self._contracts[load.model_id]), str(model), False
         return {"layers": list(map(_render_layer, layers)), "cam": cam, "reason": reason}, b""
 
-    # --- messages during the work ---
+    # --- messages during a request ---
 
     def _send_part(self, values: dict[str, Any]) -> None:
         send_message(self._service, {**values, "number": self._request_number, "part": True})
 
     def _is_stopped(self) -> bool:
         """Return True if a message has arrived, which can only be `stop` or the end of the stream."""
-        # The message stays in the socket (MSG_PEEK): `main` reads it after the answer.
+        # The message stays in the socket (MSG_PEEK): `main` reads it after the final reply.
         try:
             self._service.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -260,10 +274,10 @@ def _encode_npy(values: Floats) -> bytes:
 
 
 def _describe_contract(contract: Contract) -> list[LayerView]:
-    """Return the layers according to the layer table alone, or none if the table is invalid."""
+    """Return the layers as the layer table describes them, or none if the table is invalid."""
     try:
         return describe_layers(contract, {}, {})
-    except Exception:  # anybody may have written the table
+    except Exception:  # a foreign table may cause any exception
         return []
 
 

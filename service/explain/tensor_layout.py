@@ -1,6 +1,6 @@
 """The layout of a tensor's values over the image: maps with channels first or last, or tokens.
 
-The layout is derived from the contract's layer table alone. Tokens are those of transformers: places of the
+The layout is derived only from the contract's layer table. Tokens are those of transformers: places of the
 image row by row, after a few tokens that are not places, such as the class token.
 """
 
@@ -83,7 +83,7 @@ class TensorLayout(NamedTuple):
     ) -> TensorLayout | None:
         """Return the layout of tokens that are whole patches, or None.
 
-        The places were cut into rows of patches, columns of patches, and the inside of each patch.
+        The places were cut into rows of patches, columns of patches, and the pixels within each patch.
         """
         if len(shape) != 2 or len(partitioned_shape) < 2:
             return None

@@ -76,8 +76,8 @@ class ModelManager:
         """Callback with a model's name: the model has been lost with all its runners (True), or is back
         (False)."""
         self.on_refused: Callable[[ModelVersion, str, bool], None] = lambda version, reason, lasting: None
-        """Callback for a resting model that fails its trial: the version, the reason, and whether the refusal
-        is lasting."""
+        """Callback for an unloaded version that fails its trial: the version, the reason, and whether the
+        refusal is lasting."""
 
     @property
     def change_timeout(self) -> float:
@@ -107,9 +107,8 @@ class ModelManager:
                     (live and is_latest) or self._has_room()
                 ):
                     fresh = await self._prepare(name, one, force=force)
-                    if (
-                        self._prepared_changes.get(name) is not change
-                    ):  # abandoned during the load: unload it here
+                    if self._prepared_changes.get(name) is not change:
+                        # The change was aborted during the load: unload the version here.
                         self._classifier.unload(fresh.load)
                         break
                     change.loaded_versions.append(fresh)
@@ -144,11 +143,11 @@ class ModelManager:
         self._make_room(0, keep=new_models)
 
     def set_default(self, default: str | None) -> None:
-        """Set the default model, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Set the default model, as `RolloutTarget` describes."""
         self._registry.set_default(default)
 
     def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the refused versions, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Remember the refused versions, as `RolloutTarget` describes."""
         self._registry.set_refused_versions(refused_versions, is_empty=is_empty)
 
     def abort(self, name: str | None) -> None:
@@ -158,10 +157,10 @@ class ModelManager:
             for one in fresh:
                 self._classifier.unload(one.load)
 
-    # --- models that rest ---
+    # --- models that are loaded on demand ---
 
     async def load_on_demand(self, name: str | None, version: str | None) -> LiveModel:
-        """Return the requested model, and load it first if it is resting.
+        """Return the requested model, and load it first if it is not loaded.
 
         The least recently used model makes room.
 
@@ -215,7 +214,7 @@ class ModelManager:
         """Load a lost model again as soon as its file allows. See `Classifier.on_model_lost`."""
         for change in self._prepared_changes.values():
             for fresh in [one for one in change.loaded_versions if one.load.model_id == model_id]:
-                change.loaded_versions.remove(fresh)  # it becomes a resting version
+                change.loaded_versions.remove(fresh)  # it stays unloaded until a request
                 self._classifier.close_file(fresh.load)
         if model is None or model.model_version not in self._registry.versions_by_model.get(
             model.model_version.name, ()
@@ -238,9 +237,8 @@ class ModelManager:
                 try:
                     fresh = await self._load(version)
                 except ModelError as error:
-                    log.error(
-                        f"{version.path} was lost with all runners, and cannot be loaded: {to_one_line(error)}"
-                    )
+                    reason = to_one_line(error)
+                    log.error(f"{version.path} was lost with all runners, and cannot be loaded: {reason}")
                     delay = min(2 * delay, longest)
                     continue
                 if not self._is_wanted(version):
@@ -367,7 +365,7 @@ class ModelManager:
         """Reserve memory for a trial and return the function that releases it; None if memory is not limited.
 
         Explanations give way to a trial. Raises `Interrupted` when memory does not become free. The version
-        is then tried again at a later look.
+        is then tried again at a later scan.
         """
         spare = self._classifier.spare_memory
         if spare is None:

@@ -79,7 +79,7 @@ def _add_version(path: Path, fingerprint: tuple[int, ...], folder: Path) -> Path
             _sync_folder(folder)
             return version
     finally:
-        with suppress(OSError):  # it is not empty: it holds versions
+        with suppress(OSError):  # the folder is not empty: it holds versions
             folder.rmdir()
 
 
@@ -102,7 +102,7 @@ def _create_hidden_folder(folder: Path) -> Iterator[Path]:
                 raise
             continue
         try:
-            with suppress(OSError):  # without file locks nobody removes it either
+            with suppress(OSError):  # without file locks, no other call removes the folder either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not hidden_folder.exists():  # removed as abandoned before it was locked
                 continue
@@ -118,7 +118,7 @@ def _create_hidden_folder(folder: Path) -> Iterator[Path]:
 def _remove_abandoned(folder: Path) -> None:
     """Remove folders that killed calls have left. Their locks were released when the calls were killed."""
     for hidden_folder in folder.glob(f"{_HIDDEN_PREFIX}*"):
-        with suppress(OSError):  # it is already gone, or in use
+        with suppress(OSError):  # the folder is already gone, or in use
             descriptor = os.open(hidden_folder, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

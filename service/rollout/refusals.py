@@ -41,8 +41,8 @@ _MAX_DIGESTS: Final = 1000
 
 
 _RETRY_SECONDS: Final = (30.0, 600.0)
-"""Time in seconds before a version is tried again that the machine may have failed: the first delay, which
-doubles each time, and the maximum."""
+"""Time in seconds before a refused version is tried again, if the machine may have been the cause: the first
+delay, which doubles each time, and the maximum."""
 
 
 class _Refusal(NamedTuple):
@@ -60,7 +60,8 @@ class _Refusal(NamedTuple):
 class Refusals:
     """Store of all verdicts.
 
-    Every method reads files and may run in any thread, but only in one at a time.
+    Every method reads files and may run in any thread, but only in one at a time. `Watcher` calls the methods
+    in worker threads while it holds its lock.
     """
 
     def __init__(self, state: Path | None = None) -> None:
@@ -130,9 +131,9 @@ class Refusals:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            if path not in self._unreadable:  # log once, not at every look
+            if path not in self._unreadable:  # log once, not at every scan
                 self._unreadable.add(path)
-                log.warning("%s cannot be read, and is passed over: %s", path, error)
+                log.warning("the verdict %s cannot be read and is ignored: %s", path, error)
             return None
         match verdict:  # the file may hold anything
             case {"sha256": str(digest), "accepted": bool(), "reason": str()}:
@@ -163,16 +164,16 @@ class Refusals:
             try:
                 with os.fdopen(descriptor, "w") as file:
                     json.dump(verdict, file, indent=1)
-                os.chmod(temporary_path, 0o644)  # noqa: PTH101 - others who share the repository read it
-                os.replace(temporary_path, path)  # noqa: PTH105 - of strings
+                os.chmod(temporary_path, 0o644)  # noqa: PTH101 - services of other users read it
+                os.replace(temporary_path, path)  # noqa: PTH105 - both paths are strings
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary_path)  # noqa: PTH108
                 raise
         except OSError as error:
             log.warning(
-                "the verdict on %s cannot be kept at %s (%s), and ends with this process; name a folder that "
-                "can be written with FOVEA_STATE",
+                "the verdict on %s cannot be written to %s (%s) and ends with this process; set FOVEA_STATE "
+                "to a writable folder",
                 version.path,
                 path,
                 error.strerror,
@@ -191,7 +192,7 @@ class Refusals:
                     return None
                 if fingerprint_of(file.fileno()) != version.fingerprint:
                     return None
-                # The stamp is checked before and after, because the file may be written meanwhile.
+                # Check the fingerprint before and after, because the file may be written in between.
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if fingerprint_of(file.fileno()) != version.fingerprint:
                     return None
@@ -204,5 +205,5 @@ class Refusals:
 
 
 def _get_version_key(version: ModelVersion) -> tuple[Path, tuple[int, ...]]:
-    """Return the key of a version: the path and the stamp of its file."""
+    """Return the key of a version: the path and the fingerprint of its file."""
     return version.path, version.fingerprint

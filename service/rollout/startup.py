@@ -26,14 +26,15 @@ log = logging.getLogger(__name__)
 
 _SIGNIFICANCE_LEVEL: Final = 0.01
 """Probability below which flips on a few images are not considered chance. A model has at most 8 golden
-images, and they must not refuse a version that was accepted before."""
+images, which are too few to refuse a version that was accepted before."""
 
 
 def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], None]) -> None:
     """Call `run` with the versions to serve. Call it again without the versions that prevent the start.
 
-    `run` raises `StartError` when it cannot serve the versions, and only before it serves anything. Raises
-    `StartError` when no model is the cause, or with FOVEA_STRICT.
+    `run` is called in the calling thread, blocks until the service ends, and may be called again only because
+    it raises `StartError` before it serves anything. This function raises `StartError` when no model is the
+    cause, or with FOVEA_STRICT.
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
@@ -48,7 +49,7 @@ def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], No
             reduced_state = _exclude_broken(settings, state, refusals)
             if reduced_state is None or reduced_state.versions_by_model == state.versions_by_model:
                 raise
-            log.error("the start is tried again without what cannot be served: %s", to_one_line(error))
+            log.error("starting again without the versions that cannot be served: %s", to_one_line(error))
             state = reduced_state
 
 
@@ -91,7 +92,7 @@ def find_serving_state(
     for one in refused_versions:
         log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
     if not versions_by_model:
-        log.error("%s has no <name>/<version>/model.onnx that can be served: it is waited for", root)
+        log.error("%s has no <name>/<version>/model.onnx that can be served yet; waiting for one", root)
     return ServingState(
         versions_by_model,
         default or repository.find_single_model(known_names),
@@ -129,7 +130,7 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
             try:
                 shadow_tests.run(_create_load(settings, version), None, [])
             except Interrupted:
-                pass
+                pass  # nothing is known about the file: count it as valid
             except ModelError as error:
                 if is_provider_error(error) and not version.config.provider:
                     raise
@@ -141,7 +142,10 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
 
 
 def is_broken(settings: Settings, refusals: Refusals, version: ModelVersion) -> bool:
-    """Return whether a starting process cannot load a version. A broken version is also refused."""
+    """Return whether a starting process cannot load a version. A broken version is also refused.
+
+    The supervisor's `Watcher` calls this in a worker thread.
+    """
     try:
         if fingerprint_of(version.path) != version.fingerprint:
             return True
@@ -203,12 +207,14 @@ def _compare_pair(
     if result.flip_rate > settings.swap_flips and probability >= _SIGNIFICANCE_LEVEL:
         log.warning(
             f"{version.path} gives {result.flips} of {result.images} golden images another label than "
-            f"version {previous_version.version}: too few to tell whether it may be served (FOVEA_SWAP_FLIPS); it is"
+            f"version {previous_version.version}, more than FOVEA_SWAP_FLIPS allows. It is served, because "
+            "so few images prove nothing"
         )
         result = replace(result, flips=0)
     elif not result.images and settings.swap_flips < 1:
         log.warning(
-            f"{version.path} could not be compared with version {previous_version.version}: there are no images"
+            f"{version.path} could not be compared with version {previous_version.version}: "
+            "there are no images"
         )
     check_result(result, settings.swap_flips, settings.swap_slowdown)
 

@@ -55,38 +55,42 @@ class ShadowTests:
         *,
         golden: bool = False,
     ) -> ShadowTestResult:
-        """Try `candidate`, compared with `current` on `images`, and wait for the verdict.
+        """Try `candidate`, compared with `current` on `images`, and wait for the result.
 
         With `golden`, the images are the golden images of both models. Raises `ModelError` with the reason
         when the candidate cannot be served.
+
+        This blocks for as long as the trial takes. Call it in a worker thread if an event loop is running.
         """
         try:
-            ours, theirs = socket.socketpair()
+            parent_end, child_end = socket.socketpair()
         except OSError as error:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
-        with ours:
-            with theirs:
-                # `with theirs` closes our copy of the child's end after the start: otherwise
-                # `receive_message` would not see the end of the stream when the child dies.
+        with parent_end:
+            with child_end:
+                # Close this process's copy of the child's end after the start: otherwise `receive_message`
+                # would not see the end of the stream when the child dies.
                 limits = (self._memory, math.ceil(self._seconds))
-                # Output of a crashing native library is hidden; the verdict comes through the socket.
+                # The output of a crashing native library is hidden; the result comes through the socket.
                 try:
                     process = spawn.start_process(
-                        "rollout.trial_process", [theirs.fileno()], *limits, quiet=True
+                        "rollout.trial_process", [child_end.fileno()], *limits, quiet=True
                     )
                 except OSError as error:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process
-            # `close` may have run before `_process` was set.
+            # `close` runs on the event loop's thread, perhaps before `_process` was set here. It sets
+            # `_is_closed` first, so that one of the two threads kills the process.
             if self._is_closed:
                 process.kill()
             try:
-                ours.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
+                parent_end.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
+                # If the child has died, `receive_message` finds the end of the stream.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     sizes = list(map(len, images))
-                    send_message(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
-                frame = receive_message(ours)
+                    send_message(parent_end, {"loads": loads, "images": sizes, "golden": golden}, images)
+                frame = receive_message(parent_end)
             except TimeoutError:
                 raise Unproven(self._format_timeout(f"{spawn.LOAD_TIMEOUT_FACTOR} times ")) from None
             except ConnectionResetError:
@@ -100,7 +104,7 @@ class ShadowTests:
             raise Interrupted("the service was ending")
         if frame is None:
             kind = Unproven if status == -signal.SIGKILL else ModelError
-            raise kind(f"the process that tried it {_describe_exit(status)}")
+            raise kind(f"its trial process {_describe_exit(status)}")
         if failure := Failure.from_dict(frame[0]):
             raise failure.to_exception()
         return ShadowTestResult(**frame[0])
@@ -110,7 +114,7 @@ class ShadowTests:
         return f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
 
     def close(self) -> None:
-        """Kill the running trial, which then fails."""
+        """Kill the running trial, which then fails, as do all later trials."""
         self._is_closed = True
         if self._process:
             with contextlib.suppress(ProcessLookupError):
@@ -127,7 +131,10 @@ def is_lasting(error: Exception) -> bool:
 
 
 def is_provider_error(error: Exception) -> bool:
-    """Return whether an error means that the execution provider is not available (`engine`)."""
+    """Return whether an error means that the execution provider is not available.
+
+    Only the messages of such errors name the setting FOVEA_PROVIDER.
+    """
     return "FOVEA_PROVIDER" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Process that tries a new model file: it loads, warms up and validates the model as runners do.
+"""Trial process of a new model file: it loads, warms up and validates the model as runners do.
 
 The process also answers recent images with the new and the current version. It runs at low priority, and the
 kernel's out-of-memory killer selects it first.
@@ -30,13 +30,15 @@ _NICE: Final = 12
 
 
 def main(descriptor: int, memory: int, seconds: int) -> None:
-    """Run the trial that the socket `descriptor` describes.
+    """Run the trial that the parent describes through the socket `descriptor`.
 
-    The limits are `memory` in bytes and `seconds` of processor time.
+    `ShadowTests.run` in the parent starts this process, sends one message with the loads and the images, and
+    waits for one reply. The limits are `memory` in bytes and `seconds` of processor time.
     """
     os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+    # Set the limits before anything is read: the kernel must enforce them for the whole trial.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -51,7 +53,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
             loads = [LoadCommand.from_dict(load) for load in values["loads"]]
             result: Any = asdict(_run_test(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
-            result = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
+            result = Failure(f"it needs more than {memory} bytes of memory (FOVEA_TRIAL_BYTES)").to_dict()
         except Exception as error:  # any exception means that the file cannot be served
             result = Failure(to_one_line(error), isinstance(error, GoldenError)).to_dict()
         send_message(parent, result)
@@ -71,7 +73,7 @@ def _run_test(
         return ShadowTestResult(0, 0, 1.0)
     try:
         current = Predictor.from_load(loads[1], memory)
-    except ModelError:  # its file was overwritten: nothing to compare with
+    except ModelError:  # the current version's file was overwritten: there is nothing to compare with
         return ShadowTestResult(0, 0, 1.0)
     if golden:
         sets = (*current.contract.golden.images, *candidate.contract.golden.images)

@@ -1,20 +1,22 @@
-"""Watcher of the repository. It looks regularly, and serves changes that have settled."""
+"""Watcher of the repository. It scans the repository regularly, and serves changes that have settled."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 from fovea.service.artifact import repository
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, to_one_line
+from fovea.service.rollout.change_backoff import ChangeBackoff
 from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.rollout_target import RolloutTarget
 from fovea.service.rollout.trial import is_lasting
+from fovea.service.rollout.version_choice import VersionChoice, VersionChooser
 
 log = logging.getLogger(__name__)
 
@@ -22,50 +24,7 @@ _SETTLE_SECONDS: float = 0.1
 """Time in seconds for which a file must stay unchanged when a request asks to load it."""
 
 _MISSING_INTERVAL: Final = 2.0
-"""Time in seconds between two looks while a model is missing, if the repository is not watched otherwise."""
-
-_BACKOFF_SECONDS: Final = (2.0, 300.0)
-"""Time in seconds before an interrupted change is tried again: the delay after the second interruption, which
-doubles each time, and the maximum. The file was not the cause of the interruption."""
-
-
-class RolloutTarget(Protocol):
-    """Interface that applies a change: in this process, or in all workers."""
-
-    async def prepare(
-        self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
-    ) -> None:
-        """Load versions of a model. Raises `ModelError`; in that case nothing has changed.
-
-        With `force`, the versions are not compared with the served version.
-        """
-
-    def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions at once."""
-
-    def set_default(self, default: str | None) -> None:
-        """Set the model that answers requests that name no model."""
-
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the versions that are refused, and whether the repository has no version to serve."""
-
-
-class _VersionChoice(NamedTuple):
-    """Versions of one model that should be served now."""
-
-    versions: tuple[ModelVersion, ...]
-    refused_versions: tuple[RefusedVersion, ...]
-    force: bool
-    """True to skip the comparison."""
-
-
-class _Interruptions(NamedTuple):
-    """Number of consecutive interruptions of a change, and the time of the next attempt."""
-
-    versions: tuple[ModelVersion, ...]
-    interruption_count: int
-    retry_at: float
-    """Time of the next attempt on the monotonic clock in seconds."""
+"""Time in seconds between two scans while a model is missing, if the repository is not watched otherwise."""
 
 
 class Watcher:
@@ -89,8 +48,8 @@ class Watcher:
 
         With `has_limits`, a version that passes its comparison is remembered, so that no other service with
         the same verdicts refuses it. A requested change waits at most `change_timeout` seconds for other
-        changes. `is_broken` returns whether a starting process cannot load a version. It may be called in any
-        thread.
+        changes. `is_broken` returns whether a starting process cannot load a version. It is called in a
+        worker thread, never twice at once, and may take as long as a trial.
         """
         self._root = root
         self._configured_default = configured_default
@@ -98,13 +57,14 @@ class Watcher:
         self._default = state.default_model
         self._target = target
         self._refusals = refusals or Refusals()
+        self._chooser = VersionChooser(root, self._refusals)
         self._has_limits = has_limits
         self._change_timeout = change_timeout
         self._is_broken = is_broken
         self._replace_task: asyncio.Task[None] | None = None
         self._last_versions: dict[str | None, Sequence[ModelVersion]] = dict(state.versions_by_model)
         self._refused_changes: dict[str | None, Sequence[ModelVersion]] = {}
-        self._interruptions: dict[str | None, _Interruptions] = {}
+        self._backoff = ChangeBackoff()
         self._logged_errors: dict[str | None, str] = {}
         self._pinned_versions: dict[str | None, str] = {}
         """Requested versions by model."""
@@ -113,12 +73,14 @@ class Watcher:
         self._lost_counts: dict[str | None, int] = {}
         """Number of processes that have lost a model with all their runners, by model."""
         self._pending_models: set[str | None] = set()
-        """Models to look at even if the repository is not watched."""
+        """Models to scan even if the repository is not watched."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_by_model: dict[str, tuple[RefusedVersion, ...]] = {}
         for one in state.refused_versions:
             self._refused_by_model[one.name] = (*self._refused_by_model.get(one.name, ()), one)
         self._last_report = state.refused_versions, state.is_empty
+        # The lock is held from the choice of versions to their commit. It also orders the calls of
+        # `Refusals`, which run in worker threads.
         self._lock = asyncio.Lock()
 
     @property
@@ -127,7 +89,7 @@ class Watcher:
         return ServingState(self._versions_by_model, self._default, *self._last_report)
 
     async def run(self, interval: float) -> None:
-        """Look every `interval` seconds for ever. With 0, look only while a model is missing."""
+        """Scan every `interval` seconds for ever. With 0, scan only while a model is missing."""
         while True:
             await asyncio.sleep(interval or _MISSING_INTERVAL)
             if interval or self._last_report[1]:
@@ -136,21 +98,24 @@ class Watcher:
                 await self._scan_or_log({*self._lost_counts, *self._pending_models})
 
     async def reload(self) -> None:
-        """Look now, and look again after new files have had time to settle."""
-        log.info("looks at the repository, as SIGHUP asks")
+        """Scan now, and scan again after new files have had time to settle."""
+        log.info("SIGHUP: scanning the repository")
         await self._scan_or_log()
         await asyncio.sleep(_SETTLE_SECONDS)
         await self._scan_or_log()
 
     async def _scan_or_log(self, only_names: set[str | None] | None = None) -> None:
-        """Look, and log any exception."""
+        """Scan, and log any exception."""
         try:
             await self.scan_repository(only_names)
-        except Exception:  # the next look may succeed; served models stay
-            log.exception("the repository could not be looked at")
+        except Exception:  # the next scan may succeed; served models stay
+            log.exception("the repository could not be scanned")
 
     def count_lost_model(self, name: str | None, is_lost: bool) -> None:
-        """Count a process that has lost a model with all its runners, or has the model again."""
+        """Count a process that has lost a model with all its runners, or has the model again.
+
+        `ModelManager.on_lost` calls this, or the supervisor for a worker.
+        """
         count = self._lost_counts.get(name, 0) + (1 if is_lost else -1)
         if count > 0:
             self._lost_counts[name] = count
@@ -158,9 +123,10 @@ class Watcher:
             self._lost_counts.pop(name, None)
 
     def refuse_version(self, version: ModelVersion, reason: str, lasting: bool) -> None:
-        """Refuse a resting version that failed its trial on demand.
+        """Refuse a version that failed its trial on demand.
 
-        Another version takes its place at the next look.
+        Another version takes its place at the next scan. `ModelManager.on_refused` calls this, or the
+        supervisor for a worker.
         """
 
         async def store_refusal() -> None:
@@ -168,7 +134,8 @@ class Watcher:
                 await asyncio.to_thread(self._refusals.refuse, version, reason, lasting=lasting)
                 self._pending_models.add(version.name)
 
-        # This is a callback and cannot wait for the lock. The set keeps the task from being collected.
+        # This is a callback, which cannot wait for the lock. The event loop holds only a weak reference to
+        # the task; the set keeps the task from being garbage-collected.
         task = asyncio.get_running_loop().create_task(store_refusal())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -176,7 +143,8 @@ class Watcher:
     def handle_start_failure(self) -> None:
         """Replace broken versions, because a worker could not start with the served versions.
 
-        Otherwise there would be no worker left once the last one had died.
+        Otherwise there would be no worker left once the last one had died. The supervisor calls this for
+        every worker that fails; one replacement runs at a time.
         """
         if self._replace_task is None or self._replace_task.done():
             self._replace_task = asyncio.get_running_loop().create_task(self._replace_broken())
@@ -187,13 +155,11 @@ class Watcher:
             for name, versions in list(self._versions_by_model.items()):
                 broken_flags = [await asyncio.to_thread(self._is_broken, one) for one in versions]
                 if name is not None and any(broken_flags):
-                    log.error(
-                        f"no worker that starts can load {versions[-1].path}: another version is served"
-                    )
+                    log.error(f"new workers cannot load {versions[-1].path}: another version replaces it")
                     try:
                         await self._replace_version(name)
                     except (FoveaError, OSError) as error:
-                        log.error(f"there is no other version of model {name} now: {to_one_line(error)}")
+                        log.error(f"no other version of model {name} can be served: {to_one_line(error)}")
             await self._choose_default()
             self._report_refused()
 
@@ -204,7 +170,7 @@ class Watcher:
         """
         tried_versions: set[tuple[ModelVersion, ...]] = set()
         while True:
-            choice = await self._make_choice(name, None)
+            choice = await self._choose_versions(name, None)
             self._record_refused(name, choice.refused_versions)
             if choice.versions in tried_versions:
                 return
@@ -219,18 +185,17 @@ class Watcher:
     async def scan_repository(self, only_names: set[str | None] | None = None) -> None:
         """Bring the served versions up to date with the repository.
 
-        A new version is served once it has not changed since the last look. Versions that are gone are not
-        served any more. With `only_names`, look at these models alone.
+        A new version is served once it has not changed since the last scan. Versions that are gone are not
+        served any more. With `only_names`, scan only these models.
         """
         async with self._lock:
             try:
-                names = await asyncio.to_thread(self._list_names)
+                names = await asyncio.to_thread(self._chooser.list_names, set(self._versions_by_model))
             except ModelError as error:
                 self._log_once(None, error)
                 return
-            for missing_name in (
-                self._refused_by_model.keys() - names
-            ):  # except the default model, which is awaited
+            for missing_name in self._refused_by_model.keys() - names:
+                # Only the default model, which has no version yet, stays in the report.
                 self._refused_by_model[missing_name] = tuple(
                     one for one in self._refused_by_model[missing_name] if not one.version
                 )
@@ -242,18 +207,18 @@ class Watcher:
                     del self._pinned_versions[name]
                     pinned_version = None
                 try:
-                    choice = await self._make_choice(name, pinned_version)
+                    choice = await self._choose_versions(name, pinned_version)
                 except ModelError as error:
                     self._log_once(name, error)
                     continue
                 except OSError as error:
-                    self._log_once(name, ModelError(f"it cannot be looked at: {error.strerror}"))
+                    self._log_once(name, ModelError(f"its folder cannot be read: {error.strerror}"))
                     continue
                 await self._reconcile(name, choice)
             await self._choose_default()
             self._report_refused()
 
-    async def _reconcile(self, name: str | None, choice: _VersionChoice) -> None:
+    async def _reconcile(self, name: str | None, choice: VersionChoice) -> None:
         """Serve the chosen versions if they have settled and are not refused."""
         versions = choice.versions
         has_settled = self._last_versions.get(name) == versions
@@ -269,8 +234,7 @@ class Watcher:
             return
         if choice.refused_versions and not versions:  # there is no replacement for the served versions
             return
-        interruption = self._interruptions.get(name)
-        if interruption and interruption.versions == versions and time.monotonic() < interruption.retry_at:
+        if not self._backoff.is_due(name, versions):
             return
         await self._apply_or_log(name, versions, force=choice.force)
 
@@ -311,11 +275,13 @@ class Watcher:
         """
         async with self._hold_lock():
             try:
-                if name not in await asyncio.to_thread(self._list_names):
+                if name not in await asyncio.to_thread(
+                    self._chooser.list_names, set(self._versions_by_model)
+                ):
                     raise ModelError(f"the repository has no model {name!r}")
-                versions = await self._find_versions(name, version)
+                versions = await self._chooser.find_versions(name, version)
                 await asyncio.sleep(_SETTLE_SECONDS)
-                if versions != await self._find_versions(name, version):
+                if versions != await self._chooser.find_versions(name, version):
                     raise SwapRefused(f"the file of model {name!r} is still being written")
             except ModelError as error:
                 raise ModelNotFound(to_one_line(error)) from None
@@ -332,7 +298,7 @@ class Watcher:
                 self._refused_by_model.pop(name, None)
             for one, reason in zip(versions, reasons, strict=True):
                 if reason:
-                    text = f"loaded by request though it had been refused: {reason}"
+                    text = f"loaded by request although it had been refused: {reason}"
                     await asyncio.to_thread(self._refusals.accept, one, text)
             await self._choose_default()
             self._report_refused()
@@ -355,7 +321,7 @@ class Watcher:
                 await self._lock.acquire()
         except TimeoutError:
             raise SwapRefused(
-                f"another change has been under way for more than {self._change_timeout:g} s; ask again later"
+                f"other changes have taken more than {self._change_timeout:g} s; try again later"
             ) from None
         try:
             yield
@@ -375,9 +341,8 @@ class Watcher:
                 *self._refused_by_model,
                 self._default,
             }:
-                raise ModelError(
-                    f"{self._root / repository.DEFAULT_MODEL_FILE} is {configured_default!r}, which is not served"
-                )
+                file = self._root / repository.DEFAULT_MODEL_FILE
+                raise ModelError(f"{file} is {configured_default!r}, which is not served")
         except ModelError as error:
             self._log_once(None, error)
             return
@@ -392,47 +357,11 @@ class Watcher:
         if default != self._default:
             self._default = default
             self._target.set_default(default)
-            log.info(f"the default model is {default} from now on" if default else "no model is the default")
+            log.info(f"the default model is now {default}" if default else "there is no default model now")
 
-    def _list_names(self) -> set[str | None]:
-        """Return the names of the models in the repository and of the served models.
-
-        An empty repository is taken for one that is not mounted, so that no model is removed. Raises
-        `ModelError` then.
-        """
-        if self._root.is_file() or None in self._versions_by_model:
-            return {None}
-        names = repository.list_model_names(self._root)
-        if not names and self._versions_by_model:
-            raise ModelError(f"the repository {self._root} is empty; what is served stays")
-        return {*names, *self._versions_by_model}
-
-    async def _find_versions(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
-        """Return the versions of a model that its folder asks for."""
-        if name is not None and not (self._root / name).is_dir():
-            return ()
-        return await asyncio.to_thread(repository.find_versions, self._root, name, version)
-
-    async def _make_choice(self, name: str | None, pinned_version: str | None) -> _VersionChoice:
-        """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
-        if name is None or pinned_version or not (self._root / name).is_dir():
-            return _VersionChoice(await self._find_versions(name, pinned_version), (), force=False)
-        return await asyncio.to_thread(self._choose_versions, name)
-
-    def _choose_versions(self, name: str) -> _VersionChoice:
-        """Choose the versions of a model by its folder and the refusals.
-
-        Runs in a thread, because it reads files.
-        """
-        choice = repository.choose_versions(self._root, name, self._refusals.find_reason)
-        if any(one.is_pinned for one in choice.refused_versions):  # all configured versions or no change
-            return _VersionChoice((), choice.refused_versions, force=False)
-        current_versions = self._versions_by_model.get(name, ())
-        is_refused_elsewhere = any(self._refusals.find_reason(one) for one in current_versions)
-        is_accepted = bool(choice.versions) and self._refusals.is_accepted(choice.versions[-1])
-        return _VersionChoice(
-            choice.versions, choice.refused_versions, force=is_refused_elsewhere or is_accepted
-        )
+    async def _choose_versions(self, name: str | None, pinned_version: str | None) -> VersionChoice:
+        """Choose the versions of a model that should be served now."""
+        return await self._chooser.choose(name, pinned_version, self._versions_by_model.get(name, ()))
 
     async def _apply_or_log(self, name: str | None, versions: Sequence[ModelVersion], *, force: bool) -> None:
         """Make a change, or log why it is refused."""
@@ -448,7 +377,7 @@ class Watcher:
         try:
             await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
-            self._postpone_change(name, versions)
+            self._backoff.postpone(name, versions)
             raise SwapRefused(to_one_line(error)) from None
         except ModelError as error:
             reason = to_one_line(error)
@@ -457,10 +386,11 @@ class Watcher:
             else:
                 await self._store_refusal(versions[0], reason, lasting=is_lasting(error))
             raise SwapRefused(reason) from None
-        # Nothing may be awaited between `prepare` and `commit`: the prepared state could become outdated.
+        # Nothing may be awaited between `prepare` and `commit`: the prepared change could be aborted or
+        # become outdated.
         self._target.commit(name)
         self._refused_changes.pop(name, None)
-        self._interruptions.pop(name, None)
+        self._backoff.reset(name)
         self._lost_counts.pop(name, None)
         self._logged_errors.pop(name, None)
         if name is not None:
@@ -473,8 +403,8 @@ class Watcher:
             self._versions_by_model.pop(name, None)
         if self._has_limits and name is not None:
             await asyncio.to_thread(self._accept_versions, versions)
-        description = ", ".join(str(one.path) for one in versions) or f"model {name} no more"
-        log.info(f"now serves {description}")
+        paths = ", ".join(str(one.path) for one in versions)
+        log.info(f"now serves {paths}" if versions else f"no longer serves model {name}")
 
     async def _store_refusal(self, version: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Store and report a refusal."""
@@ -482,8 +412,8 @@ class Watcher:
         name, path = version.name or "", self._refusals.get_verdict_path(version)
         if lasting and self._logged_errors.get(version.name) != reason:
             log.error(
-                f"model {name} version {version.version} is refused from now on. To have it served all the "
-                f"same, load it by request with its number; to have it tried again, delete {path}"
+                f"model {name} version {version.version} is refused from now on. To serve it anyway, load it "
+                f"by request with its version number; to repeat its trial, delete {path}"
             )
         public_reason = reason.removeprefix(f"{version.path}: ")  # callers see the reason, but no local paths
         self._refused_by_model[name] = (RefusedVersion(name, version.version or "", public_reason),)
@@ -498,20 +428,8 @@ class Watcher:
             if self._refusals.find_reason(one) is None and not self._refusals.is_accepted(one):
                 self._refusals.accept(one, "it passed its trial")
 
-    def _postpone_change(self, name: str | None, versions: Sequence[ModelVersion]) -> None:
-        """Schedule an interrupted change again: at the next look, then with growing delays."""
-        interruption = self._interruptions.get(name)
-        count = (
-            interruption.interruption_count + 1
-            if interruption and interruption.versions == tuple(versions)
-            else 0
-        )
-        shortest, longest = _BACKOFF_SECONDS
-        delay = min(longest, shortest * 2 ** min(count, 16)) if count else 0.0
-        self._interruptions[name] = _Interruptions(tuple(versions), count, time.monotonic() + delay)
-
     def _log_once(self, name: str | None, error: FoveaError) -> None:
-        """Log an error once, not at every look."""
+        """Log an error once, not at every scan."""
         message = to_one_line(error)
         if self._logged_errors.get(name) != message:
             self._logged_errors[name] = message

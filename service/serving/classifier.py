@@ -1,23 +1,19 @@
-"""Classification of encoded images into ranked labels. Every protocol and the command-line tool use it."""
+"""Classification of encoded images. Every protocol uses it."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from fovea.service.artifact.contract import Contract, Coverage, Task
 from fovea.service.artifact.model_file import PinnedFile
-from fovea.service.artifact.repository import ModelConfig, ModelVersion, ServingState, scan_repository
+from fovea.service.artifact.repository import ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
-    BadRequest,
     Internal,
     ModelError,
     NotReady,
@@ -30,33 +26,20 @@ from fovea.service.inference.decode_memory import process_share
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
-from fovea.service.resources.threads import ThreadPlan
 from fovea.service.runners import shared_memory, spawn
 from fovea.service.runners.batcher import INFINITY, LEVEL_COUNT, Batcher, Job, Lane, RunnerLost
 from fovea.service.runners.memory_plan import create_spare_memory
-from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel, ProcessPlan
+from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel
 from fovea.service.runners.pool import RunnerPool
 from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
 from fovea.service.serving.prediction_metrics import PredictionMetrics
+from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.recent_images import RecentImages
 from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Prediction:
-    """One label of an answer.
-
-    `selected` tells whether the label passes the model's threshold. It is None for multi-class models.
-    """
-
-    label: str
-    index: int
-    probability: float
-    selected: bool | None
 
 
 class Classification(NamedTuple):
@@ -67,19 +50,14 @@ class Classification(NamedTuple):
 
 
 AnswerCallback: TypeAlias = Callable[[Answer | Exception, Job], None]
-"""Callback with the outcome and the job of an image, called before the caller gets the outcome. See
-`record.Record.image`."""
+"""Callback with the outcome and the job of an image, such as `RequestRecord.add_image`. The classifier calls
+it on the event loop before the caller gets the outcome, and logs any exception that it raises."""
 
 
 _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated decode time in seconds from which an image belongs to the next level. A phone photograph takes
 0.04 s, a 48 MP PNG 1.7 s."""
 
-_LARGE_BODY_BYTES: Final = 1 << 20
-"""Size in bytes above which a body counts as large and must leave room for others."""
-
-_LARGE_BODIES_SHARE: Final = 3 / 4
-"""Share of the body memory available to large bodies, so that small bodies are always accepted."""
 
 _COSTLY_DIVISOR: Final = 4
 """Divisor of the queue for the most expensive images: they may take every fourth place in the queue."""
@@ -89,7 +67,11 @@ _MAX_RETIRED: Final = 20
 
 
 class Classifier:
-    """Models, runners and admission control."""
+    """Models, runners and admission control.
+
+    Only the constructor may run before the event loop. Every other method must be called on the event loop
+    that runs `start`, so that no method needs a lock.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics, state: ServingState | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
@@ -111,7 +93,7 @@ class Classifier:
         )
         self._model_ids = count()
         self._pinned_files: dict[int, PinnedFile] = {}
-        """Open model files by load slot."""
+        """Open model files by the model's id in the runners."""
         self._retired_models: deque[LiveModel] = deque()
         """Retired models, the most recent last."""
         initial_versions = self.registry.initial_versions(settings.models_loaded)
@@ -130,7 +112,8 @@ class Classifier:
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_model_lost: Callable[[int, LiveModel | None], None] = lambda model_id, model: None
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
-        arguments are the load slot, and the model if it was being served."""
+        arguments are the model's id in the runners, and the model if it was being served. It is called on the
+        event loop after the model has been retired, so that no new request can get the model."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._prediction_metrics: dict[LiveModel, PredictionMetrics] = {}
         self._recent_images: dict[str, RecentImages] = {}
@@ -150,7 +133,9 @@ class Classifier:
         self.body_memory = BodyMemory(settings.bodies_bytes)
 
     def create_load(self, version: ModelVersion) -> LoadCommand:
-        """Return the load message for the runners, with a new slot. The file stays open until `close_file`.
+        """Return the load message for the runners, with a new model id.
+
+        The model's file stays open until `close_file`, so that runners which start later read the same file.
 
         Raises `ModelError` when the file has changed since it was found.
         """
@@ -162,6 +147,7 @@ class Classifier:
 
     def unload(self, load: LoadCommand) -> None:
         """Unload a model from the runners and close its file."""
+        # Unload first: until then a runner that starts may still open the file.
         self.runners.unload_model(load.model_id)
         self.close_file(load)
 
@@ -180,7 +166,7 @@ class Classifier:
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
         )
         self.registry.add(model)
-        for result in ("loaded", "refused"):  # create at 0: `increase` ignores the first value
+        for result in ("loaded", "refused"):  # create at 0: PromQL ignores the first value
             self.metrics.model_changes.labels(model.name, result)
         for method in ("cam", "occlusion"):
             self.metrics.explanations.labels(model.name, model.version, method)
@@ -190,7 +176,8 @@ class Classifier:
         """Stop serving a model. It is unloaded when its last request is answered."""
         self.registry.remove(model)
         if all(other.name != model.name for other in self.registry.models):
-            del self._recent_images[model.name]  # a next version has no version to be compared with
+            del self._recent_images[model.name]  # the next version will have no version to compare with
+        # The last request calls this on the event loop. The runners must know the model until then.
         model.call_when_idle(lambda: self._unload_retired(model))
 
     def _unload_retired(self, model: LiveModel) -> None:
@@ -215,11 +202,15 @@ class Classifier:
             self.metrics.remove_version(*identity)
 
     def _handle_lost_model(self, model_id: int, error: ModelError) -> None:
-        """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
+        """Refuse the waiting images of a model that was lost with its runners, and retire the model.
+
+        The runner pool calls this on the event loop, and needs the lanes to be empty when it returns: no
+        runner will ever take images of this model.
+        """
         model = next((one for one in self._prediction_metrics if one.load.model_id == model_id), None)
         if model:
             message = (
-                f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
+                f"model {model.name!r} was lost with its runners and cannot be loaded again; the log says why"
             )
             for lane in model.lanes:
                 self._batcher.close_lane(lane, NotReady(message, retry_after=5.0))
@@ -234,7 +225,7 @@ class Classifier:
         return self._recent_images[name].images if name in self._recent_images else []
 
     def _fetch_image(self, ref: SharedRef) -> bytes:
-        """Copy an image out of shared memory."""
+        """Copy an image out of shared memory. The image's request must not be over yet."""
         return read_shared(self.shared_bodies.descriptor, ref)
 
     async def start(self) -> None:
@@ -244,7 +235,7 @@ class Classifier:
     async def close(self) -> None:
         """Stop the runners, then release shared memory and close the model files."""
         await self.runners.close()
-        # Runners read from the slots and the files: stop the runners first.
+        # Runners read from shared memory and from the files: stop the runners first.
         self.shared_bodies.close()
         for pinned_file in self._pinned_files.values():
             pinned_file.close()
@@ -265,11 +256,13 @@ class Classifier:
         `cancel` is dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
         """
 
+        # The batcher calls this once, on the event loop, unless the job is cancelled before. The image's
+        # shared memory is still reserved then, because `_count_image` may copy the image.
         def handle_outcome(outcome: Any, job: Job) -> None:
             result = _convert_outcome(outcome, model)
             self._count_image(outcome, model, job, on_answer)
             model.statistics.count_request(job.arrived_at, is_success=isinstance(result, Classification))
-            # This is last: it may end the request and give the image's memory back.
+            # This call comes last: it may end the request and release the image's memory.
             on_outcome(result)
 
         lane, memory = self._choose_lane(image, model)
@@ -293,7 +286,10 @@ class Classifier:
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
         limit = max(1, self.settings.queue_images // _COSTLY_DIVISOR)
         if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= limit:
-            raise self.create_overload_error(f"{limit} images that take long to decode are waiting already")
+            raise self.create_overload_error(
+                f"{limit} images that take long to decode are already waiting; the limit is a quarter of "
+                "FOVEA_QUEUE_IMAGES"
+            )
         return model.lanes[level], memory
 
     def cancel(self, job: Job) -> None:
@@ -318,7 +314,8 @@ class Classifier:
         def convert_outcome(
             outcome: Answer | Exception, job: Job
         ) -> Classification | RequestError | BaseException:
-            # per image: processing all at once would block the event loop
+            # The batcher calls this on the event loop for each image as it is answered. Counting all images
+            # at once, after the last one, would block the event loop.
             self._count_image(outcome, model, job, on_answer)
             return _convert_outcome(outcome, model)
 
@@ -347,7 +344,7 @@ class Classifier:
     def _count_image(
         self, outcome: Answer | Exception, model: LiveModel, job: Job, on_answer: AnswerCallback
     ) -> None:
-        """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
+        """Count an image in the record, the metrics and the statistics, and keep it for the next shadow test.
 
         Never raises, so that the caller gets its answer in any case.
         """
@@ -376,8 +373,8 @@ class Classifier:
         limit = self.settings.runner_absence
         if limit and self.runners.absence_seconds > limit:
             raise NotReady(
-                f"there has been no runner for {self.runners.absence_seconds:.0f} s, and at most {limit:g} s are "
-                "waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
+                f"there has been no runner for {self.runners.absence_seconds:.0f} s; the limit is "
+                f"{limit:g} s (FOVEA_RUNNER_ABSENCE); restart the service",
                 retry_after=1.0,
             )
 
@@ -406,7 +403,8 @@ class Classifier:
                 and self.images_in_flight + count > limit - other_reserve
             ):
                 raise self.create_overload_error(
-                    f"the last {other_reserve} places are for other models (FOVEA_QUEUE_IMAGES)"
+                    f"the last {other_reserve} places in the queue are reserved for other models "
+                    "(FOVEA_QUEUE_IMAGES)"
                 )
 
     def create_overload_error(self, message: str) -> Overloaded:
@@ -428,193 +426,8 @@ def _convert_outcome(
 
 def _check_outcome(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
     """Return an outcome that belongs to one image, and raise any other outcome."""
-    if isinstance(outcome, Unavailable):  # this concerns the whole request
+    if isinstance(outcome, Unavailable):  # this error concerns the whole request
         raise outcome
     if isinstance(outcome, Classification | RequestError):
         return outcome
     raise outcome
-
-
-_LABEL_BYTES: Final = 130
-"""Memory in bytes for one label of a JSON answer. The label counts twice, because the answer's parts are
-joined."""
-
-
-class Admission:
-    """Memory and places of one request, and a reference to its model.
-
-    Release them by `with` or by calling `release`.
-    """
-
-    __slots__ = ("_classifier", "_is_released", "_reserved_bytes", "_reserved_images", "model")
-
-    def __init__(self, classifier: Classifier, model: LiveModel) -> None:
-        self._classifier = classifier
-        self.model = model
-        self._reserved_bytes = self._reserved_images = 0
-        self._is_released = False
-        model.acquire()
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Release everything. Further calls do nothing."""
-        self._classifier.body_memory.release(self._reserved_bytes)
-        self._reserved_bytes = 0
-        if self._reserved_images:
-            self._add_images(-self._reserved_images)
-        if not self._is_released:
-            self._is_released = True
-            self.model.release()
-
-    def reserve_bytes(self, size: int) -> None:
-        """Reserve `size` more bytes for a body.
-
-        Raises `Overloaded` when all bodies together become too large.
-        """
-        classifier = self._classifier
-        limit = classifier.body_memory.limit
-        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is for small bodies
-            large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.body_memory.body_bytes + size > large_limit:
-                raise classifier.create_overload_error(
-                    f"all bodies together have {limit} bytes, of which large ones have {large_limit:.0f} "
-                    "(FOVEA_BODIES_BYTES)"
-                )
-        self._reserve(size)
-
-    def _reserve(self, size: int) -> None:
-        """Reserve `size` bytes, or raise `Overloaded`."""
-        classifier = self._classifier
-        if not classifier.body_memory.reserve(size):
-            limit = classifier.body_memory.limit
-            raise classifier.create_overload_error(
-                f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)"
-            )
-        self._reserved_bytes += size
-
-    def reserve_answer(self, labels: int) -> None:
-        """Reserve the memory for creating an answer with `labels` labels.
-
-        Raises `Overloaded`, or `BadRequest` if the answer would exceed the whole limit.
-        """
-        size, limit = labels * _LABEL_BYTES, self._classifier.body_memory.limit
-        if size > limit:
-            raise BadRequest(
-                f"an answer with {labels} labels takes about {size} bytes, and all bodies together have "
-                f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
-            )
-        self._reserve(size)
-
-    def reserve_images(self, count: int) -> None:
-        """Take places for `count` images. Raises `Overloaded` at once if there are not enough."""
-        self._classifier.check_capacity(self.model, count)
-        self._add_images(count)
-
-    def _add_images(self, images: int) -> None:
-        """Change the number of images in flight."""
-        self._reserved_images += images
-        self._classifier.images_in_flight += images
-        self._classifier.metrics.images_in_flight.inc(images)
-        self.model.images_in_flight += images
-
-
-def create_plan(
-    settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None
-) -> ProcessPlan:
-    """Return how a process runs a model.
-
-    The plan combines the settings, the model's own configuration, and the process's share of the processors.
-    """
-    config = config or ModelConfig()
-    return ProcessPlan(
-        provider=config.provider or settings.provider,
-        batch_max=config.batch_max or settings.batch_max,
-        threads=config.threads or thread_plan.runner_threads,
-        wide_threads=0 if config.threads else thread_plan.wide_threads,
-        decode_threads=thread_plan.decode_threads,
-        image_pixels=settings.image_pixels,
-        decode_bytes=settings.decode_bytes // settings.workers,
-        processes=thread_plan.runners,
-    )
-
-
-def rank_labels(
-    classification: Classification, *, top_k: int, threshold: float | None = None
-) -> list[Prediction]:
-    """Return the `top_k` most probable labels (0: all) of at least probability `threshold`, best first.
-
-    Equal probabilities keep the contract's order.
-    """
-    contract = classification.model.contract
-    probabilities = classification.answer.probabilities
-    best = classification.answer.ranking[: top_k or None]
-    return [
-        _create_prediction(contract, index, probabilities)
-        for index in best
-        if threshold is None or probabilities[index] >= threshold
-    ]
-
-
-def _create_prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
-    """Return the prediction for the label at `index`."""
-    selected = None
-    if contract.task is Task.MULTILABEL:
-        selected = probabilities[index] >= contract.thresholds[index]
-    elif contract.task is Task.BINARY:
-        selected = (probabilities[1] >= contract.thresholds[0]) == bool(index)
-    return Prediction(contract.labels[index], index, probabilities[index], selected)
-
-
-def find_label_index(contract: Contract, label: str) -> int:
-    """Return the index of a label in the contract. Raises `BadRequest`."""
-    try:
-        return contract.labels.index(label)
-    except ValueError:
-        nearest_label = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
-        raise BadRequest(f"there is no label {label!r}; the nearest is {nearest_label!r}") from None
-
-
-class LabelSet(NamedTuple):
-    """Conformal set: it contains the true label in a share `level` of all cases.
-
-    The most probable label is first.
-    """
-
-    level: float
-    labels: list[str]
-    abstain: bool
-    """True if the set is not informative: empty, more than half of all labels, or more than `MAX_SET_LABELS` labels."""
-
-
-MAX_SET_LABELS: Final = 5
-"""Maximum number of labels in an informative set. With ten labels, a set of six is also too wide."""
-
-
-def find_coverage(contract: Contract, level: float) -> Coverage:
-    """Return the stored coverage of the model for a level. Raises `BadRequest` if there is none."""
-    for coverage in contract.coverage:
-        if abs(coverage.level - level) < 1e-9:  # the level was parsed from text
-            return coverage
-    if contract.task is Task.MULTILABEL:
-        raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
-    if not contract.coverage:
-        raise BadRequest(
-            "coverage: no label sets were measured for this model; `fovea train` does, and `fovea import` not"
-        )
-    levels = ", ".join(str(one.level) for one in contract.coverage)
-    raise BadRequest(f"coverage {level} is not one of {levels}")
-
-
-def compute_label_set(classification: Classification, coverage: Coverage) -> LabelSet:
-    """Return the conformal set of an answer."""
-    contract, answer = classification.model.contract, classification.answer
-    indices = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
-    labels = [contract.labels[index] for index in indices]
-    return LabelSet(
-        coverage.level, labels, not 1 <= len(labels) <= min(MAX_SET_LABELS, len(contract.labels) // 2)
-    )

@@ -22,7 +22,7 @@ class PredictionMetrics:
     """Prediction metrics of one model."""
 
     def __init__(self, model: LiveModel, metrics: Metrics, *, drift_images: int) -> None:
-        """Look up the model's series. Drift covers the last `drift_images` images, once there are as many."""
+        """Look up the model's series. Drift is computed over the last `drift_images` images."""
         labels, identity = model.contract.labels, (model.name, model.version)
         self._image_counter = metrics.images.labels(*identity)
         label_names = [name if number < _MAX_LABELS else _OTHER_LABEL for number, name in enumerate(labels)]

@@ -1,4 +1,4 @@
-"""The last encoded images of a model. A new version is tried on them before it is served."""
+"""The last encoded images of a model. A new version is compared on them before it is served."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RecentImages:
     ) -> None:
         """Keep at most `max_images` images and `max_bytes` bytes.
 
-        `fetch_image` copies an image out of shared memory.
+        `fetch_image` copies an image out of shared memory. `add_image` calls it in the calling thread.
         """
         self._max_bytes = max_bytes
         self._max_image_bytes = min(_MAX_IMAGE_BYTES, max_bytes // 4)
@@ -47,7 +47,8 @@ class RecentImages:
     def add_image(self, item: Item) -> None:
         """Keep a copy of a successfully answered image.
 
-        Only encoded images are kept. A full store takes at most one image per `_MIN_INTERVAL`.
+        Only encoded images are kept. A full store takes at most one image per `_MIN_INTERVAL`. The image's
+        request must not be over yet: its shared memory would hold another image.
         """
         if isinstance(item, ImageRequest) and item.tensor_name:
             return
@@ -62,7 +63,7 @@ class RecentImages:
             if now < self._next_time:
                 return
             self._next_time = now + _MIN_INTERVAL
-        # Copy now: the slot is given back when the request is over.
+        # Copy now: the image's shared memory is reused when the request is over.
         self._images.append(self._fetch_image(image) if isinstance(image, SharedRef) else bytes(image))
         self._total_bytes += len(image)
         while len(self._images) > self._max_images or self._total_bytes > self._max_bytes:

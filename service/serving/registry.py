@@ -47,7 +47,7 @@ class LiveModel:
     tensors: tuple[InputTensor, ...]
     """Tensors that the model accepts besides encoded images."""
     lanes: Sequence[Lane[Item, Answer]]
-    """Queues of images for the runners, by decode cost (`batcher.LEVELS`)."""
+    """Queues of images for the runners, by decode cost: one for each of the `LEVEL_COUNT` levels."""
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
     images_in_flight: int = 0
     """Number of accepted images that are not yet answered."""
@@ -56,7 +56,7 @@ class LiveModel:
     active_requests: int = 0
     """Number of requests that the model has to answer."""
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
-    """Callbacks that are called once when the model has no more requests."""
+    """Callbacks that are called once, on the event loop, when the model has no more requests."""
 
     @classmethod
     def from_load_result(
@@ -64,9 +64,8 @@ class LiveModel:
     ) -> LiveModel:
         """Create the model from the runners' reply to a load message."""
         contract = Contract.from_json(load_result.contract_json)
-        max_shared_level = (
-            LEVEL_COUNT - 2 if load_result.provider == "cuda" else 0
-        )  # highest level of shared batches
+        # Images of higher levels run in a batch of their own.
+        max_shared_level = LEVEL_COUNT - 2 if load_result.provider == "cuda" else 0
         lanes: list[Lane[Item, Answer]] = [
             Lane(
                 model_id=load.model_id,
@@ -103,14 +102,17 @@ class LiveModel:
         self._run_idle_callbacks()
 
     def call_when_idle(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the model has no requests: now, or when the last request is over."""
+        """Call `callback` once when the model has no requests.
+
+        `callback` is called here if there are none now, or else by the `release` of the last request.
+        """
         self.idle_callbacks.append(callback)
         self._run_idle_callbacks()
 
     def _run_idle_callbacks(self) -> None:
         """Call the callbacks if the model has no requests."""
         if not self.active_requests:
-            # Clear the list first, so that each callback is called once.
+            # Clear the list first, so that each callback is called once, even if it calls this again.
             callbacks, self.idle_callbacks = self.idle_callbacks, []
             for callback in callbacks:
                 callback()
@@ -200,7 +202,9 @@ class ModelRegistry:
         name = name or self.default
         if name is None:
             where = f"the repository's file `{DEFAULT_MODEL_FILE}`, or FOVEA_DEFAULT_MODEL"
-            raise ModelNotFound(f"name a model: {self._format_names()}; none is the default ({where})")
+            raise ModelNotFound(
+                f"name a model, because there is no default model ({where}); there are {self._format_names()}"
+            )
         live_models, model_versions = self._live_models.get(name, {}), self.versions_by_model.get(name, ())
         if not live_models and name == self.single_model_name and None in self.versions_by_model:
             return self.versions_by_model[None][-1]
@@ -224,7 +228,7 @@ class ModelRegistry:
         reasons = [one for one in self.refused_versions if one.name == name]
         if reasons:
             raise NotReady(
-                f"model {name!r} is in the repository, and cannot be served; /v1/models says why",
+                f"model {name!r} is in the repository but cannot be served; /v1/models says why",
                 retry_after=_RETRY_SECONDS,
             )
         if self.is_repository_empty:
@@ -243,9 +247,9 @@ class ModelRegistry:
             )
 
     def list_versions(self, name: str) -> list[LiveModel | ModelVersion]:
-        """Return all served versions of a model, the latest last. A version that is not loaded is a `ModelVersion`.
+        """Return all served versions of a model, the latest last.
 
-        Raises `ModelNotFound` when there is none.
+        A version that is not loaded is a `ModelVersion`. Raises `ModelNotFound` when there is none.
         """
         live_models, model_versions = self._live_models.get(name, {}), self.versions_by_model.get(name, ())
         if not live_models and not model_versions:
@@ -309,34 +313,29 @@ class ModelRegistry:
 
     def _format_names(self) -> str:
         """Return the known names, for error messages."""
-        return ", ".join(
-            sorted({*self._live_models, *(name for name in self.versions_by_model if name is not None)})
-        )
+        names = {*self._live_models, *(name for name in self.versions_by_model if name is not None)}
+        return ", ".join(sorted(names)) or "none"
 
     def _announce_model(self, model: LiveModel) -> None:
         """Set the metrics of a new model and log it."""
         provider = model.model_version.config.provider or self._provider
         is_fallback = model.load_result.provider == "cpu" and expects_cuda(provider)
-        label_count, load_result, identity = (
-            len(model.contract.labels),
-            model.load_result,
-            (model.name, model.version),
-        )
+        load_result, identity = model.load_result, (model.name, model.version)
         set_info, set_fallback = self._get_gauge_setters(model)
         set_info(1)
         set_fallback(is_fallback)
         self._metrics.model_load_seconds.labels(*identity).set(load_result.load_seconds)
-        self._metrics.golden_logit_difference.labels(*identity).set(
-            load_result.golden_differences["logit_difference"]
-        )
+        golden = load_result.golden_differences
+        self._metrics.golden_logit_difference.labels(*identity).set(golden["logit_difference"])
         if is_fallback:
-            log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
+            log.warning(f"model {model.name} runs on the CPU: ONNX Runtime cannot use the machine's GPU")
         log.info(
-            f"model {model.name} version {model.version}: {label_count} labels on {load_result.provider}, proven on "
-            f"{load_result.golden_differences['images']} golden images, ready in {load_result.load_seconds:.2f} s"
+            f"model {model.name} version {model.version}: {len(model.contract.labels)} labels on "
+            f"{load_result.provider}, verified on {golden['images']} golden images, "
+            f"ready in {load_result.load_seconds:.2f} s"
         )
         if model.contract.reference is None:
-            log.info(f"model {model.name} came without images to compare with: its drift cannot be told")
+            log.info(f"model {model.name} has no drift reference, so its drift is not measured")
 
     def _get_gauge_setters(self, model: LiveModel) -> tuple[Callable[[float], None], Callable[[float], None]]:
         """Return the setters of the model's info gauge and its provider fallback gauge."""

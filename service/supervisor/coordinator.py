@@ -29,7 +29,7 @@ class Worker(Protocol):
 
 
 class Coordinator:
-    """Coordinator of changes in a supervisor, as a `RolloutTarget` of `service.rollout.watcher`.
+    """Coordinator of changes in a supervisor, as a `RolloutTarget`.
 
     Every method must be called on the event loop.
     """
@@ -56,7 +56,7 @@ class Coordinator:
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Have all workers prepare a change, as `service.rollout.watcher.RolloutTarget` describes.
+        """Have all workers prepare a change, as `RolloutTarget` describes.
 
         The first worker prepares alone: if it refuses, the others need not try. If all prepared at once,
         requests would also lose more processor time. If there is no worker, later workers start with the new
@@ -104,7 +104,7 @@ class Coordinator:
             timeout_timer.cancel()
 
     def commit(self, name: str | None) -> None:
-        """Make all prepared workers switch, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Make all prepared workers switch, as `RolloutTarget` describes."""
         self.generation += 1
         for worker in self._prepared_workers:
             if not self._send_message(worker, commit=name):
@@ -112,14 +112,14 @@ class Coordinator:
         self._end()
 
     def set_default(self, default: str | None) -> None:
-        """Set the default model in all workers, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Set the default model in all workers, as `RolloutTarget` describes."""
         self.generation += 1
         for worker in self._workers():
             if not self._send_message(worker, default=default):
                 worker.kill()  # it would go on with the old default
 
     def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Send the refused versions to all workers, as `service.rollout.watcher.RolloutTarget` describes."""
+        """Send the refused versions to all workers, as `RolloutTarget` describes."""
         for worker in self._workers():
             self._send_message(worker, refused=refused_versions, waits=is_empty)
 

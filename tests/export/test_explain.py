@@ -27,7 +27,9 @@ from fovea.service.explain.cam import find_head
 from fovea.service.explain.explainer import Explainer, ExplanationRequest
 from fovea.service.explain.heatmap import scale_to_unit
 from fovea.service.explain.introspection import IntrospectedModel
-from fovea.service.explain.layers import LayerView, ReceptiveField, Span, find_receptive_field
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import find_receptive_field
+from fovea.service.explain.receptive_field import ReceptiveField, Span
 from fovea.service.inference.preprocess import Pixels
 from tests.export.classifiers import build_classifier, export_foreign
 from tests.export.imports import PLAN, import_graph

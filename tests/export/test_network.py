@@ -15,7 +15,8 @@ from torch import nn
 
 from fovea.service.errors import BadRequest
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
-from fovea.service.explain.layers import LayerView, Span
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.receptive_field import Span
 from tests.export.classifiers import build_classifier, export_foreign, export_network
 from tests.export.imports import PLAN, ImportedModel, import_graph
 from tests.vgg import LABELS, build_vgg

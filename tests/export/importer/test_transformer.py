@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fovea.service.explain.introspection import IntrospectedModel
-from fovea.service.explain.layers import LayerView, ReceptiveField, Span
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.receptive_field import ReceptiveField, Span
 from fovea.service.explain.tensor_layout import TensorLayout
 from tests.export.classifiers import (
     IMAGENET_MEAN,

@@ -424,7 +424,7 @@ def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path)
         assert "cannot load the model" in looked["reason"]
         maps = server.client.post(f"{SMALL}/maps?tensor=conv", content=PHOTO)
         assert status_and_code(maps) == (404, "not_found")
-        assert "cannot be looked into" in maps.text
+        assert "the layers of this model cannot be read" in maps.text
 
 
 # --- the process ---------------------------------------------------------------------------------

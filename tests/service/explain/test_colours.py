@@ -55,7 +55,7 @@ BLIND = {
 
 
 def make_scale(name: str) -> list[list[int]]:
-    """256 colours, equally far apart along a smooth path through the anchors."""
+    """Return 256 colours, equally far apart along a smooth path through the anchors."""
     lightness, chroma, hue = np.array(ANCHORS[name], float).T
     angle = np.radians(hue)
     anchors = np.stack([lightness, chroma * np.cos(angle), chroma * np.sin(angle)], axis=1)
@@ -68,7 +68,7 @@ def make_scale(name: str) -> list[list[int]]:
 
 
 def _smooth_path(anchors: Array) -> Array:
-    """Twice Chaikin's corners cut away, four times over."""
+    """Smooth a path by cutting its corners repeatedly (Chaikin)."""
     path = anchors
     for _ in range(6):
         inner = np.stack([0.75 * path[:-1] + 0.25 * path[1:], 0.25 * path[:-1] + 0.75 * path[1:]], axis=1)
@@ -82,7 +82,7 @@ def _lab_to_linear(lab: Array) -> Array:
 
 
 def _linear_to_srgb(linear: Array) -> Array:
-    """sRGB, IEC 61966-2-1."""
+    """Convert to sRGB, IEC 61966-2-1."""
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 

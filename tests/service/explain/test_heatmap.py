@@ -1,4 +1,4 @@
-"""Where a heat map lies on the photo, and how it is painted there."""
+"""The position of a heat map on the photo, and the overlay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fovea.service.explain.heatmap import (
     draw_overlay,
     scale_to_unit,
 )
-from fovea.service.explain.layers import Span
+from fovea.service.explain.receptive_field import Span
 from fovea.service.inference.preprocess import DecodeTrace, decode_image
 from tests.pictures import encode_image
 
@@ -42,7 +42,7 @@ def draw_spot(width: int, height: int, at: tuple[int, int]) -> Image.Image:
 def test_what_is_bright_in_the_input_is_bright_in_the_photo(
     geometry: Geometry, path: PixelPath, orientation: int, at: tuple[int, int]
 ) -> None:
-    """EXIF, resize and crop are undone: brightness itself is the heat, and must come to lie on the spot."""
+    """With brightness as the map, the hottest place is the bright spot after EXIF, resize and crop."""
     geometry = Geometry(**{**geometry.__dict__, "pixel_path": path})
     photo = draw_spot(400, 240, at)
     turn = {
@@ -96,7 +96,7 @@ def test_no_receipt_costs_no_pixel() -> None:
 
 
 def test_places_lie_where_they_look() -> None:
-    """Three places of 8 pixels each in an input of 32, as pools that round down leave them."""
+    """An input of 32 pixels has three places of 8 pixels each, as after pooling that rounds down."""
     centres = compute_field_centres(Span(8, -21, 29), 3)
     assert centres.tolist() == [4.5, 12.5, 20.5]
     heat = Heatmap(np.eye(3, dtype=np.float32)[2:], np.array([16.0]), centres)
@@ -115,7 +115,7 @@ def test_what_the_model_has_not_seen_has_no_heat() -> None:
 
 @pytest.mark.parametrize("size", [(5000, 20), (20, 5000)])
 def test_a_strip_has_heat_where_the_model_looked(size: tuple[int, int]) -> None:
-    """Though what it saw is narrower than a place of the grid."""
+    """The seen part is narrower than a cell of the grid."""
     receipt = DecodeTrace()
     decode_image(encode_image(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, trace=receipt)
     heat = Heatmap(np.ones((4, 4), np.float32), compute_even_centres(4, 32), compute_even_centres(4, 32))

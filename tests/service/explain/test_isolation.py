@@ -1,4 +1,4 @@
-"""No caller gets anything of another caller's request, whatever others do."""
+"""No caller gets any part of the reply to another caller's request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.long
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 _SIZE = 3 << 20
-"""Bytes of an upload that no socket buffer holds."""
+"""Size in bytes of an upload that exceeds every socket buffer."""
 
 _NOISE = bytes(range(101, 122))
 
@@ -69,7 +69,7 @@ def _explained_colour(server: Server, colour: tuple[int, int, int]) -> tuple[int
 def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
     small_zoo: Path, tail: bytes
 ) -> None:
-    """The process that explains is stopped, so its socket is full when the deadline ends the question."""
+    """The explaining process is stopped, so its socket is full when the deadline ends the request."""
     body = b"\x89PNG\r\n\x1a\n".ljust(_SIZE - len(tail), b"\0") + tail
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         assert _explained_colour(server, (255, 255, 255)) == (255, 255, 255)
@@ -83,7 +83,7 @@ def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
 
 
 def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: Path) -> None:
-    """Its caller has left and the model is unloaded, while the process has not begun with the question."""
+    """The caller has left and the model is unloaded before the process begins with the request."""
     for name in ("small", "other"):
         add_to_repository(build_model(), tmp_path / "zoo", name)
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small"}
@@ -192,7 +192,7 @@ def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) ->
 
 
 def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
-    """Its neighbours are answered by the next one."""
+    """The next runner answers the other images of the batch."""
     gate = BlockingImage(tmp_path / "gate")
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1", **make_poison_environment(tmp_path)}
     with (

@@ -1,4 +1,4 @@
-"""What is said of layers, by tables written by hand."""
+"""Layer views of hand-written layer tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fovea.service.explain.layers import LayerView, Span, describe_layers
+from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.layers import describe_layers
+from fovea.service.explain.receptive_field import Span
 from tests.graphs import LayerRow, contract_with_layers
 
 PLANES: LayerRow = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
@@ -15,7 +17,7 @@ MAPS: LayerRow = ("Conv", "planes kernel", "maps", (8, 4, 2), {"kernel_shape": (
 
 
 def describe_rows(*rows: LayerRow) -> dict[str, LayerView]:
-    """By what each layer makes."""
+    """Return the layer views by output tensor."""
     return {layer.tensor: layer for layer in describe_layers(contract_with_layers(*rows), {}, {})}
 
 
@@ -67,7 +69,7 @@ def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
 
 
 def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
-    """Written as several operators in one module."""
+    """The average is written as several operators in one module."""
 
     def norm(mean: tuple[int, ...]) -> list[str]:
         rows: list[LayerRow] = [
@@ -85,7 +87,7 @@ def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
 
 
 def test_a_gate_with_a_factor_is_no_silu() -> None:
-    """CLIP has x · sigmoid(1.702 x)."""
+    """CLIP uses x · sigmoid(1.702 x)."""
     sigmoid: LayerRow = ("Sigmoid", "maps", "/act/sigmoid", (8, 4, 2), {})
     scaled: LayerRow = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
     scaled_sigmoid: LayerRow = ("Sigmoid", "/act/scaled", "/act/sigmoid", (8, 4, 2), {})
@@ -112,7 +114,7 @@ def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
 
 
 def test_the_bounds_of_a_clip_may_be_attributes() -> None:
-    """Before opset 11 they are."""
+    """They are attributes before opset 11."""
     found = describe_rows(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
     assert found["clip"].constants == {"min": 0, "max": 6}
 
@@ -179,7 +181,7 @@ def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
 
 
 def test_what_is_left_out_is_not_made_of_the_image() -> None:
-    """ONNX has no name for outputs and inputs that a node does without."""
+    """ONNX gives omitted inputs and outputs of a node the empty name."""
     contract = contract_with_layers(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
     planes, maps, clip = contract.layers
     layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))

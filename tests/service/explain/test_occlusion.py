@@ -1,4 +1,4 @@
-"""Occlusion finds the place that a score depends on, the same place each time."""
+"""Occlusion finds the place that a score depends on, and is reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tensors lie over the image, by layer tables written by hand."""
+"""Tensor layouts of hand-written layer tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASS: LayerRow = ("Concat", "class tokens", "all", (9, 7), {"axis": 1})
 
 
 def layouts_of_rows(*rows: LayerRow) -> dict[str, TensorLayout]:
-    """Of the tensors of a graph that takes images of 16 x 16."""
+    """Return the layouts of the tensors of a graph for images of 16 x 16 pixels."""
     return find_layouts(contract_with_layers(*rows))
 
 
@@ -61,7 +61,7 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
     ],
 )
 def test_tokens_before_the_others_are_counted(row: LayerRow, leading: int | None) -> None:
-    """And where it is not sure which are which, there are no maps."""
+    """If the number of leading tokens is uncertain, there are no maps."""
     found = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, row)
     assert (found["all"].leading_tokens if "all" in found else None) == leading
 
@@ -78,7 +78,7 @@ def test_tokens_without_the_leading_ones_are_places_alone() -> None:
 
 
 def test_windows_of_an_image_are_no_image() -> None:
-    """A Swin transformer has them beside each other in the batch."""
+    """A Swin transformer puts its windows beside each other in the batch."""
     found = layouts_of_rows(
         PLANES,
         PATCHES,
@@ -94,7 +94,7 @@ def test_windows_of_an_image_are_no_image() -> None:
 
 
 def test_only_a_reshape_makes_other_axes() -> None:
-    """Whatever the sizes happen to be; and it keeps the channels on their side, where both could be."""
+    """This holds for any sizes. If both orders fit, the channels stay first or last."""
     square: LayerRow = ("Conv", "planes kernel", "square", (8, 4, 2), {})
     found = layouts_of_rows(
         PLANES,
@@ -109,7 +109,7 @@ def test_only_a_reshape_makes_other_axes() -> None:
 
 
 def test_places_in_another_order_are_no_image() -> None:
-    """As many tokens as there are places, window by window."""
+    """There are as many tokens as places, but ordered window by window."""
     found = layouts_of_rows(
         PLANES,
         PATCHES,
@@ -139,7 +139,7 @@ def test_patches_are_places() -> None:
     [((4, 4, 4, 4, 3), (16, 3)), ((32, 8, 3), (256, 3)), ((4, 4, 4, 4, 3), (4, 4, 48))],
 )
 def test_what_is_no_patch_is_no_place(cut: tuple[int, ...], tokens: tuple[int, ...]) -> None:
-    """Windows beside each other in the batch, rows that are longer than the image's, and more axes."""
+    """The cases are windows beside each other in the batch, rows longer than the image's, and more axes."""
     split: LayerRow = ("Reshape", "planes shape", "split", cut, {})
     assert layouts_of_rows(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
         "pixels",

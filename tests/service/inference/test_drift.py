@@ -148,4 +148,4 @@ def test_a_model_without_a_reference_says_so(tmp_path: Path) -> None:
         classify_images(server, make_pictures(100, seed=0))
         assert "fovea_drift_psi{" not in server.client.get("/metrics").text
         assert server.client.get("/v1/models/small/contract").json()["reference"] is None
-    assert "model small came without images to compare with: its drift cannot be told" in server.log
+    assert "model small has no drift reference, so its drift is not measured" in server.log

@@ -1,4 +1,4 @@
-"""A change that is given up half way leaves nothing behind, neither in the service nor in its runners."""
+"""An aborted change leaves nothing behind, neither in the service nor in its runners."""
 
 from __future__ import annotations
 

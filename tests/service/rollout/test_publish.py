@@ -1,4 +1,4 @@
-"""A model file comes into a repository whole, or not at all, and nothing that is left blocks the next one."""
+"""Publishing adds a complete model file or nothing, and leftovers never block the next call."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_one_that_is_at_work_is_left_alone(model: Path, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_and_the_same_process_can_publish_again(
     model: Path, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands for the disk."""
+    """A limit on the file size simulates the full disk."""
     zoo = tmp_path / "zoo"
     code = (
         "import pathlib, resource, shutil, signal, sys\n"
@@ -166,7 +166,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: P
 
 
 def test_a_version_can_be_read_by_others(model: Path, tmp_path: Path) -> None:
-    """By a service of another user."""
+    """A service of another user can read it."""
     place = publish_model(model, tmp_path / "zoo")
     umask = os.umask(0)
     os.umask(umask)

@@ -1,5 +1,4 @@
-"""A version that does not pass its checks stays refused, takes nobody down at the next start, and can be let
-in."""
+"""A version that fails its checks stays refused, does not stop a start, and can be accepted by request."""
 
 from __future__ import annotations
 
@@ -228,14 +227,14 @@ def test_a_record_that_is_deleted_has_the_version_tried_again(zoo: Path) -> None
 
 
 def test_without_a_place_for_it_the_start_gives_the_same_verdict(zoo: Path) -> None:
-    """A folder in the record's place stands for a repository that cannot be written."""
+    """A folder at the verdict's path simulates a repository that cannot be written."""
     with run_server(zoo, **FLIPS) as running:
         for picture in PICTURES * 5:
             classify_pictures(running, picture)
         (zoo / "small" / "2" / "trial.json").mkdir(parents=True)
         onnx.save(build_model(seed=1), zoo / "small" / "2" / "model.onnx")
         wait_until_refused(running)
-    assert "name a folder that can be written with FOVEA_STATE" in running.log
+    assert "set FOVEA_STATE to a writable folder" in running.log
     with run_server(zoo, FOVEA_SWAP_FLIPS="0") as again:
         assert get_served_version(again) == "1"
         assert "would get another label" in fetch_refusals(again)["small", "2"]
@@ -244,7 +243,7 @@ def test_without_a_place_for_it_the_start_gives_the_same_verdict(zoo: Path) -> N
 
 
 def test_services_that_share_their_verdicts_serve_the_same(zoo: Path, tmp_path: Path) -> None:
-    """One has seen images that tell the versions apart, and the other has seen none."""
+    """Only one of the services has seen images for which the versions differ."""
     settings = {**FLIPS, "FOVEA_STATE": str(tmp_path / "state"), "FOVEA_REPLAY_IMAGES": "64"}
     with run_server(zoo, **settings) as one, run_server(zoo, **settings) as other:
         for picture in PICTURES * 5:

@@ -1,4 +1,4 @@
-"""A new version takes an old one's place while both are asked."""
+"""A new version replaces an old version while requests arrive."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def wait_for_version(server: Server, version: str) -> None:
 
 
 def wait_for_log(server: Server, log: list[str], words: str) -> None:
-    """Until the service has logged these words."""
+    """Wait until the service has logged these words."""
     wait_until(lambda: any(words in line for line in log))
 
 
 @contextmanager
 def run_logged_server(zoo: Path, **settings: str) -> Iterator[tuple[Server, list[str]]]:
-    """A server, and the lines of its log as they come."""
+    """Run a server and yield it with the growing list of its log lines."""
     with run_server(zoo, **settings) as server:
         lines: list[str] = []
         stream = server.process.stderr
@@ -70,14 +70,14 @@ def run_logged_server(zoo: Path, **settings: str) -> Iterator[tuple[Server, list
 
 
 def ask_workers(server: Server, request: Callable[[httpx.Client], Any]) -> set[Any]:
-    """What the workers say: connections that are open at the same time are shared out among them."""
+    """Return the answers of all workers: connections that are open at the same time spread over them."""
     with ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client(base_url=server.url, timeout=30)) for _ in range(4)]
         return {request(client) for client in clients}
 
 
 def default_names(server: Server) -> set[str]:
-    """Who answers where no model is named; an empty name where nobody does."""
+    """Return the name of the default model, or an empty name if there is none."""
 
     def ask_default(client: httpx.Client) -> str:
         reply = client.post("/v1/classify", content=PICTURES[0]).json()
@@ -92,7 +92,7 @@ def worker_pids(server: Server) -> set[int]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_model_takes_nothing_from_the_first(zoo: Path, workers: str) -> None:
-    """Until the repository says so: while it is watched, and to a worker that comes later."""
+    """The first model stays the default until the repository changes it, also for a later worker."""
     with run_logged_server(zoo, FOVEA_WORKERS=workers) as (running, log):
         add_to_repository(build_model(), zoo, "later")
         wait_until(lambda: get_status(running, "/v1/models/later/classify") == 200)
@@ -218,7 +218,7 @@ def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothi
         shutil.rmtree(zoo / "other")
         wait_until(lambda: get_status(running, "/v1/models/other/classify") == 404)
         (zoo / "small").rename(zoo.with_name("kept"))
-        wait_for_log(running, log, "is empty; what is served stays")
+        wait_for_log(running, log, "is empty; the served models stay")
         zoo.with_name("kept").rename(zoo / "small")
         zoo.rename(zoo.with_name("away"))
         wait_for_log(running, log, "cannot read the repository")
@@ -242,7 +242,7 @@ def test_a_file_that_is_replaced_is_another_version_of_itself(zoo: Path) -> None
 
 
 def test_half_a_file_is_never_loaded(zoo: Path) -> None:
-    """Written in pieces, with pauses longer than the service takes to look."""
+    """The file is written in pieces, with pauses longer than the time between two scans."""
     content = build_model(seed=1).SerializeToString()
     with run_logged_server(zoo) as (running, log):
         (zoo / "small" / "2").mkdir()
@@ -271,14 +271,17 @@ HOSTILE = {
     "outside": (hostile.make_external_weight("../../secret.bin"), "External data path"),
     "absolute": (hostile.make_external_weight("/dev/null/secret.bin"), "Absolute path"),
     "beside": (hostile.make_external_weight("weights.bin"), "External data path"),
-    "custom operator": (hostile.write_custom_operator, "com.example:Conv(-1) is not a registered function/op"),
+    "custom operator": (
+        hostile.write_custom_operator,
+        "com.example:Conv(-1) is not a registered function/op",
+    ),
     "truncated": (hostile.write_truncated, "protobuf parsing failed"),
     "zeros": (hostile.write_zeros, "an ONNX file has at most 2147483647"),
     "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is no ONNX model"),
     "hungry": (hostile.write_huge_tensor, "the graph does not run"),
     "without contract": (hostile.write_without_contract, "the model has no contract"),
     "endless": (hostile.write_endless_loop, "it could not be tried within 1 s (FOVEA_TRIAL_SECONDS)"),
-}  # fmt: skip
+}
 
 
 def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
@@ -326,7 +329,7 @@ if "runners.process" in " ".join(sys.orig_argv):
 def test_a_runner_that_dies_meanwhile_costs_no_change(
     zoo: Path, tmp_path: Path, workers: str, runners: str
 ) -> None:
-    """The others load the model, and so does the one that takes its place."""
+    """The other runners load the model, and so does the replacement."""
     (tmp_path / "sitecustomize.py").write_text(DYING.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     settings = {"PYTHONPATH": paths, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
@@ -342,7 +345,7 @@ def test_a_runner_that_dies_meanwhile_costs_no_change(
 
 
 KILLER = DYING.replace("os.mkdir({once!r})", "os.mkdir(os.path.join({once!r}, str(os.getpid())))")
-"""Every runner that loads one model more dies of it."""
+"""Code for runners that kills each runner which loads another model."""
 
 
 def test_a_model_that_kills_runners_is_given_up_and_the_old_version_answers(
@@ -359,7 +362,7 @@ def test_a_model_that_kills_runners_is_given_up_and_the_old_version_answers(
 
 
 def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(zoo: Path) -> None:
-    """Renamed into the old one's place: the runner that replaces a dead one loads what was served."""
+    """The refused file replaces the old one by a rename; a new runner still loads the served file."""
     with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (running, log):
         before = classify_pictures(running, *PICTURES)["results"]
         fresh = zoo.parent / "fresh.onnx"
@@ -374,7 +377,7 @@ def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_refusal_may_be_as_long_as_it_likes(zoo: Path, workers: str) -> None:
-    """A library quotes what a hostile file says; what workers tell each other has a bound."""
+    """A library quotes the content of a hostile file; messages between workers have a size limit."""
     model = build_model()
     model.graph.node[3].domain = "x" * 70_000
     model.opset_import.append(onnx.helper.make_opsetid("x" * 70_000, 1))
@@ -400,7 +403,7 @@ def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
 
 
 def answers_by_version(zoo: Path, seeds: int) -> dict[str, list[Any]]:
-    """What each version says of the pictures, by a service that has nothing else to do."""
+    """Return each version's answers to the pictures, from an idle service."""
     answers = {}
     for version in range(1, seeds + 1):
         (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')
@@ -413,7 +416,7 @@ def answers_by_version(zoo: Path, seeds: int) -> dict[str, list[Any]]:
 def send_load(
     url: str, expected: dict[str, list[Any]], stop: threading.Event
 ) -> tuple[Counter[str], list[float]]:
-    """Ask until told to stop: what came how often, and how long each took in seconds."""
+    """Send requests until `stop` is set; return the count of each answer and all durations in seconds."""
     outcomes: Counter[str] = Counter()
     durations = []
     with httpx.Client(base_url=url, timeout=30) as client:

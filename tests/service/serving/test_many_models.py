@@ -1,4 +1,4 @@
-"""Many models in one service: side by side, on demand, and none at another's cost."""
+"""Many models in one service: side by side, loaded on demand, and with fair shares."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_many_who_ask_at_once_for_a_model_that_cannot_be_loaded_have_it_tried_on
 
 
 def test_models_that_are_asked_for_in_turn_by_many_all_answer(zoo: Path) -> None:
-    """With room for one, each goes as soon as the next is asked for: but not before it has answered."""
+    """With room for one model, each model is unloaded for the next one, but only after it has answered."""
     names = ["ants", "bees", "cows"]
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEADLINE_MS="30000") as running:
         for name in names:
@@ -150,7 +150,7 @@ if "runners.process" in " ".join(sys.orig_argv):
 
     process._Runner._load_model = slow
 """
-"""Runners do not load a model more while there is a gate."""
+"""Code for runners that waits with loading another model while a gate file exists."""
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -249,7 +249,7 @@ def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:
 
 
 def test_places_are_kept_for_models_that_few_ask_for(zoo: Path) -> None:
-    """Of 12 places each of three models has two for itself, and the other six are for whoever comes first."""
+    """Of 12 places, two are reserved for each of three models, and any model may take the other six."""
     settings = {"FOVEA_QUEUE_IMAGES": "12", "FOVEA_REQUEST_IMAGES": "12", "FOVEA_DEADLINE_MS": "60000"}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
 
@@ -266,7 +266,7 @@ def test_places_are_kept_for_models_that_few_ask_for(zoo: Path) -> None:
 
 
 def test_a_flood_for_one_model_does_not_starve_another(zoo: Path) -> None:
-    """Many callers of one, who fill its places: the other's single caller is answered between them."""
+    """Many callers fill the places of one model; the single caller of another model is still answered."""
     enough = threading.Event()
     flood = [("image", make_jpeg(640, 480))] * 16
 

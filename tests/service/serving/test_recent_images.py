@@ -1,4 +1,4 @@
-"""Which images are kept for the trial of a next version."""
+"""The images that are kept for the shadow test of the next version."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_none_are_kept_if_told_so() -> None:
 
 
 def test_rows_of_tensors_are_not_kept() -> None:
-    """A next version may take other tensors."""
+    """The next version may accept other tensors."""
     replay = RecentImages(4, copy_body)
     replay.add_image(ImageRequest(b"row", "pixels"))
     replay.add_image(ImageRequest(b"image", include_logits=True))

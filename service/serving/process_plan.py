@@ -1,0 +1,28 @@
+"""Plan of a process that runs a model, from the settings and the model's configuration."""
+
+from __future__ import annotations
+
+from fovea.service.artifact.repository import ModelConfig
+from fovea.service.resources.threads import ThreadPlan
+from fovea.service.runners.messages import ProcessPlan
+from fovea.service.settings import Settings
+
+
+def create_plan(
+    settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None
+) -> ProcessPlan:
+    """Return how a process runs a model.
+
+    The plan combines the settings, the model's own configuration, and the process's share of the processors.
+    """
+    config = config or ModelConfig()
+    return ProcessPlan(
+        provider=config.provider or settings.provider,
+        batch_max=config.batch_max or settings.batch_max,
+        threads=config.threads or thread_plan.runner_threads,
+        wide_threads=0 if config.threads else thread_plan.wide_threads,
+        decode_threads=thread_plan.decode_threads,
+        image_pixels=settings.image_pixels,
+        decode_bytes=settings.decode_bytes // settings.workers,
+        processes=thread_plan.runners,
+    )
