@@ -22,7 +22,10 @@ class Cgroup:
     """The control group of this process. A value that the machine does not provide is None."""
 
     def __init__(self, root: Path = _CGROUP_ROOT, membership_file: Path = _MEMBERSHIP_FILE) -> None:
-        """Set the mount point `root`, and the file `membership_file` that names this process's groups (cgroups(7))."""
+        """Set the mount point `root`, and the `membership_file` that names the groups of this process.
+
+        cgroups(7) describes both.
+        """
         self._root = root
         self._membership_file = membership_file
 

@@ -358,7 +358,10 @@ class Batcher:
         self._dispatch_soon()
 
     def drain_seconds(self, item_count: int) -> float:
-        """Return the seconds that `item_count` items take at the measured rate; 0 before the first measurement."""
+        """Return the seconds that `item_count` items take at the measured rate.
+
+        The result is 0 before the first measurement.
+        """
         return item_count * self._seconds_per_item
 
     def _dispatch_soon(self) -> None:

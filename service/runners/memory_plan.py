@@ -85,17 +85,18 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     if division is None:
         return settings
     count = settings.workers * division.runners
+    limit = f"the container's memory limit of {_to_megabytes(division.limit)} MB"
     if division.caller_bytes < _MIN_CALLER_BYTES:
+        resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
         log.warning(
-            f"the container's memory limit of {_to_megabytes(division.limit)} MB is little for {count} runners: with the "
-            f"service they take {_to_megabytes(division.limit * _USABLE_SHARE - division.caller_bytes)} MB at rest"
+            f"{limit} is little for {count} runners: with the service they take "
+            f"{_to_megabytes(resting_bytes)} MB at rest"
         )
     elif not division.spare_bytes:
         log.warning(
-            f"the container's memory limit of {_to_megabytes(division.limit)} MB leaves no memory to try new versions or "
-            f"to explain with {count} runners: new versions wait and explanations are refused unless images "
-            f"leave enough; give the container {_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or "
-            "FOVEA_WORKERS"
+            f"{limit} leaves no memory to try new versions or to explain with {count} runners: new versions "
+            "wait and explanations are refused unless images leave enough; give the container "
+            f"{_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
         )
     caller_bytes = max(division.caller_bytes - division.spare_bytes, _MIN_CALLER_BYTES)
     bodies_bytes = min(settings.bodies_bytes, int(caller_bytes * _BODIES_SHARE) // settings.workers)
@@ -122,7 +123,7 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # read by child processes, which inherit it
     if lowered_limits:
         log.info(
-            f"by the container's memory limit of {_to_megabytes(division.limit)} MB: "
+            f"by {limit}: "
             + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered_limits.items())
         )
     return settings.model_copy(update=lowered_limits)

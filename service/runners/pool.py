@@ -620,7 +620,9 @@ class RunnerPool:
         *,
         can_drop_models: bool = False,
     ) -> None:
-        """Give work to a process with these `loaded_models`, after it has loaded models that were added meanwhile.
+        """Give work to a process that has these `loaded_models`.
+
+        Before, the process loads the models that were added since it started.
 
         Raises `ModelError` when the process cannot load one of them; the process is ended then. With
         `can_drop_models`, the model is removed instead, unless another runner exists.
@@ -705,8 +707,8 @@ class RunnerPool:
             return
         now = time.monotonic()
         error = NotReady(
-            f"all runners have died, and none was there for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); others are "
-            "being started",
+            f"all runners have died, and none was there for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); "
+            "others are being started",
             retry_after=max(1.0, self._runner_wait),
         )
         oldest = self._batcher.expire_jobs(now - self._runner_wait, error)
