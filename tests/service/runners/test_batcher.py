@@ -301,7 +301,7 @@ def test_what_is_past_its_deadline_is_not_worked_on() -> None:
 
 def test_company_is_waited_for_where_it_is_told_to() -> None:
     async def run() -> None:
-        ours, runner = make_lane(wait=0.05), Doubler()
+        ours, runner = make_lane(max_wait=0.05), Doubler()
         batches = make_batcher(runner)
         first = batches.submit(1, ours)
         await asyncio.sleep(0.01)
@@ -503,7 +503,9 @@ def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
 
 def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> None:
     class Unsendable(Doubler):
-        def start(self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any) -> DropItem:
+        def start_batch(
+            self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any
+        ) -> DropItem:
             if 2 in items:
                 raise TypeError("no JSON")
             return super().start_batch(lane, items, *rest, **options)
