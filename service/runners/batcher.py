@@ -2,14 +2,14 @@
 
 A runner takes its share of the waiting items, up to the largest batch. No item waits for others, unless
 `Lane.max_wait` says so. A runner has room for two batches: one in work, and one that it finds when the first
-is done, so that the runner need not wait for the event loop. The second batch may come in parts, which the
-runner may combine. Everything happens on the event loop, so this module needs no locks. The module knows
+batch is done, so that the runner need not wait for the event loop. The second batch may come in parts, which
+the runner may combine. Everything happens on the event loop, so this module needs no locks. The module knows
 neither HTTP, nor images, nor the implementation of a runner.
 
 Lanes have equal shares of the runners' time: the next batch comes from the lane that has had the least time
 since it was last idle (start-time fair queueing: Goyal, Vin and Cheng, 1996). Lanes of expensive items have
 smaller shares and only some of the runners, so that cheap items are never delayed for long. Items that need
-much memory wait here until there is enough, and not in a runner.
+much memory wait in this queue until there is enough, not in a runner.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _RUNNER_CAPACITY: Final = 2
 """Number of batches that a runner has room for: the batch in work, and the next one."""
 
 _LEVEL_PRICES: Final = (1.0, 4.0, 8.0)
-"""Price of a second of a runner's time for a lane, by its level.
+"""Price of a second of a runner's time for a lane, by the level of the lane.
 
 When all levels have work, the cheapest level gets 1 / (1 + 1/4 + 1/8) = 73 % of the time.
 """
@@ -52,28 +52,29 @@ LEVEL_COUNT: Final = len(_LEVEL_PRICES)
 """Number of levels of expense; level 0 is the cheapest."""
 
 _RECENT_SECONDS: Final = 1.0
-"""Seconds for which runners stay free for cheaper items after the last cheaper item."""
+"""Time for which runners stay free for cheaper items after the last cheaper item, in seconds."""
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest batch in the moving average of seconds per item."""
 
 
 class RunnerLost(Exception):
-    """The death of a runner.
-
-    If the runner may have been `is_suspect` on this batch, each item runs once more, in a batch of its own.
-    """
+    """The death of a runner, as the outcome of a batch."""
 
     def __init__(self, message: str, *, is_suspect: bool) -> None:
+        """Set the message. `is_suspect` is True if the runner may have been at work on the batch.
+
+        Each item of a suspect batch runs once more, in a batch of its own.
+        """
         super().__init__(message)
         self.is_suspect = is_suspect
 
 
 class Runner(Protocol):
-    """A worker that runs one batch after another."""
+    """A worker that runs one batch after another. The batcher calls it on the event loop."""
 
     is_multi_threaded: bool
-    """True if the runner has more threads for a batch that runs alone."""
+    """True if the runner has extra threads for an `exclusive` batch."""
 
     def start_batch(
         self,
@@ -88,31 +89,35 @@ class Runner(Protocol):
     ) -> DropItem:
         """Begin a batch of items of one lane, and call `on_finish` once, later, on the event loop.
 
-        `memory` is the number of bytes reserved for the batch beyond the runner's own share. `exclusive`
-        promises that nothing else runs.
+        `memory` is the number of bytes reserved for the batch beyond the runner's own share; the reservation
+        ends when `on_finish` is called. `exclusive` promises that no other batch runs on any runner when this
+        one begins.
 
         `on_finish` gets a list with one result or error for each item, in order, or one error for all items
-        (`RunnerLost` when the runner has died). Batches finish in the order in which they began. Batches of
-        one lane may run together, unless they must stay `separate`.
+        (`RunnerLost` when the runner has died). It must not be called before this method has returned,
+        because the batcher may start another batch from within it. Batches finish in the order in which they
+        began. Batches of one lane may run together, unless they must stay `separate`.
 
-        The returned function drops one item. The runner does no work for dropped items, or for items whose
-        `deadlines` (monotonic, in seconds) have passed.
+        The returned function drops the item at an index of the batch. The runner does no work for dropped
+        items, or for items whose `deadlines` (monotonic, in seconds) have passed, if it has not begun with
+        them. An error that this method raises means that the batch has not begun and that `on_finish` will
+        not be called.
         """
 
 
 DropItem: TypeAlias = Callable[[int], None]
-"""Function that tells a runner that no caller wants the item at this place of a batch any more."""
+"""Function that tells a runner that no caller wants the item at this index of a batch any more."""
 
 BatchCallback: TypeAlias = Callable[[Sequence[Any] | Exception], None]
-
+"""Callback for a batch: a runner calls it once on the event loop, as `Runner.start_batch` describes."""
 
 JobCallback: TypeAlias = Callable[[Any, "Job"], None]
-"""Callback for an item, called once with its result or error, and with its job."""
+"""Callback for an item: the batcher calls it on the event loop with the outcome and the job."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """An item with its state."""
+    """An item with its state. Only code on the event loop reads or changes it."""
 
     item: Any = field(repr=False)  # images must not appear in logs
     lane: Lane[Any, Any] = field(repr=False)
@@ -147,6 +152,7 @@ class Job:
         """
         if self.is_over:
             return
+        # Before the callback, which may call `Batcher.cancel` for this job.
         self.is_over = True
         try:
             self.on_outcome(outcome, self)
@@ -169,9 +175,9 @@ class Lane(Generic[Item, Result]):
     """Limit of the weight of one batch. A batch of a single item may exceed it."""
     weigh: Callable[[Item], float] = lambda item: 0.0
     split_evenly: bool = True
-    """True to make batches smaller so that every runner gets some items.
+    """True to make batches smaller so that every runner gets some of the items.
 
-    This is right unless only large batches are fast.
+    This is faster, unless a model needs large batches to be fast.
     """
     max_wait: float = 0.0
     """Time for which an item may wait for others, in seconds."""
@@ -179,9 +185,9 @@ class Lane(Generic[Item, Result]):
     """Level of expense of the items. From level 1 on, batches run separately."""
     jobs: deque[Job] = field(default_factory=deque)
     error: Exception | None = None
-    """Answer to every further item, because no runner has the model any more; None in normal operation."""
+    """Error with which every further item is answered: no runner has the model any more. Normally None."""
     virtual_time: float = 0.0
-    """Virtual time of the next batch among those of other lanes, in seconds of runners' time."""
+    """Virtual time of the next batch, in seconds of runners' time. The lane with the lowest value is next."""
     seconds_per_item: float = 0.0
     """Runner time per item in seconds: a moving average, 0 before the first measurement."""
 
@@ -204,7 +210,7 @@ class Lane(Generic[Item, Result]):
     def pop_batch(self, capacity: float, now: float, memory: float = INFINITY) -> list[Job]:
         """Remove and return the next batch, without items that are not wanted any more.
 
-        `capacity` is the number of such batches that all runners together have room for. `memory` is the
+        `capacity` is the number of largest batches that all runners together have room for. `memory` is the
         number of bytes that can be reserved.
         """
         batch: list[Job] = []
@@ -280,7 +286,7 @@ class Batcher:
         needed_bytes = int(min(memory, self._total_memory))
         job = Job(item, lane, on_outcome, deadline, now, lane.compute_share(item), memory=needed_bytes)
         if lane.error is not None:
-            # Not at once: the caller does not have the job yet.
+            # Later, not at once: the caller does not have the job yet, and must get it before the outcome.
             asyncio.get_running_loop().call_soon(job.deliver_outcome, lane.error)
             return job
         if not lane.jobs:  # an idle lane saves up no claim to time
@@ -293,20 +299,23 @@ class Batcher:
     def cancel(self, job: Job) -> None:
         """Remove an item whose caller has left.
 
-        Such items would otherwise pile up while no runner is free.
+        Otherwise such items would pile up while no runner is free. The job's `on_outcome` is not called any
+        more.
         """
         if job.is_over:
             return
+        # First: an item that a runner has is not removed from its batch, but its answer is ignored.
         job.is_over = True
         if job.drop_item:
             job.drop_item(job.index)
         else:
-            with suppress(ValueError):  # it was removed before, because it was not wanted
+            with suppress(ValueError):  # the item has left the queue already: its deadline had passed
                 job.lane.jobs.remove(job)
         self._dispatch_soon()
 
     def close_lane(self, lane: Lane[Any, Any], error: Exception) -> None:
         """Answer all items of a lane with `error`, both waiting and future items."""
+        # Set the error and empty the queue before the callbacks, which may queue more items.
         lane.error = error
         jobs = list(lane.jobs)
         lane.jobs.clear()
@@ -346,14 +355,14 @@ class Batcher:
         return future
 
     def reserve_memory(self, size: int) -> bool:
-        """Reserve memory for another use until `release_memory`. Return False if it is not free now."""
+        """Reserve `size` bytes for another use until `release_memory`; return False if they are not free."""
         if size > self._memory - self._count_reserved_bytes():
             return False
         self._memory -= size
         return True
 
     def release_memory(self, size: int) -> None:
-        """Return memory that was reserved for another use."""
+        """Release `size` bytes that `reserve_memory` has reserved."""
         self._memory += size
         self._dispatch_soon()
 
@@ -367,7 +376,7 @@ class Batcher:
     def _dispatch_soon(self) -> None:
         """Schedule a dispatch after all input that the event loop has read by now.
 
-        The items in that input are then shared out together.
+        The items in that input are then divided among the runners together.
         """
         if not self._is_dispatch_scheduled:
             self._is_dispatch_scheduled = True
@@ -405,10 +414,10 @@ class Batcher:
         free_memory: float,
         now: float,
     ) -> tuple[Lane[Any, Any], Runner] | None:
-        """Return the lane whose turn it is, among lanes that can start now, and a runner for it.
+        """Return the lane with the lowest virtual time among lanes that can start now, and a runner for it.
 
-        `free_memory` is the number of bytes that can be reserved. Memory is reserved in the order of turns:
-        an item that needs much memory is not overtaken by an item that needs less.
+        `free_memory` is the number of bytes that can be reserved. Memory is reserved in the order of virtual
+        time: an item that needs much memory is not overtaken by another item that needs memory.
         """
         is_memory_short = False
         for lane in sorted(due_lanes, key=lambda lane: (lane.virtual_time, lane.jobs[0].arrived_at)):
@@ -428,9 +437,9 @@ class Batcher:
     def _list_eligible_runners(self, level: int, now: float) -> list[Runner]:
         """Return the runners that may take items of this level: all for level 0, some for other levels.
 
-        While cheaper items arrive, this is half of the runners, so that the cheaper items keep the other
+        While cheaper items arrive, a level gets half of the runners, so that the cheaper items keep the other
         half. The most expensive items never get all runners, because the next cheap item would have to wait
-        for one to end.
+        until one of them is finished.
         """
         eligible = list(self._runners)
         count = len(eligible)
@@ -468,7 +477,7 @@ class Batcher:
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
     def _start_batch(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
-        """Send a batch to a runner. If that fails, answer its items with the error."""
+        """Send a batch to a runner. If that fails, answer the items of the batch with the error."""
         self._last_arrivals[lane.level] = now
         memory = sum(job.memory for job in batch)
         is_busy = any(self._runners.values())
@@ -476,12 +485,12 @@ class Batcher:
         self._virtual_time = lane.virtual_time
         # Charge the estimated time now, so that the next choice of a lane takes this batch into account.
         lane.virtual_time += len(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
+        # Before the runner has the batch: `_finish_batch` removes the first batch of the runner.
         self._runners[runner].append(batch)
         for job in batch:
             job.started_at = now
         try:
-            # From here on the runner owns the batch. `_finish_batch` is called once, even when the runner
-            # dies.
+            # From here on the runner owns the batch. It calls `_finish_batch` once, even when it dies.
             drop_item = runner.start_batch(
                 lane,
                 [job.item for job in batch],
@@ -496,6 +505,7 @@ class Batcher:
             self._runners[runner].remove(batch)
             _deliver_outcomes(batch, error)
             return
+        # From here on `cancel` informs the runner. There was no `await`, so no caller can have left before.
         for index, job in enumerate(batch):
             job.drop_item, job.index = drop_item, index
         try:
@@ -514,7 +524,9 @@ class Batcher:
     ) -> None:
         """Take the outcome of a batch from its runner: answer the items, or queue them again.
 
-        Runners call this once for each batch, in the order in which the batches were begun.
+        Runners call this on the event loop, once for each batch, in the order in which the batches were
+        begun. Only a dead runner reports its batches in reverse order, after `remove_runner`: see
+        `_retry_batch`.
         """
         if runner in self._runners:
             self._runners[runner].popleft()
@@ -528,15 +540,17 @@ class Batcher:
         try:
             self._update_rate(started_at, len(batch))
             self._update_lane_cost(runner, lane, started_at, len(batch))
-            self._dispatch()  # before the answers, so that the runner need not wait
+            # Before the answers: callbacks take a while, and the runner should not wait for them.
+            self._dispatch()
         finally:
             _deliver_outcomes(batch, outcome)
 
     def _retry_batch(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
         """Queue the items again: each in a batch of its own, if the runner may have been at work on them.
 
-        This identifies an item that kills runners, and harms other items at most once. An item that was in a
-        lost batch for the second time gets the error as its answer.
+        This identifies an item that kills runners, and delays other items at most once. An item that was in a
+        lost batch for the second time gets the error as its answer. Each batch goes to the head of the queue,
+        so the last batch of a runner must come first.
         """
         failed_jobs = [job for job in batch if job.is_suspect and error.is_suspect]
         _deliver_outcomes(failed_jobs, error)
@@ -590,7 +604,7 @@ def _deliver_outcomes(batch: list[Job], outcome: Sequence[Any] | Exception) -> N
 
 
 class _JobFuture(asyncio.Future[Any]):
-    """A future for an awaiting caller."""
+    """A future that an awaiting caller of `Batcher.submit` gets. Cancelling it cancels the job."""
 
     job: Job | None = None
 
@@ -600,7 +614,11 @@ class _JobFuture(asyncio.Future[Any]):
         self._convert = convert
 
     def set_outcome(self, outcome: Any, job: Job) -> None:
-        """Set the outcome of the future. The batcher calls this once, unless the item was cancelled."""
+        """Set the outcome of the future.
+
+        The batcher calls this on the event loop, once, unless the item was cancelled: `cancel` ends the job
+        before the future, so the future cannot have an outcome yet.
+        """
         self.job = None  # breaks the reference cycle, which only the garbage collector would free
         try:
             outcome = self._convert(outcome, job)
@@ -613,6 +631,7 @@ class _JobFuture(asyncio.Future[Any]):
             self.set_result(outcome)
 
     def cancel(self, msg: Any = None) -> bool:
+        """Cancel the job and the future. asyncio calls this when the awaiting task is cancelled."""
         if self.job:
             self._on_cancel(self.job)
             self.job = None

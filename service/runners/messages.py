@@ -1,16 +1,17 @@
 """Messages between the service and its runner processes, and their encoding on the socket.
 
-    service → runner    Setup, once
-    runner → service    Ready, or Failure: the models are loaded, or the reason why not
-    service → runner    Batch                  ┐ repeated, in the same order; a batch may wait
-    runner → service    Report, or Failure     ┘ for another, and batches may run together
-    service → runner    Drop: the caller of an image in a batch has left
-    service → runner    Load: one more model, to be loaded beside the batches
-    runner → service    Told: the model is loaded, or the reason why not
-    service → runner    Unload: a model that will get no more batches
+    service → runner    Setup, once, before any other message
+    runner → service    SetupReply, or Failure: the models are loaded, or the reason why not
+    service → runner    Batch                       ┐ repeated; replies come in the order of the batches;
+    runner → service    BatchReport, or Failure     ┘ a runner may run several batches together
+    service → runner    DropCommand: the caller of an image in a batch has left
+    service → runner    LoadCommand: one more model, to be loaded while batches run
+    runner → service    LoadReply: the model is loaded, or the reason why not; between any two reports
+    service → runner    UnloadCommand: a model that will get no more batches
 
-Report and Failure repeat the number of their Batch. Each message consists of two lengths (uint32,
-little-endian), a JSON object, and the bytes that belong to it.
+BatchReport and Failure repeat the number of their Batch. Each message consists of two lengths (uint32,
+little-endian), a JSON object, and the bytes that belong to it. The stream has no other marks: whoever writes
+must write a message as a whole before the next message begins.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class ProcessPlan:
     threads: int
     """Number of CPU threads inside one model call."""
     wide_threads: int
-    """Number of CPU threads inside a call that runs alone; 0 if such a call gets no extra threads."""
+    """Number of CPU threads inside an exclusive model call; 0 if it gets no extra threads."""
     decode_threads: int
     """Number of images of one batch that are decoded at the same time."""
     image_pixels: int
@@ -94,7 +95,7 @@ class ProcessPlan:
 
     @property
     def max_threads(self) -> int:
-        """Number of CPU threads inside the widest model call."""
+        """Largest number of CPU threads inside a model call."""
         return max(self.threads, self.wide_threads)
 
 
@@ -109,7 +110,7 @@ class LoadCommand:
     file: str
     """Path from which the model is read."""
     fingerprint: Sequence[int]
-    """Stamp of `file` (`service.artifact.model_file.fingerprint_of`)."""
+    """Fingerprint of `file` (`service.artifact.model_file.fingerprint_of`)."""
     plan: ProcessPlan
 
     def to_bytes(self) -> bytes:
@@ -123,7 +124,7 @@ class LoadCommand:
 
 
 class UnloadCommand(NamedTuple):
-    """Request to unload the model in a slot."""
+    """Request to unload the model with this id, which gets no more batches. There is no reply."""
 
     model_id: int
 
@@ -215,16 +216,22 @@ class LoadReply(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images for one model. `exclusive` promises that nothing else runs: the call may use all processors."""
+    """Images for one model.
+
+    The bytes of an image are either part of the message or lie in shared memory (`SharedRef`). Bytes in
+    shared memory must be complete before the batch is sent: the message is the only signal that they can be
+    read.
+    """
 
     number: int
     """Sequence number among the batches of one runner."""
     model_id: int
-    """Slot of the model."""
+    """Id of the model."""
     images: Sequence[Item]
     deadlines: Sequence[float | None]
     """Deadline of each image on the system's monotonic clock, in seconds; None for no deadline."""
     exclusive: bool
+    """True if no runner had another batch when this one was sent: the model call may use all processors."""
     separate: bool
     """True if the batch must not run together with other batches."""
     reserved_bytes: int = 0
@@ -238,7 +245,9 @@ class Batch(NamedTuple):
     def to_pieces(self) -> Iterator[memoryview]:
         """Yield the pieces of the encoded message in order.
 
-        Large images are not copied, and stored images are not sent.
+        Large images are not copied, and images in shared memory are not sent. The pieces are views of the
+        images, which must not change until the last piece is written. No other message may be written between
+        two pieces.
         """
         contents = (image.content if isinstance(image, ImageRequest) else image for image in self.images)
         inline_contents = [content for content in contents if not isinstance(content, SharedRef)]
@@ -262,7 +271,11 @@ class Batch(NamedTuple):
 
 
 class DropCommand(NamedTuple):
-    """Notice that no caller waits any more for the image at `image_index` of the batch with this number."""
+    """Notice that no caller waits any more for the image at `image_index` of the batch with this number.
+
+    The runner still answers the whole batch. If it reads the notice before it begins the batch, it does no
+    work for the image, and the answer is an error that no caller receives.
+    """
 
     batch_number: int
     image_index: int
@@ -275,7 +288,8 @@ class DropCommand(NamedTuple):
 def _describe_image(image: Item) -> Any:
     """Return the JSON value that describes an image.
 
-    This is the size of a sent image or the location of a stored one, with the options of a `ImageRequest`.
+    This is the size of an image in the message or the location of an image in shared memory, with the options
+    of an `ImageRequest`.
     """
     if isinstance(image, ImageRequest):
         return {
@@ -287,7 +301,10 @@ def _describe_image(image: Item) -> Any:
 
 
 def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCommand:
-    """Decode a received message. The images of a batch are views into the frame, or stored."""
+    """Decode a message that a runner received.
+
+    The images of a batch are views into the frame, or locations in shared memory, which is not read here.
+    """
     values, content = frame
     if "drop" in values:
         return DropCommand(*values["drop"])
@@ -330,7 +347,7 @@ class ImageTiming(NamedTuple):
 class Answer(NamedTuple):
     """Result of one image, with the probability of every label.
 
-    Sizes are in pixels, after EXIF orientation.
+    Sizes are in pixels, after EXIF orientation. In the service, the arrays are views into the received frame.
     """
 
     format: str
@@ -347,7 +364,7 @@ class Answer(NamedTuple):
     """Label indices, int32 (labels,), most probable first. Equal probabilities keep their order."""
     timing: ImageTiming
     logits: memoryview[float] | None = None
-    """Logits, float32 (`contract.logit_count`,), if a caller in the batch wanted them."""
+    """Logits, float32 (`contract.logit_count`,); None if no caller in the batch wanted them."""
     warnings: Sequence[ImageWarning] = ()
     """Warnings about the conversion of the image to pixels."""
 
@@ -361,7 +378,7 @@ class BatchReport(NamedTuple):
     inference_seconds: float
     """Duration of the model call, in seconds."""
     batch_size: int
-    """Number of images in the model call; 0 if there was no call, or if another report counts it."""
+    """Number of images in the model call; 0 if there was no call, or if another report counts the call."""
     batch_number: int = 0
     """Sequence number of the answered batch."""
 
@@ -398,6 +415,7 @@ class BatchReport(NamedTuple):
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
         answer_count = sum(isinstance(head, list) for head in heads)
+        # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers.
         end = len(content) - values["logits"]
         rows = split_content(
             content, [end // (2 * answer_count)] * (2 * answer_count) if answer_count else []
@@ -444,7 +462,7 @@ class Failure:
     trace: str = ""
     """Traceback of a bug in Fovea."""
     batch_number: int = 0
-    """Sequence number of the failed batch; 0 if it was no batch."""
+    """Sequence number of the failed batch; 0 if a setup or a load failed."""
 
     def to_exception(self) -> ModelError:
         """Return the failure as an exception."""
@@ -492,14 +510,21 @@ def split_content(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryv
 
 
 def send_message(connection: socket.socket, values: dict[str, Any], parts: Sequence[BytesLike] = ()) -> None:
-    """Write one message, and wait until it is written."""
+    """Write one message, and block until it is written.
+
+    The caller must be the only writer of the socket. Do not call this on the event loop.
+    """
     connection.sendall(_encode_header(values, sum(map(len, parts))))
     for part in parts:
         connection.sendall(part)
 
 
 def receive_message(connection: socket.socket) -> Frame | None:
-    """Wait for one message; return None at the end of the stream."""
+    """Block until one message has arrived; return None at the end of the stream.
+
+    Exactly one message is read, so another reader (`FrameDecoder`) can take over the socket afterwards.
+    Raises `TimeoutError` if the socket has a time limit.
+    """
     lengths = _receive_exactly(connection, _LENGTHS.size)
     if lengths is None:
         return None
@@ -509,7 +534,7 @@ def receive_message(connection: socket.socket) -> Frame | None:
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> memoryview | None:
-    """Return exactly `size` bytes; None when the stream ends before."""
+    """Return exactly `size` bytes; None when the stream ends before that."""
     content = memoryview(bytearray(size))
     position = 0
     while position < size:
@@ -534,7 +559,12 @@ class FrameDecoder:
         """Number of bytes needed to complete the next message."""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Add received bytes, and yield every complete message."""
+        """Add received bytes, and yield every complete message.
+
+        Exhaust the iterator before the next call: the rest of the bytes is stored only at its end. A caller
+        that stops earlier must not use the decoder again. The frames are views of bytes that are never
+        overwritten.
+        """
         self._pieces.append(data)
         self._buffered_bytes += len(data)
         if self._buffered_bytes < self._needed_bytes:

@@ -1,4 +1,4 @@
-"""The runner processes as seen by the service: started, given batches, and replaced when they die."""
+"""The pool of runner processes in the service: it starts them, gives them work, and replaces dead ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,11 @@ The limit for one model allows for a busy machine, where a load may take ten tim
 
 
 class RunnerProcess:
-    """One runner process and its socket. The process loads the models in `setup` at once."""
+    """A runner process and its socket. The process loads the models in `setup` at once.
+
+    Only one thread at a time may read the socket. `wait_ready` reads it first; then the socket belongs to a
+    `_RunnerConnection` on the event loop. `send_sigkill` and `kill_and_wait` may be called from any thread.
+    """
 
     def __init__(self, setup: Setup, lock_descriptor: int, bodies_descriptor: int, *, timeout: float) -> None:
         """Start the process, which must be ready within `timeout` seconds.
@@ -88,7 +92,8 @@ class RunnerProcess:
         try:
             self.socket, child_socket = socket.socketpair()
             with child_socket:
-                # `with theirs` closes our copy of the child's end, so that we see the end of the stream.
+                # The child inherits its end. `with` closes the copy in this process: otherwise the stream
+                # would not end when the child dies.
                 self._process = spawn.start_process(
                     "runners.process", [child_socket.fileno(), lock_descriptor, bodies_descriptor]
                 )
@@ -97,11 +102,12 @@ class RunnerProcess:
         self.is_multi_threaded = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
         self.pid = self._process.pid
         self.socket.settimeout(timeout)
+        # Before the process can read: the socket buffer holds the message, so this rarely waits.
         with contextlib.suppress(OSError):  # dead or hanging: `wait_ready` reports it
             self.socket.sendall(setup.to_bytes())
 
     def wait_ready(self) -> SetupReply:
-        """Block until the process has loaded its models.
+        """Block until the process has loaded its models. Call this once, in a thread that may wait.
 
         Raises `ModelError` when a model cannot be loaded. Raises `Interrupted` when the process dies or
         exceeds the time limit; the process is killed then.
@@ -140,7 +146,8 @@ class RunnerProcess:
         Return its exit status; None when it does not end within `_EXIT_SECONDS` seconds.
         """
         self.send_sigkill()
-        with contextlib.suppress(OSError):  # wakes a thread that waits in `wait_ready`
+        # Another thread may wait in `wait_ready`. `shutdown` wakes it; `close` alone would not.
+        with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
         return self._wait_exit()
@@ -170,9 +177,9 @@ class _PendingBatch(NamedTuple):
 
 
 def _count_suspects(pending: Sequence[_PendingBatch]) -> int:
-    """Return on how many of the first batches a runner may have been working.
+    """Return the number of batches, from the first on, on which a runner may have been working.
 
-    This follows the grouping in `process._group`.
+    This follows the grouping in `process._pop_group`, which decides in the runner. Both must change together.
     """
     if not pending or pending[0].separate:
         return min(len(pending), 1)
@@ -190,7 +197,9 @@ def _count_suspects(pending: Sequence[_PendingBatch]) -> int:
 class _RunnerConnection(asyncio.BufferedProtocol):
     """The connection to one runner, which works on one batch after another.
 
-    All methods run on the event loop.
+    It implements `service.runners.batcher.Runner`. All methods run on the event loop, so that messages are
+    queued in the order of the calls. The runner answers batches in the order in which they were sent:
+    `_pending_batches` must have the same order.
     """
 
     def __init__(
@@ -200,11 +209,16 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         batch_timeout: float,
         on_lost: Callable[[_RunnerConnection], None],
     ) -> None:
+        """Prepare the connection to `process`. asyncio calls `connection_made` next.
+
+        `on_lost` is called once, on the event loop, before the callers of unanswered batches get an error. It
+        must keep the batcher from sending more work to this runner.
+        """
         self.process = process
         self.is_multi_threaded = process.is_multi_threaded
         self.has_answered = False
         self.models: dict[int, LoadedModel] = {}
-        """Loaded models by slot."""
+        """Loaded models by id."""
         self.is_given_up = False
         """True if the runner gets no more work and is killed."""
         self.needs_replacement = True
@@ -228,7 +242,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         return self.is_given_up or bool(self._transport.is_closing())
 
     async def load_model(self, load: LoadCommand, *, timeout: float) -> None:
-        """Load one more model beside the batches.
+        """Load one more model while batches run.
 
         Raises `ModelError` when the model cannot be loaded. Raises `Interrupted` when the runner is dead,
         dies in the meantime, or needs more than `timeout` seconds; the runner is killed then.
@@ -237,12 +251,12 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         if self.is_lost:
             raise Interrupted(f"runner {self.process.pid} has died before it could load the model")
         future: asyncio.Future[LoadedModel] = loop.create_future()
+        # Before the message is sent: the reply, or the loss of the connection, must find the future.
         self._pending_loads[load.model_id] = future
         timer = loop.call_later(timeout, self._handle_load_timeout, future, timeout)
         try:
             self._send_message(load.to_bytes())
-            # Set by `_handle_load_reply`, `_handle_load_timeout` or `_fail_pending`, so this wait always
-            # ends.
+            # This wait ends: `_handle_load_reply`, `_handle_load_timeout` or `_fail_pending` sets the future.
             loaded_model = await future
         finally:
             timer.cancel()
@@ -260,7 +274,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
             future.set_exception(Interrupted(reason))
 
     def unload_model(self, model_id: int) -> None:
-        """Unload a model that will get no more batches."""
+        """Unload a model that will get no more batches. The runner sends no reply."""
         self.models.pop(model_id, None)
         self._send_message(UnloadCommand(model_id).to_bytes())
 
@@ -268,6 +282,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         """Kill the process, and treat it as dead even if the system takes longer to end it."""
         self.is_given_up = True
         self.process.send_sigkill()
+        # asyncio calls `connection_lost` in a later round of the event loop, also if the process hangs.
         self._transport.abort()
 
     def start_batch(
@@ -282,6 +297,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         on_finish: BatchCallback,
     ) -> Callable[[int], None]:
         """Send a batch. See `service.runners.batcher.Runner`."""
+        # Before the first byte is written: if the connection is lost, `_fail_pending` must find the batch.
         self._pending_batches.append(_PendingBatch(on_finish, lane, items, separate))
         if len(self._pending_batches) == 1:
             self._start_watchdog()
@@ -293,10 +309,9 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         return partial(self._drop_item, self._last_batch_number)
 
     def _drop_item(self, batch_number: int, index: int) -> None:
-        """Tell the runner to drop an image of a batch on which it cannot be working yet."""
-        if (
-            batch_number > self._last_batch_number - len(self._pending_batches) + 1
-        ):  # the first batch may be in work: no need to drop
+        """Tell the runner to drop an image, unless it may already work on the batch or has answered it."""
+        first_pending = self._last_batch_number - len(self._pending_batches) + 1
+        if batch_number > first_pending:
             self._send_message(DropCommand(batch_number, index).to_bytes())
 
     def _send_message(self, message: bytes) -> None:
@@ -312,26 +327,28 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Handle every message that is complete with these bytes. Called by asyncio."""
+        """Handle every message that is complete with these bytes. asyncio calls this after `get_buffer`."""
         # Copy the bytes: the transport fills the buffer again, while answers keep views of their frames.
         for frame in self._decoder.feed(bytes(self._buffer[:nbytes])):
+            # Check before each frame: the frame before may have made `_handle_message` give up the runner.
             if self.is_lost:
                 return
             self._handle_message(frame)
 
     def pause_writing(self) -> None:
-        """Stop writing: the socket buffer is full (backpressure). Called by asyncio."""
+        """Stop writing. asyncio calls this when the socket buffer is full (backpressure)."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """Continue writing: the socket buffer has room again. Called by asyncio."""
+        """Continue writing. asyncio calls this when the socket buffer has room again."""
         self._is_paused = False
         self._write_next()
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Give up the runner and inform all callers that wait for it. Called once by asyncio.
+        """Give up the runner and inform all callers that wait for it.
 
-        The callers come last: a lost batch goes back to the queue, and must not reach this runner again.
+        asyncio calls this once, after the stream has ended or `abort` was called. The callers are informed
+        last: a lost batch goes back to the queue, from which it must not reach this runner again.
         """
         self.is_given_up = True
         self._send_queue.clear()
@@ -343,12 +360,16 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         self._metrics.runner_busy_seconds.inc(busy_seconds)
 
     def _fail_pending(self) -> None:
-        """Report the death to all callers that wait for the process."""
+        """Report the death to all callers that wait for the process.
+
+        Batches are reported in reverse order, because the batcher puts each of them back at the head of its
+        queue.
+        """
         for future in self._pending_loads.values():
             if not future.done():
                 future.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
         suspect_count = _count_suspects(list(self._pending_batches))
-        while self._pending_batches:  # last first: each goes back to the head of the queue
+        while self._pending_batches:
             batch = self._pending_batches.pop()
             is_suspect = len(self._pending_batches) < suspect_count
             try:
@@ -359,18 +380,22 @@ class _RunnerConnection(asyncio.BufferedProtocol):
                 log.exception("a batch of a dead runner could not be put back")
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. asyncio calls `connection_lost` in a later round of the event loop."""
         self._transport.abort()
 
     def _write_next(self) -> None:
-        """Write one piece. The next piece follows after other callbacks of the event loop."""
+        """Write one piece of the send queue. The next piece follows after other callbacks of the event loop.
+
+        All messages go through this one queue, so that no message begins between two pieces of another
+        message.
+        """
         if self._send_queue and not self._is_paused:
             self._transport.write(self._send_queue.popleft())
             if self._send_queue and not self._is_paused:
                 asyncio.get_running_loop().call_soon(self._write_next)
 
     def _start_watchdog(self) -> None:
-        """Start the watchdog for the batch that the runner now works on."""
+        """Start the watchdog for the first pending batch, on which the runner now works."""
         self._busy_since = time.monotonic()
         self._watchdog = asyncio.get_running_loop().call_later(
             self._batch_timeout, self._handle_batch_timeout
@@ -415,9 +440,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
             return
         busy_seconds = self._stop_watchdog()
         report = BatchReport.from_frame(frame)
-        expected_number = (
-            self._last_batch_number - len(self._pending_batches) + 1
-        )  # of the first batch without an answer
+        expected_number = self._last_batch_number - len(self._pending_batches) + 1
         if not self._pending_batches or report.batch_number != expected_number:
             log.error(
                 "runner %d answered batch %d where %d was due; it is killed",
@@ -429,6 +452,8 @@ class _RunnerConnection(asyncio.BufferedProtocol):
             return
         # The number has been checked, so the answer cannot go to the wrong callers.
         self.has_answered = True
+        # Remove the batch and restart the watchdog before the callback: the batcher may call `start_batch` of
+        # this runner from within `on_finish`.
         on_finish = self._pending_batches.popleft().on_finish
         if self._pending_batches:
             self._start_watchdog()
@@ -443,7 +468,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
             log.exception("a batch could not be counted")
 
     def _record_metrics(self, report: BatchReport | Failure, busy_seconds: float) -> None:
-        """Update the metrics of an answered batch. `busy_seconds` is in seconds."""
+        """Update the metrics of an answered batch. The runner was at work for `busy_seconds`."""
         self._metrics.runner_busy_seconds.inc(busy_seconds)
         if isinstance(report, Failure):
             return
@@ -456,7 +481,11 @@ class _RunnerConnection(asyncio.BufferedProtocol):
 
 
 class RunnerPool:
-    """All runners. They are alike, except that the first has more threads for a call that runs alone."""
+    """All runners. They are alike, except that the first runner has more threads for an exclusive call.
+
+    `__init__` blocks until all runners are ready. From `attach` on, every method runs on the event loop, and
+    the blocking steps of a start run in threads (`_start_and_wait`).
+    """
 
     def __init__(
         self,
@@ -469,17 +498,17 @@ class RunnerPool:
         load_timeout: float,
         runner_wait: float,
     ) -> None:
-        """Start the runners of `plan` and wait until all have loaded `loads`.
+        """Start the runners of `plan` and block until all of them have loaded `loads`.
 
         Large images are in `shared_bodies`. A runner is killed and replaced when it has not answered a batch
-        within `batch_timeout` seconds, or not loaded one more model within `load_timeout` seconds. While
+        within `batch_timeout` seconds, or has not loaded one more model within `load_timeout` seconds. While
         there is no runner, work waits for `runner_wait` seconds and then fails.
 
         Raises `ModelError` if a runner cannot load the models.
         """
         self._plan = plan
         self._loads = {load.model_id: load for load in loads}
-        """Models by slot that each runner must have loaded before it gets work."""
+        """Load commands by model id, for the models that each runner must have loaded before it gets work."""
         self._bodies_descriptor = shared_bodies.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
@@ -492,7 +521,7 @@ class RunnerPool:
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._replacement_tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
-        # An empty file that all runners lock in turn (`service.inference.decode_memory`).
+        # An empty file that the runners inherit and lock in turn (`service.inference.decode_memory`).
         self._lock_descriptor = os.memfd_create("fovea")
         self._processes: list[RunnerProcess] = []
         try:
@@ -506,16 +535,17 @@ class RunnerPool:
         self.setup_reply = replies[0]
 
     async def load_model(self, load: LoadCommand) -> LoadedModel:
-        """Load one more model in all runners, beside their batches.
+        """Load one more model in all runners while they run batches.
 
         The runners load one after another; the others take more of the batches in the meantime. When a runner
-        dies, the others go on, and its replacement loads the model too.
+        dies, the others continue, and its replacement loads the model too.
 
         Raises `ModelError` if a runner cannot load the model, and `Interrupted` if too many runners died or
         there is none.
         """
         deaths = 0
         try:
+            # Look again after each load: runners may have died or joined during the `await`.
             while target := await self._find_runner_without(load.model_id):
                 index, connection = target
                 try:
@@ -538,7 +568,7 @@ class RunnerPool:
     async def _find_runner_without(self, model_id: int) -> tuple[int, _RunnerConnection] | None:
         """Return a runner that lacks a model; None when all have it.
 
-        Raises `Interrupted` when there is no runner for `wait` seconds.
+        Raises `Interrupted` when there is no runner for `runner_wait` seconds.
         """
         deadline = time.monotonic() + self._runner_wait
         while True:
@@ -563,7 +593,10 @@ class RunnerPool:
         await connection.load_model(_adapt_load(load, index), timeout=self._load_timeout)
 
     def unload_model(self, model_id: int) -> None:
-        """Unload a model that will get no more batches."""
+        """Unload a model that will get no more batches.
+
+        A runner that starts at this moment loads the model, and `_connect_runner` unloads it.
+        """
         self._loads.pop(model_id, None)
         for connection in self._connections.values():
             connection.unload_model(model_id)
@@ -571,8 +604,9 @@ class RunnerPool:
     async def attach(self, batcher: Batcher, on_model_dropped: Callable[[int, ModelError], None]) -> None:
         """Give the runners to `batcher` on the running event loop, and replace dead runners from now on.
 
-        `on_model_dropped` is called with the slot of a model that the last runners had and no new runner can
-        load: the model must not be served any more. The callback must leave no item waiting for that model.
+        `on_model_dropped` is called on the event loop with the id of a model that no runner has any more and
+        no new runner can load. The model must not be served any more, and the callback must leave no item
+        waiting for it.
         """
         self._batcher = batcher
         self._on_model_dropped = on_model_dropped
@@ -583,6 +617,8 @@ class RunnerPool:
 
     async def close(self) -> None:
         """End all runners."""
+        # First: a thread in `_start_and_wait` checks the flag after it has stored its process. Either it sees
+        # the flag, or the process is in the list below.
         self._is_closing = True
         for task in self._replacement_tasks:
             task.cancel()
@@ -591,6 +627,7 @@ class RunnerPool:
         connected_processes = {connection.process for connection in self._connections.values()}
         for connection in list(self._connections.values()):
             connection.close()
+        # Connected runners end when their socket is closed, after the batch in work. The others may hang.
         stop_functions = (
             process.stop if process in connected_processes else process.kill_and_wait
             for process in self._processes
@@ -600,7 +637,7 @@ class RunnerPool:
 
     @property
     def alive_count(self) -> int:
-        """Number of runners that are ready or at work."""
+        """Number of runners that are connected: idle or at work."""
         return len(self._connections)
 
     @property
@@ -620,15 +657,16 @@ class RunnerPool:
         *,
         can_drop_models: bool = False,
     ) -> None:
-        """Give work to a process that has these `loaded_models`.
+        """Connect a process that has these `loaded_models`, and let the batcher give work to it.
 
-        Before, the process loads the models that were added since it started.
+        Before that, the process loads the models that were added since it started.
 
-        Raises `ModelError` when the process cannot load one of them; the process is ended then. With
+        Raises `ModelError` when the process cannot load one of them; the process is killed then. With
         `can_drop_models`, the model is removed instead, unless another runner exists.
         """
 
         def on_lost(connection: _RunnerConnection) -> None:
+            # Called once on the event loop, possibly before the connection is in `_connections`.
             self._handle_lost_runner(index, connection)
 
         process.socket.setblocking(False)
@@ -664,10 +702,11 @@ class RunnerPool:
         # Models that were removed while this runner started.
         for model_id in connection.models.keys() - self._loads.keys():
             connection.unload_model(model_id)
+        # There was no `await` since the last check of `_loads`: the runner has exactly these models.
         self._connections[index] = connection
         self._absent_since = None
         self._runner_ready.set()
-        self._batcher.add_runner(connection)
+        self._batcher.add_runner(connection)  # from here on the batcher may start a batch on it at any time
         self._metrics.runners.set(self.alive_count)
 
     def _drop_model(self, load: LoadCommand, error: ModelError) -> None:
@@ -677,7 +716,7 @@ class RunnerPool:
         self._on_model_dropped(load.model_id, error)
 
     def _handle_lost_runner(self, index: int, connection: _RunnerConnection) -> None:
-        """Remove a dead runner and start its replacement.
+        """Remove a dead runner and start its replacement. The connection calls this once, on the event loop.
 
         The replacement and the expiry of waiting work come before the metrics, which may raise.
         """
@@ -702,7 +741,7 @@ class RunnerPool:
         self._expiry_timer = asyncio.get_running_loop().call_later(seconds, self._expire_jobs)
 
     def _expire_jobs(self) -> None:
-        """Answer callers that have waited too long while there is no runner."""
+        """Answer callers that have waited too long while there is no runner. A timer calls this."""
         if self._connections or self._is_closing:
             return
         now = time.monotonic()
@@ -715,15 +754,17 @@ class RunnerPool:
         self._schedule_expiry(max(0.01, oldest + self._runner_wait - now) if oldest else self._runner_wait)
 
     async def _replace_runner(self, index: int, lost_connection: _RunnerConnection) -> None:
-        """Start another runner: at once if the last one had answered a batch, otherwise after a delay.
+        """Start another runner: at once if the lost runner had answered a batch, otherwise after a delay.
 
-        Repeat until a runner has started or the service ends. Otherwise the place would stay empty for ever.
+        Repeat until a runner has started or the service ends, whatever goes wrong: no other code would ever
+        fill this place. The method runs in a task of its own; waiting for processes happens in threads.
         """
         is_dead = False
         delay, failures = (0.0 if lost_connection.has_answered else _BACKOFF_SECONDS), 0
         while not self._is_closing:
             try:
                 if not is_dead:
+                    # End the old process first: there may be no memory for both.
                     status = await asyncio.to_thread(lost_connection.process.kill_and_wait)
                     is_dead = True
                     log.error(
@@ -751,7 +792,7 @@ class RunnerPool:
         try:
             process, reply = await asyncio.to_thread(self._start_and_wait, index, self._create_setup(index))
         except ModelError:
-            if loads != self._loads:  # a model that was unloaded meanwhile may be the cause
+            if loads != self._loads:  # a model that was unloaded in the meantime may be the cause
                 await self._start_replacement(index, failures)
                 return
             if self._connections or not failures or not loads:
@@ -770,7 +811,11 @@ class RunnerPool:
         return RunnerProcess(setup, self._lock_descriptor, self._bodies_descriptor, timeout=timeout)
 
     def _start_and_wait(self, index: int, setup: Setup) -> tuple[RunnerProcess, SetupReply]:
-        """Start a process and block until it is ready. Raises `ModelError`; the process is killed then."""
+        """Start a process and block until it is ready. This runs in a thread.
+
+        Raises `ModelError`; the process is killed then.
+        """
+        # Store the process before the check: see `close`, which may run on the event loop at this moment.
         process = self._processes[index] = self._spawn_process(setup)
         try:
             if self._is_closing:
@@ -782,5 +827,5 @@ class RunnerPool:
 
 
 def _adapt_load(load: LoadCommand, index: int) -> LoadCommand:
-    """Return the load for one runner. Only the first runner has threads for a call that runs alone."""
+    """Return the load for one runner. Only the first runner has extra threads for an exclusive call."""
     return replace(load, plan=replace(load.plan, wide_threads=0)) if index else load

@@ -25,7 +25,7 @@ from fovea.service.runners.batcher import (
 
 
 class Doubler:
-    """A runner that doubles numbers, when it is told to; thirteen is an error for its whole batch."""
+    """A runner that doubles numbers, at once or at `finish_batch`. The number 13 fails its whole batch."""
 
     def __init__(self, *, is_multi_threaded: bool = False, is_automatic: bool = True) -> None:
         self.is_multi_threaded = is_multi_threaded
@@ -91,7 +91,7 @@ def make_batcher(*runners: Doubler, memory: float = INFINITY) -> Batcher:
 
 
 def run_test(test: Coroutine[None, None, None]) -> None:
-    """Run to the end, or fail: a caller who is never answered must not hang the tests."""
+    """Run a test with a time limit: a caller who is never answered must not hang the tests."""
 
     async def run_limited() -> None:
         async with asyncio.timeout(20):
@@ -101,7 +101,7 @@ def run_test(test: Coroutine[None, None, None]) -> None:
 
 
 async def run_ready_callbacks() -> None:
-    """Let the event loop do all that is ready."""
+    """Let the event loop run all callbacks that are ready."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -460,7 +460,7 @@ def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
     run_test(run())
 
 
-# --- what must happen does, whatever goes wrong beside it ----------------------------------------
+# --- exceptions in callbacks, runners and metrics ------------------------------------------------
 
 
 def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are_answered() -> None:
@@ -592,7 +592,7 @@ def test_dear_items_have_half_of_the_runners_while_cheaper_ones_come_and_all_whe
 
 
 def test_one_runner_takes_all_and_shares_its_time() -> None:
-    """A second for a cheap item counts an eighth of one for the most expensive."""
+    """A second of a runner's time costs the most expensive level eight times as much as the cheapest."""
 
     async def test() -> None:
         only = Doubler(is_automatic=False)

@@ -1,4 +1,4 @@
-"""What a runner takes at once, and says of an image besides its probabilities."""
+"""Batch sizes of a predictor, and the brightness, entropy and errors in its answers."""
 
 from __future__ import annotations
 
