@@ -157,7 +157,7 @@ class Job:
         try:
             self.on_outcome(outcome, self)
         except Exception as error:  # a bug of one caller must not cost the others their answers
-            log.exception("an answer could not be given")
+            log.exception("the callback of an item raised an exception")
             if not isinstance(outcome, Exception):
                 with suppress(Exception):
                     self.on_outcome(error, self)
@@ -405,7 +405,7 @@ class Batcher:
             self._metrics.queue_costly_images.set(self.count_waiting(LEVEL_COUNT - 1))
             self._metrics.decode_reserved_bytes.set(self._count_reserved_bytes())
         except Exception:  # the work has been dispatched; metrics are optional
-            log.exception("the queue could not be counted")
+            log.exception("the queue could not be counted in the metrics")
 
     def _choose_pair(
         self,
@@ -512,7 +512,7 @@ class Batcher:
             for job in batch:
                 self._metrics.stage_seconds["queue"].observe(now - job.arrived_at)
         except Exception:  # the batch has been sent; metrics are optional
-            log.exception("the time in the queue could not be counted")
+            log.exception("the time in the queue could not be counted in the metrics")
 
     def _finish_batch(
         self,
@@ -623,7 +623,7 @@ class _JobFuture(asyncio.Future[Any]):
         try:
             outcome = self._convert(outcome, job)
         except Exception as error:  # a bug in Fovea: report it to the caller, who would wait for ever
-            log.exception("an outcome could not be read")
+            log.exception("the outcome of an item could not be converted for its caller")
             outcome = error
         if isinstance(outcome, Exception):
             self.set_exception(outcome)

@@ -90,13 +90,14 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     if division.caller_bytes < _MIN_CALLER_BYTES:
         resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
         log.warning(
-            f"{limit} is little for {count} runners: with the service they take "
-            f"{_to_megabytes(resting_bytes)} MB at rest"
+            f"{limit} is too small for {count} runners: with the service they take "
+            f"{_to_megabytes(resting_bytes)} MB at rest, and images need {_to_megabytes(_MIN_CALLER_BYTES)} "
+            "MB; give the container more memory, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
         )
     elif not division.spare_bytes:
         log.warning(
             f"{limit} leaves no memory to try new versions or to explain with {count} runners: new versions "
-            "wait and explanations are refused unless images leave enough; give the container "
+            "wait and explanations are refused unless images leave enough free; give the container "
             f"{_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
         )
     caller_bytes = max(division.caller_bytes - division.spare_bytes, _MIN_CALLER_BYTES)
@@ -126,7 +127,7 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")
     if lowered_limits:
         log.info(
-            f"by {limit}: "
+            f"lowered to fit {limit}: "
             + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered_limits.items())
         )
     return settings.model_copy(update=lowered_limits)

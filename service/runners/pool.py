@@ -118,7 +118,7 @@ class RunnerProcess:
         except TimeoutError:
             self.send_sigkill()
             raise Interrupted(
-                f"runner {self.pid} has not loaded its models within {self._timeout:g} s (ten times "
+                f"runner {self.pid} has not loaded its models within {self._timeout:g} s (10 times "
                 "FOVEA_TRIAL_SECONDS, once more for each further model, and the time to start); it is killed"
             ) from None
         except OSError:
@@ -267,7 +267,10 @@ class _RunnerConnection(asyncio.BufferedProtocol):
 
     def _handle_load_timeout(self, future: asyncio.Future[LoadedModel], timeout: float) -> None:
         """Kill a runner that exceeded the time limit of a load, and fail the load."""
-        reason = f"runner {self.process.pid} has not loaded a model within {timeout:g} s; it is killed"
+        reason = (
+            f"runner {self.process.pid} has not loaded a model within {timeout:g} s (10 times "
+            "FOVEA_TRIAL_SECONDS); it is killed"
+        )
         log.error(reason)
         self.give_up()
         if not future.done():
@@ -374,10 +377,10 @@ class _RunnerConnection(asyncio.BufferedProtocol):
             is_suspect = len(self._pending_batches) < suspect_count
             try:
                 batch.on_finish(
-                    RunnerLost(f"runner {self.process.pid} died at its batch", is_suspect=is_suspect)
+                    RunnerLost(f"runner {self.process.pid} died before it answered", is_suspect=is_suspect)
                 )
             except Exception:  # the other batches have callers too
-                log.exception("a batch of a dead runner could not be put back")
+                log.exception("a batch of dead runner %d could not be queued again", self.process.pid)
 
     def close(self) -> None:
         """Close the connection. asyncio calls `connection_lost` in a later round of the event loop."""
@@ -443,7 +446,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         expected_number = self._last_batch_number - len(self._pending_batches) + 1
         if not self._pending_batches or report.batch_number != expected_number:
             log.error(
-                "runner %d answered batch %d where %d was due; it is killed",
+                "runner %d answered batch %d instead of batch %d; it is killed",
                 self.process.pid,
                 report.batch_number,
                 expected_number,
@@ -465,7 +468,7 @@ class _RunnerConnection(asyncio.BufferedProtocol):
         try:
             self._record_metrics(report, busy_seconds)
         except Exception:  # a metric is no reason to give up a working runner
-            log.exception("a batch could not be counted")
+            log.exception("a batch could not be counted in the metrics")
 
     def _record_metrics(self, report: BatchReport | Failure, busy_seconds: float) -> None:
         """Update the metrics of an answered batch. The runner was at work for `busy_seconds`."""
@@ -585,8 +588,8 @@ class RunnerPool:
                     await self._runner_ready.wait()
             except TimeoutError:
                 raise Interrupted(
-                    f"for {self._runner_wait:g} s there has been no runner that could load the model "
-                    "(FOVEA_RUNNER_WAIT)"
+                    f"no runner was there to load the model for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); "
+                    "the log says why runners cannot be started"
                 ) from None
 
     async def _load_on_runner(self, connection: _RunnerConnection, load: LoadCommand, index: int) -> None:
@@ -711,7 +714,7 @@ class RunnerPool:
 
     def _drop_model(self, load: LoadCommand, error: ModelError) -> None:
         """Remove a model that no runner has and no new runner can load."""
-        log.error("no runner has %s any more, and none can load it: %s", load.path, error)
+        log.error("no runner has %s any more, and no new runner can load it: %s", load.path, error)
         self._loads.pop(load.model_id, None)
         self._on_model_dropped(load.model_id, error)
 
@@ -746,8 +749,8 @@ class RunnerPool:
             return
         now = time.monotonic()
         error = NotReady(
-            f"all runners have died, and none was there for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); "
-            "others are being started",
+            f"all runners have died, and no new runner was ready within {self._runner_wait:g} s "
+            "(FOVEA_RUNNER_WAIT); runners are being started, try again later",
             retry_after=max(1.0, self._runner_wait),
         )
         oldest = self._batcher.expire_jobs(now - self._runner_wait, error)
@@ -819,7 +822,7 @@ class RunnerPool:
         process = self._processes[index] = self._spawn_process(setup)
         try:
             if self._is_closing:
-                raise Interrupted("the service is ending")
+                raise Interrupted("the service is stopping")
             return process, process.wait_ready()
         except ModelError:
             process.kill_and_wait()

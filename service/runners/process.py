@@ -279,4 +279,4 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropComma
         batch_size = 0  # count the model call only once
 
 
-_DROPPED_ERROR = DeadlineExceeded("nobody waits for this image any more")
+_DROPPED_ERROR = DeadlineExceeded("no caller waits for this image any more")

@@ -75,7 +75,11 @@ class SharedBodies:
             os.ftruncate(self.descriptor, count * self._buffer_size)
             self._memory = mmap.mmap(self.descriptor, count * self._buffer_size)
         except OSError as error:
-            raise StartError(f"no memory to share with runners: {error.strerror}") from None
+            raise StartError(
+                f"{count * self._buffer_size >> 20} MB of address space for bodies cannot be shared with the "
+                f"runners: {error.strerror}; raise the limits of the process, or lower FOVEA_QUEUE_IMAGES or "
+                "FOVEA_BODY_BYTES"
+            ) from None
         # Every page starts as a hole in the file: it takes no memory until a body is written into it.
         self._view = memoryview(self._memory)
         self._free_buffers = [

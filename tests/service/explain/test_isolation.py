@@ -212,4 +212,4 @@ def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_pa
         assert second.read_response().error_code == "internal"
         assert third.read_response().status == 200
         assert pid not in server.runner_pids
-    assert "where 2 was due; it is killed" in server.log
+    assert "instead of batch 2; it is killed" in server.log

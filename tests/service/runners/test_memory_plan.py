@@ -91,7 +91,7 @@ def test_what_was_set_by_hand_stays(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_too_little_for_what_it_takes_at_rest_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit_settings(folder, 200 * MB, runners=2)
-    assert "the container's memory limit of 200 MB is little for 2 runners" in caplog.text
+    assert "the container's memory limit of 200 MB is too small for 2 runners" in caplog.text
 
 
 def test_no_memory_for_trials_and_explanations_is_said(
