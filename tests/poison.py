@@ -22,16 +22,16 @@ import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import predictor
-    from fovea.service.runners import messages
+    from fovea.service.runners import batch_messages
 
     decode = predictor.decode_image
-    write = messages.BatchReport.to_bytes
+    write = batch_messages.BatchReport.to_bytes
     misnumbered = []
 
     def write_report(report):
         return write(report._replace(batch_number=report.batch_number + len(misnumbered)))
 
-    messages.BatchReport.to_bytes = write_report
+    batch_messages.BatchReport.to_bytes = write_report
 
     def poisoned(image, *arguments, **named):
         match bytes(image[:999]).decode("latin-1").split(" "):

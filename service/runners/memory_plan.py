@@ -21,7 +21,7 @@ from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
-    from fovea.service.runners.messages import LoadCommand
+    from fovea.service.runners.load_messages import LoadCommand
 
 log = logging.getLogger(__name__)
 

@@ -18,16 +18,11 @@ from typing import Any, Final, NamedTuple
 from fovea.service.errors import GoldenError, Interrupted, ModelError, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners import spawn
+from fovea.service.runners.batch_messages import Answer, Batch, BatchReport, DropCommand, Item
 from fovea.service.runners.batcher import INFINITY, BatchCallback, Batcher, Lane, RunnerLost
-from fovea.service.runners.messages import (
-    Answer,
-    Batch,
-    BatchReport,
-    DropCommand,
+from fovea.service.runners.frames import Frame, FrameDecoder, receive_message
+from fovea.service.runners.load_messages import (
     Failure,
-    Frame,
-    FrameDecoder,
-    Item,
     LoadCommand,
     LoadedModel,
     LoadReply,
@@ -35,7 +30,6 @@ from fovea.service.runners.messages import (
     Setup,
     SetupReply,
     UnloadCommand,
-    receive_message,
 )
 from fovea.service.runners.shared_memory import SharedBodies
 

@@ -20,17 +20,8 @@ from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.messages import (
-    Answer,
-    BatchReport,
-    Image,
-    ImageRequest,
-    ImageTiming,
-    Item,
-    LoadCommand,
-    LoadedModel,
-    ProcessPlan,
-)
+from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.runners.shared_memory import SharedRef, read_shared, read_shared_into
 
 _DEFAULT_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}

@@ -27,20 +27,16 @@ from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, to_one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory, supported_formats
-from fovea.service.runners.messages import (
-    Batch,
-    BatchReport,
-    DropCommand,
+from fovea.service.runners.batch_messages import Batch, BatchReport, DropCommand, parse_message
+from fovea.service.runners.frames import FrameDecoder, receive_message
+from fovea.service.runners.load_messages import (
     Failure,
-    FrameDecoder,
     LoadCommand,
     LoadedModel,
     LoadReply,
     Setup,
     SetupReply,
     UnloadCommand,
-    parse_message,
-    receive_message,
 )
 from fovea.service.runners.predictor import Predictor
 

@@ -16,7 +16,7 @@ from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.messages import ProcessPlan
+from fovea.service.runners.load_messages import ProcessPlan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"

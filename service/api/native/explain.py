@@ -36,7 +36,7 @@ from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import render_error
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import ImageWarning, create_warning_headers
-from fovea.service.runners.messages import Answer, ImageTiming
+from fovea.service.runners.batch_messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Admission, Classification, find_label_index, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings

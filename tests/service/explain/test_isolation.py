@@ -21,14 +21,8 @@ from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.explain.client import ExplainerReply, _Process
-from fovea.service.runners.messages import (
-    MAX_PIECE_BYTES,
-    LoadCommand,
-    LoadedModel,
-    ProcessPlan,
-    receive_message,
-    send_message,
-)
+from fovea.service.runners.frames import MAX_PIECE_BYTES, receive_message, send_message
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model, read_contract

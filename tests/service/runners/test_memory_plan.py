@@ -11,7 +11,7 @@ import pytest
 
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners import memory_plan
-from fovea.service.runners.messages import LoadCommand, ProcessPlan
+from fovea.service.runners.load_messages import LoadCommand, ProcessPlan
 from fovea.service.settings import Settings
 
 MB = 1 << 20
