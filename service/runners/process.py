@@ -206,7 +206,7 @@ def _pop_group(batches: deque[Batch], models: Mapping[int, Predictor]) -> list[B
 
     One image is left over, so that there is work until the next batches arrive. With 8 callers this gives 2 %
     more throughput than leaving none, 4 % more than leaving two, and 10 % more than running each batch
-    separately. `pool._count_suspects` in the service must know these rules: they must change together.
+    separately. `connection._count_suspects` in the service must know these rules: they must change together.
     """
     max_images = max(1, sum(len(batch.images) for batch in batches) - 1)
     first = batches.popleft()
