@@ -34,7 +34,7 @@ from fovea.service.http.request_context import get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.batch_messages import Item
-from fovea.service.runners.batcher import INFINITY
+from fovea.service.runners.lane import INFINITY
 from fovea.service.serving.classifier import Admission, Classification
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings

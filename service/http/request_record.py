@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.runners.batch_messages import Answer
-from fovea.service.runners.batcher import Job
+from fovea.service.runners.lane import Job
 
 REQUEST_ID_HEADER: Final = b"x-request-id"
 

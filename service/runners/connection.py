@@ -13,10 +13,11 @@ from typing import Any, Final, NamedTuple
 from fovea.service.errors import Interrupted, ModelError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import Answer, Batch, BatchReport, DropCommand, Item
-from fovea.service.runners.batcher import INFINITY, BatchCallback, Lane, RunnerLost
 from fovea.service.runners.frames import Frame, FrameDecoder
+from fovea.service.runners.lane import INFINITY, Lane
 from fovea.service.runners.load_messages import Failure, LoadCommand, LoadedModel, LoadReply, UnloadCommand
 from fovea.service.runners.process_handle import RunnerProcess
+from fovea.service.runners.runner_interface import BatchCallback, RunnerLost
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def _count_suspects(pending: Sequence[_PendingBatch]) -> int:
 class RunnerConnection(asyncio.BufferedProtocol):
     """The connection to one runner, which works on one batch after another.
 
-    It implements `service.runners.batcher.Runner`. All methods run on the event loop, so that messages are
-    queued in the order of the calls. The runner answers batches in the order in which they were sent:
-    `_pending_batches` must have the same order.
+    It implements `service.runners.runner_interface.Runner`. All methods run on the event loop, so that
+    messages are queued in the order of the calls. The runner answers batches in the order in which they were
+    sent: `_pending_batches` must have the same order.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class RunnerConnection(asyncio.BufferedProtocol):
         memory: int,
         on_finish: BatchCallback,
     ) -> Callable[[int], None]:
-        """Send a batch. See `service.runners.batcher.Runner`."""
+        """Send a batch. See `service.runners.runner_interface.Runner`."""
         # Before the first byte is written: if the connection is lost, `_fail_pending` must find the batch.
         self._pending_batches.append(_PendingBatch(on_finish, lane, items, separate))
         if len(self._pending_batches) == 1:

@@ -23,7 +23,8 @@ from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
 from fovea.service.runners.batch_messages import Answer, Item, weight_of
-from fovea.service.runners.batcher import LEVEL_COUNT, Lane
+from fovea.service.runners.batcher import LEVEL_COUNT
+from fovea.service.runners.lane import Lane
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.serving.statistics import ModelStatistics
 from fovea.service.settings import Settings

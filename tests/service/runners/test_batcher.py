@@ -12,16 +12,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batcher import (
-    INFINITY,
-    LEVEL_COUNT,
-    BatchCallback,
-    Batcher,
-    DropItem,
-    Job,
-    Lane,
-    RunnerLost,
-)
+from fovea.service.runners.batcher import LEVEL_COUNT, Batcher
+from fovea.service.runners.lane import INFINITY, DropItem, Job, Lane
+from fovea.service.runners.runner_interface import BatchCallback, RunnerLost
 
 
 class Doubler:

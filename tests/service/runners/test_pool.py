@@ -23,8 +23,8 @@ from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.batch_messages import Answer
 from fovea.service.runners.batch_messages import Image as Encoded
-from fovea.service.runners.batcher import Lane
 from fovea.service.runners.connection import _count_suspects, _PendingBatch
+from fovea.service.runners.lane import Lane
 from tests.graphs import add_to_repository, build_model, build_nan_for_black
 from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.poison import EXIT_IMAGE, RAISE_IMAGE, BlockingImage, make_poison_environment
