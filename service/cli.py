@@ -26,7 +26,7 @@ from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
-from fovea.service.runners.messages import LoadCommand
+from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.process_plan import create_plan

@@ -1,4 +1,4 @@
-"""Images that harm the runner that works on them: one that dies, one that raises, one that hangs."""
+"""Images that harm the runner that decodes them: it dies, raises, misnumbers its report, or hangs."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Final
 from tests.servers import ROOT
 
 EXIT_IMAGE: Final = b"POISON exit"
-"""The process that decodes it ends, as of a codec's crash."""
+"""An image that ends the process that decodes it, as the crash of a codec does."""
 
 RAISE_IMAGE: Final = b"POISON raise"
-"""What decodes it raises what nobody expects."""
+"""An image whose decoding raises an unexpected exception."""
 
 WRONG_NUMBER_IMAGE: Final = b"POISON number"
-"""The report of its batch has the number of another one, as if the stream were out of step."""
+"""An image whose batch gets a report with a wrong number, as if the stream were out of step."""
 
 _SITECUSTOMIZE: Final = """
 import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv):
     from fovea.service.runners import predictor
-    from fovea.service.runners import messages
+    from fovea.service.runners import batch_messages
 
     decode = predictor.decode_image
-    write = messages.BatchReport.to_bytes
+    write = batch_messages.BatchReport.to_bytes
     misnumbered = []
 
     def write_report(report):
         return write(report._replace(batch_number=report.batch_number + len(misnumbered)))
 
-    messages.BatchReport.to_bytes = write_report
+    batch_messages.BatchReport.to_bytes = write_report
 
     def poisoned(image, *arguments, **named):
         match bytes(image[:999]).decode("latin-1").split(" "):
@@ -50,7 +50,7 @@ if "runners.process" in " ".join(sys.orig_argv):
 
 
 class BlockingImage:
-    """An image that is not decoded before it is opened; then it is none, and gets 415."""
+    """An image that blocks the runner that decodes it until `release`. It is then answered with 415."""
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
@@ -58,11 +58,14 @@ class BlockingImage:
         self.image = b"POISON wait " + bytes(path)
 
     def release(self) -> None:
-        """Let it go on, once a runner is at it."""
+        """Let the runner continue. Block until a runner has begun to decode the image."""
         self._path.open("w").close()
 
 
 def make_poison_environment(folder: Path) -> dict[str, str]:
-    """The environment in which runners fall for these images."""
+    """Return environment variables with which runners react to these images.
+
+    Python imports `sitecustomize` at its start in every process; the code changes runners only.
+    """
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fovea.service.explain.explainer import Explainer, ExplanationRequest
 from fovea.service.inference.engine import Engine
-from fovea.service.runners.messages import ProcessPlan
+from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200

@@ -24,7 +24,7 @@ from starlette.types import Receive
 from fovea.service.api.schemas import ClassifyOptions, ClassifyRequest, FormOptions
 from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import Image, ImageRequest
+from fovea.service.runners.batch_messages import Image, ImageRequest
 from fovea.service.runners.shared_memory import SharedBuffer, SharedRef
 from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 from fovea.service.validation import describe_error

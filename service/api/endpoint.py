@@ -33,8 +33,8 @@ from fovea.service.http.observer import Observer, render_error
 from fovea.service.http.request_context import get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
-from fovea.service.runners.batcher import INFINITY
-from fovea.service.runners.messages import Item
+from fovea.service.runners.batch_messages import Item
+from fovea.service.runners.lane import INFINITY
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel

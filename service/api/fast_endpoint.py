@@ -24,7 +24,7 @@ from fovea.service.errors import RequestError
 from fovea.service.http import fast_path
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.paths import normalize_path
-from fovea.service.runners.batcher import INFINITY
+from fovea.service.runners.lane import INFINITY
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.registry import LiveModel

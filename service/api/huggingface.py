@@ -30,7 +30,7 @@ from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import Image, ImageRequest, Item
+from fovea.service.runners.batch_messages import Image, ImageRequest, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 

@@ -20,7 +20,7 @@ from fovea.service.http.observer import Observer
 from fovea.service.http.request_context import RequestContext, get_context, get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.rollout.manager import ModelManager
-from fovea.service.runners.batcher import INFINITY
+from fovea.service.runners.lane import INFINITY
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel

@@ -31,7 +31,7 @@ from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import ImageRequest, Item
+from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import rank_labels
 from fovea.service.serving.registry import LiveModel

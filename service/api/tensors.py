@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fovea.service.api import bodies
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest
-from fovea.service.runners.messages import Image
+from fovea.service.runners.batch_messages import Image
 from fovea.service.settings import Settings
 
 ENCODED_DATATYPE: Final = "BYTES"

@@ -37,7 +37,7 @@ from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestEr
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import create_warning_headers
-from fovea.service.runners.messages import Image, Item
+from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import rank_labels
 from fovea.service.serving.registry import LiveModel

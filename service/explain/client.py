@@ -17,8 +17,9 @@ import orjson
 
 from fovea.service.errors import Internal, Overloaded, error_from_dict
 from fovea.service.runners import spawn
+from fovea.service.runners.frames import MAX_PIECE_BYTES
+from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, Failure
 from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
-from fovea.service.runners.messages import MAX_EXPLAINER_MODELS, MAX_PIECE_BYTES, Failure
 from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)

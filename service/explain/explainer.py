@@ -35,7 +35,7 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, open_session, run_outputs
 from fovea.service.inference.preprocess import DecodeTrace, Pixels, decode_image, decode_upright
-from fovea.service.runners.messages import ProcessPlan
+from fovea.service.runners.load_messages import ProcessPlan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 

@@ -38,13 +38,8 @@ from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.occlusion import OcclusionStep
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.runners.messages import (
-    MAX_EXPLAINER_MODELS,
-    Failure,
-    LoadCommand,
-    receive_message,
-    send_message,
-)
+from fovea.service.runners.frames import receive_message, send_message
+from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, Failure, LoadCommand
 
 _NICE: Final = 19
 """Niceness, the highest there is; runners have 5. Four callers on two processors got 295 requests per second

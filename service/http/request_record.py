@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
-from fovea.service.runners.batcher import Job
-from fovea.service.runners.messages import Answer
+from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.lane import Job
 
 REQUEST_ID_HEADER: Final = b"x-request-id"
 

@@ -6,10 +6,13 @@ from typing import Protocol
 
 
 class SlowReader(Protocol):
-    """A connection whose client has not read the answer yet."""
+    """A connection whose client has not read the answer yet. It lives on the event loop."""
 
     def cut_off(self) -> None:
-        """Close the connection at once and drop the answer."""
+        """Close the connection at once and drop the answer.
+
+        `BodyMemory` calls this while another connection reserves memory. It must not block or raise.
+        """
 
 
 class BodyMemory:

@@ -19,10 +19,13 @@ Version 1 has no value for "unlimited": it reports the largest number of whole p
 
 
 class Cgroup:
-    """The control group of this process. A value that the machine does not provide is None."""
+    """The control group of this process. A value that the system does not provide is None."""
 
     def __init__(self, root: Path = _CGROUP_ROOT, membership_file: Path = _MEMBERSHIP_FILE) -> None:
-        """Set the mount point `root`, and the file `membership_file` that names this process's groups (cgroups(7))."""
+        """Set the mount point `root`, and the `membership_file` that names the groups of this process.
+
+        cgroups(7) describes both.
+        """
         self._root = root
         self._membership_file = membership_file
 
@@ -95,7 +98,7 @@ def _read_working_set_v2(folder: Path) -> int:
 def _read_quota_v1(folder: Path) -> float:
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     if quota <= 0:
-        raise ValueError("there is none")
+        raise ValueError("no quota is set")
     return quota / int((folder / "cpu.cfs_period_us").read_text())
 
 

@@ -30,7 +30,7 @@ class ThreadPlan:
     runner_threads: int
     """Number of CPU threads inside one model call."""
     wide_threads: int
-    """Number of CPU threads inside a model call that runs alone; 0 if such a call gets no extra threads."""
+    """Number of CPU threads inside an exclusive model call; 0 if it gets no extra threads."""
     decode_threads: int
     """Number of images of one batch that are decoded at the same time."""
 
@@ -39,8 +39,9 @@ def plan_threads(settings: Settings, cpus: float, *, cuda: bool = False) -> Thre
     """Return the thread plan for `cpus` processors. Explicit settings take precedence.
 
     By default each processor gets one single-threaded runner. At full load this spreads the work, and no
-    thread waits for another. A call that runs alone uses all processors instead. With CUDA there are two
-    runners: one decodes with half of the processors while the batch of the other runner is on the GPU.
+    thread waits for another. An exclusive call, beside which no other call runs, uses all processors instead.
+    With CUDA there are two runners: one decodes with half of the processors while the batch of the other
+    runner is on the GPU.
     """
     cpu_count = max(1, math.ceil(cpus))
     runner_threads = settings.runner_threads or 1

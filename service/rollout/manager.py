@@ -18,8 +18,8 @@ from fovea.service.rollout.trial import (
     compute_change_timeout,
     is_lasting,
 )
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.runners.memory_plan import estimate_process_bytes
-from fovea.service.runners.messages import LoadCommand, LoadedModel
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 

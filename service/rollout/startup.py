@@ -19,7 +19,7 @@ from fovea.service.artifact.repository import ModelVersion, RefusedVersion, Serv
 from fovea.service.errors import Interrupted, ModelError, StartError, to_one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import ShadowTests, check_result, is_lasting, is_provider_error
-from fovea.service.runners.messages import LoadCommand, ProcessPlan
+from fovea.service.runners.load_messages import LoadCommand, ProcessPlan
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 from fovea.service.runners import spawn
-from fovea.service.runners.messages import Failure, LoadCommand, receive_message, send_message
+from fovea.service.runners.frames import receive_message, send_message
+from fovea.service.runners.load_messages import Failure, LoadCommand
 
 
 @dataclass(frozen=True)

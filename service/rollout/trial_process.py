@@ -22,7 +22,8 @@ from fovea.service.errors import GoldenError, ModelError, RequestError, to_one_l
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.rollout.trial import ShadowTestResult
-from fovea.service.runners.messages import Failure, LoadCommand, receive_message, send_message, split_content
+from fovea.service.runners.frames import receive_message, send_message, split_content
+from fovea.service.runners.load_messages import Failure, LoadCommand
 from fovea.service.runners.predictor import Predictor
 
 _NICE: Final = 12

@@ -2,48 +2,48 @@
 
 A runner takes its share of the waiting items, up to the largest batch. No item waits for others, unless
 `Lane.max_wait` says so. A runner has room for two batches: one in work, and one that it finds when the first
-is done, so that the runner need not wait for the event loop. The second batch may come in parts, which the
-runner may combine. Everything happens on the event loop, so this module needs no locks. The module knows
+batch is done, so that the runner need not wait for the event loop. The second batch may come in parts, which
+the runner may combine. Everything happens on the event loop, so this module needs no locks. The module knows
 neither HTTP, nor images, nor the implementation of a runner.
 
 Lanes have equal shares of the runners' time: the next batch comes from the lane that has had the least time
 since it was last idle (start-time fair queueing: Goyal, Vin and Cheng, 1996). Lanes of expensive items have
 smaller shares and only some of the runners, so that cheap items are never delayed for long. Items that need
-much memory wait here until there is enough, and not in a runner.
+much memory wait in this queue until there is enough, not in a runner.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final
 
 from fovea.service.observability.metrics import Metrics
+from fovea.service.runners.lane import (
+    INFINITY,
+    Item,
+    Job,
+    JobCallback,
+    JobFuture,
+    Lane,
+    Result,
+    deliver_outcomes,
+)
+from fovea.service.runners.runner_interface import Runner, RunnerLost
 
 log = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-INFINITY: Final = float("inf")
-"""Deadline that never passes."""
-
-_FULL_BATCH: Final = 1 + 1e-9
-"""Fill of a full batch, with a tolerance for rounding."""
 
 _RUNNER_CAPACITY: Final = 2
 """Number of batches that a runner has room for: the batch in work, and the next one."""
 
 _LEVEL_PRICES: Final = (1.0, 4.0, 8.0)
-"""Price of a second of a runner's time for a lane, by its level.
+"""Price of a second of a runner's time for a lane, by the level of the lane.
 
 When all levels have work, the cheapest level gets 1 / (1 + 1/4 + 1/8) = 73 % of the time.
 """
@@ -52,176 +52,10 @@ LEVEL_COUNT: Final = len(_LEVEL_PRICES)
 """Number of levels of expense; level 0 is the cheapest."""
 
 _RECENT_SECONDS: Final = 1.0
-"""Seconds for which runners stay free for cheaper items after the last cheaper item."""
+"""Time for which runners stay free for cheaper items after the last cheaper item, in seconds."""
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest batch in the moving average of seconds per item."""
-
-
-class RunnerLost(Exception):
-    """The death of a runner.
-
-    If the runner may have been `is_suspect` on this batch, each item runs once more, in a batch of its own.
-    """
-
-    def __init__(self, message: str, *, is_suspect: bool) -> None:
-        super().__init__(message)
-        self.is_suspect = is_suspect
-
-
-class Runner(Protocol):
-    """A worker that runs one batch after another."""
-
-    is_multi_threaded: bool
-    """True if the runner has more threads for a batch that runs alone."""
-
-    def start_batch(
-        self,
-        lane: Lane[Any, Any],
-        items: Sequence[Any],
-        deadlines: Sequence[float],
-        *,
-        exclusive: bool,
-        separate: bool,
-        memory: int,
-        on_finish: BatchCallback,
-    ) -> DropItem:
-        """Begin a batch of items of one lane, and call `on_finish` once, later, on the event loop.
-
-        `memory` is the number of bytes reserved for the batch beyond the runner's own share. `exclusive`
-        promises that nothing else runs.
-
-        `on_finish` gets a list with one result or error for each item, in order, or one error for all items
-        (`RunnerLost` when the runner has died). Batches finish in the order in which they began. Batches of
-        one lane may run together, unless they must stay `separate`.
-
-        The returned function drops one item. The runner does no work for dropped items, or for items whose
-        `deadlines` (monotonic, in seconds) have passed.
-        """
-
-
-DropItem: TypeAlias = Callable[[int], None]
-"""Function that tells a runner that no caller wants the item at this place of a batch any more."""
-
-BatchCallback: TypeAlias = Callable[[Sequence[Any] | Exception], None]
-
-
-JobCallback: TypeAlias = Callable[[Any, "Job"], None]
-"""Callback for an item, called once with its result or error, and with its job."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """An item with its state."""
-
-    item: Any = field(repr=False)  # images must not appear in logs
-    lane: Lane[Any, Any] = field(repr=False)
-    on_outcome: JobCallback
-    deadline: float
-    """Time after which the answer is useless, on the monotonic clock, in seconds."""
-    arrived_at: float
-    """Arrival time on the monotonic clock, in seconds."""
-    batch_share: float
-    """Share of a batch that the item takes; at most 1."""
-    started_at: float = 0.0
-    """Time at which a runner got the item, on the monotonic clock, in seconds."""
-    is_over: bool = False
-    """True if the item was answered or its caller has left."""
-    is_suspect: bool = False
-    """True if the item was in a batch on which a runner may have died."""
-    drop_item: DropItem | None = None
-    """Function that tells the item's runner that the item is not wanted any more; None in the queue."""
-    index: int = 0
-    """Index of the item in its batch."""
-    memory: int = 0
-    """Bytes to reserve before a runner may begin; 0 if the runner's own share is enough."""
-
-    def is_wanted(self, now: float) -> bool:
-        """Return False once the caller has left or the deadline has passed: no more work is done then."""
-        return not self.is_over and now < self.deadline
-
-    def deliver_outcome(self, outcome: Any) -> None:
-        """Pass the outcome to the caller, unless the caller has left.
-
-        If the caller's function raises, pass the error instead.
-        """
-        if self.is_over:
-            return
-        self.is_over = True
-        try:
-            self.on_outcome(outcome, self)
-        except Exception as error:  # a bug of one caller must not cost the others their answers
-            log.exception("an answer could not be given")
-            if not isinstance(outcome, Exception):
-                with suppress(Exception):
-                    self.on_outcome(error, self)
-
-
-@dataclass(eq=False)
-class Lane(Generic[Item, Result]):
-    """The queue of one model. Only items of one lane share a batch."""
-
-    model_id: int
-    """Id of the model in messages to runners."""
-    batch_max: int
-    """Limit of items in one batch."""
-    weight_max: float = INFINITY
-    """Limit of the weight of one batch. A batch of a single item may exceed it."""
-    weigh: Callable[[Item], float] = lambda item: 0.0
-    split_evenly: bool = True
-    """True to make batches smaller so that every runner gets some items.
-
-    This is right unless only large batches are fast.
-    """
-    max_wait: float = 0.0
-    """Time for which an item may wait for others, in seconds."""
-    level: int = 0
-    """Level of expense of the items. From level 1 on, batches run separately."""
-    jobs: deque[Job] = field(default_factory=deque)
-    error: Exception | None = None
-    """Answer to every further item, because no runner has the model any more; None in normal operation."""
-    virtual_time: float = 0.0
-    """Virtual time of the next batch among those of other lanes, in seconds of runners' time."""
-    seconds_per_item: float = 0.0
-    """Runner time per item in seconds: a moving average, 0 before the first measurement."""
-
-    def compute_share(self, item: Item) -> float:
-        """Return the share of the largest batch that an item takes; at most 1."""
-        return max(1 / self.batch_max, min(1.0, self.weigh(item) / self.weight_max))
-
-    def seconds_until_due(self, now: float) -> float:
-        """Return the seconds until a batch is due; `INFINITY` while no item waits."""
-        if not self.jobs:
-            return INFINITY
-        return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].arrived_at + self.max_wait - now
-
-    def first_wanted_job(self, now: float) -> Job | None:
-        """Return the first wanted item, and remove unwanted items before it."""
-        while self.jobs and not self.jobs[0].is_wanted(now):
-            self.jobs.popleft()
-        return self.jobs[0] if self.jobs else None
-
-    def pop_batch(self, capacity: float, now: float, memory: float = INFINITY) -> list[Job]:
-        """Remove and return the next batch, without items that are not wanted any more.
-
-        `capacity` is the number of such batches that all runners together have room for. `memory` is the
-        number of bytes that can be reserved.
-        """
-        batch: list[Job] = []
-        total_share = 0.0
-        max_items = math.ceil(len(self.jobs) / capacity) if self.split_evenly else self.batch_max
-        while self.jobs and len(batch) < min(max_items, self.batch_max):
-            job = self.jobs[0]
-            if job.is_wanted(now):
-                total_share += job.batch_share
-                memory -= job.memory
-                if batch and (total_share > _FULL_BATCH or job.is_suspect or memory < 0):
-                    break
-                batch.append(job)
-            self.jobs.popleft()
-            if job.is_suspect and batch:
-                break
-        return batch
 
 
 class Batcher:
@@ -280,7 +114,7 @@ class Batcher:
         needed_bytes = int(min(memory, self._total_memory))
         job = Job(item, lane, on_outcome, deadline, now, lane.compute_share(item), memory=needed_bytes)
         if lane.error is not None:
-            # Not at once: the caller does not have the job yet.
+            # Later, not at once: the caller does not have the job yet, and must get it before the outcome.
             asyncio.get_running_loop().call_soon(job.deliver_outcome, lane.error)
             return job
         if not lane.jobs:  # an idle lane saves up no claim to time
@@ -293,24 +127,27 @@ class Batcher:
     def cancel(self, job: Job) -> None:
         """Remove an item whose caller has left.
 
-        Such items would otherwise pile up while no runner is free.
+        Otherwise such items would pile up while no runner is free. The job's `on_outcome` is not called any
+        more.
         """
         if job.is_over:
             return
+        # First: an item that a runner has is not removed from its batch, but its answer is ignored.
         job.is_over = True
         if job.drop_item:
             job.drop_item(job.index)
         else:
-            with suppress(ValueError):  # it was removed before, because it was not wanted
+            with suppress(ValueError):  # the item has left the queue already: its deadline had passed
                 job.lane.jobs.remove(job)
         self._dispatch_soon()
 
     def close_lane(self, lane: Lane[Any, Any], error: Exception) -> None:
         """Answer all items of a lane with `error`, both waiting and future items."""
+        # Set the error and empty the queue before the callbacks, which may queue more items.
         lane.error = error
         jobs = list(lane.jobs)
         lane.jobs.clear()
-        _deliver_outcomes(jobs, error)
+        deliver_outcomes(jobs, error)
         self._dispatch_soon()
 
     def expire_jobs(self, cutoff: float, error: Exception) -> float | None:
@@ -323,7 +160,7 @@ class Batcher:
             remaining_jobs = [job for job in lane.jobs if job.arrived_at > cutoff]
             lane.jobs.clear()
             lane.jobs.extend(remaining_jobs)
-            _deliver_outcomes(late_jobs, error)
+            deliver_outcomes(late_jobs, error)
         self._dispatch_soon()
         return min((job.arrived_at for lane in self._lanes for job in lane.jobs), default=None)
 
@@ -341,30 +178,33 @@ class Batcher:
         `convert` converts the outcome to the value of the future, as soon as there is an outcome. The
         deadline does not end the future.
         """
-        future: _JobFuture = _JobFuture(self.cancel, convert)
+        future: JobFuture = JobFuture(self.cancel, convert)
         future.job = self.enqueue(item, lane, future.set_outcome, deadline=deadline, memory=memory)
         return future
 
     def reserve_memory(self, size: int) -> bool:
-        """Reserve memory for another use until `release_memory`. Return False if it is not free now."""
+        """Reserve `size` bytes for another use until `release_memory`; return False if they are not free."""
         if size > self._memory - self._count_reserved_bytes():
             return False
         self._memory -= size
         return True
 
     def release_memory(self, size: int) -> None:
-        """Return memory that was reserved for another use."""
+        """Release `size` bytes that `reserve_memory` has reserved."""
         self._memory += size
         self._dispatch_soon()
 
     def drain_seconds(self, item_count: int) -> float:
-        """Return the seconds that `item_count` items take at the measured rate; 0 before the first measurement."""
+        """Return the seconds that `item_count` items take at the measured rate.
+
+        The result is 0 before the first measurement.
+        """
         return item_count * self._seconds_per_item
 
     def _dispatch_soon(self) -> None:
         """Schedule a dispatch after all input that the event loop has read by now.
 
-        The items in that input are then shared out together.
+        The items in that input are then divided among the runners together.
         """
         if not self._is_dispatch_scheduled:
             self._is_dispatch_scheduled = True
@@ -393,7 +233,7 @@ class Batcher:
             self._metrics.queue_costly_images.set(self.count_waiting(LEVEL_COUNT - 1))
             self._metrics.decode_reserved_bytes.set(self._count_reserved_bytes())
         except Exception:  # the work has been dispatched; metrics are optional
-            log.exception("the queue could not be counted")
+            log.exception("the queue could not be counted in the metrics")
 
     def _choose_pair(
         self,
@@ -402,10 +242,10 @@ class Batcher:
         free_memory: float,
         now: float,
     ) -> tuple[Lane[Any, Any], Runner] | None:
-        """Return the lane whose turn it is, among lanes that can start now, and a runner for it.
+        """Return the lane with the lowest virtual time among lanes that can start now, and a runner for it.
 
-        `free_memory` is the number of bytes that can be reserved. Memory is reserved in the order of turns:
-        an item that needs much memory is not overtaken by an item that needs less.
+        `free_memory` is the number of bytes that can be reserved. Memory is reserved in the order of virtual
+        time: an item that needs much memory is not overtaken by another item that needs memory.
         """
         is_memory_short = False
         for lane in sorted(due_lanes, key=lambda lane: (lane.virtual_time, lane.jobs[0].arrived_at)):
@@ -425,9 +265,9 @@ class Batcher:
     def _list_eligible_runners(self, level: int, now: float) -> list[Runner]:
         """Return the runners that may take items of this level: all for level 0, some for other levels.
 
-        While cheaper items arrive, this is half of the runners, so that the cheaper items keep the other
+        While cheaper items arrive, a level gets half of the runners, so that the cheaper items keep the other
         half. The most expensive items never get all runners, because the next cheap item would have to wait
-        for one to end.
+        until one of them is finished.
         """
         eligible = list(self._runners)
         count = len(eligible)
@@ -465,7 +305,7 @@ class Batcher:
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
     def _start_batch(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
-        """Send a batch to a runner. If that fails, answer its items with the error."""
+        """Send a batch to a runner. If that fails, answer the items of the batch with the error."""
         self._last_arrivals[lane.level] = now
         memory = sum(job.memory for job in batch)
         is_busy = any(self._runners.values())
@@ -473,12 +313,12 @@ class Batcher:
         self._virtual_time = lane.virtual_time
         # Charge the estimated time now, so that the next choice of a lane takes this batch into account.
         lane.virtual_time += len(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
+        # Before the runner has the batch: `_finish_batch` removes the first batch of the runner.
         self._runners[runner].append(batch)
         for job in batch:
             job.started_at = now
         try:
-            # From here on the runner owns the batch. `_finish_batch` is called once, even when the runner
-            # dies.
+            # From here on the runner owns the batch. It calls `_finish_batch` once, even when it dies.
             drop_item = runner.start_batch(
                 lane,
                 [job.item for job in batch],
@@ -491,15 +331,16 @@ class Batcher:
         except Exception as error:  # a bug in Fovea: answer these items, and go on
             log.exception("a batch could not be sent to its runner")
             self._runners[runner].remove(batch)
-            _deliver_outcomes(batch, error)
+            deliver_outcomes(batch, error)
             return
+        # From here on `cancel` informs the runner. There was no `await`, so no caller can have left before.
         for index, job in enumerate(batch):
             job.drop_item, job.index = drop_item, index
         try:
             for job in batch:
                 self._metrics.seconds_by_stage["queue"].observe(now - job.arrived_at)
         except Exception:  # the batch has been sent; metrics are optional
-            log.exception("the time in the queue could not be counted")
+            log.exception("the time in the queue could not be counted in the metrics")
 
     def _finish_batch(
         self,
@@ -511,7 +352,9 @@ class Batcher:
     ) -> None:
         """Take the outcome of a batch from its runner: answer the items, or queue them again.
 
-        Runners call this once for each batch, in the order in which the batches were begun.
+        Runners call this on the event loop, once for each batch, in the order in which the batches were
+        begun. Only a dead runner reports its batches in reverse order, after `remove_runner`: see
+        `_retry_batch`.
         """
         if runner in self._runners:
             self._runners[runner].popleft()
@@ -525,18 +368,20 @@ class Batcher:
         try:
             self._update_rate(started_at, len(batch))
             self._update_lane_cost(runner, lane, started_at, len(batch))
-            self._dispatch()  # before the answers, so that the runner need not wait
+            # Before the answers: callbacks take a while, and the runner should not wait for them.
+            self._dispatch()
         finally:
-            _deliver_outcomes(batch, outcome)
+            deliver_outcomes(batch, outcome)
 
     def _retry_batch(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
         """Queue the items again: each in a batch of its own, if the runner may have been at work on them.
 
-        This identifies an item that kills runners, and harms other items at most once. An item that was in a
-        lost batch for the second time gets the error as its answer.
+        This identifies an item that kills runners, and delays other items at most once. An item that was in a
+        lost batch for the second time gets the error as its answer. Each batch goes to the head of the queue,
+        so the last batch of a runner must come first.
         """
         failed_jobs = [job for job in batch if job.is_suspect and error.is_suspect]
-        _deliver_outcomes(failed_jobs, error)
+        deliver_outcomes(failed_jobs, error)
         for job in reversed(batch):
             if job not in failed_jobs:
                 job.is_suspect = job.is_suspect or error.is_suspect
@@ -579,38 +424,3 @@ def _free_capacity(batches: Sequence[list[Job]]) -> float:
 def _max_level(batches: Sequence[list[Job]]) -> int:
     """Return the highest level of a runner's batches; 0 if it has none."""
     return max((batch[0].lane.level for batch in batches), default=0)
-
-
-def _deliver_outcomes(batch: list[Job], outcome: Sequence[Any] | Exception) -> None:
-    for index, job in enumerate(batch):
-        job.deliver_outcome(outcome if isinstance(outcome, Exception) else outcome[index])
-
-
-class _JobFuture(asyncio.Future[Any]):
-    """A future for an awaiting caller."""
-
-    job: Job | None = None
-
-    def __init__(self, on_cancel: Callable[[Job], None], convert: Callable[[Any, Job], Any]) -> None:
-        super().__init__()
-        self._on_cancel = on_cancel
-        self._convert = convert
-
-    def set_outcome(self, outcome: Any, job: Job) -> None:
-        """Set the outcome of the future. The batcher calls this once, unless the item was cancelled."""
-        self.job = None  # breaks the reference cycle, which only the garbage collector would free
-        try:
-            outcome = self._convert(outcome, job)
-        except Exception as error:  # a bug in Fovea: report it to the caller, who would wait for ever
-            log.exception("an outcome could not be read")
-            outcome = error
-        if isinstance(outcome, Exception):
-            self.set_exception(outcome)
-        else:
-            self.set_result(outcome)
-
-    def cancel(self, msg: Any = None) -> bool:
-        if self.job:
-            self._on_cancel(self.job)
-            self.job = None
-        return super().cancel(msg)

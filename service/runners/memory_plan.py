@@ -1,8 +1,8 @@
-"""Division of the container's memory, as `service.resources.threads` does for processors.
+"""Division of the container's memory. `service.resources.threads` divides its processors.
 
 A control group may be killed as a whole when one of its processes takes too much memory. The plan first sets
 aside the memory that the processes need at rest. The limits for callers (images being decoded, waiting
-bodies) share the rest. Settings made by hand are kept.
+bodies) share the rest. Limits that were set by hand are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
-    from fovea.service.runners.messages import LoadCommand
+    from fovea.service.runners.load_messages import LoadCommand
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ _USABLE_SHARE: Final = 0.9
 """Share of the limit that is planned. The rest is for page tables, sockets and allocator fragmentation."""
 
 _MIN_CALLER_BYTES: Final = 48 << 20
-"""Minimum memory for decoding and bodies, in bytes. To reach it, runners are left out, except one."""
+"""Minimum memory for decoding and bodies, in bytes. To reach it, fewer runners are started, but at least one.
+"""
 
 _SPARE_DECODE_BYTES: Final = 16 << 20
 _SPARE_DECODE_DIVISOR: Final = 8
@@ -57,7 +58,7 @@ _IDLE_SECONDS: Final = 5.0
 """Seconds after which an unused explaining process ends, where memory is limited."""
 
 _PILLOW_CACHE_BYTES: Final = 4 << 30
-"""Memory limit in bytes from which Pillow may keep its blocks for the next image."""
+"""Memory limit of the container, in bytes, from which Pillow may keep its blocks for the next image."""
 
 
 class _MemoryDivision(NamedTuple):
@@ -67,7 +68,7 @@ class _MemoryDivision(NamedTuple):
     runners: int
     """Number of runners of each worker."""
     planned_runners: int
-    """Number of runners of each worker by the processors only."""
+    """Number of runners of each worker that the processors allow."""
     caller_bytes: int
     """Memory for callers in bytes; negative if the processes need more than the limit."""
     spare_bytes: int
@@ -85,17 +86,19 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     if division is None:
         return settings
     count = settings.workers * division.runners
+    limit = f"the container's memory limit of {_to_megabytes(division.limit)} MB"
     if division.caller_bytes < _MIN_CALLER_BYTES:
+        resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
         log.warning(
-            f"the container's memory limit of {_to_megabytes(division.limit)} MB is little for {count} runners: with the "
-            f"service they take {_to_megabytes(division.limit * _USABLE_SHARE - division.caller_bytes)} MB at rest"
+            f"{limit} is too small for {count} runners: with the service they take "
+            f"{_to_megabytes(resting_bytes)} MB at rest, and images need {_to_megabytes(_MIN_CALLER_BYTES)} "
+            "MB; give the container more memory, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
         )
     elif not division.spare_bytes:
         log.warning(
-            f"the container's memory limit of {_to_megabytes(division.limit)} MB leaves no memory to try new versions or "
-            f"to explain with {count} runners: new versions wait and explanations are refused unless images "
-            f"leave enough; give the container {_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or "
-            "FOVEA_WORKERS"
+            f"{limit} leaves no memory to try new versions or to explain with {count} runners: new versions "
+            "wait and explanations are refused unless images leave enough free; give the container "
+            f"{_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
         )
     caller_bytes = max(division.caller_bytes - division.spare_bytes, _MIN_CALLER_BYTES)
     bodies_bytes = min(settings.bodies_bytes, int(caller_bytes * _BODIES_SHARE) // settings.workers)
@@ -119,10 +122,12 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         if value != getattr(settings, name) and name not in settings.model_fields_set
     }
     if division.limit < _PILLOW_CACHE_BYTES:
-        os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # read by child processes, which inherit it
+        # Before any process is started: runners inherit the variable, and Pillow reads it when it is
+        # imported.
+        os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")
     if lowered_limits:
         log.info(
-            f"by the container's memory limit of {_to_megabytes(division.limit)} MB: "
+            f"lowered to fit {limit}: "
             + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered_limits.items())
         )
     return settings.model_copy(update=lowered_limits)
@@ -170,7 +175,8 @@ class SpareMemory:
     """Memory for temporary processes: the part set aside for them, and free decoding memory.
 
     A trial takes precedence over explanations. It may claim the memory of an explaining process, which would
-    otherwise keep the memory as long as explanations are requested. Call every method on the event loop.
+    otherwise keep the memory as long as explanations are requested. Call every method on the event loop. Each
+    function that `reserve` and `claim` return must be called exactly once, when the process ends.
     """
 
     def __init__(
@@ -183,11 +189,12 @@ class SpareMemory:
     ) -> None:
         """Set the memory `spare_bytes` in bytes, and the functions for decoding memory.
 
-        `reserve` takes decoding memory and returns False if it is not free. `release` returns it.
+        `reserve` takes decoding memory and returns False if it is not free. `release` returns it. Both are
+        called on the event loop.
         """
         self._spare_bytes = spare_bytes
         self.decode_bytes = decode_bytes
-        """Number of bytes that such a process may use to decode an image."""
+        """Number of bytes that a temporary process may use to decode an image."""
         self._reserve_decode_memory = reserve
         self._release_decode_memory = release
         self._claim_callbacks: list[Callable[[], None]] = []
@@ -200,9 +207,10 @@ class SpareMemory:
         return self._claim_count > 0
 
     def add_claim_callback(self, callback: Callable[[], None]) -> None:
-        """Register `callback`, which is called on the event loop when a trial needs memory.
+        """Register `callback`, which `claim` calls on the event loop when a trial needs memory.
 
-        `callback` must return the memory that it can, now or soon. It may be called repeatedly for one claim.
+        `callback` must release the memory that it can, now or soon. It may be called repeatedly for one
+        claim.
         """
         self._claim_callbacks.append(callback)
 
@@ -219,20 +227,22 @@ class SpareMemory:
         return lambda: self._release(spare_bytes, size - spare_bytes)
 
     async def claim(self, size: int) -> Callable[[], None] | None:
-        """Take `size` bytes before any explaining process gets them.
+        """Take `size` bytes. Until then, no explaining process gets memory (`is_claimed`).
 
         Return the function that returns them, or None when they were not free within `_CLAIM_SECONDS`.
         """
         deadline = asyncio.get_running_loop().time() + _CLAIM_SECONDS
+        # Before the first `await`: an explaining process that starts in the meantime must see the claim.
         self._claim_count += 1
         try:
             while (release := self.reserve(size)) is None:
                 if asyncio.get_running_loop().time() > deadline:
                     return None
-                # Explaining processes end asynchronously, so try to reserve again after the wait below.
+                # A process that is answering ends later; `_release` sets the event then.
                 for callback in self._claim_callbacks:
                     callback()
-                with contextlib.suppress(TimeoutError):  # decoding memory is returned without a notice
+                # Check at intervals too: decoding memory that becomes free sets no event.
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._change_event.wait(), _CHECK_SECONDS)
                 self._change_event.clear()
             return release

@@ -1,4 +1,4 @@
-"""The runner processes as seen by the service: started, given batches, and replaced when they die."""
+"""The pool of runner processes in the service: it starts them, gives them work, and replaces dead ones."""
 
 from __future__ import annotations
 
@@ -6,46 +6,20 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
-import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, NotReady
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners import spawn
-from fovea.service.runners.batcher import INFINITY, BatchCallback, Batcher, Lane, RunnerLost
-from fovea.service.runners.messages import (
-    Answer,
-    Batch,
-    BatchReport,
-    DropCommand,
-    Failure,
-    Frame,
-    FrameDecoder,
-    Item,
-    LoadCommand,
-    LoadedModel,
-    LoadReply,
-    ProcessPlan,
-    Setup,
-    SetupReply,
-    UnloadCommand,
-    receive_message,
-)
+from fovea.service.runners.batcher import Batcher
+from fovea.service.runners.connection import RunnerConnection
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan, Setup, SetupReply
+from fovea.service.runners.process_handle import RunnerProcess
 from fovea.service.runners.shared_memory import SharedBodies
 
 log = logging.getLogger(__name__)
-
-_BUFFER_BYTES: Final = 64 << 10
-"""Receive buffer size for one runner, in bytes."""
-
-_EXIT_SECONDS: Final = 5.0
-"""Seconds that a runner has to exit after its socket is closed."""
 
 _BACKOFF_SECONDS: Final = 1.0
 """Delay before replacing a runner that died without any answer, in seconds; doubled each time."""
@@ -73,390 +47,12 @@ The limit for one model allows for a busy machine, where a load may take ten tim
 """
 
 
-class RunnerProcess:
-    """One runner process and its socket. The process loads the models in `setup` at once."""
-
-    def __init__(self, setup: Setup, lock_descriptor: int, bodies_descriptor: int, *, timeout: float) -> None:
-        """Start the process, which must be ready within `timeout` seconds.
-
-        `lock_descriptor` and `bodies_descriptor` are the descriptors of files that all runners share.
-
-        Raises `ModelError` when the system has no files, memory or processes left.
-        """
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
-        try:
-            self.socket, child_socket = socket.socketpair()
-            with child_socket:
-                # `with theirs` closes our copy of the child's end, so that we see the end of the stream.
-                self._process = spawn.start_process(
-                    "runners.process", [child_socket.fileno(), lock_descriptor, bodies_descriptor]
-                )
-        except OSError as error:
-            raise ModelError(f"a runner cannot be started: {error.strerror}") from None
-        self.is_multi_threaded = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
-        self.pid = self._process.pid
-        self.socket.settimeout(timeout)
-        with contextlib.suppress(OSError):  # dead or hanging: `wait_ready` reports it
-            self.socket.sendall(setup.to_bytes())
-
-    def wait_ready(self) -> SetupReply:
-        """Block until the process has loaded its models.
-
-        Raises `ModelError` when a model cannot be loaded. Raises `Interrupted` when the process dies or
-        exceeds the time limit; the process is killed then.
-        """
-        try:
-            self.socket.settimeout(max(0.001, self._deadline - time.monotonic()))
-            frame = receive_message(self.socket)
-        except TimeoutError:
-            self.send_sigkill()
-            raise Interrupted(
-                f"runner {self.pid} has not loaded its models within {self._timeout:g} s (ten times "
-                "FOVEA_TRIAL_SECONDS, once more for each further model, and the time to start); it is killed"
-            ) from None
-        except OSError:
-            frame = None
-        if frame is None:
-            status = self._wait_exit()
-            raise Interrupted(f"a runner died while it loaded the models, exit status {status}")
-        reply = SetupReply.from_frame(frame)
-        if isinstance(reply, Failure):
-            raise reply.to_exception()
-        return reply
-
-    def stop(self) -> None:
-        """Close the socket and wait for the process. Kill the process when it takes too long."""
-        self.socket.close()
-        try:
-            self._process.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._wait_exit()
-
-    def kill_and_wait(self) -> int | None:
-        """Kill the process and wait for it.
-
-        Return its exit status; None when it does not end within `_EXIT_SECONDS` seconds.
-        """
-        self.send_sigkill()
-        with contextlib.suppress(OSError):  # wakes a thread that waits in `wait_ready`
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-        return self._wait_exit()
-
-    def _wait_exit(self) -> int | None:
-        """Return the exit status; None after `_EXIT_SECONDS` seconds.
-
-        A process that waits for an unresponsive disk cannot be killed, so the wait has a limit.
-        """
-        try:
-            return self._process.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def send_sigkill(self) -> None:
-        """Kill the process without waiting for its end."""
-        self._process.kill()
-
-
-class _PendingBatch(NamedTuple):
-    """A batch that was sent to a runner and has no answer yet."""
-
-    on_finish: BatchCallback
-    lane: Lane[Any, Any]
-    items: Sequence[Item]
-    separate: bool
-
-
-def _count_suspects(pending: Sequence[_PendingBatch]) -> int:
-    """Return on how many of the first batches a runner may have been working.
-
-    This follows the grouping in `process._group`.
-    """
-    if not pending or pending[0].separate:
-        return min(len(pending), 1)
-    lane, images, weight = pending[0].lane, 0, 0.0
-    for number, batch in enumerate(pending):
-        images, weight = images + len(batch.items), weight + sum(map(lane.weigh, batch.items))
-        is_separate = (
-            batch.separate or batch.lane is not lane or images > lane.batch_max or weight > lane.weight_max
-        )
-        if is_separate and number:
-            return number
-    return len(pending)
-
-
-class _RunnerConnection(asyncio.BufferedProtocol):
-    """The connection to one runner, which works on one batch after another.
-
-    All methods run on the event loop.
-    """
-
-    def __init__(
-        self,
-        process: RunnerProcess,
-        metrics: Metrics,
-        batch_timeout: float,
-        on_lost: Callable[[_RunnerConnection], None],
-    ) -> None:
-        self.process = process
-        self.is_multi_threaded = process.is_multi_threaded
-        self.has_answered = False
-        self.models: dict[int, LoadedModel] = {}
-        """Loaded models by slot."""
-        self.is_given_up = False
-        """True if the runner gets no more work and is killed."""
-        self.needs_replacement = True
-        """True if another runner takes its place when it ends."""
-        self._metrics = metrics
-        self._batch_timeout = batch_timeout
-        self._on_lost = on_lost
-        self._decoder = FrameDecoder()
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self._send_queue: deque[memoryview] = deque()
-        self._is_paused = False
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._busy_since = 0.0
-        self._pending_batches: deque[_PendingBatch] = deque()
-        self._last_batch_number = 0
-        self._pending_loads: dict[int, asyncio.Future[LoadedModel]] = {}
-
-    @property
-    def is_lost(self) -> bool:
-        """True if the process has ended or is about to end: it answers no more batches."""
-        return self.is_given_up or bool(self._transport.is_closing())
-
-    async def load_model(self, load: LoadCommand, *, timeout: float) -> None:
-        """Load one more model beside the batches.
-
-        Raises `ModelError` when the model cannot be loaded. Raises `Interrupted` when the runner is dead,
-        dies in the meantime, or needs more than `timeout` seconds; the runner is killed then.
-        """
-        loop = asyncio.get_running_loop()
-        if self.is_lost:
-            raise Interrupted(f"runner {self.process.pid} has died before it could load the model")
-        future: asyncio.Future[LoadedModel] = loop.create_future()
-        self._pending_loads[load.model_id] = future
-        timer = loop.call_later(timeout, self._handle_load_timeout, future, timeout)
-        try:
-            self._send_message(load.to_bytes())
-            # Set by `_handle_load_reply`, `_handle_load_timeout` or `_fail_pending`, so this wait always
-            # ends.
-            loaded_model = await future
-        finally:
-            timer.cancel()
-        if self.is_lost:
-            # The connection may have been lost between the reply and this task's turn on the event loop.
-            raise Interrupted(f"runner {self.process.pid} has died just after it loaded the model")
-        self.models[load.model_id] = loaded_model
-
-    def _handle_load_timeout(self, future: asyncio.Future[LoadedModel], timeout: float) -> None:
-        """Kill a runner that exceeded the time limit of a load, and fail the load."""
-        reason = f"runner {self.process.pid} has not loaded a model within {timeout:g} s; it is killed"
-        log.error(reason)
-        self.give_up()
-        if not future.done():
-            future.set_exception(Interrupted(reason))
-
-    def unload_model(self, model_id: int) -> None:
-        """Unload a model that will get no more batches."""
-        self.models.pop(model_id, None)
-        self._send_message(UnloadCommand(model_id).to_bytes())
-
-    def give_up(self) -> None:
-        """Kill the process, and treat it as dead even if the system takes longer to end it."""
-        self.is_given_up = True
-        self.process.send_sigkill()
-        self._transport.abort()
-
-    def start_batch(
-        self,
-        lane: Lane[Item, Answer],
-        items: Sequence[Item],
-        deadlines: Sequence[float],
-        *,
-        exclusive: bool,
-        separate: bool,
-        memory: int,
-        on_finish: BatchCallback,
-    ) -> Callable[[int], None]:
-        """Send a batch. See `service.runners.batcher.Runner`."""
-        self._pending_batches.append(_PendingBatch(on_finish, lane, items, separate))
-        if len(self._pending_batches) == 1:
-            self._start_watchdog()
-        self._last_batch_number += 1
-        limits = [None if deadline == INFINITY else deadline for deadline in deadlines]
-        batch = Batch(self._last_batch_number, lane.model_id, items, limits, exclusive, separate, memory)
-        self._send_queue.extend(batch.to_pieces())
-        self._write_next()
-        return partial(self._drop_item, self._last_batch_number)
-
-    def _drop_item(self, batch_number: int, index: int) -> None:
-        """Tell the runner to drop an image of a batch on which it cannot be working yet."""
-        if (
-            batch_number > self._last_batch_number - len(self._pending_batches) + 1
-        ):  # the first batch may be in work: no need to drop
-            self._send_message(DropCommand(batch_number, index).to_bytes())
-
-    def _send_message(self, message: bytes) -> None:
-        self._send_queue.append(memoryview(message))
-        self._write_next()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport. asyncio calls this once, before any other callback."""
-        self._transport: Any = transport
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the receive buffer. asyncio fills it and then calls `buffer_updated`."""
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Handle every message that is complete with these bytes. Called by asyncio."""
-        # Copy the bytes: the transport fills the buffer again, while answers keep views of their frames.
-        for frame in self._decoder.feed(bytes(self._buffer[:nbytes])):
-            if self.is_lost:
-                return
-            self._handle_message(frame)
-
-    def pause_writing(self) -> None:
-        """Stop writing: the socket buffer is full (backpressure). Called by asyncio."""
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        """Continue writing: the socket buffer has room again. Called by asyncio."""
-        self._is_paused = False
-        self._write_next()
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        """Give up the runner and inform all callers that wait for it. Called once by asyncio.
-
-        The callers come last: a lost batch goes back to the queue, and must not reach this runner again.
-        """
-        self.is_given_up = True
-        self._send_queue.clear()
-        busy_seconds = self._stop_watchdog()
-        try:
-            self._on_lost(self)
-        finally:  # even if this fails, no caller may wait for ever
-            self._fail_pending()
-        self._metrics.runner_busy_seconds.inc(busy_seconds)
-
-    def _fail_pending(self) -> None:
-        """Report the death to all callers that wait for the process."""
-        for future in self._pending_loads.values():
-            if not future.done():
-                future.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
-        suspect_count = _count_suspects(list(self._pending_batches))
-        while self._pending_batches:  # last first: each goes back to the head of the queue
-            batch = self._pending_batches.pop()
-            is_suspect = len(self._pending_batches) < suspect_count
-            try:
-                batch.on_finish(
-                    RunnerLost(f"runner {self.process.pid} died at its batch", is_suspect=is_suspect)
-                )
-            except Exception:  # the other batches have callers too
-                log.exception("a batch of a dead runner could not be put back")
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._transport.abort()
-
-    def _write_next(self) -> None:
-        """Write one piece. The next piece follows after other callbacks of the event loop."""
-        if self._send_queue and not self._is_paused:
-            self._transport.write(self._send_queue.popleft())
-            if self._send_queue and not self._is_paused:
-                asyncio.get_running_loop().call_soon(self._write_next)
-
-    def _start_watchdog(self) -> None:
-        """Start the watchdog for the batch that the runner now works on."""
-        self._busy_since = time.monotonic()
-        self._watchdog = asyncio.get_running_loop().call_later(
-            self._batch_timeout, self._handle_batch_timeout
-        )
-
-    def _handle_batch_timeout(self) -> None:
-        """Kill a runner that has not answered a batch in time."""
-        log.error(
-            "runner %d has not answered for %g s (FOVEA_BATCH_TIMEOUT); it is killed",
-            self.process.pid,
-            self._batch_timeout,
-        )
-        self.give_up()
-
-    def _stop_watchdog(self) -> float:
-        """Stop the watchdog; return the seconds for which the runner was at work."""
-        if self._watchdog is None:
-            return 0.0
-        self._watchdog.cancel()
-        self._watchdog = None
-        return time.monotonic() - self._busy_since
-
-    def _handle_load_reply(self, reply: LoadReply) -> None:
-        """Pass the outcome of a load to its waiting caller."""
-        future = self._pending_loads.pop(reply.model_id)
-        if future.done():  # the waiting caller has left
-            return
-        if isinstance(reply.outcome, LoadedModel):
-            future.set_result(reply.outcome)
-            return
-        if reply.outcome.trace:
-            log.error("a model could not be loaded in runner %d\n%s", self.process.pid, reply.outcome.trace)
-        future.set_exception(reply.outcome.to_exception())
-
-    def _handle_message(self, frame: Frame) -> None:
-        """Handle one message: the outcome of a load, or the answer to the oldest batch.
-
-        A runner that answers another batch is killed, because its answers cannot be trusted.
-        """
-        if reply := LoadReply.from_frame(frame):
-            self._handle_load_reply(reply)
-            return
-        busy_seconds = self._stop_watchdog()
-        report = BatchReport.from_frame(frame)
-        expected_number = (
-            self._last_batch_number - len(self._pending_batches) + 1
-        )  # of the first batch without an answer
-        if not self._pending_batches or report.batch_number != expected_number:
-            log.error(
-                "runner %d answered batch %d where %d was due; it is killed",
-                self.process.pid,
-                report.batch_number,
-                expected_number,
-            )
-            self.give_up()
-            return
-        # The number has been checked, so the answer cannot go to the wrong callers.
-        self.has_answered = True
-        on_finish = self._pending_batches.popleft().on_finish
-        if self._pending_batches:
-            self._start_watchdog()
-        if isinstance(report, Failure):
-            log.error("a batch failed in runner %d\n%s", self.process.pid, report.trace)
-            on_finish(ModelError(report.reason))
-        else:
-            on_finish(report.answers)
-        try:
-            self._record_metrics(report, busy_seconds)
-        except Exception:  # a metric is no reason to give up a working runner
-            log.exception("a batch could not be counted")
-
-    def _record_metrics(self, report: BatchReport | Failure, busy_seconds: float) -> None:
-        """Update the metrics of an answered batch. `busy_seconds` is in seconds."""
-        self._metrics.runner_busy_seconds.inc(busy_seconds)
-        if isinstance(report, Failure):
-            return
-        histograms = self._metrics.seconds_by_stage
-        for seconds in report.decode_seconds:
-            histograms["decode"].observe(seconds)
-        if report.batch_size:
-            histograms["inference"].observe(report.inference_seconds)
-            self._metrics.batch_images.observe(report.batch_size)
-
-
 class RunnerPool:
-    """All runners. They are alike, except that the first has more threads for a call that runs alone."""
+    """All runners. They are alike, except that the first runner has more threads for an exclusive call.
+
+    `__init__` blocks until all runners are ready. From `attach` on, every method runs on the event loop, and
+    the blocking steps of a start run in threads (`_start_and_wait`).
+    """
 
     def __init__(
         self,
@@ -469,30 +65,30 @@ class RunnerPool:
         load_timeout: float,
         runner_wait: float,
     ) -> None:
-        """Start the runners of `plan` and wait until all have loaded `loads`.
+        """Start the runners of `plan` and block until all of them have loaded `loads`.
 
         Large images are in `shared_bodies`. A runner is killed and replaced when it has not answered a batch
-        within `batch_timeout` seconds, or not loaded one more model within `load_timeout` seconds. While
+        within `batch_timeout` seconds, or has not loaded one more model within `load_timeout` seconds. While
         there is no runner, work waits for `runner_wait` seconds and then fails.
 
         Raises `ModelError` if a runner cannot load the models.
         """
         self._plan = plan
         self._loads = {load.model_id: load for load in loads}
-        """Models by slot that each runner must have loaded before it gets work."""
+        """Load commands by model id, for the models that each runner must have loaded before it gets work."""
         self._bodies_descriptor = shared_bodies.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._load_timeout = load_timeout
         self._runner_wait = runner_wait
-        self._connections: dict[int, _RunnerConnection] = {}
+        self._connections: dict[int, RunnerConnection] = {}
         self._runner_ready = asyncio.Event()
         """Event that is set whenever a runner becomes ready."""
         self._absent_since: float | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._replacement_tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
-        # An empty file that all runners lock in turn (`service.inference.decode_memory`).
+        # An empty file that the runners inherit and lock in turn (`service.inference.decode_memory`).
         self._lock_descriptor = os.memfd_create("fovea")
         self._processes: list[RunnerProcess] = []
         try:
@@ -506,16 +102,17 @@ class RunnerPool:
         self.setup_reply = replies[0]
 
     async def load_model(self, load: LoadCommand) -> LoadedModel:
-        """Load one more model in all runners, beside their batches.
+        """Load one more model in all runners while they run batches.
 
         The runners load one after another; the others take more of the batches in the meantime. When a runner
-        dies, the others go on, and its replacement loads the model too.
+        dies, the others continue, and its replacement loads the model too.
 
         Raises `ModelError` if a runner cannot load the model, and `Interrupted` if too many runners died or
         there is none.
         """
         deaths = 0
         try:
+            # Look again after each load: runners may have died or joined during the `await`.
             while target := await self._find_runner_without(load.model_id):
                 index, connection = target
                 try:
@@ -535,10 +132,10 @@ class RunnerPool:
             if load.model_id in connection.models
         )
 
-    async def _find_runner_without(self, model_id: int) -> tuple[int, _RunnerConnection] | None:
+    async def _find_runner_without(self, model_id: int) -> tuple[int, RunnerConnection] | None:
         """Return a runner that lacks a model; None when all have it.
 
-        Raises `Interrupted` when there is no runner for `wait` seconds.
+        Raises `Interrupted` when there is no runner for `runner_wait` seconds.
         """
         deadline = time.monotonic() + self._runner_wait
         while True:
@@ -555,15 +152,18 @@ class RunnerPool:
                     await self._runner_ready.wait()
             except TimeoutError:
                 raise Interrupted(
-                    f"for {self._runner_wait:g} s there has been no runner that could load the model "
-                    "(FOVEA_RUNNER_WAIT)"
+                    f"no runner was there to load the model for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); "
+                    "the log says why runners cannot be started"
                 ) from None
 
-    async def _load_on_runner(self, connection: _RunnerConnection, load: LoadCommand, index: int) -> None:
+    async def _load_on_runner(self, connection: RunnerConnection, load: LoadCommand, index: int) -> None:
         await connection.load_model(_adapt_load(load, index), timeout=self._load_timeout)
 
     def unload_model(self, model_id: int) -> None:
-        """Unload a model that will get no more batches."""
+        """Unload a model that will get no more batches.
+
+        A runner that starts at this moment loads the model, and `_connect_runner` unloads it.
+        """
         self._loads.pop(model_id, None)
         for connection in self._connections.values():
             connection.unload_model(model_id)
@@ -571,8 +171,9 @@ class RunnerPool:
     async def attach(self, batcher: Batcher, on_model_dropped: Callable[[int, ModelError], None]) -> None:
         """Give the runners to `batcher` on the running event loop, and replace dead runners from now on.
 
-        `on_model_dropped` is called with the slot of a model that the last runners had and no new runner can
-        load: the model must not be served any more. The callback must leave no item waiting for that model.
+        `on_model_dropped` is called on the event loop with the id of a model that no runner has any more and
+        no new runner can load. The model must not be served any more, and the callback must leave no item
+        waiting for it.
         """
         self._batcher = batcher
         self._on_model_dropped = on_model_dropped
@@ -583,6 +184,8 @@ class RunnerPool:
 
     async def close(self) -> None:
         """End all runners."""
+        # First: a thread in `_start_and_wait` checks the flag after it has stored its process. Either it sees
+        # the flag, or the process is in the list below.
         self._is_closing = True
         for task in self._replacement_tasks:
             task.cancel()
@@ -591,6 +194,7 @@ class RunnerPool:
         connected_processes = {connection.process for connection in self._connections.values()}
         for connection in list(self._connections.values()):
             connection.close()
+        # Connected runners end when their socket is closed, after the batch in work. The others may hang.
         stop_functions = (
             process.stop if process in connected_processes else process.kill_and_wait
             for process in self._processes
@@ -600,7 +204,7 @@ class RunnerPool:
 
     @property
     def alive_count(self) -> int:
-        """Number of runners that are ready or at work."""
+        """Number of runners that are connected: idle or at work."""
         return len(self._connections)
 
     @property
@@ -620,19 +224,22 @@ class RunnerPool:
         *,
         can_drop_models: bool = False,
     ) -> None:
-        """Give work to a process with these `loaded_models`, after it has loaded models that were added meanwhile.
+        """Connect a process that has these `loaded_models`, and let the batcher give work to it.
 
-        Raises `ModelError` when the process cannot load one of them; the process is ended then. With
+        Before that, the process loads the models that were added since it started.
+
+        Raises `ModelError` when the process cannot load one of them; the process is killed then. With
         `can_drop_models`, the model is removed instead, unless another runner exists.
         """
 
-        def on_lost(connection: _RunnerConnection) -> None:
+        def on_lost(connection: RunnerConnection) -> None:
+            # Called once on the event loop, possibly before the connection is in `_connections`.
             self._handle_lost_runner(index, connection)
 
         process.socket.setblocking(False)
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_unix_connection(
-            lambda: _RunnerConnection(process, self._metrics, self._batch_timeout, on_lost),
+            lambda: RunnerConnection(process, self._metrics, self._batch_timeout, on_lost),
             sock=process.socket,
         )
         connection.models.update(loaded_models)
@@ -662,20 +269,21 @@ class RunnerPool:
         # Models that were removed while this runner started.
         for model_id in connection.models.keys() - self._loads.keys():
             connection.unload_model(model_id)
+        # There was no `await` since the last check of `_loads`: the runner has exactly these models.
         self._connections[index] = connection
         self._absent_since = None
         self._runner_ready.set()
-        self._batcher.add_runner(connection)
+        self._batcher.add_runner(connection)  # from here on the batcher may start a batch on it at any time
         self._metrics.runners.set(self.alive_count)
 
     def _drop_model(self, load: LoadCommand, error: ModelError) -> None:
         """Remove a model that no runner has and no new runner can load."""
-        log.error("no runner has %s any more, and none can load it: %s", load.path, error)
+        log.error("no runner has %s any more, and no new runner can load it: %s", load.path, error)
         self._loads.pop(load.model_id, None)
         self._on_model_dropped(load.model_id, error)
 
-    def _handle_lost_runner(self, index: int, connection: _RunnerConnection) -> None:
-        """Remove a dead runner and start its replacement.
+    def _handle_lost_runner(self, index: int, connection: RunnerConnection) -> None:
+        """Remove a dead runner and start its replacement. The connection calls this once, on the event loop.
 
         The replacement and the expiry of waiting work come before the metrics, which may raise.
         """
@@ -700,28 +308,30 @@ class RunnerPool:
         self._expiry_timer = asyncio.get_running_loop().call_later(seconds, self._expire_jobs)
 
     def _expire_jobs(self) -> None:
-        """Answer callers that have waited too long while there is no runner."""
+        """Answer callers that have waited too long while there is no runner. A timer calls this."""
         if self._connections or self._is_closing:
             return
         now = time.monotonic()
         error = NotReady(
-            f"all runners have died, and none was there for {self._runner_wait:g} s (FOVEA_RUNNER_WAIT); others are "
-            "being started",
+            f"all runners have died, and no new runner was ready within {self._runner_wait:g} s "
+            "(FOVEA_RUNNER_WAIT); runners are being started, try again later",
             retry_after=max(1.0, self._runner_wait),
         )
         oldest = self._batcher.expire_jobs(now - self._runner_wait, error)
         self._schedule_expiry(max(0.01, oldest + self._runner_wait - now) if oldest else self._runner_wait)
 
-    async def _replace_runner(self, index: int, lost_connection: _RunnerConnection) -> None:
-        """Start another runner: at once if the last one had answered a batch, otherwise after a delay.
+    async def _replace_runner(self, index: int, lost_connection: RunnerConnection) -> None:
+        """Start another runner: at once if the lost runner had answered a batch, otherwise after a delay.
 
-        Repeat until a runner has started or the service ends. Otherwise the place would stay empty for ever.
+        Repeat until a runner has started or the service ends, whatever goes wrong: no other code would ever
+        fill this place. The method runs in a task of its own; waiting for processes happens in threads.
         """
         is_dead = False
         delay, failures = (0.0 if lost_connection.has_answered else _BACKOFF_SECONDS), 0
         while not self._is_closing:
             try:
                 if not is_dead:
+                    # End the old process first: there may be no memory for both.
                     status = await asyncio.to_thread(lost_connection.process.kill_and_wait)
                     is_dead = True
                     log.error(
@@ -749,7 +359,7 @@ class RunnerPool:
         try:
             process, reply = await asyncio.to_thread(self._start_and_wait, index, self._create_setup(index))
         except ModelError:
-            if loads != self._loads:  # a model that was unloaded meanwhile may be the cause
+            if loads != self._loads:  # a model that was unloaded in the meantime may be the cause
                 await self._start_replacement(index, failures)
                 return
             if self._connections or not failures or not loads:
@@ -768,11 +378,15 @@ class RunnerPool:
         return RunnerProcess(setup, self._lock_descriptor, self._bodies_descriptor, timeout=timeout)
 
     def _start_and_wait(self, index: int, setup: Setup) -> tuple[RunnerProcess, SetupReply]:
-        """Start a process and block until it is ready. Raises `ModelError`; the process is killed then."""
+        """Start a process and block until it is ready. This runs in a thread.
+
+        Raises `ModelError`; the process is killed then.
+        """
+        # Store the process before the check: see `close`, which may run on the event loop at this moment.
         process = self._processes[index] = self._spawn_process(setup)
         try:
             if self._is_closing:
-                raise Interrupted("the service is ending")
+                raise Interrupted("the service is stopping")
             return process, process.wait_ready()
         except ModelError:
             process.kill_and_wait()
@@ -780,5 +394,5 @@ class RunnerPool:
 
 
 def _adapt_load(load: LoadCommand, index: int) -> LoadCommand:
-    """Return the load for one runner. Only the first runner has threads for a call that runs alone."""
+    """Return the load for one runner. Only the first runner has extra threads for an exclusive call."""
     return replace(load, plan=replace(load.plan, wide_threads=0)) if index else load

@@ -20,17 +20,8 @@ from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.messages import (
-    Answer,
-    BatchReport,
-    Image,
-    ImageRequest,
-    ImageTiming,
-    Item,
-    LoadCommand,
-    LoadedModel,
-    ProcessPlan,
-)
+from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.runners.shared_memory import SharedRef, read_shared, read_shared_into
 
 _DEFAULT_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
@@ -62,8 +53,8 @@ class Predictor:
     ) -> None:
         """Load, warm up and check a model file.
 
-        See `Engine.load` for `file` and `fingerprint`. `bodies_descriptor` is the descriptor of the file with
-        stored images.
+        See `Engine.load` for `file` and `fingerprint`. `bodies_descriptor` is the descriptor of the shared
+        memory from which images are read (`service.runners.shared_memory`).
 
         Raises `ModelError` that names the file.
         """
@@ -88,6 +79,8 @@ class Predictor:
         self._image_pixels = plan.image_pixels
         self._memory = memory
         self._bodies_descriptor = bodies_descriptor
+        # `_prepare_image` runs in the calling thread, or in several threads at once: it must not change
+        # `self`.
         self._map_images: Callable[..., Iterable[Any]] = map
         if plan.decode_threads > 1:
             self._map_images = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
@@ -114,11 +107,11 @@ class Predictor:
         )
 
     def predict_batch(self, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
-        """Decode and run one batch.
+        """Decode and run one batch. Call this in one thread at a time.
 
         A bad image gets an error as its answer and does not affect the other images.
 
-        `exclusive` promises that nothing else runs: the call may use all processors.
+        `exclusive` promises that no other batch runs: the call may use all processors.
 
         Raises `ModelError` when the graph does not run.
         """
@@ -145,7 +138,7 @@ class Predictor:
         return BatchReport(answers, [seconds for _, _, seconds in timed_inputs], inference, image_count)
 
     def _prepare_image(self, image: Item) -> tuple[_Input | RequestError, float, float]:
-        """Prepare an image as model input, and return also the start (monotonic) and the duration in seconds.
+        """Return the model input of an image or an error, the start (monotonic) and the duration in seconds.
 
         A row of a tensor needs no decoding.
         """
@@ -252,8 +245,7 @@ def _replace_nonfinite(
 ) -> Iterator[Answer | RequestError]:
     """Replace answers that are not finite by errors.
 
-    JSON cannot represent NaN or infinity, and any sum or mean that includes such a value would not be a
-    number.
+    JSON cannot represent NaN or infinity, and one such value would spoil every sum and mean of the metrics.
 
     For a floating-point tensor the caller sent the faulty values (`BadRequest`). All 256 values of a pixel
     are legal, so for pixels the model is at fault (`Internal`).

@@ -27,20 +27,16 @@ from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, to_one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory, supported_formats
-from fovea.service.runners.messages import (
-    Batch,
-    BatchReport,
-    DropCommand,
+from fovea.service.runners.batch_messages import Batch, BatchReport, DropCommand, parse_message
+from fovea.service.runners.frames import FrameDecoder, receive_message
+from fovea.service.runners.load_messages import (
     Failure,
-    FrameDecoder,
     LoadCommand,
     LoadedModel,
     LoadReply,
     Setup,
     SetupReply,
     UnloadCommand,
-    parse_message,
-    receive_message,
 )
 from fovea.service.runners.predictor import Predictor
 
@@ -60,10 +56,13 @@ _RECEIVE_BYTES: Final = 256 << 10
 def main(descriptor: int, lock_descriptor: int, bodies_descriptor: int) -> None:
     """Serve the socket with this file descriptor until the service closes its end.
 
-    `lock_descriptor` and `bodies_descriptor` are the descriptors of files that all runners share: the lock of
-    `connection.inference.decode_memory`, and the bodies of `connection.runners.shared_memory`.
+    `service.runners.spawn` calls this in the main thread of the new process. `lock_descriptor` and
+    `bodies_descriptor` are the descriptors of files that all runners share: the lock of
+    `service.inference.decode_memory`, and the bodies of `service.runners.shared_memory`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the service ends its runners
+    # Such signals may reach all processes of a container. The service ends its runners itself, by closing the
+    # sockets, after their last answers.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)
     configure_pillow()
@@ -104,7 +103,11 @@ def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_de
 
 
 class _Runner:
-    """The main loop of a runner, and its models by slot."""
+    """The main loop of a runner, and its models by id.
+
+    The main thread reads the socket and runs batches. Each load has a thread of its own, which shares the
+    models and the writing side of the socket with the main thread.
+    """
 
     def __init__(
         self,
@@ -117,17 +120,18 @@ class _Runner:
         self._models = models
         self._memory = memory
         self._bodies_descriptor = bodies_descriptor
-        # The main loop and loading threads share the socket: a message must be written as a whole.
+        # The main thread and loading threads write to the socket: each message must be written as a whole.
         self._send_lock = threading.Lock()
         self._loading_ids: set[int] = set()
-        """Slots whose model is being loaded."""
+        """Ids of models that are being loaded and have not been unloaded meanwhile."""
+        # Guards `_loading_ids`, and changes of `_models` together with it.
         self._load_lock = threading.Lock()
 
     def run(self) -> None:
-        """Answer batches in order.
+        """Answer batches in order, until the stream ends.
 
-        Read all waiting messages before each batch: a message may say that no caller waits for an image any
-        more.
+        Read all waiting messages before each group of batches: a `DropCommand` saves work only if it is read
+        before its batch begins.
         """
         batches: deque[Batch] = deque()
         drops: set[DropCommand] = set()
@@ -141,7 +145,7 @@ class _Runner:
                         case DropCommand() as drop:
                             drops.add(drop)
                         case LoadCommand() as load:
-                            # Before the thread starts: a following Unload must find the slot.
+                            # Before the thread starts: an `UnloadCommand` that follows must find the id.
                             self._loading_ids.add(load.model_id)
                             threading.Thread(target=self._load_model, args=(load,), daemon=True).start()
                         case UnloadCommand(model_id):
@@ -149,18 +153,19 @@ class _Runner:
             if not batches:
                 return
             group = _pop_group(batches, self._models)
+            # The service has reserved these bytes for this group until it has the answers.
             self._memory.set_grant(sum(batch.reserved_bytes for batch in group))
             self._send_bytes(b"".join(_run_group(self._models.get(group[0].model_id), group, drops)))
             # Forget drops of answered batches. Drops of later batches are still needed.
             drops = {drop for drop in drops if drop.batch_number > group[-1].number}
 
     def _send_bytes(self, content: bytes) -> None:
-        """Write one message as a whole. Called by the main loop and by loading threads."""
+        """Write messages as a whole. The main thread and loading threads call this."""
         with self._send_lock:
             self._connection.sendall(content)
 
     def _load_model(self, load: LoadCommand) -> None:
-        """Load a model in a thread, beside the batches.
+        """Load a model in a thread of its own, while the main thread runs batches, and send the reply.
 
         ONNX Runtime releases the global interpreter lock while it loads.
         """
@@ -174,6 +179,7 @@ class _Runner:
             outcome = Failure(f"{type(error).__name__}: {to_one_line(error)}", trace=traceback.format_exc())
         else:
             outcome = model.loaded_model
+            # Before the reply: the service may send batches for the model as soon as it has the reply.
             with self._load_lock:
                 if load.model_id in self._loading_ids:
                     self._loading_ids.remove(load.model_id)
@@ -184,9 +190,11 @@ class _Runner:
     def _unload_model(self, model_id: int) -> None:
         """Drop a model and return its memory to the system.
 
-        Without the trim, glibc would keep freed memory between other blocks.
+        The main thread calls this between two groups of batches, so the model is not in use. Without the
+        trim, glibc would keep freed memory between other blocks.
         """
-        with self._load_lock:  # a model that is still loading is then not kept
+        # A thread that is still loading the model does not find the id afterwards, and drops the model.
+        with self._load_lock:
             self._loading_ids.discard(model_id)
             if self._models.pop(model_id, None) is None:
                 return
@@ -198,7 +206,7 @@ def _pop_group(batches: deque[Batch], models: Mapping[int, Predictor]) -> list[B
 
     One image is left over, so that there is work until the next batches arrive. With 8 callers this gives 2 %
     more throughput than leaving none, 4 % more than leaving two, and 10 % more than running each batch
-    separately.
+    separately. `connection._count_suspects` in the service must know these rules: they must change together.
     """
     max_images = max(1, sum(len(batch.images) for batch in batches) - 1)
     first = batches.popleft()
@@ -228,9 +236,10 @@ def _receive_bytes(connection: socket.socket, *, wait: bool) -> bytes:
 
 
 def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropCommand]) -> Iterator[bytes]:
-    """Run batches together, and yield the reply to each batch.
+    """Run batches together, and yield the reply to each batch, in the order of the batches.
 
-    `model` is None if it was unloaded; a model is unloaded only when no caller waits for its answers.
+    Every batch gets a reply, whatever happens: the service waits for one. `model` is None if it was unloaded;
+    a model is unloaded only when no caller waits for its answers.
     """
     now = time.monotonic()
     masks = [
@@ -266,4 +275,4 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropComma
         batch_size = 0  # count the model call only once
 
 
-_DROPPED_ERROR = DeadlineExceeded("nobody waits for this image any more")
+_DROPPED_ERROR = DeadlineExceeded("no caller waits for this image any more")

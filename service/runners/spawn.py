@@ -1,4 +1,4 @@
-"""Start the service's own processes: runners, trials, and explaining processes."""
+"""Start of the service's own processes: runners, trials, and explaining processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ENVIRONMENT: Final = {
 """Environment variables of a new process, unless the service's own environment sets them.
 
 By default glibc raises its thresholds with every large image and keeps blocks of up to 32 MB (mallopt(3)), so
-memory would grow with the largest image. Instead, Pillow keeps four of its blocks of at most 16 MB: fresh
-pages took an eighth of the decoding time of a phone's photograph.
+memory would grow with the largest image. Instead, Pillow keeps four of its blocks of at most 16 MB: otherwise
+the system's work on fresh pages takes an eighth of the decoding time of a phone's photograph.
 """
 
 LOAD_TIMEOUT_FACTOR: Final = 10
-"""Wall-clock limit of a load or a trial, as a multiple of its processor time: other processes run too."""
+"""Time limit of a load or a trial, as a multiple of its limit of processor time: other processes run too."""
 
 _PROCESS_CODE: Final = (
     "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
@@ -35,8 +35,9 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Run `main(*descriptors, *limits)` of a module of `fovea.service` in a new process.
 
-    The process inherits the file descriptors. With `quiet`, its standard error is discarded: native libraries
-    may write messages when they exit. Raises `OSError`.
+    The process inherits these file descriptors under the same numbers, and no others. The caller must keep
+    them open until this function returns, and may close its copies afterwards. With `quiet`, standard error
+    of the process is discarded: native libraries may write messages when they exit. Raises `OSError`.
     """
     arguments = (*descriptors, *limits)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
@@ -45,6 +46,6 @@ def start_process(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL if quiet else None,
-        process_group=0,  # so that Ctrl-C in a terminal reaches only the service
+        process_group=0,  # Ctrl-C in a terminal then reaches only the service, which ends this process
         env={**ENVIRONMENT, **os.environ},
     )

@@ -27,10 +27,13 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.runners import shared_memory, spawn
-from fovea.service.runners.batcher import INFINITY, LEVEL_COUNT, Batcher, Job, Lane, RunnerLost
+from fovea.service.runners.batch_messages import Answer, ImageRequest, Item
+from fovea.service.runners.batcher import LEVEL_COUNT, Batcher
+from fovea.service.runners.lane import INFINITY, Job, Lane
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.runners.memory_plan import create_spare_memory
-from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel
 from fovea.service.runners.pool import RunnerPool
+from fovea.service.runners.runner_interface import RunnerLost
 from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
 from fovea.service.serving.prediction_metrics import PredictionMetrics

@@ -6,7 +6,7 @@ from typing import Final
 
 from fovea.service.inference.drift import DriftMonitor
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.messages import Answer
+from fovea.service.runners.batch_messages import Answer
 from fovea.service.serving.registry import LiveModel
 
 _MAX_LABELS: Final = 100

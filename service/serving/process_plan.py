@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fovea.service.artifact.repository import ModelConfig
 from fovea.service.resources.threads import ThreadPlan
-from fovea.service.runners.messages import ProcessPlan
+from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.settings import Settings
 
 

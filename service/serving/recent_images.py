@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from fovea.service.runners.messages import ImageRequest, Item
+from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedRef
 
 MAX_BYTES: Final = 16 << 20

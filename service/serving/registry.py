@@ -22,8 +22,10 @@ from fovea.service.artifact.repository import (
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
-from fovea.service.runners.batcher import LEVEL_COUNT, Lane
-from fovea.service.runners.messages import Answer, Item, LoadCommand, LoadedModel, weight_of
+from fovea.service.runners.batch_messages import Answer, Item, weight_of
+from fovea.service.runners.batcher import LEVEL_COUNT
+from fovea.service.runners.lane import Lane
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.serving.statistics import ModelStatistics
 from fovea.service.settings import Settings
 

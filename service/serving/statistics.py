@@ -6,8 +6,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from fovea.service.runners.batcher import Job
-from fovea.service.runners.messages import Answer
+from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.lane import Job
 
 
 @dataclass(slots=True)

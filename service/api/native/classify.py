@@ -34,7 +34,7 @@ from fovea.service.http.paths import normalize_path
 from fovea.service.http.request_context import get_context, get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.runners.batcher import Job
+from fovea.service.runners.lane import Job
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, rank_labels

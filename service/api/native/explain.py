@@ -36,7 +36,7 @@ from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import render_error
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import ImageWarning, create_warning_headers
-from fovea.service.runners.messages import Answer, ImageTiming
+from fovea.service.runners.batch_messages import Answer, ImageTiming
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import find_label_index, rank_labels

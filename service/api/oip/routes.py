@@ -51,7 +51,7 @@ from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import format_warnings
-from fovea.service.runners.messages import Image, ImageRequest, Item
+from fovea.service.runners.batch_messages import Image, ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel

@@ -21,7 +21,8 @@ from fovea.service.api.oip.routes import InferAdapter
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
-from fovea.service.runners.messages import ImageRequest, LoadCommand, LoadedModel, ProcessPlan
+from fovea.service.runners.batch_messages import ImageRequest
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build_model, read_contract

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fovea.service.api.tensors import BinaryData, InferInput, ModelInputs, pack_elements
 from fovea.service.errors import BadRequest, RequestError
-from fovea.service.runners.messages import ImageRequest, Item
+from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedRef
 from tests.service.api.infer_bodies import SETTINGS, check_infer_request, make_model, parse_infer_body
 

@@ -313,7 +313,8 @@ def test_requests_are_counted_by_protocol(server: Server) -> None:
     server.client.post("/models/small", content=make_jpeg())
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
     assert (
-        server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small") == seconds + 1
+        server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small")
+        == seconds + 1
     )
 
 

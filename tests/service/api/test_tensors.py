@@ -20,7 +20,9 @@ from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_inpu
 from fovea.service.errors import BadRequest, GoldenError, ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine
-from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, Item, ProcessPlan
+from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest, Item
+from fovea.service.runners.frames import FrameDecoder
+from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor
 from fovea.service.runners.shared_memory import SharedRef
 from tests.export.classifiers import Array, build_classifier, run_onnx

@@ -20,7 +20,8 @@ from fovea.service.image_warnings import (
     format_warnings,
 )
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageTiming
+from fovea.service.runners.batch_messages import Answer, BatchReport, ImageTiming
+from fovea.service.runners.frames import FrameDecoder
 from tests.pictures import encode_image, make_jpeg
 from tests.servers import Server
 from tests.service.api.test_explain import post_explain

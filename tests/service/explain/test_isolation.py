@@ -21,14 +21,8 @@ from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.explain.client import ExplainerReply, _Process
-from fovea.service.runners.messages import (
-    MAX_PIECE_BYTES,
-    LoadCommand,
-    LoadedModel,
-    ProcessPlan,
-    receive_message,
-    send_message,
-)
+from fovea.service.runners.frames import MAX_PIECE_BYTES, receive_message, send_message
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model, read_contract
@@ -212,4 +206,4 @@ def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_pa
         assert second.read_response().error_code == "internal"
         assert third.read_response().status == 200
         assert pid not in server.runner_pids
-    assert "where 2 was due; it is killed" in server.log
+    assert "instead of batch 2; it is killed" in server.log

@@ -1,4 +1,4 @@
-"""Control groups of both versions, as files."""
+"""Control groups of versions 1 and 2. The tests write their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fovea.service.resources.cgroup import Cgroup
 
 
 def make_cgroup(root: Path, lines: str, files: dict[str, str]) -> Cgroup:
-    """A file system of control groups, and a /proc/self/cgroup, under `root`."""
+    """Write files of control groups, and a file like /proc/self/cgroup, under `root`."""
     root.mkdir(exist_ok=True)
     (root / "self").write_text(lines)
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""How many processors there are, and how they are shared out."""
+"""The number of usable processors, and their division among runners and threads."""
 
 from __future__ import annotations
 

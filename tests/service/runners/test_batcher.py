@@ -12,20 +12,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batcher import (
-    INFINITY,
-    LEVEL_COUNT,
-    BatchCallback,
-    Batcher,
-    DropItem,
-    Job,
-    Lane,
-    RunnerLost,
-)
+from fovea.service.runners.batcher import LEVEL_COUNT, Batcher
+from fovea.service.runners.lane import INFINITY, DropItem, Job, Lane
+from fovea.service.runners.runner_interface import BatchCallback, RunnerLost
 
 
 class Doubler:
-    """A runner that doubles numbers, when it is told to; thirteen is an error for its whole batch."""
+    """A runner that doubles numbers, at once or at `finish_batch`. The number 13 fails its whole batch."""
 
     def __init__(self, *, is_multi_threaded: bool = False, is_automatic: bool = True) -> None:
         self.is_multi_threaded = is_multi_threaded
@@ -91,7 +84,7 @@ def make_batcher(*runners: Doubler, memory: float = INFINITY) -> Batcher:
 
 
 def run_test(test: Coroutine[None, None, None]) -> None:
-    """Run to the end, or fail: a caller who is never answered must not hang the tests."""
+    """Run a test with a time limit: a caller who is never answered must not hang the tests."""
 
     async def run_limited() -> None:
         async with asyncio.timeout(20):
@@ -101,7 +94,7 @@ def run_test(test: Coroutine[None, None, None]) -> None:
 
 
 async def run_ready_callbacks() -> None:
-    """Let the event loop do all that is ready."""
+    """Let the event loop run all callbacks that are ready."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -301,7 +294,7 @@ def test_what_is_past_its_deadline_is_not_worked_on() -> None:
 
 def test_company_is_waited_for_where_it_is_told_to() -> None:
     async def run() -> None:
-        ours, runner = make_lane(wait=0.05), Doubler()
+        ours, runner = make_lane(max_wait=0.05), Doubler()
         batches = make_batcher(runner)
         first = batches.submit(1, ours)
         await asyncio.sleep(0.01)
@@ -460,7 +453,7 @@ def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
     run_test(run())
 
 
-# --- what must happen does, whatever goes wrong beside it ----------------------------------------
+# --- exceptions in callbacks, runners and metrics ------------------------------------------------
 
 
 def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are_answered() -> None:
@@ -503,7 +496,9 @@ def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
 
 def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> None:
     class Unsendable(Doubler):
-        def start(self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any) -> DropItem:
+        def start_batch(
+            self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any
+        ) -> DropItem:
             if 2 in items:
                 raise TypeError("no JSON")
             return super().start_batch(lane, items, *rest, **options)
@@ -590,7 +585,7 @@ def test_dear_items_have_half_of_the_runners_while_cheaper_ones_come_and_all_whe
 
 
 def test_one_runner_takes_all_and_shares_its_time() -> None:
-    """A second for a cheap item counts an eighth of one for the most expensive."""
+    """A second of a runner's time costs the most expensive level eight times as much as the cheapest."""
 
     async def test() -> None:
         only = Doubler(is_automatic=False)

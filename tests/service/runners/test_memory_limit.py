@@ -47,7 +47,7 @@ def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple
 
 @pytest.fixture(scope="module")
 def bodies() -> list[bytes]:
-    """Large pictures of several formats and costs, and a small one."""
+    """Return large pictures in several formats, and a small picture."""
     photograph = draw_picture(1500, 1200).resize((6000, 4000))
     flat = draw_picture(64, 64).resize((7000, 7000))
     return [
@@ -80,7 +80,7 @@ def test_whatever_is_asked_is_answered_or_refused_and_nobody_is_killed(
 
 
 def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo: Path) -> None:
-    """The process that explains has the only memory that a trial could use, and gives way."""
+    """The explaining process has the only memory that a trial could use, and ends for the trial."""
     settings = {"FOVEA_WATCH": "0.1", "FOVEA_RUNNERS": "1"}
     with limited_server(zoo, 300, **settings) as (running, group):
         statuses: Counter[int] = Counter()
@@ -116,7 +116,7 @@ def _has_more_than(statuses: Counter[int], count: int) -> bool:
 
 
 def test_memory_for_inflated_bodies_is_returned_to_the_system(small_zoo: Path) -> None:
-    """glibc's own limits rise with large blocks, and small blocks leave gaps: it kept 100 to 300 MB."""
+    """With its default thresholds, glibc kept 100 to 300 MB: they rise with large blocks (`spawn`)."""
     packed = gzip.compress(os.urandom(7 * MB), 1)
     with Server(FOVEA_MODELS=str(small_zoo)) as running:
         before = _anonymous_bytes(running.process.pid)

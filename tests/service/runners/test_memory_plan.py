@@ -1,4 +1,4 @@
-"""Limits that follow the container's memory, by control groups of the test's own."""
+"""Limits that follow the container's memory. The tests write the files of the control groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners import memory_plan
-from fovea.service.runners.messages import LoadCommand, ProcessPlan
+from fovea.service.runners.load_messages import LoadCommand, ProcessPlan
 from fovea.service.settings import Settings
 
 MB = 1 << 20
 
 
 def make_cgroup(folder: Path, limit: int | None) -> Cgroup:
-    """A control group of version 2 with this limit, or without one."""
+    """Return a control group of version 2 with this memory limit, or without a limit."""
     (folder / "group").mkdir(exist_ok=True)
     (folder / "self").write_text("0::/\n")
     (folder / "group" / "memory.max").write_text("max\n" if limit is None else f"{limit}\n")
@@ -32,7 +32,7 @@ def fit_settings(folder: Path, limit: int | None, **values: Any) -> Settings:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A repository of two models, of 8 and of 20 MB, of which the latest versions count."""
+    """A repository of two models; their latest versions have 8 and 20 MB."""
     for name, version, size in (("a", "2", 8 * MB), ("a", "1", 90 * MB), ("b", "1", 20 * MB)):
         path = tmp_path / name / version / "model.onnx"
         path.parent.mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_all_that_callers_can_make_it_take_fits(folder: Path, limit: int, worker
 
 
 def test_runners_are_left_out_where_there_is_no_memory_for_them(folder: Path) -> None:
-    """Each takes 58 MB, and three times the 28 MB of models."""
+    """Each runner takes 58 MB, and three times the 28 MB of the models."""
     planned = fit_settings(folder, None)
     assert planned.runners == 0  # one for each processor
     assert fit_settings(folder, 300 * MB).runners == 1
@@ -91,7 +91,7 @@ def test_what_was_set_by_hand_stays(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_too_little_for_what_it_takes_at_rest_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit_settings(folder, 200 * MB, runners=2)
-    assert "the container's memory limit of 200 MB is little for 2 runners" in caplog.text
+    assert "the container's memory limit of 200 MB is too small for 2 runners" in caplog.text
 
 
 def test_no_memory_for_trials_and_explanations_is_said(

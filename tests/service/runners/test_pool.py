@@ -1,4 +1,4 @@
-"""Runners that die, hang and raise: who notices, and what is put in their place."""
+"""Runners that die, hang or raise, and their replacement."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from PIL import Image
 
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.batcher import Lane
-from fovea.service.runners.messages import Answer
-from fovea.service.runners.messages import Image as Encoded
-from fovea.service.runners.pool import _count_suspects, _PendingBatch
+from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.batch_messages import Image as Encoded
+from fovea.service.runners.connection import _count_suspects, _PendingBatch
+from fovea.service.runners.lane import Lane
 from tests.graphs import add_to_repository, build_model, build_nan_for_black
 from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.poison import EXIT_IMAGE, RAISE_IMAGE, BlockingImage, make_poison_environment
@@ -58,7 +58,7 @@ def gate(tmp_path: Path) -> BlockingImage:
 
 @pytest.fixture
 def poisoned(small_zoo: Path, tmp_path: Path) -> Iterator[Server]:
-    """One runner, and it falls for poison."""
+    """A service with one runner that reacts to the images of `tests.poison`."""
     with Server(
         FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **make_poison_environment(tmp_path)
     ) as running:
@@ -66,7 +66,10 @@ def poisoned(small_zoo: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def _send_one_batch(server: Server, gate: BlockingImage, *images: bytes) -> list[int]:
-    """The statuses of requests of one image each that come while the runner is busy: they share a batch."""
+    """Send requests of one image each while the runner is busy, so that they share a batch.
+
+    Return their status codes.
+    """
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.url)) for _ in range(len(images) + 1)]
         wires[0].send(classify_request(gate.image))
@@ -200,7 +203,7 @@ def test_an_image_that_hangs_runners_is_given_up(
 
 
 def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -> None:
-    """It is kept open while it is served."""
+    """The service keeps the file open while it serves the model."""
     zoo = tmp_path / "zoo"
     shutil.copytree(small_zoo, zoo)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0") as running:
@@ -242,7 +245,7 @@ def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_p
 
 @pytest.mark.long
 def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_path: Path) -> None:
-    """No runner can be started any more: one after the other hangs before it reads what to load."""
+    """No runner can be started any more: each one hangs before it reads its setup."""
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
@@ -282,14 +285,14 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
 
 
 def _descendant_pids(pid: int, module: str) -> set[int]:
-    """The processes below this one that run a module of the service."""
+    """Return the pids of descendants of the process `pid` that run a module of the service."""
     children = list_children(pid)
     own = {child for child in children if is_running_module(child, module)}
     return own.union(*(_descendant_pids(child, module) for child in children))
 
 
 def _damage_file(model: Path) -> None:
-    """Written into the file, so that who has it open has the damage too."""
+    """Overwrite bytes in place, so that processes that have the file open see the damage too."""
     with model.open("r+b") as file:
         file.write(b"damaged")
 
@@ -303,7 +306,7 @@ def _kill_runners(server: Server) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, workers: str) -> None:
-    """Though nobody watches the repository, and the file that was served is damaged."""
+    """This happens although the repository is not watched, and although the served file is damaged."""
     zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo")
     publish_variant(zoo, seed=2)
     settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers}
@@ -325,7 +328,7 @@ def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, 
 
 @pytest.mark.long
 def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Path) -> None:
-    """All of them are killed, and the file that they had is damaged."""
+    """All workers are killed, and the file that they had loaded is damaged."""
     zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo")
     publish_variant(zoo, seed=2)
     settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": "2"}
@@ -395,7 +398,7 @@ if "runners.process" in " ".join(sys.orig_argv):
 
     process._Runner._load_model = gated
 """
-"""A runner says when it begins to load one model more, and waits until it may."""
+"""Code for a runner: create the file `began` when a further load begins; load once the file `gate` exists."""
 
 
 def _gated_settings(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Path, Path]:
@@ -424,7 +427,7 @@ def test_a_load_goes_on_when_a_runner_dies_that_has_not_begun(tmp_path: Path) ->
 
 @pytest.mark.long
 def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
-    """Its limit is ten times FOVEA_TRIAL_SECONDS."""
+    """The limit of a load is ten times FOVEA_TRIAL_SECONDS."""
     zoo = add_to_repository(build_model(), tmp_path / "zoo")
     settings, began, gate = _gated_settings(tmp_path, FOVEA_RUNNERS="2", FOVEA_TRIAL_SECONDS="0.5")
     with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
@@ -436,7 +439,7 @@ def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
         assert loading.result().status_code == 200
         running.wait_for_metric(2, "fovea_runners")
         assert get_served_version(running) == "2"
-    assert "has not loaded a model within 5 s; it is killed" in running.log
+    assert "has not loaded a model within 5 s (10 times FOVEA_TRIAL_SECONDS); it is killed" in running.log
 
 
 @pytest.mark.long
@@ -474,7 +477,7 @@ if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
 def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(
     small_zoo: Path, tmp_path: Path
 ) -> None:
-    """It computes right when it starts, and wrongly later."""
+    """The host computes correctly when the service starts, and wrongly when the runner is replaced."""
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(WRONG.format(flag=str(flag)))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -525,7 +528,7 @@ def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> 
 
 
 def test_one_that_dies_while_it_loads_is_tried_again(small_zoo: Path, tmp_path: Path) -> None:
-    """Before it has read what to load: the socket is then reset."""
+    """The runner dies before it has read its setup, so the socket is reset."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -583,7 +586,7 @@ def test_padding_in_the_middle_of_a_large_image_is_refused(server: Server) -> No
 
 
 def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> None:
-    """They are written in pieces, as the socket takes them."""
+    """The messages are written in pieces, whenever the socket has room."""
     noise = np.random.default_rng(0).integers(0, 256, (400, 180, 3), dtype=np.uint8)
     images = [encode_image(Image.fromarray(noise + shade), "PNG", compress_level=0) for shade in range(4)]
     assert len(images[0]) > 200_000
@@ -608,7 +611,7 @@ def _begin_batch(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = Fals
 
 
 def test_suspects_are_what_the_runner_may_have_put_together() -> None:
-    """And nobody else: an image is given up when it is suspected twice."""
+    """No other batch is a suspect, because an image is given up when it is a suspect twice."""
     ours, others = (Lane[Encoded, Answer](model_id=i, batch_max=4, weight_max=100, weigh=len) for i in (0, 1))
     one, large = _begin_batch(ours, b"x"), _begin_batch(ours, b"x" * 99)
     assert _count_suspects([]) == 0
@@ -629,7 +632,7 @@ def test_runners_stand_back_behind_the_service(server: Server) -> None:
 
 
 def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Path) -> None:
-    """A model that gives NaN for black pictures: each is an error of its own, and others go on."""
+    """The model gives NaN for black pictures: only these get an error."""
     zoo = add_to_repository(build_nan_for_black(), tmp_path / "zoo")
     black = encode_image(Image.new("RGB", (32, 32)), "PNG")
     places = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8"}
@@ -655,7 +658,7 @@ def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Pa
 
 @pytest.mark.long
 def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: Path) -> None:
-    """Together they need more than there is: each is decoded, and cheap ones are answered meanwhile."""
+    """Together the images need more memory than there is: all are decoded, and cheap ones need not wait."""
     large = encode_image(draw_picture(2000, 1500), "PNG", compress_level=0)  # 84 MB by its header, of 150
     limits = {"FOVEA_DECODE_BYTES": "200000000", "FOVEA_RUNNERS": "4"}
     with (

@@ -1,4 +1,4 @@
-"""What a runner takes at once, and says of an image besides its probabilities."""
+"""Batch sizes of a predictor, and the brightness, entropy and errors in its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fovea.service.artifact.contract import Task
 from fovea.service.errors import Internal
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
-from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, ProcessPlan
+from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest
+from fovea.service.runners.frames import FrameDecoder
+from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
 from tests.graphs import build_model, build_nan_for_black
 from tests.pictures import encode_image, make_jpeg

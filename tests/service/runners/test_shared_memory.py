@@ -22,12 +22,12 @@ def slots() -> Iterator[SharedBodies]:
 
 
 def resident_bytes(bodies: SharedBodies) -> int:
-    """Bytes of the memory that are there."""
+    """Return the number of allocated bytes of the shared memory."""
     return os.fstat(bodies.descriptor).st_blocks * 512
 
 
 def run_on_loop(action: Callable[[], None]) -> None:
-    """Then let the event loop do what is left to do."""
+    """Run `action` on an event loop, and then the callbacks that it has scheduled."""
 
     async def run() -> None:
         action()
@@ -60,7 +60,7 @@ def test_there_are_so_many_and_the_warmest_is_taken_first(slots: SharedBodies) -
 
 
 def test_little_memory_stays_and_much_is_returned(slots: SharedBodies) -> None:
-    """Whatever the sizes: 32 MB stay."""
+    """At most about 32 MB stay allocated, whatever the sizes."""
 
     def use(*sizes: int) -> None:
         taken = [slots.allocate() for _ in sizes]

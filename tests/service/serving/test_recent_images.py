@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fovea.service.runners.messages import ImageRequest
+from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.shared_memory import SharedRef
 from fovea.service.serving.recent_images import RecentImages
 

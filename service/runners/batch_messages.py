@@ -1,0 +1,290 @@
+"""Messages about batches of images, between the service and its runner processes.
+
+    service → runner    Batch                       ┐ repeated; replies come in the order of the batches;
+    runner → service    BatchReport, or Failure     ┘ a runner may run several batches together
+    service → runner    DropCommand: the caller of an image in a batch has left
+
+BatchReport and Failure repeat the number of their Batch. A runner gets no batches before it has replied to
+its Setup (`service.runners.load_messages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from fovea.service.errors import RequestError, error_from_dict
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.runners.frames import (
+    MAX_PIECE_BYTES,
+    BytesLike,
+    Frame,
+    encode_frame,
+    encode_header,
+    split_content,
+)
+from fovea.service.runners.load_messages import Failure, LoadCommand, UnloadCommand
+from fovea.service.runners.shared_memory import SharedRef
+
+Image: TypeAlias = BytesLike | SharedRef
+"""Bytes of one encoded image, or their location in the memory that service and runners share."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """One image with options, beside its bytes."""
+
+    content: Image
+    tensor_name: str | None = None
+    """Name of the model's tensor of which `content` is a row; None for an encoded image.
+
+    See `service.artifact.inputs`.
+    """
+    include_logits: bool = False
+    """True if the caller wants the logits too."""
+
+
+Item: TypeAlias = Image | ImageRequest
+"""Entry of a batch: one image."""
+
+
+def weight_of(item: Item) -> int:
+    """Return the number of bytes to decode; 0 for a row of a tensor."""
+    if isinstance(item, ImageRequest):
+        return 0 if item.tensor_name else len(item.content)
+    return len(item)
+
+
+class Batch(NamedTuple):
+    """Images for one model.
+
+    The bytes of an image are either part of the message or lie in shared memory (`SharedRef`). Bytes in
+    shared memory must be complete before the batch is sent: the message is the only signal that they can be
+    read.
+    """
+
+    number: int
+    """Sequence number among the batches of one runner."""
+    model_id: int
+    """Id of the model."""
+    images: Sequence[Item]
+    deadlines: Sequence[float | None]
+    """Deadline of each image on the system's monotonic clock, in seconds; None for no deadline."""
+    exclusive: bool
+    """True if no runner had another batch when this one was sent: the model call may use all processors."""
+    separate: bool
+    """True if the batch must not run together with other batches."""
+    reserved_bytes: int = 0
+    """Bytes reserved for decoding the images (`service.inference.decode_memory`)."""
+
+    @property
+    def weight(self) -> int:
+        """Number of bytes to decode in this batch."""
+        return sum(map(weight_of, self.images))
+
+    def to_pieces(self) -> Iterator[memoryview]:
+        """Yield the pieces of the encoded message in order.
+
+        Large images are not copied, and images in shared memory are not sent. The pieces are views of the
+        images, which must not change until the last piece is written. No other message may be written between
+        two pieces.
+        """
+        contents = (image.content if isinstance(image, ImageRequest) else image for image in self.images)
+        inline_contents = [content for content in contents if not isinstance(content, SharedRef)]
+        values = {
+            "number": self.number,
+            "model": self.model_id,
+            "images": [_describe_image(image) for image in self.images],
+            "deadlines": self.deadlines,
+            "alone": self.exclusive,
+            "apart": self.separate,
+            "memory": self.reserved_bytes,
+        }
+        size = sum(map(len, inline_contents))
+        if size <= MAX_PIECE_BYTES:
+            yield memoryview(encode_frame(values, inline_contents))
+            return
+        yield memoryview(encode_header(values, size))
+        for image in inline_contents:
+            for start in range(0, len(image), MAX_PIECE_BYTES):
+                yield memoryview(image)[start : start + MAX_PIECE_BYTES]
+
+
+class DropCommand(NamedTuple):
+    """Notice that no caller waits any more for the image at `image_index` of the batch with this number.
+
+    The runner still answers the whole batch. If it reads the notice before it begins the batch, it does no
+    work for the image, and the answer is an error that no caller receives.
+    """
+
+    batch_number: int
+    image_index: int
+
+    def to_bytes(self) -> bytes:
+        """Return the encoded message."""
+        return encode_frame({"drop": [self.batch_number, self.image_index]})
+
+
+def _describe_image(image: Item) -> Any:
+    """Return the JSON value that describes an image.
+
+    This is the size of an image in the message or the location of an image in shared memory, with the options
+    of an `ImageRequest`.
+    """
+    if isinstance(image, ImageRequest):
+        return {
+            "place": _describe_image(image.content),
+            "tensor": image.tensor_name,
+            "logits": image.include_logits,
+        }
+    return (image.offset, image.size) if isinstance(image, SharedRef) else len(image)
+
+
+def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCommand:
+    """Decode a message that a runner received.
+
+    The images of a batch are views into the frame, or locations in shared memory, which is not read here.
+    """
+    values, content = frame
+    if "drop" in values:
+        return DropCommand(*values["drop"])
+    if "load" in values:
+        return LoadCommand.from_dict(values["load"])
+    if "unload" in values:
+        return UnloadCommand(values["unload"])
+    images, start = [], 0
+    for entry in values["images"]:
+        options = entry if isinstance(entry, dict) else None
+        location = options["place"] if options else entry
+        image: Image
+        if isinstance(location, int):
+            image, start = content[start : start + location], start + location
+        else:
+            image = SharedRef(*location)
+        images.append(ImageRequest(image, options["tensor"], options["logits"]) if options else image)
+    return Batch(
+        values["number"],
+        values["model"],
+        images,
+        values["deadlines"],
+        values["alone"],
+        values["apart"],
+        values["memory"],
+    )
+
+
+class ImageTiming(NamedTuple):
+    """Timing of one image: start times on the system's monotonic clock, and durations, in seconds."""
+
+    decode_started_at: float
+    decode_seconds: float
+    inference_started_at: float
+    inference_seconds: float
+    batch_size: int
+    """Number of images in the model call."""
+
+
+class Answer(NamedTuple):
+    """Result of one image, with the probability of every label.
+
+    Sizes are in pixels, after EXIF orientation. In the service, the arrays are views into the received frame.
+    """
+
+    format: str
+    """Image format; empty for a tensor."""
+    width: int
+    height: int
+    brightness: float | None
+    """Mean of all values of the model's input, from 0 to 1; None if unknown."""
+    entropy: float
+    """Normalised entropy of the probabilities, from 0 (certain) to 1 (all labels equal)."""
+    probabilities: memoryview[float]
+    """Probabilities, float32 (labels,), in the contract's order."""
+    ranking: memoryview[int]
+    """Label indices, int32 (labels,), most probable first. Equal probabilities keep their order."""
+    timing: ImageTiming
+    logits: memoryview[float] | None = None
+    """Logits, float32 (`contract.logit_count`,); None if no caller in the batch wanted them."""
+    warnings: Sequence[ImageWarning] = ()
+    """Warnings about the conversion of the image to pixels."""
+
+
+class BatchReport(NamedTuple):
+    """Reply to a `Batch`: an answer or an error for each image, in order, and durations in seconds."""
+
+    answers: Sequence[Answer | RequestError]
+    decode_seconds: Sequence[float]
+    """Decoding time of each image, in seconds."""
+    inference_seconds: float
+    """Duration of the model call, in seconds."""
+    batch_size: int
+    """Number of images in the model call; 0 if there was no call, or if another report counts the call."""
+    batch_number: int = 0
+    """Sequence number of the answered batch."""
+
+    def to_bytes(self) -> bytes:
+        """Return the encoded message."""
+        heads: list[Any] = []
+        parts: list[memoryview] = []
+        logits: list[memoryview] = []
+        for answer in self.answers:
+            if isinstance(answer, RequestError):
+                heads.append(answer.to_dict())
+            else:
+                *head, probabilities, ranking, timing, image_logits, warnings = answer
+                heads.append([[*map(list, warnings)], *head, *timing])
+                parts += [probabilities.cast("B"), ranking.cast("B")]
+                if image_logits is not None:
+                    logits.append(image_logits.cast("B"))
+        values = {
+            "answers": heads,
+            "decode": self.decode_seconds,
+            "inference": self.inference_seconds,
+            "batch": self.batch_size,
+            "number": self.batch_number,
+            "logits": sum(map(len, logits)),
+        }
+        return encode_frame(values, [*parts, *logits])
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> BatchReport | Failure:
+        """Decode a received message, which may be a `Failure`."""
+        values, content = frame
+        if failure := Failure.from_dict(values):
+            return failure
+        answers: list[Answer | RequestError] = []
+        heads = values["answers"]
+        answer_count = sum(isinstance(head, list) for head in heads)
+        # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers.
+        end = len(content) - values["logits"]
+        rows = split_content(
+            content, [end // (2 * answer_count)] * (2 * answer_count) if answer_count else []
+        )
+        logits = (
+            split_content(content[end:], [values["logits"] // answer_count] * answer_count)
+            if values["logits"]
+            else None
+        )
+        for head in heads:
+            if isinstance(head, list):
+                warning_values, image_format, width, height, brightness, entropy, *timing = head
+                row = (next(rows).cast("f"), next(rows).cast("i"))
+                image_logits = next(logits).cast("f") if logits else None
+                warnings = [ImageWarning(*one) for one in warning_values]
+                answers.append(
+                    Answer(
+                        image_format,
+                        width,
+                        height,
+                        brightness,
+                        entropy,
+                        *row,
+                        ImageTiming(*timing),
+                        image_logits,
+                        warnings,
+                    )
+                )
+            else:
+                answers.append(error_from_dict(head))
+        return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])
