@@ -186,7 +186,7 @@ def _fit_recipe(
     initial_state: InitialState,
     console: Console,
 ) -> Recipe:
-    """Measure a few steps and fit the epochs to the rest of `seconds`, which are counted from `started_at`."""
+    """Measure a few steps and fit the epochs to the rest of `seconds`, counted from `started_at`."""
     pace = measure_pace(data, recipe, initial_state, seconds * _PROBE_SHARE)
     remaining_seconds = seconds - (time.monotonic() - started_at)
     recipe = fit_epochs(recipe, data, pace, remaining_seconds, seconds * _MIN_TRAINING_SHARE)
@@ -199,14 +199,14 @@ def _fit_recipe(
         )
     steps = recipe.epoch_steps or max(1, len(data.train) // recipe.batch)
     console.print(
-        f"{format_duration(seconds)}: {format_count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
-        f"{recipe.batch / pace.step_seconds:.0f} images/s",
+        f"{format_duration(seconds)}: {format_count(recipe.epochs, 'epoch')} of {steps * recipe.batch} "
+        f"images, at {recipe.batch / pace.step_seconds:.0f} images/s",
         soft_wrap=True,
     )
     if recipe.epochs * steps < _MIN_STEPS:
         console.print(
-            f"{format_duration(seconds)} are little for these images: {recipe.epochs * steps} steps are hardly a "
-            "beginning",
+            f"{format_duration(seconds)} are little for these images: {recipe.epochs * steps} steps are "
+            "hardly a beginning",
             style="yellow",
             soft_wrap=True,
         )

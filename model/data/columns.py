@@ -17,10 +17,10 @@ from fovea.model.data.inventory import Part, join_names
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import Columns, ParsedTable
 
-_PATH_NAMES: Final = """path filepath filename file imagepath imagefile imagefilename imagename image imageid
-    imageindex imgpath imgname imgid img picture photo id name"""
-_LABEL_NAMES: Final = """label labels class classname classlabel category categories target tag tags breed species
-    diagnosis dx findinglabels labelname y classid labelid"""
+_PATH_NAMES: Final = """path filepath filename file imagepath imagefile imagefilename imagename image
+    imageid imageindex imgpath imgname imgid img picture photo id name"""
+_LABEL_NAMES: Final = """label labels class classname classlabel category categories target tag tags breed
+    species diagnosis dx findinglabels labelname y classid labelid"""
 _SPLIT_NAMES: Final = "split splits datasplit set subset partition usage phase mode part dataset fold"
 """Known column names, the most reliable first; `Image Index` and `image_index` become `imageindex`."""
 
@@ -125,8 +125,8 @@ def detect_roles(table: ParsedTable, choices: Choices) -> ColumnRoles:
             notes,
         )
     raise DataError(
-        f"{table.path} needs a column of labels: it has {_format_columns(table)}; say which with --label-column, more "
-        "than once where each label has a column of 1 and 0"
+        f"{table.path} needs a column of labels: it has {_format_columns(table)}; say which with "
+        "--label-column, more than once where each label has a column of 1 and 0"
     )
 
 
@@ -193,8 +193,8 @@ def _check_flags(table: ParsedTable, flags: dict[int, str]) -> dict[int, str]:
         for line, fields in table.rows:
             if fields[column].lower() not in _TRUE_VALUES | _FALSE_VALUES:
                 raise DataError(
-                    f"{table.format_position(line)}: the column {name!r} has {fields[column]!r}; where --label-column "
-                    "is given more than once, each has 1 or 0"
+                    f"{table.format_position(line)}: the column {name!r} has {fields[column]!r}; where "
+                    "--label-column is given more than once, each has 1 or 0"
                 )
     return flags
 

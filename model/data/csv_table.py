@@ -143,8 +143,8 @@ class _ImageEntries:
                 part = roles.find_part(fields) or own_part or Part.TRAIN
             except KeyError as error:
                 raise DataError(
-                    f"{table.format_position(line)}: the split is {error.args[0]!r}; known are train, val, validation, "
-                    "dev, test, eval and other words for these"
+                    f"{table.format_position(line)}: the split is {error.args[0]!r}; known are train, val, "
+                    "validation, dev, test, eval and other words for these"
                 ) from None
             name = self._path_lookup.find_file(path, base, part)
             if name is None:
@@ -153,7 +153,8 @@ class _ImageEntries:
             if (earlier_part := self._parts.setdefault(name, part)) != part:
                 first, second = sorted((earlier_part, part), key=list(Part).index)
                 raise DataError(
-                    f"{table.format_position(line)}: {name} is named for {_PART_NAMES[first]} and for {_PART_NAMES[second]}"
+                    f"{table.format_position(line)}: {name} is named for {_PART_NAMES[first]} and for "
+                    f"{_PART_NAMES[second]}"
                 )
             raw_labels = parse_labels(table, roles, line, fields)
             self._raw_labels.update(raw_labels)
@@ -170,13 +171,15 @@ class _ImageEntries:
         unlabelled_names = [file.name for file in files if not file.labels]
         if unlabelled_names and all(len(file.labels) <= 1 for file in files):
             raise DataError(
-                f"{self.display_path} gives no label for {_format_images(unlabelled_names)}; only in a multi-label set, in which "
-                "some image has several, does that mean none of them: fill them in or take them out"
+                f"{self.display_path} gives no label for {_format_images(unlabelled_names)}; only in a "
+                "multi-label set, in which some image has several, does that mean none of them: fill them in "
+                "or take them out"
             )
         if self._path_lookup.ambiguous_paths:
             name, matches = next(iter(self._path_lookup.ambiguous_paths.items()))
+            images = _format_images(list(self._path_lookup.ambiguous_paths))
             raise DataError(
-                f"{self.display_path} names {_format_images(list(self._path_lookup.ambiguous_paths))} that lie in several places: "
+                f"{self.display_path} names {images} that lie in several places: "
                 f"{name} is {join_names(matches)}; write the whole path"
             )
         if self._missing_paths:

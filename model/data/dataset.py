@@ -74,20 +74,20 @@ class Dataset:
 
     @property
     def description(self) -> tuple[str, ...]:
-        """Sentences on the interpretation of the files; their counts add up to the number of files found."""
+        """Sentences on the interpretation of the files; the counts add up to the number of files found."""
         inventory = self.inventory
         held_out_count = len(self.validation) + len(self.conformal)
         used_count = len(self.train) + held_out_count + len(self.test)
         sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held_out_count, Part.TEST: len(self.test)}
         parts = [
-            f"{join_names(sorted(inventory.parts[part]))}: {format_count(sizes[part], 'image')} {part.purpose}"
+            f"{join_names(sorted(inventory.parts[part]))}: "
+            f"{format_count(sizes[part], 'image')} {part.purpose}"
             for part in Part
             if part in inventory.parts
         ]
         if Part.VALIDATION not in inventory.parts:
-            parts.append(
-                f"no part is named for validation: {format_count(held_out_count, 'image')} held out by the seed"
-            )
+            held_out = format_count(held_out_count, "image")
+            parts.append(f"no part is named for validation: {held_out} held out by the seed")
         return (
             f"{format_count(inventory.file_count, 'file')} found: {format_count(used_count, 'image')} used, "
             f"{len(self.unreadable_files)} that cannot be read, {inventory.skipped_count} left out",

@@ -166,7 +166,8 @@ class _FolderTree:
         if len(set(parts.values())) > 1:
             part_folders = " and in ".join(f"{path[position]}/" for position in parts)
             raise DataError(
-                f"images in {'/'.join(path)}/ lie in {part_folders}, which are different parts; rename a folder"
+                f"images in {'/'.join(path)}/ lie in {part_folders}, which are different parts; "
+                "rename a folder"
             )
         if not parts:
             return Part.TRAIN, ""
@@ -203,8 +204,8 @@ class _FolderTree:
                 continue
             raise DataError(
                 f"{'/'.join(leaf)}/ is called like a part of a data set, has images right in it and lies "
-                f"beside {label_list}: put its images into sub-folders by label, rename it, or, if it is a label, "
-                f"say so with --label-depth {len(leaf)}"
+                f"beside {label_list}: put its images into sub-folders by label, rename it, or, if it is a "
+                f"label, say so with --label-depth {len(leaf)}"
             )
 
     def _require_labels_above(self) -> None:
@@ -217,9 +218,9 @@ class _FolderTree:
         if part_leaves and (len(labels) < 2 or all(map(is_container, labels))):
             folder_list = " and ".join("/".join(leaf) + "/" for leaf in part_leaves[:_MAX_FOLDERS])
             raise DataError(
-                f"images lie right in {folder_list}: these are parts of a data set, not labels; put the images "
-                "there into sub-folders by label, such as train/cat/, or give a CSV file that names the "
-                "labels"
+                f"images lie right in {folder_list}: these are parts of a data set, not labels; put the "
+                "images there into sub-folders by label, such as train/cat/, or give a CSV file that names "
+                "the labels"
             )
 
 
@@ -252,9 +253,9 @@ def _require_no_containers(placements: dict[str, Placement]) -> None:
     if labels and all(map(is_container, labels)):
         folder_list = " and ".join(f"{label}/" for label in sorted(labels)[:3])
         raise DataError(
-            f"images lie in {folder_list}, as in a data set for detection or segmentation: these are not labels; "
-            "put the images into sub-folders by label, give a CSV file that names the labels, or, if these "
-            f"are labels, say so with --label-depth {next(iter(placements)).count('/')}"
+            f"images lie in {folder_list}, as in a data set for detection or segmentation: these are not "
+            "labels; put the images into sub-folders by label, give a CSV file that names the labels, or, if "
+            f"these are labels, say so with --label-depth {next(iter(placements)).count('/')}"
         )
 
 

@@ -41,8 +41,8 @@ def describe_spellings(names: Iterable[str]) -> list[str]:
     for name in set(names):
         by_label.setdefault(clean_label(name), set()).add(name)
     return [
-        f"label {label!r} is written in {len(label_spellings)} ways that look the same (accents, white space); "
-        "they are one label"
+        f"label {label!r} is written in {len(label_spellings)} ways that look the same (accents, white "
+        "space); they are one label"
         for label, label_spellings in sorted(by_label.items())
         if len(label_spellings) > 1
     ]
@@ -67,8 +67,8 @@ def merge_similar_labels(files: Sequence[File], case: LabelCase | None) -> tuple
             for group in similar_groups[:_MAX_EXAMPLES]
         )
         raise DataError(
-            f"labels differ in case, spaces, _ or - alone: {examples}; rename them, or say --label-case merge "
-            "if they are one label, --label-case keep if they are several"
+            f"labels differ in case, spaces, _ or - alone: {examples}; rename them, or say --label-case "
+            "merge if they are one label, --label-case keep if they are several"
         )
     merged_labels = {
         label: max(group, key=lambda one: (counts[one], one)) for group in similar_groups for label in group

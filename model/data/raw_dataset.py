@@ -89,8 +89,8 @@ def _select_tables(path: Path, names: Sequence[str]) -> list[Path]:
     ):
         return [path / name for name in part_names]
     raise DataError(
-        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; give the one "
-        "with the labels as --data"
+        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; give the "
+        "one with the labels as --data"
     )
 
 

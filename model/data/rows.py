@@ -93,8 +93,8 @@ def _detect_header(path: Path, text: str, rate_columns: Callable[[Columns], int]
     best = max(candidates, key=lambda one: one[0], default=(0, "", ()))  # ties: the first
     if not best[0]:
         raise DataError(
-            f"{path} needs a first line with the columns path and label; it has {first_line[:80]!r}; say which "
-            "columns these are with --path-column and --label-column"
+            f"{path} needs a first line with the columns path and label; it has {first_line[:80]!r}; say "
+            "which columns these are with --path-column and --label-column"
         )
     return best[1], best[2]
 

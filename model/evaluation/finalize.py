@@ -46,9 +46,11 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
     )
     checkpoint.save_checkpoint(out, WEIGHTS_FILE, final_checkpoint)
     write_report(out / REPORT_FILE, final_checkpoint.metadata, data, part, logits_by_part[part], calibration)
+    image_count = data.format_image_count(figures["images"])
     console.print(
-        f"{part} accuracy {measurements['accuracy']:.2%} of {data.format_image_count(figures['images'])}, calibration error "
-        f"{measurements['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measurements['ece']:.4f}"
+        f"{part} accuracy {measurements['accuracy']:.2%} of {image_count}, calibration error "
+        f"{measurements['ece_before']:.4f}, with temperature {calibration.temperature:.3f} "
+        f"{measurements['ece']:.4f}"
     )
     console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
     return final_checkpoint

@@ -81,7 +81,8 @@ class PretrainedWeights:
             )
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise PretrainedError(
-                f"{subject} does not fit {net.config.name} at {net.config.size} px: {'; '.join(problems[:3])}{more}"
+                f"{subject} does not fit {net.config.name} at {net.config.size} px: "
+                f"{'; '.join(problems[:3])}{more}"
             )
         net.load_state_dict(source_tensors, strict=False)
 
@@ -134,7 +135,8 @@ def _find_file(source: str) -> Path:
     except OSError as error:
         raise PretrainedError(f"cannot read {source}: {error.strerror}") from None
     raise PretrainedError(
-        f"{source} has no {WEIGHTS_FILE} or {_WEIGHTS_FILE}, nor is it a file; hf:owner/repository is on the hub"
+        f"{source} has no {WEIGHTS_FILE} or {_WEIGHTS_FILE}, nor is it a file; hf:owner/repository is on "
+        "the hub"
     )
 
 

@@ -149,9 +149,15 @@ def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
         (["path,label", *make_rows(), "a,b.png,red"], r"line 17: 3 fields, 2 columns; put a field"),
         (["path,label", *make_rows(), ",red"], "line 17: the path is empty"),
         (["path,label", *make_rows(), '"a.png,red'], "line 17: .*; save it as CSV again"),
-        (["path,label", *make_rows(), f"{'a' * 200_000},red"], "line 17: field larger .*; save it as CSV again"),
+        (
+            ["path,label", *make_rows(), f"{'a' * 200_000},red"],
+            "line 17: field larger .*; save it as CSV again",
+        ),
         ([f"{'a' * 200_000}"], "needs a first line"),
-        (["path,label", *make_rows(), "pictures/0\0.png,red"], "has zero bytes in it; save it as CSV in UTF-8"),
+        (
+            ["path,label", *make_rows(), "pictures/0\0.png,red"],
+            "has zero bytes in it; save it as CSV in UTF-8",
+        ),
         (["path,label", *make_rows()[:14], "pictures/14.png,"], r"no label for 1 images \(pictures/14.png\)"),
         (["path,label,split", "pictures/00.png,a,tset"], "line 2: the split is 'tset'; known are train,"),
         (

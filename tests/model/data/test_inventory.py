@@ -45,8 +45,8 @@ def assert_sum(data: Dataset) -> None:
         == count_used(data) + len(data.unreadable_files) + data.inventory.skipped_count
     )
     assert data.description[0] == (
-        f"{data.inventory.file_count} files found: {count_used(data)} images used, {len(data.unreadable_files)} that cannot "
-        f"be read, {data.inventory.skipped_count} left out"
+        f"{data.inventory.file_count} files found: {count_used(data)} images used, "
+        f"{len(data.unreadable_files)} that cannot be read, {data.inventory.skipped_count} left out"
     )
 
 
