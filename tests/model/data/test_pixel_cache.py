@@ -342,12 +342,12 @@ def test_without_room_on_the_disk_images_are_streamed(
     read_dataset(source, cache, size=32)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
-        first = read_dataset(source, cache, say=said.append)
+        first = read_dataset(source, cache, on_warning=said.append)
         assert isinstance(pixel_store(first), StreamedPixels)
         (line,) = said
         assert line.startswith(f"{cache} has no room for 0.0 GB of pixels: images are decoded anew")
         made = count_decodes(full)
-        again = read_dataset(source, cache, say=said.append)
+        again = read_dataset(source, cache, on_warning=said.append)
         assert isinstance(pixel_store(again), StreamedPixels)
         assert not made
     assert is_equal(first, again)

@@ -89,7 +89,7 @@ def make_report(
         make_examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
     )
     parts = (train, validation, conformal, test_examples)
-    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable": (), **more})
+    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable_files": (), **more})
     part_logits = [
         make_logits(part, len(labels), task, certain) for part in (validation, conformal, test_examples)
     ]
@@ -149,7 +149,7 @@ def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[s
 def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
     labels = ("<script>alert(1)</script>", "a & 'b'", '"c"')
     unreadable = ("<img src=x onerror=alert(1)>.png: damaged",)
-    page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable=unreadable)
+    page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable_files=unreadable)
     assert not page.find_tags("script")
     assert all("onerror" not in attributes for attributes in page.find_tags("img"))
     assert all(label in page.text for label in (*labels, "fovea train --data 'a & b'"))
@@ -220,7 +220,7 @@ def test_only_what_there_is_is_promised_and_what_is_left_out_is_said(tmp_path: P
 
 def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:
     page, _, _ = make_report(
-        tmp_path / "report.html", unreadable=tuple(f"{number}.png: bad" for number in range(500))
+        tmp_path / "report.html", unreadable_files=tuple(f"{number}.png: bad" for number in range(500))
     )
     assert page.find_tags("details") == [{}]
     assert "and 300 more" in page.text
