@@ -17,10 +17,12 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from fovea.model.atomic_files import replace_file
 from fovea.model.data.decoding import ImageHashes, compute_digest
+from fovea.model.data.disk_source import Folder
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Part
 from fovea.model.data.perceptual_hash import hash_images
-from fovea.model.data.sources import Archive, EncodedImage, Folder
+from fovea.model.data.sources import EncodedImage
+from fovea.model.data.tar_archive import Archive
 from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

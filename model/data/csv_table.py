@@ -17,6 +17,7 @@ from typing import Final
 from fovea.model.data.choices import Choices
 from fovea.model.data.clutter import find_clutter
 from fovea.model.data.columns import ColumnRoles, detect_roles, parse_labels, rate_columns
+from fovea.model.data.disk_source import DiskSource, Folder, explain_file_rejection
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import has_image_suffix
 from fovea.model.data.inventory import (
@@ -31,7 +32,7 @@ from fovea.model.data.inventory import (
 from fovea.model.data.labels import clean_label, describe_spellings
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import SUFFIXES, ParsedTable, read_table
-from fovea.model.data.sources import DiskSource, Folder, Survey, explain_file_rejection
+from fovea.model.data.sources import Survey
 
 _MAX_NAMES: Final = 5
 

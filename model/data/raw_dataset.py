@@ -15,13 +15,14 @@ from fovea.model.data import cifar10
 from fovea.model.data.choices import Choices
 from fovea.model.data.csv_table import Table, is_table
 from fovea.model.data.decoding import ImageHashes, choose_side, decode_pixels, read_images, square_geometry
+from fovea.model.data.disk_source import DiskSource, Folder
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Inventory, Part, join_names
 from fovea.model.data.labels import collect_labels, merge_similar_labels, require_labels
 from fovea.model.data.parts import parse_part
 from fovea.model.data.pixel_cache import DiskFullError, PixelCache
 from fovea.model.data.pixels import Pixels, StreamedPixels
-from fovea.model.data.sources import Archive, DiskSource, Folder
+from fovea.model.data.tar_archive import Archive
 from fovea.model.data.zip_archive import ZipArchive, is_zip
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line

@@ -15,7 +15,8 @@ from typing import IO, Final
 
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import HEAD_BYTES, explain_rejection, has_image_suffix
-from fovea.model.data.sources import Archive, EncodedImage, Listing, normalize_member_name, skip_member
+from fovea.model.data.sources import EncodedImage, Listing
+from fovea.model.data.tar_archive import Archive, normalize_member_name, skip_member
 from fovea.service.errors import BadImage, to_one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")

@@ -19,7 +19,7 @@ import torch
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.pixel_cache import INDEX_FILE, PIXELS_FILE
 from fovea.model.data.pixels import PixelSelection, StreamedPixels
-from fovea.model.data.sources import Archive
+from fovea.model.data.tar_archive import Archive
 from fovea.service.errors import BadImage
 from tests.model.data.test_dataset import make_archive
 from tests.training import draw_images, stack_pixels
