@@ -24,14 +24,9 @@ from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoin
 from fovea.model.networks.network import Net, NetConfig, require_supported_net
 from fovea.model.networks.pretrained import read_pretrained
 from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
-from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration
-from fovea.model.training.trainer import (
-    InitialState,
-    choose_precision,
-    measure_pace,
-    require_unused_folder,
-    train_net,
-)
+from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
+from fovea.model.training.trainer import require_unused_folder, train_net
+from fovea.model.training.training_run import InitialState, choose_precision
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe
-from fovea.model.training.trainer import compute_class_weights
+from fovea.model.training.training_run import compute_class_weights
 from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 from tests.training import SHORT_RECIPE, draw_dataset, draw_images, stack_pixels, train_quietly
