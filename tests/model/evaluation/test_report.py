@@ -18,7 +18,8 @@ from torch import Tensor
 from fovea.model.data.dataset import Dataset, Examples, square_geometry
 from fovea.model.evaluation.calibration import fit_calibration
 from fovea.model.evaluation.finalize import measure_part
-from fovea.model.evaluation.report import _choose_ticks, write_report
+from fovea.model.evaluation.plots import choose_ticks
+from fovea.model.evaluation.report import write_report
 from fovea.service.artifact.contract import Task
 from tests.training import stack_pixels
 
@@ -202,7 +203,7 @@ def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
     "ends", [(0.57, 1.7), (0.53, 0.944), (1.0, 1.0), (0.0, 0.0), (0.98, 1.0), (2e-4, 3e-4)]
 )
 def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -> None:
-    ticks = _choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
+    ticks = choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
     assert ticks[0] <= ends[0] + 1e-9
     assert ticks[-1] >= ends[1] - 1e-9
     assert ticks[-1] <= 1 or ends[1] > 1
