@@ -107,14 +107,15 @@ def _load_data(options: TrainingOptions, console: Console) -> Dataset:
         console.print(f"  {line}", soft_wrap=True, highlight=False)
     if unused_files := [*data.unreadable_files, *data.inventory.list_skipped_files()]:
         write_file(options.out / SKIPPED_LIST, "".join(f"{line}\n" for line in unused_files))
-        console.print(f"  all files that are not used: {options.out / SKIPPED_LIST}", soft_wrap=True)
+        console.print(f"  list of all unused files: {options.out / SKIPPED_LIST}", soft_wrap=True)
     label_list = ", ".join(
         f"{label} {count}"
         for label, count in list(zip(data.labels, data.label_counts, strict=True))[:_MAX_LABELS]
     )
     more = ", …" if len(data.labels) > _MAX_LABELS else ""
     console.print(
-        f"{data.geometry.width} x {data.geometry.height} px; to train on: {label_list}{more}", soft_wrap=True
+        f"{data.geometry.width} x {data.geometry.height} px; training images: {label_list}{more}",
+        soft_wrap=True,
     )
     return data
 
@@ -187,8 +188,9 @@ def _fit_recipe(
     recipe = fit_epochs(recipe, data, pace, remaining_seconds, seconds * _MIN_TRAINING_SHARE)
     if remaining_seconds < seconds * _MIN_TRAINING_SHARE:
         console.print(
-            f"reading and measuring took {format_duration(time.monotonic() - started_at)}; training has "
-            f"{format_duration(seconds * _MIN_TRAINING_SHARE)} all the same",
+            f"reading and measuring took {format_duration(time.monotonic() - started_at)} of "
+            f"{format_duration(seconds)}; training still gets "
+            f"{format_duration(seconds * _MIN_TRAINING_SHARE)}, so the run takes longer",
             style="yellow",
             soft_wrap=True,
         )
@@ -200,8 +202,8 @@ def _fit_recipe(
     )
     if recipe.epochs * steps < _MIN_STEPS:
         console.print(
-            f"{format_duration(seconds)} are little for these images: {recipe.epochs * steps} steps are "
-            "hardly a beginning",
+            f"{format_duration(seconds)} is too short for these images: a network learns almost nothing in "
+            f"{recipe.epochs * steps} steps, and needs at least {_MIN_STEPS}; increase --minutes",
             style="yellow",
             soft_wrap=True,
         )

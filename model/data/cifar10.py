@@ -115,7 +115,10 @@ def _read_content(content: EncodedImage) -> bytes:
 
 def _build_files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
     if targets.max(initial=0) >= len(LABELS):
-        raise DataError(f"{name} is damaged: it has a label {targets.max()}; unpack or download it again")
+        raise DataError(
+            f"{name} is damaged: it has a label {targets.max()}, and the last label is {len(LABELS) - 1}; "
+            "unpack or download it again"
+        )
     part = Part.TEST if test else Part.TRAIN
     return [File(f"{name}#{row}", (LABELS[target],), part) for row, target in enumerate(targets)]
 

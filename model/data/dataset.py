@@ -87,10 +87,10 @@ class Dataset:
         ]
         if Part.VALIDATION not in inventory.parts:
             held_out = format_count(held_out_count, "image")
-            parts.append(f"no part is named for validation: {held_out} held out by the seed")
+            parts.append(f"no validation part: {held_out} held out, chosen by the seed")
         return (
             f"{format_count(inventory.file_count, 'file')} found: {format_count(used_count, 'image')} used, "
-            f"{len(self.unreadable_files)} that cannot be read, {inventory.skipped_count} left out",
+            f"{len(self.unreadable_files)} unreadable, {inventory.skipped_count} left out",
             f"labels are {inventory.label_origin}: {join_names(self.labels, 10)}",
             f"parts: {'; '.join(parts)}",
             *map(str, inventory.skipped_files),
@@ -181,7 +181,7 @@ def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Datas
     train_pool, validation_pool, test_rows = (by_part[part] for part in Part)
     has_validation = any(file.part is Part.VALIDATION for file in raw_data.files)
     if has_validation and not len(validation_pool):
-        raise DataError(f"no image of {raw_data.name} that is for validation can be read")
+        raise DataError(f"no validation image of {raw_data.name} can be read")
     pool_labels = [images.label_indices[row] for row in train_pool]
     require_images(labels, pool_labels, images.unreadable_files, min_images=1 if has_validation else 2)
     held_out_labels = [images.label_indices[row] for row in validation_pool]
@@ -202,7 +202,9 @@ def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Datas
             train_pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
         )
     if not len(validation_rows):
-        raise DataError(f"each label of {raw_data.name} has copies of one image alone; at least 2 are needed")
+        raise DataError(
+            f"each label of {raw_data.name} has only copies of one image; a label needs 2 different images"
+        )
 
     def select_examples(rows: RowIndices) -> Examples:
         return images.examples.select(torch.from_numpy(rows))
@@ -240,8 +242,8 @@ def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) 
     if max_count <= IMBALANCE_RATIO * min_count:
         return []
     return [
-        f"labels are unequal, {max_count / min_count:.1f} : 1: "
-        f"{max_count} images of {labels[largest]!r} to train on, {min_count} of {labels[smallest]!r}"
+        f"labels are imbalanced, {max_count / min_count:.1f} : 1: "
+        f"{max_count} training images of {labels[largest]!r}, {min_count} of {labels[smallest]!r}"
     ]
 
 

@@ -138,7 +138,7 @@ def _walk_folder(folder: Path, prefix: str, parent_ids: frozenset[tuple[int, int
             elif kind:
                 listing.skip_file(name, HIDDEN_REASON, kind)
             elif entry.is_symlink() and not Path(entry.path).exists():
-                listing.skip_file(name, "a link that leads nowhere", "link")
+                listing.skip_file(name, "a broken link", "link")
             elif entry.is_dir():
                 _walk_folder(Path(entry.path), f"{name}/", parent_ids | {folder_id}, listing)
             elif entry.is_file():

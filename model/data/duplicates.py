@@ -27,7 +27,7 @@ def find_contradictions(
     if not pairs:
         return []
     return [
-        f"{_format_images(len(pairs))} there under other labels too, byte for byte: "
+        f"{_format_images(len(pairs))} also present under other labels, byte for byte: "
         f"{_format_pairs(pairs, names)}"
     ]
 
@@ -53,9 +53,9 @@ def find_leaks(
     _, first_pairs = np.unique(similar_pairs[:, 1], return_index=True)
     near_copies = [(train_rows[i], rest[j]) for i, j in similar_pairs[first_pairs]]
     return [
-        f"{_format_images(len(pairs), part_name)} {relation} trained on, which makes figures too good: "
-        f"{_format_pairs(pairs, names)}"
-        for pairs, relation in ((copies, "byte for byte one that is"), (near_copies, "nearly one that is"))
+        f"{_format_images(len(pairs), part_name)} {relation} to training images, so the accuracy looks too "
+        f"good: {_format_pairs(pairs, names)}"
+        for pairs, relation in ((copies, "identical"), (near_copies, "nearly identical"))
         if pairs
     ]
 

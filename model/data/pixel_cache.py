@@ -83,7 +83,7 @@ class PixelCache:
             return None
         path, shape = self.folder / PIXELS_FILE, (count, index["side"], index["side"], 3)
         if index["pixels"] != _stat_file(path) or path.stat().st_size != math.prod(shape):
-            raise ValueError("these are other pixels")
+            raise ValueError("the pixel file is not the one that was indexed")
         return self.map_pixels(shape)
 
     def map_pixels(self, shape: tuple[int, ...]) -> Pixels:
@@ -100,7 +100,7 @@ class PixelCache:
             for name in (INDEX_FILE, PIXELS_FILE):
                 (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"cannot keep pixels in {self.folder}: {error.strerror}") from None
+            raise DataError(f"cannot store pixels in {self.folder}: {error.strerror}") from None
 
     def has_room(self, shape: tuple[int, ...]) -> bool:
         """Return whether the disk has room for the pixels."""

@@ -69,7 +69,9 @@ def open_source(path: Path, choices: Choices) -> Folder | Archive | Table:
         table.survey  # noqa: B018 - to see whether it can be read
     except DataError as error:
         if problem:
-            raise DataError(f"{problem}; the CSV file there does not say them either: {error}") from None
+            raise DataError(
+                f"{problem}; the CSV file there does not give the labels either: {error}"
+            ) from None
         raise
     return table
 
@@ -90,7 +92,7 @@ def _select_tables(path: Path, names: Sequence[str]) -> list[Path]:
     ):
         return [path / name for name in part_names]
     raise DataError(
-        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; give the "
+        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; pass the "
         "one with the labels as --data"
     )
 
@@ -194,7 +196,7 @@ def _decode_images(
         except DiskFullError:
             on_warning(
                 f"{cache.folder} has no room for {math.prod(shape) / 1e9:.1f} GB of pixels: "
-                "images are decoded anew each time, which is slow"
+                "images are decoded on every access, which is slow; make room to avoid this"
             )
     streamed_pixels = streamed_pixels or _stream_pixels(source, files, geometry)
     image_hashes = decode_to(None)
@@ -212,14 +214,14 @@ def _stream_pixels(
 ) -> StreamedPixels:
     if not isinstance(source, DiskSource):
         raise DataError(
-            f"there is no room for the pixels of {source.name}, and of an archive they cannot be "
-            "decoded one by one instead: unpack it, or make room"
+            f"the disk has no room for the pixels of {source.name}, and images in an archive cannot be "
+            "decoded on every access instead: unpack it, or make room"
         )
 
     def decode_file(path: Path) -> npt.NDArray[np.uint8]:
         try:
             return decode_pixels(path.read_bytes(), geometry)
         except (RequestError, OSError) as error:
-            raise DataError(f"{path} was readable before: {to_one_line(error)}") from None
+            raise DataError(f"{path} can no longer be read: {to_one_line(error)}") from None
 
     return StreamedPixels(source.resolve_paths(file.name for file in files), geometry, decode_file)

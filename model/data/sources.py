@@ -25,7 +25,7 @@ MAX_BYTES: Final = 512 << 20
 No camera writes larger files, and a file is read into memory completely.
 """
 
-HIDDEN_REASON: Final = "hidden, or a system's own"
+HIDDEN_REASON: Final = "a hidden file or a system file"
 """Reason for leaving out hidden files and operating system files."""
 
 EncodedImage = Path | bytes | BadImage
@@ -96,7 +96,7 @@ def label_by_folders(name: str, listing: Listing, choices: Choices) -> Survey:
     for image, placement in sorted(layout.placements.items()):
         label = clean_label(placement.label)
         if not label:
-            skipped_files[image] = f"in {placement.label!r}/", "the folder's name is blank, and so no label"
+            skipped_files[image] = f"in {placement.label!r}/", "the folder's name is blank, so it is no label"
             continue
         files.append(File(image, (label,), placement.part))
         if placement.part_folder:

@@ -68,7 +68,7 @@ class Archive:
                 continue
             if not target.isfile():
                 if target.issym() or target.islnk():
-                    listing.skip_file(name, "a link to nothing in the archive", "link")
+                    listing.skip_file(name, "a link to a missing member of the archive", "link")
                 else:
                     listing.skip_file(name, "a device or a pipe")
                 continue

@@ -49,8 +49,8 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
     image_count = data.format_image_count(figures["images"])
     console.print(
         f"{part} accuracy {measurements['accuracy']:.2%} of {image_count}, calibration error "
-        f"{measurements['ece_before']:.4f}, with temperature {calibration.temperature:.3f} "
-        f"{measurements['ece']:.4f}"
+        f"{measurements['ece_before']:.4f} before and {measurements['ece']:.4f} after scaling with "
+        f"temperature {calibration.temperature:.3f}"
     )
     console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
     return final_checkpoint

@@ -65,7 +65,7 @@ def train_net(
                     on_epoch(state.history[-1])
                 if is_interrupted():
                     run.save(out)
-                    console.print(f"stopped at step {state.step}; --resume goes on from there")
+                    console.print(f"stopped at step {state.step}; --resume continues from there")
                     return None
         return run.save(out)
 
@@ -80,7 +80,7 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
     Raises `CheckpointError` if `out` holds a different run.
     """
     if not (out / RESUME_FILE).exists():
-        console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
+        console.print(f"{out} holds no run to resume; a new run starts", soft_wrap=True)
         return
     previous_run = checkpoint.load_checkpoint(out, RESUME_FILE)
     for key in ("net", "labels", "geometry", "recipe", "data", "start"):
@@ -89,7 +89,9 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
             previous_value = {"epoch_steps": None, **previous_value}  # older runs do not have this field
         if previous_value != current_value:
             raise CheckpointError(
-                f"{out} holds a run with another {key}: {_describe_difference(previous_value, current_value)}"
+                f"{out} holds a run with another {key}: "
+                f"{_describe_difference(previous_value, current_value)}; --resume needs the same options and "
+                "data, a new run needs another --out"
             )
     run.net.load_state_dict({key: previous_run.tensors[key] for key in run.net.state_dict()})
     checkpoint.restore_momentum(run.optimizer, previous_run.tensors)
@@ -100,7 +102,7 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
 def require_unused_folder(out: Path, resume: bool) -> None:
     """Raise `CheckpointError` if `out` holds a run and `resume` is false."""
     if not resume and (out / RESUME_FILE).exists():
-        raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
+        raise CheckpointError(f"{out} holds a run already; pass --resume to continue it, or another --out")
 
 
 def _describe_difference(previous: Any, current: Any) -> str:
