@@ -63,6 +63,7 @@ def run_training(options: TrainingOptions, console: Console) -> tuple[Checkpoint
         raise RecipeError(
             "--epochs and --minutes exclude each other: --minutes chooses the epochs; leave one out"
         )
+    # `train_net` checks this too, but only after `_load_data` has written the pixel cache to `out`.
     require_unused_folder(options.out, options.resume)
     require_supported_net(options.net, options.size)  # fails before hours of reading
     data = _load_data(options, console)
@@ -274,7 +275,8 @@ def _load_teacher(folder: Path, data: Dataset) -> Net:
 def _open_epoch_writer(options: TrainingOptions) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yield a function that writes an epoch's figures for TensorBoard, or does nothing if disabled.
 
-    Raises `CheckpointError` if the package is missing.
+    `train_net` calls the function on the main thread after each epoch. Raises `CheckpointError` if the
+    package is missing.
     """
     if not options.tensorboard:
         yield lambda entry: None
@@ -292,4 +294,4 @@ def _write_scalars(writer: Any, entry: dict[str, float]) -> None:
     for name, value in entry.items():
         if name != "epoch":
             writer.add_scalar(name, value, epoch)
-    writer.flush()
+    writer.flush()  # waits for TensorBoard's writer thread: a later kill does not lose this epoch

@@ -76,7 +76,7 @@ def is_release(source: Folder | Archive) -> bool:
 
 
 def read_release(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], ImageHashes]:
-    """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and prints.
+    """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and hashes.
 
     A file is named by its batch file and row. Raises `DataError` if batches are missing or damaged.
     """

@@ -122,7 +122,8 @@ def load_dataset(
 
     Decoded pixels are stored in the folder `cache`, memory-mapped from there, and reused by the next call.
     Without `cache` they stay in memory. With `stream`, or if the disk is too full, images are decoded on
-    every access, and `on_warning` receives a sentence about a full disk. Raises `DataError`.
+    every access, and `on_warning` is called with a sentence about a full disk, on the calling thread before
+    this function returns. Raises `DataError`.
     """
     path = cifar10.download_release(Path("data")) if source is None else source
     choices = choices or Choices()

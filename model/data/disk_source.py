@@ -50,6 +50,7 @@ class DiskSource(ABC):
                 state = (self.root / file.name).stat()
             except OSError:  # reported when the image is read
                 continue
+            # the cache key: a change of the repr of `File` would rebuild all pixel caches
             digest.update(repr((file, state.st_size, state.st_mtime_ns)).encode())
         return digest.hexdigest()
 
@@ -66,7 +67,7 @@ class DiskSource(ABC):
         for path in self.resolve_paths(names):
             try:
                 with path.open("rb") as file:
-                    yield file
+                    yield file  # closed when the consumer asks for the next file
             except OSError:  # reported when the image is read
                 continue
 

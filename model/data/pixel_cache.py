@@ -121,8 +121,8 @@ class PixelCache:
             except OSError as error:
                 raise DiskFullError from error
             array = np.memmap(partial, np.uint8, "r+", shape=shape)
-            yield array
-            array.flush()
+            yield array  # the block writes, possibly on several threads; all must have ended when it ends
+            array.flush()  # before `replace_file` gives the file its final name
 
     def write_index(
         self,
@@ -133,7 +133,10 @@ class PixelCache:
         *,
         has_pixels: bool,
     ) -> None:
-        """Write the index, after the pixels if `has_pixels` is true."""
+        """Write the index; if `has_pixels` is true, the pixels must be published already.
+
+        The index is what makes a cache valid, and it holds size and time of the finished pixel file.
+        """
         index = {
             "key": self._key,
             "asked": self.requested_side,

@@ -28,6 +28,7 @@ from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 
 WarningHandler = Callable[[str], None]
+"""Receives one sentence, on the thread that loads the data, before loading continues."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _decode_images(
     stream: bool,
     on_warning: WarningHandler,
 ) -> tuple[Pixels, ImageHashes]:
-    """Decode all images once: into the cache, into memory, or for their prints only if streamed."""
+    """Decode all images once: into the cache, into memory, or for their hashes only if streamed."""
     shape = _pixel_shape(files, geometry)
     streamed_pixels = _stream_pixels(source, files, geometry) if stream else None
 
@@ -186,7 +187,7 @@ def _decode_images(
         image_hashes = decode_to(pixels)
         return torch.from_numpy(pixels), image_hashes
     if cache:
-        cache.clear()
+        cache.clear()  # before any write: an old index must never describe new pixels
     if cache and not streamed_pixels:
         try:
             with cache.create_pixels(shape) as pixels:
@@ -218,6 +219,7 @@ def _stream_pixels(
             "decoded on every access instead: unpack it, or make room"
         )
 
+    # Called on the threads of `StreamedPixels`; the exception reaches the thread that asked for the pixels.
     def decode_file(path: Path) -> npt.NDArray[np.uint8]:
         try:
             return decode_pixels(path.read_bytes(), geometry)

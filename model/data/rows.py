@@ -39,8 +39,8 @@ class ParsedTable:
 def read_table(path: Path, rate_columns: Callable[[Columns], int]) -> ParsedTable:
     """Read a table.
 
-    `rate_columns` rates how well a header's columns fit, 0 for not at all; the rating determines the
-    delimiter. Raises `DataError`.
+    `rate_columns` rates how well a header's columns fit, 0 for not at all. It is called once for each
+    possible delimiter, and the delimiter with the best rating is used. Raises `DataError`.
     """
     text, notes = _decode_text(path)
     if path.suffix.lower() == ".jsonl":

@@ -134,7 +134,7 @@ class Archive:
             for member, index in members:
                 file = archive.extractfile(member)
                 if file:
-                    yield index, file
+                    yield index, file  # the consumer reads before it asks for the next: one shared position
 
 
 def normalize_member_name(name: str) -> str:

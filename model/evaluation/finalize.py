@@ -44,6 +44,7 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
         trained_checkpoint,
         metadata={**trained_checkpoint.metadata, "calibration": calibration.to_dict(), "measured": figures},
     )
+    # The weights first: export needs them, and a failure to write the report must not cost them.
     checkpoint.save_checkpoint(out, WEIGHTS_FILE, final_checkpoint)
     write_report(out / REPORT_FILE, final_checkpoint.metadata, data, part, logits_by_part[part], calibration)
     image_count = data.format_image_count(figures["images"])

@@ -38,7 +38,7 @@ class CheckpointError(FoveaError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors with their metadata; `about["net"]` is the `NetConfig` as a dict."""
+    """Named tensors with their metadata; `metadata["net"]` is the `NetConfig` as a dict."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]

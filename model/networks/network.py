@@ -124,7 +124,7 @@ class Net(nn.Module):
 
 
 _WHITENING_PIXELS: Final = 1_000_000
-"""Number of pixels that `observe` reads, from images spread evenly over the training set."""
+"""Number of pixels that `fit_whitening` reads, from images spread evenly over the training set."""
 
 
 def to_probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:

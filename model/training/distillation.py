@@ -71,7 +71,7 @@ def _append_views(
     view_bytes = 2 * images * logit_count  # bytes per view
     with path.open("ab") as file:
         complete_views = file.tell() // view_bytes
-        file.truncate(complete_views * view_bytes)
+        file.truncate(complete_views * view_bytes)  # a kill may have left a part of a view
         for view in range(complete_views, count):
             for indices in torch.split(torch.arange(images), evaluate.BATCH_SIZE):
                 batch_logits = average_logits(teachers, views.get_pixels(view, indices), recipe)

@@ -12,7 +12,10 @@ from fovea.model.training.training_run import TrainingRun
 
 
 class Forecast:
-    """A one-time forecast of the run's duration, printed within a minute and based on the first steps."""
+    """A one-time forecast of the run's duration, printed within a minute and based on the first steps.
+
+    The training loop calls `start` before its first step and `count_step` after each step.
+    """
 
     def __init__(self, run: TrainingRun, total: int, console: Console) -> None:
         self._run, self._total, self._console = run, total, console

@@ -123,7 +123,11 @@ def estimate_step(net: Net, data: Dataset, recipe: Recipe, device: torch.device)
 
 
 def measure_pace(data: Dataset, recipe: Recipe, initial_state: InitialState, seconds: float) -> Pace:
-    """Measure the first steps of a run for about `seconds`, on a copy of its network."""
+    """Measure the first steps of a run for about `seconds`.
+
+    The steps train a copy of the network and use forked random generators, so that the run that follows has
+    the same result as without the measurement.
+    """
     with torch.random.fork_rng(), TrainingRun(data, recipe, _copy_state(initial_state)) as run:
         if (
             step_seconds := estimate_step(run.net, data, recipe, run.device)

@@ -34,6 +34,9 @@ def train_net(
 ) -> Checkpoint | None:
     """Train a network on `data` and write checkpoints to `out`; call `on_epoch` with each epoch's figures.
 
+    The call must be on the main thread, because Python sets signal handlers only there. `on_epoch` is called
+    on the same thread, after the epoch's checkpoint is written.
+
     Returns the trained weights, or None if Ctrl-C stopped the run. Then `out` holds the current weights, and
     `resume=True` with the same data and recipe continues from that step. After a kill, `resume=True`
     continues from the end of the last complete epoch. Raises `CheckpointError` if `out` holds another run.
@@ -60,10 +63,12 @@ def train_net(
                 if state.step % _UPDATE_STEPS == 0 or state.step == total:
                     bar.update(task_id, completed=state.step, **_format_progress(run))
                 if state.step % steps == 0:
+                    # The order matters: `end_epoch` extends the history that `save` stores, and the caller's
+                    # `on_epoch`, which may raise, comes when the epoch is safe on the disk.
                     console.print(run.end_epoch())
                     run.save(out)
                     on_epoch(state.history[-1])
-                if is_interrupted():
+                if is_interrupted():  # set by the signal handler at any time, acted on only between steps
                     run.save(out)
                     console.print(f"stopped at step {state.step}; --resume continues from there")
                     return None
@@ -93,6 +98,7 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
                 f"{_describe_difference(previous_value, current_value)}; --resume needs the same options and "
                 "data, a new run needs another --out"
             )
+    # `run.net` is loaded in place: the optimizer refers to its parameters.
     run.net.load_state_dict({key: previous_run.tensors[key] for key in run.net.state_dict()})
     checkpoint.restore_momentum(run.optimizer, previous_run.tensors)
     run.epoch_sums.copy_(previous_run.tensors[SUMS_KEY])
@@ -118,9 +124,14 @@ def _describe_difference(previous: Any, current: Any) -> str:
 
 @contextmanager
 def _catch_interrupt() -> Iterator[Any]:
-    """Let Ctrl-C stop the run between two steps; a second Ctrl-C stops it at once."""
+    """Let Ctrl-C stop the run between two steps; a second Ctrl-C stops it at once.
+
+    Yields a function that returns whether Ctrl-C was pressed.
+    """
     requested = False
 
+    # Python calls the handler on the main thread, between two bytecodes of a step: it may only set the flag.
+    # The previous handler returns at once, so that a second Ctrl-C raises `KeyboardInterrupt`.
     def request_stop(_signal: int, _frame: FrameType | None) -> None:
         nonlocal requested
         requested = True

@@ -63,7 +63,10 @@ class InitialState:
 
 
 class TrainingRun:
-    """A run in progress; a context manager, because the run owns a thread."""
+    """A run in progress; a context manager, because the run owns the thread that prepares batches.
+
+    All methods belong to one thread, the caller's.
+    """
 
     def __init__(
         self,
@@ -149,6 +152,7 @@ class TrainingRun:
         weights = Checkpoint(
             {key: value.cpu() for key, value in self.net.state_dict().items()}, self.metadata
         )
+        # Weights first: after a kill between the writes, resuming from the older step makes the same weights.
         checkpoint.save_checkpoint(out, WEIGHTS_FILE, weights)
         momentum = checkpoint.get_momentum_tensors(self.optimizer)
         tensors = {**weights.tensors, **momentum, SUMS_KEY: self.epoch_sums}
