@@ -20,7 +20,7 @@ from fovea.model.evaluation.evaluate import autocast, choose_device, to_device
 from fovea.model.networks.network import NETS, Net, NetConfig, compute_loss
 from fovea.model.recipe import Recipe
 from fovea.model.training.provenance import describe_hardware
-from fovea.model.training.trainer import InitialState, TrainingRun, choose_precision
+from fovea.model.training.training_run import InitialState, TrainingRun, choose_precision
 from fovea.service.artifact.contract import Task
 
 LABELS: Final = 10

@@ -33,8 +33,10 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.tmp")
     try:
         yield partial
+        # The content must reach the disk before the name: after a power failure, the final name would
+        # otherwise belong to an empty file.
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.rename(path)
     finally:
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # does nothing after the rename

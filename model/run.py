@@ -24,14 +24,9 @@ from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoin
 from fovea.model.networks.network import Net, NetConfig, require_supported_net
 from fovea.model.networks.pretrained import read_pretrained
 from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
-from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration
-from fovea.model.training.trainer import (
-    InitialState,
-    choose_precision,
-    measure_pace,
-    require_unused_folder,
-    train_net,
-)
+from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
+from fovea.model.training.trainer import require_unused_folder, train_net
+from fovea.model.training.training_run import InitialState, choose_precision
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ def run_training(options: TrainingOptions, console: Console) -> tuple[Checkpoint
         raise RecipeError(
             "--epochs and --minutes exclude each other: --minutes chooses the epochs; leave one out"
         )
+    # `train_net` checks this too, but only after `_load_data` has written the pixel cache to `out`.
     require_unused_folder(options.out, options.resume)
     require_supported_net(options.net, options.size)  # fails before hours of reading
     data = _load_data(options, console)
@@ -112,14 +108,15 @@ def _load_data(options: TrainingOptions, console: Console) -> Dataset:
         console.print(f"  {line}", soft_wrap=True, highlight=False)
     if unused_files := [*data.unreadable_files, *data.inventory.list_skipped_files()]:
         write_file(options.out / SKIPPED_LIST, "".join(f"{line}\n" for line in unused_files))
-        console.print(f"  all files that are not used: {options.out / SKIPPED_LIST}", soft_wrap=True)
+        console.print(f"  list of all unused files: {options.out / SKIPPED_LIST}", soft_wrap=True)
     label_list = ", ".join(
         f"{label} {count}"
         for label, count in list(zip(data.labels, data.label_counts, strict=True))[:_MAX_LABELS]
     )
     more = ", …" if len(data.labels) > _MAX_LABELS else ""
     console.print(
-        f"{data.geometry.width} x {data.geometry.height} px; to train on: {label_list}{more}", soft_wrap=True
+        f"{data.geometry.width} x {data.geometry.height} px; training images: {label_list}{more}",
+        soft_wrap=True,
     )
     return data
 
@@ -186,27 +183,28 @@ def _fit_recipe(
     initial_state: InitialState,
     console: Console,
 ) -> Recipe:
-    """Measure a few steps and fit the epochs to the rest of `seconds`, which are counted from `started_at`."""
+    """Measure a few steps and fit the epochs to the rest of `seconds`, counted from `started_at`."""
     pace = measure_pace(data, recipe, initial_state, seconds * _PROBE_SHARE)
     remaining_seconds = seconds - (time.monotonic() - started_at)
     recipe = fit_epochs(recipe, data, pace, remaining_seconds, seconds * _MIN_TRAINING_SHARE)
     if remaining_seconds < seconds * _MIN_TRAINING_SHARE:
         console.print(
-            f"reading and measuring took {format_duration(time.monotonic() - started_at)}; training has "
-            f"{format_duration(seconds * _MIN_TRAINING_SHARE)} all the same",
+            f"reading and measuring took {format_duration(time.monotonic() - started_at)} of "
+            f"{format_duration(seconds)}; training still gets "
+            f"{format_duration(seconds * _MIN_TRAINING_SHARE)}, so the run takes longer",
             style="yellow",
             soft_wrap=True,
         )
     steps = recipe.epoch_steps or max(1, len(data.train) // recipe.batch)
     console.print(
-        f"{format_duration(seconds)}: {format_count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
-        f"{recipe.batch / pace.step_seconds:.0f} images/s",
+        f"{format_duration(seconds)}: {format_count(recipe.epochs, 'epoch')} of {steps * recipe.batch} "
+        f"images, at {recipe.batch / pace.step_seconds:.0f} images/s",
         soft_wrap=True,
     )
     if recipe.epochs * steps < _MIN_STEPS:
         console.print(
-            f"{format_duration(seconds)} are little for these images: {recipe.epochs * steps} steps are hardly a "
-            "beginning",
+            f"{format_duration(seconds)} is too short for these images: a network learns almost nothing in "
+            f"{recipe.epochs * steps} steps, and needs at least {_MIN_STEPS}; increase --minutes",
             style="yellow",
             soft_wrap=True,
         )
@@ -277,7 +275,8 @@ def _load_teacher(folder: Path, data: Dataset) -> Net:
 def _open_epoch_writer(options: TrainingOptions) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yield a function that writes an epoch's figures for TensorBoard, or does nothing if disabled.
 
-    Raises `CheckpointError` if the package is missing.
+    `train_net` calls the function on the main thread after each epoch. Raises `CheckpointError` if the
+    package is missing.
     """
     if not options.tensorboard:
         yield lambda entry: None
@@ -295,4 +294,4 @@ def _write_scalars(writer: Any, entry: dict[str, float]) -> None:
     for name, value in entry.items():
         if name != "epoch":
             writer.add_scalar(name, value, epoch)
-    writer.flush()
+    writer.flush()  # waits for TensorBoard's writer thread: a later kill does not lose this epoch

@@ -2,9 +2,9 @@
 
     python samples/draw.py
 
-writes them beside this file and into the page, the same bytes each time with the same Pillow and numpy.
-Each subject fills the central square, which is all that the model sees; gradients, clouds, waves and grain
-make it look like a photograph at 32 x 32.
+The command writes the pictures beside this file and into the page. The same versions of Pillow and numpy
+write the same bytes. Each subject fills the central square, because the model sees only that square.
+Gradients, clouds, waves and grain make the picture look like a photograph at 32 x 32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 WIDTH: Final = 512
 HEIGHT: Final = 384
 SCALE: Final = 4
-"""Everything is drawn this many times larger, then averaged down: smooth edges."""
+"""Factor by which pictures are drawn larger; averaging them down smooths the edges."""
 
 HERE: Final = Path(__file__).parent
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -32,7 +32,7 @@ ROW_POSITIONS: Final[Array] = np.arange(HEIGHT, dtype=np.float64)[:, None]
 
 
 class Canvas:
-    """A picture in the making: at first a cloudy sky. Lengths are in pixels of the finished picture."""
+    """A picture in progress, which starts as a cloudy sky; lengths are in pixels of the finished picture."""
 
     def __init__(self, zenith: str, horizon: str, *, clouds: int) -> None:
         self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE))
@@ -54,19 +54,22 @@ class Canvas:
         self.image.paste(shades, (left, upper), mask)
 
     def overlay(self, colour: str, opacity: Array) -> None:
-        """Lay a colour over everything, as opaque as `opacity` (HEIGHT, WIDTH), 0 … 1, says."""
+        """Lay a colour over the whole picture, with `opacity` (HEIGHT, WIDTH) from 0 to 1."""
         mask = Image.fromarray(np.rint(255 * opacity.clip(0, 1)).astype(np.uint8))
         self.image.paste(colour, (0, 0, *self.image.size), mask.resize(self.image.size))
 
     def render_image(self, grain: float) -> Image.Image:
-        """The finished picture, with film grain of that standard deviation in grey levels."""
+        """Return the finished picture; `grain` is the standard deviation of its film grain in grey levels."""
         picture = np.asarray(self.image.reduce(SCALE), np.float64)
         grain_noise = np.random.default_rng(0).standard_normal((HEIGHT, WIDTH, 1))
         return Image.fromarray(np.rint(picture + grain * grain_noise).clip(0, 255).astype(np.uint8))
 
 
 def make_noise(seed: int, rows: int, columns: int) -> Array:
-    """Cloudy noise (HEIGHT, WIDTH), mean 0, deviation 1; its largest blobs make a grid of rows x columns."""
+    """Return cloudy noise (HEIGHT, WIDTH), mean 0, deviation 1.
+
+    The largest blobs form a grid of `rows` x `columns`.
+    """
     generator = np.random.default_rng(seed)
     total = np.zeros((HEIGHT, WIDTH))
     for octave in range(5):
@@ -109,7 +112,10 @@ def draw_airplane() -> Canvas:
 
 
 def tilt_outline(outline: Outline) -> Array:
-    """From the level airliner's own pixels, about its middle, to those of the picture."""
+    """Return an outline in pixels of the picture, tilted with the airliner.
+
+    `outline` is in pixels of the level airliner, relative to its middle.
+    """
     angle = np.radians(9)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return np.asarray(0.95 * np.asarray(outline) @ rotation + (262, 190))
@@ -214,9 +220,10 @@ def _draw_road() -> Canvas:
 
 
 def project_points(along: Sequence[float], up: Sequence[float], depth: Sequence[float]) -> Array:
-    """Where points are seen that lie metres behind the bumper, above the road and from the near side.
+    """Project points of the lorry to pixels of the picture.
 
-    The camera stands 9 m from the bumper's near end, 1.5 m high, and looks 40 degrees along the lorry.
+    Coordinates are metres behind the bumper, above the road and from the near side. The camera stands 9 m
+    from the bumper's near end, 1.5 m high, and looks 40 degrees along the lorry.
     """
     a, u, d = np.array(along), np.array(up), np.array(depth)
     yaw = np.radians(40)
@@ -230,7 +237,7 @@ def project_side(outline: Outline, depth: float = 0) -> Array:
 
 
 def project_front(outline: Outline) -> Array:
-    """Onto the face of the cab, which leans back above 1.75 m, as its windscreen does."""
+    """Project an outline onto the front of the cab, which leans back above 1.75 m like its windscreen."""
     depth, up = np.asarray(outline, np.float64).T
     return project_points(0.28 * (up - 1.75).clip(0), up, depth)
 

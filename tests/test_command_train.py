@@ -259,7 +259,7 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     stopped = checkpoint.load_checkpoint(broken)
     step = stopped.metadata["progress"]["step"]
     assert 1 <= step < EPOCHS
-    assert f"stopped at step {step}; --resume goes on from there" in said
+    assert f"stopped at step {step}; --resume continues from there" in said
     assert "Traceback" not in said
     data = load_dataset(source, size=16, validation=0.1, seed=0)
     assert 0 <= measure_accuracy(stopped.build_net(), data.validation) <= 1
@@ -306,7 +306,7 @@ def test_another_run_is_not_overwritten(
 ) -> None:
     before = (trained / "run" / WEIGHTS_FILE).read_bytes()
     assert command(*training_arguments(trained)) == 2
-    assert "holds a run already; pass --resume to go on, or another --out" in read_error_line(capsys)
+    assert "holds a run already; pass --resume to continue it, or another --out" in read_error_line(capsys)
     assert (trained / "run" / WEIGHTS_FILE).read_bytes() == before
 
 
@@ -368,7 +368,7 @@ def test_export_with_data_of_other_labels_is_refused(
     [
         (["--size", "15"], "size 15 px: the networks take 16 to 384"),
         (["--size", "385"], "size 385 px: the networks take 16 to 384"),
-        (["--net", "vgg"], "there is no network 'vgg'; there are cnn"),
+        (["--net", "vgg"], "there is no network 'vgg'; choose one of cnn"),
     ],
 )
 def test_a_network_that_there_is_not_is_refused_before_anything_is_read(
@@ -395,11 +395,11 @@ def test_a_data_set_is_described_before_it_is_trained_on(
     said = " ".join(capsys.readouterr().out.split())
     for line in (
         "squares: 3 labels, 24 images to train on, 12 held out, 6 to test",
-        "45 files found: 42 images used, 1 that cannot be read, 2 left out",
+        "45 files found: 42 images used, 1 unreadable, 2 left out",
         "labels are the folders' names: blue, green, red",
         "parts: Training/: 24 images to train on; valid/: 12 images held out; Test/: 6 images to test",
         "left out 1 file *.txt: the bytes are not an image of a known format (Training/red/notes.txt)",
-        "left out 1 file in @eaDir/: hidden, or a system's own (valid/@eaDir/0.png)",
+        "left out 1 file in @eaDir/: a hidden file or a system file (valid/@eaDir/0.png)",
     ):
         assert line in said
         assert said.index(line) < said.index("epoch 1/1")
@@ -407,7 +407,7 @@ def test_a_data_set_is_described_before_it_is_trained_on(
         "Training/red/broken.png: the bytes are not an image of a known format; send one of JPEG, PNG, GIF, "
         "WEBP, TIFF, BMP, AVIF",
         "Training/red/notes.txt: the bytes are not an image of a known format",
-        "valid/@eaDir/0.png: hidden, or a system's own",
+        "valid/@eaDir/0.png: a hidden file or a system file",
     ]
     report = (run / "report.html").read_text()
     assert "45 files found: 42 images used" in report

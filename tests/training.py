@@ -19,7 +19,8 @@ from fovea.model.data.pixels import Pixels, compute_statistics
 from fovea.model.networks.checkpoint import Checkpoint
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
-from fovea.model.training import trainer as training
+from fovea.model.training.trainer import train_net
+from fovea.model.training.training_run import InitialState
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 SHORT_RECIPE = Recipe(epochs=3, batch=5)
@@ -59,12 +60,10 @@ def train_quietly(
     """A real training run that says nothing."""
     console = Console(file=io.StringIO())
     net = make_net(data, recipe)
-    initial_state = training.InitialState(
+    initial_state = InitialState(
         net, [teacher] if teacher else [], source=str(data.name), command="fovea train"
     )
-    return training.train_net(
-        data, recipe, out, initial_state, resume=resume, console=console, on_epoch=on_epoch
-    )
+    return train_net(data, recipe, out, initial_state, resume=resume, console=console, on_epoch=on_epoch)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from rich.progress import track
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import WORDNET_ID, Labels
 from fovea.model.data.decoding import decode_pixels, map_in_threads
-from fovea.model.data.sources import Folder
+from fovea.model.data.disk_source import Folder
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 from fovea.service.inference.drift import brightness_of

@@ -17,10 +17,12 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from fovea.model.atomic_files import replace_file
 from fovea.model.data.decoding import ImageHashes, compute_digest
+from fovea.model.data.disk_source import Folder
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Part
 from fovea.model.data.perceptual_hash import hash_images
-from fovea.model.data.sources import Archive, EncodedImage, Folder
+from fovea.model.data.sources import EncodedImage
+from fovea.model.data.tar_archive import Archive
 from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -74,7 +76,7 @@ def is_release(source: Folder | Archive) -> bool:
 
 
 def read_release(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], ImageHashes]:
-    """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and prints.
+    """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and hashes.
 
     A file is named by its batch file and row. Raises `DataError` if batches are missing or damaged.
     """
@@ -113,7 +115,10 @@ def _read_content(content: EncodedImage) -> bytes:
 
 def _build_files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
     if targets.max(initial=0) >= len(LABELS):
-        raise DataError(f"{name} is damaged: it has a label {targets.max()}; unpack or download it again")
+        raise DataError(
+            f"{name} is damaged: it has a label {targets.max()}, and the last label is {len(LABELS) - 1}; "
+            "unpack or download it again"
+        )
     part = Part.TEST if test else Part.TRAIN
     return [File(f"{name}#{row}", (LABELS[target],), part) for row, target in enumerate(targets)]
 

@@ -17,10 +17,10 @@ from fovea.model.data.inventory import Part, join_names
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import Columns, ParsedTable
 
-_PATH_NAMES: Final = """path filepath filename file imagepath imagefile imagefilename imagename image imageid
-    imageindex imgpath imgname imgid img picture photo id name"""
-_LABEL_NAMES: Final = """label labels class classname classlabel category categories target tag tags breed species
-    diagnosis dx findinglabels labelname y classid labelid"""
+_PATH_NAMES: Final = """path filepath filename file imagepath imagefile imagefilename imagename image
+    imageid imageindex imgpath imgname imgid img picture photo id name"""
+_LABEL_NAMES: Final = """label labels class classname classlabel category categories target tag tags breed
+    species diagnosis dx findinglabels labelname y classid labelid"""
 _SPLIT_NAMES: Final = "split splits datasplit set subset partition usage phase mode part dataset fold"
 """Known column names, the most reliable first; `Image Index` and `image_index` become `imageindex`."""
 
@@ -90,7 +90,8 @@ def detect_roles(table: ParsedTable, choices: Choices) -> ColumnRoles:
     path_column = _find_column(table, keys, choices.path_column, _PATH_NAMES, "--path-column")
     if path_column is None:
         raise DataError(
-            f"{table.path} names no images: it has {_format_columns(table)}; say which with --path-column"
+            f"{table.path} needs a column of paths: it has {_format_columns(table)}; name it with "
+            "--path-column"
         )
     split_column, part_flags, notes = _find_split_column(table, keys, [path_column])
     other_columns = [
@@ -125,8 +126,8 @@ def detect_roles(table: ParsedTable, choices: Choices) -> ColumnRoles:
             notes,
         )
     raise DataError(
-        f"{table.path} needs a column of labels: it has {_format_columns(table)}; say which with --label-column, more "
-        "than once where each label has a column of 1 and 0"
+        f"{table.path} needs a column of labels: it has {_format_columns(table)}; name it with "
+        "--label-column, and repeat the option if each label has a column of 1 and 0"
     )
 
 
@@ -154,7 +155,9 @@ def _find_column(
         return keys.index(_normalize_name(user_column))
     key = _find_known_name([key for column, key in enumerate(keys) if column != used_column], known_names)
     if key is not None and keys.count(key) > 1:
-        raise DataError(f"{table.path} has several columns {key!r}; say which is meant with {option}")
+        raise DataError(
+            f"{table.path} has several columns {key!r}; rename one, or name another column with {option}"
+        )
     return None if key is None else keys.index(key)
 
 
@@ -177,8 +180,8 @@ def _find_split_column(
             if known_name == "split" or not unknown_values:
                 return column, part_flags, tuple(notes)
             notes.append(
-                f"the column {table.columns[column]!r} is not read as parts: it has other values, such as "
-                f"{join_names(map(repr, unknown_values))}"
+                f"the column {table.columns[column]!r} does not split the data: it has values that name no "
+                f"part, such as {join_names(map(repr, unknown_values))}"
             )
     return None, part_flags, tuple(notes)
 
@@ -193,8 +196,8 @@ def _check_flags(table: ParsedTable, flags: dict[int, str]) -> dict[int, str]:
         for line, fields in table.rows:
             if fields[column].lower() not in _TRUE_VALUES | _FALSE_VALUES:
                 raise DataError(
-                    f"{table.format_position(line)}: the column {name!r} has {fields[column]!r}; where --label-column "
-                    "is given more than once, each has 1 or 0"
+                    f"{table.format_position(line)}: the column {name!r} has {fields[column]!r}; if "
+                    "--label-column is repeated, each of its columns must hold 1 or 0"
                 )
     return flags
 

@@ -17,6 +17,7 @@ from typing import Final
 from fovea.model.data.choices import Choices
 from fovea.model.data.clutter import find_clutter
 from fovea.model.data.columns import ColumnRoles, detect_roles, parse_labels, rate_columns
+from fovea.model.data.disk_source import DiskSource, Folder, explain_file_rejection
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import has_image_suffix
 from fovea.model.data.inventory import (
@@ -31,11 +32,11 @@ from fovea.model.data.inventory import (
 from fovea.model.data.labels import clean_label, describe_spellings
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import SUFFIXES, ParsedTable, read_table
-from fovea.model.data.sources import DiskSource, Folder, Survey, explain_file_rejection
+from fovea.model.data.sources import Survey
 
 _MAX_NAMES: Final = 5
 
-_PART_NAMES: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TEST: "the test"}
+_PART_NAMES: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TEST: "test"}
 
 
 def is_table(name: str) -> bool:
@@ -81,7 +82,10 @@ class Table(DiskSource):
                 table = read_table(path, lambda header: rate_columns(header, self.choices))
                 roles = detect_roles(table, self.choices)
                 if columns and _describe_column(table, roles) not in columns:
-                    raise DataError(f"its labels would be in {_describe_column(table, roles)}")
+                    raise DataError(
+                        f"{path} has its labels in {_describe_column(table, roles)}, but the tables before "
+                        f"it in {', '.join(columns)}"
+                    )
             except DataError as error:
                 if self._parse_table_part(path) is not Part.TEST:
                     raise
@@ -94,9 +98,7 @@ class Table(DiskSource):
                 parts.setdefault(part, set()).update(names)
         files = entries.list_files()
         other_images = _find_other_images(self.root, {file.name for file in files})
-        skipped_files = {
-            name: (f"in {folder}", f"{self.name} does not name them") for name, folder in other_images
-        }
+        skipped_files = {name: (f"in {folder}", f"not named in {self.name}") for name, folder in other_images}
         inventory = Inventory(
             len(files) + len(skipped_files),
             {part: tuple(sorted(parts[part])) for part in Part if part in parts},
@@ -143,8 +145,8 @@ class _ImageEntries:
                 part = roles.find_part(fields) or own_part or Part.TRAIN
             except KeyError as error:
                 raise DataError(
-                    f"{table.format_position(line)}: the split is {error.args[0]!r}; known are train, val, validation, "
-                    "dev, test, eval and other words for these"
+                    f"{table.format_position(line)}: the split is {error.args[0]!r}; use train, val, "
+                    "validation, dev, test, eval or another word for one of these"
                 ) from None
             name = self._path_lookup.find_file(path, base, part)
             if name is None:
@@ -153,7 +155,8 @@ class _ImageEntries:
             if (earlier_part := self._parts.setdefault(name, part)) != part:
                 first, second = sorted((earlier_part, part), key=list(Part).index)
                 raise DataError(
-                    f"{table.format_position(line)}: {name} is named for {_PART_NAMES[first]} and for {_PART_NAMES[second]}"
+                    f"{table.format_position(line)}: {name} is listed for {_PART_NAMES[first]} and for "
+                    f"{_PART_NAMES[second]}; remove one of the rows"
                 )
             raw_labels = parse_labels(table, roles, line, fields)
             self._raw_labels.update(raw_labels)
@@ -170,19 +173,21 @@ class _ImageEntries:
         unlabelled_names = [file.name for file in files if not file.labels]
         if unlabelled_names and all(len(file.labels) <= 1 for file in files):
             raise DataError(
-                f"{self.display_path} gives no label for {_format_images(unlabelled_names)}; only in a multi-label set, in which "
-                "some image has several, does that mean none of them: fill them in or take them out"
+                f"{self.display_path} gives no label for {_format_images(unlabelled_names)}; fill in the "
+                "labels, or remove the rows; rows without labels are allowed only if some image has "
+                "several labels"
             )
         if self._path_lookup.ambiguous_paths:
             name, matches = next(iter(self._path_lookup.ambiguous_paths.items()))
+            images = _format_images(list(self._path_lookup.ambiguous_paths))
             raise DataError(
-                f"{self.display_path} names {_format_images(list(self._path_lookup.ambiguous_paths))} that lie in several places: "
-                f"{name} is {join_names(matches)}; write the whole path"
+                f"{self.display_path} names {images} that match several files: "
+                f"{name} matches {join_names(matches)}; write the whole path"
             )
         if self._missing_paths:
             missing_paths = list(dict.fromkeys(self._missing_paths))
             raise DataError(
-                f"{self.display_path} names {_format_images(missing_paths)} that are not there; "
+                f"{self.display_path} names {_format_images(missing_paths)} that do not exist; "
                 f"paths are relative to {self.root.absolute()}"
             )
         return files

@@ -74,23 +74,23 @@ class Dataset:
 
     @property
     def description(self) -> tuple[str, ...]:
-        """Sentences on the interpretation of the files; their counts add up to the number of files found."""
+        """Sentences on the interpretation of the files; the counts add up to the number of files found."""
         inventory = self.inventory
         held_out_count = len(self.validation) + len(self.conformal)
         used_count = len(self.train) + held_out_count + len(self.test)
         sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held_out_count, Part.TEST: len(self.test)}
         parts = [
-            f"{join_names(sorted(inventory.parts[part]))}: {format_count(sizes[part], 'image')} {part.purpose}"
+            f"{join_names(sorted(inventory.parts[part]))}: "
+            f"{format_count(sizes[part], 'image')} {part.purpose}"
             for part in Part
             if part in inventory.parts
         ]
         if Part.VALIDATION not in inventory.parts:
-            parts.append(
-                f"no part is named for validation: {format_count(held_out_count, 'image')} held out by the seed"
-            )
+            held_out = format_count(held_out_count, "image")
+            parts.append(f"no validation part: {held_out} held out, chosen by the seed")
         return (
             f"{format_count(inventory.file_count, 'file')} found: {format_count(used_count, 'image')} used, "
-            f"{len(self.unreadable_files)} that cannot be read, {inventory.skipped_count} left out",
+            f"{len(self.unreadable_files)} unreadable, {inventory.skipped_count} left out",
             f"labels are {inventory.label_origin}: {join_names(self.labels, 10)}",
             f"parts: {'; '.join(parts)}",
             *map(str, inventory.skipped_files),
@@ -122,7 +122,8 @@ def load_dataset(
 
     Decoded pixels are stored in the folder `cache`, memory-mapped from there, and reused by the next call.
     Without `cache` they stay in memory. With `stream`, or if the disk is too full, images are decoded on
-    every access, and `on_warning` receives a sentence about a full disk. Raises `DataError`.
+    every access, and `on_warning` is called with a sentence about a full disk, on the calling thread before
+    this function returns. Raises `DataError`.
     """
     path = cifar10.download_release(Path("data")) if source is None else source
     choices = choices or Choices()
@@ -181,7 +182,7 @@ def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Datas
     train_pool, validation_pool, test_rows = (by_part[part] for part in Part)
     has_validation = any(file.part is Part.VALIDATION for file in raw_data.files)
     if has_validation and not len(validation_pool):
-        raise DataError(f"no image of {raw_data.name} that is for validation can be read")
+        raise DataError(f"no validation image of {raw_data.name} can be read")
     pool_labels = [images.label_indices[row] for row in train_pool]
     require_images(labels, pool_labels, images.unreadable_files, min_images=1 if has_validation else 2)
     held_out_labels = [images.label_indices[row] for row in validation_pool]
@@ -202,7 +203,9 @@ def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Datas
             train_pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
         )
     if not len(validation_rows):
-        raise DataError(f"each label of {raw_data.name} has copies of one image alone; at least 2 are needed")
+        raise DataError(
+            f"each label of {raw_data.name} has only copies of one image; a label needs 2 different images"
+        )
 
     def select_examples(rows: RowIndices) -> Examples:
         return images.examples.select(torch.from_numpy(rows))
@@ -240,8 +243,8 @@ def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) 
     if max_count <= IMBALANCE_RATIO * min_count:
         return []
     return [
-        f"labels are unequal, {max_count / min_count:.1f} : 1: "
-        f"{max_count} images of {labels[largest]!r} to train on, {min_count} of {labels[smallest]!r}"
+        f"labels are imbalanced, {max_count / min_count:.1f} : 1: "
+        f"{max_count} training images of {labels[largest]!r}, {min_count} of {labels[smallest]!r}"
     ]
 
 

@@ -80,11 +80,11 @@ class ImageHashes:
 
     @classmethod
     def empty(cls, count: int) -> ImageHashes:
-        """Return prints with `count` empty rows."""
+        """Return digests and hashes with `count` empty rows."""
         return cls(np.zeros((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.uint64), {})
 
     def select(self, rows: Sequence[int]) -> ImageHashes:
-        """Return the prints of readable images, by row."""
+        """Return the digests and hashes of readable images, by row."""
         return ImageHashes(self.digests[list(rows)], self.hashes[list(rows)], {})
 
 
@@ -117,9 +117,14 @@ IndexedContent = tuple[int, EncodedImage]
 def read_images(
     contents: Iterable[IndexedContent], count: int, geometry: Geometry, output: npt.NDArray[np.uint8] | None
 ) -> ImageHashes:
-    """Decode `count` images into the rows of `output`, uint8 (count, H, W, 3), or for their prints only."""
+    """Decode `count` images into the rows of `output`, uint8 (count, H, W, 3), and return their hashes.
+
+    If `output` is None, the images are decoded only for their hashes.
+    """
     image_hashes = ImageHashes.empty(count)
 
+    # `map_in_threads` calls this function on several threads at a time. No lock is needed: each chunk writes
+    # only its own rows of the shared arrays, and inserting into `read_errors` is atomic.
     def read_chunk(chunk: list[IndexedContent]) -> int:
         _read_chunk(chunk, geometry, output, image_hashes)
         return len(chunk)
@@ -203,7 +208,9 @@ def map_in_threads(
 ) -> Iterator[R]:
     """Yield the function's result for each item, with only a few items in flight.
 
-    Items for which `is_inline` is true are processed in the calling thread.
+    `function` runs on the threads of a pool, except for items for which `is_inline` is true: these are
+    processed on the calling thread, and their results may overtake earlier ones. `items` is consumed on the
+    calling thread only, because an archive cannot be read by two threads.
     """
     threads = get_thread_count()
     pool = ThreadPoolExecutor(threads, "read")
@@ -214,9 +221,9 @@ def map_in_threads(
                 yield function(item)
                 continue
             futures.append(pool.submit(function, item))
-            if len(futures) > 2 * threads:
+            if len(futures) > 2 * threads:  # bounds the memory of chunks that wait
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
-    finally:
+    finally:  # also if the consumer stops early; running calls are awaited, so none writes afterwards
         pool.shutdown(cancel_futures=True)

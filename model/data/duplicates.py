@@ -27,7 +27,8 @@ def find_contradictions(
     if not pairs:
         return []
     return [
-        f"{_format_images(len(pairs))} there under other labels too, byte for byte: {_format_pairs(pairs, names)}"
+        f"{_format_images(len(pairs))} also present under other labels, byte for byte: "
+        f"{_format_pairs(pairs, names)}"
     ]
 
 
@@ -38,7 +39,10 @@ def find_leaks(
     part_name: str,
     names: Sequence[str],
 ) -> list[str]:
-    """Return sentences on images of `other_rows`, called `part_name`, that equal or resemble training images."""
+    """Return sentences on the images of the part `part_name` that equal or resemble training images.
+
+    `train_rows` and `other_rows` are the rows of the training images and of that part's images.
+    """
     groups = _group_copies(image_hashes)
     first_rows = np.full(len(groups), -1)
     first_rows[groups[train_rows][::-1]] = train_rows[::-1]
@@ -49,8 +53,9 @@ def find_leaks(
     _, first_pairs = np.unique(similar_pairs[:, 1], return_index=True)
     near_copies = [(train_rows[i], rest[j]) for i, j in similar_pairs[first_pairs]]
     return [
-        f"{_format_images(len(pairs), part_name)} {relation} trained on, which makes figures too good: {_format_pairs(pairs, names)}"
-        for pairs, relation in ((copies, "byte for byte one that is"), (near_copies, "nearly one that is"))
+        f"{_format_images(len(pairs), part_name)} {relation} to training images, so the accuracy looks too "
+        f"good: {_format_pairs(pairs, names)}"
+        for pairs, relation in ((copies, "identical"), (near_copies, "nearly identical"))
         if pairs
     ]
 

@@ -137,7 +137,7 @@ class _FolderTree:
             return location, f"images above folder {self.label_depth} have no label"
         if self._has_no_label(path):
             if self.list_parts(path):
-                return location, "images right in a part have no label"
+                return location, "images directly in a part have no label"
             return location, "images above the labels have no label"
         if not self._parts or self.list_parts(path):
             return None
@@ -150,7 +150,7 @@ class _FolderTree:
         sibling_list = join_names(sorted("/".join(folder) + "/" for folder in siblings))
         return (
             f"in {'/'.join(unused_folder)}/",
-            f"the folder is in no part: it lies beside {sibling_list}, and its name is none of a part",
+            f"the folder is in no part: it lies beside {sibling_list}, and its name does not name a part",
         )
 
     def find_part(self, path: FolderPath) -> tuple[Part, str]:
@@ -166,7 +166,8 @@ class _FolderTree:
         if len(set(parts.values())) > 1:
             part_folders = " and in ".join(f"{path[position]}/" for position in parts)
             raise DataError(
-                f"images in {'/'.join(path)}/ lie in {part_folders}, which are different parts; rename a folder"
+                f"images in {'/'.join(path)}/ lie in {part_folders}, which are different parts; "
+                "rename a folder"
             )
         if not parts:
             return Part.TRAIN, ""
@@ -198,13 +199,13 @@ class _FolderTree:
             if leaf[-1].casefold() == "train" and len(labels) >= _MIN_SIBLINGS and not other_parts:
                 del self._parts[leaf]
                 self.notes.append(
-                    f"{'/'.join(leaf)}/ is taken for a label, since it lies among labels: {label_list}"
+                    f"{'/'.join(leaf)}/ is read as a label, because it lies among labels: {label_list}"
                 )
                 continue
             raise DataError(
-                f"{'/'.join(leaf)}/ is called like a part of a data set, has images right in it and lies "
-                f"beside {label_list}: put its images into sub-folders by label, rename it, or, if it is a label, "
-                f"say so with --label-depth {len(leaf)}"
+                f"{'/'.join(leaf)}/ is named like a part of a data set, contains images directly and lies "
+                f"beside {label_list}: put its images into sub-folders by label, rename it, or, if it is a "
+                f"label, pass --label-depth {len(leaf)}"
             )
 
     def _require_labels_above(self) -> None:
@@ -217,9 +218,9 @@ class _FolderTree:
         if part_leaves and (len(labels) < 2 or all(map(is_container, labels))):
             folder_list = " and ".join("/".join(leaf) + "/" for leaf in part_leaves[:_MAX_FOLDERS])
             raise DataError(
-                f"images lie right in {folder_list}: these are parts of a data set, not labels; put the images "
-                "there into sub-folders by label, such as train/cat/, or give a CSV file that names the "
-                "labels"
+                f"images lie directly in {folder_list}: these are parts of a data set, not labels; put the "
+                "images there into sub-folders by label, such as train/cat/, or give a CSV file that names "
+                "the labels"
             )
 
 
@@ -240,9 +241,9 @@ def _require_one_depth(depths: dict[int, str]) -> None:
         return
     high, low = (depths[depth].split("/") for depth in (min(depths), max(depths)))
     raise DataError(
-        f"labels lie at several depths: is it {high[-2]!r} of {'/'.join(high)}, and {low[-2]!r} of "
-        f"{'/'.join(low)}? Say which folder from the top is the label, such as --label-depth "
-        f"{len(high) - 1}, or move the images"
+        f"labels lie at several depths: the label of {'/'.join(high)} would be {high[-2]!r}, and that of "
+        f"{'/'.join(low)} {low[-2]!r}; pass the number of the folder from the top that is the label, such as "
+        f"--label-depth {len(high) - 1}, or move the images"
     )
 
 
@@ -252,9 +253,9 @@ def _require_no_containers(placements: dict[str, Placement]) -> None:
     if labels and all(map(is_container, labels)):
         folder_list = " and ".join(f"{label}/" for label in sorted(labels)[:3])
         raise DataError(
-            f"images lie in {folder_list}, as in a data set for detection or segmentation: these are not labels; "
-            "put the images into sub-folders by label, give a CSV file that names the labels, or, if these "
-            f"are labels, say so with --label-depth {next(iter(placements)).count('/')}"
+            f"images lie in {folder_list}, as in a data set for detection or segmentation: these are not "
+            "labels; put the images into sub-folders by label, give a CSV file that names the labels, or, if "
+            f"these are labels, pass --label-depth {next(iter(placements)).count('/')}"
         )
 
 
@@ -262,4 +263,4 @@ def _describe_unused_folders(names: set[str]) -> list[str]:
     if not names:
         return []
     folder_list = join_names((f"{name}/" for name in sorted(names)), 10)
-    return [f"folders above the labels are taken neither for labels nor for parts: {folder_list}"]
+    return [f"folders above the labels are used neither as labels nor as parts: {folder_list}"]

@@ -46,14 +46,16 @@ class SkippedFiles:
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"left out {format_count(len(self.names), 'file')} {self.kind}: {self.reason} ({join_names(self.names)})"
+        files = format_count(len(self.names), "file")
+        return f"left out {files} {self.kind}: {self.reason} ({join_names(self.names)})"
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The interpretation of a data set's files; `file_count` counts the images and the files in `skipped_files`."""
+    """The interpretation of a data set's files."""
 
     file_count: int = 0
+    """Number of files: the images and the files in `skipped_files`."""
     parts: Mapping[Part, tuple[str, ...]] = field(default_factory=dict)
     """Folders or column values that named each part; empty if the source names no parts."""
     label_origin: str = "the folders' names"

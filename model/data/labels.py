@@ -41,8 +41,8 @@ def describe_spellings(names: Iterable[str]) -> list[str]:
     for name in set(names):
         by_label.setdefault(clean_label(name), set()).add(name)
     return [
-        f"label {label!r} is written in {len(label_spellings)} ways that look the same (accents, white space); "
-        "they are one label"
+        f"label {label!r} is written in {len(label_spellings)} ways that look the same (accents, white "
+        "space); they are merged"
         for label, label_spellings in sorted(by_label.items())
         if len(label_spellings) > 1
     ]
@@ -67,8 +67,8 @@ def merge_similar_labels(files: Sequence[File], case: LabelCase | None) -> tuple
             for group in similar_groups[:_MAX_EXAMPLES]
         )
         raise DataError(
-            f"labels differ in case, spaces, _ or - alone: {examples}; rename them, or say --label-case merge "
-            "if they are one label, --label-case keep if they are several"
+            f"labels differ only in case, spaces, _ or -: {examples}; rename them, or pass --label-case "
+            "merge if they are one label, --label-case keep if they are several"
         )
     merged_labels = {
         label: max(group, key=lambda one: (counts[one], one)) for group in similar_groups for label in group
@@ -78,7 +78,7 @@ def merge_similar_labels(files: Sequence[File], case: LabelCase | None) -> tuple
         for file in files
     ]
     notes = [
-        f"labels {' and '.join(map(repr, group))} are one: {merged_labels[group[0]]!r}"
+        f"labels {' and '.join(map(repr, group))} are merged: {merged_labels[group[0]]!r}"
         for group in similar_groups
     ]
     return tuple(merged_files), notes
@@ -99,8 +99,8 @@ def require_labels(name: str, files: Sequence[File], inventory: Inventory) -> No
         label_summary = f"only {labels[0]!r}" if labels else "none"
         skipped_text = "".join(f"; {group}" for group in inventory.skipped_files[:_MAX_EXAMPLES])
         raise DataError(
-            f"{name} needs one sub-folder of images per label, or a CSV file that names them, and of labels "
-            f"at least two; found {label_summary}{skipped_text}"
+            f"{name} must have at least two labels, each a sub-folder of images, or named in a CSV file; "
+            f"found {label_summary}{skipped_text}"
         )
     for label in labels:
         try:

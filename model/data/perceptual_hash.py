@@ -64,10 +64,11 @@ def _cosine_basis(length: int) -> npt.NDArray[np.float32]:
 
 
 def find_similar(left: Hashes, right: Hashes, max_distance: int = MAX_DISTANCE) -> npt.NDArray[np.int64]:
-    """Return all pairs (i, j), int64 (P, 2), for which left[i] and right[j] differ in at most `max_distance` bits.
+    """Return all pairs (i, j), int64 (P, 2), of similar hashes `left[i]` and `right[j]`.
 
-    Such hashes agree in at least one of limit + 1 groups of bits (pigeonhole principle), so only hashes that
-    share a group are compared. Images without a hash match nothing.
+    Similar hashes differ in at most `max_distance` bits. They agree in at least one of `max_distance` + 1
+    groups of bits (pigeonhole principle), so only hashes that share a group are compared. Images without a
+    hash match nothing.
     """
     left_rows, right_rows = np.flatnonzero(left), np.flatnonzero(right)
     edges = np.linspace(0, 64, max_distance + 2).astype(int)

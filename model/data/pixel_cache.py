@@ -83,7 +83,7 @@ class PixelCache:
             return None
         path, shape = self.folder / PIXELS_FILE, (count, index["side"], index["side"], 3)
         if index["pixels"] != _stat_file(path) or path.stat().st_size != math.prod(shape):
-            raise ValueError("these are other pixels")
+            raise ValueError("the pixel file is not the one that was indexed")
         return self.map_pixels(shape)
 
     def map_pixels(self, shape: tuple[int, ...]) -> Pixels:
@@ -100,7 +100,7 @@ class PixelCache:
             for name in (INDEX_FILE, PIXELS_FILE):
                 (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"cannot keep pixels in {self.folder}: {error.strerror}") from None
+            raise DataError(f"cannot store pixels in {self.folder}: {error.strerror}") from None
 
     def has_room(self, shape: tuple[int, ...]) -> bool:
         """Return whether the disk has room for the pixels."""
@@ -121,8 +121,8 @@ class PixelCache:
             except OSError as error:
                 raise DiskFullError from error
             array = np.memmap(partial, np.uint8, "r+", shape=shape)
-            yield array
-            array.flush()
+            yield array  # the block writes, possibly on several threads; all must have ended when it ends
+            array.flush()  # before `replace_file` gives the file its final name
 
     def write_index(
         self,
@@ -133,7 +133,10 @@ class PixelCache:
         *,
         has_pixels: bool,
     ) -> None:
-        """Write the index, after the pixels if `has_pixels` is true."""
+        """Write the index; if `has_pixels` is true, the pixels must be published already.
+
+        The index is what makes a cache valid, and it holds size and time of the finished pixel file.
+        """
         index = {
             "key": self._key,
             "asked": self.requested_side,

@@ -61,7 +61,9 @@ def select_pixels(pixels: Pixels, indices: Tensor) -> PixelSelection:
 class StreamedPixels:
     """Images that are decoded by several threads on every access.
 
-    `decode` returns one image's pixels, uint8 (H, W, 3), for its path; its exceptions propagate.
+    `decode` returns one image's pixels, uint8 (H, W, 3), for its path. It runs on the threads of a pool; its
+    exceptions are raised by the access. Several threads may access the images at a time: training prepares a
+    batch on one thread while validation reads on another.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class StreamedPixels:
         rows = torch.arange(len(self))[indices].tolist()
         pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
         images = self._pool.map(self._decode, [self._paths[index] for index in rows])
-        for position, image in enumerate(images):
+        for position, image in enumerate(images):  # in order; waits for the decoding threads
             pixels[position] = image
         return torch.from_numpy(pixels)
 

@@ -15,18 +15,20 @@ from fovea.model.data import cifar10
 from fovea.model.data.choices import Choices
 from fovea.model.data.csv_table import Table, is_table
 from fovea.model.data.decoding import ImageHashes, choose_side, decode_pixels, read_images, square_geometry
+from fovea.model.data.disk_source import DiskSource, Folder
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Inventory, Part, join_names
 from fovea.model.data.labels import collect_labels, merge_similar_labels, require_labels
 from fovea.model.data.parts import parse_part
 from fovea.model.data.pixel_cache import DiskFullError, PixelCache
 from fovea.model.data.pixels import Pixels, StreamedPixels
-from fovea.model.data.sources import Archive, DiskSource, Folder
+from fovea.model.data.tar_archive import Archive
 from fovea.model.data.zip_archive import ZipArchive, is_zip
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 
 WarningHandler = Callable[[str], None]
+"""Receives one sentence, on the thread that loads the data, before loading continues."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def open_source(path: Path, choices: Choices) -> Folder | Archive | Table:
         table.survey  # noqa: B018 - to see whether it can be read
     except DataError as error:
         if problem:
-            raise DataError(f"{problem}; the CSV file there does not say them either: {error}") from None
+            raise DataError(
+                f"{problem}; the CSV file there does not give the labels either: {error}"
+            ) from None
         raise
     return table
 
@@ -89,8 +93,8 @@ def _select_tables(path: Path, names: Sequence[str]) -> list[Path]:
     ):
         return [path / name for name in part_names]
     raise DataError(
-        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; give the one "
-        "with the labels as --data"
+        f"{path} has no sub-folder of images per label and several CSV files: {join_names(names)}; pass the "
+        "one with the labels as --data"
     )
 
 
@@ -171,7 +175,7 @@ def _decode_images(
     stream: bool,
     on_warning: WarningHandler,
 ) -> tuple[Pixels, ImageHashes]:
-    """Decode all images once: into the cache, into memory, or for their prints only if streamed."""
+    """Decode all images once: into the cache, into memory, or for their hashes only if streamed."""
     shape = _pixel_shape(files, geometry)
     streamed_pixels = _stream_pixels(source, files, geometry) if stream else None
 
@@ -183,7 +187,7 @@ def _decode_images(
         image_hashes = decode_to(pixels)
         return torch.from_numpy(pixels), image_hashes
     if cache:
-        cache.clear()
+        cache.clear()  # before any write: an old index must never describe new pixels
     if cache and not streamed_pixels:
         try:
             with cache.create_pixels(shape) as pixels:
@@ -193,7 +197,7 @@ def _decode_images(
         except DiskFullError:
             on_warning(
                 f"{cache.folder} has no room for {math.prod(shape) / 1e9:.1f} GB of pixels: "
-                "images are decoded anew each time, which is slow"
+                "images are decoded on every access, which is slow; make room to avoid this"
             )
     streamed_pixels = streamed_pixels or _stream_pixels(source, files, geometry)
     image_hashes = decode_to(None)
@@ -211,14 +215,15 @@ def _stream_pixels(
 ) -> StreamedPixels:
     if not isinstance(source, DiskSource):
         raise DataError(
-            f"there is no room for the pixels of {source.name}, and of an archive they cannot be "
-            "decoded one by one instead: unpack it, or make room"
+            f"the disk has no room for the pixels of {source.name}, and images in an archive cannot be "
+            "decoded on every access instead: unpack it, or make room"
         )
 
+    # Called on the threads of `StreamedPixels`; the exception reaches the thread that asked for the pixels.
     def decode_file(path: Path) -> npt.NDArray[np.uint8]:
         try:
             return decode_pixels(path.read_bytes(), geometry)
         except (RequestError, OSError) as error:
-            raise DataError(f"{path} was readable before: {to_one_line(error)}") from None
+            raise DataError(f"{path} can no longer be read: {to_one_line(error)}") from None
 
     return StreamedPixels(source.resolve_paths(file.name for file in files), geometry, decode_file)

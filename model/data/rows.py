@@ -39,8 +39,8 @@ class ParsedTable:
 def read_table(path: Path, rate_columns: Callable[[Columns], int]) -> ParsedTable:
     """Read a table.
 
-    `rate_columns` rates how well a header's columns fit, 0 for not at all; the rating determines the
-    delimiter. Raises `DataError`.
+    `rate_columns` rates how well a header's columns fit, 0 for not at all. It is called once for each
+    possible delimiter, and the delimiter with the best rating is used. Raises `DataError`.
     """
     text, notes = _decode_text(path)
     if path.suffix.lower() == ".jsonl":
@@ -76,7 +76,7 @@ def _decode_text(path: Path) -> tuple[str, tuple[str, ...]]:
         excerpt = text.splitlines()[line - 1][:80]
         notes = (f"{path.name} is not UTF-8 and was read as Windows-1252: line {line} is {excerpt!r}",)
     if "\0" in text:
-        raise DataError(f"{path} has zero bytes in it; save it as CSV in UTF-8")
+        raise DataError(f"{path} contains zero bytes; save it as CSV in UTF-8")
     return text, notes
 
 
@@ -93,8 +93,8 @@ def _detect_header(path: Path, text: str, rate_columns: Callable[[Columns], int]
     best = max(candidates, key=lambda one: one[0], default=(0, "", ()))  # ties: the first
     if not best[0]:
         raise DataError(
-            f"{path} needs a first line with the columns path and label; it has {first_line[:80]!r}; say which "
-            "columns these are with --path-column and --label-column"
+            f"{path} needs a first line with the columns path and label; it has {first_line[:80]!r}; or "
+            "name its columns with --path-column and --label-column"
         )
     return best[1], best[2]
 
@@ -111,7 +111,7 @@ def _parse_csv(
             if len(row) != len(columns):
                 raise DataError(
                     f"{path}, line {line}: {len(row)} fields, {len(columns)} columns; "
-                    "put a field with a delimiter in it in quotes"
+                    "quote a field that contains the delimiter"
                 )
             yield line, tuple(field.strip() for field in row)
     except csv.Error as error:
@@ -131,7 +131,7 @@ def _parse_json_lines(path: Path, text: str, notes: tuple[str, ...]) -> ParsedTa
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: this is not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise DataError(f'{path}, line {number}: this is no JSON object, such as {{"file_name": …}}')
+            raise DataError(f'{path}, line {number}: this is not a JSON object, such as {{"file_name": …}}')
         objects.append((number, value))
         columns |= dict.fromkeys(value)
     names: Sequence[str] = tuple(columns)

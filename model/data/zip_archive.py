@@ -15,7 +15,8 @@ from typing import IO, Final
 
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import HEAD_BYTES, explain_rejection, has_image_suffix
-from fovea.model.data.sources import Archive, EncodedImage, Listing, normalize_member_name, skip_member
+from fovea.model.data.sources import EncodedImage, Listing
+from fovea.model.data.tar_archive import Archive, normalize_member_name, skip_member
 from fovea.service.errors import BadImage, to_one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
@@ -68,9 +69,11 @@ class ZipArchive(Archive):
                 self._require_readable(member)
                 target = _resolve_link(archive, name, all_members)
                 if target is None:
-                    listing.skip_file(name, "a link to nothing in the archive", "link")
+                    listing.skip_file(name, "a link to a missing member of the archive", "link")
                 elif _is_bomb(target):
-                    listing.skip_file(name, f"it unpacks to over {_BOMB_RATIO} times its size: no image does")
+                    listing.skip_file(
+                        name, f"it unpacks to over {_BOMB_RATIO} times its size, as no image does"
+                    )
                 else:
                     members[name] = target
                     listing.names.append(name)
@@ -81,11 +84,11 @@ class ZipArchive(Archive):
 
     def _require_readable(self, member: zipfile.ZipInfo) -> None:
         if member.flag_bits & _ENCRYPTED_FLAG:
-            raise DataError(f"{self.path} is encrypted; unpack it with its password, and give the folder")
+            raise DataError(f"{self.path} is encrypted; unpack it with its password, and pass the folder")
         if member.compress_type not in _COMPRESSION_METHODS:
             raise DataError(
-                f"{self.path} is compressed by method {member.compress_type}, which is not read; unpack it, "
-                "and give the folder"
+                f"{self.path} has a member with compression method {member.compress_type}, which is not "
+                "supported; unpack it, and pass the folder"
             )
 
     @property
@@ -134,7 +137,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, zlib.error, EOFError) as error:
         raise DataError(
-            f"{path} is no whole ZIP archive: {error}; unpack or repair it, or give a folder with one "
+            f"{path} is not a complete ZIP archive: {error}; unpack or repair it, or give a folder with one "
             "sub-folder of images per label"
         ) from None
     except OSError as error:

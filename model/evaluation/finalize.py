@@ -44,11 +44,14 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
         trained_checkpoint,
         metadata={**trained_checkpoint.metadata, "calibration": calibration.to_dict(), "measured": figures},
     )
+    # The weights first: export needs them, and a failure to write the report must not cost them.
     checkpoint.save_checkpoint(out, WEIGHTS_FILE, final_checkpoint)
     write_report(out / REPORT_FILE, final_checkpoint.metadata, data, part, logits_by_part[part], calibration)
+    image_count = data.format_image_count(figures["images"])
     console.print(
-        f"{part} accuracy {measurements['accuracy']:.2%} of {data.format_image_count(figures['images'])}, calibration error "
-        f"{measurements['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measurements['ece']:.4f}"
+        f"{part} accuracy {measurements['accuracy']:.2%} of {image_count}, calibration error "
+        f"{measurements['ece_before']:.4f} before and {measurements['ece']:.4f} after scaling with "
+        f"temperature {calibration.temperature:.3f}"
     )
     console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
     return final_checkpoint

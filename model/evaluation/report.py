@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -19,6 +18,7 @@ from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.data.inventory import join_names
 from fovea.model.evaluation import metrics
 from fovea.model.evaluation.calibration import Calibration
+from fovea.model.evaluation.plots import plot_curves, plot_reliability, render_legend
 from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
 
@@ -90,7 +90,10 @@ def _render_head(metadata: dict[str, Any], data: Dataset, evaluation: _Evaluatio
             f"{figures['accuracy']:.2%}",
             f"{evaluation.part} accuracy, {_format_number(figures['images'])} images",
         ),
-        (f"{figures['ece']:.4f}", f"calibration error, {figures['ece_before']:.4f} before temperature"),
+        (
+            f"{figures['ece']:.4f}",
+            f"calibration error, {figures['ece_before']:.4f} before temperature scaling",
+        ),
         (
             _format_number(metadata["parameters"]),
             f"parameters, {metadata['net']['name']} at {metadata['net']['size']} px",
@@ -102,9 +105,9 @@ def _render_head(metadata: dict[str, Any], data: Dataset, evaluation: _Evaluatio
         for value, name in items
     )
     if evaluation.part == "test":
-        note = "Accuracy is of images that were neither trained on nor chosen by."
+        note = "Accuracy is measured on test images, which were used neither for training nor for any choice."
     else:
-        note = "There are no test images: figures are of the held-out half by which temperature and thresholds were chosen."
+        note = "There are no test images: all figures are measured on the held-out images that also determined temperature and thresholds."
     return (
         f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. {note}</p>"
         f'<div class="figures">{cards}</div>'
@@ -136,7 +139,7 @@ def _render_data(data: Dataset) -> str:
         for group in data.inventory.skipped_files[:_MAX_ROWS]
     )
     table = (
-        "<div class='card'><table><tr><th>left out</th><th>why</th><th class='number'>files</th><th>such as</th></tr>"
+        "<div class='card'><table><tr><th>left out</th><th>reason</th><th class='number'>files</th><th>examples</th></tr>"
         f"{rows}</table></div>"
         if rows
         else ""
@@ -147,8 +150,8 @@ def _render_data(data: Dataset) -> str:
 def _render_curves(history: Sequence[dict[str, float]]) -> str:
     if not history:
         return ""
-    loss_plot = _plot_curves([("blue", [epoch["loss"] for epoch in history])], percent=False)
-    accuracy_plot = _plot_curves(
+    loss_plot = plot_curves([("blue", [epoch["loss"] for epoch in history])], percent=False)
+    accuracy_plot = plot_curves(
         [
             ("blue", [epoch["train_accuracy"] for epoch in history]),
             ("orange", [epoch["validation_accuracy"] for epoch in history]),
@@ -156,15 +159,15 @@ def _render_curves(history: Sequence[dict[str, float]]) -> str:
         percent=True,
     )
     return (
-        "<h2>Learning</h2><p class='note'>Training figures are of augmented images, while the network still changed."
-        f"</p><div class='row'><div class='card'>{_render_legend(('blue', 'loss'))}{loss_plot}</div><div class='card'>"
-        f"{_render_legend(('blue', 'training accuracy'), ('orange', 'validation accuracy'))}{accuracy_plot}</div></div>"
+        "<h2>Learning</h2><p class='note'>Training loss and accuracy are measured on augmented images, while the network still changes."
+        f"</p><div class='row'><div class='card'>{render_legend(('blue', 'loss'))}{loss_plot}</div><div class='card'>"
+        f"{render_legend(('blue', 'training accuracy'), ('orange', 'validation accuracy'))}{accuracy_plot}</div></div>"
     )
 
 
 def _render_confusion(data: Dataset, evaluation: _Evaluation) -> str:
     counts = metrics.confusion_matrix(evaluation.predictions, evaluation.examples.targets, len(data.labels))
-    head = "<h2>Confusion</h2><p class='note'>Rows are true labels, columns what was said.</p>"
+    head = "<h2>Confusion</h2><p class='note'>Rows are true labels, columns are predicted labels.</p>"
     if len(data.labels) > _MAX_MATRIX_LABELS:
         return head + _render_confusion_pairs(counts, data.labels)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -196,7 +199,7 @@ def _render_confusion_pairs(counts: Tensor, labels: Sequence[str]) -> str:
         f"<tr><td class='wrap'>{escape(true_label)}</td><td class='wrap'>{escape(predicted_label)}</td><td class='number'>{count}</td></tr>"
         for true_label, predicted_label, count in rows
     )
-    return f"<div class='card'><table><tr><th>true</th><th>said</th><th class='number'>images</th></tr>{body}</table></div>"
+    return f"<div class='card'><table><tr><th>true</th><th>predicted</th><th class='number'>images</th></tr>{body}</table></div>"
 
 
 def _render_labels(data: Dataset, evaluation: _Evaluation, calibration: Calibration) -> str:
@@ -219,13 +222,11 @@ def _render_labels(data: Dataset, evaluation: _Evaluation, calibration: Calibrat
     last = "<th class='number'>threshold</th>" if data.task is Task.MULTILABEL else ""
     threshold_note = ""
     if data.task is Task.BINARY:
-        threshold_note = (
-            f" {escape(data.labels[1])} is chosen from probability {calibration.thresholds[0]:.3f} on."
-        )
+        threshold_note = f" {escape(data.labels[1])} is predicted if its probability is at least {calibration.thresholds[0]:.3f}."
     return (
-        "<h2>Labels</h2><p class='note'>Precision: of the images for which it was said, those where it is true. "
-        f"Recall: of the images where it is true, those for which it was said.{threshold_note}</p><div class='card'><table>"
-        "<tr><th>label</th><th class='number'>trained on</th><th class='number'>measured on</th>"
+        "<h2>Labels</h2><p class='note'>Precision: fraction of the images with this predicted label that have it. "
+        f"Recall: fraction of the images with this true label for which it is predicted.{threshold_note}</p><div class='card'><table>"
+        "<tr><th>label</th><th class='number'>training images</th><th class='number'>measured images</th>"
         f"<th class='number'>precision</th><th class='number'>recall</th><th class='number'>F1</th>{last}</tr>"
         f"{rows}</table>{rest}</div>"
     )
@@ -245,18 +246,18 @@ def _render_calibration(
         if round(level * 100) in (80, 85, 90, 95, 98, 99)
     )
     sets = (
-        "<div class='card'><table><tr><th class='number'>asked for</th><th class='number'>true label inside</th>"
-        f"<th class='number'>labels in a set</th></tr>{rows}</table></div>"
+        "<div class='card'><table><tr><th class='number'>requested coverage</th><th class='number'>measured coverage</th>"
+        f"<th class='number'>labels per set</th></tr>{rows}</table></div>"
         if rows
         else ""
     )
-    coverage_note = " Conformal sets hold the true label as often as asked for." if rows else ""
+    coverage_note = " Coverage: fraction of the conformal sets that contain the true label." if rows else ""
     return (
-        "<h2>Honesty</h2><p class='note'>How often an answer is right, against how sure it is. Temperature "
-        f"{calibration.temperature:.3f} takes the expected calibration error from {figures['ece_before']:.4f} to "
+        "<h2>Calibration</h2><p class='note'>Accuracy of the predictions against their confidence. Temperature "
+        f"{calibration.temperature:.3f} changes the expected calibration error from {figures['ece_before']:.4f} to "
         f"{figures['ece']:.4f} ({metrics.BINS} bins of equal mass).{coverage_note}</p>"
-        f"<div class='row'><div class='card'>{_render_legend(('orange', 'before'), ('blue', 'with temperature'))}"
-        f"{_plot_reliability(bins_before, bins_after)}</div>{sets}</div>"
+        f"<div class='row'><div class='card'>{render_legend(('orange', 'uncalibrated'), ('blue', 'calibrated'))}"
+        f"{plot_reliability(bins_before, bins_after)}</div>{sets}</div>"
     )
 
 
@@ -271,15 +272,15 @@ def _render_mistakes(data: Dataset, evaluation: _Evaluation) -> str:
     pictures = evaluation.examples.pixels[worst_rows]
     figures = "".join(
         f"<figure><img alt='' src='{_to_data_uri(picture)}'><figcaption><em>{escape(data.labels[predicted_label])}</em> {share:.1%}<br>"
-        f"is {escape(data.labels[true_label])}</figcaption></figure>"
+        f"true label: {escape(data.labels[true_label])}</figcaption></figure>"
         for picture, predicted_label, true_label, share in zip(
             pictures, evaluation.predictions[worst_rows].tolist(), evaluation.examples.targets[worst_rows].tolist(), confidence[worst_rows].tolist(),
             strict=True,
         )
     )  # fmt: skip
     return (
-        f"<h2>Mistakes</h2><p class='note'>{_format_number(len(error_rows))} of {_format_number(len(evaluation.predictions))}; these are the ones "
-        f"that it was most sure of.</p><div class='mistakes'>{figures}</div>"
+        f"<h2>Mistakes</h2><p class='note'>{_format_number(len(error_rows))} of {_format_number(len(evaluation.predictions))} images have a wrong label; these "
+        f"mistakes have the highest confidence.</p><div class='mistakes'>{figures}</div>"
     )
 
 
@@ -295,107 +296,10 @@ def _render_facts(metadata: dict[str, Any]) -> str:
         f"<tr><td>{escape(name.replace('_', ' '))}</td><td class='wrap'>{escape(str(value))}</td></tr>"
         for name, value in facts.items()
     )
-    return f"<h2>How it was made</h2><div class='card'><table>{rows}</table></div>"
+    return f"<h2>Training run</h2><div class='card'><table>{rows}</table></div>"
 
 
-# --- plots and formatting ------------------------------------------------------------------------
-
-_WIDTH: Final = 460
-_HEIGHT: Final = 260
-_LEFT_MARGIN: Final = 44
-_BOTTOM_MARGIN: Final = 24
-_RIGHT_MARGIN: Final = 18
-
-Point = tuple[float, float]
-
-
-def _plot_curves(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
-    """Plot curves over epochs 1 to n."""
-    values = [value for _, curve in curves for value in curve]
-    ticks = _choose_ticks(min(values), max(values), max_value=1.0 if percent else math.inf)
-    low, high = ticks[0], ticks[-1]
-    count = max(len(curve) for _, curve in curves)
-
-    def to_point(epoch: float, value: float) -> Point:
-        return _to_svg_point((epoch - 1) / max(1, count - 1), (value - low) / (high - low))
-
-    shapes = [
-        _draw_gridline(to_point(1, tick), f"{100 * tick:.4g}%" if percent else f"{tick:.4g}")
-        for tick in ticks
-    ]
-    shapes += [
-        _draw_tick_label(to_point(epoch, low), str(epoch)) for epoch in sorted({1, (count + 1) // 2, count})
-    ]
-    for colour, curve in curves:
-        points = [to_point(epoch, value) for epoch, value in enumerate(curve, 1)]
-        shapes += [_draw_line(points, colour), _draw_dot(points[-1], colour, 3)]
-    return _wrap_svg(shapes)
-
-
-def _choose_ticks(low: float, high: float, *, max_value: float) -> list[float]:
-    """Return round numbers that enclose `low` and `high`, about a quarter of the range apart."""
-    if high - low < 1e-9:
-        low, high = max(0.0, low - 0.5), min(max_value, high + 0.5)
-    quarter = (high - low) / 4
-    size = 10.0 ** math.floor(math.log10(quarter))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= quarter - 1e-9)
-    return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
-
-
-def _plot_reliability(
-    before: Sequence[metrics.CalibrationBin], after: Sequence[metrics.CalibrationBin]
-) -> str:
-    """Plot accuracy against confidence, both from 0 to 1; the diagonal is perfect calibration."""
-    quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
-    shapes = [_draw_gridline(_to_svg_point(0, share), text) for share, text in quarters]
-    shapes += [_draw_tick_label(_to_svg_point(share, 0), text) for share, text in quarters]
-    (x1, y1), (x2, y2) = _to_svg_point(0, 0), _to_svg_point(1, 1)
-    shapes.append(
-        f"<line class='diagonal' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
-    )
-    for colour, bins in (("orange", before), ("blue", after)):
-        points = [_to_svg_point(one.confidence, one.accuracy) for one in bins]
-        shapes += [_draw_line(points, colour), *(_draw_dot(point, colour, 3.5) for point in points)]
-    return _wrap_svg(shapes)
-
-
-def _wrap_svg(shapes: Iterable[str]) -> str:
-    return f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>{''.join(shapes)}</svg>"
-
-
-def _to_svg_point(across: float, up: float) -> Point:
-    """Return a point in SVG units from shares of the plot's width and height."""
-    return _LEFT_MARGIN + across * (_WIDTH - _LEFT_MARGIN - _RIGHT_MARGIN), 8 + (1 - up) * (
-        _HEIGHT - _BOTTOM_MARGIN - 8
-    )
-
-
-def _draw_gridline(point: Point, text: str) -> str:
-    y = point[1]
-    return (
-        f"<line class='axis' x1='{_LEFT_MARGIN}' x2='{_WIDTH - _RIGHT_MARGIN}' y1='{y:.1f}' y2='{y:.1f}'/>"
-        f"<text x='{_LEFT_MARGIN - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
-    )
-
-
-def _draw_tick_label(point: Point, text: str) -> str:
-    return f"<text x='{point[0]:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{text}</text>"
-
-
-def _draw_line(points: Sequence[Point], colour: str) -> str:
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f"<polyline class='curve {colour}' points='{line}'/>"
-
-
-def _draw_dot(point: Point, colour: str, radius: float) -> str:
-    return f"<circle class='fill-{colour}' cx='{point[0]:.1f}' cy='{point[1]:.1f}' r='{radius}'/>"
-
-
-def _render_legend(*entries: tuple[str, str]) -> str:
-    items = "".join(
-        f"<span><i style='background:var(--{colour})'></i>{name}</span>" for colour, name in entries
-    )
-    return f"<div class='key'>{items}</div>"
+# --- formatting ----------------------------------------------------------------------------------
 
 
 def _render_share(value: float | None) -> str:

@@ -38,7 +38,7 @@ class CheckpointError(FoveaError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors with their metadata; `about["net"]` is the `NetConfig` as a dict."""
+    """Named tensors with their metadata; `metadata["net"]` is the `NetConfig` as a dict."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -52,7 +52,7 @@ class Checkpoint:
         try:
             net.load_state_dict(self.tensors)
         except RuntimeError as error:
-            raise CheckpointError(f"the weights are of another network: {error}") from None
+            raise CheckpointError(f"the weights belong to another network: {error}") from None
         return net
 
 
@@ -99,7 +99,7 @@ def _open_checkpoint(folder: Path, name: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint of ours: {error}") from None
+        raise CheckpointError(f"{path} is damaged or is not a Fovea checkpoint: {error}") from None
 
 
 def get_momentum_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

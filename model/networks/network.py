@@ -75,7 +75,7 @@ NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
 def require_supported_net(name: str | None, size: int | None) -> None:
     """Raise `NetError` for an unknown network or an unsupported input side in pixels; None skips a check."""
     if name is not None and name not in NETS:
-        raise NetError(f"there is no network {name!r}; there are {', '.join(NETS)}")
+        raise NetError(f"there is no network {name!r}; choose one of {', '.join(NETS)}")
     if size is not None and size not in SIZES:
         raise NetError(f"size {size} px: the networks take {SIZES[0]} to {SIZES[-1]}")
 
@@ -124,7 +124,7 @@ class Net(nn.Module):
 
 
 _WHITENING_PIXELS: Final = 1_000_000
-"""Number of pixels that `observe` reads, from images spread evenly over the training set."""
+"""Number of pixels that `fit_whitening` reads, from images spread evenly over the training set."""
 
 
 def to_probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:

@@ -77,11 +77,14 @@ class PretrainedWeights:
         ]
         if problems := [one for one in results if one]:
             subject = (
-                self.source if self.net in (None, net.config.name) else f"{self.source} is of {self.net} and"
+                self.source
+                if self.net in (None, net.config.name)
+                else f"{self.source} has weights of {self.net} and"
             )
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise PretrainedError(
-                f"{subject} does not fit {net.config.name} at {net.config.size} px: {'; '.join(problems[:3])}{more}"
+                f"{subject} does not fit {net.config.name} at {net.config.size} px: "
+                f"{'; '.join(problems[:3])}{more}"
             )
         net.load_state_dict(source_tensors, strict=False)
 
@@ -97,7 +100,7 @@ def _select_tensors(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> di
 
 def _find_mismatch(key: str, target_tensor: Tensor | None, source_tensor: Tensor | None) -> str | None:
     if target_tensor is None:
-        return f"{key} has no place in it"
+        return f"{key} is not a tensor of this network"
     if source_tensor is None:
         return f"{key} is missing"
     if source_tensor.shape != target_tensor.shape:
@@ -134,7 +137,8 @@ def _find_file(source: str) -> Path:
     except OSError as error:
         raise PretrainedError(f"cannot read {source}: {error.strerror}") from None
     raise PretrainedError(
-        f"{source} has no {WEIGHTS_FILE} or {_WEIGHTS_FILE}, nor is it a file; hf:owner/repository is on the hub"
+        f"{source} is neither a file nor a folder with {WEIGHTS_FILE} or {_WEIGHTS_FILE}; for weights on the "
+        "hub, write hf:owner/repository"
     )
 
 
@@ -145,7 +149,7 @@ def _read_tensors(source: str, file: Path) -> tuple[dict[str, Tensor], Any]:
             metadata = json.loads((reader.metadata() or {}).get(METADATA_KEY, "null"))
             return {key: reader.get_tensor(key) for key in reader.keys()}, metadata  # noqa: SIM118 - no dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise PretrainedError(f"{source} is not a safetensors file, or a damaged one: {error}") from None
+        raise PretrainedError(f"{source} is damaged or is not a safetensors file: {error}") from None
 
 
 def _from_checkpoint(source: str, tensors: dict[str, Tensor], metadata: Any) -> PretrainedWeights:
@@ -153,7 +157,7 @@ def _from_checkpoint(source: str, tensors: dict[str, Tensor], metadata: Any) -> 
         net, labels = NetConfig.from_dict(metadata["net"]), tuple(metadata["labels"])
         mean, std = _parse_mean(net.mean), _parse_std(net.std)
     except (KeyError, TypeError, ValueError, AttributeError, FoveaError) as error:
-        raise PretrainedError(f"{source}: what it says of itself cannot be used: {error!r}") from None
+        raise PretrainedError(f"{source}: its metadata cannot be used: {error!r}") from None
     return PretrainedWeights(source, tensors, net.name, mean, std, labels, net.task)
 
 
@@ -188,7 +192,7 @@ def _read_config(source: str, path: Path) -> _PublishedConfig:
         architecture, input_config = str(values["architecture"]), values.get("pretrained_cfg", values)
         if architecture not in ARCHITECTURES:
             known_names = ", ".join(ARCHITECTURES)
-            raise PretrainedError(f"{source} is of {architecture!r}; there are {known_names}")
+            raise PretrainedError(f"{source} has weights of {architecture!r}; supported are {known_names}")
         return _PublishedConfig(
             ARCHITECTURES[architecture], _parse_mean(input_config["mean"]), _parse_std(input_config["std"])
         )
@@ -206,7 +210,7 @@ def _parse_mean(values: Any) -> ChannelValues:
 def _parse_std(values: Any) -> ChannelValues:
     deviations = _parse_mean(values)
     if min(deviations) <= 0:
-        raise ValueError(f"no pixels deviate by {values}")
+        raise ValueError(f"the standard deviation {values} is not positive")
     return deviations
 
 
@@ -220,7 +224,7 @@ def _download_file(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # from three libraries without a common base class
-        raise PretrainedError(f"cannot get {name} of {source}: {_describe_error(error)}") from None
+        raise PretrainedError(f"cannot download {name} of {source}: {_describe_error(error)}") from None
 
 
 def _describe_error(error: Exception) -> str:
@@ -228,10 +232,13 @@ def _describe_error(error: Exception) -> str:
     from huggingface_hub import errors
 
     reasons = (  # order matters: some are subclasses of others
-        (errors.GatedRepoError, "it is gated; accept its terms there, then `hf auth login`"),
+        (
+            errors.GatedRepoError,
+            "the repository is gated; accept its terms on the hub, then run `hf auth login`",
+        ),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
         (errors.RevisionNotFoundError, "there is no such revision"),
-        (errors.LocalEntryNotFoundError, "the hub cannot be reached, and it is not in the cache"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached, and the file is not in the local cache"),
         (errors.EntryNotFoundError, "there is no such file in the repository"),
     )
     return next((reason for kind, reason in reasons if isinstance(error, kind)), to_one_line(error))

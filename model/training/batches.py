@@ -60,7 +60,11 @@ class Views:
 
 
 class Batches:
-    """The augmented batches of a run by number, each prepared in a thread during the previous step."""
+    """The augmented batches of a run by number, each prepared on a thread during the previous step.
+
+    `get` is called by the training loop. Only the one thread of the executor makes batches and uses the views
+    and the order of the images, so that neither needs a lock.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class Batches:
         self._fill_colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._next_batch: tuple[int, Future[Batch]] | None = None
+        # One torch thread for augmentation: more would compete with the training step that runs meanwhile.
         self._executor = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
         full_batches = len(data.train) // recipe.batch or 1
         self.steps = min(full_batches, recipe.epoch_steps or full_batches)
@@ -84,16 +89,22 @@ class Batches:
         self._executor.shutdown(cancel_futures=True)
 
     def get(self, number: int) -> Batch:
-        """Return the batch of step `number`."""
+        """Return the batch of step `number`, and start preparing the next one.
+
+        The batch is prepared already if `number` follows the previous call's number. Otherwise, as at the
+        start, the call waits for it. An exception from making the batch is raised here.
+        """
         numbered_future = self._next_batch
         if numbered_future is None or numbered_future[0] != number:
             numbered_future = (number, self._executor.submit(self._make_batch, number))
         batch = numbered_future[1].result()
+        # Submitted only after this batch is done, so that at most one batch is prepared ahead.
         if number + 1 < self._recipe.epochs * self.steps:
             self._next_batch = (number + 1, self._executor.submit(self._make_batch, number + 1))
         return batch
 
     def _make_batch(self, number: int) -> Batch:
+        """Make the batch of step `number`, on the executor's thread; only seed and step determine it."""
         recipe = self._recipe
         epoch, step = divmod(number, self.steps)
         indices = self._get_order(epoch)[step * recipe.batch : (step + 1) * recipe.batch]

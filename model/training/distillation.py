@@ -55,7 +55,7 @@ def compute_teacher_logits(
         _append_views(path, teachers, views, recipe, shape, console)
         return np.memmap(path, np.float16, "r", shape=shape)
     except OSError as error:
-        raise WriteError(f"cannot keep the teacher's answers in {folder}: {error.strerror}") from None
+        raise WriteError(f"cannot store the teacher's logits in {folder}: {error.strerror}") from None
 
 
 def _append_views(
@@ -71,12 +71,12 @@ def _append_views(
     view_bytes = 2 * images * logit_count  # bytes per view
     with path.open("ab") as file:
         complete_views = file.tell() // view_bytes
-        file.truncate(complete_views * view_bytes)
+        file.truncate(complete_views * view_bytes)  # a kill may have left a part of a view
         for view in range(complete_views, count):
             for indices in torch.split(torch.arange(images), evaluate.BATCH_SIZE):
                 batch_logits = average_logits(teachers, views.get_pixels(view, indices), recipe)
                 file.write(batch_logits.half().numpy().tobytes())
-            console.print(f"asked for answers: view {view + 1} of {count}")
+            console.print(f"computed teacher logits: view {view + 1} of {count}")
 
 
 def average_logits(teachers: Sequence[Net], pixels: Tensor, recipe: Recipe) -> Tensor:

@@ -19,6 +19,7 @@ from fovea.model.networks.network import Net, compute_loss
 from fovea.model.recipe import Precision, Recipe
 from fovea.model.training.batches import Views
 from fovea.model.training.distillation import average_logits
+from fovea.model.training.training_run import InitialState, TrainingRun
 
 _REFERENCE_FLOPS: Final = 236e6
 """Floating-point operations of the network `cnn` for one image of 32 x 32 px."""
@@ -119,6 +120,50 @@ def estimate_step(net: Net, data: Dataset, recipe: Recipe, device: torch.device)
         compute_loss(logits, targets, net.config.task, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
         seconds = min(seconds, time.monotonic() - started_at)
     return seconds * recipe.batch / image_count
+
+
+def measure_pace(data: Dataset, recipe: Recipe, initial_state: InitialState, seconds: float) -> Pace:
+    """Measure the first steps of a run for about `seconds`.
+
+    The steps train a copy of the network and use forked random generators, so that the run that follows has
+    the same result as without the measurement.
+    """
+    with torch.random.fork_rng(), TrainingRun(data, recipe, _copy_state(initial_state)) as run:
+        if (
+            step_seconds := estimate_step(run.net, data, recipe, run.device)
+        ) is None or step_seconds < seconds:
+            run.step()  # warm-up
+            started_at = _synchronized_time(run.device)
+            steps = 0
+            while steps < _MIN_PROBE_STEPS or _synchronized_time(run.device) - started_at < seconds:
+                run.step()
+                steps += 1
+                if _synchronized_time(run.device) - started_at > _MAX_PROBE_SECONDS:
+                    break
+            step_seconds = (_synchronized_time(run.device) - started_at) / steps
+        teachers = [evaluate.to_device(teacher, run.device) for teacher in initial_state.teachers]
+        return Pace(
+            step_seconds,
+            measure_evaluation(run.net, data, recipe.precision),
+            measure_teaching(teachers, data, recipe),
+        )
+
+
+def _synchronized_time(device: torch.device) -> float:
+    """Return the monotonic time after the device has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _copy_state(initial_state: InitialState) -> InitialState:
+    return replace(initial_state, net=copy.deepcopy(initial_state.net))
+
+
+_MIN_PROBE_STEPS: Final = 3
+"""Minimum number of measured steps, unless steps take very long."""
+_MAX_PROBE_SECONDS: Final = 20.0
+"""Time after which no further step is measured, in seconds."""
 
 
 def fit_epochs(recipe: Recipe, data: Dataset, pace: Pace, seconds: float, min_seconds: float = 0.0) -> Recipe:

@@ -140,31 +140,37 @@ def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
     ("lines", "message"),
     [
         ([], r"needs a first line with the columns path and label; it has ''"),
-        (["path,label"], "at least two; found none"),
+        (["path,label"], "must have at least two labels.*found none"),
         (make_rows(), r"columns path and label; it has 'pictures/00.png,blue'"),
         (["path,path,label", *make_rows()], "columns path and label; it has 'path,path,label'"),
         (["path label", *make_rows()], "columns path and label; it has 'path label'"),
-        (["path,label", *make_rows()[:5]], "at least two; found only 'blue'"),
-        (["path,label", *make_rows(), "pictures/00.png"], r"line 17: 1 fields, 2 columns; put a field"),
-        (["path,label", *make_rows(), "a,b.png,red"], r"line 17: 3 fields, 2 columns; put a field"),
+        (["path,label", *make_rows()[:5]], "must have at least two labels.*found only 'blue'"),
+        (["path,label", *make_rows(), "pictures/00.png"], r"line 17: 1 fields, 2 columns; quote a field"),
+        (["path,label", *make_rows(), "a,b.png,red"], r"line 17: 3 fields, 2 columns; quote a field"),
         (["path,label", *make_rows(), ",red"], "line 17: the path is empty"),
         (["path,label", *make_rows(), '"a.png,red'], "line 17: .*; save it as CSV again"),
-        (["path,label", *make_rows(), f"{'a' * 200_000},red"], "line 17: field larger .*; save it as CSV again"),
+        (
+            ["path,label", *make_rows(), f"{'a' * 200_000},red"],
+            "line 17: field larger .*; save it as CSV again",
+        ),
         ([f"{'a' * 200_000}"], "needs a first line"),
-        (["path,label", *make_rows(), "pictures/0\0.png,red"], "has zero bytes in it; save it as CSV in UTF-8"),
+        (
+            ["path,label", *make_rows(), "pictures/0\0.png,red"],
+            "contains zero bytes; save it as CSV in UTF-8",
+        ),
         (["path,label", *make_rows()[:14], "pictures/14.png,"], r"no label for 1 images \(pictures/14.png\)"),
-        (["path,label,split", "pictures/00.png,a,tset"], "line 2: the split is 'tset'; known are train,"),
+        (["path,label,split", "pictures/00.png,a,tset"], "line 2: the split is 'tset'; use train,"),
         (
             ["path,label,split", "pictures/00.png,a,test", "pictures/00.png,b,train"],
-            "line 3: pictures/00.png is named for training and for the test",
+            "line 3: pictures/00.png is listed for training and for test; remove",
         ),
         (
             ["path,label", *make_rows(), *(f"x/{number}.png,red" for number in range(7))],
-            r"names 7 images \(x/0.png, x/1.png, x/2.png, x/3.png, x/4.png, …\) that are not there; "
+            r"names 7 images \(x/0.png, x/1.png, x/2.png, x/3.png, x/4.png, …\) that do not exist; "
             "paths are relative to /",
         ),
-        (["path,label", *make_rows(), "pictures,red"], r"names 1 images \(pictures\) that are not there"),
-        (["path,label", *make_rows(), f"{'a' * 3000},red"], "that are not there"),
+        (["path,label", *make_rows(), "pictures,red"], r"names 1 images \(pictures\) that do not exist"),
+        (["path,label", *make_rows(), f"{'a' * 3000},red"], "that do not exist"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
@@ -276,8 +282,12 @@ def test_columns_may_be_named(images: Path, choices: dict[str, Any], labels: tup
     [
         ("path,label", {"path_column": "file"}, "has no column 'file' for --path-column: it has the"),
         ("path,label", {"label_columns": ("kind",)}, "has no column 'kind' for --label-column: it has"),
-        ("path,one,two", {}, "needs a column of labels: it has the columns 'path', 'one', 'two'; say which"),
-        ("path,one,two", {"label_columns": ("one", "two")}, "line 2: the column 'one' has 'x'; where"),
+        ("path,one,two", {}, "needs a column of labels: it has the columns 'path', 'one', 'two'; name it"),
+        (
+            "path,one,two",
+            {"label_columns": ("one", "two")},
+            "line 2: the column 'one' has 'x'; if --label-column is repeated",
+        ),
     ],
 )  # fmt: skip
 def test_what_the_columns_do_not_tell_is_asked_for(
@@ -349,23 +359,24 @@ def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) 
         images, ["path,label,partition", *(f"{row},{n % 3}" for n, row in enumerate(make_rows()))]
     )
     assert data.inventory.notes == (
-        "the column 'partition' is not read as parts: it has other values, such as '0', '1', '2'",
+        "the column 'partition' does not split the data: it has values that name no part, such as "
+        "'0', '1', '2'",
     )
 
 
 def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
     data = load_csv(images, ["path,label", *make_rows()[:13]])
     (group,) = data.inventory.skipped_files
-    assert (group.kind, group.reason) == ("in pictures/", "labels.csv does not name them")
+    assert (group.kind, group.reason) == ("in pictures/", "not named in labels.csv")
     assert group.names == ("pictures/13.png", "pictures/14.png")
-    assert data.description[0].startswith("15 files found: 13 images used, 0 that cannot be read, 2 left out")
+    assert data.description[0].startswith("15 files found: 13 images used, 0 unreadable, 2 left out")
 
 
 def test_a_path_that_several_files_fit_is_refused(images: Path) -> None:
     draw_images(images / "other", "blue", count=5)
     (images / "other" / "blue" / "0.png").rename(images / "other" / "00.png")
     with pytest.raises(
-        DataError, match=r"several places: 00 is other/00.png, pictures/00.png; write the whole"
+        DataError, match=r"several files: 00 matches other/00.png, pictures/00.png; write the whole"
     ):
         load_table(images, format_table("id,label", "{id},{label}"))
 
@@ -379,7 +390,7 @@ def test_spellings_of_a_label_that_look_the_same_are_one(images: Path) -> None:
 
 
 def test_labels_that_differ_in_case_need_a_word_here_too(images: Path) -> None:
-    with pytest.raises(DataError, match=r"differ in case, spaces, _ or - alone: 'Red' .* and 'red'"):
+    with pytest.raises(DataError, match=r"differ only in case, spaces, _ or -: 'Red' .* and 'red'"):
         load_csv(images, ["path,label", *make_rows(), "pictures/00.png,Red"])
 
 
@@ -391,7 +402,7 @@ def test_json_lines_are_read_as_hugging_face_writes_them(images: Path) -> None:
     labels = [["a"], ["a", "b"], []]
     several = [json.dumps({"file_name": f"{n:02}", "labels": labels[n % 3]}) for n in range(15)]
     assert load_table(images, "\n".join(several), "metadata.jsonl").task is Task.MULTILABEL
-    for spoilt, message in (("{", "line 2: this is not JSON"), ("[1]", "line 2: this is no JSON object")):
+    for spoilt, message in (("{", "line 2: this is not JSON"), ("[1]", "line 2: this is not a JSON object")):
         with pytest.raises(DataError, match=message):
             load_table(images, f"{lines[0]}\n{spoilt}", "metadata.jsonl")
 
@@ -414,7 +425,7 @@ def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
     draw_images(tmp_path / "set", "train", "val", colours=("red", "blue"))
     (tmp_path / "set" / "classes.csv").write_text("number,word\n1,cat")
     with pytest.raises(
-        DataError, match=r"right in train/ and val/: .*; the CSV file there does not say them"
+        DataError, match=r"directly in train/ and val/: .*; the CSV file there does not give the labels"
     ):
         load_dataset(tmp_path / "set", size=16, validation=0.2, seed=0)
 
@@ -429,7 +440,7 @@ def test_a_contest_s_files_are_told_apart(images: Path) -> None:
     (images / "more.csv").write_text("image_id,label\n90,red")
     (images / "train.csv").rename(images / "labels.csv")
     with pytest.raises(
-        DataError, match=r"several CSV files: labels.csv, more.csv, .*; give the one with the labels"
+        DataError, match=r"several CSV files: labels.csv, more.csv, .*; pass the one with the labels"
     ):
         load_dataset(images, size=16, validation=0.2, seed=0)
 

@@ -275,7 +275,7 @@ def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
         draw_images(folder, label, count=count, seed=seed)
     data = read_dataset(folder)
     assert data.label_counts == (3, 3, 11)
-    assert data.warnings == ("labels are unequal, 3.7 : 1: 11 images of 'red' to train on, 3 of 'blue'",)
+    assert data.warnings == ("labels are imbalanced, 3.7 : 1: 11 training images of 'red', 3 of 'blue'",)
     for file in list((folder / "red").iterdir())[:4]:
         file.unlink()
     assert read_dataset(folder).label_counts == (3, 3, 8)
@@ -351,17 +351,17 @@ def write_corrupt(path: Path) -> Path:
     ("make", "message"),
     [
         (lambda path: path, "there is no "),
-        (make_empty_folder, "at least two; found none"),
-        (lambda path: draw_images(path, "red"), "at least two; found only 'red'"),
+        (make_empty_folder, "must have at least two labels.*found none"),
+        (lambda path: draw_images(path, "red"), "must have at least two labels.*found only 'red'"),
         (
             lambda path: draw_images(path, "train", "test", colours=("red", "blue")),
-            "right in train/ and test/",
+            "directly in train/ and test/",
         ),
         (lambda path: draw_images(path / "test").parent, "label 'blue' has 0 readable images to train on"),
         (leave_one_image, "label 'red' has 1 readable images to train on; at least 2 are needed$"),
         (leave_one_readable, "label 'red' has 1 .* needed; 4 files cannot be read, such as red/1.png: "),
         (make_all_unreadable, "none of the 15 images of source can be read: blue/0.png: the GIF image"),
-        (repeat_one_picture, "each label of source has copies of one image alone"),
+        (repeat_one_picture, "each label of source has only copies of one image"),
         (write_text_file, "neither a folder nor a tar archive"),
         (write_truncated, "neither a folder nor a tar archive"),
         (write_damaged_header, "cut short or damaged"),

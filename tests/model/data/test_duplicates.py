@@ -116,7 +116,7 @@ def test_a_file_that_is_in_the_test_too_is_named(tmp_path: Path) -> None:
     assert len(trained) > 3
     first = f"train/cat/{trained[0]}.png = test/cat/{trained[0]}.png"
     (line,) = data.warnings
-    assert line.startswith(f"{len(trained)} test images are byte for byte one that is trained on, which")
+    assert line.startswith(f"{len(trained)} test images are identical to training images, so")
     assert f": {first}, " in line
     assert line.endswith(", …")
 
@@ -131,7 +131,8 @@ def test_a_picture_that_is_there_in_another_version_is_named(tmp_path: Path, par
     row = next(name for name in read_dataset(folder).train.names if "cat" in name)
     (folder / held).write_bytes(encode_image(Image.open(folder / row), "JPEG", quality=70))
     expected = (
-        f"1 {part} image is nearly one that is trained on, which makes figures too good: {row} = {held}"
+        f"1 {part} image is nearly identical to training images, so the accuracy looks too good: "
+        f"{row} = {held}"
     )
     assert read_dataset(folder).warnings == (expected,)
 
@@ -142,7 +143,7 @@ def test_one_file_under_two_labels_is_a_contradiction(tmp_path: Path) -> None:
     (folder / "train" / "dog" / "7.png").write_bytes(content)
     warnings = read_dataset(folder).warnings
     assert warnings[0] == (
-        "1 image is there under other labels too, byte for byte: train/cat/2.png = train/dog/7.png"
+        "1 image is also present under other labels, byte for byte: train/cat/2.png = train/dog/7.png"
     )
 
 

@@ -86,7 +86,7 @@ def test_a_whole_set_in_a_folder_test_keeps_its_parts() -> None:
 def test_a_vehicle_is_a_label_and_that_is_said() -> None:
     arrangement = make_arrangement("bus", "car", "train")
     assert placement_set(arrangement) == {("bus", TRAIN), ("car", TRAIN), ("train", TRAIN)}
-    assert arrangement.notes == ("train/ is taken for a label, since it lies among labels: bus/, car/",)
+    assert arrangement.notes == ("train/ is read as a label, because it lies among labels: bus/, car/",)
     both = make_arrangement(
         *(f"{part}/{label}" for part in ("train", "test") for label in ("bus", "car", "train"))
     )
@@ -117,7 +117,7 @@ def test_unknown_folders_above_the_labels_are_named() -> None:
     arrangement = make_arrangement("animals/cat", "animals/dog", "plants/rose")
     assert {label for label, _ in placement_set(arrangement)} == {"cat", "dog", "rose"}
     (note,) = arrangement.notes
-    assert note.endswith("are taken neither for labels nor for parts: animals/, plants/")
+    assert note.endswith("are used neither as labels nor as parts: animals/, plants/")
     assert make_arrangement("photos/cat", "photos/dog").notes == ()  # the set's own folder
 
 
@@ -126,8 +126,8 @@ def test_unknown_folders_above_the_labels_are_named() -> None:
     [
         (("", "cat", "dog"), "at the top", "images above the labels have no label"),
         (("pets", "pets/cat", "pets/dog"), "in pets/", "images above the labels have no label"),
-        (("train", "train/cat", "train/dog"), "in train/", "images right in a part have no label"),
-        (("train/cat", "train/dog", "test"), "in test/", "images right in a part have no label"),
+        (("train", "train/cat", "train/dog"), "in train/", "images directly in a part have no label"),
+        (("train/cat", "train/dog", "test"), "in test/", "images directly in a part have no label"),
     ],
 )
 def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str, reason: str) -> None:
@@ -140,16 +140,22 @@ def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (("train", "val"), r"images lie right in train/ and val/: these are parts of a data set, not labels"),
-        (("flat/Train", "flat/Test"), "right in flat/Train/ and flat/Test/: these are parts"),
-        (("images/train", "images/val"), "right in images/train/ and images/val/: these are parts"),
-        (("images/train", "masks/train"), "right in images/train/ and masks/train/: these are parts"),
+        (
+            ("train", "val"),
+            "images lie directly in train/ and val/: these are parts of a data set, not labels",
+        ),
+        (("flat/Train", "flat/Test"), "directly in flat/Train/ and flat/Test/: these are parts"),
+        (("images/train", "images/val"), "directly in images/train/ and images/val/: these are parts"),
+        (("images/train", "masks/train"), "directly in images/train/ and masks/train/: these are parts"),
         (("images", "masks"), "images lie in images/ and masks/, as in a data set for detection"),
         (("train/images", "train/labels"), "images lie in images/ and labels/, as in a data set"),
-        (("cat", "dog", "test"), "test/ is called like a part .* lies beside cat/, dog/: .*--label-depth 1"),
-        (("cat", "train"), "train/ is called like a part .* lies beside cat/"),
-        (("train/cat", "train/dog", "train/eval"), "train/eval/ is called like a part .*--label-depth 2"),
-        (("cat", "cat/tabby", "dog"), "depths: is it 'cat' of cat/0.png, and 'tabby' of"),
+        (("cat", "dog", "test"), "test/ is named like a part .* lies beside cat/, dog/: .*--label-depth 1"),
+        (("cat", "train"), "train/ is named like a part .* lies beside cat/"),
+        (("train/cat", "train/dog", "train/eval"), "train/eval/ is named like a part .*--label-depth 2"),
+        (
+            ("cat", "cat/tabby", "dog"),
+            "depths: the label of cat/0.png would be 'cat', and that of cat/tabby/.* 'tabby'; pass",
+        ),
         (("dog", "cats/tabby", "cats/siamese"), "labels lie at several depths.*--label-depth 1"),
         (("train/test/cat", "train/cat", "val/cat"), "lie in train/ and in test/, which are different parts"),
     ],

@@ -45,8 +45,8 @@ def assert_sum(data: Dataset) -> None:
         == count_used(data) + len(data.unreadable_files) + data.inventory.skipped_count
     )
     assert data.description[0] == (
-        f"{data.inventory.file_count} files found: {count_used(data)} images used, {len(data.unreadable_files)} that cannot "
-        f"be read, {data.inventory.skipped_count} left out"
+        f"{data.inventory.file_count} files found: {count_used(data)} images used, "
+        f"{len(data.unreadable_files)} unreadable, {data.inventory.skipped_count} left out"
     )
 
 
@@ -97,7 +97,7 @@ def test_one_image_of_a_label_is_enough_where_another_part_is_held_out(tmp_path:
     assert data.warnings[0] == "no held-out images of 1 label: red"
     for file in (tmp_path / "set" / "val").rglob("*.png"):
         file.write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match="no image of set that is for validation can be read"):
+    with pytest.raises(DataError, match="no validation image of set can be read"):
         read_dataset(tmp_path / "set")
 
 
@@ -186,7 +186,7 @@ def test_what_systems_keep_is_left_out_and_counted(tmp_path: Path, packed: bool)
     data = read_dataset(make_archive(folder, tmp_path / "squares.tar") if packed else folder)
     assert (all_examples(data), data.labels) == (all_examples(before), before.labels)
     assert data.inventory.skipped_count == len(clutter)
-    assert {group.reason for group in data.inventory.skipped_files} == {"hidden, or a system's own"}
+    assert {group.reason for group in data.inventory.skipped_files} == {"a hidden file or a system file"}
     assert count_skipped(data)["in @eaDir/"] == 2
     assert_sum(data)
 
@@ -277,12 +277,12 @@ def test_labels_that_differ_in_case_alone_need_a_word(tmp_path: Path, one: str, 
     draw_images(tmp_path / "set", one, "blue", colours=("red", "blue"), count=4)
     draw_images(tmp_path / "set", other, colours=("red",), count=6, seed=1)
     with pytest.raises(
-        DataError, match=r"differ in case, spaces, _ or - alone: .* --label-case merge if they are"
+        DataError, match=r"differ only in case, spaces, _ or -: .* --label-case merge if they are"
     ):
         read_dataset(tmp_path / "set")
     merged = read_dataset(tmp_path / "set", choices=Choices(label_case="merge"))
     assert set(merged.labels) == {"blue", other}  # most images have it
-    assert any(note.endswith(f"are one: {other!r}") for note in merged.inventory.notes)
+    assert any(note.endswith(f"are merged: {other!r}") for note in merged.inventory.notes)
     assert len(read_dataset(tmp_path / "set", choices=Choices(label_case="keep")).labels) == 3
 
 

@@ -19,7 +19,7 @@ import torch
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.pixel_cache import INDEX_FILE, PIXELS_FILE
 from fovea.model.data.pixels import PixelSelection, StreamedPixels
-from fovea.model.data.sources import Archive
+from fovea.model.data.tar_archive import Archive
 from fovea.service.errors import BadImage
 from tests.model.data.test_dataset import make_archive
 from tests.training import draw_images, stack_pixels
@@ -306,7 +306,7 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
 
 def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot keep pixels in .*/file/cache: Not a directory"):
+    with pytest.raises(DataError, match=r"cannot store pixels in .*/file/cache: Not a directory"):
         read_dataset(source, tmp_path / "file" / "cache")
 
 
@@ -342,12 +342,14 @@ def test_without_room_on_the_disk_images_are_streamed(
     read_dataset(source, cache, size=32)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
-        first = read_dataset(source, cache, say=said.append)
+        first = read_dataset(source, cache, on_warning=said.append)
         assert isinstance(pixel_store(first), StreamedPixels)
         (line,) = said
-        assert line.startswith(f"{cache} has no room for 0.0 GB of pixels: images are decoded anew")
+        assert line.startswith(
+            f"{cache} has no room for 0.0 GB of pixels: images are decoded on every access"
+        )
         made = count_decodes(full)
-        again = read_dataset(source, cache, say=said.append)
+        again = read_dataset(source, cache, on_warning=said.append)
         assert isinstance(pixel_store(again), StreamedPixels)
         assert not made
     assert is_equal(first, again)
@@ -381,5 +383,5 @@ def test_an_archive_cannot_be_streamed(tmp_path: Path, source: Path, cached: boo
 def test_an_image_that_is_gone_when_it_is_wanted_is_named(tmp_path: Path, source: Path) -> None:
     data = read_dataset(source, None, stream=True)
     (source / data.train.names[1]).unlink()
-    with pytest.raises(DataError, match=f"{data.train.names[1]} was readable before: "):
+    with pytest.raises(DataError, match=f"{data.train.names[1]} can no longer be read: "):
         stack_pixels(data.train.pixels)

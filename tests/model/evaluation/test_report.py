@@ -18,7 +18,8 @@ from torch import Tensor
 from fovea.model.data.dataset import Dataset, Examples, square_geometry
 from fovea.model.evaluation.calibration import fit_calibration
 from fovea.model.evaluation.finalize import measure_part
-from fovea.model.evaluation.report import _choose_ticks, write_report
+from fovea.model.evaluation.plots import choose_ticks
+from fovea.model.evaluation.report import write_report
 from fovea.service.artifact.contract import Task
 from tests.training import stack_pixels
 
@@ -89,7 +90,7 @@ def make_report(
         make_examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
     )
     parts = (train, validation, conformal, test_examples)
-    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable": (), **more})
+    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable_files": (), **more})
     part_logits = [
         make_logits(part, len(labels), task, certain) for part in (validation, conformal, test_examples)
     ]
@@ -149,7 +150,7 @@ def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[s
 def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
     labels = ("<script>alert(1)</script>", "a & 'b'", '"c"')
     unreadable = ("<img src=x onerror=alert(1)>.png: damaged",)
-    page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable=unreadable)
+    page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable_files=unreadable)
     assert not page.find_tags("script")
     assert all("onerror" not in attributes for attributes in page.find_tags("img"))
     assert all(label in page.text for label in (*labels, "fovea train --data 'a & b'"))
@@ -202,7 +203,7 @@ def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
     "ends", [(0.57, 1.7), (0.53, 0.944), (1.0, 1.0), (0.0, 0.0), (0.98, 1.0), (2e-4, 3e-4)]
 )
 def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -> None:
-    ticks = _choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
+    ticks = choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
     assert ticks[0] <= ends[0] + 1e-9
     assert ticks[-1] >= ends[1] - 1e-9
     assert ticks[-1] <= 1 or ends[1] > 1
@@ -220,7 +221,7 @@ def test_only_what_there_is_is_promised_and_what_is_left_out_is_said(tmp_path: P
 
 def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:
     page, _, _ = make_report(
-        tmp_path / "report.html", unreadable=tuple(f"{number}.png: bad" for number in range(500))
+        tmp_path / "report.html", unreadable_files=tuple(f"{number}.png: bad" for number in range(500))
     )
     assert page.find_tags("details") == [{}]
     assert "and 300 more" in page.text

@@ -176,17 +176,17 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, change:
     if change is not Path.touch:
         save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint())
     change(tmp_path / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of ours"):
+    with pytest.raises(CheckpointError, match="is damaged or is not a Fovea checkpoint"):
         load_checkpoint(tmp_path)
 
 
 def test_weights_of_another_network_are_refused() -> None:
     tensors = make_checkpoint().tensors
     wider = NetConfig(Task.MULTICLASS, 3, widths=(16, 8, 8, 8)).to_dict()
-    with pytest.raises(CheckpointError, match="of another network"):
+    with pytest.raises(CheckpointError, match="the weights belong to another network"):
         Checkpoint(tensors, {"net": wider}).build_net()
     del tensors["head.bias"]
-    with pytest.raises(CheckpointError, match=r"(?s)of another network.*head\.bias"):
+    with pytest.raises(CheckpointError, match=r"(?s)belong to another network.*head\.bias"):
         Checkpoint(tensors, {"net": CONFIG.to_dict()}).build_net()
 
 

@@ -231,7 +231,9 @@ def test_the_cnn_costs_about_the_same_whatever_the_size() -> None:
 
 
 def test_a_name_that_is_not_there_is_told_what_is() -> None:
-    with pytest.raises(NetError, match="there is no network 'vgg16'; there are cnn, cnn_large, resnet18, "):
+    with pytest.raises(
+        NetError, match="there is no network 'vgg16'; choose one of cnn, cnn_large, resnet18, "
+    ):
         NetConfig(Task.MULTICLASS, 3, "vgg16")
 
 

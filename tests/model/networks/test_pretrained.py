@@ -192,7 +192,9 @@ def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path: Path) -> N
     target = make_net()
     before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
     file = write_published(tmp_path, make_net("resnet34"), config=None) / "model.safetensors"
-    with pytest.raises(PretrainedError, match=r"layer1\.2\.bn1\.bias has no place in it.*, and 77 more$"):
+    with pytest.raises(
+        PretrainedError, match=r"layer1\.2\.bn1\.bias is not a tensor of this network.*, and 77 more$"
+    ):
         read_pretrained(str(file)).load_into(target, LABELS)
     assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
 
@@ -206,7 +208,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
 
 def test_the_message_names_the_network_that_it_is_of(tmp_path: Path) -> None:
     known = read_pretrained(str(write_published(tmp_path, make_net())))
-    with pytest.raises(PretrainedError, match="is of resnet18 and does not fit resnet50 at 32 px"):
+    with pytest.raises(PretrainedError, match="has weights of resnet18 and does not fit resnet50 at 32 px"):
         known.load_into(make_net("resnet50"), LABELS)
 
 
@@ -224,7 +226,9 @@ def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
     write_published(tmp_path, make_net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
-    with pytest.raises(PretrainedError, match=r"is of 'vit_base_patch16_224'; there are resnet18"):
+    with pytest.raises(
+        PretrainedError, match=r"has weights of 'vit_base_patch16_224'; supported are resnet18"
+    ):
         read_pretrained(str(tmp_path))
 
 
@@ -259,15 +263,15 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object)
 def test_a_run_that_says_nothing_of_use_is_refused(tmp_path: Path, about: object) -> None:
     weights = dict(make_net("cnn").state_dict())
     save_file(weights, tmp_path / WEIGHTS_FILE, metadata={checkpoint.METADATA_KEY: json.dumps(about)})
-    with pytest.raises(PretrainedError, match="what it says of itself cannot be used"):
+    with pytest.raises(PretrainedError, match="its metadata cannot be used"):
         read_pretrained(str(tmp_path))
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04pickle" * 10)
-    with pytest.raises(PretrainedError, match="is not a safetensors file, or a damaged one"):
+    with pytest.raises(PretrainedError, match="is damaged or is not a safetensors file"):
         read_pretrained(str(tmp_path))
-    with pytest.raises(PretrainedError, match="hf:owner/repository is on the hub"):
+    with pytest.raises(PretrainedError, match="for weights on the hub, write hf:owner/repository"):
         read_pretrained(str(tmp_path / "nowhere"))
 
 
@@ -382,7 +386,9 @@ def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
 REASONS = {
     "hf:nobody/nothing": "config.json of .*: there is no such repository, or it is private",
     "hf:timm/private": "config.json of .*: there is no such repository, or it is private",
-    "hf:timm/gated": "config.json of .*: it is gated; accept its terms there, then `hf auth login`",
+    "hf:timm/gated": (
+        "config.json of .*: the repository is gated; accept its terms on the hub, then run `hf auth login`"
+    ),
     "hf:timm/no-weights@v9": "config.json of .*: there is no such revision",
     "hf:timm/no-weights": "model.safetensors of .*: there is no such file in the repository",
     "hf:not a name": "config.json of .*: Repo id must use .*'not a name'.",
@@ -396,7 +402,7 @@ def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
     with run_hub(tmp_path) as address:
         lines = read_in_process(tmp_path, address, *REASONS)
     for line, reason in zip(lines, REASONS.values(), strict=True):
-        assert re.fullmatch(f"cannot get {reason}", line)
+        assert re.fullmatch(f"cannot download {reason}", line)
 
 
 def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None:
@@ -404,12 +410,12 @@ def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None
     (tmp_path / "timm" / "vit" / "config.json").write_text(json.dumps({**CONFIG, "architecture": "vit"}))
     with run_hub(tmp_path) as address:
         (line,) = read_in_process(tmp_path, address, "hf:timm/vit")
-    assert "hf:timm/vit is of 'vit'; there are resnet18" in line
+    assert "hf:timm/vit has weights of 'vit'; supported are resnet18" in line
 
 
 @pytest.mark.slow
 def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
     assert read_in_process(tmp_path, "http://127.0.0.1:9", "hf:timm/resnet18.a1_in1k") == [
-        "cannot get config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "
-        "and it is not in the cache"
+        "cannot download config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "
+        "and the file is not in the local cache"
     ]

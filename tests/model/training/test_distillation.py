@@ -154,6 +154,6 @@ def test_answers_to_something_else_are_not_taken(
 
 
 def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Dataset, teacher: Net) -> None:
-    refused = pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large")
+    refused = pytest.raises(WriteError, match=r"cannot store the teacher's logits in .*: File too large")
     with limit_file_size(2 * LEFT * 3 + 10), refused:
         ask_teacher(teacher, data, tmp_path / "run")

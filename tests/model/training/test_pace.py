@@ -23,9 +23,10 @@ from fovea.model.training.pace import (
     estimate_step,
     fit_epochs,
     format_duration,
+    measure_pace,
 )
-from fovea.model.training.trainer import InitialState, measure_pace
 from fovea.model.training.trainer import train_net as run_training
+from fovea.model.training.training_run import InitialState
 from fovea.service.artifact.contract import Task
 from tests.training import SHORT_RECIPE, draw_dataset, make_net
 

@@ -23,7 +23,7 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe
-from fovea.model.training.trainer import compute_class_weights
+from fovea.model.training.training_run import compute_class_weights
 from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 from tests.training import SHORT_RECIPE, draw_dataset, draw_images, stack_pixels, train_quietly
@@ -141,7 +141,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, data: Dataset) -
     one = replace(SHORT_RECIPE, epochs=1)
     train_to_end(data, one, tmp_path)
     before = (tmp_path / WEIGHTS_FILE).read_bytes()
-    with pytest.raises(CheckpointError, match="holds a run already; pass --resume"):
+    with pytest.raises(CheckpointError, match="holds a run already; pass --resume to continue it"):
         train_quietly(data, one, tmp_path)
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
 
@@ -361,7 +361,7 @@ def test_labels_are_unequal_from_the_same_ratio_on_for_the_warning_and_the_weigh
         data = load_dataset(folder, size=16, validation=0.1, seed=0)
         assert data.label_counts == (9, red)
         assert (compute_class_weights(data) is not None) is unequal
-        assert any("labels are unequal" in line for line in data.warnings) is unequal
+        assert any("labels are imbalanced" in line for line in data.warnings) is unequal
 
 
 def test_each_epoch_is_told_to_who_watches(tmp_path: Path, data: Dataset) -> None:
