@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from fovea.service.runners.load_messages import ProcessPlan
 
 from fovea.export.importer.inspect import ImportRequest
 from fovea.export.importer.pipeline import ImportReport, import_model
@@ -17,6 +16,7 @@ from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
+from fovea.service.runners.load_messages import ProcessPlan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"
