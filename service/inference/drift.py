@@ -51,8 +51,10 @@ class DriftMonitor:
         )
         label_counts = list(reference.labels.values())
         self._reference_counts = (
-            [*label_counts, reference.images - sum(label_counts)], reference.confidence.counts, reference.brightness.counts
-        )  # fmt: skip
+            [*label_counts, reference.images - sum(label_counts)],
+            reference.confidence.counts,
+            reference.brightness.counts,
+        )
         self._counts = [[0] * len(counts) for counts in self._reference_counts]
         self._window: deque[tuple[int, int, int]] = deque(maxlen=window)
         self.images = 0

@@ -1002,7 +1002,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
     if image.mode.startswith("I;16"):
         grey = np.asarray(image)
         if 0 < (max_value := int(grey.max())) < _DARK_LIMIT:
-            text = f"the image has 16 bits of which it uses values up to {max_value} of 65535: it is almost black"
+            text = f"the image has 16 bits but only values up to {max_value} of 65535: it is almost black"
             warnings.append(ImageWarning(WarningCode.SIXTEEN_BITS_DARK, text))
         image = Image.fromarray(_scale_to_8_bits(grey, image.info.get("transparency")))
     if conversion:
@@ -1133,13 +1133,14 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
         enlargement = geometry.resize_to / shorter
         visible_share = geometry.width * geometry.height / (enlargement * enlargement * width * height)
         if visible_share < _MIN_VISIBLE_SHARE:
-            text = f"the model sees {visible_share:.1%} of the image, its middle: the image is {_format_size(size)}"
+            text = f"the model sees only the middle {visible_share:.1%} of the {_format_size(size)} image"
             warnings.append(ImageWarning(WarningCode.CROPPED, text))
     else:
         scale_x, scale_y = geometry.width / width, geometry.height / height
         enlargement = max(scale_x, scale_y)
         if enlargement > _MAX_STRETCH * min(scale_x, scale_y):
-            text = f"the image is {_format_size(size)}, and was stretched to {geometry.width} x {geometry.height}"
+            target_size = _format_size((geometry.width, geometry.height))
+            text = f"the image is {_format_size(size)}, and was stretched to {target_size}"
             warnings.append(ImageWarning(WarningCode.STRETCHED, text))
     if enlargement > _MAX_ENLARGEMENT:
         text = f"the image is {_format_size(size)}, and was enlarged {enlargement:.0f} times"

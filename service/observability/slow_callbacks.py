@@ -21,7 +21,7 @@ Wall-clock time would also count other processes that run at the same time.
 
 
 def log_slow_callbacks() -> None:
-    """Log every callback that takes more than `MAX_CALLBACK_SECONDS` seconds, on all event loops of this process."""
+    """Log every callback longer than `MAX_CALLBACK_SECONDS`, on all event loops of this process."""
     original_run = Handle._run
 
     def timed_run(self: Handle) -> None:
