@@ -51,7 +51,7 @@ class ModelConfig(BaseModel):
     """Limit of this model's accepted and not yet answered images."""
     provider: Literal["auto", "cpu", "cuda"] | None = None
     threads: int | None = Field(None, ge=1, le=256)
-    """Number of CPU threads inside one model call, whether the call runs alone or not."""
+    """Number of CPU threads of one model call, for exclusive calls too."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelVersion:
     name: str | None
     version: str | None
     fingerprint: tuple[int, ...]
-    """Identity of the file: a replaced file has another stamp."""
+    """Identity of the file: a replaced file has another fingerprint."""
     config: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
@@ -115,7 +115,7 @@ class ServingState(NamedTuple):
     """True while the repository has no version that can be served."""
 
     def to_json(self) -> str:
-        """Return JSON for another process."""
+        """Return JSON for a worker, which the supervisor starts with this state on its standard input."""
         versions_by_model = [
             [name, [one.to_plain() for one in versions]] for name, versions in self.versions_by_model.items()
         ]
@@ -231,12 +231,13 @@ class VersionChoice(NamedTuple):
 def choose_versions(
     root: Path, name: str, reason_to_refuse: Callable[[ModelVersion], str | None]
 ) -> VersionChoice:
-    """Return the latest version of a model without a `reason_to_refuse` to refuse it.
+    """Return the latest version of a model that `reason_to_refuse` does not refuse.
 
     If `config.toml` names versions, consider only these versions, and return all that are not refused.
 
-    `reason_to_refuse` returns the reason to refuse a version, or None. Raises `ModelError` when `config.toml`
-    cannot be read.
+    `reason_to_refuse` returns the reason to refuse a version, or None. It is called in this thread, from the
+    highest version down, until it accepts one. It may read files, so an event loop calls `choose_versions` in
+    another thread. Raises `ModelError` when `config.toml` cannot be read.
     """
     folder = root / name
     config = read_config(folder)

@@ -63,6 +63,7 @@ class Conversion:
     """Transform for `RGBA`; only for the mode `RGB`."""
 
 
+# All decoding threads of the process share the transforms. Whoever changes the cache holds the lock.
 _cache: OrderedDict[bytes, Conversion | BadProfile] = OrderedDict()
 _lock = threading.Lock()
 
@@ -78,7 +79,10 @@ class Profile:
 
     @property
     def is_cached(self) -> bool:
-        """True if the conversion has been built and is still cached."""
+        """True if the conversion has been built and is still cached.
+
+        Another thread may drop the conversion at any time, so use this for estimates only.
+        """
         return self._key in _cache
 
     def get_conversion(self) -> Conversion:

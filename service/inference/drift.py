@@ -33,14 +33,17 @@ _SMOOTHING: Final = 0.5
 
 
 class StabilityIndex(NamedTuple):
-    """The population stability index of a signal, and its average by chance alone."""
+    """The population stability index of a signal, and its average if only chance acts."""
 
     psi: float
     chance: float
 
 
 class DriftMonitor:
-    """The last images of one model in comparison with its reference."""
+    """The last images of one model in comparison with its reference.
+
+    Not safe for threads: the event loop adds the images of all runners.
+    """
 
     def __init__(self, reference: DriftReference, labels: Sequence[str], window: int) -> None:
         """Compare a window of `window` images. `labels` are those of the contract, in order."""

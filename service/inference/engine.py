@@ -89,10 +89,12 @@ class Engine:
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
-        A call that runs alone gets `wide_threads` threads if this is more. On a CPU the model is then loaded
+        An exclusive call gets `wide_threads` threads if this is more. On a CPU the model is then loaded
         twice, because a session cannot change its number of threads. A session with many threads that several
-        callers use at once does less work than a session with one thread. `read_bytes` returns the bytes once
-        more, for the first tensor that is not pixels; without `read_bytes` the bytes are kept.
+        callers use at once does less work than a session with one thread.
+
+        `read_bytes` returns the bytes once more. It is called by the first call with a tensor that is not
+        pixels, in the thread of that call. Without `read_bytes` the bytes are kept.
 
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
@@ -129,7 +131,7 @@ class Engine:
         """Load a model file. Raises `ModelError` that names the file.
 
         The bytes are read from `file` if it is given, and the file must have this `fingerprint`
-        (`model_file.stamp_of`).
+        (`model_file.fingerprint_of`).
         """
         try:
             read_bytes = partial(read_model, file or path, fingerprint)
@@ -183,7 +185,8 @@ class Engine:
         if self.provider == "cuda":  # all sizes are warmed up, and their memory is kept
             batch = _pad_batch(batch)
         elif options := sessions.arena_shrinker.get_run_options(count):
-            session = sessions.shared  # the wide session runs only single images
+            # Exclusive calls are single images: only the arena of `shared` holds memory of large batches.
+            session = sessions.shared
         try:
             outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
@@ -191,7 +194,11 @@ class Engine:
         return [output[:count] for output in outputs]
 
     def _get_sessions(self, tensor: InputTensor) -> _Sessions:
-        """Return the sessions for a tensor; create and check them on first use."""
+        """Return the sessions for a tensor; create and check them on first use.
+
+        The sessions are stored only after their check. Two threads that call at once may both create
+        sessions: the second pair replaces the first, which is slow but harmless.
+        """
         if not tensor.preprocessing:
             return self._pixel_sessions
         if tensor.name not in self._raw_input_sessions:
@@ -207,7 +214,7 @@ class Engine:
         return self._raw_input_sessions[tensor.name]
 
     def _open_multi_threaded(self, model: bytes) -> Any:
-        """Return a session with more threads, or None if calls that run alone get no extra threads."""
+        """Return a session with more threads, or None if exclusive calls get no extra threads."""
         return open_session(model, self._provider_setting, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
@@ -219,7 +226,7 @@ class Engine:
                 self.run(pixels, exclusive=exclusive)
 
     def _exclusive_modes(self) -> tuple[bool, ...]:
-        """Return the values of `alone` that use different sessions: each is warmed up and checked once."""
+        """Return the values of `exclusive` that use different sessions: each is warmed up and checked."""
         return (False, True) if self._wide_threads else (False,)
 
     def check_golden_set(self) -> GoldenDifferences:
@@ -305,7 +312,8 @@ class ArenaShrinker:
     """The decision when a session frees the memory of a large batch.
 
     ONNX Runtime's arena never frees memory by itself. Freeing memory after each batch would slow all batches
-    down, because the next batch allocates the memory again.
+    down, because the next batch allocates the memory again. Each call asks just before its run. The counts
+    have no lock: a race between threads only shifts the moment at which memory is freed.
     """
 
     def __init__(self) -> None:
@@ -363,7 +371,10 @@ def _pad_size(size: int) -> int:
 
 
 class _Sessions:
-    """The sessions for one input tensor: one for all calls, and perhaps a wider one for lone calls."""
+    """The sessions for one input tensor: one for all calls, and perhaps one for exclusive calls.
+
+    The session for exclusive calls has more threads.
+    """
 
     def __init__(self, shared: Any, exclusive: Any) -> None:
         self.shared = shared
@@ -374,10 +385,11 @@ class _Sessions:
 def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
     """Read a file that may be a model.
 
-    Raises `ModelError` for an obvious non-model before memory is allocated, and when the stamp differs.
+    Raises `ModelError` for an obvious non-model before memory is allocated, and when the fingerprint differs.
     Raises `OSError` when the file cannot be read.
     """
     with path.open("rb") as file:
+        # Compare the open file, not the path: another file may take the path at any time.
         if fingerprint and fingerprint_of(file.fileno()) != tuple(fingerprint):
             raise ModelError("the file has changed since it was found")
         size = os.fstat(file.fileno()).st_size

@@ -4,7 +4,7 @@ Training, export, verification and serving all use this module, so a model is se
 was trained on. An image takes these steps, always in this order:
 
     identify    by its first bytes, never by a file name or content type
-    admit       format and pixel count, from the header, before anything is decoded
+    check       format and pixel count, from the header, before anything is decoded
     decode      the first frame; with `fast` the JPEG decoder may scale down by 2, 4 or 8
     orient      by EXIF; a corrupt EXIF block is ignored
     convert     to 8-bit sRGB, by the image's profile (see `colour`) and the rule of its mode (`_to_rgb`)
@@ -99,8 +99,8 @@ def decode_image(
 ) -> DecodedImage:
     """Decode one encoded image into the pixels that the model sees.
 
-    With `memory`, wait until the peak memory that the header predicts is available. The steps are written
-    into `trace`.
+    With `memory`, block the calling thread until the peak memory that the header predicts is available. The
+    steps are appended to `trace`.
 
     Raises `BadRequest` when the image is empty, `UnsupportedFormat` when its format is not served,
     `TooManyPixels` when its header promises more than `max_pixels` pixels or needs more than the limit of
@@ -148,7 +148,9 @@ def _decode_or_repair(
 ) -> _T:
     """Return the result of `decode_once` for the image, or for the image without its damage if that fails.
 
-    `decode_once` gets the bytes and a list of warnings, to which it may append. Raises the same errors as
+    `decode_once` gets the bytes and a list of warnings, to which it may append. It is called in this thread:
+    once for an intact image, and once more for each repair until one succeeds. Each call gets a list of its
+    own, so that the warnings of a failed attempt are lost with the attempt. Raises the same errors as
     `decode_image`.
     """
     try:
@@ -174,7 +176,7 @@ def _have_same_pixels(
 ) -> bool:
     """Return True if two JPEGs have the same complete pixels.
 
-    They are compared at one eighth of the size first, because most different images differ there too.
+    The pixels are compared at one eighth of the size first, because most different images differ there too.
     """
     components = [layer[0] for layer in JpegImagePlugin.JpegImageFile(BytesIO(image)).layer]
     return jpeg.is_complete(image, components) and all(
@@ -201,7 +203,7 @@ def _digest_pixels(image: bytes, scale: int, max_pixels: int, memory: DecodeMemo
 
 
 def _identify_image(image: bytes | memoryview) -> tuple[str, bytes]:
-    """Return the format and the bytes. Raises `BadRequest` and `UnsupportedFormat`."""
+    """Return the format and the bytes of an image. Raises `BadRequest` and `UnsupportedFormat`."""
     if not image:
         raise BadRequest("the image is empty")
     image = bytes(image)  # a bytes object is not copied, neither here nor by BytesIO
@@ -273,14 +275,21 @@ def _decode_upright(
 
 
 def configure_pillow() -> None:
-    """Configure Pillow for the whole process. Only the main module of a process may call this."""
+    """Configure Pillow for the whole process.
+
+    Only the main module of a process may call this, before the first image is decoded.
+    """
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # decode threads are limited by Fovea
-    filterwarnings("ignore", module="PIL")  # damaged files are refused, and not logged as well
+    filterwarnings("ignore", module="PIL")  # a damaged file is refused: it must not be logged too
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def release_pillow_memory() -> None:
-    """Return the memory that Pillow keeps for further images (`PILLOW_BLOCKS_MAX`) to the system."""
+    """Return the memory that Pillow keeps for further images (`PILLOW_BLOCKS_MAX`) to the system.
+
+    `DecodeMemory` calls this in a decoding thread while it holds its lock. Blocks of images that other
+    threads are decoding are not affected.
+    """
     _imaging.clear_cache()
 
 
@@ -340,7 +349,7 @@ _RAW_FORMATS: Final = frozenset(
     {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
      "Minolta MRW"}
 )  # fmt: skip
-"""Camera raw formats that the first bytes identify. `tiff` finds those that begin like a TIFF."""
+"""Camera raw formats that the first bytes identify. `tiff` finds raw files that begin like a TIFF."""
 
 
 @cache
@@ -377,7 +386,7 @@ def _split_brands(brands: bytes) -> list[bytes]:
     return [brands[start : start + 4] for start in range(0, len(brands), 4)]
 
 
-# --- admit, decode, orient -----------------------------------------------------------------------
+# --- open, check, orient -------------------------------------------------------------------------
 
 
 @dataclass
@@ -574,7 +583,7 @@ class _Rotation:
     mirrors_y: bool
 
     def unrotate_box(self, box: _Box, size: tuple[int, int]) -> _Box:
-        """Return the region of the unturned image, of `size`, that becomes `box` of the upright image."""
+        """Return the region of the original image, of `size`, that becomes `box` of the upright image."""
         left, top, right, bottom = box
         width, height = (size[1], size[0]) if self.swaps_axes else size
         if self.mirrors_x:
@@ -593,17 +602,17 @@ _ROTATIONS: Final = {
     7: _Rotation(Image.Transpose.TRANSVERSE, True, True, True),
     8: _Rotation(Image.Transpose.ROTATE_90, True, False, True),
 }
-"""Turns by EXIF orientation (Exif 2.32, tag 0x0112); 1 is upright."""
+"""Rotations by EXIF orientation (Exif 2.32, tag 0x0112); 1 is upright."""
 
 _ORIENTATION_KEYS: Final = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 """Info keys where Pillow looks for an orientation, besides the tags of a TIFF."""
 
 
 def _find_rotation(image: ImageFile.ImageFile, default_orientation: int = 1) -> _Rotation | None:
-    """Return the turn that makes the image upright, or None.
+    """Return the rotation that makes the image upright, or None.
 
-    `default_orientation` is the orientation of an image that has none. Pillow itself turns a TIFF with an
-    orientation when it loads the TIFF.
+    `default_orientation` is the orientation of an image that has none. Pillow itself rotates a TIFF with an
+    orientation when it loads the TIFF, so call this after `load`.
     """
     if _ORIENTATION_KEYS.isdisjoint(image.info) and not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
@@ -684,7 +693,7 @@ _BMP_V5_BYTES: Final = 124
 
 
 def _read_bmp_profile(encoded_image: bytes) -> bytes | None:
-    """Return the profile inside a bitmap with a version 5 header, or None. Raises `BadProfile`."""
+    """Return the profile that a bitmap with a version 5 header embeds, or None. Raises `BadProfile`."""
     header = encoded_image[14 : 14 + _BMP_V5_BYTES]
     if int.from_bytes(header[:4], "little") != _BMP_V5_BYTES or header[56:60] != b"DEBM":
         return None
@@ -920,7 +929,7 @@ def _peak_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int], geo
 
 
 def _is_rotated_by_pillow(image_file: ImageFile.ImageFile) -> bool:
-    """Return True if Pillow turns the image when it loads the image: a TIFF, with `fast` too."""
+    """Return True if Pillow rotates the image when it loads the image: a TIFF, with `fast` too."""
     return type(image_file) is TiffImagePlugin.TiffImageFile
 
 
@@ -947,7 +956,8 @@ def _decoder_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int]) 
 def _has_many_scans(image_file: JpegImagePlugin.JpegImageFile) -> bool:
     """Return True if the decoder keeps all coefficients of a JPEG.
 
-    It does for a progressive JPEG, and if the first scan, whose header was just read, lacks a component.
+    The decoder keeps the coefficients of a progressive JPEG, and of a JPEG whose first scan lacks a
+    component. Pillow has just read the header of the first scan: it ends at the file's position.
     """
     components = len(image_file.layer)
     length = 6 + 2 * components
@@ -989,7 +999,7 @@ def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
 _DIRECT_MODES: Final = frozenset({"1", "L", "P", "CMYK", "YCbCr", "HSV"})
 
 _DARK_LIMIT: Final = 4096
-"""Exclusive limit, of 65535, for the values of an image on a narrow scale, such as a 12-bit sensor's."""
+"""Limit, of 65535. Grey values that all stay below it probably have a smaller scale, such as 12 bits."""
 
 
 def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[ImageWarning]) -> Image.Image:
@@ -1077,7 +1087,7 @@ def _crop_corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
 def _resize_and_crop(
     image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box, rotation: _Rotation | None
 ) -> Pixels:
-    """Resize, crop, then turn the image; return uint8 (height, width, 3).
+    """Resize, crop, then rotate the image; return uint8 (height, width, 3).
 
     The full image, upright of `full_size`, fills `box` of `image`.
     """
@@ -1148,13 +1158,13 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
     return warnings
 
 
-# --- the receipt ---------------------------------------------------------------------------------
+# --- trace ---------------------------------------------------------------------------------------
 
 
 def _trace_decoding(
     trace: DecodeTrace, kind: str, size: tuple[int, int], image_file: ImageFile.ImageFile
 ) -> None:
-    """Note the decoding. `image_file` is drafted, so its size may be below the full `size`."""
+    """Record the decoding. `image_file` is drafted, so its size may be below the full `size`."""
     trace.add_step("decode", f"{kind} of {_format_size(size)} pixels")
     if image_file.size != size:
         trace.add_step(
@@ -1180,9 +1190,9 @@ def _trace_conversion(
 
 
 def _trace_resize(trace: DecodeTrace, size: tuple[int, int], geometry: Geometry) -> None:
-    """Note resize and crop of an upright image of full `size`.
+    """Record resize and crop of an upright image of full `size`.
 
-    The region outside the crop need not have been resized.
+    The region outside the crop may not have been resized, which the trace does not show.
     """
     target_size = _target_size(size, geometry)
     left, top = _crop_corner(target_size, geometry)

@@ -2,7 +2,7 @@
 
 This code runs only after a file has failed to decode, so intact files cost nothing. A repair removes metadata
 or adds a missing end; it never invents pixels. For a truncated JPEG, the decoder fills missing pixels with
-grey. A repaired JPEG therefore comes with a `witness`, which shows whether pixels are missing.
+grey. A repaired JPEG therefore comes with an `altered_image`, which shows whether pixels are missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Repair(NamedTuple):
 
 
 def find_repairs(kind: str, image: bytes) -> Iterator[Repair]:
-    """Yield repairs of `image`, the one that removes least first."""
+    """Yield repairs of `image`, first the repair that removes least.
+
+    Each repair is made only when the caller asks for it, after the repair before has failed.
+    """
     previous_images = {image}
     repair = _REPAIRS.get(kind)
     for one in repair(image) if repair else ():

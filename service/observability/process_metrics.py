@@ -19,6 +19,7 @@ _PROC: Final = Path("/proc")
 
 def kill_descendants(pid: int) -> None:
     """Kill all descendants of a process. A stopped process does not end by itself."""
+    # List all before the first dies: the children of a dead process belong to another parent.
     for child in list(_walk_process_tree(pid))[1:]:
         with suppress(OSError):  # the process has just ended
             os.kill(child, signal.SIGKILL)
@@ -27,8 +28,9 @@ def kill_descendants(pid: int) -> None:
 def reap_orphans(awaited_pids: Collection[int]) -> None:
     """Reap ended processes that no code in this process waits for, if this process has the id 1.
 
-    Only process 1 inherits orphans: a killed worker leaves its runners behind. `awaited_pids` are the ids of
-    processes that other code in this process waits for.
+    Only process 1 inherits orphans: a killed worker leaves its runners behind. The event loop of the
+    supervisor calls this at each heartbeat. `awaited_pids` are the ids of processes that other code in this
+    process waits for, which needs their exit codes.
     """
     while os.getpid() == 1:
         try:

@@ -24,6 +24,7 @@ def log_slow_callbacks() -> None:
     """Log every callback longer than `MAX_CALLBACK_SECONDS`, on all event loops of this process."""
     original_run = Handle._run
 
+    # asyncio calls this for each callback, in the thread of the event loop.
     def timed_run(self: Handle) -> None:
         started_at = time.thread_time()
         original_run(self)

@@ -1,4 +1,4 @@
-"""What a repository on disk wants to be served."""
+"""The model versions that a repository on disk wants to be served."""
 
 from __future__ import annotations
 
@@ -150,5 +150,5 @@ def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Pat
     record_default_model(zoo)
     assert (zoo / "default").read_text() == "birds\n"
     (zoo / "default").unlink()
-    record_default_model(zoo)  # of two none is guessed
+    record_default_model(zoo)  # with two models, neither is chosen
     assert not (zoo / "default").exists()

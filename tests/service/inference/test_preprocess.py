@@ -1,4 +1,4 @@
-"""Encoded images to pixels."""
+"""Conversion of encoded images to pixels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def decode_default(image: bytes | memoryview, geometry: Geometry = EXACT) -> Dec
 
 
 def preprocess_by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
-    """The pipeline that everyone writes, after torchvision's Resize and CenterCrop."""
+    """Run the usual pipeline, like torchvision's Resize and CenterCrop."""
     width, height = image.size
     scale = geometry.resize_to / min(width, height)
     size = (
@@ -270,7 +270,7 @@ def test_extreme_shapes_are_answered_without_making_the_long_side(
 
 
 def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
-    """Resized whole for a model of 224, it would be 256 x 5,120,000 pixels: 5 GB."""
+    """A resize of the whole image for a model of 224 would make 256 x 5,120,000 pixels: 5 GB."""
     code = (
         "import re, pathlib\n"
         "status = pathlib.Path('/proc/self/status')\n"
