@@ -32,7 +32,7 @@ CONFIG_FILE: Final = "config.toml"
 MODEL_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Pattern of a model name, where Fovea creates the folder."""
 
-MODEL_NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
+MODEL_NAME_RULE: Final = "use letters, digits and . _ - with a letter or digit first, such as resnet-50"
 """Description of the name pattern for people."""
 
 DEFAULT_MODEL_FILE: Final = "default"
@@ -200,8 +200,8 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
     )
     if missing_versions := [one for one in selected_versions if one not in available_versions]:
         subject = f"version {missing_versions[0]} of {name}"
-        prefix = f"{subject} is" if version else f"{folder / CONFIG_FILE} asks for {subject}, which is"
-        raise ModelError(f"{prefix} not there; there are {_join_versions(available_versions)}")
+        prefix = subject if version else f"{folder / CONFIG_FILE} asks for {subject}, which"
+        raise ModelError(f"{prefix} does not exist; there are {_join_versions(available_versions)}")
     return tuple(_describe_version(folder, one, config) for one in selected_versions)
 
 
@@ -246,7 +246,7 @@ def choose_versions(
     if config.versions:
         pinned_versions: list[ModelVersion] = []
         for version in sorted(set(config.versions), key=_version_number):
-            refusal: str | None = f"{folder / CONFIG_FILE} asks for it, and it is not there"
+            refusal: str | None = f"{folder / CONFIG_FILE} asks for it, but it does not exist"
             if version in available_versions:
                 candidate = _describe_version(folder, version, config)
                 refusal = reason_to_refuse(candidate)
@@ -287,7 +287,7 @@ def warn_about_empty_versions(latest: ModelVersion) -> None:
     folder = latest.path.parent
     for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
         if int(higher.name) > int(folder.name) and not (higher / MODEL_FILE).is_file():
-            log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
+            log.warning(f"{higher} has no {MODEL_FILE} and is not served")
 
 
 def next_version(folder: Path) -> str:

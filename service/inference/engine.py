@@ -396,7 +396,7 @@ def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
         if size > _MAX_MODEL_BYTES:
             raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_MAX_MODEL_BYTES}")
         if file.read(1) in (b"", b"\0"):  # a protobuf message begins with a field number of at least 1
-            raise ModelError("the file is no ONNX model")
+            raise ModelError("the file is not an ONNX model")
         file.seek(0)
         return file.read()
 
@@ -424,7 +424,10 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unopt
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
         raise ModelError(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
     if provider == "cuda" and _actual_provider(session) != "cuda":
-        raise ModelError("FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU")
+        raise ModelError(
+            "FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU; "
+            "check the GPU driver and the CUDA libraries"
+        )
     return session
 
 
@@ -470,7 +473,7 @@ def _check_graph(session: Any, contract: Contract) -> None:
     inputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_inputs()}
     if inputs != {contract.input_name: expected_input}:
         raise ContractError(
-            f"the graph takes {inputs}, the contract says {contract.input_name}: {expected_input}"
+            f"the graph takes {inputs}; the contract needs {contract.input_name}: {expected_input}"
         )
     outputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_outputs()}
     for name, count in (

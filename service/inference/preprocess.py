@@ -447,7 +447,11 @@ def _check_size(image_file: ImageFile.ImageFile, max_pixels: int) -> None:
         sizes.append((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)))
         bits, photometric = tags.get(_BITS_PER_SAMPLE, (1,))[0], tags.get(_PHOTOMETRIC)
         if image_file.mode.startswith("I;16") and (bits != 16 or photometric == _WHITE_IS_ZERO):
-            raise BadImage(f"grey TIFF images of {bits} bits are not served unless 16, and 0 is black")
+            zero = "white" if photometric == _WHITE_IS_ZERO else "black"
+            raise BadImage(
+                f"a grey TIFF image of {bits} bits where 0 is {zero} is not served; "
+                "send 8 bits, or 16 bits where 0 is black"
+            )
     for width, height in sizes:
         if width * height > max_pixels:
             raise TooManyPixels(f"image is {width} x {height} px; at most {max_pixels / 1e6:g} MP")
@@ -490,7 +494,7 @@ def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> 
             if image_file.is_animated:  # counting frames is as slow as decoding them
                 return [
                     ImageWarning(
-                        WarningCode.SEVERAL_PICTURES, "the image has several frames; the first was looked at"
+                        WarningCode.SEVERAL_PICTURES, "the image has several frames; only the first was used"
                     )
                 ]
     elif isinstance(
@@ -502,7 +506,7 @@ def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> 
         return []
     return [
         ImageWarning(
-            WarningCode.SEVERAL_PICTURES, f"the image is the first of {count} pictures or frames in its file"
+            WarningCode.SEVERAL_PICTURES, f"the file has {count} pictures or frames; only the first was used"
         )
     ]
 
@@ -671,7 +675,7 @@ def _find_profile(
 def _code_point_profile(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
     """Return a profile for two code points of ITU-T H.273; None for sRGB. Add a warning for HDR."""
     if transfer in colour.HDR_TRANSFERS:
-        text = "the image has high dynamic range (PQ or HLG); its values were taken as they stand"
+        text = "the image has high dynamic range (PQ or HLG); its values were used unchanged"
         warnings.append(ImageWarning(WarningCode.HDR, text))
     tags = colour.find_tags(primaries, transfer)
     return None if tags is None else colour.build_profile(tags)
@@ -700,7 +704,7 @@ def _read_bmp_profile(encoded_image: bytes) -> bytes | None:
     start, size = (int.from_bytes(header[offset : offset + 4], "little") for offset in (112, 116))
     profile = encoded_image[14 + start : 14 + start + size]
     if not size or len(profile) < size:
-        raise BadProfile("it is not inside the file")
+        raise BadProfile("the file does not contain all of it")
     return profile
 
 
@@ -755,7 +759,9 @@ def _correct_raw_mode(image_file: ImageFile.ImageFile) -> None:
     if type(image_file) is not TiffImagePlugin.TiffImageFile or not _is_planar(image_file):
         return
     if image_file.mode == "CMYK" and image_file.tile[0].codec_name == "raw":
-        raise BadImage("CMYK TIFF images of 16 bits in separate planes are not served; send one plane")
+        raise BadImage(
+            "a CMYK TIFF image of 16 bits in separate planes is not served; save it with interleaved colours"
+        )
     if image_file.tile[0].codec_name == "raw":
         byte_order = ";16L" if image_file.tag_v2.prefix == b"II" else ";16B"
         image_file.tile = [
@@ -792,7 +798,7 @@ def _has_low_bytes(image_file: ImageFile.ImageFile, warnings: list[ImageWarning]
     by_libtiff = image_file.tile[0].codec_name == "libtiff"
     if by_libtiff and type(image_file) is TiffImagePlugin.TiffImageFile and _is_planar(image_file):
         # libtiff reads the planes by itself and returns only the upper bytes
-        text = "the image has 16 bits, which were cut to 8 and not rounded"
+        text = "the values of 16 bits were cut to 8 bits instead of rounded"
         warnings.append(ImageWarning(WarningCode.SIXTEEN_BITS_CUT, text))
         return False
     return True
@@ -1020,7 +1026,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         if _is_invisible(rgba):
-            text = "the image is transparent, and on white almost nothing of it can be seen"
+            text = "the image is transparent, and almost nothing of it is visible on white"
             warnings.append(ImageWarning(WarningCode.INVISIBLE, text))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     if image.mode == "RGB":
@@ -1150,10 +1156,10 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
         enlargement = max(scale_x, scale_y)
         if enlargement > _MAX_STRETCH * min(scale_x, scale_y):
             target_size = _format_size((geometry.width, geometry.height))
-            text = f"the image is {_format_size(size)}, and was stretched to {target_size}"
+            text = f"the image was stretched from {_format_size(size)} to {target_size}"
             warnings.append(ImageWarning(WarningCode.STRETCHED, text))
     if enlargement > _MAX_ENLARGEMENT:
-        text = f"the image is {_format_size(size)}, and was enlarged {enlargement:.0f} times"
+        text = f"the image is only {_format_size(size)} and was enlarged {enlargement:.0f} times"
         warnings.append(ImageWarning(WarningCode.ENLARGED, text))
     return warnings
 
@@ -1168,7 +1174,8 @@ def _trace_decoding(
     trace.add_step("decode", f"{kind} of {_format_size(size)} pixels")
     if image_file.size != size:
         trace.add_step(
-            "scale", f"decoded at {_format_size(image_file.size)}: the JPEG decoder can leave detail out"
+            "scale",
+            f"decoded at {_format_size(image_file.size)}: the JPEG decoder leaves out detail",
         )
 
 
@@ -1180,11 +1187,11 @@ def _trace_conversion(
 ) -> None:
     if rotation:
         orientation = next(number for number, other in _ROTATIONS.items() if other is rotation)
-        trace.add_step("orient", f"turned upright, as EXIF orientation {orientation} says")
+        trace.add_step("orient", f"rotated upright, by EXIF orientation {orientation}")
     if conversion:
         trace.add_step("colours", f"from {conversion.name} to sRGB, by the image's profile")
     if image_file.has_transparency_data:
-        trace.add_step("convert", f"from {image_file.mode} to RGB, what is transparent on white")
+        trace.add_step("convert", f"from {image_file.mode} to RGB, transparent areas on white")
     elif image_file.mode != "RGB":
         trace.add_step("convert", f"from {image_file.mode} to RGB")
 

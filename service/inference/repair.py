@@ -44,7 +44,7 @@ def find_repairs(kind: str, image: bytes) -> Iterator[Repair]:
 
 _METADATA_WARNING: Final = ImageWarning(
     WarningCode.METADATA_IGNORED,
-    "damaged metadata was left out that may say how the image is turned or coloured",
+    "damaged metadata was ignored; it may have held the orientation or the colour profile",
 )
 
 
@@ -126,7 +126,7 @@ which would be a marker.
 def _repair_jpeg(image: bytes) -> Iterator[Repair]:
     if not jpeg.has_end_marker(image):
         body = image.rstrip(b"\xff")
-        text = "the end of the file is missing, though no pixel is"
+        text = "the end of the file is missing, but no pixel is missing"
         end = b"\xff\xd9"
         yield Repair(body + end, [ImageWarning(WarningCode.END_MISSING, text)], body + _FILL_BYTES + end)
         return

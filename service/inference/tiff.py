@@ -88,10 +88,10 @@ def choose_picture(image: bytes) -> PictureChoice:
         if pages < 2:
             return PictureChoice(image, [], None)
         count = f"{pages}" if len(directories) < _MAX_DIRECTORIES else "many"
-        text = f"the file has {count} pages; the first was looked at"
+        text = f"the file has {count} pages; only the first was used"
         return PictureChoice(image, [ImageWarning(WarningCode.SEVERAL_PICTURES, text)], None)
     size = f"{largest.width} x {largest.height}"
-    text = f"the file has {len(directories)} pictures; the largest, {size}, was looked at"
+    text = f"the file has {len(directories)} pictures; only the largest, {size}, was used"
     warnings = [ImageWarning(WarningCode.SEVERAL_PICTURES, text)] if pages > 1 else []
     orientation = first.orientation if largest.orientation is None else None
     return PictureChoice(_set_first_directory(image, largest.offset), warnings, orientation)
@@ -150,7 +150,7 @@ def _raw_format_error(kind: str) -> UnsupportedFormat:
 
 def raw_format_message(kind: str) -> str:
     """Return the error message for a camera raw file."""
-    return f"a camera's raw file ({kind}) is not served; send the JPEG or TIFF that was developed from it"
+    return f"a camera's raw file ({kind}) is not served; send a JPEG or TIFF developed from it"
 
 
 def _raw_format_name(tags: dict[int, tuple[int, ...]]) -> str:

@@ -138,7 +138,9 @@ class _Value:
                 self._value = file.read_value(key)[0]  # type: ignore[no-untyped-call]
             except (OSError, ValueError, IndexError) as error:
                 self._file = None
-                log.error("no room for a metric, which no scrape will show: %s: %s", key, error)
+                log.error(
+                    "a metric has no room in its file, so /metrics will not show it: %s: %s", key, error
+                )
 
     def inc(self, amount: float) -> None:
         with self._lock:
@@ -288,7 +290,9 @@ class _WorkersCollector(Collector):
                     if os.getppid() == self._supervisor_pid:
                         raise read_error
             if time.monotonic() > deadline:
-                raise TimeoutError("the supervisor does not finish a change to the list of metrics")
+                raise TimeoutError(
+                    f"the supervisor has not finished a change of the metrics for {_INDEX_TIMEOUT:g} s"
+                )
             time.sleep(0.001)
         return _sum_files("/proc/self/fd", [self._own_files.descriptors])
 

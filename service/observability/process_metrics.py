@@ -68,10 +68,14 @@ class ProcessTreeCollector(Collector):
             "process_cpu_seconds", "CPU time of all processes.", ticks * self._tick_seconds
         )
         for name, text, value in (
-            ("process_resident_memory_bytes", "Resident memory; what is shared counts each time.", resident),
-            ("process_virtual_memory_bytes", "Virtual memory.", virtual),
-            ("process_open_fds", "Open files.", files),
-            ("process_start_time_seconds", "Start, in seconds since 1970.", self._start_time),
+            (
+                "process_resident_memory_bytes",
+                "Resident memory of all processes. Shared memory counts once per process.",
+                resident,
+            ),
+            ("process_virtual_memory_bytes", "Virtual memory of all processes.", virtual),
+            ("process_open_fds", "Open files of all processes.", files),
+            ("process_start_time_seconds", "Start of the service, in seconds since 1970.", self._start_time),
         ):
             yield GaugeMetricFamily(name, text, value)
 
@@ -85,20 +89,24 @@ class ContainerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         throttled_seconds = self._cgroup.throttled_seconds()
         if throttled_seconds is not None:
-            text = "Time that all processes were kept waiting because the CPU quota was used up."
+            text = "Time during which the CPU quota was used up and all processes had to wait."
             yield CounterMetricFamily("fovea_container_throttled_seconds", text, throttled_seconds)
         for name, text, size in (
             (
                 "fovea_container_memory_bytes",
-                "Memory in use, with the file cache.",
+                "Memory in use, including the file cache.",
                 self._cgroup.memory_bytes(),
             ),
             (
                 "fovea_container_memory_working_set_bytes",
-                "Memory in use, without the file cache that can be given up at once.",
+                "Memory in use, without file cache that can be freed at once.",
                 self._cgroup.memory_working_set_bytes(),
             ),
-            ("fovea_container_memory_limit_bytes", "Most of it.", self._cgroup.memory_limit_bytes()),
+            (
+                "fovea_container_memory_limit_bytes",
+                "Memory limit of the container.",
+                self._cgroup.memory_limit_bytes(),
+            ),
         ):
             if size is not None:
                 yield GaugeMetricFamily(name, text, size)

@@ -31,7 +31,7 @@ def log_slow_callbacks() -> None:
         duration = time.thread_time() - started_at
         if duration > MAX_CALLBACK_SECONDS:
             log.warning(
-                "the event loop was held for %.1f ms by %s", 1000 * duration, _describe_callback(self)
+                "the event loop was blocked for %.1f ms by %s", 1000 * duration, _describe_callback(self)
             )
 
     Handle._run = timed_run  # type: ignore[method-assign]  # asyncio has no hook for it

@@ -55,9 +55,9 @@ def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
     [
         (
             'versions = ["3"]',
-            "config.toml asks for version 3 of pets, which is not there; there are 1, 2, 10",
+            "config.toml asks for version 3 of pets, which does not exist; there are 1, 2, 10",
         ),
-        ('versions = ["x"]', "version x of pets, which is not there"),
+        ('versions = ["x"]', "version x of pets, which does not exist"),
         ("versions = []", "config.toml: versions: it takes at least 1"),
         ("batch_max = 0", "config.toml: batch_max: it must be at least 1"),
         ('batch_max = "4"', "config.toml: batch_max: it takes an integer"),

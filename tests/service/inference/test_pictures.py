@@ -159,7 +159,7 @@ def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
     result = decode_default(content)
     assert result.width == 400
     assert [tuple(warning) for warning in result.warnings] == [
-        (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; the first was looked at")
+        (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; only the first was used")
     ]
 
 
@@ -358,7 +358,7 @@ def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
     assert np.array_equal(cut.pixels, found >> 8)
     assert [warning.code for warning in cut.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
     inks = make_tiff16(make_values(bands=4), order, is_compressed=False, planes=4, photometric=5)
-    with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
+    with pytest.raises(BadImage, match="CMYK TIFF image of 16 bits"):
         decode_default(inks, WHOLE)
 
 
