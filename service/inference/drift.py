@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import DriftReference
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")
 """Signals: the most probable label, its probability, and the mean of the model's input."""

@@ -21,7 +21,8 @@ from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
-from fovea.service.inference.preprocess import Pixels, decode_image
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]

@@ -19,10 +19,11 @@ _MAX_DIRECTORIES: Final = 64
 _MAX_ENTRIES: Final = 512
 """Limit of entries of a directory that are read."""
 
-_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
+_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
+BITS_PER_SAMPLE, ROWS_PER_STRIP, PLANAR_CONFIGURATION, TILE_WIDTH, TILE_LENGTH = 258, 278, 284, 322, 323
 _SUB_DIRECTORIES, _DNG = 330, 50706
 _TAGS: Final = frozenset(
-    {_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION, _SUB_DIRECTORIES, _DNG}
+    {_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, PHOTOMETRIC, _MAKE, _ORIENTATION, _SUB_DIRECTORIES, _DNG}
 )
 
 _VALUE_FORMATS: Final = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
@@ -132,7 +133,7 @@ def _read_directories(image: bytes) -> Iterator[Directory]:
         tags, next_offset = _read_directory(image, offset, order, is_big=is_big)
         if _DNG in tags:
             raise _raw_format_error("DNG")
-        photometric = _first_value(tags, _PHOTOMETRIC)
+        photometric = _first_value(tags, PHOTOMETRIC)
         if photometric in _RAW_PHOTOMETRICS:
             raise _raw_format_error(_raw_format_name(tags))
         queue.append((next_offset, is_child))

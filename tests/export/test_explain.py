@@ -28,7 +28,7 @@ from fovea.service.explain.explainer import Explainer, ExplanationRequest
 from fovea.service.explain.heatmap import scale_to_unit
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.layers import LayerView, ReceptiveField, Span, find_receptive_field
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 from tests.export.classifiers import build_classifier, export_foreign
 from tests.export.imports import PLAN, import_graph
 from tests.export.test_nets import make_warm_net

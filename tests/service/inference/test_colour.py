@@ -26,7 +26,8 @@ from fovea.service.inference.colour import (
     Profile,
     build_profile,
 )
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.preprocess import DecodedImage, decode_image, decode_upright
 from tests import profiles
 from tests.pictures import draw_picture, encode_image
 

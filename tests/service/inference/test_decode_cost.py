@@ -12,7 +12,10 @@ from PIL import Image
 
 from fovea.service.artifact.contract import PixelPath
 from fovea.service.inference.decode_cost import NO_COST, estimate_cost, read_header
-from fovea.service.inference.preprocess import _IMAGE_CLASSES, _draft_jpeg, _identify_image, _peak_bytes
+from fovea.service.inference.image_format import IMAGE_CLASSES
+from fovea.service.inference.peak_memory import estimate_peak_bytes
+from fovea.service.inference.preprocess import _identify_image
+from fovea.service.inference.resize import draft_jpeg
 from tests.graphs import SMALL_GEOMETRY
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
@@ -74,10 +77,10 @@ def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometr
     cost = estimate_cost(large, geometry, max_pixels=MOST)
     assert cost is not None
     _, image = _identify_image(large)
-    opened = _IMAGE_CLASSES[kind](BytesIO(image))
+    opened = IMAGE_CLASSES[kind](BytesIO(image))
     size = opened.size
-    _draft_jpeg(opened, geometry)
-    assert cost.memory_bytes >= len(large) + _peak_bytes(opened, size, geometry)
+    draft_jpeg(opened, geometry)
+    assert cost.memory_bytes >= len(large) + estimate_peak_bytes(opened, size, geometry)
 
 
 @pytest.mark.parametrize("name", IMAGES)

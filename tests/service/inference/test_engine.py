@@ -25,7 +25,7 @@ from fovea.service.inference.engine import (
     Floats,
     decode_golden_pixels,
 )
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 from tests.graphs import build_model, read_contract, with_contract
 from tests.pictures import draw_picture, encode_image
 from tests.servers import ROOT

@@ -15,7 +15,8 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.preprocess import DecodedImage, decode_image, decode_upright
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)

@@ -16,7 +16,9 @@ from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, 
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, Pixels, decode_image
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import DecodedImage, decode_image
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
