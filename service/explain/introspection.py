@@ -21,9 +21,10 @@ from fovea.service.explain.cam import NoCam, find_head, verify_cam
 from fovea.service.explain.layers import LayerView, describe_layers
 from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
+from fovea.service.inference.engine import Floats, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image, identity_geometry
+from fovea.service.inference.session import open_session, run_outputs
 from fovea.service.runners.messages import ProcessPlan
 
 _MAX_CONSTANT_VALUES: Final = 16

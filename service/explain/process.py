@@ -34,8 +34,9 @@ from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenI
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layers import LayerView, describe_layers
 from fovea.service.explain.occlusion import OcclusionStep
-from fovea.service.inference.engine import Floats, read_model
+from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import configure_pillow
+from fovea.service.inference.session import read_model
 from fovea.service.runners.messages import (
     MAX_EXPLAINER_MODELS,
     Failure,

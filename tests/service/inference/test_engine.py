@@ -18,14 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
 from fovea.service.errors import ContractError, ModelError
-from fovea.service.inference.engine import (
-    BATCH_TOLERANCE,
-    ArenaShrinker,
-    Engine,
-    Floats,
-    decode_golden_pixels,
-)
+from fovea.service.inference.engine import BATCH_TOLERANCE, Engine, Floats, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.session import ArenaShrinker
 from tests.graphs import build_model, read_contract, with_contract
 from tests.pictures import draw_picture, encode_image
 from tests.servers import ROOT
