@@ -26,7 +26,8 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize
 from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training
-from fovea.service.inference.preprocess import Pixels, decode_image
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image
 
 SEED: Final = 20
 

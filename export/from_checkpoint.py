@@ -49,7 +49,7 @@ from fovea.service.artifact.repository import (
 )
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine, GoldenDifferences
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 REPORT_FILE: Final = "report.json"
 

@@ -15,7 +15,7 @@ from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 BATCHES: Final = (1, 2, 64)
 """Batch sizes for the comparison; a graph with a fixed batch size fails at another size."""

@@ -22,8 +22,8 @@ from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
 from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import configure_pillow
+from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.runners.load_messages import LoadCommand

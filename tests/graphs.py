@@ -32,7 +32,7 @@ from fovea.service.artifact.contract import (
     Task,
     Training,
 )
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
 """Random weights are very sure: the last set has two labels or three."""

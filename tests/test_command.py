@@ -323,7 +323,7 @@ def test_a_published_model_comes_beside_the_one_that_answers(small_zoo: Path, tm
     for name in ("../evil", "a b", ".hidden", ""):
         refused = run_fovea("publish", source, "--name", name or "/", zoo=zoo)
         assert refused.returncode == 2
-        assert "letters, digits and . _ - are taken" in refused.stderr
+        assert "use letters, digits and . _ - with a letter or digit first" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
     assert sorted(path.name for path in zoo.iterdir()) == ["default", "first", "small"]
 

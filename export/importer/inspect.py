@@ -33,7 +33,7 @@ from fovea.export.importer.wrap import WrappedModel, wrap_model
 from fovea.export.verify import VerificationError
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Task
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 BATCHES: Final = (1, 2, 3)
 """Batch sizes at which an import is compared with the original file."""

@@ -32,7 +32,8 @@ from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Floats
-from fovea.service.inference.preprocess import Pixels, choose_draft_scale
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.resize import choose_draft_scale
 
 RECIPE_IMAGE_COUNT: Final = 200
 """Number of images on which other recipes are tried, spread over all images."""

@@ -11,7 +11,7 @@ import numpy as np
 from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
 from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 ChannelValues: TypeAlias = tuple[float, float, float]
 """One number for each channel."""

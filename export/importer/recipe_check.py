@@ -29,7 +29,7 @@ from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
 from fovea.service.inference.engine import Floats
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 
 @dataclass(frozen=True)

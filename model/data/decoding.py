@@ -21,7 +21,8 @@ from fovea.model.data.pixels import get_thread_count
 from fovea.model.data.sources import MAX_BYTES, EncodedImage, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, to_one_line
-from fovea.service.inference.preprocess import decode_image, supported_formats
+from fovea.service.inference.image_format import supported_formats
+from fovea.service.inference.preprocess import decode_image
 
 MAX_PIXELS: Final = 200_000_000
 """Maximum number of pixels of an image.

@@ -1,4 +1,4 @@
-"""Open model files, and the identity of a model file.
+"""Open model files, and the fingerprint of a model file.
 
 An open file stays readable after the file or its folder has been replaced or deleted.
 """
@@ -16,29 +16,34 @@ class PinnedFile:
     """A model file that is kept open."""
 
     def __init__(self, path: Path, fingerprint: Sequence[int]) -> None:
-        """Open the file. Raises `ModelError` when it is missing or does not have this stamp any more."""
+        """Open the file. Raises `ModelError` when it is missing or its fingerprint has changed."""
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
+        # Compare the open file, not the path: another file may take the path at any time.
         if fingerprint_of(self._descriptor) != tuple(fingerprint):
             self.close()
             raise ModelError(f"{path} has changed since it was found")
 
     @property
     def path(self) -> str:
-        """Path under which our own processes can open the file while it is held."""
+        """Path at which other processes of the service can open the file.
+
+        The path is valid until `close`, and while this process lives: the system resolves the path to the
+        open file, not to the file that has the original name by now.
+        """
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Processes that have opened `path` can still read it."""
         os.close(self._descriptor)
 
 
 def fingerprint_of(file: Path | int) -> tuple[int, ...]:
     """Return the inode, the size in bytes and the modification time in ns of a path or an open file.
 
-    A replaced file has another stamp. Raises `ModelError` when there is no file.
+    A replaced file has another fingerprint. Raises `ModelError` when there is no file.
     """
     try:
         status = os.fstat(file) if isinstance(file, int) else file.stat()

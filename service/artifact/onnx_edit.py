@@ -123,10 +123,10 @@ def _parse_fields(message: memoryview) -> Iterator[_Field]:
         elif wire_type in (_FIXED32, _FIXED64):
             offset += 4 if wire_type == _FIXED32 else 8
         else:
-            raise ModelError("the file is no ONNX model")
+            raise ModelError("the file is not an ONNX model")
         end = offset + size
         if end > len(message):
-            raise ModelError("the file is no whole ONNX model")
+            raise ModelError("the ONNX model is cut short")
         yield _Field(key >> 3, message[offset:end], message[start:end])
         start = end
 
@@ -138,7 +138,7 @@ def _read_varint(message: memoryview, start: int) -> tuple[int, int]:
         value |= (message[offset] & 127) << 7 * (offset - start)
         if message[offset] < 128:
             return value, offset + 1
-    raise ModelError("the file is no whole ONNX model")
+    raise ModelError("the ONNX model is cut short")
 
 
 def _encode_varint(value: int) -> bytes:

@@ -32,7 +32,7 @@ CONFIG_FILE: Final = "config.toml"
 MODEL_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Pattern of a model name, where Fovea creates the folder."""
 
-MODEL_NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
+MODEL_NAME_RULE: Final = "use letters, digits and . _ - with a letter or digit first, such as resnet-50"
 """Description of the name pattern for people."""
 
 DEFAULT_MODEL_FILE: Final = "default"
@@ -51,7 +51,7 @@ class ModelConfig(BaseModel):
     """Limit of this model's accepted and not yet answered images."""
     provider: Literal["auto", "cpu", "cuda"] | None = None
     threads: int | None = Field(None, ge=1, le=256)
-    """Number of CPU threads inside one model call, whether the call runs alone or not."""
+    """Number of CPU threads of one model call, for exclusive calls too."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelVersion:
     name: str | None
     version: str | None
     fingerprint: tuple[int, ...]
-    """Identity of the file: a replaced file has another stamp."""
+    """Identity of the file: a replaced file has another fingerprint."""
     config: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
@@ -115,7 +115,7 @@ class ServingState(NamedTuple):
     """True while the repository has no version that can be served."""
 
     def to_json(self) -> str:
-        """Return JSON for another process."""
+        """Return JSON for a worker, which the supervisor starts with this state on its standard input."""
         versions_by_model = [
             [name, [one.to_plain() for one in versions]] for name, versions in self.versions_by_model.items()
         ]
@@ -200,8 +200,8 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
     )
     if missing_versions := [one for one in selected_versions if one not in available_versions]:
         subject = f"version {missing_versions[0]} of {name}"
-        prefix = f"{subject} is" if version else f"{folder / CONFIG_FILE} asks for {subject}, which is"
-        raise ModelError(f"{prefix} not there; there are {_join_versions(available_versions)}")
+        prefix = subject if version else f"{folder / CONFIG_FILE} asks for {subject}, which"
+        raise ModelError(f"{prefix} does not exist; there are {_join_versions(available_versions)}")
     return tuple(_describe_version(folder, one, config) for one in selected_versions)
 
 
@@ -231,12 +231,13 @@ class VersionChoice(NamedTuple):
 def choose_versions(
     root: Path, name: str, reason_to_refuse: Callable[[ModelVersion], str | None]
 ) -> VersionChoice:
-    """Return the latest version of a model without a `reason_to_refuse` to refuse it.
+    """Return the latest version of a model that `reason_to_refuse` does not refuse.
 
     If `config.toml` names versions, consider only these versions, and return all that are not refused.
 
-    `reason_to_refuse` returns the reason to refuse a version, or None. Raises `ModelError` when `config.toml`
-    cannot be read.
+    `reason_to_refuse` returns the reason to refuse a version, or None. It is called in this thread, from the
+    highest version down, until it accepts one. It may read files, so an event loop calls `choose_versions` in
+    another thread. Raises `ModelError` when `config.toml` cannot be read.
     """
     folder = root / name
     config = read_config(folder)
@@ -245,7 +246,7 @@ def choose_versions(
     if config.versions:
         pinned_versions: list[ModelVersion] = []
         for version in sorted(set(config.versions), key=_version_number):
-            refusal: str | None = f"{folder / CONFIG_FILE} asks for it, and it is not there"
+            refusal: str | None = f"{folder / CONFIG_FILE} asks for it, but it does not exist"
             if version in available_versions:
                 candidate = _describe_version(folder, version, config)
                 refusal = reason_to_refuse(candidate)
@@ -286,7 +287,7 @@ def warn_about_empty_versions(latest: ModelVersion) -> None:
     folder = latest.path.parent
     for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
         if int(higher.name) > int(folder.name) and not (higher / MODEL_FILE).is_file():
-            log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
+            log.warning(f"{higher} has no {MODEL_FILE} and is not served")
 
 
 def next_version(folder: Path) -> str:

@@ -17,7 +17,7 @@ from fovea.service.artifact.contract import Contract, Layer, Task
 from fovea.service.explain.layers import is_transposed
 from fovea.service.explain.tensor_layout import TensorLayout, find_image_tensors, find_layouts
 from fovea.service.inference.engine import Floats, decode_golden_pixels
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 _SHAPE_KINDS: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change only the shape."""

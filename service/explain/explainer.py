@@ -33,8 +33,11 @@ from fovea.service.explain.layers import find_receptive_field
 from fovea.service.explain.occlusion import OcclusionStep, occlude_image
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import Floats, open_session, run_outputs
-from fovea.service.inference.preprocess import DecodeTrace, Pixels, decode_image, decode_upright
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.engine import Floats
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image, decode_upright
+from fovea.service.inference.session import open_session, run_outputs
 from fovea.service.runners.load_messages import ProcessPlan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]

@@ -22,8 +22,10 @@ from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
-from fovea.service.inference.preprocess import Pixels, decode_image, identity_geometry
+from fovea.service.inference.engine import Floats, decode_golden_pixels
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image, identity_geometry
+from fovea.service.inference.session import open_session, run_outputs
 from fovea.service.runners.load_messages import ProcessPlan
 
 _MAX_CONSTANT_VALUES: Final = 16

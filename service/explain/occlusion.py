@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fovea.service.inference.engine import Floats
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 _GRID_CELLS: Final = 7
 """Number of cells along a side of a mask's grid, as in the paper."""

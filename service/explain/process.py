@@ -36,8 +36,9 @@ from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.occlusion import OcclusionStep
-from fovea.service.inference.engine import Floats, read_model
+from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import configure_pillow
+from fovea.service.inference.session import read_model
 from fovea.service.runners.frames import receive_message, send_message
 from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, Failure, LoadCommand
 

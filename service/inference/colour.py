@@ -63,6 +63,7 @@ class Conversion:
     """Transform for `RGBA`; only for the mode `RGB`."""
 
 
+# All decoding threads of the process share the transforms. Whoever changes the cache holds the lock.
 _cache: OrderedDict[bytes, Conversion | BadProfile] = OrderedDict()
 _lock = threading.Lock()
 
@@ -78,7 +79,10 @@ class Profile:
 
     @property
     def is_cached(self) -> bool:
-        """True if the conversion has been built and is still cached."""
+        """True if the conversion has been built and is still cached.
+
+        Another thread may drop the conversion at any time, so use this for estimates only.
+        """
         return self._key in _cache
 
     def get_conversion(self) -> Conversion:
@@ -111,10 +115,10 @@ def _build_conversion(profile: bytes) -> Conversion:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space, kind = source.profile.xcolor_space.strip(), source.profile.device_class.strip()
         if kind not in _PROFILE_CLASSES:
-            raise BadProfile(f"a profile of class {kind!r} describes no image")
+            raise BadProfile(f"its class {kind!r} is not for images")
         mode = _MODES_BY_SPACE.get(space)
         if mode is None:
-            raise BadProfile(f"colours of the space {space!r} are not converted")
+            raise BadProfile(f"its colour space {space!r} is not supported")
         transform = _build_transform(source, mode, "RGB")
         if _is_srgb_transform(transform, mode):
             return Conversion(_profile_name(source), mode, None)
@@ -319,15 +323,15 @@ def _adapt_primaries(primaries: tuple[float, ...]) -> _Matrix:
         np.array([x / y, 1.0, (1 - x - y) / y]) if y > 0 else None for x, y in _split_pairs(primaries)
     )
     if white is None or any(colour is None for colour in colours):
-        raise BadProfile("its primaries make no sense")
+        raise BadProfile("its primaries are no possible colours")
     matrix = np.stack([colour for colour in colours if colour is not None], axis=1)
     if abs(np.linalg.det(matrix)) < 1e-6:
-        raise BadProfile("its primaries make no sense")
+        raise BadProfile("its primaries are no possible colours")
     matrix = matrix * np.linalg.solve(matrix, white)
     scale = (_BRADFORD @ _D50) / (_BRADFORD @ white)
     colorants: _Matrix = np.linalg.inv(_BRADFORD) @ (scale[:, None] * (_BRADFORD @ matrix))
     if not np.isfinite(colorants).all() or np.abs(colorants).max() > 10:
-        raise BadProfile("its primaries make no sense")
+        raise BadProfile("its primaries are no possible colours")
     return colorants
 
 
@@ -345,7 +349,7 @@ def _encode_curve(gamma: float | None) -> bytes:
             *map(_to_fixed_point, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)),
         )
     if not 0.1 <= gamma <= 10:
-        raise BadProfile(f"its gamma of {gamma:g} makes no sense")
+        raise BadProfile(f"its gamma is {gamma:g}; 0.1 to 10 is possible")
     return struct.pack(">4s4xH2xi", b"para", 0, _to_fixed_point(gamma))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.contract import Geometry, PixelPath
-from fovea.service.inference.preprocess import choose_draft_scale
+from fovea.service.inference.resize import choose_draft_scale
 
 ImageBytes = bytes | memoryview
 
@@ -62,7 +62,7 @@ _SCAN_SECONDS: Final = 3e-9
 """Seconds per pixel and scan of a progressive JPEG."""
 
 _BYTES_PER_PIXEL: Final = {"JPEG": 24, "PNG": 28, "WEBP": 32, "GIF": 24, "BMP": 24, "TIFF": 32, "AVIF": 32}
-"""Peak memory in bytes per pixel, at least that of `preprocess` in the worst mode.
+"""Peak memory in bytes per pixel, at least that of `peak_memory` in the worst mode.
 
 It covers the image, the decoder's own memory, and the result of the conversion.
 """

@@ -37,6 +37,9 @@ class DecodeMemory:
     If an image needs more than was reserved, because its header promised less, only one such image at a time
     may proceed in all processes. A lock on a common file ensures this; the system releases the lock when its
     process dies.
+
+    Decoding threads call `reserve`. The main loop of a runner calls `set_grant` between two batches, when no
+    image is being decoded.
     """
 
     def __init__(
@@ -75,14 +78,16 @@ class DecodeMemory:
 
     @contextmanager
     def reserve(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes inside the `with` block.
+        """Hold `size` bytes during the `with` block.
 
-        Block until the bytes are available. Raises `TooManyPixels` if they exceed the limit for one image.
+        Block the calling thread until the bytes are available. Raises `TooManyPixels` if they exceed the
+        limit for one image.
         """
         if size > self.limit:
             raise TooManyPixels(
                 f"image takes {size} bytes to decode; at most {self.limit} (by FOVEA_DECODE_BYTES)"
             )
+        # Try the grant first: the lock below keeps all other processes waiting.
         if size > self._share and self._use_grant(size):
             try:
                 yield
@@ -111,7 +116,11 @@ class DecodeMemory:
             self._record_image(size)
 
     def set_grant(self, size: int) -> None:
-        """Set the bytes granted for large images to `size`, in place of the earlier grant."""
+        """Set the bytes granted for large images to `size`, in place of the earlier grant.
+
+        The service has already reserved these bytes for the next batch, so no thread waits for them. Call
+        this before the batch is decoded, and after all images of the batch before are decoded.
+        """
         with self._condition:
             self._grant_bytes = size
 
@@ -140,7 +149,7 @@ class DecodeMemory:
             if not self._queue and self._bytes_in_use + size <= self._share:
                 self._bytes_in_use += size
                 return
-            # Wait in line: the thread at the head goes on when its bytes fit.
+            # Wait in line: the thread at the head continues when its bytes fit. `wait_for` releases the lock.
             ticket = object()
             self._queue.append(ticket)
             try:
@@ -149,5 +158,6 @@ class DecodeMemory:
                 )
                 self._bytes_in_use += size
             finally:
+                # Also when the wait is interrupted: a ticket that stays would block all threads behind it.
                 self._queue.remove(ticket)
                 self._condition.notify_all()  # the next thread may fit too

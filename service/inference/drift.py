@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import DriftReference
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")
 """Signals: the most probable label, its probability, and the mean of the model's input."""
@@ -33,14 +33,17 @@ _SMOOTHING: Final = 0.5
 
 
 class StabilityIndex(NamedTuple):
-    """The population stability index of a signal, and its average by chance alone."""
+    """The population stability index of a signal, and its average if only chance acts."""
 
     psi: float
     chance: float
 
 
 class DriftMonitor:
-    """The last images of one model in comparison with its reference."""
+    """The last images of one model in comparison with its reference.
+
+    Not safe for threads: the event loop adds the images of all runners.
+    """
 
     def __init__(self, reference: DriftReference, labels: Sequence[str], window: int) -> None:
         """Compare a window of `window` images. `labels` are those of the contract, in order."""
@@ -51,8 +54,10 @@ class DriftMonitor:
         )
         label_counts = list(reference.labels.values())
         self._reference_counts = (
-            [*label_counts, reference.images - sum(label_counts)], reference.confidence.counts, reference.brightness.counts
-        )  # fmt: skip
+            [*label_counts, reference.images - sum(label_counts)],
+            reference.confidence.counts,
+            reference.brightness.counts,
+        )
         self._counts = [[0] * len(counts) for counts in self._reference_counts]
         self._window: deque[tuple[int, int, int]] = deque(maxlen=window)
         self.images = 0

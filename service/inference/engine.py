@@ -1,9 +1,8 @@
-"""ONNX Runtime sessions of one model: pixels in, probabilities out, on the requested provider."""
+"""The engine of one model: pixels in, probabilities out, on the requested provider."""
 
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,19 +12,25 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from PIL import Image
 
 from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenImage
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
-from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
-from fovea.service.inference.preprocess import Pixels, decode_image
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image
+from fovea.service.inference.session import (
+    ArenaShrinker,
+    ProviderSetting,
+    get_batch_limit,
+    get_provider,
+    open_session,
+    read_model,
+)
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
-ProviderSetting: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 """Largest difference of one probability between an image alone and the same image in any batch.
@@ -33,31 +38,6 @@ BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 CPU: identical bit for bit on x86-64 with AVX2 (three networks, batches up to 16, one and two threads);
 kernels that sum in another order change a logit by about 1e-5. CUDA: not measured. The value is a quarter,
 the largest slope of softmax and sigmoid, of the 5e-2 by which TF32 may change a logit.
-"""
-
-_CPU: Final = "CPUExecutionProvider"
-_CUDA: Final = "CUDAExecutionProvider"
-_FATAL_SEVERITY: Final = 4
-"""Log severity FATAL of ONNX Runtime: errors are raised, and Fovea logs them once."""
-
-
-_MAX_RETAINED_IMAGES: Final = 4
-"""Number of images whose memory a CPU session may keep permanently: the default size of a batch."""
-
-_MAX_MODEL_BYTES: Final = (1 << 31) - 1
-"""Size limit of a protobuf message in bytes."""
-
-_EXTERNAL_DATA_FOLDER: Final = "/dev/null/no external data"
-"""Folder in which ONNX Runtime looks for weights outside the file. It does not exist: a model is one file.
-
-By default, ONNX Runtime would look in the working directory.
-"""
-
-_RUNS_BEFORE_SHRINK: Final = 16
-"""Number of runs in a row with at most half the largest batch, after which that batch's memory is freed.
-
-Allocating the memory again slows the next large batch: 64 images of a MobileNetV2 take 0.9 s instead of
-0.55 s.
 """
 
 
@@ -89,19 +69,21 @@ class Engine:
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
-        A call that runs alone gets `wide_threads` threads if this is more. On a CPU the model is then loaded
+        An exclusive call gets `wide_threads` threads if this is more. On a CPU the model is then loaded
         twice, because a session cannot change its number of threads. A session with many threads that several
-        callers use at once does less work than a session with one thread. `read_bytes` returns the bytes once
-        more, for the first tensor that is not pixels; without `read_bytes` the bytes are kept.
+        callers use at once does less work than a session with one thread.
+
+        `read_bytes` returns the bytes once more. It is called by the first call with a tensor that is not
+        pixels, in the thread of that call. Without `read_bytes` the bytes are kept.
 
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
         session = open_session(model, provider, threads)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
-        self.provider: Literal["cpu", "cuda"] = _actual_provider(session)
+        self.provider: Literal["cpu", "cuda"] = get_provider(session)
         _check_graph(session, self.contract)
-        self.batch_limit: int | None = _batch_limit(session)
+        self.batch_limit: int | None = get_batch_limit(session)
         """Limit of images in one call of the graph; None for no limit.
 
         Larger batches run one image at a time.
@@ -129,7 +111,7 @@ class Engine:
         """Load a model file. Raises `ModelError` that names the file.
 
         The bytes are read from `file` if it is given, and the file must have this `fingerprint`
-        (`model_file.stamp_of`).
+        (`model_file.fingerprint_of`).
         """
         try:
             read_bytes = partial(read_model, file or path, fingerprint)
@@ -183,7 +165,8 @@ class Engine:
         if self.provider == "cuda":  # all sizes are warmed up, and their memory is kept
             batch = _pad_batch(batch)
         elif options := sessions.arena_shrinker.get_run_options(count):
-            session = sessions.shared  # the wide session runs only single images
+            # Exclusive calls are single images: only the arena of `shared` holds memory of large batches.
+            session = sessions.shared
         try:
             outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
@@ -191,7 +174,11 @@ class Engine:
         return [output[:count] for output in outputs]
 
     def _get_sessions(self, tensor: InputTensor) -> _Sessions:
-        """Return the sessions for a tensor; create and check them on first use."""
+        """Return the sessions for a tensor; create and check them on first use.
+
+        The sessions are stored only after their check. Two threads that call at once may both create
+        sessions: the second pair replaces the first, which is slow but harmless.
+        """
         if not tensor.preprocessing:
             return self._pixel_sessions
         if tensor.name not in self._raw_input_sessions:
@@ -207,7 +194,7 @@ class Engine:
         return self._raw_input_sessions[tensor.name]
 
     def _open_multi_threaded(self, model: bytes) -> Any:
-        """Return a session with more threads, or None if calls that run alone get no extra threads."""
+        """Return a session with more threads, or None if exclusive calls get no extra threads."""
         return open_session(model, self._provider_setting, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
@@ -219,7 +206,7 @@ class Engine:
                 self.run(pixels, exclusive=exclusive)
 
     def _exclusive_modes(self) -> tuple[bool, ...]:
-        """Return the values of `alone` that use different sessions: each is warmed up and checked once."""
+        """Return the values of `exclusive` that use different sessions: each is warmed up and checked."""
         return (False, True) if self._wide_threads else (False,)
 
     def check_golden_set(self) -> GoldenDifferences:
@@ -298,37 +285,6 @@ def decode_golden_pixels(golden: GoldenImage) -> Pixels:
         raise GoldenError(f"golden image {golden.name!r} has damaged pixels: {error}") from None
 
 
-# --- memory --------------------------------------------------------------------------------------
-
-
-class ArenaShrinker:
-    """The decision when a session frees the memory of a large batch.
-
-    ONNX Runtime's arena never frees memory by itself. Freeing memory after each batch would slow all batches
-    down, because the next batch allocates the memory again.
-    """
-
-    def __init__(self) -> None:
-        self._largest_batch = 0
-        """Number of images in the largest batch whose memory may still be held."""
-        self._small_runs = 0
-        """Number of runs in a row that needed at most half of that memory."""
-        self._shrink_options = onnxruntime.RunOptions()
-        self._shrink_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-
-    def get_run_options(self, count: int) -> Any:
-        """Return the run options for `count` images: None, or options that free unused memory afterwards."""
-        if 2 * count > self._largest_batch or self._largest_batch <= _MAX_RETAINED_IMAGES:
-            self._largest_batch = max(self._largest_batch, count)
-            self._small_runs = 0
-            return None
-        self._small_runs += 1
-        if self._small_runs < _RUNS_BEFORE_SHRINK:
-            return None
-        self._largest_batch, self._small_runs = count, 0
-        return self._shrink_options
-
-
 # --- batch sizes ---------------------------------------------------------------------------------
 
 
@@ -359,96 +315,16 @@ def _pad_size(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-# --- the session ---------------------------------------------------------------------------------
-
-
 class _Sessions:
-    """The sessions for one input tensor: one for all calls, and perhaps a wider one for lone calls."""
+    """The sessions for one input tensor: one for all calls, and perhaps one for exclusive calls.
+
+    The session for exclusive calls has more threads.
+    """
 
     def __init__(self, shared: Any, exclusive: Any) -> None:
         self.shared = shared
         self.exclusive = exclusive or shared
         self.arena_shrinker = ArenaShrinker()
-
-
-def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
-    """Read a file that may be a model.
-
-    Raises `ModelError` for an obvious non-model before memory is allocated, and when the stamp differs.
-    Raises `OSError` when the file cannot be read.
-    """
-    with path.open("rb") as file:
-        if fingerprint and fingerprint_of(file.fileno()) != tuple(fingerprint):
-            raise ModelError("the file has changed since it was found")
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_MODEL_BYTES:
-            raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_MAX_MODEL_BYTES}")
-        if file.read(1) in (b"", b"\0"):  # a protobuf message begins with a field number of at least 1
-            raise ModelError("the file is no ONNX model")
-        file.seek(0)
-        return file.read()
-
-
-def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unoptimized: bool = False) -> Any:
-    """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
-
-    With `unoptimized` the graph is not optimized: it loads faster and runs slower.
-    """
-    options = onnxruntime.SessionOptions()
-    if unoptimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # The threads of a call wait for each other at every layer: they spin during the call and sleep after.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = _FATAL_SEVERITY
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", _EXTERNAL_DATA_FOLDER
-    )
-    providers = _select_providers(provider)
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
-        raise ModelError(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
-    if provider == "cuda" and _actual_provider(session) != "cuda":
-        raise ModelError("FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU")
-    return session
-
-
-def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.NDArray[Any]]:
-    """Return the outputs of a session for uint8 (n, height, width, 3), each output (n, ...).
-
-    If the graph takes only one image at a time, run the images one after another. Raises `ModelError` when
-    the graph does not run.
-    """
-    (graph_input,) = session.get_inputs()
-    batches = [batch[row : row + 1] for row in range(len(batch))] if graph_input.shape[0] == 1 else [batch]
-    try:
-        outputs = [session.run(list(names), {graph_input.name: part}) for part in batches]
-    except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
-        raise ModelError(f"the graph does not run: {to_one_line(error)}") from None
-    return (
-        outputs[0] if len(outputs) == 1 else [np.concatenate(values) for values in zip(*outputs, strict=True)]
-    )
-
-
-def _select_providers(provider: ProviderSetting) -> list[str]:
-    """Return the providers to request. Raises `ModelError` if CUDA is required and this build has none."""
-    has_cuda = _CUDA in onnxruntime.get_available_providers()
-    if provider == "cuda" and not has_cuda:
-        raise ModelError(
-            "FOVEA_PROVIDER is cuda, but this ONNX Runtime has no CUDA; install onnxruntime-gpu in its place"
-        )
-    return [_CUDA, _CPU] if has_cuda and provider != "cpu" else [_CPU]
-
-
-def _actual_provider(session: Any) -> Literal["cpu", "cuda"]:
-    return "cuda" if _CUDA in session.get_providers() else "cpu"
-
-
-def _batch_limit(session: Any) -> int | None:
-    return 1 if session.get_inputs()[0].shape[0] == 1 else None
 
 
 def _check_graph(session: Any, contract: Contract) -> None:
@@ -458,7 +334,7 @@ def _check_graph(session: Any, contract: Contract) -> None:
     inputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_inputs()}
     if inputs != {contract.input_name: expected_input}:
         raise ContractError(
-            f"the graph takes {inputs}, the contract says {contract.input_name}: {expected_input}"
+            f"the graph takes {inputs}; the contract needs {contract.input_name}: {expected_input}"
         )
     outputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_outputs()}
     for name, count in (

@@ -2,7 +2,7 @@
 
 This code runs only after a file has failed to decode, so intact files cost nothing. A repair removes metadata
 or adds a missing end; it never invents pixels. For a truncated JPEG, the decoder fills missing pixels with
-grey. A repaired JPEG therefore comes with a `witness`, which shows whether pixels are missing.
+grey. A repaired JPEG therefore comes with an `altered_image`, which shows whether pixels are missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Repair(NamedTuple):
 
 
 def find_repairs(kind: str, image: bytes) -> Iterator[Repair]:
-    """Yield repairs of `image`, the one that removes least first."""
+    """Yield repairs of `image`, first the repair that removes least.
+
+    Each repair is made only when the caller asks for it, after the repair before has failed.
+    """
     previous_images = {image}
     repair = _REPAIRS.get(kind)
     for one in repair(image) if repair else ():
@@ -41,7 +44,7 @@ def find_repairs(kind: str, image: bytes) -> Iterator[Repair]:
 
 _METADATA_WARNING: Final = ImageWarning(
     WarningCode.METADATA_IGNORED,
-    "damaged metadata was left out that may say how the image is turned or coloured",
+    "damaged metadata was ignored; it may have held the orientation or the colour profile",
 )
 
 
@@ -123,7 +126,7 @@ which would be a marker.
 def _repair_jpeg(image: bytes) -> Iterator[Repair]:
     if not jpeg.has_end_marker(image):
         body = image.rstrip(b"\xff")
-        text = "the end of the file is missing, though no pixel is"
+        text = "the end of the file is missing, but no pixel is missing"
         end = b"\xff\xd9"
         yield Repair(body + end, [ImageWarning(WarningCode.END_MISSING, text)], body + _FILL_BYTES + end)
         return

@@ -19,10 +19,11 @@ _MAX_DIRECTORIES: Final = 64
 _MAX_ENTRIES: Final = 512
 """Limit of entries of a directory that are read."""
 
-_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
+_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
+BITS_PER_SAMPLE, ROWS_PER_STRIP, PLANAR_CONFIGURATION, TILE_WIDTH, TILE_LENGTH = 258, 278, 284, 322, 323
 _SUB_DIRECTORIES, _DNG = 330, 50706
 _TAGS: Final = frozenset(
-    {_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION, _SUB_DIRECTORIES, _DNG}
+    {_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, PHOTOMETRIC, _MAKE, _ORIENTATION, _SUB_DIRECTORIES, _DNG}
 )
 
 _VALUE_FORMATS: Final = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
@@ -88,10 +89,10 @@ def choose_picture(image: bytes) -> PictureChoice:
         if pages < 2:
             return PictureChoice(image, [], None)
         count = f"{pages}" if len(directories) < _MAX_DIRECTORIES else "many"
-        text = f"the file has {count} pages; the first was looked at"
+        text = f"the file has {count} pages; only the first was used"
         return PictureChoice(image, [ImageWarning(WarningCode.SEVERAL_PICTURES, text)], None)
     size = f"{largest.width} x {largest.height}"
-    text = f"the file has {len(directories)} pictures; the largest, {size}, was looked at"
+    text = f"the file has {len(directories)} pictures; only the largest, {size}, was used"
     warnings = [ImageWarning(WarningCode.SEVERAL_PICTURES, text)] if pages > 1 else []
     orientation = first.orientation if largest.orientation is None else None
     return PictureChoice(_set_first_directory(image, largest.offset), warnings, orientation)
@@ -132,7 +133,7 @@ def _read_directories(image: bytes) -> Iterator[Directory]:
         tags, next_offset = _read_directory(image, offset, order, is_big=is_big)
         if _DNG in tags:
             raise _raw_format_error("DNG")
-        photometric = _first_value(tags, _PHOTOMETRIC)
+        photometric = _first_value(tags, PHOTOMETRIC)
         if photometric in _RAW_PHOTOMETRICS:
             raise _raw_format_error(_raw_format_name(tags))
         queue.append((next_offset, is_child))
@@ -150,7 +151,7 @@ def _raw_format_error(kind: str) -> UnsupportedFormat:
 
 def raw_format_message(kind: str) -> str:
     """Return the error message for a camera raw file."""
-    return f"a camera's raw file ({kind}) is not served; send the JPEG or TIFF that was developed from it"
+    return f"a camera's raw file ({kind}) is not served; send a JPEG or TIFF developed from it"
 
 
 def _raw_format_name(tags: dict[int, tuple[int, ...]]) -> str:

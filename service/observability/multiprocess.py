@@ -49,7 +49,11 @@ _Labels = tuple[tuple[str, str], ...]
 
 
 class MetricFiles:
-    """The metric values of one process: one memory file for each kind."""
+    """The metric values of one process: one memory file for each kind.
+
+    The supervisor creates the files. A worker inherits the descriptors, under the same numbers, when it
+    starts.
+    """
 
     def __init__(self, descriptors: Sequence[int]) -> None:
         """Wrap file descriptors, given in the order of `METRIC_KINDS`."""
@@ -90,6 +94,7 @@ def use_metric_files(files: MetricFiles) -> None:
     class Value(_Value):
         """A value in one of the files."""
 
+        # One lock for all values: a new value may grow its file, which moves the mapping of all others.
         _lock = lock
 
         def __init__(
@@ -111,7 +116,11 @@ def use_metric_files(files: MetricFiles) -> None:
 
 
 class _Value:
-    """One number of a metric, with the interface of `prometheus_client.values`."""
+    """One number of a metric, with the interface of `prometheus_client.values`.
+
+    `prometheus_client` calls the methods in whichever thread counts. Only this process writes the file; other
+    processes read the file at any time.
+    """
 
     _multiprocess = True
     _lock: threading.Lock
@@ -129,7 +138,9 @@ class _Value:
                 self._value = file.read_value(key)[0]  # type: ignore[no-untyped-call]
             except (OSError, ValueError, IndexError) as error:
                 self._file = None
-                log.error("no room for a metric, which no scrape will show: %s: %s", key, error)
+                log.error(
+                    "a metric has no room in its file, so /metrics will not show it: %s: %s", key, error
+                )
 
     def inc(self, amount: float) -> None:
         with self._lock:
@@ -156,7 +167,10 @@ class _Value:
 
 
 class SharedMetrics:
-    """The supervisor's side: the files of all processes, and the index that workers read."""
+    """The supervisor's side: the files of all processes, and the index that workers read.
+
+    Only the event loop of the supervisor calls the methods, so the index has a single writer.
+    """
 
     def __init__(self) -> None:
         """Create the index, and store this process's own metrics in memory files too.
@@ -175,7 +189,11 @@ class SharedMetrics:
         self._publish_index()
 
     def add(self, pid: int, files: MetricFiles) -> None:
-        """Add the files of a worker that has just been started."""
+        """Add the files of a worker that has just been started.
+
+        The supervisor keeps the files open until `merge_dead_worker`: workers read them through the
+        supervisor's descriptors, also after their owner has died.
+        """
         self._begin_change()
         self._worker_files[pid] = files
         self._publish_index()
@@ -183,7 +201,8 @@ class SharedMetrics:
     def merge_dead_worker(self, pid: int) -> None:
         """Add the counts of a dead worker to the sums of all dead workers, and close the worker's files."""
         files = self._worker_files.pop(pid)
-        # Mark the index as changing first: a reader of both files would count the same values twice.
+        # Mark the index as changing first: a reader in between would count the same values twice. The
+        # descriptors are closed last: until the index is published, readers may open them.
         self._begin_change()
         try:
             for kind in _SUMMED_KINDS:
@@ -227,7 +246,11 @@ def create_shared_registry(index: int, own_files: MetricFiles, supervisor_pid: i
 
 
 class _WorkersCollector(Collector):
-    """A collector of the sums over the files of all workers."""
+    """A collector of the sums over the files of all workers.
+
+    A scrape calls `collect` in a thread of the worker that answers, never on the event loop: the supervisor
+    may be in the middle of a change, for which the thread waits.
+    """
 
     def __init__(self, index: int, own_files: MetricFiles, supervisor_pid: int) -> None:
         self._index = index
@@ -267,7 +290,9 @@ class _WorkersCollector(Collector):
                     if os.getppid() == self._supervisor_pid:
                         raise read_error
             if time.monotonic() > deadline:
-                raise TimeoutError("the supervisor does not finish a change to the list of metrics")
+                raise TimeoutError(
+                    f"the supervisor has not finished a change of the metrics for {_INDEX_TIMEOUT:g} s"
+                )
             time.sleep(0.001)
         return _sum_files("/proc/self/fd", [self._own_files.descriptors])
 

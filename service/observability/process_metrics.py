@@ -19,6 +19,7 @@ _PROC: Final = Path("/proc")
 
 def kill_descendants(pid: int) -> None:
     """Kill all descendants of a process. A stopped process does not end by itself."""
+    # List all before the first dies: the children of a dead process belong to another parent.
     for child in list(_walk_process_tree(pid))[1:]:
         with suppress(OSError):  # the process has just ended
             os.kill(child, signal.SIGKILL)
@@ -27,8 +28,9 @@ def kill_descendants(pid: int) -> None:
 def reap_orphans(awaited_pids: Collection[int]) -> None:
     """Reap ended processes that no code in this process waits for, if this process has the id 1.
 
-    Only process 1 inherits orphans: a killed worker leaves its runners behind. `awaited_pids` are the ids of
-    processes that other code in this process waits for.
+    Only process 1 inherits orphans: a killed worker leaves its runners behind. The event loop of the
+    supervisor calls this at each heartbeat. `awaited_pids` are the ids of processes that other code in this
+    process waits for, which needs their exit codes.
     """
     while os.getpid() == 1:
         try:
@@ -66,10 +68,14 @@ class ProcessTreeCollector(Collector):
             "process_cpu_seconds", "CPU time of all processes.", ticks * self._tick_seconds
         )
         for name, text, value in (
-            ("process_resident_memory_bytes", "Resident memory; what is shared counts each time.", resident),
-            ("process_virtual_memory_bytes", "Virtual memory.", virtual),
-            ("process_open_fds", "Open files.", files),
-            ("process_start_time_seconds", "Start, in seconds since 1970.", self._start_time),
+            (
+                "process_resident_memory_bytes",
+                "Resident memory of all processes. Shared memory counts once per process.",
+                resident,
+            ),
+            ("process_virtual_memory_bytes", "Virtual memory of all processes.", virtual),
+            ("process_open_fds", "Open files of all processes.", files),
+            ("process_start_time_seconds", "Start of the service, in seconds since 1970.", self._start_time),
         ):
             yield GaugeMetricFamily(name, text, value)
 
@@ -83,20 +89,24 @@ class ContainerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         throttled_seconds = self._cgroup.throttled_seconds()
         if throttled_seconds is not None:
-            text = "Time that all processes were kept waiting because the CPU quota was used up."
+            text = "Time during which the CPU quota was used up and all processes had to wait."
             yield CounterMetricFamily("fovea_container_throttled_seconds", text, throttled_seconds)
         for name, text, size in (
             (
                 "fovea_container_memory_bytes",
-                "Memory in use, with the file cache.",
+                "Memory in use, including the file cache.",
                 self._cgroup.memory_bytes(),
             ),
             (
                 "fovea_container_memory_working_set_bytes",
-                "Memory in use, without the file cache that can be given up at once.",
+                "Memory in use, without file cache that can be freed at once.",
                 self._cgroup.memory_working_set_bytes(),
             ),
-            ("fovea_container_memory_limit_bytes", "Most of it.", self._cgroup.memory_limit_bytes()),
+            (
+                "fovea_container_memory_limit_bytes",
+                "Memory limit of the container.",
+                self._cgroup.memory_limit_bytes(),
+            ),
         ):
             if size is not None:
                 yield GaugeMetricFamily(name, text, size)

@@ -21,16 +21,17 @@ Wall-clock time would also count other processes that run at the same time.
 
 
 def log_slow_callbacks() -> None:
-    """Log every callback that takes more than `MAX_CALLBACK_SECONDS` seconds, on all event loops of this process."""
+    """Log every callback longer than `MAX_CALLBACK_SECONDS`, on all event loops of this process."""
     original_run = Handle._run
 
+    # asyncio calls this for each callback, in the thread of the event loop.
     def timed_run(self: Handle) -> None:
         started_at = time.thread_time()
         original_run(self)
         duration = time.thread_time() - started_at
         if duration > MAX_CALLBACK_SECONDS:
             log.warning(
-                "the event loop was held for %.1f ms by %s", 1000 * duration, _describe_callback(self)
+                "the event loop was blocked for %.1f ms by %s", 1000 * duration, _describe_callback(self)
             )
 
     Handle._run = timed_run  # type: ignore[method-assign]  # asyncio has no hook for it

@@ -26,7 +26,8 @@ import onnxruntime
 from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, to_one_line
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory, supported_formats
+from fovea.service.inference.image_format import supported_formats
+from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory
 from fovea.service.runners.batch_messages import Batch, BatchReport, DropCommand, parse_message
 from fovea.service.runners.frames import FrameDecoder, receive_message
 from fovea.service.runners.load_messages import (

@@ -30,7 +30,7 @@ from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import find_receptive_field
 from fovea.service.explain.receptive_field import ReceptiveField, Span
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.pixels import Pixels
 from tests.export.classifiers import build_classifier, export_foreign
 from tests.export.imports import PLAN, import_graph
 from tests.export.test_nets import make_warm_net

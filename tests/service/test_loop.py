@@ -24,7 +24,7 @@ from tests.servers import ROOT, Server, wait_until
 
 pytestmark = pytest.mark.slow  # what measures coverage holds the loop itself
 
-HELD: Final = "the event loop was held for"
+HELD: Final = "the event loop was blocked for"
 ROUNDS: Final = 3
 COLD: Final = 12.0
 """Milliseconds that the first request of its kind may hold it."""

@@ -208,7 +208,7 @@ def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("not a model")
     with Server(FOVEA_MODELS=str(tmp_path)) as running:
         assert running.client.get("/v1/models").json()["models"][0]["version"] == "1"
-    assert "small/2 has no model.onnx, and is not served" in running.log
+    assert "small/2 has no model.onnx and is not served" in running.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -143,7 +143,7 @@ def test_the_receipt_tells_of_every_step(running: Server) -> None:
     steps = {step["step"]: step["text"] for step in reply["what_the_model_saw"]["steps"]}
     assert steps == {
         "decode": "JPEG of 120 x 200 pixels",
-        "orient": "turned upright, as EXIF orientation 6 says",
+        "orient": "rotated upright, by EXIF orientation 6",
         "convert": "from CMYK to RGB",
         "resize": "from 200 x 120 to 26 x 16, bilinear",
         "crop": "the middle 16 x 16, 5 from the left and 0 from the top",

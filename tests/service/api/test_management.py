@@ -119,7 +119,7 @@ def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -
     assert status_and_code(reply) == (404, "model_not_found")
     reply = managed.client.post(LOAD, json={"parameters": {"version": "9"}})
     assert status_and_code(reply) == (404, "model_not_found")
-    assert "version 9 of small is not there; there are 1" in reply.json()["error"]
+    assert "version 9 of small does not exist; there are 1" in reply.json()["error"]
     add_to_repository(build_model(), zoo.parent.parent, zoo.parent.name, "7")
     add_to_repository(build_model(), zoo, ".hidden")
     with Wire(managed.url) as wire:

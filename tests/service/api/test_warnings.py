@@ -56,7 +56,7 @@ def test_the_answer_names_what_may_surprise(running: Server) -> None:
     assert reply["warnings"] == [
         {
             "code": "almost_nothing_visible",
-            "message": "the image is transparent, and on white almost nothing of it can be seen",
+            "message": "the image is transparent, and almost nothing of it is visible on white",
         }
     ]
     assert running.read_metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE) == before + 1

@@ -1,4 +1,4 @@
-"""What a repository on disk wants to be served."""
+"""The model versions that a repository on disk wants to be served."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
     [
         (
             'versions = ["3"]',
-            "config.toml asks for version 3 of pets, which is not there; there are 1, 2, 10",
+            "config.toml asks for version 3 of pets, which does not exist; there are 1, 2, 10",
         ),
-        ('versions = ["x"]', "version x of pets, which is not there"),
+        ('versions = ["x"]', "version x of pets, which does not exist"),
         ("versions = []", "config.toml: versions: it takes at least 1"),
         ("batch_max = 0", "config.toml: batch_max: it must be at least 1"),
         ('batch_max = "4"', "config.toml: batch_max: it takes an integer"),
@@ -150,5 +150,5 @@ def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Pat
     record_default_model(zoo)
     assert (zoo / "default").read_text() == "birds\n"
     (zoo / "default").unlink()
-    record_default_model(zoo)  # of two none is guessed
+    record_default_model(zoo)  # with two models, neither is chosen
     assert not (zoo / "default").exists()

@@ -21,7 +21,8 @@ from fovea.service.explain.heatmap import (
     scale_to_unit,
 )
 from fovea.service.explain.receptive_field import Span
-from fovea.service.inference.preprocess import DecodeTrace, decode_image
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.preprocess import decode_image
 from tests.pictures import encode_image
 
 SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)

@@ -27,7 +27,7 @@ GEOMETRIES = [
 
 
 def make_pictures() -> Iterator[tuple[str, bytes]]:
-    """Every format in every mode that takes another way, turned by EXIF where the format can."""
+    """Return an image for each format and mode with its own decoding path, rotated by EXIF if possible."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = np.random.default_rng(0).normal(0, 6, (HEIGHT, WIDTH, 3))
@@ -89,7 +89,7 @@ def main() -> None:
         for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF"):
             decode_image(
                 encode_image(draw_picture(64, 48), kind), geometry, max_pixels=10**8
-            )  # what stays, comes once
+            )  # allocate first what stays allocated
         decode_image(make_jpeg(600, 500), geometry, max_pixels=10**8)
     for name, content in list(make_pictures()):
         for geometry in GEOMETRIES:
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def estimate_bytes(content: bytes, geometry: Geometry) -> int:
-    """The bytes that decoding asks for, as the refusal of a memory of one byte says them."""
+    """Return the bytes that decoding reserves, from the error message of a memory of one byte."""
     try:
         decode_image(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
     except TooManyPixels as error:
@@ -115,7 +115,7 @@ def estimate_bytes(content: bytes, geometry: Geometry) -> int:
 
 
 def _measure_peak(content: bytes, geometry: Geometry) -> int:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak (proc(5))
     before = _read_status("VmRSS")
     decode_image(content, geometry, max_pixels=10**8)
     return _read_status("VmHWM") - before

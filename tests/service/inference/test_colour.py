@@ -1,4 +1,4 @@
-"""Embedded colour profiles, and what stands for one, become sRGB: for the model, and for whoever looks on."""
+"""Embedded colour profiles and colour tags are converted to sRGB, for the model and for explanations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from fovea.service.inference.colour import (
     Profile,
     build_profile,
 )
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.preprocess import DecodedImage, decode_image, decode_upright
 from tests import profiles
 from tests.pictures import draw_picture, encode_image
 
@@ -34,7 +35,7 @@ EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.E
 BOTH = [EXACT, replace(EXACT, pixel_path=PixelPath.FAST)]
 
 GREEN = (97, 176, 89)
-"""In Display P3; (62, 178, 76) in sRGB."""
+"""A green in Display P3, which is (62, 178, 76) in sRGB."""
 
 
 def decode_default(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
@@ -110,7 +111,7 @@ def test_a_profile_that_means_srgb_changes_nothing() -> None:
 
 
 def test_a_grey_profile_is_used() -> None:
-    """Of linear light: half of it is a light grey on a screen."""
+    """Return a profile of linear light: half of the light is a light grey on a screen."""
     for image in (Image.new("L", (40, 40), 128), Image.new("LA", (40, 40), (128, 255))):
         content = encode_image(image, "PNG", icc_profile=profiles.grey_profile(1.0))
         assert is_near(middle_pixel(content), profiles.linear_to_srgb([128 / 255] * 3))
@@ -128,7 +129,7 @@ def test_a_grey_image_with_a_profile_of_colours_is_grey() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_inks_are_converted_by_their_profile(kind: str) -> None:
-    """Of a press on which cyan alone is seen: magenta leaves the paper white."""
+    """Return a profile of a press on which only cyan is visible: magenta leaves the paper white."""
     magenta = encode_image(
         Image.new("CMYK", (40, 40), (0, 255, 0, 0)), kind, icc_profile=profiles.cmyk_profile()
     )
@@ -211,11 +212,11 @@ def test_few_transforms_are_kept() -> None:
         Profile(b"").get_conversion()
 
 
-# --- what stands for a profile -------------------------------------------------------------------
+# --- colour tags ---------------------------------------------------------------------------------
 
 
 def insert_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
-    """With a chunk behind the header."""
+    """Return the PNG with a chunk after its header."""
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return png[:33] + chunk + png[33:]
 
@@ -251,7 +252,7 @@ def test_the_gamma_of_a_png_is_used() -> None:
 def test_the_primaries_of_a_png_are_used() -> None:
     p3 = [31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000]
     content = insert_chunk(PLAIN, b"cHRM", struct.pack(">8I", *p3))
-    assert middle_pixel(content) == list(GREEN)  # without a curve they say nothing
+    assert middle_pixel(content) == list(GREEN)  # without a curve they are ignored
     wanted = profiles.linear_to_srgb((np.array(GREEN) / 255) ** 2.2 @ profiles.SRGB_FROM_P3.T)
     assert is_near(middle_pixel(insert_chunk(content, b"gAMA", struct.pack(">I", 45_455))), wanted)
     senseless = insert_chunk(PLAIN, b"cHRM", bytes(32))

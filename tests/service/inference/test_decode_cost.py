@@ -1,4 +1,4 @@
-"""What an image costs, by its header: never less memory than decoding is known to take."""
+"""Estimated costs of images, by their headers: the memory is never less than decoding takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from PIL import Image
 
 from fovea.service.artifact.contract import PixelPath
 from fovea.service.inference.decode_cost import NO_COST, estimate_cost, read_header
-from fovea.service.inference.preprocess import _IMAGE_CLASSES, _draft_jpeg, _identify_image, _peak_bytes
+from fovea.service.inference.image_format import IMAGE_CLASSES
+from fovea.service.inference.peak_memory import estimate_peak_bytes
+from fovea.service.inference.preprocess import _identify_image
+from fovea.service.inference.resize import draft_jpeg
 from tests.graphs import SMALL_GEOMETRY
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
@@ -22,7 +25,7 @@ FAST = replace(SMALL_GEOMETRY, pixel_path=PixelPath.FAST)
 
 
 def _jpeg_with_thumbnail() -> bytes:
-    """A JPEG with another one inside its Exif segment."""
+    """Return a JPEG with another JPEG inside its Exif segment."""
     inside = make_jpeg(32, 24)
     segment = b"Exif\0\0" + inside
     whole = make_jpeg(301, 203)
@@ -65,7 +68,7 @@ def test_format_and_size_are_read_without_a_codec(name: str) -> None:
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometry: Any) -> None:
-    """For a larger picture of the same kind, as small ones take hardly more than tables."""
+    """Small pictures take hardly more than tables, so the numbers are scaled to a larger picture."""
     kind, content = IMAGES[name]
     with Image.open(BytesIO(content)) as small:
         options = {"transparency": 0} if small.mode == "P" and kind == "PNG" else {}
@@ -74,10 +77,10 @@ def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometr
     cost = estimate_cost(large, geometry, max_pixels=MOST)
     assert cost is not None
     _, image = _identify_image(large)
-    opened = _IMAGE_CLASSES[kind](BytesIO(image))
+    opened = IMAGE_CLASSES[kind](BytesIO(image))
     size = opened.size
-    _draft_jpeg(opened, geometry)
-    assert cost.memory_bytes >= len(large) + _peak_bytes(opened, size, geometry)
+    draft_jpeg(opened, geometry)
+    assert cost.memory_bytes >= len(large) + estimate_peak_bytes(opened, size, geometry)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -115,7 +118,7 @@ def test_scans_of_a_progressive_jpeg_are_counted() -> None:
 
 
 def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
-    """A BigTIFF, and a TIFF whose pictures lie in directories of their own, as raw files have them."""
+    """A BigTIFF, and a TIFF with pictures in sub-directories as raw files have them, cost the maximum."""
     tiff = encode_image(PICTURE, "TIFF")
     assert estimate_cost(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, max_pixels=MOST) is None
     with Image.open(BytesIO(tiff)) as image:

@@ -35,11 +35,11 @@ EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 50_000_000
 SECONDS = 30
-"""Longer than any of these tests takes: a wait that ends by it has failed."""
+"""Time limit in seconds, longer than any of these tests takes: a wait that reaches the limit has failed."""
 
 
 class PeakMemory(DecodeMemory):
-    """A memory that notes the most that was ever held."""
+    """A memory that records the largest number of bytes in use."""
 
     peak = 0
 
@@ -49,7 +49,7 @@ class PeakMemory(DecodeMemory):
             self.peak = max(self.peak, self.bytes_in_use)
 
 
-# --- what an image takes -------------------------------------------------------------------------
+# --- memory of one image -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_no_decode_takes_more_than_its_header_promised(peaks: list[tuple[str, st
 
 @pytest.mark.long
 def test_the_promise_is_not_absurd(peaks: list[tuple[str, str, int, int]]) -> None:
-    """So that images are not kept waiting for memory that nobody uses."""
+    """An estimate that is too high keeps images waiting for memory that nobody uses."""
     assert [peak for peak in peaks if peak[3] > 4 * peak[2] + 9_000_000] == []
 
 
@@ -129,7 +129,7 @@ def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
         for count, thread in enumerate(threads, 1):
             thread.start()
             _wait_for_queue(memory, count)
-        assert order == []  # the small one would have room
+        assert order == []  # the small image would fit, but does not overtake the large one
     for thread in threads:
         thread.join(SECONDS)
     assert order == ["large", "small"]
@@ -295,7 +295,7 @@ if "fovea.service" in sys.orig_argv:
 
 
 def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_path: Path) -> None:
-    """With many connections a full collection holds the event loop for 30 ms; and until then memory grows."""
+    """With many connections a full collection blocks the event loop for 30 ms; before it, memory grows."""
     (tmp_path / "sitecustomize.py").write_text(_COUNT_GARBAGE)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_IMAGE_PIXELS="10000", PYTHONPATH=path) as running:
@@ -315,7 +315,7 @@ def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_p
                 with Wire(running.url) as wire:
                     wire.send(classify_request(body), classify_request(body)[:-1])
 
-        ask()  # what happens once has happened
+        ask()  # the first round creates objects that stay
         running.process.send_signal(signal.SIGUSR1)
         for _ in range(5):
             ask()

@@ -61,7 +61,7 @@ def make_drift(*images: tuple[int, float, float], window: int = 4) -> DriftMonit
 def test_each_signal_is_compared_in_its_bins() -> None:
     drift = make_drift(
         (3, 0.4, 0.2), (0, 0.5, 0.3), (1, 0.95, 0.9), (2, 0.6, 0.1)
-    )  # an edge is of the upper bin
+    )  # an edge belongs to the upper bin
     indices = drift.compute_indices()
     assert list(indices) == list(SIGNALS)
     assert indices["label"].psi == stability_index([60, 30, 10], [1, 1, 2])
@@ -86,7 +86,7 @@ def make_pictures(count: int, seed: int) -> list[bytes]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """With the small model, and a reference of 200 pictures like those of the tests."""
+    """A server with the small model and a reference of 200 pictures like those of the tests."""
     graph = build_model()
     held_out = [np.asarray(draw_picture(40, 30, 10_000 + seed).resize((16, 16))) for seed in range(200)]
     examples = Examples(torch.from_numpy(np.stack(held_out)), torch.zeros(200, dtype=torch.int64))
@@ -98,7 +98,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def classify_images(server: Server, images: list[bytes]) -> list[str]:
-    """The most probable label of each."""
+    """Return the most probable label of each image."""
     best = []
     for start in range(0, len(images), 50):
         part = images[start : start + 50]

@@ -1,4 +1,4 @@
-"""A session: what it computes, and what it refuses."""
+"""An engine: the probabilities that it computes, and the models that it refuses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
 from fovea.service.errors import ContractError, ModelError
-from fovea.service.inference.engine import (
-    BATCH_TOLERANCE,
-    ArenaShrinker,
-    Engine,
-    Floats,
-    decode_golden_pixels,
-)
-from fovea.service.inference.preprocess import Pixels
+from fovea.service.inference.engine import BATCH_TOLERANCE, Engine, Floats, decode_golden_pixels
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.session import ArenaShrinker
 from tests.graphs import build_model, read_contract, with_contract
 from tests.pictures import draw_picture, encode_image
 from tests.servers import ROOT
@@ -62,7 +57,7 @@ def test_probabilities_are_those_of_the_task(task: Task) -> None:
 
 @cache
 def load_both_ways(name: str) -> tuple[Engine, Pixels, Floats]:
-    """A model with narrow and wide sessions, images, and each one's probabilities when it is alone."""
+    """Return a model with both kinds of sessions, images, and the probabilities of each image alone."""
     zoo = ROOT / "zoo" / name / "1" / "model.onnx"
     content = zoo.read_bytes() if zoo.exists() else build_model().SerializeToString()
     model = Engine(content, provider="auto", threads=1, wide_threads=2)
@@ -86,7 +81,7 @@ def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, 
 
 @pytest.mark.parametrize("wide_threads", [0, 2])
 def test_a_graph_for_one_image_takes_batches_one_after_the_other(wide_threads: int) -> None:
-    """It is warmed up by one, and what it says is what it says of each alone."""
+    """The model is warmed up with one image, and a batch gives what its images give one by one."""
     model = build_model()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     single = Engine(model.SerializeToString(), provider="auto", threads=1, wide_threads=wide_threads)
@@ -257,7 +252,7 @@ run(64)
 
 @pytest.mark.parametrize("wide_threads", [0, 2])
 def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: int) -> None:
-    """Once sixteen small ones have followed it, whichever session runs them; and it can be had again."""
+    """Sixteen small batches free it, whichever session runs them; the next large batch allocates it again."""
     path = tmp_path / "large.onnx"
     onnx.save(
         build_model(geometry=Geometry(224, 224, Resize.SHORTER, 224, Interpolation.BILINEAR, PixelPath.FAST)),
@@ -273,7 +268,7 @@ def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: in
 
 
 def test_memory_is_kept_while_large_batches_keep_coming() -> None:
-    """Giving it back and taking it again costs time: not between alternating sizes, nor up to four images."""
+    """Freeing and allocating cost time: nothing is freed while sizes alternate, or below five images."""
     memory = ArenaShrinker()
     assert not any(memory.get_run_options(count) for _ in range(100) for count in (64, *[1] * 15))
     memory = ArenaShrinker()

@@ -1,4 +1,4 @@
-"""Which picture of a file is meant, raw files of cameras, 16 bits, and what is told of all that."""
+"""The choice of the picture in a file, camera raw files, 16 bits, and the warnings about all of these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.preprocess import DecodedImage, decode_image, decode_upright
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
@@ -37,7 +38,7 @@ SUBFILE, OLD_SUBFILE, MAKE, ORIENTATION, SUB_DIRECTORIES, DNG = 254, 255, 271, 2
 
 
 class TiffBuilder:
-    """A TIFF of several pictures, put together by hand."""
+    """A TIFF with several pictures, built by hand."""
 
     def __init__(self, order: str = "<", *, big: bool = False) -> None:
         self._order, self._big = order, big
@@ -51,7 +52,7 @@ class TiffBuilder:
         photometric: int | None = None,
         **tags: Any,
     ) -> int:
-        """Write a picture and its directory; return the directory's place. `tags` are `t` and a number."""
+        """Write a picture and its directory; return the directory's offset. `tags` are `t` and a number."""
         bands = len(image.getbands())
         start = self._append(image.tobytes())
         values: dict[int, tuple[int, ...] | bytes] = {
@@ -84,7 +85,7 @@ class TiffBuilder:
         return self._append(head + entries + self._pack(number, following))
 
     def build(self, first: int) -> bytes:
-        """The file, whose first picture has its directory there."""
+        """Return the file, with the first directory at this offset."""
         mark = b"II" if self._order == "<" else b"MM"
         head = self._pack("HHHQ", 43, 8, 0, first) if self._big else self._pack("HI", 42, first)
         self._content[: len(mark) + len(head)] = mark + head
@@ -102,7 +103,7 @@ class TiffBuilder:
 SMALL, LARGE = draw_picture(160, 120, 1), draw_picture(900, 600, 2)
 
 VARIANTS = [("<", False), (">", False), ("<", True)]
-"""Order of bytes, and BigTIFF, which Pillow reads in the one order alone."""
+"""Byte orders and variants. Pillow reads BigTIFF in one byte order only."""
 
 
 @pytest.mark.parametrize(("order", "big"), VARIANTS)
@@ -159,7 +160,7 @@ def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
     result = decode_default(content)
     assert result.width == 400
     assert [tuple(warning) for warning in result.warnings] == [
-        (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; the first was looked at")
+        (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; only the first was used")
     ]
 
 
@@ -236,7 +237,7 @@ def test_pictures_behind_a_jpeg_are_told_of() -> None:
 
 
 def test_a_gain_map_is_no_other_picture() -> None:
-    """As phones add one to nearly every photograph."""
+    """Phones add a gain map to nearly every photograph."""
     content = encode_image(draw_picture(64, 48), "MPO", save_all=True, append_images=[draw_picture(32, 24)])
     place = content.rindex(b"\xff\xd8\xff") + 2
     text = b"http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version='1.0'/>"
@@ -248,7 +249,7 @@ def test_a_gain_map_is_no_other_picture() -> None:
 
 
 def make_values(width: int = 64, height: int = 64, bands: int = 3) -> Any:
-    """All kinds of values, those around the borders of rounding among them."""
+    """Return values of all kinds, including those near the rounding limits."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 65536, (height, width, bands)).astype(np.uint16)
     edges = [0, 127, 128, 129, 255, 256, 257, 385, 386, 65535, 65407, 65406, 65278, 65408]
@@ -302,7 +303,7 @@ def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
 def make_tiff16(
     pixels: Any, order: str, *, is_compressed: bool, planes: int = 1, photometric: int = 2
 ) -> bytes:
-    """A TIFF of uint16 (height, width, bands), its colours in one plane or in as many as there are."""
+    """Return a TIFF of uint16 (height, width, bands), with its colours in one plane or one plane each."""
     height, width, bands = pixels.shape
     parts = np.split(pixels, bands, axis=2) if planes > 1 else [pixels]
     strips = [part.astype(f"{order}u2").tobytes() for part in parts]
@@ -348,7 +349,7 @@ def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compressed: bool) -> None
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
-    """Pillow by itself takes each byte of a plane that is not compressed for a value."""
+    """Pillow by itself reads each byte of an uncompressed plane as a value."""
     found = make_values()
     assert np.array_equal(
         decode_default(make_tiff16(found, order, is_compressed=False, planes=3), WHOLE).pixels,
@@ -358,7 +359,7 @@ def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
     assert np.array_equal(cut.pixels, found >> 8)
     assert [warning.code for warning in cut.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
     inks = make_tiff16(make_values(bands=4), order, is_compressed=False, planes=4, photometric=5)
-    with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
+    with pytest.raises(BadImage, match="CMYK TIFF image of 16 bits"):
         decode_default(inks, WHOLE)
 
 
@@ -373,7 +374,7 @@ def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
 
 
 def draw_visible_share(colour: tuple[int, int, int], share: float, alpha: int = 0) -> Image.Image:
-    """A canvas of which this share shows the colour, and the rest has it too, but of this alpha."""
+    """Return a canvas with this share in the opaque colour; the rest has the colour with this alpha."""
     image = Image.new("RGBA", (200, 200), (*colour, alpha))
     image.paste((*colour, 255), (0, 0, 200, round(200 * share)))
     return image

@@ -1,4 +1,4 @@
-"""Encoded images to pixels."""
+"""Conversion of encoded images to pixels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
-from fovea.service.inference.preprocess import (
-    DecodedImage,
-    Pixels,
-    choose_draft_scale,
-    decode_image,
-    supported_formats,
-)
+from fovea.service.inference.image_format import supported_formats
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import DecodedImage, decode_image
+from fovea.service.inference.resize import choose_draft_scale
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.proof.large import make_mosaic, open_photographs
 from tests.servers import ROOT
@@ -42,7 +39,7 @@ def decode_default(image: bytes | memoryview, geometry: Geometry = EXACT) -> Dec
 
 
 def preprocess_by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
-    """The pipeline that everyone writes, after torchvision's Resize and CenterCrop."""
+    """Run the usual pipeline, like torchvision's Resize and CenterCrop."""
     width, height = image.size
     scale = geometry.resize_to / min(width, height)
     size = (
@@ -270,7 +267,7 @@ def test_extreme_shapes_are_answered_without_making_the_long_side(
 
 
 def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
-    """Resized whole for a model of 224, it would be 256 x 5,120,000 pixels: 5 GB."""
+    """A resize of the whole image for a model of 224 would make 256 x 5,120,000 pixels: 5 GB."""
     code = (
         "import re, pathlib\n"
         "status = pathlib.Path('/proc/self/status')\n"

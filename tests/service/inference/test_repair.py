@@ -1,4 +1,4 @@
-"""Damage that no pixel needs repaired: metadata, and missing ends. What lacks pixels is refused."""
+"""Repair of damaged metadata and missing ends. A file that lacks pixels is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, 
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, Pixels, decode_image
+from fovea.service.inference.decode_trace import DecodeTrace
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import DecodedImage, decode_image
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
@@ -80,7 +82,7 @@ def test_a_jpeg_that_lacks_pixels_is_refused(kind: str) -> None:
 
 
 def test_so_is_one_that_lacks_a_few_bytes() -> None:
-    """The last byte of a scan may be filling; those before it never are."""
+    """Only the last byte of a scan may be filling, so a file that lacks more bytes lacks pixels."""
     content = make_jpeg(200, 200, quality=95)
     for missing in range(4, 40):
         with pytest.raises(BadImage, match="JPEG"):
@@ -94,7 +96,7 @@ def test_so_is_one_whose_crop_would_have_all_its_pixels() -> None:
 
 
 def test_so_is_one_of_a_single_grey_that_ends_early() -> None:
-    """The decoder fills what is missing with the very same grey."""
+    """The decoder fills missing pixels with the same grey."""
     image = Image.new("L", (400, 400), 128)
     image.paste(0, (0, 300, 400, 400))
     content = encode_image(image, "JPEG")
@@ -216,7 +218,7 @@ def test_a_chunk_whose_length_is_damaged_is_passed_over() -> None:
 
 
 def test_sound_metadata_beside_damaged_counts() -> None:
-    """It is turned and transparent as it says; a text is damaged."""
+    """The orientation and the transparency still apply; only a text is damaged."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = draw_picture(60, 40).quantize(8)
@@ -286,7 +288,7 @@ def test_damaged_exif_refuses_no_avif() -> None:
 
 
 def make_tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **options: str) -> bytes:
-    """With further tags: number, type, count, and four bytes of a value or a place."""
+    """Return a TIFF with further tags: number, type, count, and four bytes of a value or an offset."""
     content = bytearray(encode_image(image, "TIFF", **options))
     place = int.from_bytes(content[4:8], "little")
     count = int.from_bytes(content[place : place + 2], "little")
@@ -302,7 +304,7 @@ def make_tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **opt
 @pytest.mark.parametrize(
     "tag",
     [
-        (34665, 4, 1, b"\xff\xff\xff\x7f"),  # the place of an EXIF directory
+        (34665, 4, 1, b"\xff\xff\xff\x7f"),  # the offset of an EXIF directory
         (34665, 2, 4, b"abcd"),
         (34853, 4, 1, b"\x01\0\0\0"),
         (700, 1, 1 << 30, bytes(4)),  # XMP

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes what clients have seen: the counters are the answers, one for one."""
+"""A real Prometheus scrapes the service: each counter equals the number of answers that clients counted."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Prometheus:
         self._url = url
 
     def query(self, query: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """Values by labels, of now."""
+        """Return the current values by labels."""
         reply = httpx.get(f"{self._url}/api/v1/query", params={"query": query}).json()
         return {
             tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in reply["data"]["result"]
         }
 
     def wait_for_scrape(self) -> None:
-        """Of what is there now."""
+        """Wait for a scrape that began after this call."""
         now = time.time()
         wait_until(lambda: max(self.query("timestamp(up)").values(), default=0.0) > now)
 
     def query_counts(self, query: str, label: str) -> dict[str, int]:
-        """A counter's values by one label, without those that are 0."""
+        """Return a counter's values by one label, without values of 0."""
         values = {dict(labels)[label]: int(value) for labels, value in self.query(query).items()}
         return {key: value for key, value in values.items() if value}
 
@@ -79,7 +79,7 @@ def run_prometheus(server: Server, folder: Path) -> Iterator[Prometheus]:
 
 
 def _read_address(log: Path) -> str:
-    """Where it listens, once it does."""
+    """Return the address on which the server listens; empty until it listens."""
     address_match = re.search(r'Listening on" address=(\S+)', log.read_text())
     return address_match[1] if address_match else ""
 
@@ -89,7 +89,7 @@ def _read_address(log: Path) -> str:
 
 @dataclass
 class ClientCounts:
-    """What clients have seen. Threads add to it."""
+    """The answers that clients have received. Several threads add to them."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -155,7 +155,7 @@ CALLERS = 8
 
 
 def send_requests(server: Server, counts: ClientCounts, requests: int, seed: int) -> None:
-    """Requests of all kinds, in an order of the seed; the connection is kept as long as there is one."""
+    """Send requests of all kinds, in an order by the seed, on one connection while it lasts."""
     generator = random.Random(seed)  # noqa: S311
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(requests):

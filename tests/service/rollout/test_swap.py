@@ -277,7 +277,7 @@ HOSTILE = {
     ),
     "truncated": (hostile.write_truncated, "protobuf parsing failed"),
     "zeros": (hostile.write_zeros, "an ONNX file has at most 2147483647"),
-    "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is no ONNX model"),
+    "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is not an ONNX model"),
     "hungry": (hostile.write_huge_tensor, "the graph does not run"),
     "without contract": (hostile.write_without_contract, "the model has no contract"),
     "endless": (hostile.write_endless_loop, "it could not be tried within 1 s (FOVEA_TRIAL_SECONDS)"),

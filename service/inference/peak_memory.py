@@ -1,0 +1,117 @@
+"""Peak memory of decoding one image: an upper bound, from the header only."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
+
+from fovea.service.artifact.contract import Geometry, PixelPath, Resize
+from fovea.service.inference.colour import Profile
+from fovea.service.inference.image_opening import has_many_scans
+from fovea.service.inference.image_source import ImageSource
+from fovea.service.inference.resize import WHOLE_RESIZE_PIXELS, compute_target_size
+from fovea.service.inference.tiff import ROWS_PER_STRIP, TILE_LENGTH, TILE_WIDTH
+
+_WORK_BYTES: Final = 1 << 20
+"""Bytes that any decode takes beside its pixels: tables, buffers, and the weights of the filter."""
+
+_PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+"""Bytes per pixel in Pillow's storage, by mode; all other modes take 4."""
+
+_DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16}
+"""Peak bytes per pixel that the decoder holds beside the image.
+
+WebP has two canvases and the frame. AVIF has the planes and two copies of the frame.
+"""
+
+_RETAINED_BYTES: Final = {"WEBP": 8, "AVIF": 8}
+"""Bytes per pixel that the decoder keeps as long as its image lives."""
+
+_PROFILE_BYTES: Final = 4 << 20
+"""Peak bytes that a transform takes beside its profile, while it is built and as long as it is cached."""
+
+_LOW_BYTES_MEMORY: Final = 20
+"""Bytes per pixel for the lower bytes, their differences from the upper bytes, and sums."""
+
+
+def estimate_source_peak_bytes(source: ImageSource, full_size: tuple[int, int], geometry: Geometry) -> int:
+    """Return an upper bound on the peak bytes of decoding, including the encoded image."""
+    peak_bytes = len(source.encoded_image) + estimate_peak_bytes(source.image_file, full_size, geometry)
+    if source.has_low_bytes:
+        peak_bytes += _LOW_BYTES_MEMORY * source.image_file.width * source.image_file.height
+    if isinstance(source.profile, Profile) and not source.profile.is_cached:
+        peak_bytes += _PROFILE_BYTES + 2 * len(source.profile.content)
+    return peak_bytes
+
+
+def estimate_peak_bytes(
+    image_file: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry
+) -> int:
+    """Return an upper bound, from the header only, on the peak bytes of decoding.
+
+    `image_file` is drafted and not loaded yet. `full_size` is the size in its header, in pixels.
+    """
+    pixels = image_file.width * image_file.height
+    kind = image_file.format or ""
+    image_bytes = pixels * _PIXEL_BYTES.get(image_file.mode, 4)
+    rotation_bytes = (
+        image_bytes if geometry.pixel_path is PixelPath.EXACT or _is_rotated_by_pillow(image_file) else 0
+    )
+    processing_bytes = max(
+        rotation_bytes, pixels * _convert_bytes(image_file) + _resize_bytes(image_file.size, geometry)
+    )
+    decoder_bytes = _decoder_bytes(image_file, full_size) or pixels * _DECODER_BYTES.get(kind, 0)
+    return (
+        _WORK_BYTES
+        + image_bytes
+        + max(decoder_bytes, pixels * _RETAINED_BYTES.get(kind, 0) + processing_bytes)
+    )
+
+
+def _is_rotated_by_pillow(image_file: ImageFile.ImageFile) -> bool:
+    """Return True if Pillow rotates the image when it loads the image: a TIFF, with `fast` too."""
+    return type(image_file) is TiffImagePlugin.TiffImageFile
+
+
+def _decoder_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
+    """Return the bytes of a decoder that do not depend on the decoded pixels; 0 for other decoders.
+
+    A strip or tile of a TIFF has up to four samples of 16 bits per pixel. For a JPEG with many scans the
+    decoder keeps all coefficients, at full size.
+    """
+    if isinstance(image_file, TiffImagePlugin.TiffImageFile):
+        tags = image_file.tag_v2
+        tile: int = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
+        strip: int = image_file.width * min(tags.get(ROWS_PER_STRIP, image_file.height), image_file.height)
+        return 8 * max(tile, strip)
+    if isinstance(image_file, JpegImagePlugin.JpegImageFile) and has_many_scans(image_file):
+        samples = sum(across * down for _, across, down, _ in image_file.layer)
+        block = max(across for _, across, _, _ in image_file.layer) * max(
+            down for _, _, down, _ in image_file.layer
+        )
+        return 2 * samples * (full_size[0] + 63) * (full_size[1] + 63) // max(block, 1)  # 16 bits each
+    return 0
+
+
+def _convert_bytes(image_file: ImageFile.ImageFile) -> int:
+    """Return the bytes per pixel that `to_rgb` allocates beside its input."""
+    if image_file.mode.startswith("I;16"):
+        return 12
+    if image_file.has_transparency_data:
+        return 8 if image_file.mode == "RGBA" else 12
+    return 0 if image_file.mode == "RGB" else 4
+
+
+def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
+    """Return the bytes of the result and of the image between the two passes.
+
+    The intermediate image has the width of the result and the height of the source. EXIF, read later, may
+    swap the sides, so the larger of both cases counts.
+    """
+    width, height = compute_target_size(size, geometry)
+    if geometry.pixel_path is PixelPath.EXACT and width * height <= WHOLE_RESIZE_PIXELS:
+        return 4 * (max(width * size[1], height * size[0]) + width * height)
+    max_width = max(geometry.width, geometry.height)
+    rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # rows that the crop keeps
+    return 4 * max_width * (rows + max_width)
