@@ -1,4 +1,4 @@
-"""The application: the core, the protocol adapters, the documentation and the web page, put together."""
+"""The application: the function that builds it from its parts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def create_app(
     Raises `StartError`; in that case nothing has been started.
 
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
-    models to serve as `serving_state` and a `participant` that manages them. Without a manager the
+    models to serve as `serving_state` and a `participant` that manages them. Without a participant the
     application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
     """
     metrics = Metrics(registry)
@@ -116,7 +116,7 @@ def create_app(
     )
     classifier.on_model_lost = model_manager.handle_lost_model
     # A model that is lost or refused must be recorded where the repository is watched. In a worker the
-    # supervisor watches the repository, and its manager is told instead.
+    # supervisor watches the repository, and `Participant.attach` sets both callbacks to send messages.
     if not participant:
         model_manager.on_lost, model_manager.on_refused = watcher.count_lost_model, watcher.refuse_version
 
@@ -142,7 +142,7 @@ def create_app(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        # A redirect would lose a proxy's scheme and prefix. `plain_path` makes redirects unnecessary.
+        # A redirect would lose a proxy's scheme and prefix. `normalize_path` makes redirects unnecessary.
         redirect_slashes=False,
         lifespan=lifespan,
     )

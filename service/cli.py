@@ -216,9 +216,9 @@ def explain_file(
         raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
     for warning in seen_inputs[0].warnings:
         print(f"{warning.code}: {warning.text}")
-    print(
-        f"{live_model.contract.labels[explanation.label]}  {seen_inputs[0].probabilities[explanation.label]:.1%}  {_describe_method(explanation)}"
-    )
+    label_name = live_model.contract.labels[explanation.label]
+    probability = seen_inputs[0].probabilities[explanation.label]
+    print(f"{label_name}  {probability:.1%}  {_describe_method(explanation)}")
     print(f"wrote {_printable_name(out)}")
     return 0
 
@@ -266,7 +266,7 @@ class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
     def __init__(self, live_model: LiveModel, options: ReplyOptions, is_single: bool) -> None:
-        """Create a printer; `is_single` means that one file was given, so that its answer is not in a list."""
+        """Create a printer; with `is_single`, one file was given and its answer is not in a list."""
         self.live_model, self.options, self.is_single = live_model, options, is_single
         self.outcome_count = 0
 
@@ -339,7 +339,8 @@ class _TextPrinter(_Printer):
 
 def _format_label_set(prediction_set: LabelSet) -> str:
     doubt = " (too little to go by)" if prediction_set.abstain else ""
-    return f"  {100 * prediction_set.level:g}% sure to be among: {', '.join(prediction_set.labels) or 'none'}{doubt}"
+    labels = ", ".join(prediction_set.labels) or "none"
+    return f"  {100 * prediction_set.level:g}% sure to be among: {labels}{doubt}"
 
 
 def _printable_name(path: Path) -> str:

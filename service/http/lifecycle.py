@@ -60,5 +60,6 @@ def force_exit_after(seconds: float) -> None:
         time.sleep(_EXIT_DELAY)
         os._exit(1)
 
-    # A thread is used because the event loop itself may be blocked.
+    # A thread is used because the event loop itself may be blocked. It is a daemon: if the process ends in
+    # time, the thread ends with it.
     threading.Thread(target=force_exit, name="end", daemon=True).start()

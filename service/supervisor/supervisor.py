@@ -106,7 +106,7 @@ class _Worker:
 
     @property
     def open_count(self) -> int:
-        """Return the number of open connections of the worker."""
+        """Number of open connections of the worker."""
         return self.accepted_count - self.closed_count
 
     def send_message(self, **message: Any) -> None:
@@ -120,7 +120,7 @@ class _Worker:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Return the sort key for choosing a worker: current connections, then connections ever."""
+        """Sort key for choosing a worker: the current connections, then all connections so far."""
         return self.open_count + len(self.passed_connections), self.received_count + len(
             self.passed_connections
         )
@@ -211,13 +211,13 @@ class Supervisor:
         own_socket, worker_socket = channel.create_channel()
         metric_files = None
         try:
-            with worker_socket, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as state_file:
+            with worker_socket, os.fdopen(os.memfd_create("fovea-serving-state"), "w+b") as state_file:
                 metric_files = MetricFiles.create()
                 state_file.write(self._watcher.state.to_json().encode())
                 state_file.seek(0)
                 descriptors = (worker_socket.fileno(), self._metrics.index, *metric_files.descriptors)
-                # The worker inherits these descriptors. `with` closes our copy of the worker's end after the
-                # start: otherwise the death of the worker would not end the channel.
+                # The worker inherits these descriptors. `with` closes this process's copy of the worker's end
+                # after the start: otherwise the death of the worker would not end the channel.
                 process = subprocess.Popen(  # noqa: S603 - our own command
                     [*self._command, *map(str, descriptors)],
                     env=self._environment,
@@ -272,9 +272,8 @@ class Supervisor:
         """
         self._loop.call_later(channel.HEARTBEAT_INTERVAL, self._check_workers)
         now = time.monotonic()
-        own_delay = max(
-            0.0, now - self._checked_at - 2 * channel.HEARTBEAT_INTERVAL
-        )  # this process itself did not run
+        # Time in which this process itself did not run. No worker is to blame for it.
+        own_delay = max(0.0, now - self._checked_at - 2 * channel.HEARTBEAT_INTERVAL)
         self._checked_at = now
         reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
         for worker in self._workers:
@@ -497,16 +496,17 @@ class Supervisor:
     def _pass_connection(self, connection: socket.socket) -> None:
         """Pass a connection to the worker with the fewest connections.
 
-        Keep it while no worker can take it.
+        The listener calls this on the event loop for every accepted connection. The connection waits here
+        while no worker can take it.
         """
         for worker in sorted(self._available_workers(), key=lambda one: one.load):
-            if not worker.outbox.is_empty:  # it is busy, and earlier messages come first
+            if not worker.outbox.is_empty:  # the worker is busy, and earlier messages come first
                 continue
             if worker.starved_until > time.monotonic():
                 continue
             try:
                 socket.send_fds(worker.channel_socket, [channel.CONNECTION_MESSAGE], [connection.fileno()])
-            except OSError:  # it is busy or has just died
+            except OSError:  # the worker is busy or has just died
                 continue
             # Keep the connection open here until the worker reports it: another worker gets it if this one
             # dies.
@@ -584,7 +584,7 @@ class Supervisor:
 
 @contextmanager
 def _log_exceptions(message: str, *values: object) -> Iterator[None]:
-    """Log an exception that is raised inside, and continue, because the following code is more important."""
+    """Log an exception that the block raises, and continue, because the following code is more important."""
     try:
         yield
     except Exception:
