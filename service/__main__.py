@@ -158,7 +158,7 @@ def _run_supervisor(
     try:
         metrics = SharedMetrics()
     except OSError as error:
-        raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
+        raise StartError(f"cannot create the shared metrics of the workers: {error.strerror}") from None
     max_connections = get_connection_limit(
         settings.connections, reserved_files=_FILES_PER_WORKER * settings.workers
     )

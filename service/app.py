@@ -185,7 +185,9 @@ def _create_tracing(settings: Settings) -> Tracing | None:
 
         return Tracing()
     except ModuleNotFoundError as error:
-        raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
+        raise StartError(
+            f"FOVEA_TRACES needs the extra `traces`: the module {error.name} is not installed"
+        ) from None
     except Exception as error:  # depending on the `OTEL_*` variables, OpenTelemetry raises errors of any type
         raise StartError(f"FOVEA_TRACES: {to_one_line(error)}") from None
 
@@ -334,7 +336,11 @@ def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
             allowed_methods = _allowed_methods(app, request)
-            response = render_error(request.scope, MethodNotAllowed(f"use {allowed_methods} here"), observer)
+            response = render_error(
+                request.scope,
+                MethodNotAllowed(f"{request.method} is not allowed here; use {allowed_methods}"),
+                observer,
+            )
             response.headers["Allow"] = allowed_methods
             return response
         return render_error(request.scope, NotFound(f"there is nothing at {request.url.path}"), observer)

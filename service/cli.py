@@ -125,7 +125,7 @@ def classify_files(
             else ""
         )
         print(
-            f"fovea: left out {_format_count(len(skipped_files), 'file')} that no image is in: {names}{more}",
+            f"fovea: skipped {_format_count(len(skipped_files), 'file')} without an image: {names}{more}",
             file=sys.stderr,
         )
     if not printer.outcome_count and not is_single:
@@ -186,7 +186,9 @@ def explain_file(
     errors of the image, the label or the method.
     """
     if out.suffix.lower() not in ("", ".png"):
-        raise StartError(f"the picture is a PNG, and is not called {_printable_name(out)}")
+        raise StartError(
+            f"--out is {_printable_name(out)}, but the heat map is a PNG; end the name with .png"
+        )
     settings = load_settings(**overrides)
     configure_pillow()
     _, live_model = _load_model(settings, model)
@@ -203,7 +205,7 @@ def explain_file(
     seen_inputs: list[SeenInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("hiding places", total=1.0, visible=False)
+        task = bar.add_task("masking parts of the image", total=1.0, visible=False)
         explanation = explainer.explain(
             file.read_bytes(),
             question,
@@ -338,7 +340,7 @@ class _TextPrinter(_Printer):
 
 
 def _format_label_set(prediction_set: LabelSet) -> str:
-    doubt = " (too little to go by)" if prediction_set.abstain else ""
+    doubt = " (too uncertain to decide)" if prediction_set.abstain else ""
     labels = ", ".join(prediction_set.labels) or "none"
     return f"  {100 * prediction_set.level:g}% sure to be among: {labels}{doubt}"
 

@@ -218,7 +218,7 @@ def log_internal_error(request_id: str) -> Internal:
     Call this while handling the exception.
     """
     log.exception("request %s failed", request_id)
-    return Internal("internal error; the log has it under this request id")
+    return Internal("internal error; the log of the service has the traceback under this request id")
 
 
 def encode_error(error: RequestError, record: RequestRecord) -> tuple[int, bytes, dict[str, str]]:

@@ -141,7 +141,7 @@ class Server:
             await self._loop.connect_accepted_socket(self._create_connection, client_socket)
         except Exception as error:
             if not isinstance(error, OSError):  # an OSError means that the client has already gone
-                log.exception("a connection could not be taken")
+                log.exception("a connection could not be set up")
             client_socket.close()
             self._on_connection_lost()
 

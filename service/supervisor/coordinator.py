@@ -135,13 +135,13 @@ class Coordinator:
 
     def on_worker_lost(self, worker: Worker) -> None:
         """Set the reply of a worker that has died or hangs, so that `prepare` does not wait for it."""
-        self._set_reply(worker, {"error": "a worker died meanwhile, or hangs", "kind": _LOST_WORKER})
+        self._set_reply(worker, {"error": "a worker died or hung during the change", "kind": _LOST_WORKER})
 
     def _give_up(self) -> None:
         """Kill the workers that have not replied in time."""
         for worker, reply in self._pending_replies.items():
             if not reply.done():
-                log.error("a worker was not ready for a change within %g s; it is killed", self._timeout)
+                log.error("a worker has not prepared a change within %g s; it is killed", self._timeout)
                 worker.kill()
                 self.on_worker_lost(worker)
 

@@ -87,7 +87,9 @@ class Participant:
         try:
             self._manager.commit(name)
         except Exception:  # otherwise this worker would serve other versions than the other workers
-            log.critical("this worker cannot make a change that all others make, and ends", exc_info=True)
+            log.critical(
+                "this worker cannot commit a change that the other workers commit, and exits", exc_info=True
+            )
             os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
@@ -115,7 +117,7 @@ class Participant:
                 await self._pending_requests[request_id]
         except TimeoutError:
             raise SwapRefused(
-                f"the change has not ended within {limit:g} s; look whether it has later"
+                f"the change has not ended within {limit:g} s; check the served versions later"
             ) from None
         finally:
             del self._pending_requests[request_id]
@@ -153,7 +155,7 @@ class Participant:
 
 def _create_gone_error() -> Draining:
     """Return the error for requests after the end of the supervisor."""
-    return Draining("the supervisor is gone, and this worker stops", retry_after=1.0)
+    return Draining("the supervisor has ended, and this worker is stopping", retry_after=1.0)
 
 
 def _parse_error(values: dict[str, str]) -> RequestError:

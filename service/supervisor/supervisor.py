@@ -252,7 +252,9 @@ class Supervisor:
                 elif encoded_message is not None:
                     self._handle_message(worker, json.loads(encoded_message))
             except Exception:  # no message of this worker can be trusted any more
-                log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
+                log.exception(
+                    "worker %d is killed, because its message is invalid: %.200r", worker.process.pid, message
+                )
                 worker.kill()
 
     def _mark_alive(self, worker: _Worker) -> None:
@@ -263,7 +265,7 @@ class Supervisor:
             worker.is_silent = False
             self._pass_waiting_connections()
             self._update_worker_metric()
-            log.info("worker %d is heard of again", worker.process.pid)
+            log.info("worker %d sends messages again, and gets connections", worker.process.pid)
 
     def _check_workers(self) -> None:
         """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent.
@@ -286,7 +288,7 @@ class Supervisor:
                 worker.is_hung = True
                 worker.kill()
                 log.error(
-                    "worker %d has not been heard of for %.0f s, and is killed",
+                    "worker %d has sent no message for %.0f s, and is killed",
                     worker.process.pid,
                     silent_seconds,
                 )
@@ -294,7 +296,7 @@ class Supervisor:
                 worker.is_silent = True
                 self._update_worker_metric()
                 log.warning(
-                    "worker %d has not been heard of for %.0f s, and gets no more connections",
+                    "worker %d has sent no message for %.0f s, and gets no more connections",
                     worker.process.pid,
                     silent_seconds,
                 )
@@ -381,7 +383,9 @@ class Supervisor:
             return
         # A different generation means that a change was committed while the worker was loading its models.
         if worker.generation != self._coordinator.generation:
-            log.info("worker %d has loaded what is not served any more", worker.process.pid)
+            log.info(
+                "worker %d has loaded versions that are no longer served, and is replaced", worker.process.pid
+            )
             worker.kill()
             return
         worker.served_models = worker.loaded_models
@@ -401,8 +405,11 @@ class Supervisor:
         except RequestError as refusal:
             error = refusal.to_dict()
         except Exception:  # a caller waits for an answer in any case
-            log.exception("a change could not be made")
-            error = {"code": Internal.code, "message": "a change could not be made; the log says why"}
+            log.exception("a change of the served models failed")
+            error = {
+                "code": Internal.code,
+                "message": "the change failed; the log of the service has the reason",
+            }
         with suppress(OSError):  # the worker has died meanwhile
             worker.send_message(managed=request, error=error)
 
@@ -419,7 +426,7 @@ class Supervisor:
             self._pass_connection(connection)
         if worker.open_count:
             self._listener.report_closed(worker.open_count)
-        with _log_exceptions("a change could not be told that a worker has died"):
+        with _log_exceptions("the coordinator could not handle the death of a worker"):
             self._coordinator.on_worker_lost(worker)
         self._update_worker_metric()
 
@@ -431,19 +438,19 @@ class Supervisor:
             self._ending_workers.discard(worker)
         reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
         description = {
-            "hung": "was killed because it was not heard of",
+            "hung": "was killed because it sent no messages",
             "signal": f"was ended by signal {-code}",
             "exit": f"ended with exit code {code}",
         }[reason]
         if not self._start_future.done():
-            self._start_future.set_exception(StartError(f"a worker {description} at its start"))
+            self._start_future.set_exception(StartError(f"a worker {description} while it started"))
         if self._start_future.exception():  # `run` ends and kills the other workers
             return
         if self._is_stopping:
             self._end_if_finished()
         else:
             self._start_task(self._replace_worker(worker))
-            log.error("worker %d %s; another takes its place", worker.process.pid, description)
+            log.error("worker %d %s; it is replaced", worker.process.pid, description)
         with _log_exceptions("the metrics of worker %d are lost", worker.process.pid):
             if not self._is_stopping:
                 self._metrics.process_metrics.worker_deaths[reason].inc()
@@ -457,7 +464,9 @@ class Supervisor:
         deadline = time.monotonic() + _EXIT_TIMEOUT
         while (code := worker.process.poll()) is None:
             if time.monotonic() > deadline:
-                log.error("worker %d does not end, and is killed", worker.process.pid)
+                log.error(
+                    "worker %d has not ended within %g s, and is killed", worker.process.pid, _EXIT_TIMEOUT
+                )
                 worker.kill()
                 deadline = time.monotonic() + _EXIT_TIMEOUT
             await asyncio.sleep(_POLL_INTERVAL)
@@ -541,7 +550,7 @@ class Supervisor:
             try:
                 worker.send_message(signal=number)
             except OSError:  # it has died, or hangs and will be killed
-                log.warning("worker %d does not listen", worker.process.pid)
+                log.warning("worker %d could not be sent signal %d", worker.process.pid, number)
         self._end_if_finished()
 
     def _release_worker(self, worker: _Worker) -> None:

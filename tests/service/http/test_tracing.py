@@ -252,7 +252,10 @@ def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_
     (tmp_path / "sitecustomize.py").write_text(hidden)
     ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 2
-    assert ended.stderr == "fovea: FOVEA_TRACES needs the extra `traces`: no opentelemetry.exporter.otlp\n"
+    assert ended.stderr == (
+        "fovea: FOVEA_TRACES needs the extra `traces`: "
+        "the module opentelemetry.exporter.otlp is not installed\n"
+    )
 
 
 # --- spans by hand -------------------------------------------------------------------------------
