@@ -370,7 +370,7 @@ MISTAKES = {
     "export nowhere --out zoo/x/1": "there is no nowhere/weights.safetensors; "
     "`fovea train --out nowhere` makes one",
     "serve nowhere": "FOVEA_MODELS is 'nowhere': No such file or directory; "
-    "name a repository (--models), or one model file",
+    "give a model repository (--models) or one model file",
 }
 
 
