@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Collection
-from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from fovea.service.environment import (
+    PLATFORM_PORT,
+    PORT_SETTING,
+    EnvironmentSource,
+    is_kubernetes_variable,
+    read_own_port,
+)
 from fovea.service.errors import SettingsError
+from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
-
-_KUBERNETES_VARIABLES: Final = tuple(
-    (re.compile(rf"FOVEA(_[A-Z0-9_]+)?_{name}"), re.compile(value))
-    for name, value in (
-        ("SERVICE_HOST", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
-        ("SERVICE_PORT(_[A-Z0-9_]+)?", r"\d{1,5}"),
-        ("PORT", r"(tcp|udp|sctp)://.+"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)", r"(tcp|udp|sctp)://.+"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_PROTO", "tcp|udp|sctp"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d{1,5}"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
-    )
-)
-"""Patterns for the names and values of variables that are not settings.
-
-Kubernetes sets such variables in every pod beside a Service named `fovea` or `fovea-…` (pkg/kubelet/envvars),
-and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
-"""
-
-_PORT_SETTING: Final = "FOVEA_PORT"
-
-_PLATFORM_PORT: Final = "PORT"
-"""Environment variable by which many platforms specify the port of a service."""
-
-_VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 PROTOCOLS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
@@ -76,61 +55,6 @@ def _parse_protocols(value: Any) -> Any:
     return names
 
 
-def _parse_hosts(value: Any) -> Any:
-    """Split a comma-separated list of host names.
-
-    Raises `ValueError` for a malformed host name.
-    """
-    if not isinstance(value, str):
-        return value
-    hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
-    for one in hosts:
-        if not _VALID_HOST.fullmatch(one):
-            raise ValueError(
-                f"{one!r} is not a host name; give it without scheme and port, such as photos.example.com"
-            )
-    return hosts
-
-
-def _parse_networks(value: Any) -> Any:
-    """Split a comma-separated list of addresses and networks.
-
-    Raises `ValueError` for anything else.
-    """
-    if not isinstance(value, str):
-        return value
-    networks = tuple(filter(None, (one.strip() for one in value.split(","))))
-    for one in networks:
-        try:
-            ip_network(one)
-        except ValueError as error:
-            raise ValueError(f"{error}; give addresses or networks, such as 10.0.0.0/8,::1") from None
-    return networks
-
-
-def _check_path(path: Path) -> Path:
-    try:
-        path.stat()
-    except OSError as error:
-        raise ValueError(f"{error.strerror}; give a model repository (--models) or one model file") from None
-    return path
-
-
-class _EnvironmentSource(EnvSettingsSource):
-    """The environment without Kubernetes' variables, with `PORT` as a fallback for `FOVEA_PORT`."""
-
-    def __init__(self, settings_class: type[BaseSettings]) -> None:
-        super().__init__(settings_class)
-        variables = {
-            name: value
-            for name, value in self.env_vars.items()
-            if not _is_kubernetes_variable(name, value or "")
-        }
-        if os.environ.get(_PLATFORM_PORT):
-            variables.setdefault(_PORT_SETTING.lower(), os.environ[_PLATFORM_PORT])
-        self.env_vars = variables
-
-
 class Settings(BaseSettings):
     """Every setting, with its unit, bounds and default. Durations are in seconds."""
 
@@ -143,7 +67,7 @@ class Settings(BaseSettings):
         le=65535,
         description="TCP port to listen on; 0 takes a free port. If it is not set, Fovea uses `PORT`.",
     )
-    models: Annotated[Path, AfterValidator(_check_path)] = Field(
+    models: Annotated[Path, AfterValidator(check_path)] = Field(
         Path("zoo"),
         validate_default=True,
         description="Model repository `<name>/<version>/model.onnx`, or one model file.",
@@ -175,7 +99,7 @@ class Settings(BaseSettings):
     management: bool = Field(
         False, description="Offer `/v2/repository` to load and unload models by request."
     )
-    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_hosts)] = Field(
+    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)] = Field(
         (),
         description="Host names under which browsers may manage models, separated by commas; private names "
         "and addresses always may.",
@@ -356,7 +280,7 @@ class Settings(BaseSettings):
     log_stream: Literal["stderr", "stdout"] = Field(
         "stderr", description="Stream of the log; the greeting of a start goes to the other stream."
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_networks)] = Field(
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_networks)] = Field(
         (),
         description="Proxies whose `X-Forwarded-*` headers count: addresses or CIDR networks, with commas.",
     )
@@ -375,7 +299,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
-        return init_settings, _EnvironmentSource(settings_cls)
+        return init_settings, EnvironmentSource(settings_cls)
 
     @model_validator(mode="after")
     def _check_limits(self) -> Settings:
@@ -402,7 +326,7 @@ def load_settings(**overrides: Any) -> Settings:
         if (
             name.upper().startswith(ENVIRONMENT_PREFIX)
             and name.upper() not in known_names
-            and not _is_kubernetes_variable(name, value)
+            and not is_kubernetes_variable(name, value)
         ):
             if new_name := _RENAMED.get(name.upper()):
                 raise SettingsError(f"the setting {name} was renamed; use {new_name}")
@@ -422,8 +346,8 @@ def load_settings(**overrides: Any) -> Settings:
             reason = f"it must be {describe_values(Settings.model_fields[field])}"
             reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
         name = ENVIRONMENT_PREFIX + field.upper()
-        if name == _PORT_SETTING and "port" not in overrides and not _read_own_port():
-            name = _PLATFORM_PORT
+        if name == PORT_SETTING and "port" not in overrides and not read_own_port():
+            name = PLATFORM_PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 
@@ -433,42 +357,7 @@ _RENAMED: Final = {"FOVEA_DIALECTS": "FOVEA_PROTOCOLS"}
 _RANGE_HINTS: Final = {"greater_than": "; give a greater value", "less_than": "; give a smaller value"}
 
 
-def describe_values(field: FieldInfo) -> str:
-    """Return words for the values that a setting accepts, to follow "it must be"."""
-    value_type: Any = field.annotation
-    choices = [repr(choice) for choice in get_args(value_type)] if get_origin(value_type) is Literal else []
-    if choices:
-        return f"{', '.join(choices[:-1])} or {choices[-1]}"
-    word = {bool: "true or false", int: "an integer", float: "a number"}.get(value_type, "")
-    if not word:
-        return f"a valid value. {field.description}"
-    lowest, above, highest, below = (
-        next((value for one in field.metadata if (value := getattr(one, name, None)) is not None), None)
-        for name in ("ge", "gt", "le", "lt")
-    )
-    if lowest is not None and highest is not None:
-        return f"{word} from {lowest} to {highest}"
-    limits = {"of at least": lowest, "above": above, "of at most": highest, "below": below}
-    return " ".join(
-        [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
-    ).strip()
-
-
 def _suggest_name(name: str, known_names: Collection[str]) -> str:
     """Return the setting whose words end the name, or the setting with the most similar spelling."""
     ends = [one for one in known_names if name.endswith("_" + one.removeprefix(ENVIRONMENT_PREFIX))]
     return max(ends, key=len) if ends else difflib.get_close_matches(name, known_names, n=1, cutoff=0.0)[0]
-
-
-def _read_own_port() -> str:
-    """Return `FOVEA_PORT` in any letter case; empty if it is not set or comes from Kubernetes."""
-    for name, value in os.environ.items():
-        if name.upper() == _PORT_SETTING and not _is_kubernetes_variable(name, value):
-            return value
-    return ""
-
-
-def _is_kubernetes_variable(name: str, value: str) -> bool:
-    return any(
-        names.fullmatch(name.upper()) and values.fullmatch(value) for names, values in _KUBERNETES_VARIABLES
-    )
