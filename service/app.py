@@ -150,6 +150,8 @@ def create_app(
     page.add_routes(app, _WEB_FOLDER)
     add_error_handlers(app, observer)
     cached_replies = CachedReplies(classifier.registry, observer)
+    # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
+    # `ObserverMiddleware` comes next, so that it also counts what `FastPathMiddleware` answers.
     asgi = FastPathMiddleware(app, classify, cached_replies)
     return Application(
         asgi=HeadMiddleware(ObserverMiddleware(asgi, observer=observer), observer),

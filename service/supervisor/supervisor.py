@@ -213,7 +213,10 @@ class Supervisor:
                 )
 
     def _handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
-        """Handle a message of a worker."""
+        """Handle a message of a worker, on the event loop and in the order in which the worker sent it.
+
+        Nothing here may wait: a change, which takes long, runs in a task.
+        """
         if "received" in message:
             self._dispatcher.update_connections(
                 worker, message["received"], message["closed"], message["missed"]

@@ -1,4 +1,4 @@
-"""What goes wrong around the service: clients, deadlines, logs, clocks. Is it counted, and who pays?"""
+"""Faults around the service: clients, deadlines, logs and clocks. Each fault is counted and isolated."""
 
 from __future__ import annotations
 

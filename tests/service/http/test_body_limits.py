@@ -103,7 +103,7 @@ def test_a_body_has_its_time_on_every_route(
 
 
 def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Path) -> None:
-    """It is the service that lets the client wait then."""
+    """The time limit does not run while the service lets the client wait."""
     with Server(FOVEA_MODELS=str(small_zoo), **TIMES) as running, Wire(running.url) as wire:
         with stop_runners(running):
             wire.send(classify_request(make_jpeg()), classify_request(make_jpeg(900, 900))[:-1])
@@ -135,7 +135,7 @@ def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None
 
 @pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
 def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) -> None:
-    """Also where it is thrown away: the connection ends long before the time for a body is over."""
+    """The limit also holds for a discarded body: the connection ends long before the time limit."""
     piece = b"186a0\r\n" + bytes(100_000) + b"\r\n"
     with Wire(server.url) as wire:
         wire.send(b"%b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % route)
@@ -155,7 +155,7 @@ def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) 
 
 @contextmanager
 def stop_runners(server: Server) -> Iterator[None]:
-    """No image is classified inside."""
+    """Stop the runners, so that no image is classified inside the block."""
     runners = server.runner_pids
     for pid in runners:
         os.kill(pid, signal.SIGSTOP)

@@ -26,7 +26,7 @@ def _run_with_pair(use_ends: Callable[[socket.socket, socket.socket], Coroutine[
 
 
 async def _read_messages(connection: socket.socket, count: int) -> list[Any]:
-    """So many whole messages, or those up to the last one, read by one who is slow to begin."""
+    """Read this number of whole messages, or all of them, after a delay."""
     inbox = Inbox()
     messages: list[Any] = []
     loop = asyncio.get_running_loop()
