@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _WORKER_OPTION: str = "--worker"
 
 _FILES_PER_WORKER: Final = 16
-"""Number of files that the supervisor needs per worker: the channel, its metrics and those of a start."""
+"""Number of file descriptors that the supervisor needs per worker: the channel, the metrics and a start."""
 
 _WRITE_TIMEOUT: Final = 1.0
 """Time limit in seconds for writing a line to a stream that nobody may be reading."""
@@ -113,8 +113,8 @@ def _serve_single_process(
             processes.workers.set(1)
             _print_greeting(settings, greeting)
 
-        # The server calls `on_listening` once it accepts connections. From then on signals stop the service
-        # in order; before that they end the process at once.
+        # The server calls `on_listening` on the event loop once it accepts connections. From then on signals
+        # stop the service in order; before that they end the process at once.
         await server.serve(listener, on_listening=on_listening)
 
     _prepare_serving(settings)
@@ -158,7 +158,7 @@ def _run_supervisor(
     try:
         metrics = SharedMetrics()
     except OSError as error:
-        raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
+        raise StartError(f"cannot create the shared metrics of the workers: {error.strerror}") from None
     max_connections = get_connection_limit(
         settings.connections, reserved_files=_FILES_PER_WORKER * settings.workers
     )
@@ -184,7 +184,8 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
     The worker keeps its metrics in `metric_descriptors`. The file `metrics_index` lists the metric files of
     all workers.
     """
-    signals.ignore_signals()  # signals go to the whole process group; only the supervisor tells a worker to stop
+    # Signals go to the whole process group, but only the supervisor tells a worker to stop.
+    signals.ignore_signals()
     import asyncio
     import socket
 
@@ -247,8 +248,9 @@ async def _serve_worker(
     server = _create_server(app, settings)
     raise_file_limit(settings.connections)
     starvation_counter = app.observer.metrics.process_metrics.connections_starved
-    # The feed receives connections and messages from the supervisor: signals go to the server, all other
-    # messages to `participant`, which sends its own messages through the feed.
+    # The source receives connections and messages from the supervisor: signals go to the server, all other
+    # messages to `participant`, which sends its own messages through the source. Attach the participant
+    # before the source starts, because the first message may arrive at once.
     supervised_source = SupervisedSource(
         channel_socket, server.handle_signal, participant.handle_message, starvation_counter.inc
     )

@@ -125,7 +125,7 @@ def classify_files(
             else ""
         )
         print(
-            f"fovea: left out {_format_count(len(skipped_files), 'file')} that no image is in: {names}{more}",
+            f"fovea: skipped {_format_count(len(skipped_files), 'file')} without an image: {names}{more}",
             file=sys.stderr,
         )
     if not printer.outcome_count and not is_single:
@@ -186,7 +186,9 @@ def explain_file(
     errors of the image, the label or the method.
     """
     if out.suffix.lower() not in ("", ".png"):
-        raise StartError(f"the picture is a PNG, and is not called {_printable_name(out)}")
+        raise StartError(
+            f"--out is {_printable_name(out)}, but the heat map is a PNG; end the name with .png"
+        )
     settings = load_settings(**overrides)
     configure_pillow()
     _, live_model = _load_model(settings, model)
@@ -203,7 +205,7 @@ def explain_file(
     seen_inputs: list[SeenInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("hiding places", total=1.0, visible=False)
+        task = bar.add_task("masking parts of the image", total=1.0, visible=False)
         explanation = explainer.explain(
             file.read_bytes(),
             question,
@@ -216,9 +218,9 @@ def explain_file(
         raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
     for warning in seen_inputs[0].warnings:
         print(f"{warning.code}: {warning.text}")
-    print(
-        f"{live_model.contract.labels[explanation.label]}  {seen_inputs[0].probabilities[explanation.label]:.1%}  {_describe_method(explanation)}"
-    )
+    label_name = live_model.contract.labels[explanation.label]
+    probability = seen_inputs[0].probabilities[explanation.label]
+    print(f"{label_name}  {probability:.1%}  {_describe_method(explanation)}")
     print(f"wrote {_printable_name(out)}")
     return 0
 
@@ -266,7 +268,7 @@ class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
     def __init__(self, live_model: LiveModel, options: ReplyOptions, is_single: bool) -> None:
-        """Create a printer; `is_single` means that one file was given, so that its answer is not in a list."""
+        """Create a printer; with `is_single`, one file was given and its answer is not in a list."""
         self.live_model, self.options, self.is_single = live_model, options, is_single
         self.outcome_count = 0
 
@@ -338,8 +340,9 @@ class _TextPrinter(_Printer):
 
 
 def _format_label_set(prediction_set: LabelSet) -> str:
-    doubt = " (too little to go by)" if prediction_set.abstain else ""
-    return f"  {100 * prediction_set.level:g}% sure to be among: {', '.join(prediction_set.labels) or 'none'}{doubt}"
+    doubt = " (too uncertain to decide)" if prediction_set.abstain else ""
+    labels = ", ".join(prediction_set.labels) or "none"
+    return f"  {100 * prediction_set.level:g}% sure to be among: {labels}{doubt}"
 
 
 def _printable_name(path: Path) -> str:

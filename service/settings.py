@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Collection
-from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from fovea.service.environment import (
+    PLATFORM_PORT,
+    PORT_SETTING,
+    EnvironmentSource,
+    is_kubernetes_variable,
+    read_own_port,
+)
 from fovea.service.errors import SettingsError
+from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
-
-_KUBERNETES_VARIABLES: Final = tuple(
-    (re.compile(rf"FOVEA(_[A-Z0-9_]+)?_{name}"), re.compile(value))
-    for name, value in (
-        ("SERVICE_HOST", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
-        ("SERVICE_PORT(_[A-Z0-9_]+)?", r"\d{1,5}"),
-        ("PORT", r"(tcp|udp|sctp)://.+"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)", r"(tcp|udp|sctp)://.+"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_PROTO", "tcp|udp|sctp"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d{1,5}"),
-        (r"PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
-    )
-)
-"""Patterns for the names and values of variables that are not settings.
-
-Kubernetes sets such variables in every pod beside a Service named `fovea` or `fovea-…` (pkg/kubelet/envvars),
-and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
-"""
-
-_PORT_SETTING: Final = "FOVEA_PORT"
-
-_PLATFORM_PORT: Final = "PORT"
-"""Environment variable by which many platforms specify the port of a service."""
-
-_VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 PROTOCOLS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
@@ -68,65 +47,12 @@ def _parse_protocols(value: Any) -> Any:
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
         if name not in PROTOCOLS:
-            raise ValueError(f"there is no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+            raise ValueError(f"there is no protocol {name!r}; the protocols are {', '.join(PROTOCOLS)}")
     if PROTOCOLS[0] not in names:
-        raise ValueError(f"{PROTOCOLS[0]!r} is missing, which probes and pages speak; it is always there")
+        raise ValueError(
+            f"{PROTOCOLS[0]!r} is missing; add it, because health probes and the web page need it"
+        )
     return names
-
-
-def _parse_hosts(value: Any) -> Any:
-    """Split a comma-separated list of host names.
-
-    Raises `ValueError` for a malformed host name.
-    """
-    if not isinstance(value, str):
-        return value
-    hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
-    for one in hosts:
-        if not _VALID_HOST.fullmatch(one):
-            raise ValueError(
-                f"{one!r} is no host name; leave out scheme and port, such as photos.example.com"
-            )
-    return hosts
-
-
-def _parse_networks(value: Any) -> Any:
-    """Split a comma-separated list of addresses and networks.
-
-    Raises `ValueError` for anything else.
-    """
-    if not isinstance(value, str):
-        return value
-    networks = tuple(filter(None, (one.strip() for one in value.split(","))))
-    for one in networks:
-        try:
-            ip_network(one)
-        except ValueError as error:
-            raise ValueError(f"{error}; name addresses or networks, such as 10.0.0.0/8,::1") from None
-    return networks
-
-
-def _check_path(path: Path) -> Path:
-    try:
-        path.stat()
-    except OSError as error:
-        raise ValueError(f"{error.strerror}; name a repository (--models), or one model file") from None
-    return path
-
-
-class _EnvironmentSource(EnvSettingsSource):
-    """The environment without Kubernetes' variables, with `PORT` as a fallback for `FOVEA_PORT`."""
-
-    def __init__(self, settings_class: type[BaseSettings]) -> None:
-        super().__init__(settings_class)
-        variables = {
-            name: value
-            for name, value in self.env_vars.items()
-            if not _is_kubernetes_variable(name, value or "")
-        }
-        if os.environ.get(_PLATFORM_PORT):
-            variables.setdefault(_PORT_SETTING.lower(), os.environ[_PLATFORM_PORT])
-        self.env_vars = variables
 
 
 class Settings(BaseSettings):
@@ -139,62 +65,62 @@ class Settings(BaseSettings):
         8000,
         ge=0,
         le=65535,
-        description="TCP port to listen on; 0 takes a free one. Where it is not set, `PORT` is heard.",
+        description="TCP port to listen on; 0 takes a free port. If it is not set, Fovea uses `PORT`.",
     )
-    models: Annotated[Path, AfterValidator(_check_path)] = Field(
+    models: Annotated[Path, AfterValidator(check_path)] = Field(
         Path("zoo"),
         validate_default=True,
-        description="Model repository, laid out `<name>/<version>/model.onnx`, or one model file.",
+        description="Model repository `<name>/<version>/model.onnx`, or one model file.",
     )
     default_model: str | None = Field(
         None,
-        description="Model of `/v1/classify`; by default what the file `default` names, or the only one.",
+        description="Model of `/v1/classify`; by default the model in the file `default`, or the only one.",
     )
     models_loaded: int = Field(
         0,
         ge=0,
         le=10_000,
-        description="Most models held in memory; others load when asked for, and the least recently used "
-        "goes; 0: all.",
+        description="Largest number of models in memory; others load on their next request, and the least "
+        "recently used model is unloaded; 0: all models stay loaded.",
     )
     state: Path | None = Field(
         None,
-        description="Folder in which verdicts on versions are kept; by default beside each model file.",
+        description="Folder for the verdicts on versions; by default each lies beside its model file.",
     )
     strict: bool = Field(
-        False, description="End the start when a model cannot be served, in place of serving the others."
+        False, description="End the start if a model cannot be served, instead of serving the others."
     )
     watch: float = Field(
         2.0,
         ge=0,
         le=3600,
-        description="Seconds between two looks at the repository for new versions; 0: it is not watched.",
+        description="Seconds between two looks at the repository for new versions; 0: never.",
     )
     management: bool = Field(
-        False, description="Offer `/v2/repository`: to load and unload models by request."
+        False, description="Offer `/v2/repository` to load and unload models by request."
     )
-    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_hosts)] = Field(
+    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_hosts)] = Field(
         (),
-        description="Names under which browsers may manage models, with commas; addresses and names that are "
-        "private always may.",
+        description="Host names under which browsers may manage models, separated by commas; private names "
+        "and addresses always may.",
     )
     protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
-        PROTOCOLS, description="Protocols that are spoken, with commas between them; `native` always is."
+        PROTOCOLS, description="Protocols to serve, separated by commas; `native` must be among them."
     )
     replay_images: int = Field(
         64,
         ge=0,
         le=64,
-        description="Last images of a model that are kept in memory, to try its next version on; 0: none.",
+        description="Last images of each model to keep for the shadow test of its next version; 0: none.",
     )
     trial_seconds: float = Field(
         60.0,
         gt=0,
         le=3600,
-        description="Processor time of the trial of a new version, at most, in seconds.",
+        description="Limit on the processor time of a shadow test, in seconds.",
     )
     trial_bytes: int = Field(
-        4 << 30, ge=1 << 28, le=1 << 40, description="Most memory that it may take meanwhile, in bytes."
+        4 << 30, ge=1 << 28, le=1 << 40, description="Memory limit of a shadow test, in bytes."
     )
     swap_flips: float = Field(
         1.0,
@@ -206,68 +132,83 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         le=1000,
-        description="How many times as long as the old version a new one may take for an image; 0: any.",
+        description="Largest ratio of a new version's time per image to the old version's; 0: any.",
     )
     workers: int = Field(
-        1, ge=1, le=256, description="Services that share the port and the processors, each with its runners."
+        1,
+        ge=1,
+        le=256,
+        description="Processes that share the port and the processors, each with its own runners.",
     )
     provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Execution provider; `cuda` that does not load stops the start."
+        "auto", description="Execution provider; if `cuda` is set and does not load, the start ends."
     )
     runners: int = Field(
-        0, ge=0, le=256, description="Processes that decode and run images; 0: one for each processor."
+        0, ge=0, le=256, description="Processes that decode and classify images; 0: one per processor."
     )
     runner_threads: int = Field(
         0,
         ge=0,
         le=256,
-        description="CPU threads inside one model call; 0 means 1, and all when the call is alone.",
+        description="CPU threads inside one model call; 0: one, and all processors if no other call runs.",
     )
     decode_threads: int = Field(
-        0, ge=0, le=256, description="Images that a runner decodes at the same time; 0: 1, more with CUDA."
+        0,
+        ge=0,
+        le=256,
+        description="Images that one runner decodes at the same time; 0: one on a CPU, more with CUDA.",
     )
     batch_max: int = Field(
-        0, ge=0, le=1024, description="Most images in one model call; 0 means 4 on CPU, 32 on CUDA."
+        0, ge=0, le=1024, description="Largest number of images in one model call; 0: 4 on a CPU, 32 on CUDA."
     )
     batch_wait_ms: float = Field(
-        0.0, ge=0, le=1000, description="Milliseconds that an image may wait for company in its batch."
+        0.0,
+        ge=0,
+        le=1000,
+        description="Milliseconds that an image may wait for other images to join its batch.",
     )
     batch_timeout: float = Field(
-        60.0, gt=0, le=3600, description="Seconds that a runner may take for one batch until it is replaced."
+        60.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a runner may take for one batch before it is killed and replaced.",
     )
     runner_wait: float = Field(
         10.0,
         gt=0,
         le=3600,
-        description="Seconds that work waits for a runner while all are dead; then it is answered 503.",
+        description="Seconds that work waits for a runner while all runners are dead; then 503.",
     )
     runner_absence: float = Field(
         120.0,
         ge=0,
         le=86_400,
-        description="Seconds without a runner after which `/health/live` fails; 0: it never does.",
+        description="Seconds without a runner after which `/health/live` fails; 0: it never fails.",
     )
     queue_images: int = Field(
-        256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
+        256,
+        ge=1,
+        le=100_000,
+        description="Largest number of images accepted and not yet answered; beyond it 503.",
     )
-    body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 30, description="Largest request body, in bytes.")
     json_bytes: int = Field(
         4 << 20,
         ge=1 << 10,
         le=1 << 30,
-        description="Most bytes of JSON in another protocol than ours: nothing else runs while it is read.",
+        description="Largest JSON body in another protocol than `native`, in bytes; it blocks the worker.",
     )
     bodies_bytes: int = Field(
         256 << 20,
         ge=1 << 10,
         le=1 << 40,
-        description="Most bytes of all bodies that are being read or waited for; beyond it 503.",
+        description="Memory limit of all bodies that are read or waited for, in bytes; beyond it 503.",
     )
     deadline_ms: float = Field(
         0.0,
         ge=0,
         le=3_600_000,
-        description="Milliseconds after which an answer is of no use, unless `X-Deadline-Ms` says; 0: never.",
+        description="Milliseconds after which an answer is of no use without `X-Deadline-Ms`; 0: never.",
     )
     body_timeout: float = Field(
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
@@ -279,31 +220,44 @@ class Settings(BaseSettings):
         75.0, gt=0, le=3600, description="Seconds that a connection may wait for its next request."
     )
     connections: int = Field(
-        4096, ge=1, le=1_000_000, description="Most open connections; further ones wait to be accepted."
+        4096,
+        ge=1,
+        le=1_000_000,
+        description="Largest number of open connections; further connections wait to be accepted.",
     )
     drain_grace: float = Field(
-        7.0, ge=0, le=3600, description="Seconds after SIGTERM during which work is still taken."
+        7.0, ge=0, le=3600, description="Seconds after SIGTERM during which new work is still accepted."
     )
     drain_limit: float = Field(
-        20.0, ge=0, le=3600, description="Seconds after that for accepted work to be finished."
+        20.0, ge=0, le=3600, description="Seconds after the grace time for accepted work to be finished."
     )
     image_pixels: int = Field(
-        50_000_000, ge=1, le=_PILLOW_MAX_PIXELS, description="Most pixels in one image, by its header."
+        50_000_000,
+        ge=1,
+        le=_PILLOW_MAX_PIXELS,
+        description="Largest number of pixels in one image, by its header.",
     )
     decode_bytes: int = Field(
-        3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
+        3 << 29,
+        ge=1 << 20,
+        le=1 << 40,
+        description="Memory limit of all images that are being decoded, in bytes.",
     )
-    request_images: int = Field(64, ge=1, le=MAX_REQUEST_IMAGES, description="Most images in one request.")
+    request_images: int = Field(
+        64, ge=1, le=MAX_REQUEST_IMAGES, description="Largest number of images in one request."
+    )
     drift_images: int = Field(
-        1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
+        1000, ge=100, le=1_000_000, description="Last images of a model from which Fovea computes drift."
     )
-    explain: bool = Field(True, description="Explain answers, and let models be looked into.")
-    weights: bool = Field(False, description="Give out whole weights, and not only those of one output.")
+    explain: bool = Field(True, description="Offer explanations, layers, maps and weights.")
+    weights: bool = Field(
+        False, description="Answer with whole weights, and not only with those of one output."
+    )
     explain_seconds: float = Field(
         4.0,
         gt=0,
         le=600,
-        description="Seconds for a heat map by occlusion, which any network allows.",
+        description="Seconds for a heat map by occlusion, which works for any network.",
     )
     explain_idle: float = Field(
         60.0,
@@ -315,23 +269,24 @@ class Settings(BaseSettings):
         "info", description="Least severe log lines to write."
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="Of the log; `auto`: text in a terminal, JSON elsewhere."
+        "auto", description="Format of the log; `auto`: text in a terminal, JSON elsewhere."
     )
     log_requests: int = Field(
         100,
         ge=0,
         le=1_000_000,
-        description="Requests told of in the log each second, of each class of status; 0: none.",
+        description="Requests logged per second for each class of status; 0: none.",
     )
     log_stream: Literal["stderr", "stdout"] = Field(
-        "stderr", description="Where the log is written; the greeting of a start goes to the other stream."
+        "stderr", description="Stream of the log; the greeting of a start goes to the other stream."
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_networks)] = Field(
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_networks)] = Field(
         (),
-        description="Proxies whose `X-Forwarded-*` headers count: addresses or networks (CIDR), with commas.",
+        description="Proxies whose `X-Forwarded-*` headers count: addresses or CIDR networks, with commas.",
     )
     traces: bool = Field(
-        False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."
+        False,
+        description="Send OpenTelemetry traces (extra `traces`); the `OTEL_*` variables set the destination.",
     )
 
     @classmethod
@@ -344,14 +299,20 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
-        return init_settings, _EnvironmentSource(settings_cls)
+        return init_settings, EnvironmentSource(settings_cls)
 
     @model_validator(mode="after")
     def _check_limits(self) -> Settings:
         if self.request_images > self.queue_images:
-            raise ValueError("FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES can ever take")
+            raise ValueError(
+                f"FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES allows: {self.request_images} > "
+                f"{self.queue_images}"
+            )
         if self.body_bytes > self.bodies_bytes:
-            raise ValueError("FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES can ever take")
+            raise ValueError(
+                f"FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES allows: {self.body_bytes} > "
+                f"{self.bodies_bytes}"
+            )
         return self
 
 
@@ -365,10 +326,10 @@ def load_settings(**overrides: Any) -> Settings:
         if (
             name.upper().startswith(ENVIRONMENT_PREFIX)
             and name.upper() not in known_names
-            and not _is_kubernetes_variable(name, value)
+            and not is_kubernetes_variable(name, value)
         ):
             if new_name := _RENAMED.get(name.upper()):
-                raise SettingsError(f"the setting {name} is called {new_name} now")
+                raise SettingsError(f"the setting {name} was renamed; use {new_name}")
             raise SettingsError(
                 f"unknown setting {name}; did you mean {_suggest_name(name.upper(), known_names)}?"
             )
@@ -382,56 +343,21 @@ def load_settings(**overrides: Any) -> Settings:
         if first["type"] == "value_error":
             reason = first["msg"].removeprefix("Value error, ")
         else:
-            reason = f"it takes {describe_values(Settings.model_fields[field])}"
+            reason = f"it must be {describe_values(Settings.model_fields[field])}"
             reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
         name = ENVIRONMENT_PREFIX + field.upper()
-        if name == _PORT_SETTING and "port" not in overrides and not _read_own_port():
-            name = _PLATFORM_PORT
+        if name == PORT_SETTING and "port" not in overrides and not read_own_port():
+            name = PLATFORM_PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 
 _RENAMED: Final = {"FOVEA_DIALECTS": "FOVEA_PROTOCOLS"}
 """New names of settings by their old names."""
 
-_RANGE_HINTS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
-
-
-def describe_values(field: FieldInfo) -> str:
-    """Describe in words which values a setting takes."""
-    value_type: Any = field.annotation
-    choices = [repr(choice) for choice in get_args(value_type)] if get_origin(value_type) is Literal else []
-    if choices:
-        return f"{', '.join(choices[:-1])} or {choices[-1]}"
-    word = {bool: "true or false", int: "an integer", float: "a number"}.get(value_type, "")
-    if not word:
-        return f"something else. {field.description}"
-    lowest, above, highest, below = (
-        next((value for one in field.metadata if (value := getattr(one, name, None)) is not None), None)
-        for name in ("ge", "gt", "le", "lt")
-    )
-    if lowest is not None and highest is not None:
-        return f"{word} from {lowest} to {highest}"
-    limits = {"of at least": lowest, "above": above, "of at most": highest, "below": below}
-    return " ".join(
-        [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
-    ).strip()
+_RANGE_HINTS: Final = {"greater_than": "; give a greater value", "less_than": "; give a smaller value"}
 
 
 def _suggest_name(name: str, known_names: Collection[str]) -> str:
     """Return the setting whose words end the name, or the setting with the most similar spelling."""
     ends = [one for one in known_names if name.endswith("_" + one.removeprefix(ENVIRONMENT_PREFIX))]
     return max(ends, key=len) if ends else difflib.get_close_matches(name, known_names, n=1, cutoff=0.0)[0]
-
-
-def _read_own_port() -> str:
-    """Return `FOVEA_PORT` in any letter case; empty if it is not set or comes from Kubernetes."""
-    for name, value in os.environ.items():
-        if name.upper() == _PORT_SETTING and not _is_kubernetes_variable(name, value):
-            return value
-    return ""
-
-
-def _is_kubernetes_variable(name: str, value: str) -> bool:
-    return any(
-        names.fullmatch(name.upper()) and values.fullmatch(value) for names, values in _KUBERNETES_VARIABLES
-    )

@@ -48,7 +48,8 @@ def install_serving_handlers(stop: Callable[[int], None], reload: Callable[[], N
 
     The event loop runs the handlers between callbacks, so that `stop` and `reload` may use asyncio.
     """
-    import asyncio  # importing asyncio takes longer than the rest of this module, and `install_start_handlers` must not wait
+    # Importing asyncio takes longer than the rest of this module, and `install_start_handlers` must not wait.
+    import asyncio
 
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:

@@ -92,9 +92,9 @@ def test_the_terminal_says_when_a_set_says_too_little(tmp_path: Path) -> None:
         with_contract(graph, replace(read_contract(graph), coverage=sets)), tmp_path / "zoo"
     )
     empty = run_fovea("classify", black, "--coverage", "0.5", zoo=zoo).stdout
-    assert "50% sure to be among: none (too little to go by)\n" in empty
+    assert "50% sure to be among: none (too uncertain to decide)\n" in empty
     wide = run_fovea("classify", black, "--coverage", "0.995", zoo=zoo).stdout
-    assert re.search(r"99\.5% sure to be among: (ant, bee|bee, ant) \(too little to go by\)\n", wide)
+    assert re.search(r"99\.5% sure to be among: (ant, bee|bee, ant) \(too uncertain to decide\)\n", wide)
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(
@@ -177,7 +177,7 @@ def test_a_folder_is_classified_and_errors_stand_in_their_places(
         "nowhere.jpg": "unreadable_file",
     }
     assert list(codes)[:4] == ["1.jpg", "b", "broken.png", "a.txt"]
-    assert ended.stderr == f"fovea: left out 1 file that no image is in: {album / 'notes.txt'}\n"
+    assert ended.stderr == f"fovea: skipped 1 file without an image: {album / 'notes.txt'}\n"
     assert ended.returncode == 1
     alone = json.loads(run_fovea("classify", album / "b", "--json", zoo=small_zoo).stdout)
     assert reply["results"][1] == {
@@ -277,7 +277,7 @@ def test_the_heat_map_is_that_of_the_service(server: Server, small_zoo: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "heat.jpg"], "the picture is a PNG, and is not called heat.jpg"),
+        (["-o", "heat.jpg"], "--out is heat.jpg, but the heat map is a PNG; end the name with .png"),
         (["-o", "nowhere/heat.png"], "cannot write nowhere/heat.png: No such file or directory"),
         (["-o", "heat.png", "--label", "cows"], "there is no label 'cows'; the nearest is 'cow'"),
         (["-o", "heat.png", "--model", "other"], "there is no model 'other'; there are small"),
@@ -370,7 +370,7 @@ MISTAKES = {
     "export nowhere --out zoo/x/1": "there is no nowhere/weights.safetensors; "
     "`fovea train --out nowhere` makes one",
     "serve nowhere": "FOVEA_MODELS is 'nowhere': No such file or directory; "
-    "name a repository (--models), or one model file",
+    "give a model repository (--models) or one model file",
 }
 
 

@@ -19,7 +19,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"allocator", "errors", "image_warnings", "signals", "validation"},
+    {"allocator", "environment", "errors", "image_warnings", "setting_values", "signals", "validation"},
 ]
 """From the top down. Packages of one line do not import each other, but for what `SIDEWAYS` lists."""
 

@@ -152,9 +152,8 @@ def configure_logging(
     ]
     renderers: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_text:
-        plain_traceback = (
-            structlog.dev.plain_traceback
-        )  # other formatters print local variables, such as images
+        # Other formatters print local variables, such as images.
+        plain_traceback = structlog.dev.plain_traceback
         renderers += [
             _flatten_stages,
             structlog.dev.ConsoleRenderer(
@@ -196,6 +195,7 @@ def _flatten_stages(_logger: Any, _name: str, event: EventDict) -> EventDict:
 
 
 _DESCRIPTORS: Final = {"stdout": 1, "stderr": 2}
+"""File descriptors of the standard streams."""
 
 
 class _ThreadedHandler(logging.Handler):
@@ -215,7 +215,8 @@ class _ThreadedHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line, or drop the line if the queue is full.
 
-        `logging.Handler.handleError` reports errors in formatting.
+        Runs on the thread that logs, which must never wait. `logging.Handler.handleError` reports errors in
+        formatting.
         """
         try:
             self._lines.put_nowait((self.format(record) + "\n").encode(errors="replace"))
@@ -238,7 +239,10 @@ class _ThreadedHandler(logging.Handler):
             self._lines.task_done()
 
     def _flush_lines(self) -> None:
-        """Wait at the end of the process until the lines are written, for at most `_FLUSH_TIMEOUT` seconds."""
+        """Wait until the lines are written, for at most `_FLUSH_TIMEOUT` seconds.
+
+        `atexit` calls this on the main thread while the writer thread goes on writing.
+        """
         deadline = time.monotonic() + _FLUSH_TIMEOUT
         while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -1,7 +1,7 @@
 """API protocols: the client protocols, and how each protocol renders an error.
 
-`service/api` has the routes and the translation of each protocol. This module has the part that all other code
-needs.
+`service/api` has the routes and the translation of each protocol. This module has the part that all other
+code needs.
 """
 
 from __future__ import annotations

@@ -105,13 +105,13 @@ class _ParseState(Enum):
 class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     """uvicorn's connection with additional limits. `on_lost` is called once, when the connection is closed.
 
-    Input is received into a `buffer` that all connections of an event loop share, or into the slot of a large
-    body. Allocating memory for each read would fragment the heap.
+    Input is received into a `buffer` that all connections of an event loop share, or into the shared buffer
+    of a large body. Allocating memory for each read would fragment the heap.
 
-    Invariant: the job is over before its memory is given back. `Exchange._end` closes the call first, then
-    gives the slot back. Every path that ends a turn runs through `Exchange._end`, and then clears `_exchange`
-    and `_receives_directly` in the same callback. `get_buffer` therefore never offers a slot that has been
-    given back.
+    Invariant: the job is over before its memory is released. `Exchange._end` closes the handler first, then
+    releases the shared buffer. Every path that ends an exchange runs through `Exchange._end`, and then clears
+    `_exchange` and `_receives_directly` in the same callback. `get_buffer` therefore never offers a shared
+    buffer that has been released.
     """
 
     def __init__(
@@ -172,10 +172,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._is_http_1_0 = False
         """True when the request came by HTTP/1.0."""
         self._had_exchange = False
-        """True when one of the requests in the current read was a turn. Further requests of the same read go
-        through ASGI, so that other connections also make progress."""
+        """True when one of the requests in the current read has bypassed ASGI. Further requests of the same
+        read go through ASGI, so that other connections also make progress."""
         self._receives_directly = False
-        """True while the rest of the turn's body is received directly into its slot, bypassing the parser."""
+        """True while the rest of the body is received into its shared buffer, bypassing the parser."""
         self._answer_future: asyncio.Future[None] | None = None
         self._timer = Timer(self.loop)
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -230,7 +230,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         return True
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return the buffer for the next read: the slot of a large body, or the shared buffer."""
+        """Return the buffer for the next read: the shared buffer of a large body, or the common buffer."""
         if self._receives_directly and self._exchange and self._exchange.shared_buffer:
             # The kernel writes directly into the memory that the runners share.
             return self._exchange.get_buffer(self._exchange.shared_buffer)
@@ -358,7 +358,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             raise
 
     def _handle_headers(self) -> None:
-        """Check the headers, and open the request as a turn or as an ASGI cycle."""
+        """Check the headers, and open the request as an exchange or as an ASGI cycle."""
         self._timer.disarm()
         self._unparsed_bytes = 0
         method, version = self.parser.get_method(), self.parser.get_http_version()
@@ -421,7 +421,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._is_http_1_0 = version == "1.0"
         self._had_exchange = True
         self._exchange = self._current = exchange
-        self.cycle = exchange  # type: ignore[assignment]  # a turn has the attributes that uvicorn uses
+        self.cycle = exchange  # type: ignore[assignment]  # it has the attributes that uvicorn uses
         if self.expect_100_continue and exchange.is_incomplete:
             self.write_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
@@ -515,7 +515,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._timer.arm(self._settings.body_timeout, self._on_body_timeout)
 
     def _finish_direct_body(self) -> None:
-        """Complete a turn whose body was received into its slot.
+        """Complete an exchange whose body was received into its shared buffer.
 
         The old parser has not seen the end of the body, so the next request gets a new parser.
         """
@@ -689,7 +689,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.transport.close()
         self._timer.disarm()  # `_watch_reader` covers clients that do not read
 
-    # --- our own answers ---
+    # --- answers without ASGI ---
 
     def respond(
         self,
@@ -699,9 +699,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         headers: Mapping[str, str],
         media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
-        """Write a turn's answer. The connection ends if the body is still arriving in a slot.
+        """Write the answer of an exchange.
 
-        The turn is over and has given its slot back, so the connection stops receiving into the slot.
+        The connection ends if the body is still arriving in a shared buffer. The exchange is over and has
+        released the buffer, so the connection stops receiving into it.
         """
         if self._parse_state is _ParseState.BODY and (
             self._receives_directly  # the parser does not know how much of the body is left
@@ -724,7 +725,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.on_response_complete()
 
     def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
-        """Refuse a turn at once, or later if too many requests are refused for lack of capacity.
+        """Refuse a request at once, or later if too many requests are refused for lack of capacity.
 
         Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
         requests.
@@ -744,9 +745,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _on_header_timeout(self) -> None:
         """Refuse or close, because the time limit for the headers has passed."""
-        if (
-            self._parse_state is _ParseState.NOTHING
-        ):  # the client never sent anything: there is no request to answer
+        if self._parse_state is _ParseState.NOTHING:  # the client never sent anything: nothing to answer
             self._close()
             return
         limit = self._settings.header_timeout
@@ -851,7 +850,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def _abandon(self) -> None:
         """Notify the application that the current request is over.
 
-        Waiting requests have not begun and are dropped. Receiving stops before the turn gives its slot back.
+        Waiting requests have not begun and are dropped. Receiving stops before the exchange releases its
+        shared buffer.
         """
         self._receives_directly = False
         self.pipeline.clear()
@@ -870,7 +870,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         return self._current is not None and not self._current.response_complete
 
     def get_answer_future(self) -> asyncio.Future[None] | None:
-        """Return a future that is done when the current turn is over, or None if there is no turn."""
+        """Return a future that is done when the current exchange is over, or None if there is none."""
         if not self._exchange:
             return None
         self._answer_future = self._answer_future or self.loop.create_future()
@@ -911,7 +911,7 @@ class _Cycle(RequestResponseCycle):
     """uvicorn's request cycle for ASGI, with support for HTTP/1.0 and the additional limits."""
 
     def __init__(self, connection: Connection, scope: Any, overhead_bytes: int) -> None:
-        """Create the cycle. `overhead_bytes` is the memory in bytes that the request takes without its body."""
+        """Create the cycle; `overhead_bytes` is the request's memory in bytes without its body."""
         super().__init__(
             scope=scope,
             transport=connection.asgi_transport,  # type: ignore[arg-type]  # has all methods that an answer uses
@@ -950,8 +950,8 @@ class _Cycle(RequestResponseCycle):
     def disconnect(self) -> None:
         """Stop the application's work: the client has left, or the connection has sent an answer.
 
-        The job is over before its memory is given back: `on_disconnect` cancels the application's task, which ends
-        its jobs at once. The task's own `with` and `finally` blocks then release its memory.
+        Invariant: the job is over before its memory is released. `on_disconnect` cancels the application's
+        task, which ends its jobs at once. The task's own `with` and `finally` blocks then release its memory.
         """
         self.disconnected = True
         self.body = bytearray()
@@ -1035,8 +1035,8 @@ class _AsgiTransport:
             self._pending_data = b""
         else:
             self._pending_data = data
-            # The application may take long before the body: send the headers at the end of this turn of the
-            # loop.
+            # The application may take long before the body: send the headers in the next iteration of the
+            # event loop.
             self._connection.loop.call_soon(self._flush)
 
     def close(self) -> None:

@@ -1,13 +1,17 @@
 """Classification requests that bypass ASGI: no task, no future and no copy of the body.
 
-ASGI costs more than the classification of a small image. The connection creates a `Exchange` for each request
-that its `FastApp` accepts. The turn collects the body and passes the body to the `RequestHandler` that the
-application created from the headers. A large body is received into a slot of the memory that the runners
-share. The answer is written at once.
+ASGI costs more than the classification of a small image. The connection creates an `Exchange` for each
+request that its `FastApp` accepts. The exchange collects the body and passes the body to the `RequestHandler`
+that the application created from the headers. A large body is received into a shared buffer, which is memory
+that the runners share. The answer is written at once.
 
-Invariant: the job is over before its memory is given back. Runners read the body directly from the slot, and
-the next request overwrites the slot. `Exchange._end` therefore closes the call, which ends the job, and only
-then gives the slot back. A runner may still read the slot of a job that is over, but its result is ignored.
+Everything here runs on the event loop. The connection calls the exchange, the exchange calls the handler, and
+the handler answers through the exchange, which calls the connection.
+
+Invariant: the job is over before its memory is released. Runners read the body directly from the shared
+buffer, and the next request overwrites the buffer. `Exchange._end` therefore closes the handler, which ends
+the job, and only then releases the buffer. A runner may still read the buffer of a job that is over, but its
+result is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ Headers: TypeAlias = Mapping[bytes, bytes]
 """Headers by name in lower case. If a name occurs more than once, the last value counts."""
 
 _MAX_INLINE_BYTES: Final = 64 << 10
-"""Size in bytes up to which a body is sent to a runner instead of being received into a slot."""
+"""Size in bytes up to which a body is sent to a runner instead of being received into a shared buffer."""
 
 _MAX_READ_BYTES: Final = 1 << 20
 """Maximum size of one read in bytes. A larger read blocks the event loop for over a millisecond."""
@@ -40,7 +44,7 @@ class RequestOpener(Protocol):
     def open_request(
         self, exchange: Exchange, method: bytes, url: bytes, headers: Headers
     ) -> RequestHandler | None:
-        """Accept a request by its headers and fill in the turn's record.
+        """Accept a request by its headers, and fill in the record of the exchange.
 
         Return None to leave the request to ASGI. Raises `RequestError` to refuse the request.
         """
@@ -56,13 +60,18 @@ class FastApp(RequestOpener, Protocol):
 
 
 class RequestHandler(Protocol):
-    """Interface of an accepted request. A call ends with `Exchange.answer`, `Exchange.refuse` or `close`."""
+    """Interface of the handler of an accepted request.
+
+    The exchange calls `count_bytes` for each piece of the body, then `handle_body` once, and `close` once at
+    any time. The handler answers with `Exchange.answer` or `Exchange.refuse`, which both call `close` before
+    they return.
+    """
 
     def count_bytes(self, size: int) -> None:
         """Account for `size` received bytes of the body. Raises `RequestError` when there are too many."""
 
     def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
-        """Start the work on the complete body: the bytes, or the first `size` bytes of the slot.
+        """Start the work on the complete body: the bytes, or the first `size` bytes of the shared buffer.
 
         Raises `RequestError`.
         """
@@ -70,13 +79,13 @@ class RequestHandler(Protocol):
     def close(self) -> None:
         """Stop the work and release every resource. Called once, when the request is over.
 
-        Every job of the call must be over when this method returns: removed from the queue, or its result
-        ignored. The caller gives the body's slot back right after this.
+        Every job of the request must be over when this method returns: removed from the queue, or its result
+        ignored. The caller releases the shared buffer of the body right after this.
         """
 
 
 class ResponseWriter(Protocol):
-    """Interface of a connection, as used by a turn."""
+    """Interface of a connection, as an exchange uses it."""
 
     def respond(
         self,
@@ -86,7 +95,11 @@ class ResponseWriter(Protocol):
         headers: Mapping[str, str],
         media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
-        """Write the answer. The connection stays open if the turn's `keep_alive` is true."""
+        """Write the answer. The connection stays open if `exchange.keep_alive` is true.
+
+        The exchange calls this as its last step: its shared buffer is released, and the connection must not
+        receive into the buffer any more.
+        """
 
     def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
         """Refuse a request that was not admitted: at once, or later if there are too many refusals."""
@@ -140,7 +153,8 @@ class Exchange:
     def try_open(self, app: FastApp, method: bytes, url: bytes, headers: Headers) -> bool:
         """Return whether the application accepts the request.
 
-        A large body needs a slot. If no slot is free, the request is left to ASGI, which needs no slot.
+        A large body needs a shared buffer. If no buffer is free, the request is left to ASGI, which needs
+        none.
         """
         is_large = self.content_length > _MAX_INLINE_BYTES
         if is_large and not app.shared_bodies.free_count:
@@ -149,7 +163,7 @@ class Exchange:
             self._handler = app.open_request(self, method, url, headers)
             if self._handler is None:
                 return False
-            if self.content_length > app.shared_bodies.capacity:  # it would overflow into the next slot
+            if self.content_length > app.shared_bodies.capacity:  # it would overflow into the next buffer
                 limit = app.shared_bodies.capacity
                 raise BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
             if is_large:
@@ -162,7 +176,7 @@ class Exchange:
         return True
 
     def _reject(self, error: RequestError) -> None:
-        """Close the call and keep the error. `send_refusal` or `complete_body` sends the refusal."""
+        """Close the handler and keep the error. `send_refusal` or `complete_body` sends the refusal."""
         self._error = error
         handler, self._handler = self._handler, None
         if handler:
@@ -172,7 +186,7 @@ class Exchange:
 
     @property
     def is_incomplete(self) -> bool:
-        """Return whether more of the body is expected."""
+        """Whether more of the body is expected."""
         return self._handler is not None and self.received_bytes < self.content_length
 
     def send_refusal(self) -> None:
@@ -195,7 +209,10 @@ class Exchange:
         self.count_bytes(len(data))
 
     def get_buffer(self, shared_buffer: SharedBuffer) -> memoryview:
-        """Return the part of the slot that the next bytes of the body belong to."""
+        """Return the part of the shared buffer that the next bytes of the body belong to.
+
+        The kernel writes into this part, and the connection then reports the bytes with `count_bytes`.
+        """
         return shared_buffer.view(
             self.received_bytes, min(self.received_bytes + _MAX_READ_BYTES, self.content_length)
         )
@@ -207,7 +224,7 @@ class Exchange:
             self._call_handler(self._handler.count_bytes, size)
 
     def complete_body(self) -> None:
-        """Pass the complete body to the call, or send a pending refusal."""
+        """Pass the complete body to the handler, or send a pending refusal."""
         if self._error:
             self.send_refusal()
         elif self._handler:
@@ -218,7 +235,7 @@ class Exchange:
             self._call_handler(self._handler.handle_body, body, self.received_bytes)
 
     def _call_handler(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call into the application and turn an exception into an answer."""
+        """Call the application, and answer with the error if it raises an exception."""
         try:
             function(*arguments)
         except RequestError as error:
@@ -257,27 +274,30 @@ class Exchange:
 
     @property
     def _is_over(self) -> bool:
-        """Return whether the request was answered or the client has disconnected."""
+        """Whether the request was answered or the client has disconnected."""
         return self.response_complete or self.disconnected
 
     def _end(self, status: int) -> None:
-        """End the request: set the status, close the call, count the request, and give the slot back.
+        """End the request: set the status, close the handler, count the request, and release the memory.
 
-        Invariant: the job is over before its memory is given back. `RequestHandler.close` ends the job and
-        must come before `shared_buffer.give_back`. In the other order, a runner could classify the body of
-        the next request in the slot and return its labels to this request's caller.
+        Invariant: the job is over before its memory is released. `RequestHandler.close` ends the job and must
+        come before `SharedBuffer.release`. In the other order, a runner could classify the next request's
+        body in the buffer, and this request's caller would get the labels of somebody else's image.
+
+        `_handler` is cleared only after `close` has returned. If `close` raises, the buffer stays allocated,
+        because a lost buffer is better than a wrong answer.
 
         The request is counted before the last byte leaves, so that a client that has its answer finds the
         request in the next scrape.
         """
         self.response_started = self.response_complete = True
         self.record.status = status
-        handler, self._handler = self._handler, None
-        if handler:
-            handler.close()
+        if self._handler:
+            self._handler.close()
+            self._handler = None
         self._observer.end_request(self.record)
-        self._error = None  # its traceback refers back to this turn
-        # Invariant: the job is over by now, so nobody gets a result read from the slot after this line.
+        self._error = None  # its traceback refers back to this exchange
         if self.shared_buffer:
+            assert self._handler is None, "the job must be over before its memory is released"  # noqa: S101
             self.shared_buffer.release(self.received_bytes)
             self.shared_buffer = None

@@ -32,7 +32,8 @@ class HangUpWatcher:
     def watch(self, descriptor: int, callback: HangUpCallback, *, half_close: bool) -> None:
         """Call `callback` when the client hangs up.
 
-        With `half_close`, also call it once when the client closes its sending side.
+        With `half_close`, also call it once when the client closes its sending side. The callback runs on
+        the event loop, and may call `watch` and `unwatch`.
         """
         if self._epoll.closed:  # the service has stopped
             return

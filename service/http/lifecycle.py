@@ -47,7 +47,7 @@ class Lifecycle:
     def require_accepting(self) -> None:
         """Raise `Draining` if the service no longer accepts new work."""
         if self.phase > Phase.DRAINING:
-            raise Draining("the service is stopping and takes no more work", retry_after=1.0)
+            raise Draining("the service is stopping and accepts no more requests", retry_after=1.0)
 
 
 def force_exit_after(seconds: float) -> None:
@@ -55,10 +55,11 @@ def force_exit_after(seconds: float) -> None:
 
     def force_exit() -> None:
         time.sleep(seconds - _EXIT_DELAY)
-        log.error("the stop has taken %.1f s: what is left is killed", seconds - _EXIT_DELAY)
+        log.error("the shutdown has taken %.1f s; the remaining processes are killed", seconds - _EXIT_DELAY)
         kill_descendants(os.getpid())
         time.sleep(_EXIT_DELAY)
         os._exit(1)
 
-    # A thread is used because the event loop itself may be blocked.
+    # A thread is used because the event loop itself may be blocked. It is a daemon: if the process ends in
+    # time, the thread ends with it.
     threading.Thread(target=force_exit, name="end", daemon=True).start()

@@ -16,15 +16,16 @@ from fovea.service.errors import StartError
 log = logging.getLogger(__name__)
 
 OnConnection = Callable[[socket.socket], None]
+"""Callback that takes over an accepted connection. It runs on the event loop and must not raise."""
 
 _BACKLOG: Final = 2048
 """Length of the kernel's queue of connections to accept. The kernel caps it at `net.core.somaxconn`."""
 
 _MAX_ACCEPTS: Final = 64
-"""Maximum number of connections accepted in one turn of the event loop."""
+"""Maximum number of connections accepted in one iteration of the event loop."""
 
 _RETRY_DELAY: Final = 1.0
-"""Time in seconds until the next attempt if the system has no room and no connection of ours closes."""
+"""Time in seconds until the next attempt if the system has no room and no connection is closed before."""
 
 _LOG_INTERVAL: Final = 60.0
 """Minimum time in seconds between two log lines about the lack of room."""
@@ -47,7 +48,7 @@ class ConnectionSource(Protocol):
 
 
 class Listener:
-    """A bound socket that passes on accepted connections, with at most `limit` open at a time.
+    """A bound socket that passes on accepted connections, with at most `max_connections` open at a time.
 
     When the limit is reached, or the system has no room (`ulimit -n`), further connections wait in the
     kernel's backlog until a connection is closed.
@@ -58,7 +59,7 @@ class Listener:
     ) -> None:
         """Set the socket, the limit, and a callback for a lack of room.
 
-        `on_starved` is called when a connection must wait because the system has no room.
+        `on_starved` is called on the event loop when a connection must wait because the system has no room.
         """
         self._socket = bound_socket
         self._max_connections = max_connections
@@ -70,7 +71,7 @@ class Listener:
         self._retry_timer: asyncio.TimerHandle | None = None
 
     def start(self, on_connection: OnConnection) -> None:
-        """Listen and pass every connection to `on_connection`. Raises `StartError`."""
+        """Listen and pass every connection to `on_connection`, on the event loop. Raises `StartError`."""
         self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
         self._socket.setblocking(False)
@@ -111,8 +112,8 @@ class Listener:
         self._pause()
         while self._accept_connection():
             pass
-        self._pause()
         # A failed accept has set a retry timer: cancel the timer before the socket is closed.
+        self._pause()
         self._socket.close()
 
     def _resume(self) -> None:
@@ -155,7 +156,8 @@ class Listener:
             self._on_starved()
             return False
         self._open_count += 1
-        # From here on `take` owns the connection and reports its end with `report_closed`.
+        # From here on the callback owns the connection, and its owner reports the end with `report_closed`.
+        # Count the connection first: the callback may report the end at once.
         self._on_connection(connection)
         return True
 
@@ -183,7 +185,7 @@ def get_connection_limit(connections: int, *, reserved_files: int = _RESERVED_FI
 
 
 def raise_file_limit(connections: int) -> None:
-    """Raise the file limit like `get_connection_limit`, in a process that receives its connections from another process."""
+    """Raise the file limit like `get_connection_limit`, in a worker that receives its connections."""
     _raise_soft_limit(connections, _RESERVED_FILES)
 
 

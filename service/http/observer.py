@@ -23,7 +23,7 @@ from fovea.service.http.request_context import get_context, get_record
 from fovea.service.http.request_record import REQUEST_ID_HEADER, RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
 
-if TYPE_CHECKING:  # its packages are an extra
+if TYPE_CHECKING:  # the packages of tracing are an optional extra
     from fovea.service.http.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Observer:
         self.log_request(record)
 
     def _update_metric(self, update: Callable[..., None], *values: object) -> None:
-        """Call a metric and log any exception.
+        """Update a metric, and log any exception.
 
         Never raises, because the answer is written and the request's resources are released after the count.
         """
@@ -126,7 +126,8 @@ class Observer:
         Also used for input that is no request.
         """
         seconds = time.monotonic() - record.started_at
-        # The answer is written in the current callback, so logging later does not delay the answer.
+        # The caller writes the answer in the current callback of the event loop, after this call. Logging in
+        # a later callback does not delay the answer.
         asyncio.get_running_loop().call_soon(self._log_and_trace, record, seconds)
 
     def _log_and_trace(self, record: RequestRecord, seconds: float) -> None:
@@ -188,7 +189,7 @@ class _ObservedRequest:
         self._is_over = False
 
     async def send(self, message: Message) -> None:
-        """Send a message, and end the request before its last one.
+        """Send a message of the application, and end the request before its last message.
 
         The request is counted before the last byte leaves, so that a client that has its answer finds the
         request in the next scrape.
@@ -217,7 +218,7 @@ def log_internal_error(request_id: str) -> Internal:
     Call this while handling the exception.
     """
     log.exception("request %s failed", request_id)
-    return Internal("internal error; the log has it under this request id")
+    return Internal("internal error; the log of the service has the traceback under this request id")
 
 
 def encode_error(error: RequestError, record: RequestRecord) -> tuple[int, bytes, dict[str, str]]:

@@ -43,7 +43,7 @@ class Origin(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Return the known part of the service's root URL, without a slash at its end."""
+        """Known part of the service's root URL, without a slash at its end."""
         return f"{self.scheme}://{self.host}{self.prefix}" if self.scheme and self.host else self.prefix
 
 

@@ -1,4 +1,4 @@
-"""The context of one ASGI request: the facts that the connection, the middleware and the endpoints share."""
+"""The context of one ASGI request: the state that the connection, the middleware and the endpoints share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RequestContext:
     """State of one ASGI request. Middleware that copies the scope keeps the same context."""
 
     record: RequestRecord | None = None
-    """Facts for log, metrics and traces; call `get_record` for it."""
+    """Record for log, metrics and traces. Read it with `get_record`, which creates it."""
     origin: Origin | None = None
     """Client and address of the request; None until `Observer.prepare_scope` has run."""
     target: Any = None
@@ -33,7 +33,8 @@ class RequestContext:
     has_disconnected: bool = False
     """True once nobody reads the answer: the client has left, or the connection has answered."""
     on_disconnect: Callable[[], None] | None = None
-    """Callback that cancels the application's jobs. The connection calls it when the client leaves."""
+    """Callback that cancels the application's jobs. The connection calls it on the event loop when the client
+    leaves."""
 
 
 def get_context(scope: Scope) -> RequestContext:

@@ -86,9 +86,9 @@ class Server:
         self._no_connections_event = asyncio.Event()
 
     async def serve(self, source: ConnectionSource, *, on_listening: Callable[[], None]) -> None:
-        """Serve until `handle_signal` is called. `on_listening` is called once the server accepts connections.
+        """Serve until `handle_signal` is called.
 
-        Raises `StartError`.
+        Calls `on_listening` on the event loop, once the source passes on connections. Raises `StartError`.
         """
         self._config.load()
         self._lifespan = self._config.lifespan_class(self._config)
@@ -100,6 +100,7 @@ class Server:
         self._hangups = HangUpWatcher(self._loop)
         date_task = self._loop.create_task(self._update_date())
         try:
+            # Connections may arrive from here on. `on_listening` follows, because it announces the service.
             source.start(self._add_connection)
             on_listening()
             await self._stop_event.wait()
@@ -110,7 +111,10 @@ class Server:
             await self._lifespan.shutdown()
 
     def handle_signal(self, number: int) -> None:
-        """Handle a signal: start the shutdown, skip the grace time, or cancel the remaining requests."""
+        """Handle a signal: start the shutdown, skip the grace time, or cancel the remaining requests.
+
+        Call this on the event loop, not from a signal handler of the interpreter.
+        """
         if not self._stop_event.is_set():
             self._stop_event.set()
             if number == signal.SIGINT:
@@ -123,7 +127,7 @@ class Server:
     # --- connections ---
 
     def _add_connection(self, client_socket: socket.socket) -> None:
-        """Take over a connection from the source."""
+        """Take over a connection from the source, which calls this on the event loop."""
         self._open_count += 1
         self._no_connections_event.clear()
         task = self._loop.create_task(self._open_connection(client_socket))
@@ -137,7 +141,7 @@ class Server:
             await self._loop.connect_accepted_socket(self._create_connection, client_socket)
         except Exception as error:
             if not isinstance(error, OSError):  # an OSError means that the client has already gone
-                log.exception("a connection could not be taken")
+                log.exception("a connection could not be set up")
             client_socket.close()
             self._on_connection_lost()
 
@@ -158,7 +162,11 @@ class Server:
         )
 
     def _on_connection_lost(self) -> None:
-        """Report that a connection is closed, to the server and to the source."""
+        """Report that a connection is closed, to the server and to the source.
+
+        Called exactly once for every connection that the source has passed on: by the connection, or by
+        `_open_connection` if there is none.
+        """
         self._open_count -= 1
         if not self._open_count:
             self._no_connections_event.set()

@@ -26,16 +26,16 @@ class Timer:
 
     @property
     def is_armed(self) -> bool:
-        """Return whether a call is pending."""
+        """Whether a call is pending."""
         return self._pending_call is not None
 
     @property
     def remaining(self) -> float:
-        """Return the time in seconds until the call; 0 if the timer is not armed."""
+        """Time in seconds until the call; 0 if the timer is not armed."""
         return max(0.0, self._pending_call[0] - self._loop.time()) if self._pending_call else 0.0
 
     def arm(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call `callback` after `seconds`. This replaces a pending call."""
+        """Call `callback` on the event loop after `seconds`. This replaces a pending call."""
         due_time = self._loop.time() + seconds
         if self._handle is None or self._handle.when() > due_time:
             self.close()
@@ -62,8 +62,8 @@ class Timer:
         if due_time > self._loop.time():
             self._handle = self._loop.call_at(due_time, self._fire)
         else:
-            self._pending_call = None
             # Disarm before the call: the function may arm the timer again.
+            self._pending_call = None
             callback()
 
 

@@ -48,7 +48,7 @@ class _BatchSpan:
 
 
 class Tracing:
-    """Exporter of request spans. Every method must be called on the event loop."""
+    """Exporter of request spans. Call every method on the event loop; another thread sends the spans."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         """Set up the tracers. The default exporter is OTLP over HTTP."""
@@ -56,9 +56,8 @@ class Tracing:
         resource = resource.merge(OTELResourceDetector().detect())
         self._processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
         self._request_provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._batch_provider = TracerProvider(
-            ALWAYS_ON, resource, shutdown_on_exit=False
-        )  # sampled with its requests
+        # The span of a model call is always recorded: its requests decide about sampling.
+        self._batch_provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
         for provider in (self._request_provider, self._batch_provider):
             # Both providers share one processor, and so one queue and one export thread.
             provider.add_span_processor(self._processor)
@@ -97,9 +96,8 @@ class Tracing:
                     if stage.batch_size
                     else None
                 )
-                if (
-                    batch_context is None or batch_context.span_id not in linked_batch_ids
-                ):  # one call may hold several images
+                # One model call may have several images of the request, but gets one stage span.
+                if batch_context is None or batch_context.span_id not in linked_batch_ids:
                     self._create_stage_span(stage, record, batch_context, parent_context, offset)
                 if batch_context:
                     linked_batch_ids.add(batch_context.span_id)
@@ -158,7 +156,10 @@ class Tracing:
         batch.span.end(batch.end_time)
 
     def close(self) -> None:
-        """Send the remaining spans, within a time limit because the collector may not answer."""
+        """Send the remaining spans, for at most `_FLUSH_TIMEOUT` seconds.
+
+        A thread sends them, because a collector that does not answer would block the event loop.
+        """
         for key in list(self._open_batches):
             self._end_batch_span(key)
         flush_thread = threading.Thread(target=self._processor.shutdown, daemon=True)

@@ -44,9 +44,9 @@ _MAX_UNSENT_MESSAGES: Final = 10_000
 
 def create_channel() -> tuple[socket.socket, socket.socket]:
     """Return both ends of a new channel: the supervisor's, which does not block, and the worker's."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    return ours, theirs
+    supervisor_socket, worker_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    supervisor_socket.setblocking(False)
+    return supervisor_socket, worker_socket
 
 
 def encode_message(**message: Any) -> bytes:
@@ -97,7 +97,7 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether no message waits."""
+        """Whether no message waits. Only then may a connection be sent past the outbox."""
         return not self._unsent_messages
 
     def send(self, **message: Any) -> None:
@@ -145,10 +145,11 @@ def receive_message(channel_socket: socket.socket) -> tuple[bytes, list[int]]:
 
 @contextmanager
 def send_heartbeats(channel_socket: socket.socket) -> Iterator[None]:
-    """Send heartbeats to the supervisor while models are loaded, which takes longer than `HEARTBEAT_INTERVAL`.
+    """Send heartbeats to the supervisor while models are loaded.
 
-    The heartbeats come from a thread that shares the channel with the main thread. The kernel keeps their
-    messages whole and separate.
+    Loading takes longer than `HEARTBEAT_INTERVAL` and blocks the main thread, so the heartbeats come from a
+    thread of their own. Both threads send on the same channel: the kernel keeps their messages whole and
+    separate. Leave the block before `SupervisedSource` takes over the channel.
     """
     stop_event = threading.Event()
 
@@ -156,7 +157,7 @@ def send_heartbeats(channel_socket: socket.socket) -> Iterator[None]:
         while not stop_event.wait(HEARTBEAT_INTERVAL):
             try:
                 channel_socket.send(encode_message(starting=True), socket.MSG_DONTWAIT)
-            except BlockingIOError:  # the supervisor is busy: skip this beat
+            except BlockingIOError:  # the supervisor is busy: skip this heartbeat
                 continue
             except OSError:  # the supervisor has ended
                 return
@@ -171,10 +172,11 @@ def send_heartbeats(channel_socket: socket.socket) -> Iterator[None]:
 class SupervisedSource:
     """Connections that a worker receives from its supervisor.
 
-    `on_signal` is called with signals for the server, and `on_told` with all other messages. `on_starved` is
-    called when there is no file descriptor for a connection. The supervisor is told, and still has that
-    connection. The end of the supervisor counts as SIGINT: the listening socket is closed with it, so there
-    is no load balancer to wait for.
+    All callbacks run on the event loop of the worker. `on_signal` is called with signals for the server, and
+    `on_message` with all other messages. `on_starved` is called when there is no file descriptor for a
+    connection: the next report names the connection, and the supervisor, which still has it open, passes it
+    on again. The end of the supervisor counts as SIGINT: the listening socket is closed with it, so there is
+    no load balancer to wait for.
     """
 
     def __init__(
@@ -222,7 +224,11 @@ class SupervisedSource:
         self._send_report()
 
     async def stop(self) -> None:
-        """Ask for no more connections, and wait until those on their way have arrived."""
+        """Ask for no more connections, and wait until those on their way have arrived.
+
+        The supervisor answers `NO_MORE_MESSAGE` by closing its side of the stream, which `_read_messages`
+        sees after the last connection.
+        """
         self._is_stopping = True
         if not self._end_event.is_set():
             self._unsent_messages.append(NO_MORE_MESSAGE)
@@ -230,7 +236,10 @@ class SupervisedSource:
             await self._end_event.wait()
 
     def _send_heartbeat(self) -> None:
-        """Report every `HEARTBEAT_INTERVAL` seconds from the event loop, which shows that the loop is not blocked."""
+        """Send a report every `HEARTBEAT_INTERVAL` seconds.
+
+        A callback of the event loop sends the report, so that a blocked loop counts as silence.
+        """
         self._loop.call_later(HEARTBEAT_INTERVAL, self._send_heartbeat)
         self._send_report()
 
@@ -265,6 +274,8 @@ class SupervisedSource:
             if message == CONNECTION_MESSAGE:
                 if not descriptors:
                     self._missed_numbers.append(self._received_count)
+                # Both processes number connections in the order of the channel. The report makes the
+                # supervisor close its copy, so it is sent only after this process has its own descriptor.
                 self._received_count += 1
                 self._send_report()
                 for descriptor in descriptors:

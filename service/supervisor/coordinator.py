@@ -13,7 +13,7 @@ from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 log = logging.getLogger(__name__)
 
 _LOST_WORKER: Final = "lost"
-"""Kind of the answer on behalf of a worker that has died."""
+"""Kind of a reply in place of the reply of a worker that has died."""
 
 _ERROR_TYPES: Final = {kind.__name__: kind for kind in (Interrupted, Unproven, GoldenError)}
 
@@ -56,22 +56,22 @@ class Coordinator:
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Have all workers prepare a change, as `RolloutTarget` describes.
+        """Let all workers prepare a change, as `RolloutTarget` describes.
 
-        The first worker prepares alone: if it refuses, the others need not try. If all prepared at once,
-        requests would also lose more processor time. If there is no worker, later workers start with the new
-        versions.
+        The first worker prepares before the others: if it refuses, the others need not try. If all prepared
+        at once, requests would also lose more processor time. If there is no worker, later workers start with
+        the new versions.
         """
         self._change_id += 1
         self.is_changing = True
         self._prepared_workers = list(self._workers())
         try:
-            answers: list[dict[str, Any]] = []
+            replies: list[dict[str, Any]] = []
             for group in (self._prepared_workers[:1], self._prepared_workers[1:]):
-                answers += await self._prepare_workers(group, name, versions, force=force)
-                _check_replies(answers)
-            if answers and all(answer["error"] for answer in answers):
-                raise Interrupted(answers[0]["error"])  # all workers died; none has prepared it
+                replies += await self._prepare_workers(group, name, versions, force=force)
+                _check_replies(replies)
+            if replies and all(reply["error"] for reply in replies):
+                raise Interrupted(replies[0]["error"])  # all workers died; none has prepared it
         except BaseException:
             for worker in self._prepared_workers:
                 self._send_message(worker, abandon=name)
@@ -81,10 +81,9 @@ class Coordinator:
     async def _prepare_workers(
         self, workers: Sequence[Worker], name: str | None, versions: Sequence[ModelVersion], *, force: bool
     ) -> list[dict[str, Any]]:
-        """Ask workers to prepare a change and return their answers.
+        """Ask workers to prepare a change, and return their replies.
 
-        A worker that has died counts as lost. The worker that takes its place starts with the versions served
-        then.
+        A worker that has died counts as lost. Its replacement starts with the versions that are served then.
         """
         loop = asyncio.get_running_loop()
         self._pending_replies = {worker: loop.create_future() for worker in workers}
@@ -104,7 +103,12 @@ class Coordinator:
             timeout_timer.cancel()
 
     def commit(self, name: str | None) -> None:
-        """Make all prepared workers switch, as `RolloutTarget` describes."""
+        """Make all prepared workers switch, as `RolloutTarget` describes.
+
+        Must follow a successful `prepare` without an `await` between them.
+        """
+        # The generation changes first: `_end` admits workers that have loaded their models meanwhile, and
+        # those with an earlier generation must start again.
         self.generation += 1
         for worker in self._prepared_workers:
             if not self._send_message(worker, commit=name):
@@ -124,20 +128,20 @@ class Coordinator:
             self._send_message(worker, refused=refused_versions, waits=is_empty)
 
     def handle_message(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Handle a worker's answer to a prepare message."""
-        # An answer to an earlier change is ignored.
+        """Handle a worker's reply to a `prepare` message. The supervisor calls this on the event loop."""
+        # A reply to an earlier change, which has timed out, is ignored.
         if message["prepared"] == self._change_id:
             self._set_reply(worker, message)
 
     def on_worker_lost(self, worker: Worker) -> None:
-        """Settle the answer of a worker that has died or hangs."""
-        self._set_reply(worker, {"error": "a worker died meanwhile, or hangs", "kind": _LOST_WORKER})
+        """Set the reply of a worker that has died or hangs, so that `prepare` does not wait for it."""
+        self._set_reply(worker, {"error": "a worker died or hung during the change", "kind": _LOST_WORKER})
 
     def _give_up(self) -> None:
-        """Kill the workers that have not answered in time."""
-        for worker, answer in self._pending_replies.items():
-            if not answer.done():
-                log.error("a worker was not ready for a change within %g s; it is killed", self._timeout)
+        """Kill the workers that have not replied in time."""
+        for worker, reply in self._pending_replies.items():
+            if not reply.done():
+                log.error("a worker has not prepared a change within %g s; it is killed", self._timeout)
                 worker.kill()
                 self.on_worker_lost(worker)
 
@@ -147,7 +151,7 @@ class Coordinator:
         self._on_end()
 
     def _set_reply(self, worker: Worker, reply: dict[str, Any]) -> None:
-        """Set a worker's answer, unless it is already set."""
+        """Set a worker's reply, unless it is already set."""
         future = self._pending_replies.get(worker)
         if future and not future.done():
             future.set_result(reply)
@@ -167,7 +171,7 @@ def _check_replies(replies: Sequence[dict[str, Any]]) -> None:
 
     A verdict on the file takes precedence over an interruption.
     """
-    refusals = [answer for answer in replies if answer["error"] and answer["kind"] != _LOST_WORKER]
+    refusals = [reply for reply in replies if reply["error"] and reply["kind"] != _LOST_WORKER]
     if refusals:
         worst = min(refusals, key=lambda one: one["kind"] == Interrupted.__name__)
         raise _ERROR_TYPES.get(worst["kind"], ModelError)(worst["error"])

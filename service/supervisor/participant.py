@@ -1,4 +1,4 @@
-"""A worker's part in changes to the served models.
+"""Participant in changes to the served models: the worker's side of the two-phase commit.
 
 The supervisor decides about every change, so that all workers serve the same versions.
 """
@@ -41,7 +41,10 @@ class Participant:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def attach(self, send_message: Callable[..., None], manager: ModelManager) -> None:
-        """Set the function that sends a message to the supervisor, and the model manager."""
+        """Set the function that sends a message to the supervisor, and the model manager.
+
+        Call this before the first message arrives. The manager calls both callbacks on the event loop.
+        """
         self._send_message = send_message
         self._manager = manager
         manager.on_lost = lambda name, is_lost: send_message(lost=name, is_lost=is_lost)
@@ -57,7 +60,11 @@ class Participant:
                 future.set_exception(_create_gone_error())
 
     def handle_message(self, message: dict[str, Any]) -> None:
-        """Handle a message of the supervisor."""
+        """Handle a message of the supervisor. `SupervisedSource` calls this on the event loop.
+
+        Messages arrive in the order in which the supervisor has sent them: a commit never comes before the
+        answer to its `prepare`. Only `prepare` takes time, and runs in a task.
+        """
         match message:
             case {"prepare": plain_versions, "name": name, "change": change, "force": force}:
                 versions = [ModelVersion.from_plain(one) for one in plain_versions]
@@ -79,8 +86,10 @@ class Participant:
         """Commit a change, or end this process if that fails."""
         try:
             self._manager.commit(name)
-        except Exception:  # else this worker would serve other versions than the rest
-            log.critical("this worker cannot make a change that all others make, and ends", exc_info=True)
+        except Exception:  # otherwise this worker would serve other versions than the other workers
+            log.critical(
+                "this worker cannot commit a change that the other workers commit, and exits", exc_info=True
+            )
             os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
@@ -108,13 +117,13 @@ class Participant:
                 await self._pending_requests[request_id]
         except TimeoutError:
             raise SwapRefused(
-                f"the change has not ended within {limit:g} s; look whether it has later"
+                f"the change has not ended within {limit:g} s; check the served versions later"
             ) from None
         finally:
             del self._pending_requests[request_id]
 
     def _resolve_request(self, request_id: int, error: dict[str, str] | None) -> None:
-        """Settle a pending request with the supervisor's answer."""
+        """Complete a pending request with the supervisor's answer."""
         future = self._pending_requests.get(request_id)
         if future is None or future.done():  # the caller has left
             return
@@ -146,7 +155,7 @@ class Participant:
 
 def _create_gone_error() -> Draining:
     """Return the error for requests after the end of the supervisor."""
-    return Draining("the supervisor is gone, and this worker stops", retry_after=1.0)
+    return Draining("the supervisor has ended, and this worker is stopping", retry_after=1.0)
 
 
 def _parse_error(values: dict[str, str]) -> RequestError:

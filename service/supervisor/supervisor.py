@@ -1,9 +1,6 @@
 """Supervisor of several worker processes behind one port.
 
-Connections are spread evenly, and dead workers are replaced. The supervisor accepts every connection and
-passes it to the worker with the fewest connections. A shared listening socket would leave the choice to
-chance: the worker that wakes first takes all connections (observed: eight connections, one worker).
-`SO_REUSEPORT` uses a hash of the addresses, which seldom splits eight connections into four and four.
+Connections are spread evenly (`service.supervisor.dispatcher`), and dead workers are replaced.
 """
 
 from __future__ import annotations
@@ -11,14 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import socket
-import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -27,8 +20,8 @@ from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import KILL_DELAY
 from fovea.service.http.listener import Listener
-from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
-from fovea.service.observability.process_metrics import kill_descendants, reap_orphans
+from fovea.service.observability.multiprocess import SharedMetrics
+from fovea.service.observability.process_metrics import reap_orphans
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.startup import is_broken
 from fovea.service.rollout.trial import compute_change_timeout
@@ -36,6 +29,8 @@ from fovea.service.rollout.watcher import Watcher
 from fovea.service.settings import Settings
 from fovea.service.supervisor import channel
 from fovea.service.supervisor.coordinator import Coordinator
+from fovea.service.supervisor.dispatcher import ConnectionDispatcher
+from fovea.service.supervisor.worker import WorkerProcess, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +41,6 @@ _BACKOFF_DELAYS: Final = (0.1, 10.0)
 """Time in seconds before a worker that died at its start is replaced: the first delay, which doubles each
 time, and the maximum."""
 
-_RETRY_DELAY: Final = 1.0
-"""Time in seconds until a connection that no worker could take is passed again, if nothing happens before."""
-
 _SILENCE_TIMEOUT: Final = 2.0
 """Time in seconds without a message after which a worker gets no more connections."""
 
@@ -58,72 +50,6 @@ _HANG_TIMEOUT: Final = 10.0
 _FIRST_MESSAGE_TIMEOUT: Final = 60.0
 """Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
 machine."""
-
-_EXIT_TIMEOUT: Final = 10.0
-"""Time in seconds after which a worker that has closed its end of the channel is killed."""
-
-_POLL_INTERVAL: Final = 0.01
-"""Time in seconds between two checks whether a process has ended. No thread waits for the process, because
-starting a thread may fail."""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """Worker process, and the supervisor's end of its channel."""
-
-    process: subprocess.Popen[bytes]
-    channel_socket: socket.socket
-    started_at: float = field(default_factory=time.monotonic)
-    loaded_models: dict[str, str] | None = None
-    """Description of the loaded models; None until the worker has loaded them."""
-    served_models: dict[str, str] | None = None
-    """Same as `loaded_models`, once the worker is admitted."""
-    generation: int = 0
-    """Generation of the models that the worker had to load at its start."""
-    is_stopping: bool = False
-    """True when the worker takes no more connections."""
-    passed_connections: deque[socket.socket] = field(default_factory=deque)
-    """Connections on their way to the worker. If the worker dies before it takes them, other workers get
-    them."""
-    received_count: int = 0
-    """Number of connections received, including those for which the worker had no file descriptor."""
-    accepted_count: int = 0
-    closed_count: int = 0
-    inbox: channel.Inbox = field(default_factory=channel.Inbox)
-
-    last_message_at: float = field(default_factory=time.monotonic)
-    """Time of the last message on the monotonic clock in seconds."""
-    has_sent_message: bool = False
-    is_silent: bool = False
-    """True when the worker has been silent for too long to get connections."""
-    is_hung: bool = False
-    """True when the worker was killed because it was silent."""
-    starved_until: float = 0.0
-    """Time from which the worker may have a free file descriptor, on the monotonic clock in seconds."""
-
-    def __post_init__(self) -> None:
-        self.outbox = channel.Outbox(self.channel_socket)
-
-    @property
-    def open_count(self) -> int:
-        """Return the number of open connections of the worker."""
-        return self.accepted_count - self.closed_count
-
-    def send_message(self, **message: Any) -> None:
-        """Send a message as soon as there is room for it. Raises `OSError`."""
-        self.outbox.send(**message)
-
-    def kill(self) -> None:
-        """Kill the worker and its children at once."""
-        kill_descendants(self.process.pid)
-        self.process.kill()
-
-    @property
-    def load(self) -> tuple[int, int]:
-        """Return the sort key for choosing a worker: current connections, then connections ever."""
-        return self.open_count + len(self.passed_connections), self.received_count + len(
-            self.passed_connections
-        )
 
 
 class Supervisor:
@@ -168,11 +94,11 @@ class Supervisor:
             change_timeout=2 * patience,
             is_broken=partial(is_broken, settings, refusals),
         )
-        self._workers: set[_Worker] = set()
-        self._waiting_connections: list[socket.socket] = []
+        self._workers: set[WorkerProcess] = set()
+        self._dispatcher = ConnectionDispatcher(listener, self._available_workers)
         self._early_death_count = 0
         self._is_stopping = False
-        self._ending_workers: set[_Worker] = set()
+        self._ending_workers: set[WorkerProcess] = set()
         """Workers that have closed their end of the channel and whose processes may still run."""
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -195,7 +121,7 @@ class Supervisor:
             self._check_workers()
             await self._start_future
             if not self._is_stopping:
-                self._listener.start(self._pass_connection)
+                self._listener.start(self._dispatcher.pass_connection)
                 self._on_listening(next(one.served_models for one in self._workers if one.served_models))
                 self._start_task(self._watcher.run(self._settings.watch))
             await self._end_event.wait()
@@ -208,33 +134,18 @@ class Supervisor:
 
     def _start_worker(self) -> None:
         """Start a worker. Raises `OSError` when the system has no room for it."""
-        own_socket, worker_socket = channel.create_channel()
-        metric_files = None
-        try:
-            with worker_socket, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as state_file:
-                metric_files = MetricFiles.create()
-                state_file.write(self._watcher.state.to_json().encode())
-                state_file.seek(0)
-                descriptors = (worker_socket.fileno(), self._metrics.index, *metric_files.descriptors)
-                # The worker inherits these descriptors. `with` closes our copy of the worker's end after the
-                # start: otherwise the death of the worker would not end the channel.
-                process = subprocess.Popen(  # noqa: S603 - our own command
-                    [*self._command, *map(str, descriptors)],
-                    env=self._environment,
-                    stdin=state_file,
-                    pass_fds=descriptors,
-                )
-        except BaseException:
-            own_socket.close()
-            if metric_files:
-                metric_files.close()
-            raise
-        worker = _Worker(process, own_socket, generation=self._coordinator.generation)
+        worker, metric_files = start_worker(
+            self._command,
+            self._environment,
+            self._watcher.state,
+            generation=self._coordinator.generation,
+            metrics_index=self._metrics.index,
+        )
         self._workers.add(worker)
-        self._loop.add_reader(own_socket, self._read_messages, worker)
-        self._metrics.add(process.pid, metric_files)
+        self._loop.add_reader(worker.channel_socket, self._read_messages, worker)
+        self._metrics.add(worker.process.pid, metric_files)
 
-    def _read_messages(self, worker: _Worker) -> None:
+    def _read_messages(self, worker: WorkerProcess) -> None:
         """Handle all messages that have arrived from a worker."""
         while worker in self._workers:
             try:
@@ -252,18 +163,20 @@ class Supervisor:
                 elif encoded_message is not None:
                     self._handle_message(worker, json.loads(encoded_message))
             except Exception:  # no message of this worker can be trusted any more
-                log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
+                log.exception(
+                    "worker %d is killed, because its message is invalid: %.200r", worker.process.pid, message
+                )
                 worker.kill()
 
-    def _mark_alive(self, worker: _Worker) -> None:
+    def _mark_alive(self, worker: WorkerProcess) -> None:
         """Note that a worker has sent a message."""
         worker.last_message_at = time.monotonic()
         worker.has_sent_message = True
         if worker.is_silent:
             worker.is_silent = False
-            self._pass_waiting_connections()
+            self._dispatcher.pass_waiting_connections()
             self._update_worker_metric()
-            log.info("worker %d is heard of again", worker.process.pid)
+            log.info("worker %d sends messages again, and gets connections", worker.process.pid)
 
     def _check_workers(self) -> None:
         """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent.
@@ -272,9 +185,8 @@ class Supervisor:
         """
         self._loop.call_later(channel.HEARTBEAT_INTERVAL, self._check_workers)
         now = time.monotonic()
-        own_delay = max(
-            0.0, now - self._checked_at - 2 * channel.HEARTBEAT_INTERVAL
-        )  # this process itself did not run
+        # Time in which this process itself did not run. No worker is to blame for it.
+        own_delay = max(0.0, now - self._checked_at - 2 * channel.HEARTBEAT_INTERVAL)
         self._checked_at = now
         reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
         for worker in self._workers:
@@ -287,7 +199,7 @@ class Supervisor:
                 worker.is_hung = True
                 worker.kill()
                 log.error(
-                    "worker %d has not been heard of for %.0f s, and is killed",
+                    "worker %d has sent no message for %.0f s, and is killed",
                     worker.process.pid,
                     silent_seconds,
                 )
@@ -295,15 +207,20 @@ class Supervisor:
                 worker.is_silent = True
                 self._update_worker_metric()
                 log.warning(
-                    "worker %d has not been heard of for %.0f s, and gets no more connections",
+                    "worker %d has sent no message for %.0f s, and gets no more connections",
                     worker.process.pid,
                     silent_seconds,
                 )
 
-    def _handle_message(self, worker: _Worker, message: dict[str, Any]) -> None:
-        """Handle a message of a worker."""
+    def _handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        """Handle a message of a worker, on the event loop and in the order in which the worker sent it.
+
+        Nothing here may wait: a change, which takes long, runs in a task.
+        """
         if "received" in message:
-            self._update_connections(worker, message["received"], message["closed"], message["missed"])
+            self._dispatcher.update_connections(
+                worker, message["received"], message["closed"], message["missed"]
+            )
         elif "starting" in message:
             pass  # a heartbeat: `_mark_alive` has noted it
         elif "prepared" in message:
@@ -324,47 +241,11 @@ class Supervisor:
             log.error("a worker could not start: %s", message["failed"])
             self._watcher.handle_start_failure()
 
-    def _update_connections(
-        self, worker: _Worker, received_count: int, closed_count: int, missed_numbers: Sequence[int]
-    ) -> None:
-        """Update a worker's connections from its report.
-
-        The report has the numbers of connections received and closed since the start. Connections in
-        `missed_numbers` found no free file descriptor in the worker and are passed on again.
-        """
-        missed_connections = []
-        has_received = worker.received_count < received_count
-        while worker.received_count < received_count:
-            # The channel keeps messages in order, so the oldest passed connection is the next one received.
-            connection = worker.passed_connections.popleft()
-            if worker.received_count in missed_numbers:
-                missed_connections.append(connection)
-            else:
-                connection.close()
-                worker.accepted_count += 1
-            worker.received_count += 1
-        new_closed_count = closed_count - worker.closed_count
-        worker.closed_count = closed_count
-        if missed_connections:
-            if not worker.starved_until:
-                log.error("worker %d has no file descriptor left (ulimit -n)", worker.process.pid)
-            worker.starved_until = time.monotonic() + _RETRY_DELAY
-        elif new_closed_count:
-            worker.starved_until = 0.0
-        if new_closed_count:
-            self._listener.report_closed(new_closed_count)
-        elif has_received:
-            self._listener.accept_waiting()
-        for connection in missed_connections:
-            self._pass_connection(connection)
-        if new_closed_count and not missed_connections:
-            self._pass_waiting_connections()
-
-    def _admitted_workers(self) -> list[_Worker]:
+    def _admitted_workers(self) -> list[WorkerProcess]:
         """Return the workers that are admitted and not stopping."""
         return [one for one in self._workers if one.served_models and not one.is_stopping]
 
-    def _available_workers(self) -> list[_Worker]:
+    def _available_workers(self) -> list[WorkerProcess]:
         """Return the workers that may get connections.
 
         Silent workers still take part in changes to the served models.
@@ -376,22 +257,24 @@ class Supervisor:
         for worker in list(self._workers):
             self._admit_worker(worker)
 
-    def _admit_worker(self, worker: _Worker) -> None:
+    def _admit_worker(self, worker: WorkerProcess) -> None:
         """Admit a worker that is ready, unless a change is under way."""
         if worker.loaded_models is None or worker.served_models or self._coordinator.is_changing:
             return
         # A different generation means that a change was committed while the worker was loading its models.
         if worker.generation != self._coordinator.generation:
-            log.info("worker %d has loaded what is not served any more", worker.process.pid)
+            log.info(
+                "worker %d has loaded versions that are no longer served, and is replaced", worker.process.pid
+            )
             worker.kill()
             return
         worker.served_models = worker.loaded_models
         if not self._start_future.done() and all(one.served_models for one in self._workers):
             self._start_future.set_result(None)
-        self._pass_waiting_connections()
+        self._dispatcher.pass_waiting_connections()
         self._update_worker_metric()
 
-    async def _change_models(self, worker: _Worker, request: int, **change: Any) -> None:
+    async def _change_models(self, worker: WorkerProcess, request: int, **change: Any) -> None:
         """Make a change that a worker's caller requests, and send the outcome to the worker."""
         error = None
         try:
@@ -402,12 +285,15 @@ class Supervisor:
         except RequestError as refusal:
             error = refusal.to_dict()
         except Exception:  # a caller waits for an answer in any case
-            log.exception("a change could not be made")
-            error = {"code": Internal.code, "message": "a change could not be made; the log says why"}
+            log.exception("a change of the served models failed")
+            error = {
+                "code": Internal.code,
+                "message": "the change failed; the log of the service has the reason",
+            }
         with suppress(OSError):  # the worker has died meanwhile
             worker.send_message(managed=request, error=error)
 
-    def _on_worker_lost(self, worker: _Worker) -> None:
+    def _on_worker_lost(self, worker: WorkerProcess) -> None:
         """Handle the end of a worker's channel: the worker has died."""
         # The replacement is scheduled first, so that no error in the bookkeeping below can prevent it.
         self._workers.discard(worker)
@@ -416,55 +302,38 @@ class Supervisor:
         self._loop.remove_reader(worker.channel_socket)
         self._loop.remove_writer(worker.channel_socket)
         worker.channel_socket.close()
-        for connection in worker.passed_connections:
-            self._pass_connection(connection)
-        if worker.open_count:
-            self._listener.report_closed(worker.open_count)
-        with _log_exceptions("a change could not be told that a worker has died"):
+        self._dispatcher.take_back_connections(worker)
+        with _log_exceptions("the coordinator could not handle the death of a worker"):
             self._coordinator.on_worker_lost(worker)
         self._update_worker_metric()
 
-    async def _handle_worker_exit(self, worker: _Worker) -> None:
+    async def _handle_worker_exit(self, worker: WorkerProcess) -> None:
         """Replace a dead worker, or end with the last worker. Bookkeeping comes after that."""
         try:
-            code = await self._wait_for_exit(worker)
+            code = await worker.wait_for_exit()
         finally:
             self._ending_workers.discard(worker)
         reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
         description = {
-            "hung": "was killed because it was not heard of",
+            "hung": "was killed because it sent no messages",
             "signal": f"was ended by signal {-code}",
             "exit": f"ended with exit code {code}",
         }[reason]
         if not self._start_future.done():
-            self._start_future.set_exception(StartError(f"a worker {description} at its start"))
+            self._start_future.set_exception(StartError(f"a worker {description} while it started"))
         if self._start_future.exception():  # `run` ends and kills the other workers
             return
         if self._is_stopping:
             self._end_if_finished()
         else:
             self._start_task(self._replace_worker(worker))
-            log.error("worker %d %s; another takes its place", worker.process.pid, description)
+            log.error("worker %d %s; it is replaced", worker.process.pid, description)
         with _log_exceptions("the metrics of worker %d are lost", worker.process.pid):
             if not self._is_stopping:
                 self._metrics.process_metrics.worker_deaths.labels(reason).inc()
             self._metrics.merge_dead_worker(worker.process.pid)
 
-    async def _wait_for_exit(self, worker: _Worker) -> int:
-        """Wait for the end of a worker's process and return its exit code.
-
-        Kill the process if it takes too long.
-        """
-        deadline = time.monotonic() + _EXIT_TIMEOUT
-        while (code := worker.process.poll()) is None:
-            if time.monotonic() > deadline:
-                log.error("worker %d does not end, and is killed", worker.process.pid)
-                worker.kill()
-                deadline = time.monotonic() + _EXIT_TIMEOUT
-            await asyncio.sleep(_POLL_INTERVAL)
-        return code
-
-    async def _replace_worker(self, worker: _Worker) -> None:
+    async def _replace_worker(self, worker: WorkerProcess) -> None:
         """Start another worker, with as many attempts as needed."""
         delay = self._next_backoff_delay(worker)
         while True:
@@ -483,7 +352,7 @@ class Supervisor:
         """Update the metric of the workers that may get connections."""
         self._metrics.process_metrics.workers.set(len(self._available_workers()))
 
-    def _next_backoff_delay(self, worker: _Worker) -> float:
+    def _next_backoff_delay(self, worker: WorkerProcess) -> float:
         """Return the time in seconds before a worker is replaced."""
         if worker.served_models and time.monotonic() - worker.started_at > _MIN_STABLE_TIME:
             self._early_death_count = 0
@@ -491,38 +360,6 @@ class Supervisor:
         first, longest = _BACKOFF_DELAYS
         self._early_death_count += 1
         return float(min(longest, first * 2 ** min(self._early_death_count - 1, 16)))
-
-    # --- connections ---
-
-    def _pass_connection(self, connection: socket.socket) -> None:
-        """Pass a connection to the worker with the fewest connections.
-
-        Keep it while no worker can take it.
-        """
-        for worker in sorted(self._available_workers(), key=lambda one: one.load):
-            if not worker.outbox.is_empty:  # it is busy, and earlier messages come first
-                continue
-            if worker.starved_until > time.monotonic():
-                continue
-            try:
-                socket.send_fds(worker.channel_socket, [channel.CONNECTION_MESSAGE], [connection.fileno()])
-            except OSError:  # it is busy or has just died
-                continue
-            # Keep the connection open here until the worker reports it: another worker gets it if this one
-            # dies.
-            worker.passed_connections.append(connection)
-            return
-        self._waiting_connections.append(connection)
-        self._listener.disable()
-        self._loop.call_later(_RETRY_DELAY, self._pass_waiting_connections)
-
-    def _pass_waiting_connections(self) -> None:
-        """Pass the connections that are waiting for a worker."""
-        waiting, self._waiting_connections = self._waiting_connections, []
-        for connection in waiting:
-            self._pass_connection(connection)
-        if waiting and not self._waiting_connections:
-            self._listener.enable()
 
     # --- the end ---
 
@@ -541,10 +378,10 @@ class Supervisor:
             try:
                 worker.send_message(signal=number)
             except OSError:  # it has died, or hangs and will be killed
-                log.warning("worker %d does not listen", worker.process.pid)
+                log.warning("worker %d could not be sent signal %d", worker.process.pid, number)
         self._end_if_finished()
 
-    def _release_worker(self, worker: _Worker) -> None:
+    def _release_worker(self, worker: WorkerProcess) -> None:
         """Stop passing connections to a worker that stops.
 
         The last worker that stops also closes the port.
@@ -584,7 +421,7 @@ class Supervisor:
 
 @contextmanager
 def _log_exceptions(message: str, *values: object) -> Iterator[None]:
-    """Log an exception that is raised inside, and continue, because the following code is more important."""
+    """Log an exception that the block raises, and continue, because the following code is more important."""
     try:
         yield
     except Exception:

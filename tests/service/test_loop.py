@@ -61,11 +61,15 @@ WORST: Final[dict[str, Ask]] = {
     "30 MB of rubbish": _make_classify(content=b"\xff\xd8\xff" + b"x" * 30_000_000),
     "33 MB, chunked": lambda client: client.post("/v1/classify", content=iter([b"x" * 1_000_000] * 33)),
     "16 MB multipart": _make_classify(**_form_files(LARGE, LARGE[:6_000_000])),
-    "16 MB JSON": _make_classify(json={"images": [{"b64": _encode_base64(one)} for one in (LARGE, LARGE[:2_000_000])]}),
+    "16 MB JSON": _make_classify(
+        json={"images": [{"b64": _encode_base64(one)} for one in (LARGE, LARGE[:2_000_000])]}
+    ),
     "16 MB of bad JSON": _make_classify(**_json_body(b'{"images": [' + b"[" * 16_000_000)),
     "64 images": _make_classify(**_form_files(*[make_jpeg()] * 64)),
     "64 images, all 1000 labels": _make_classify("?top_k=0", **_form_files(*[make_jpeg()] * 64)),
-    "64 images, sets of 1000 labels": _make_classify("?top_k=1&coverage=0.9", **_form_files(*[make_jpeg()] * 64)),
+    "64 images, sets of 1000 labels": _make_classify(
+        "?top_k=1&coverage=0.9", **_form_files(*[make_jpeg()] * 64)
+    ),
     "64 bad images": _make_classify(**_form_files(*[b"rubbish"] * 64)),
     "one image, all 1000 labels": _make_classify("?top_k=0", content=make_jpeg()),
     "a bad parameter": _make_classify("?top_k=-1", content=make_jpeg()),

@@ -32,8 +32,10 @@ OF_THE_LOG_ALONE = {
 
 
 @pytest.fixture(scope="module")
-def told(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, set[str]], set[str]]:
-    """Of one server: each metric's labels, and the fields of its access log."""
+def observed_names(
+    small_zoo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, set[str]], set[str]]:
+    """Return the labels of each metric of a server, and the fields of its access log."""
     path = tmp_path_factory.mktemp("log") / "log"
     with (
         path.open("w") as log,
@@ -64,9 +66,9 @@ def documented_fields() -> set[str]:
 
 
 def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
-    told: tuple[dict[str, set[str]], set[str]],
+    observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
-    metrics, fields = told
+    metrics, fields = observed_names
     labels = set().union(*metrics.values())
     for field in fields - OF_THE_LOG_ALONE:
         assert f"fovea_{field}" in metrics or field in labels, field
@@ -74,8 +76,10 @@ def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
     assert metrics["fovea_errors"] <= fields
 
 
-def test_the_page_on_logging_has_every_field_and_no_other(told: tuple[dict[str, set[str]], set[str]]) -> None:
-    _, fields = told
+def test_the_page_on_logging_has_every_field_and_no_other(
+    observed_names: tuple[dict[str, set[str]], set[str]],
+) -> None:
+    _, fields = observed_names
     assert fields - {"timestamp", "level", "event"} <= documented_fields()
     unneeded = {"left_out", "image_errors", "peer", "warnings"}
     assert documented_fields() - fields <= unneeded
@@ -90,8 +94,10 @@ def test_stages_have_one_name_everywhere(server: Server) -> None:
         assert all(f"`{stage}`" in read_page(name) for stage in STAGES), name
 
 
-def test_what_the_dashboard_groups_by_is_a_label(told: tuple[dict[str, set[str]], set[str]]) -> None:
-    metrics, _ = told
+def test_what_the_dashboard_groups_by_is_a_label(
+    observed_names: tuple[dict[str, set[str]], set[str]],
+) -> None:
+    metrics, _ = observed_names
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     groups = [group for query in queries for group in re.findall(r"by \(([^)]*)\) \(\w+\((fovea_\w+)", query)]
@@ -102,9 +108,9 @@ def test_what_the_dashboard_groups_by_is_a_label(told: tuple[dict[str, set[str]]
 
 
 def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
-    told: tuple[dict[str, set[str]], set[str]],
+    observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
-    metrics, _ = told
+    metrics, _ = observed_names
     later = {
         "fovea_drift_psi", "fovea_drift_chance_psi",  # once the window is full
         "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",  # once a version was tried

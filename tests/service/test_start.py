@@ -101,7 +101,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], message: str) -> 
 
 
 def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> None:
-    """Both may bind before either listens; here the second has bound, and the first listens then."""
+    """Both processes may bind before either listens. Here the second binds before the first listens."""
     code = (
         "import socket, sys\n"
         "import fovea.service.__main__ as root, fovea.service.app as app_module\n"
@@ -223,7 +223,7 @@ def test_a_signal_ends_it_cleanly(small_zoo: Path, number: int) -> None:
 
 
 def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, tmp_path: Path) -> None:
-    """A runner that raises: the graph is run by a broken ONNX Runtime, put in its way from outside."""
+    """The runner raises, because the test replaces ONNX Runtime by a broken one."""
     (tmp_path / "sitecustomize.py").write_text(
         "import onnxruntime\n"
         "real = onnxruntime.InferenceSession.run\n"

@@ -1,4 +1,4 @@
-"""How the service stops: what it still takes, what it refuses, what it finishes."""
+"""The shutdown: work that is still accepted, refused and finished."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_terminal_that_closes_ends_it(small_zoo: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stop_ends_in_time_whatever_hangs(small_zoo: Path, workers: str) -> None:
-    """Grace and limit and 2.5 s: in 30 s by default. What was started does not stay."""
+    """The limit is grace, drain limit and 2.5 s: 30 s by default. No process of the service remains."""
     settings = {"FOVEA_WORKERS": workers, "FOVEA_DRAIN_LIMIT": "0.5", "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
         assert running.client.get("/health/live").status_code == 200

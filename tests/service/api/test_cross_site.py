@@ -189,5 +189,5 @@ def test_reading_is_open_as_before(managed: Server) -> None:
 @pytest.mark.parametrize("value", ["https://photos.example", "photos.example:8000", "*", "a b"])
 def test_what_is_no_host_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FOVEA_MANAGEMENT_HOSTS", value)
-    with pytest.raises(SettingsError, match="is no host name"):
+    with pytest.raises(SettingsError, match="is not a host name"):
         load_settings()

@@ -330,9 +330,9 @@ def test_a_protocol_can_be_switched_off(small_zoo: Path) -> None:
     [
         (
             "native,torchserv",
-            "FOVEA_PROTOCOLS is .*: there is no protocol 'torchserv'; there are native, oip, torchserve, ",
+            "FOVEA_PROTOCOLS is .*: there is no protocol 'torchserv'; the protocols are native, oip, ",
         ),
-        ("native,", "there is no protocol ''; there are native"),
+        ("native,", "there is no protocol ''; the protocols are native"),
         ("oip", "'native' is missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a real server writes to its log, by where it writes to."""
+"""The log of a real server, for each kind of stream."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_what_is_cut_at_the_end_is_told_of_once(start: Any, is_direct: bool) -> 
     stop_server(server)
     assert (answer.status, answer.headers["x-request-id"]) == (503, "my-own-id")
     (line,) = (one for one in read_request_lines(path) if one["route"] != "/metrics")
-    told = (line["status"], line["reason"], line["request_id"], line["route"])
-    assert told == (503, "draining", "my-own-id", CLASSIFY)
+    fields = (line["status"], line["reason"], line["request_id"], line["route"])
+    assert fields == (503, "draining", "my-own-id", CLASSIFY)
 
 
 def test_callers_faults_do_not_hide_the_services(start: Any) -> None:
@@ -180,9 +180,9 @@ def test_of_too_many_some_are_told_of_and_the_others_counted(start: Any) -> None
         server.client.post(CLASSIFY, content=content)
     stop_server(server)
     for status in (200, 415):
-        told = [line for line in read_request_lines(path) if line["status"] == status]
-        assert len(told) < 61
-        assert len(told) + sum(line.get("left_out", 0) for line in told) == 61
+        lines = [line for line in read_request_lines(path) if line["status"] == status]
+        assert len(lines) < 61
+        assert len(lines) + sum(line.get("left_out", 0) for line in lines) == 61
 
 
 def test_it_can_be_silent(start: Any) -> None:

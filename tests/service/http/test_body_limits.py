@@ -103,7 +103,7 @@ def test_a_body_has_its_time_on_every_route(
 
 
 def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Path) -> None:
-    """It is the service that lets the client wait then."""
+    """The time limit does not run while the service lets the client wait."""
     with Server(FOVEA_MODELS=str(small_zoo), **TIMES) as running, Wire(running.url) as wire:
         with stop_runners(running):
             wire.send(classify_request(make_jpeg()), classify_request(make_jpeg(900, 900))[:-1])
@@ -135,7 +135,7 @@ def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None
 
 @pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
 def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) -> None:
-    """Also where it is thrown away: the connection ends long before the time for a body is over."""
+    """The limit also holds for a discarded body: the connection ends long before the time limit."""
     piece = b"186a0\r\n" + bytes(100_000) + b"\r\n"
     with Wire(server.url) as wire:
         wire.send(b"%b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % route)
@@ -155,7 +155,7 @@ def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) 
 
 @contextmanager
 def stop_runners(server: Server) -> Iterator[None]:
-    """No image is classified inside."""
+    """Stop the runners, so that no image is classified inside the block."""
     runners = server.runner_pids
     for pid in runners:
         os.kill(pid, signal.SIGSTOP)
@@ -189,18 +189,24 @@ def open_flood(server: Server, head: bytes, piece: bytes, *, connections: int) -
     return wires
 
 
+FIRST = classify_request(make_jpeg())
+LARGE = classify_request(bytes(200_000))
+LIVE_START = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+LARGE_START = CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("head", "piece"),
     [
-        (classify_request(make_jpeg()), classify_request(bytes(200_000))),
-        (classify_request(make_jpeg()), classify_request(bytes(200_000)).replace(b"/v1/classify", b"/nowhere")),
-        (classify_request(make_jpeg()), CHUNKED),
-        (classify_request(make_jpeg()), b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"),
-        (classify_request(make_jpeg()), 1000 * LIVE_REQUEST),
-        (classify_request(make_jpeg()) + LIVE_REQUEST + CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n", bytes(100_000)),
-        (b"GET /health/live HTTP/1.1\r\nHost: x\r\n", 20 * (b"A: " + b"x" * 1000 + b"\r\n")),
-        (b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
-        (classify_request(make_jpeg()) + b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
+        (FIRST, LARGE),
+        (FIRST, LARGE.replace(b"/v1/classify", b"/nowhere")),
+        (FIRST, CHUNKED),
+        (FIRST, LIVE_START + b"A: " + b"x" * 60_000 + b"\r\n\r\n"),
+        (FIRST, 1000 * LIVE_REQUEST),
+        (FIRST + LIVE_REQUEST + LARGE_START, bytes(100_000)),
+        (LIVE_START, 20 * (b"A: " + b"x" * 1000 + b"\r\n")),
+        (LIVE_START + b"A: ", b"x" * 20_000),
+        (FIRST + LIVE_START + b"A: ", b"x" * 20_000),
     ],
     ids=[
         "bodies", "bodies for nobody", "chunked bodies", "headers", "small requests", "a body in pieces",

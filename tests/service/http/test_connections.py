@@ -1,4 +1,4 @@
-"""What a connection may do, and for how long; and how many there may be."""
+"""Limits of connections: their requests, their time and their number."""
 
 from __future__ import annotations
 

@@ -1,19 +1,23 @@
-"""Requests that are answered past ASGI: their bodies in pieces and slots, and the connection after them."""
+"""Requests that bypass ASGI: their bodies in pieces and shared buffers, and the connection after them."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fovea.service.api.bodies import _FormCollector
+from fovea.service.http.fast_path import Exchange, FastApp
+from fovea.service.http.observer import Observer
+from fovea.service.http.request_record import RequestRecord
+from fovea.service.runners.shared_memory import SharedBodies
 from tests.pictures import encode_image, make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server
@@ -28,7 +32,7 @@ def make_noise(side: int) -> bytes:
 
 
 LARGE = make_noise(500)  # 750 KB: comes in several pieces
-MIDDLE = make_noise(160)  # 77 KB: a slot, and mostly one piece
+MIDDLE = make_noise(160)  # 77 KB: a shared buffer, and mostly one piece
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> 
             wire.send(head, b"\r\n\r\n", body[:1])
             for start in range(1, len(body), 100_000):
                 wire.send(body[start : start + 100_000])
-                large_server.client.get("/health/live")  # the service has had its turn
+                large_server.client.get("/health/live")  # the service has read the piece
             dripped = wire.read_response().json
         with Wire(large_server.url) as wire:
             wire.send(classify_request(SMALL), classify_request(image), LIVE_REQUEST)
@@ -69,7 +73,7 @@ def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> 
 
 
 def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server) -> None:
-    """Parts of all sizes in one slot, with what looks like a boundary inside them."""
+    """The parts have all sizes, share one buffer, and contain bytes that look like a boundary."""
     images = [SMALL, LARGE, MIDDLE, SMALL, LARGE + b"\r\n--xy", SMALL + b"\r\n"]
     wanted = [large_server.client.post("/v1/classify", content=one).json() for one in images]
     files = [("f", (f"{number}.x", image)) for number, image in enumerate(images)]
@@ -144,8 +148,8 @@ def test_who_leaves_amid_a_large_body_is_counted(large_server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_no_body_gets_into_anothers_slot(large_server: Server) -> None:
-    """Many at once, with others that leave half way: each has the answer to its own."""
+def test_no_body_gets_into_the_buffer_of_another(large_server: Server) -> None:
+    """Many clients send at once while others leave half way: each gets the answer to its own image."""
     images = [make_noise(180 + 20 * number) for number in range(8)]
     wanted = [large_server.client.post("/v1/classify", content=image).json() for image in images]
     over = threading.Event()
@@ -168,8 +172,8 @@ def test_no_body_gets_into_anothers_slot(large_server: Server) -> None:
         disturbing.result()
 
 
-def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
-    """The rest takes the way through ASGI."""
+def test_more_large_bodies_than_buffers_are_answered(small_zoo: Path) -> None:
+    """The requests without a buffer go through ASGI."""
     settings = {"FOVEA_QUEUE_IMAGES": "2", "FOVEA_REQUEST_IMAGES": "2"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
         wires = [Wire(running.url) for _ in range(5)]
@@ -182,10 +186,10 @@ def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
             wire.socket.close()
 
 
-def test_slots_are_given_back(large_server: Server) -> None:
-    """However a request ends, the next one has its slot: there is never more memory than for one of them.
+def test_shared_buffers_are_released(large_server: Server) -> None:
+    """However a request ends, the next request reuses its buffer, so that one buffer's memory is enough.
 
-    The next one comes when the earlier has ended, which is a moment after its reply.
+    Each request is sent only after the request before it has ended, which is a moment after its reply.
     """
     bodies = next(
         path
@@ -210,6 +214,64 @@ def test_slots_are_given_back(large_server: Server) -> None:
             large_server.wait_for_metric(2, "fovea_requests_in_flight")  # it has come, before it goes
         large_server.wait_for_metric(1, "fovea_requests_in_flight")
     assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
+
+
+class _Handler:
+    """A handler of `exchange` that notes whether its buffer is still allocated when it is closed."""
+
+    def __init__(self, bodies: SharedBodies) -> None:
+        self.shared_bodies = bodies
+        self.free_counts: list[int] = []
+
+    def can_answer(self, url: bytes) -> bool:
+        return False
+
+    def open_request(self, exchange: Exchange, method: bytes, url: bytes, headers: object) -> _Handler:
+        return self
+
+    def count_bytes(self, size: int) -> None:
+        pass
+
+    def handle_body(self, body: object, size: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.free_counts.append(self.shared_bodies.free_count)
+
+
+class _Writer:
+    def respond(self, *values: object) -> None:
+        pass
+
+    def refuse_with_delay(self, exchange: Exchange, error: object) -> None:
+        pass
+
+
+class _Observer:
+    def start_request(self) -> None:
+        pass
+
+    def end_request(self, record: RequestRecord) -> None:
+        pass
+
+    def record_failure(self, record: RequestRecord, reason: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "end", [lambda exchange: exchange.answer(b""), lambda exchange: exchange.disconnect()]
+)
+def test_a_job_is_over_before_its_memory_is_released(end: Callable[[Exchange], None]) -> None:
+    bodies = SharedBodies(1, 1 << 20)
+    handler = _Handler(bodies)
+    record = RequestRecord("POST", {})
+    exchange = Exchange(_Writer(), cast(Observer, _Observer()), record, 1 << 20)
+    assert exchange.try_open(cast(FastApp, handler), b"POST", b"/", {})
+    assert bodies.free_count == 0
+    end(exchange)
+    assert handler.free_counts == [0], "the handler is closed once, while the buffer is still allocated"
+    assert bodies.free_count == 1
+    bodies.close()
 
 
 def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> None:

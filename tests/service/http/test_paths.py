@@ -25,7 +25,7 @@ def careless_forms(path: str) -> list[str]:
 @pytest.mark.parametrize("protocol", ASKED)
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_slashes_too_many_change_nothing(server: Server, protocol: str, is_chunked: bool) -> None:
-    """Past ASGI and by it; no redirect, which would lose the body, or scheme and prefix behind a proxy."""
+    """This holds with and without ASGI. A redirect would lose the body, or a proxy's scheme and prefix."""
     path, body = ASKED[protocol]
     path = path.format("small")
     request = server.client.build_request(

@@ -1,4 +1,4 @@
-"""Whose word counts for the client's address, and for the address of the service itself."""
+"""Trusted proxies: the client's address, and the address of the service itself."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def read_request_lines(log: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("networks", ["", "127.0.0.0/8"])
 def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) -> None:
-    """Of answers past ASGI and by it, of refusals, and of what is no HTTP."""
+    """This holds for answers with and without ASGI, for refusals, and for input that is not HTTP."""
     settings = {"FOVEA_WORKERS": workers, "FOVEA_TRUSTED_PROXIES": networks, "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for content in (make_jpeg(), iter([make_jpeg()]), b"nonsense"):
@@ -134,10 +134,10 @@ def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) 
         with Wire(server.url) as wire:
             wire.send(b"GET nonsense\r\n\r\n")
             assert wire.read_response().status == 400
-    *told, nonsense = read_request_lines(server.log)
-    assert len(told) == 5
+    *lines, nonsense = read_request_lines(server.log)
+    assert len(lines) == 5
     expected = ("203.0.113.7", "127.0.0.1") if networks else ("127.0.0.1", None)
-    assert {(line["client"], line.get("peer")) for line in told} == {expected}
+    assert {(line["client"], line.get("peer")) for line in lines} == {expected}
     assert nonsense["client"] == "127.0.0.1"
 
 
@@ -145,7 +145,7 @@ def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) 
 def test_the_log_goes_to_standard_output_where_that_is_asked_for(
     small_zoo: Path, tmp_path: Path, workers: str
 ) -> None:
-    """It alone: whoever reads it reads JSON."""
+    """Standard output has nothing but the log, so that its reader can parse every line as JSON."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0"}
     log = tmp_path / "log"
@@ -183,15 +183,15 @@ def behind(small_zoo: Path) -> Iterator[Server]:
 
 
 def test_links_have_the_prefix_that_a_trusted_proxy_tells(behind: Server, server: Server) -> None:
-    told = {f"X-Forwarded-{name}": value for name, value in PLACE.items()}
+    headers = {f"X-Forwarded-{name}": value for name, value in PLACE.items()}
     for path in ("/", "/docs", "/docs/"):
-        reply = behind.client.get(path, headers=told)
+        reply = behind.client.get(path, headers=headers)
         linked = re.findall(r'(?:href|src)="([^"#]+)"', reply.text)
         assert linked
         assert all(link.startswith("/vision/") for link in linked)
-        assert re.findall(r'(?:href|src)="(/[^"]*)"', server.client.get(path, headers=told).text) == []
+        assert re.findall(r'(?:href|src)="(/[^"]*)"', server.client.get(path, headers=headers).text) == []
         policy = "content-security-policy"
         assert reply.headers.get(policy) == server.client.get(path).headers.get(policy)
-    document = behind.client.get("/openapi.json", headers=told).json()
+    document = behind.client.get("/openapi.json", headers=headers).json()
     assert document["servers"] == [{"url": "https://photos.example/vision"}]
-    assert server.client.get("/openapi.json", headers=told).json()["servers"] == [{"url": "."}]
+    assert server.client.get("/openapi.json", headers=headers).json()["servers"] == [{"url": "."}]

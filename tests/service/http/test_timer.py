@@ -1,4 +1,4 @@
-"""One limit that moves: what is called, and not before its time."""
+"""A timer whose limit moves: it calls the last callback, and never early."""
 
 from __future__ import annotations
 

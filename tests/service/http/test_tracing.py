@@ -107,10 +107,10 @@ def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
         assert span.start_time_unix_nano < span.end_time_unix_nano <= request.end_time_unix_nano
     assert request.end_time_unix_nano < time.time_ns()
     (inference,) = collector.find_spans("inference")
-    told = {"fovea.model": "small", "fovea.version": "1", "fovea.batch_images": 1}
-    assert span_attributes(inference) == told
+    expected = {"fovea.model": "small", "fovea.version": "1", "fovea.batch_images": 1}
+    assert span_attributes(inference) == expected
     (batch,) = collector.find_spans("batch")
-    assert span_attributes(batch) == told
+    assert span_attributes(batch) == expected
     assert batch.parent_span_id == b"" and batch.trace_id != TRACE
     assert [(link.trace_id, link.span_id) for link in batch.links] == [(TRACE, request.span_id)]
     assert [(link.trace_id, link.span_id) for link in inference.links] == [(batch.trace_id, batch.span_id)]
@@ -174,8 +174,8 @@ def test_the_standard_variables_say_what_is_kept(
         server.client.post(CLASSIFY, content=make_jpeg(), headers={"traceparent": SAMPLED})
     assert {span.trace_id for span in collector.spans if span.name != "batch"} == {TRACE}
     assert (len(collector.find_spans("batch")), collector.services) == (1, {"photos"})
-    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    unsampled, sampled = (line["trace_id"] for line in told if line["event"] == "request")
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    unsampled, sampled = (line["trace_id"] for line in lines if line["event"] == "request")
     assert sampled == TRACE.hex()
     assert len(unsampled) == 32 and unsampled != sampled
 
@@ -252,7 +252,10 @@ def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_
     (tmp_path / "sitecustomize.py").write_text(hidden)
     ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 2
-    assert ended.stderr == "fovea: FOVEA_TRACES needs the extra `traces`: no opentelemetry.exporter.otlp\n"
+    assert ended.stderr == (
+        "fovea: FOVEA_TRACES needs the extra `traces`: "
+        "the module opentelemetry.exporter.otlp is not installed\n"
+    )
 
 
 # --- spans by hand -------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def _make_record(*stages: TimeSpan) -> RequestRecord:
 
 
 def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
-    """One of its requests has other images, in later calls."""
+    """One of the requests has other images, in later model calls."""
     exporter = InMemorySpanExporter()
 
     async def run() -> None:

@@ -104,7 +104,8 @@ def read_statuses(reply: bytes) -> list[int]:
         (b"GET /health/live HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\nCONNECT / HTTP/1.1\r\nHost: a\r\n\r\n",
          [200, 400]),
         (CLASSIFY_HEAD + UPGRADE + b"Content-Length: 3\r\n\r\nabc" + LAST, [415, 200]),
-        (CLASSIFY_HEAD + UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + LAST, [415, 200]),
+        (CLASSIFY_HEAD + UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + LAST,
+         [415, 200]),
         # --- targets and Host: RFC 9112, section 3.2 ---
         (b"GET http://other/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [200]),
         (b"GET http://other:80 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [200]),
@@ -137,8 +138,8 @@ def read_statuses(reply: bytes) -> list[int]:
         (classify_request(IMAGE, b"Connection: close") + LAST, [200]),
         # --- Expect: RFC 9110, section 10.1.1 ---
         (classify_request(IMAGE, b"Expect: 100-continue") + LAST, [100, 200, 200]),
-        (CLASSIFY_HEAD + b"Expect: 100-Continue\r\nTransfer-Encoding: chunked\r\n\r\n" + WHOLE + b"\r\n" + LAST,
-         [100, 200, 200]),
+        (CLASSIFY_HEAD + b"Expect: 100-Continue\r\nTransfer-Encoding: chunked\r\n\r\n" + WHOLE
+         + b"\r\n" + LAST, [100, 200, 200]),
         (CLASSIFY_HEAD + b"Expect: 100-continue\r\nContent-Length: 999999999\r\n\r\n", [413]),
         (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc" + LAST,
          [404, 200]),

@@ -225,10 +225,10 @@ def test_a_config_that_cannot_be_read_stops_a_strict_start_and_no_running_servic
         publish_variant(zoo, seed=7, name="bees")
         wait_until(lambda: classify_pictures(running, name="bees")["model"]["version"] == "2")
         assert classify_pictures(running, name="ants")["model"]["version"] == "1"
-    assert running.log.count("batch_size: there is no such name") == 1
+    assert running.log.count("batch_size: unknown name") == 1
     ended = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
     assert ended.returncode == 2
-    assert "batch_size: there is no such name" in ended.stderr
+    assert "batch_size: unknown name" in ended.stderr
 
 
 def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:

@@ -26,7 +26,7 @@ def _run_with_pair(use_ends: Callable[[socket.socket, socket.socket], Coroutine[
 
 
 async def _read_messages(connection: socket.socket, count: int) -> list[Any]:
-    """So many whole messages, or those up to the last one, read by one who is slow to begin."""
+    """Read this number of whole messages, or all of them, after a delay."""
     inbox = Inbox()
     messages: list[Any] = []
     loop = asyncio.get_running_loop()
@@ -82,12 +82,12 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
     """One with thousands of models, and a supervisor that is busy."""
 
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
-        feed = SupervisedSource(theirs, lambda _: None, lambda _: None, lambda: None)
-        feed.start(lambda _: None)
+        source = SupervisedSource(theirs, lambda _: None, lambda _: None, lambda: None)
+        source.start(lambda _: None)
         for _ in range(5000):
-            feed.send_message(prepared=1)
-        feed.report_ready(**LONG)
-        stopping = asyncio.create_task(feed.stop())
+            source.send_message(prepared=1)
+        source.report_ready(**LONG)
+        stopping = asyncio.create_task(source.stop())
         everything = await _read_messages(ours, 1_000_000)
         said = [one for one in everything if one == channel.NO_MORE_MESSAGE or "closed" not in one]
         assert said == [*({"prepared": 1} for _ in range(5000)), {"ready": LONG}, channel.NO_MORE_MESSAGE]
@@ -99,10 +99,10 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
 
 def test_a_worker_puts_long_messages_together() -> None:
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
-        told: asyncio.Queue[Any] = asyncio.Queue()
-        feed = SupervisedSource(theirs, lambda _: None, told.put_nowait, lambda: None)
-        feed.start(lambda _: None)
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+        source = SupervisedSource(theirs, lambda _: None, messages.put_nowait, lambda: None)
+        source.start(lambda _: None)
         Outbox(ours).send(**LONG)
-        assert await told.get() == LONG
+        assert await messages.get() == LONG
 
     _run_with_pair(work)

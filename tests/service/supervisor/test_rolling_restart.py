@@ -61,7 +61,7 @@ def _run_haproxy(haproxy: str, one: int, two: int, folder: Path) -> Iterator[str
 
 
 def _send_load(url: str, stop: threading.Event) -> Counter[str]:
-    """Classify until told to stop; how often came what."""
+    """Classify until the event is set; return the number of answers of each kind."""
     outcomes: Counter[str] = Counter()
     with httpx.Client(base_url=url, timeout=30) as client:
         while not stop.is_set():

@@ -149,7 +149,7 @@ def test_only_the_requests_of_the_dead_are_lost(pair: Server) -> None:
                 wire.send(picture[10:])
                 assert wire.read_response().status == 200
     pair.__exit__(None, None, None)
-    assert "was ended by signal 9; another takes its place" in pair.log
+    assert "was ended by signal 9; it is replaced" in pair.log
 
 
 def test_files_of_the_dead_do_not_pile_up(pair: Server) -> None:
@@ -237,7 +237,7 @@ def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path
         wait_until(lambda: len(_worker_pids(running) - before) == 2)
         running.wait_for_metric(2, "fovea_workers")
         assert httpx.post(f"{running.url}/v1/classify", content=make_jpeg()).status_code == 200
-    assert "is killed: its message" in running.log
+    assert "is killed, because its message is invalid" in running.log
 
 
 def test_both_stop_in_order(small_zoo: Path) -> None:
@@ -310,7 +310,7 @@ def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
         wait_until(lambda: len(set(_list_children(supervisor)) - {first, second}) == 1)
         os.kill(supervisor, signal.SIGTERM)
         assert running.process.wait(timeout=20) == 0
-    assert "was ended by signal 9; another takes its place" in running.log
+    assert "was ended by signal 9; it is replaced" in running.log
 
 
 def test_workers_that_cannot_start_are_one_line_and_exit_code_2(small_zoo: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_worker_that_crashes_at_its_start_ends_it(small_zoo: Path, tmp_path: P
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "fovea: a worker ended with exit code 3 at its start\n"
+    assert ended.stderr == "fovea: a worker ended with exit code 3 while it started\n"
 
 
 @pytest.mark.needs("promtool")
@@ -417,9 +417,9 @@ def test_a_worker_that_is_stopped_gets_no_more_connections_and_is_replaced(pair:
         assert pair.read_metric("fovea_worker_deaths_total", reason="hung") == 1
         assert pair.read_metric("fovea_workers") == 2
     pair.__exit__(None, None, None)
-    assert f"worker {stopped} has not been heard of for 2 s, and gets no more connections" in pair.log
-    assert f"worker {stopped} has not been heard of for 10 s, and is killed" in pair.log
-    assert "was killed because it was not heard of; another takes its place" in pair.log
+    assert f"worker {stopped} has sent no message for 2 s, and gets no more connections" in pair.log
+    assert f"worker {stopped} has sent no message for 10 s, and is killed" in pair.log
+    assert "was killed because it sent no messages; it is replaced" in pair.log
 
 
 def test_a_worker_that_is_stopped_for_a_moment_goes_on(pair: Server) -> None:
@@ -428,7 +428,7 @@ def test_a_worker_that_is_stopped_for_a_moment_goes_on(pair: Server) -> None:
     while "gets no more connections" not in _read_log_line(pair):
         pass
     os.kill(stopped, signal.SIGCONT)
-    while "is heard of again" not in _read_log_line(pair):
+    while "sends messages again" not in _read_log_line(pair):
         pass
     pair.wait_for_metric(2, "fovea_workers")
     assert stopped in _worker_pids(pair)
@@ -448,7 +448,7 @@ def test_a_supervisor_that_was_stopped_blames_no_worker(pair: Server) -> None:
         assert wire.read_response().status == 200
     assert _worker_pids(pair) == workers
     pair.__exit__(None, None, None)
-    assert "not been heard of" not in pair.log
+    assert "has sent no message" not in pair.log
 
 
 def test_a_connection_waits_for_a_worker_when_all_have_died(pair: Server) -> None:

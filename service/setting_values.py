@@ -1,0 +1,77 @@
+"""Values of settings: parsers of lists and paths, and descriptions of what a setting accepts."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+_VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+
+
+def parse_hosts(value: Any) -> Any:
+    """Split a comma-separated list of host names.
+
+    Raises `ValueError` for a malformed host name.
+    """
+    if not isinstance(value, str):
+        return value
+    hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
+    for one in hosts:
+        if not _VALID_HOST.fullmatch(one):
+            raise ValueError(
+                f"{one!r} is not a host name; give it without scheme and port, such as photos.example.com"
+            )
+    return hosts
+
+
+def parse_networks(value: Any) -> Any:
+    """Split a comma-separated list of addresses and networks.
+
+    Raises `ValueError` for anything else.
+    """
+    if not isinstance(value, str):
+        return value
+    networks = tuple(filter(None, (one.strip() for one in value.split(","))))
+    for one in networks:
+        try:
+            ip_network(one)
+        except ValueError as error:
+            raise ValueError(f"{error}; give addresses or networks, such as 10.0.0.0/8,::1") from None
+    return networks
+
+
+def check_path(path: Path) -> Path:
+    """Return the path if it exists.
+
+    Raises `ValueError` with the reason of the system.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        raise ValueError(f"{error.strerror}; give a model repository (--models) or one model file") from None
+    return path
+
+
+def describe_values(field: FieldInfo) -> str:
+    """Return words for the values that a setting accepts, to follow "it must be"."""
+    value_type: Any = field.annotation
+    choices = [repr(choice) for choice in get_args(value_type)] if get_origin(value_type) is Literal else []
+    if choices:
+        return f"{', '.join(choices[:-1])} or {choices[-1]}"
+    word = {bool: "true or false", int: "an integer", float: "a number"}.get(value_type, "")
+    if not word:
+        return f"a valid value. {field.description}"
+    lowest, above, highest, below = (
+        next((value for one in field.metadata if (value := getattr(one, name, None)) is not None), None)
+        for name in ("ge", "gt", "le", "lt")
+    )
+    if lowest is not None and highest is not None:
+        return f"{word} from {lowest} to {highest}"
+    limits = {"of at least": lowest, "above": above, "of at most": highest, "below": below}
+    return " ".join(
+        [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
+    ).strip()

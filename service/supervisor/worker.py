@@ -1,0 +1,139 @@
+"""A worker process as its supervisor sees it: the start, the record and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fovea.service.artifact.repository import ServingState
+from fovea.service.observability.multiprocess import MetricFiles
+from fovea.service.observability.process_metrics import kill_descendants
+from fovea.service.supervisor import channel
+
+log = logging.getLogger(__name__)
+
+_EXIT_TIMEOUT: Final = 10.0
+"""Time in seconds after which a worker that has closed its end of the channel is killed."""
+
+_POLL_INTERVAL: Final = 0.01
+"""Time in seconds between two checks whether a process has ended. No thread waits for the process, because
+starting a thread may fail."""
+
+
+@dataclass(eq=False)
+class WorkerProcess:
+    """Worker process, and the supervisor's end of its channel."""
+
+    process: subprocess.Popen[bytes]
+    channel_socket: socket.socket
+    started_at: float = field(default_factory=time.monotonic)
+    loaded_models: dict[str, str] | None = None
+    """Description of the loaded models; None until the worker has loaded them."""
+    served_models: dict[str, str] | None = None
+    """Same as `loaded_models`, once the worker is admitted."""
+    generation: int = 0
+    """Generation of the models that the worker had to load at its start."""
+    is_stopping: bool = False
+    """True when the worker takes no more connections."""
+    passed_connections: deque[socket.socket] = field(default_factory=deque)
+    """Connections on their way to the worker. If the worker dies before it takes them, other workers get
+    them."""
+    received_count: int = 0
+    """Number of connections received, including those for which the worker had no file descriptor."""
+    accepted_count: int = 0
+    closed_count: int = 0
+    inbox: channel.Inbox = field(default_factory=channel.Inbox)
+
+    last_message_at: float = field(default_factory=time.monotonic)
+    """Time of the last message on the monotonic clock in seconds."""
+    has_sent_message: bool = False
+    is_silent: bool = False
+    """True when the worker has been silent for too long to get connections."""
+    is_hung: bool = False
+    """True when the worker was killed because it was silent."""
+    starved_until: float = 0.0
+    """Time from which the worker may have a free file descriptor, on the monotonic clock in seconds."""
+
+    def __post_init__(self) -> None:
+        self.outbox = channel.Outbox(self.channel_socket)
+
+    @property
+    def open_count(self) -> int:
+        """Number of open connections of the worker."""
+        return self.accepted_count - self.closed_count
+
+    def send_message(self, **message: Any) -> None:
+        """Send a message as soon as there is room for it. Raises `OSError`."""
+        self.outbox.send(**message)
+
+    def kill(self) -> None:
+        """Kill the worker and its children at once."""
+        kill_descendants(self.process.pid)
+        self.process.kill()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sort key for choosing a worker: the current connections, then all connections so far."""
+        return self.open_count + len(self.passed_connections), self.received_count + len(
+            self.passed_connections
+        )
+
+    async def wait_for_exit(self) -> int:
+        """Wait for the end of the process and return its exit code.
+
+        Kill the process if it takes too long.
+        """
+        deadline = time.monotonic() + _EXIT_TIMEOUT
+        while (code := self.process.poll()) is None:
+            if time.monotonic() > deadline:
+                log.error(
+                    "worker %d has not ended within %g s, and is killed", self.process.pid, _EXIT_TIMEOUT
+                )
+                self.kill()
+                deadline = time.monotonic() + _EXIT_TIMEOUT
+            await asyncio.sleep(_POLL_INTERVAL)
+        return code
+
+
+def start_worker(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    serving_state: ServingState,
+    *,
+    generation: int,
+    metrics_index: int,
+) -> tuple[WorkerProcess, MetricFiles]:
+    """Start a worker, and return it with the files of its metrics.
+
+    Raises `OSError` when the system has no room for the worker.
+    """
+    own_socket, worker_socket = channel.create_channel()
+    metric_files = None
+    try:
+        with worker_socket, os.fdopen(os.memfd_create("fovea-serving-state"), "w+b") as state_file:
+            metric_files = MetricFiles.create()
+            state_file.write(serving_state.to_json().encode())
+            state_file.seek(0)
+            descriptors = (worker_socket.fileno(), metrics_index, *metric_files.descriptors)
+            # The worker inherits these descriptors. `with` closes this process's copy of the worker's end
+            # after the start: otherwise the death of the worker would not end the channel.
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [*command, *map(str, descriptors)],
+                env=environment,
+                stdin=state_file,
+                pass_fds=descriptors,
+            )
+    except BaseException:
+        own_socket.close()
+        if metric_files:
+            metric_files.close()
+        raise
+    return WorkerProcess(process, own_socket, generation=generation), metric_files
