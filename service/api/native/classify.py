@@ -290,7 +290,8 @@ class _ClassifyHandler(FastHandler):
             return
         image = raw_body.to_image()
         self._admission.reserve_images(1)
-        # The batcher calls `_on_outcome` on the event loop when a runner has answered. No task is needed.
+        # The batcher calls `_on_outcome` on the event loop when a runner has answered, never before
+        # `submit_image` returns: `_job` is set by then. No task is needed.
         self._job = self._endpoint.classifier.submit_image(
             image,
             self._model,
@@ -299,16 +300,22 @@ class _ClassifyHandler(FastHandler):
             on_answer=self._exchange.record.add_image,
         )
 
-    def close(self) -> None:
-        """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
-        super().close()
-        if self._job:
-            if not self._job.is_over:
-                self._exchange.record.add_queue_time(self._job)
-            self._endpoint.classifier.cancel(self._job)
-            self._job = None  # breaks the reference cycle with this call
+    def _cancel_jobs(self) -> None:
+        """Cancel the deadline, the task and the job of a raw image; `FastHandler.close` says why first."""
+        super()._cancel_jobs()
+        if job := self._job:
+            self._job = None  # breaks the reference cycle with this handler
+            if not job.is_over:
+                self._exchange.record.add_queue_time(job)
+            self._endpoint.classifier.cancel(job)
+            assert job.is_over  # noqa: S101 - the invariant of `FastHandler.close`, not a check of input
 
     def _on_outcome(self, outcome: Classification | RequestError | Exception) -> None:
+        """Answer the request.
+
+        The batcher calls this once, on the event loop, and not after `close`. The job is over by then, so
+        that the answer may close this handler and give the image's memory back.
+        """
         if isinstance(outcome, RequestError):
             self._exchange.refuse(outcome)
             return
