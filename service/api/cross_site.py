@@ -64,14 +64,16 @@ def require_same_site(request: Request, hosts: Sequence[str]) -> None:
         )
     host_header = get_request_origin(request.scope).host or headers.get("host", "")
     host = _parse_host(host_header)
+    quoted_host = repr(host_header[:_MAX_QUOTE_LENGTH])
+    quoted_origin = repr((origin or "")[:_MAX_QUOTE_LENGTH])
     if origin is not None and not _is_same_site(origin, host, hosts):
         raise Forbidden(
-            f"the request comes from the page {origin[:_MAX_QUOTE_LENGTH]!r}, and the service is {host_header[:_MAX_QUOTE_LENGTH]!r}; "
+            f"the request comes from the page {quoted_origin}, and the service is {quoted_host}; "
             "behind a proxy that changes the host, set FOVEA_TRUSTED_PROXIES or FOVEA_MANAGEMENT_HOSTS"
         )
     if (is_browser or hosts) and not (_is_private_host(host.name) or _is_configured_host(host.name, hosts)):
         raise Forbidden(
-            f"the host {host_header[:_MAX_QUOTE_LENGTH]!r} may be anybody's; if it is yours, add it to FOVEA_MANAGEMENT_HOSTS"
+            f"the host {quoted_host} may be anybody's; if it is yours, add it to FOVEA_MANAGEMENT_HOSTS"
         )
 
 

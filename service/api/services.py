@@ -162,7 +162,10 @@ class Services:
             live_model.release()
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
-        """Record the end of a stage of a request that began at `started_at`, in seconds of the monotonic clock."""
+        """Record that a stage of a request ends now.
+
+        The stage began at `started_at`, in seconds of the monotonic clock.
+        """
         self.classifier.metrics.stage_seconds[stage].observe(record.add_stage(stage, started_at))
 
 
@@ -191,8 +194,8 @@ def make_deadline_error(limit: float | None) -> DeadlineExceeded:
 class _DisconnectGuard:
     """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
-    The connection sets `has_disconnected` and calls `on_disconnect`. Waiting for ASGI's `receive` instead would need a task
-    for each request.
+    The connection sets `has_disconnected` and calls `on_disconnect`, on the event loop that also runs the
+    task. Waiting for ASGI's `receive` instead would need a task for each request.
     """
 
     __slots__ = ("_context", "_has_disconnected", "_task")

@@ -144,9 +144,8 @@ class ModelInputs:
         for tensor in self.tensors:
             if (tensor.name, DATATYPES[tensor.dtype]) == (infer_input.name, infer_input.datatype):
                 return tensor
-        raise BadRequest(
-            f"the model takes {self}, and no {shorten_value(infer_input.name)} of {shorten_value(infer_input.datatype)}"
-        )
+        name, datatype = shorten_value(infer_input.name), shorten_value(infer_input.datatype)
+        raise BadRequest(f"the model takes {self}, and no {name} of {datatype}")
 
     def __str__(self) -> str:
         descriptions = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
@@ -158,10 +157,9 @@ def _count_images(infer_input: InferInput, tensor: InputTensor | None) -> int:
     count, *sides = infer_input.shape
     expected_sides = list(tensor.shape) if tensor else []
     if count < 1 or (sides != expected_sides and (tensor or sides != [1])):
-        shape = ", ".join(map(str, ["N", *expected_sides]))
-        raise BadRequest(
-            f"the shape of {shorten_value(infer_input.name)} is {shorten_value(infer_input.shape)}; it must be [{shape}]"
-        )
+        name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
+        expected_shape = ", ".join(map(str, ["N", *expected_sides]))
+        raise BadRequest(f"the shape of {name} is {shape}; it must be [{expected_shape}]")
     return count
 
 
@@ -215,8 +213,9 @@ def _locate_images(
     if tensor is None:
         return _locate_elements(infer_input, count, size, view)
     if (expected_size := count * tensor.size) != size or size != len(view):
+        name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
         raise BadRequest(
-            f"{shorten_value(infer_input.name)} of shape {shorten_value(infer_input.shape)} and {infer_input.datatype} has {expected_size} bytes; "
+            f"{name} of shape {shape} and {infer_input.datatype} has {expected_size} bytes; "
             f"binary_data_size is {size}, and {len(view)} bytes are behind the JSON"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
@@ -242,8 +241,8 @@ def _locate_elements(
     if count == 1 and size == len(view):
         return [(0, size)]
     raise BadRequest(
-        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not fit the "
-        f"{len(view)} bytes behind the JSON"
+        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not "
+        f"fit the {len(view)} bytes behind the JSON"
     )
 
 
@@ -283,17 +282,17 @@ def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any
         fits = fits and all(isinstance(value, list) and len(value) == side for value in values)
         values = list(chain.from_iterable(values)) if fits else values
     if not fits:
-        raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} is not {expected_count} values, nor nested as its shape says"
-        )
+        name = shorten_value(infer_input.name)
+        raise BadRequest(f"data of {name} is not {expected_count} values, nor nested as its shape says")
     return values
 
 
 def _require_types(infer_input: InferInput, values: list[Any], allowed_types: set[type]) -> None:
     if not (types := set(map(type, values))) <= allowed_types:
         (wrong_type, *_) = types - allowed_types
+        name = shorten_value(infer_input.name)
         raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} has a value of type {wrong_type.__name__}, and is {infer_input.datatype}"
+            f"data of {name} has a value of type {wrong_type.__name__}, and is {infer_input.datatype}"
         )
 
 

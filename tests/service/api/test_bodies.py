@@ -49,11 +49,16 @@ FORMS: dict[str, tuple[bytes, str]] = {
     ),
     "neither type nor file name": (form_part(IMAGE, NAMED) + END, FORM),
     "a preamble": (b"This is a multipart message.\r\n" + form_part(IMAGE, FILE) + END, FORM),
-    "a preamble of several lines": (b"\r\nOne -- two\r\n- three.\r\n\r\n" + form_part(IMAGE, FILE) + END, FORM),
+    "a preamble of several lines": (
+        b"\r\nOne -- two\r\n- three.\r\n\r\n" + form_part(IMAGE, FILE) + END,
+        FORM,
+    ),
     "an epilogue": (form_part(IMAGE, FILE) + END + b"This was it.\r\n--x\r\n", FORM),
     "blanks behind the delimiters": (
         form_part(b"hello\r\n", NAMED).replace(b"--x", b"--x \t")
-        + form_part(IMAGE, FILE).replace(b"--x", b"--x  ") + END[:-2] + b" \r\n",
+        + form_part(IMAGE, FILE).replace(b"--x", b"--x  ")
+        + END[:-2]
+        + b" \r\n",
         FORM,
     ),
     "a quoted boundary": (form_part(IMAGE, FILE) + END, 'multipart/form-data; boundary="x"'),
@@ -75,11 +80,14 @@ FORMS: dict[str, tuple[bytes, str]] = {
         FORM,
     ),
     "text fields beside it": (
-        form_part(b"hello\r\n", NAMED) + form_part("café\r\n".encode(), NAMED) + form_part(b"caf\xe9\r\n", NAMED)
-        + form_part(IMAGE, FILE) + END,
+        form_part(b"hello\r\n", NAMED)
+        + form_part("café\r\n".encode(), NAMED)
+        + form_part(b"caf\xe9\r\n", NAMED)
+        + form_part(IMAGE, FILE)
+        + END,
         FORM,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", FORMS)

@@ -492,15 +492,27 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "no images": (infer_body("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
     "no pixels": (infer_body("pixels", [1, 16, 0, 3], "UINT8", data=[]), None, "must be [N, 16, 16, 3]"),
     "no axes": (infer_body("pixels", [], "UINT8", data=[]), None, "inputs.0.shape"),
-    "shape of fractions": (infer_body("image", [1.0, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "shape of fractions": (
+        infer_body("image", [1.0, 3, 16, 16], "FP32", data=FLAT),  # type: ignore[list-item]
+        None,
+        "inputs.0.shape.0",
+    ),
     "shape of truths": (infer_body("image", [True, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),
     "shape of 2^63": (infer_body("image", [1 << 63, 3, 16, 16], "FP32"), BYTES, f"{1 << 63} images"),
     "shape of 2^64": (infer_body("image", [1 << 64, 3, 16, 16], "FP32"), BYTES, "inputs.0.shape.0"),
     "BYTES of two axes": (infer_body("image", [1, 2], "BYTES", data=[[B64, B64]]), None, "must be [N]"),
     "an image of nothing": (infer_body("image", [1], "BYTES", data=[""]), None, "the image is empty"),
     "nothing at all": (infer_body("image", [1], "BYTES"), b"", "the image is empty"),
-    "elements of nothing": (infer_body("image", [2], "BYTES"), prefix_lengths([b"", b""]), "image 0: the image is empty"),
-    "negative shape": (infer_body("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "elements of nothing": (
+        infer_body("image", [2], "BYTES"),
+        prefix_lengths([b"", b""]),
+        "image 0: the image is empty",
+    ),
+    "negative shape": (
+        infer_body("image", [-1, 3, 16, 16], "FP32", data=FLAT),
+        None,
+        "must be [N, 3, 16, 16]",
+    ),
     "shape of text": (infer_body("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
     "huge shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
     "huge binary shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32"), BYTES, f"{HUGE} images"),
@@ -511,52 +523,80 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "too many values": (infer_body("image", SHAPE, "FP32", data=[*FLAT, 0]), None, "768 values"),
     "ragged": (infer_body("image", SHAPE, "FP32", data=[[FLAT[:100], FLAT[100:]]]), None, "768 values"),
     "another nesting": (
-        infer_body("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()), None, "768 values",
+        infer_body("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()),
+        None,
+        "768 values",
     ),
-    "a text among numbers": (infer_body("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]), None, "of type str"),
+    "a text among numbers": (
+        infer_body("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]),
+        None,
+        "of type str",
+    ),
     "a null": (infer_body("image", SHAPE, "FP32", data=[None, *FLAT[1:]]), None, "of type NoneType"),
     "a truth": (infer_body("image", SHAPE, "FP32", data=[True, *FLAT[1:]]), None, "of type bool"),
-    "a list among numbers": (infer_body("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]), None, "of type list"),
+    "a list among numbers": (
+        infer_body("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]),
+        None,
+        "of type list",
+    ),
     "fractions of bytes": (infer_body("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
     "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
     "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
     "no base64": (infer_body("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
     "numbers as BYTES": (infer_body("image", [1], "BYTES", data=[7]), None, "of type int"),
     "data and binary": (
-        infer_body("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}), BYTES, "data",
+        infer_body("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}),
+        BYTES,
+        "data",
     ),
     "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
     "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes are behind the JSON"),
     "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes are behind the JSON"),
     "a size that lies": (
-        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}),
+        BYTES,
+        str(HUGE),
     ),
     "a size of text": (
-        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "must be a number",
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}),
+        BYTES,
+        "must be a number",
     ),
     "a negative size": (
-        infer_body("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "-4; it must be a number",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": -4}),
+        ONE,
+        "-4; it must be a number",
     ),
     "shared memory": (
-        infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}), BYTES, "no shared memory",
+        infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}),
+        BYTES,
+        "no shared memory",
     ),
     "shared memory for an output": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "x"}}]},
-        BYTES, "no shared memory",
+        BYTES,
+        "no shared memory",
     ),
     "binary of text": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
-        BYTES, "true or false",
+        BYTES,
+        "true or false",
     ),
     "all binary of a number": ({**FP32_ROW, "parameters": {"binary_data_output": 1}}, BYTES, "true or false"),
     "a size that fits no elements": (
-        infer_body("image", [2], "BYTES", parameters={"binary_data_size": 5}), prefix_lengths(IMAGES[:2]), "do not fit",
+        infer_body("image", [2], "BYTES", parameters={"binary_data_size": 5}),
+        prefix_lengths(IMAGES[:2]),
+        "do not fit",
     ),
     "an element past the end": (
-        infer_body("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
+        infer_body("image", [2], "BYTES"),
+        ONE + b"\xff\xff\xff\xffabc",
+        "do not fit",
     ),
     "bytes behind the elements": (
-        infer_body("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}),
+        ONE + b"ab",
+        "do not fit",
     ),
     "half a length": (infer_body("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
     "too few elements": (infer_body("image", [2], "BYTES"), ONE, "do not fit"),
@@ -567,27 +607,38 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no 'x'"),
     "an output twice": ({**FP32_ROW, "outputs": [{"name": "logits"}] * 2}, BYTES, "twice"),
     "classes of text": (
-        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]}, BYTES, "'5'",
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]},
+        BYTES,
+        "'5'",
     ),
     "negative classes": (
-        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, BYTES, "-1",
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]},
+        BYTES,
+        "-1",
     ),
     "a timeout of text": ({**FP32_ROW, "parameters": {"timeout": "1"}}, BYTES, "'1'; it must be a number"),
     "a number for an id": ({**FP32_ROW, "id": 42}, BYTES, "id"),
     "nested 10,000 deep": (b'{"inputs": ' + 10_000 * b"[" + 10_000 * b"]" + b"}", None, "not JSON"),
     "a timeout 1000 deep": (
         b'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [""]}], '
-        b'"parameters": {"timeout": ' + 1000 * b"[" + 1000 * b"]" + b"}}", None, "timeout is [[…]]",
+        b'"parameters": {"timeout": ' + 1000 * b"[" + 1000 * b"]" + b"}}",
+        None,
+        "timeout is [[…]]",
     ),
     "classes of objects": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": [{"a": 1}]}}]},
-        BYTES, "is [{…}]",
+        BYTES,
+        "is [{…}]",
     ),
     "data 900 deep": (
         b'{"inputs": [{"name": "image", "shape": [1, 3, 16, 16], "datatype": "FP32", "data": '
-        + 900 * b"[" + 900 * b"]" + b"}]}", None, "768 values",
+        + 900 * b"["
+        + 900 * b"]"
+        + b"}]}",
+        None,
+        "768 values",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(BAD))
