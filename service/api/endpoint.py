@@ -24,6 +24,7 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.options import refuse_native_options
 from fovea.service.api.schemas import build_error_responses
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, make_deadline_error
 from fovea.service.errors import RequestError
@@ -247,7 +248,7 @@ class Endpoint(AsgiEndpoint):
 
         Raises `RequestError`.
         """
-        bodies.refuse_native_options(request.query)
+        refuse_native_options(request.query)
         parsed_request = await self.adapter.parse_request(request)
         admission.reserve_images(len(parsed_request.images))
         if (label_count := len(parsed_request.images) * parsed_request.labels_per_image) > MAX_INLINE_LABELS:

@@ -17,6 +17,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.api.endpoint import (
     RAW_IMAGE_CONTENT,
     InferenceRequest,
@@ -25,6 +26,7 @@ from fovea.service.api.endpoint import (
     ProtocolRoutes,
     Reply,
 )
+from fovea.service.api.json_bodies import parse_json, validate_json
 from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
@@ -103,7 +105,7 @@ class _ClassifyAdapter(ProtocolAdapter):
             return _create_request([request.body.to_image()], PipelineParameters(), request, is_one=True)
 
         def convert_value(value: Any) -> ParsedRequest:
-            pipeline_request = bodies.validate_json(PipelineRequest, value)
+            pipeline_request = validate_json(PipelineRequest, value)
             is_one = isinstance(pipeline_request.inputs, str)
             texts = (
                 [pipeline_request.inputs]
@@ -111,12 +113,12 @@ class _ClassifyAdapter(ProtocolAdapter):
                 else pipeline_request.inputs
             )
             bodies.check_images(texts, request.settings)
-            images = [bodies.from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
+            images = [from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
             return _create_request(
                 images, pipeline_request.parameters or PipelineParameters(), request, is_one=is_one
             )
 
-        return await bodies.parse_json(request.body, convert_value)
+        return await parse_json(request.body, convert_value)
 
 
 def _create_request(

@@ -22,7 +22,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, ProtocolRoutes, Reply
+from fovea.service.api.json_bodies import parse_json, validate_json
 from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, NO_BINARY_DATA, InferInput, ModelInputs
@@ -218,7 +220,7 @@ class _JsonAdapter(ProtocolAdapter):
         return bodies.json_limit(settings)
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        return await bodies.parse_json(request.body, lambda value: self.convert_value(value, request))
+        return await parse_json(request.body, lambda value: self.convert_value(value, request))
 
     @abstractmethod
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
@@ -230,7 +232,7 @@ class _JsonAdapter(ProtocolAdapter):
 
 class _PredictAdapter(_JsonAdapter):
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
-        predict_request = bodies.validate_json(PredictRequest, value)
+        predict_request = validate_json(PredictRequest, value)
         if (predict_request.instances is None) == (predict_request.inputs is None):
             raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
         if predict_request.instances is not None:
@@ -247,7 +249,7 @@ class _PredictAdapter(_JsonAdapter):
 
 class _ClassifyAdapter(_JsonAdapter):
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
-        classification_request = bodies.validate_json(ClassificationRequest, value)
+        classification_request = validate_json(ClassificationRequest, value)
         bodies.check_images(classification_request.examples, request.settings)
         examples = [
             {**(classification_request.context or {}), **example}
@@ -322,9 +324,9 @@ def _decode_image(location: str, name: str | None, value: Any) -> bytes:
     TorchServe's variant of KServe's protocol, a string under `data`, is accepted too.
     """
     if name == "data" and isinstance(value, str):
-        return bodies.from_base64(value, location)
+        return from_base64(value, location)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
-        return bodies.from_base64(value["b64"], f"{location}.b64")
+        return from_base64(value["b64"], f"{location}.b64")
     raise BadRequest(f'{location} is no image; send one as {{"b64": "…"}}')
 
 

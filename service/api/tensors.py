@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
@@ -260,8 +261,7 @@ def _parse_json_rows(infer_input: InferInput, tensor: InputTensor | None, count:
     if tensor is None:
         _require_types(infer_input, values, {str})
         return [
-            Row(bodies.from_base64(text, f"{infer_input.name}.{place}"), None)
-            for place, text in enumerate(values)
+            Row(from_base64(text, f"{infer_input.name}.{place}"), None) for place, text in enumerate(values)
         ]
     is_float = np.issubdtype(tensor.dtype, np.floating)
     _require_types(infer_input, values, {int, float} if is_float else {int})

@@ -20,6 +20,8 @@ from pydantic import BaseModel
 from starlette.types import Send
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
+from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import (
     RAW_IMAGE_CONTENT,
     InferenceRequest,
@@ -29,7 +31,9 @@ from fovea.service.api.endpoint import (
     Reply,
     build_form_content,
 )
+from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
+from fovea.service.api.options import refuse_options
 from fovea.service.api.schemas import ExplainOptions, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ModelVersion
@@ -276,11 +280,11 @@ async def _parse_images(
     Raises `BadRequest`.
     """
     if bodies.is_json(content_type):
-        return await bodies.parse_json(raw_body, lambda value: _images_from_json(value, settings))
+        return await parse_json(raw_body, lambda value: _images_from_json(value, settings))
     if not bodies.is_form(content_type):
         return [raw_body.to_image()], False
-    parsed_body = await bodies.parse_body(content_type, raw_body, settings)
-    bodies.refuse_options(parsed_body.options)
+    parsed_body = await parse_body(content_type, raw_body, settings)
+    refuse_options(parsed_body.options)
     return parsed_body.images, False
 
 
@@ -316,7 +320,7 @@ def _image_from_value(value: Any, location: str) -> bytes:
         location = name if location == "the body" else f"{location}.{name}"
     else:
         if isinstance(value, str):
-            return bodies.from_base64(value, location)
+            return from_base64(value, location)
     raise BadRequest(f'{location} is no image; send one as {{"data": "…"}}, base64')
 
 

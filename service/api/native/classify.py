@@ -21,8 +21,10 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.endpoint import Reply
 from fovea.service.api.fast_endpoint import MAX_CACHED_URL_BYTES, MAX_CACHED_URLS, FastHandler
+from fovea.service.api.options import parse_query
 from fovea.service.api.schemas import ClassifyOptions
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, parse_time_limit
 from fovea.service.artifact.contract import Coverage
@@ -101,7 +103,7 @@ class ClassifyEndpoint:
 
         Raises `RequestError`.
         """
-        parsed_body = await bodies.parse_body(content_type, raw_body, self.classifier.settings)
+        parsed_body = await parse_body(content_type, raw_body, self.classifier.settings)
         reply_options = _resolve_options(options, parsed_body, model)
         admission.reserve_images(len(parsed_body.images))
         if (
@@ -186,7 +188,7 @@ class ClassifyEndpoint:
         if entry is None:
             entry = self._cache_url(method, url, (target, _parse_options(url_parts.query or b"")))
         content_type = headers.get(b"content-type", b"")
-        is_structured = bodies.is_structured(content_type)
+        is_structured = needs_parsing(content_type)
         reply_options = _resolve_options(_DEFAULT_OPTIONS if is_structured else entry[1], _EMPTY_BODY, model)
         limit = self._check_request(headers, model)
         return _ClassifyHandler(
@@ -367,7 +369,7 @@ _EMPTY_BODY: Final = bodies.ParsedBody([])
 def _parse_options(query: bytes) -> ClassifyOptions:
     if not query:
         return _DEFAULT_OPTIONS
-    return bodies.parse_query(ClassifyOptions, query)
+    return parse_query(ClassifyOptions, query)
 
 
 class ReplyOptions(NamedTuple):

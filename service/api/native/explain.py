@@ -19,8 +19,10 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
 from fovea.service.api.native.classify import render_model_name, render_predictions, render_warnings
+from fovea.service.api.options import parse_query, refuse_options
 from fovea.service.api.schemas import (
     ErrorReply,
     ExplainOptions,
@@ -145,7 +147,7 @@ def add_image_endpoint(
     respond: Responder,
     *,
     protocol: str,
-    parse: BodyParser = bodies.parse_body,
+    parse: BodyParser = parse_body,
     content: Mapping[str, Any] = RAW_IMAGE_CONTENT,
     **route_options: Any,
 ) -> None:
@@ -198,14 +200,14 @@ class _ImageEndpoint(AsgiEndpoint):
         _require_enabled(services)
         address = ModelAddress(**scope["path_params"])
         model = services.admit(*address, get_record(scope))
-        query = bodies.parse_query(self._query_type, scope["query_string"])
+        query = parse_query(self._query_type, scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
         async def handle_body(
             raw_body: bodies.RawBody, admission: Admission, _deadline: float
         ) -> Response | None:
             parsed_body = await self._parse(content_type, raw_body, services.settings)
-            bodies.refuse_options(parsed_body.options, self._query_type.model_fields)
+            refuse_options(parsed_body.options, self._query_type.model_fields)
             if len(parsed_body.images) != 1:
                 raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
             (image,) = parsed_body.images

@@ -13,8 +13,8 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from fovea.service.api.bodies import to_bad_request, to_utf8
 from fovea.service.api.cross_site import require_same_site
+from fovea.service.api.json_bodies import to_bad_request, to_utf8
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.schemas import (
     INDEX_BODY,

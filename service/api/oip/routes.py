@@ -31,6 +31,8 @@ from fovea.service.api.endpoint import (
     ProtocolRoutes,
     Reply,
 )
+from fovea.service.api.json_bodies import parse_json, validate_json
+from fovea.service.api.options import check_spelling
 from fovea.service.api.schemas import FlatError, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import (
@@ -375,9 +377,7 @@ class InferAdapter(ProtocolAdapter):
 
         binary_data = BinaryData(view[json_size:], get_image)
         json_body = bodies.RawBody(body if isinstance(body, SharedBuffer) else body[:json_size], json_size)
-        return await bodies.parse_json(
-            json_body, lambda value: _parse_infer_request(value, request, binary_data)
-        )
+        return await parse_json(json_body, lambda value: _parse_infer_request(value, request, binary_data))
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ class _Output:
 
 
 def _parse_infer_request(value: Any, request: InferenceRequest, binary_data: BinaryData) -> ParsedRequest:
-    infer_request = bodies.validate_json(InferRequest, value)
+    infer_request = validate_json(InferRequest, value)
     parameters = infer_request.parameters or {}
     _check_spelling(value)
     outputs = _resolve_outputs(
@@ -460,15 +460,15 @@ def _check_spelling(value: dict[str, Any]) -> None:
     Other unknown names are ignored, as the protocol requires: clients send parameters of other servers, such
     as `priority`.
     """
-    bodies.check_spelling(value, InferRequest.model_fields, "the request's key")
-    bodies.check_spelling(value.get("parameters") or (), _REQUEST_PARAMETERS, "the request's parameter")
+    check_spelling(value, InferRequest.model_fields, "the request's key")
+    check_spelling(value.get("parameters") or (), _REQUEST_PARAMETERS, "the request's parameter")
     for kind, model, parameters in (
         ("inputs", InferInput, _INPUT_PARAMETERS),
         ("outputs", InferOutput, _OUTPUT_PARAMETERS),
     ):
         for one in value.get(kind) or ():
-            bodies.check_spelling(one, model.model_fields, f"in {kind} the key")
-            bodies.check_spelling(one.get("parameters") or (), parameters, f"in {kind} the parameter")
+            check_spelling(one, model.model_fields, f"in {kind} the key")
+            check_spelling(one.get("parameters") or (), parameters, f"in {kind} the parameter")
 
 
 _REQUEST_PARAMETERS: Final = ("binary_data_output", "timeout")
