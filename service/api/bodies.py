@@ -234,4 +234,5 @@ def parse_media_type(content_type: bytes) -> bytes:
 
 
 def read_content(body: bytes | SharedBuffer, size: int) -> bytes:
+    """Return the bytes, or a copy of the first `size` bytes of the shared buffer."""
     return body.read_bytes(size) if isinstance(body, SharedBuffer) else body

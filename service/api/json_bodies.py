@@ -54,6 +54,10 @@ also bounds the number of values, each of which takes 100 bytes and blocks all o
 
 
 def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes) -> ParsedBody:
+    """Parse a `ClassifyRequest` into its images and options.
+
+    Raises `BadRequest`.
+    """
     content = to_utf8(read_content(body, size))
     _check_commas(content)
     try:

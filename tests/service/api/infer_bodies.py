@@ -17,7 +17,7 @@ from starlette.datastructures import QueryParams
 
 from fovea.service.api.bodies import RawBody
 from fovea.service.api.endpoint import InferenceRequest, ParsedRequest
-from fovea.service.api.oip.routes import InferAdapter
+from fovea.service.api.oip.infer import InferAdapter
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
