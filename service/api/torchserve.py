@@ -33,6 +33,7 @@ from fovea.service.api.endpoint import (
 )
 from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
+from fovea.service.api.native.explanation_replies import parse_warnings
 from fovea.service.api.options import refuse_options
 from fovea.service.api.schemas import ExplainOptions, build_error_responses
 from fovea.service.api.services import Services
@@ -229,7 +230,7 @@ def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str
     async def explain_image(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
         reply = await explain.explain_label(services, model, ExplainOptions(), image)
         content = orjson.dumps([reply.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        headers = create_warning_headers([explain.parse_warnings(reply.values)])
+        headers = create_warning_headers([parse_warnings(reply.values)])
         return Response(content, headers=headers, media_type="application/json")
 
     forbidden = {"description": "Explanations are switched off.", "model": TorchServeError}

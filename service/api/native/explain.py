@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Final, TypeAlias
 
-import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
@@ -21,7 +19,17 @@ from starlette.types import Receive, Scope, Send
 from fovea.service.api import bodies
 from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
-from fovea.service.api.native.classify import render_model_name, render_predictions, render_warnings
+from fovea.service.api.native.classify import render_model_name
+from fovea.service.api.native.explanation_replies import (
+    NDJSON,
+    NPY,
+    PiecewiseResponse,
+    json_response,
+    parse_warnings,
+    render_explanation,
+    render_part,
+    send_line,
+)
 from fovea.service.api.options import parse_query, refuse_options
 from fovea.service.api.schemas import (
     ErrorReply,
@@ -37,9 +45,8 @@ from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import render_error
 from fovea.service.http.request_context import get_record
-from fovea.service.image_warnings import ImageWarning, create_warning_headers
-from fovea.service.runners.messages import Answer, ImageTiming
-from fovea.service.serving.classifier import Admission, Classification, find_label_index, rank_labels
+from fovea.service.image_warnings import create_warning_headers
+from fovea.service.serving.classifier import Admission, find_label_index
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -49,12 +56,6 @@ BodyParser: TypeAlias = Callable[[bytes, bodies.RawBody, Settings], Awaitable[bo
 Responder: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Function that answers a question about a model from the query and the image. Returns None if it has sent
 the answer itself."""
-
-NPY: Final = "application/x-npy"
-"""Media type of NumPy's file format."""
-
-NDJSON: Final = "application/x-ndjson"
-"""Media type of lines with one JSON document each."""
 
 _MAX_PENDING_LINES: Final = 4
 """Maximum number of partial answers that wait until the client has read the earlier ones."""
@@ -189,7 +190,7 @@ class _ImageEndpoint(AsgiEndpoint):
         except RequestError as error:
             if record.status:  # the response has started, so that the error becomes its last line
                 self._services.observer.record_failure(record, error.code)
-                await _send_line(send, {"error": error.to_dict()}, more=False)
+                await send_line(send, {"error": error.to_dict()}, more=False)
                 return
             response = render_error(scope, error, self._services.observer)
         if response:
@@ -249,11 +250,6 @@ async def explain_label(
     return reply
 
 
-def parse_warnings(values: Mapping[str, Any]) -> list[ImageWarning]:
-    """Return the warnings about the image from the values of the explaining process."""
-    return [ImageWarning(*warning) for warning in values["warnings"]]
-
-
 class _ExplainHandlers:
     """The handlers of the explanation routes."""
 
@@ -270,10 +266,10 @@ class _ExplainHandlers:
             return await self._stream_explanation(model, query, image, send)
         reply = await explain_label(self._services, model, query, image)
         if query.format == "png":
-            return _PiecewiseResponse(
+            return PiecewiseResponse(
                 reply.pieces, "image/png", create_warning_headers([parse_warnings(reply.values)])
             )
-        return _json_response(_render_explanation(model, query, reply.values))
+        return json_response(render_explanation(model, query, reply.values))
 
     async def _stream_explanation(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -292,7 +288,7 @@ class _ExplainHandlers:
         async def run_explanation() -> None:
             try:
                 reply = await explain_label(self._services, model, query, image, on_part)
-                lines.put_nowait({"result": _render_explanation(model, query, reply.values)})
+                lines.put_nowait({"result": render_explanation(model, query, reply.values)})
             finally:
                 lines.put_nowait(None)  # ends the loop below, after a result or an error
 
@@ -304,7 +300,7 @@ class _ExplainHandlers:
             headers = [(b"content-type", NDJSON.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             while line is not None:
-                await _send_line(send, _render_part(model, query, line))
+                await send_line(send, render_part(model, query, line))
                 line = await lines.get()
             await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
@@ -321,13 +317,13 @@ class _ExplainHandlers:
             "X-Lowest": repr(reply.values["lowest"]),
             "X-Highest": repr(reply.values["highest"]),
         }
-        return _PiecewiseResponse(reply.pieces, NPY, headers)
+        return PiecewiseResponse(reply.pieces, NPY, headers)
 
     async def get_layers(self, scope: Scope, name: str, version: str | None) -> Response:
         """Return the layers of a model."""
         model, reply = await self._ask_model(scope, name, version, {"ask": "layers"})
         contract = model.contract
-        return _json_response(
+        return json_response(
             {
                 "model": render_model_name(model),
                 "task": contract.task,
@@ -354,7 +350,7 @@ class _ExplainHandlers:
         _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
         if not is_part and reply.values["channels"] - query.first > 1:
             raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
-        return _PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
+        return PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
 
     async def _ask_model(
         self, scope: Scope, name: str, version: str | None, request: dict[str, Any]
@@ -385,85 +381,3 @@ class _ExplainHandlers:
 def _require_enabled(services: Services) -> None:
     if not services.settings.explain:
         raise Forbidden("explanations are switched off (FOVEA_EXPLAIN)")
-
-
-# --- replies -------------------------------------------------------------------------------------
-
-
-def _render_explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply from the values of the explaining process."""
-    label = values["label"]
-    return {
-        "model": render_model_name(model),
-        "label": model.contract.labels[label],
-        "index": label,
-        "probability": values["probabilities"][label],
-        "method": values["method"],
-        "samples": values["samples"],
-        "note": values["note"],
-        "heatmap": values["heatmap"],
-        **_render_input(model, query, values),
-    }
-
-
-def _render_part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of the reply; the first line contains the model's input."""
-    if "probabilities" not in line:
-        return line
-    progress = {key: line[key] for key in ("progress", "samples", "heatmap")}
-    return {**progress, **_render_input(model, query, line)}
-
-
-def _render_input(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    predictions = rank_labels(_to_classification(model, values), top_k=query.top_k)
-    warnings = parse_warnings(values)
-    return {
-        "predictions": render_predictions(predictions),
-        "image": values["image"],
-        **({"warnings": render_warnings(warnings)} if warnings else {}),
-        "what_the_model_saw": values["what_the_model_saw"],
-    }
-
-
-def _to_classification(model: LiveModel, values: dict[str, Any]) -> Classification:
-    probabilities = values["probabilities"]
-    ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
-    image = values["image"]
-    answer = Answer(
-        format=image["format"],
-        width=image["width"],
-        height=image["height"],
-        brightness=0.0,
-        entropy=0.0,
-        probabilities=memoryview(array("f", probabilities)),
-        ranking=memoryview(array("i", ranking)),
-        timing=_NO_TIMING,
-    )
-    return Classification(model, answer)
-
-
-_NO_TIMING: Final = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
-
-
-class _PiecewiseResponse(Response):
-    """A response that is sent piece by piece, at the speed of the client."""
-
-    def __init__(self, pieces: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
-        length = str(sum(map(len, pieces)))
-        super().__init__(headers={**headers, "Content-Length": length}, media_type=media_type)
-        self._pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-def _json_response(value: Any) -> Response:
-    return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
-
-
-async def _send_line(send: Send, value: Any, *, more: bool = True) -> None:
-    line = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-    await send({"type": "http.response.body", "body": line, "more_body": more})
