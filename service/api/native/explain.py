@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from fovea.service.api import bodies
 from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
-from fovea.service.api.native.classify import render_model_name
+from fovea.service.api.native.classification_replies import render_model_name
 from fovea.service.api.native.explanation_replies import (
     NDJSON,
     NPY,

@@ -10,7 +10,11 @@ import orjson
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fovea.service.api.native.classify import render_model_name, render_predictions, render_warnings
+from fovea.service.api.native.classification_replies import (
+    render_model_name,
+    render_predictions,
+    render_warnings,
+)
 from fovea.service.api.schemas import ExplainOptions
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.messages import Answer, ImageTiming
