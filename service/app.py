@@ -31,7 +31,7 @@ from fovea.service.api.native.classify import ClassifyEndpoint
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader
-from fovea.service.api.schemas import build_request_schemas
+from fovea.service.api.request_schemas import build_request_schemas
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, to_one_line

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
 from fovea.service.api.options import refuse_native_options
-from fovea.service.api.schemas import build_error_responses
+from fovea.service.api.reply_schemas import build_error_responses
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, make_deadline_error
 from fovea.service.errors import RequestError
 from fovea.service.http.api_protocol import ApiProtocol

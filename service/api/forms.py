@@ -10,7 +10,7 @@ from fovea.service.api.base64_text import from_base64
 from fovea.service.api.bodies import ParsedBody, parse_media_type, read_content
 from fovea.service.api.json_bodies import validate_json
 from fovea.service.api.options import MAX_FIELD_BYTES, MAX_FIELDS, check_spelling
-from fovea.service.api.schemas import FormOptions
+from fovea.service.api.request_schemas import FormOptions
 from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
 from fovea.service.runners.shared_memory import SharedBuffer

@@ -27,7 +27,8 @@ from fovea.service.api.endpoint import (
     Reply,
 )
 from fovea.service.api.json_bodies import parse_json, validate_json
-from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error

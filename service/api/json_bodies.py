@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fovea.service.api.base64_text import from_base64
 from fovea.service.api.bodies import CHUNK_SIZE, MAX_INLINE_BYTES, ParsedBody, RawBody, read_content
-from fovea.service.api.schemas import ClassifyRequest
+from fovea.service.api.request_schemas import ClassifyRequest
 from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
 from fovea.service.runners.shared_memory import SharedBuffer

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from fovea.service import __version__
-from fovea.service.api.schemas import CLASSIFY_RESPONSES
+from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES
 from fovea.service.api.services import Services
 
 MetricsEncoder: TypeAlias = Callable[[CollectorRegistry], bytes]

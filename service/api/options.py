@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import QueryParams
 
 from fovea.service.api.json_bodies import to_bad_request
-from fovea.service.api.schemas import ClassifyOptions
+from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.errors import BadRequest
 
 _M = TypeVar("_M", bound=BaseModel)

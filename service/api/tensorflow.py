@@ -25,7 +25,8 @@ from fovea.service.api import bodies
 from fovea.service.api.base64_text import from_base64
 from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, ProtocolRoutes, Reply
 from fovea.service.api.json_bodies import parse_json, validate_json
-from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, NO_BINARY_DATA, InferInput, ModelInputs
 from fovea.service.artifact.inputs import InputTensor

@@ -35,7 +35,8 @@ from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
 from fovea.service.api.native.explanation_replies import parse_warnings
 from fovea.service.api.options import refuse_options
-from fovea.service.api.schemas import ExplainOptions, build_error_responses
+from fovea.service.api.reply_schemas import build_error_responses
+from fovea.service.api.request_schemas import ExplainOptions
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError

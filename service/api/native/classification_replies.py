@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from fovea.service.api import bodies
-from fovea.service.api.schemas import ClassifyOptions
+from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import RequestError
 from fovea.service.image_warnings import ImageWarning

@@ -31,7 +31,7 @@ from fovea.service.api.native.classification_replies import (
     resolve_options,
 )
 from fovea.service.api.options import parse_query
-from fovea.service.api.schemas import ClassifyOptions
+from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, parse_time_limit
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError

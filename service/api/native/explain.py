@@ -31,15 +31,8 @@ from fovea.service.api.native.explanation_replies import (
     send_line,
 )
 from fovea.service.api.options import parse_query, refuse_options
-from fovea.service.api.schemas import (
-    ErrorReply,
-    ExplainOptions,
-    ExplainReply,
-    LayersReply,
-    MapsOptions,
-    WeightsOptions,
-    build_error_responses,
-)
+from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersReply, build_error_responses
+from fovea.service.api.request_schemas import ExplainOptions, MapsOptions, WeightsOptions
 from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply

@@ -15,7 +15,7 @@ from fovea.service.api.native.classification_replies import (
     render_predictions,
     render_warnings,
 )
-from fovea.service.api.schemas import ExplainOptions
+from fovea.service.api.request_schemas import ExplainOptions
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Classification, rank_labels

@@ -9,7 +9,8 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from fovea.service.api.native.classify import ClassifyEndpoint
-from fovea.service.api.schemas import CLASSIFY_RESPONSES, ClassifyOptions, ModelList, build_request_body
+from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, ModelList
+from fovea.service.api.request_schemas import ClassifyOptions, build_request_body
 from fovea.service.api.services import Services
 
 

@@ -16,14 +16,8 @@ from pydantic import BaseModel, ValidationError
 from fovea.service.api.cross_site import require_same_site
 from fovea.service.api.json_bodies import to_bad_request, to_utf8
 from fovea.service.api.oip import routes as oip
-from fovea.service.api.schemas import (
-    INDEX_BODY,
-    LOAD_BODY,
-    FlatError,
-    IndexRequest,
-    LoadRequest,
-    build_error_responses,
-)
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import INDEX_BODY, LOAD_BODY, IndexRequest, LoadRequest
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, find_versions
 from fovea.service.artifact.repository import list_model_names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError

@@ -30,7 +30,7 @@ from fovea.service.api.oip.schemas import (
     ServerReady,
     TensorMetadata,
 )
-from fovea.service.api.schemas import FlatError, build_error_responses
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, ENCODED_DATATYPE, ModelInputs
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
