@@ -21,9 +21,9 @@ def from_base64(text: str, location: str) -> bytes:
     for blank in " \t\r\n":  # line breaks of `base64`, Python's `encodebytes` and YAML
         if blank in text:
             text = text.replace(blank, "")
-    for ours, in_urls in ("+-", "/_"):
+    for standard, in_urls in ("+-", "/_"):
         if in_urls in text:
-            text = text.replace(in_urls, ours)
+            text = text.replace(in_urls, standard)
     padding = len(text) - len(text.rstrip("="))
     text = text.rstrip("=")
     pieces = []

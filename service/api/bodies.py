@@ -51,6 +51,7 @@ def release_images(images: list[Any]) -> None:
     contents = [image.content if isinstance(image, ImageRequest) else image for image in images]
     if sum(len(content) for content in contents if not isinstance(content, SharedRef)) > MAX_INLINE_BYTES:
         images.clear()
+        # `contents` holds the last references now, so that the thread frees the memory.
         asyncio.get_running_loop().run_in_executor(None, contents.clear)
 
 
@@ -195,7 +196,7 @@ class RawBody:
     """
 
     def __init__(self, body: bytes | SharedBuffer, size: int) -> None:
-        """Hold all of the bytes, or the first `size` bytes of a slot."""
+        """Hold all bytes, or the first `size` bytes of a shared buffer."""
         self._body: bytes | SharedBuffer | None = body
         self.size = size
 

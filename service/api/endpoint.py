@@ -160,6 +160,7 @@ class ProtocolRoutes:
                 responses=build_error_responses(self._error_type),
                 openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
             )
+            # FastAPI has documented the route. From here on the endpoint answers it, without FastAPI.
             route = self._app.routes[-1]
             if isinstance(route, APIRoute):
                 route.app = Endpoint(self._services, adapter, self._protocol)
@@ -266,6 +267,7 @@ class Endpoint(AsgiEndpoint):
                 )
         except TimeoutError:
             raise make_deadline_error(parsed_request.time_limit) from None
+        # All jobs are over, so that the images are not needed any more.
         bodies.release_images(parsed_request.images)
         results = _require_results(outcomes, self._services.observer, record)
         started_at = time.monotonic()

@@ -106,6 +106,11 @@ class FormCollector:
         self._size = 0
 
     def callbacks(self) -> Any:
+        """Return the functions that `MultipartParser` calls.
+
+        The parser calls them in the order of the body, on the thread that calls `write`. An exception in one
+        of them ends the parsing.
+        """
         return {
             "on_part_begin": self._begin_part,
             "on_header_field": self._add_header_name,

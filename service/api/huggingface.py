@@ -41,24 +41,28 @@ PROTOCOL: Final = ApiProtocol("huggingface", render_flat_error)
 
 
 class PipelineParameters(StrictModel):
-    """Of a JSON request."""
+    """The parameters of a JSON request."""
 
-    top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
+    top_k: (
+        Annotated[int, Field(ge=1, description="Maximum number of labels, highest score first.")] | None
+    ) = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
-        None, description="What makes scores of logits; by default what the model itself has."
+        None, description="The function that turns logits into scores; by default the model's own."
     )
 
 
 class PipelineRequest(StrictModel):
-    """The JSON form of a request: one image, or several, base64."""
+    """The JSON form of a request: one or several images, as base64."""
 
     inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_REQUEST_IMAGES)]
     parameters: PipelineParameters | None = None
-    options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
+    options: dict[str, Any] | None = Field(
+        None, description="Options of the Hub's own service; they have no effect."
+    )
 
 
 class LabelScore(BaseModel):
-    """One label and its probability."""
+    """A label and its score."""
 
     label: str
     score: float
@@ -91,7 +95,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         responses={503: build_error_responses(FlatError)[503]},
     )
     async def health() -> str:
-        """The models are ready."""
+        """Check that the models are ready."""
         services.require_ready()
         return "Ok"
 

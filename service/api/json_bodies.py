@@ -49,8 +49,10 @@ _MAX_INLINE_JSON_BYTES: Final = 4 << 10
 """Size of JSON in bytes that is parsed faster than a thread switch, which takes 50 us."""
 
 _MAX_COMMAS: Final = 2 * MAX_REQUEST_IMAGES
-"""Maximum number of commas in our own JSON, more than a valid request needs: base64 has no commas. The limit
-also bounds the number of values, each of which takes 100 bytes and blocks all other threads for 300 ns."""
+"""Maximum number of commas in the native JSON, more than a valid request needs: base64 has no commas.
+
+The limit also bounds the number of values, each of which takes 100 bytes and blocks all other threads for
+300 ns."""
 
 
 def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes) -> ParsedBody:

@@ -10,14 +10,14 @@ from fovea.service.image_warnings import WarningCode
 
 
 class ModelName(BaseModel):
-    """Which model answered."""
+    """The model that answered."""
 
     name: str
     version: str
 
 
 class Label(BaseModel):
-    """One label and its probability, 0 … 1. `selected` is there for binary and multi-label models."""
+    """A label and its probability, 0 … 1; binary and multi-label models also have `selected`."""
 
     label: str
     index: int
@@ -26,7 +26,7 @@ class Label(BaseModel):
 
 
 class ImageInfo(BaseModel):
-    """The image as it is seen: EXIF orientation applied, sizes in pixels."""
+    """The format of the image, and its size in pixels after the EXIF orientation was applied."""
 
     format: str
     width: int
@@ -34,27 +34,27 @@ class ImageInfo(BaseModel):
 
 
 class WarningInfo(BaseModel):
-    """What may surprise about an image's answer, for a program (`code`) and for a person (`message`)."""
+    """A warning about an image's answer, for a program (`code`) and for a person (`message`)."""
 
     code: str = Field(json_schema_extra={"enum": [code.value for code in WarningCode]})
     message: str
 
 
 _WARNINGS_DESCRIPTION: Final = (
-    "How the pixels came about, where that may surprise; left out where nothing does."
+    "Warnings about how the pixels were made from the image; left out if there are none."
 )
 
 
 class LabelSet(BaseModel):
-    """The labels among which the true one is in `level` of all cases, most probable first."""
+    """A set of labels, most probable first, that contains the true label in `level` of all cases."""
 
     level: float
     labels: list[str]
-    abstain: bool = Field(description="The set is empty, or too wide to say much.")
+    abstain: bool = Field(description="The set is empty, or too large to be useful.")
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, for a program (`code`) and for a person (`message`)."""
+    """An error, for a program (`code`) and for a person (`message`)."""
 
     code: str
     message: str
@@ -62,13 +62,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """The answer to a request that could not be answered."""
+    """The reply to a request that failed."""
 
     error: ErrorDetail
 
 
 class FlatError(BaseModel):
-    """The same where the protocol wants the message alone; ours is beside it."""
+    """An error in protocols where `error` is the message; `code` and `request_id` are Fovea's own."""
 
     error: str
     code: str
@@ -76,7 +76,7 @@ class FlatError(BaseModel):
 
 
 class ImageReply(BaseModel):
-    """The answer to one image among several: its labels, or its own error."""
+    """The answer to one of several images: its labels, or its own error."""
 
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
@@ -86,7 +86,7 @@ class ImageReply(BaseModel):
 
 
 class ClassifyReply(BaseModel):
-    """One image gives `predictions` and `image`; several give `results`, in order."""
+    """The answer: `predictions` and `image` for one image, `results` in order for several images."""
 
     model: ModelName
     predictions: list[Label] | None = None
@@ -95,12 +95,12 @@ class ClassifyReply(BaseModel):
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     results: list[ImageReply] | None = None
     timing: dict[str, float] | None = Field(
-        None, description="Milliseconds by stage; of several images the longest."
+        None, description="Milliseconds by stage; with several images, the longest of each stage."
     )
 
 
 class ModelSummary(BaseModel):
-    """One served model. `labels` is their number."""
+    """A served model; `labels` is the number of its labels."""
 
     name: str
     version: str
@@ -110,14 +110,14 @@ class ModelSummary(BaseModel):
 
 
 class RestingModel(BaseModel):
-    """A model that loads when somebody asks for it."""
+    """A model that is loaded by the first request for it."""
 
     name: str
     version: str
 
 
 class RefusedVersion(BaseModel):
-    """A version in the repository that did not pass its checks, and is not served."""
+    """A version in the repository that is not served, because it did not pass its checks."""
 
     name: str
     version: str
@@ -125,7 +125,7 @@ class RefusedVersion(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All served models, and what is not served."""
+    """The models that are loaded, the resting models, and the refused versions."""
 
     models: list[ModelSummary]
     resting: list[RestingModel]
@@ -133,7 +133,7 @@ class ModelList(BaseModel):
 
 
 class Heatmap(BaseModel):
-    """Over the whole photo as it is seen: rows of 0 … 1."""
+    """A heat map over the whole photo, after the EXIF orientation was applied: rows of 0 … 1."""
 
     height: int
     width: int
@@ -141,32 +141,34 @@ class Heatmap(BaseModel):
 
 
 class ReceiptStep(BaseModel):
-    """What was done to the photo."""
+    """A step of the preprocessing of the photo."""
 
     step: str
     text: str
 
 
 class SeenInput(BaseModel):
-    """The model's exact input, and how it came about."""
+    """The exact input of the model, and the steps that made it from the photo."""
 
     width: int
     height: int
-    png: str = Field(description="Base64.")
-    box: list[float] = Field(description="Left, top, right, bottom of what it shows, in the photo's pixels.")
+    png: str = Field(description="The input as a PNG image, base64.")
+    box: list[float] = Field(
+        description="Left, top, right, bottom of the part that it shows, in the photo's pixels."
+    )
     steps: list[ReceiptStep]
 
 
 class ExplainReply(BaseModel):
-    """Why an image has a label."""
+    """The explanation of a label of an image."""
 
     model: ModelName
     label: str
     index: int
     probability: float
     method: str
-    samples: int = Field(description="Masked images that were classified; 0 for `cam`.")
-    note: str | None = Field(description="Why there is no class activation map, where there is none.")
+    samples: int = Field(description="Number of masked images that were classified; 0 for `cam`.")
+    note: str | None = Field(description="Reason why there is no class activation map; null if there is one.")
     heatmap: Heatmap
     predictions: list[Label]
     image: ImageInfo
@@ -175,22 +177,29 @@ class ExplainReply(BaseModel):
 
 
 class ReceptiveField(BaseModel):
-    """Value r sees the input's places jump * r + low … jump * r + high: three numbers for each axis."""
+    """The part of the input that a value depends on: jump, low and high, for each axis.
+
+    Value r depends on the input's places jump * r + low … jump * r + high.
+    """
 
     rows: list[int]
     columns: list[int]
 
 
 class LayerInfo(BaseModel):
-    """One layer. `tensor` is its identity; `sources` are those of the layers that it reads."""
+    """A layer, identified by `tensor`; `sources` are the tensors of the layers that it reads."""
 
     tensor: str
     name: str
     kind: str
     sources: list[str]
     shape: list[int | None]
-    left_out: int = Field(description="Leading tokens that are no place, such as the class token.")
-    direct: bool = Field(description="Its sources are read as they are shown, neither cut nor rearranged.")
+    left_out: int = Field(
+        description="Number of leading tokens that stand for no place, such as the class token."
+    )
+    direct: bool = Field(
+        description="The layer reads its sources as they are shown, neither cut nor rearranged."
+    )
     block: str | None
     kernel: list[int] | None
     stride: list[int] | None
@@ -205,14 +214,14 @@ class LayerInfo(BaseModel):
 
 
 class InputSize(BaseModel):
-    """Of the model's input, in pixels."""
+    """The size of the model's input in pixels."""
 
     height: int
     width: int
 
 
 class LayersReply(BaseModel):
-    """What a model consists of."""
+    """The layers of a model."""
 
     model: ModelName
     task: str
@@ -221,26 +230,26 @@ class LayersReply(BaseModel):
     temperature: float
     parameters: int
     layers: list[LayerInfo]
-    cam: bool = Field(description="There are exact class activation maps.")
-    reason: str | None = Field(description="Why the graph cannot be opened, where it cannot.")
+    cam: bool = Field(description="Exact class activation maps are available.")
+    reason: str | None = Field(description="Reason why the graph cannot be opened; null if it can.")
 
 
 _ERRORS: Final[dict[int, dict[str, Any]]] = {
-    400: {"description": "Malformed request: bad JSON, bad base64, no file, a bad parameter."},
-    404: {"description": "No such model."},
+    400: {"description": "Malformed request: bad JSON, bad base64, no file, or a bad parameter."},
+    404: {"description": "There is no such model."},
     408: {"description": "The body arrived too slowly."},
-    413: {"description": "Too many bytes, or too many pixels by the image's header."},
-    415: {"description": "Not an image format that is served."},
-    422: {"description": "An image, but truncated, corrupt, or of a mode that cannot be converted."},
-    500: {"description": "Our own bug; the log has the trace under the request id."},
+    413: {"description": "Too many bytes, or too many pixels according to the image's header."},
+    415: {"description": "The image format is not supported."},
+    422: {"description": "The image is truncated, corrupt, or of a mode that cannot be converted."},
+    500: {"description": "Internal error; the log has the traceback under the request id."},
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
-    504: {"description": "The deadline (`X-Deadline-Ms`) passed before the answer was there."},
+    504: {"description": "The deadline (`X-Deadline-Ms`) passed before the request was answered."},
 }
 
 
 def build_error_responses(error_type: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Return the errors of a classification request by status, with `error_type` as the type of the error."""
-    return {status: {**said, "model": error_type} for status, said in _ERRORS.items()}
+    return {status: {**response, "model": error_type} for status, response in _ERRORS.items()}
 
 
 CLASSIFY_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {

@@ -10,12 +10,14 @@ from pydantic_core import PydanticCustomError
 
 from fovea.service.settings import MAX_REQUEST_IMAGES
 
-TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
+TopK = Annotated[
+    int, Field(ge=0, description="Maximum number of labels, most probable first; 0 returns all.")
+]
 
-Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
+Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels that are less probable.")]
 
 Level = Annotated[
-    float, Field(gt=0, lt=1, description="Also answer the label set that holds the true label this often.")
+    float, Field(gt=0, lt=1, description="Also return a label set that contains the true label this often.")
 ]
 
 
@@ -37,50 +39,62 @@ class StrictModel(BaseModel):
 
 
 _MAX_FIELDS: Final = 100
-"""Maximum number of fields in a closed part."""
+"""Maximum number of fields in a `StrictModel`."""
 
 
 class ClassifyOptions(BaseModel):
-    """The query of a classification."""
+    """The query of a classification request."""
 
     model_config = ConfigDict(extra="forbid")
 
     top_k: TopK = 5
     threshold: Threshold | None = None
     coverage: Level | None = None
-    timing: bool = Field(False, description="Also answer where the milliseconds went.")
+    timing: bool = Field(False, description="Also return the milliseconds that each stage took.")
 
 
 class ExplainOptions(BaseModel):
-    """The query of an explanation."""
+    """The query of an explanation request."""
 
     model_config = ConfigDict(extra="forbid")
 
     method: Literal["auto", "cam", "occlusion"] = Field(
-        "auto", description="`cam`: exact, where the network allows it; `occlusion`: for every network."
+        "auto", description="`cam`: exact, for networks that allow it; `occlusion`: for every network."
     )
-    label: str | None = Field(None, description="Of which label; by default of the most probable.")
-    format: Literal["json", "png"] = Field("json", description="Numbers, or the photo with the map over it.")
+    label: str | None = Field(None, description="The label to explain; by default the most probable one.")
+    format: Literal["json", "png"] = Field(
+        "json", description="Numbers, or the photo with the heat map over it."
+    )
     top_k: TopK = 5
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of an occlusion: same seed and samples, same map.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="Seed of an occlusion; the same seed and samples give the same map.",
+    )
     samples: int = Field(
         0,
         ge=0,
         le=8000,
-        description="Masked images of an occlusion, by 16, for a minute at most; 0: what there is time for.",
+        description=(
+            "Masked images of an occlusion, rounded up to whole batches of 16, for at most a minute; "
+            "0: as many as the time allows."
+        ),
     )
-    progress: bool = Field(False, description="Tell how it goes, in lines of JSON.")
+    progress: bool = Field(False, description="Stream partial results as lines of JSON.")
 
 
 class MapsOptions(BaseModel):
-    """The query for what a layer makes of an image."""
+    """The query for the output of a layer for an image."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tensor: str = Field(description="Of which layer, as `layers` calls it.")
-    first: int = Field(0, ge=0, le=2**31, description="The first map, or value of a vector.")
-    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
-    prepared: bool = Field(False, description="The image is the model's input itself, of its size.")
+    tensor: str = Field(description="The layer, by its `tensor` in the reply of `layers`.")
+    first: int = Field(
+        0, ge=0, le=2**31, description="Index of the first map, or of the first value of a vector."
+    )
+    count: int = Field(0, ge=0, le=2**31, description="Number of maps or values; 0: all from `first` on.")
+    prepared: bool = Field(False, description="The image is the model's input itself, and has its size.")
 
 
 class WeightsOptions(BaseModel):
@@ -88,28 +102,28 @@ class WeightsOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    tensor: str = Field(description="Of which layer, as `layers` calls it.")
-    part: str = Field("weight", description="Which of its `weights`.")
-    first: int = Field(0, ge=0, le=2**31, description="The first output.")
+    tensor: str = Field(description="The layer, by its `tensor` in the reply of `layers`.")
+    part: str = Field("weight", description="One of the layer's `weights`.")
+    first: int = Field(0, ge=0, le=2**31, description="Index of the first output.")
     count: int = Field(
         0,
         ge=0,
         le=2**31,
-        description="How many; 0: all from there on. More than 1 of `weight` needs FOVEA_WEIGHTS.",
+        description="Number of outputs; 0: all from `first` on. More than 1 of `weight` needs FOVEA_WEIGHTS.",
         json_schema_extra={"example": 1},
     )
 
 
 class EncodedImage(BaseModel):
-    """One image in JSON."""
+    """An image in JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: str = Field(description="The encoded image, base64.")
+    b64: str = Field(description="The encoded image, as base64.")
 
 
 class ClassifyRequest(BaseModel):
-    """The JSON form of a request; `top_k`, `threshold` and `coverage` come before those of the query."""
+    """The JSON form of a request; its options take precedence over those of the query."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -120,7 +134,7 @@ class ClassifyRequest(BaseModel):
 
 
 class FormOptions(BaseModel):
-    """The text fields of a form that are options; they come before those of the query."""
+    """The options in the text fields of a form; they take precedence over those of the query."""
 
     top_k: TopK | None = None
     threshold: Threshold | None = None
@@ -128,23 +142,26 @@ class FormOptions(BaseModel):
 
 
 class IndexRequest(BaseModel):
-    """Which models to list; the body may be left out."""
+    """A request for the list of models; the body may be left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    ready: bool = Field(False, description="Those alone that are loaded.")
+    ready: bool = Field(False, description="List only the models that are loaded.")
 
 
 class LoadParameters(BaseModel):
-    """How a model is to be loaded."""
+    """The parameters of a load request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: str | None = Field(None, description="Serve this one and go on with it, such as an earlier one.")
+    version: str | None = Field(
+        None,
+        description="Version to serve from now on; by default the repository selects it.",
+    )
 
 
 class LoadRequest(BaseModel):
-    """What to load; all of it may be left out, and so may the body."""
+    """A request to load a model; the body may be left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -170,7 +187,7 @@ def build_request_body(example_image: str) -> dict[str, Any]:
 
 
 def build_request_schemas() -> dict[str, Any]:
-    """Return the schemas of the bodies that our routes read themselves, by name."""
+    """Return the schemas of the bodies that routes read without FastAPI, by name."""
     _, document = models_json_schema(
         [(ClassifyRequest, "validation"), (IndexRequest, "validation"), (LoadRequest, "validation")],
         ref_template=_COMPONENT_REF,

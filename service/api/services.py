@@ -84,7 +84,7 @@ class Services:
         model = self.classifier.registry.get(name, version)
         if isinstance(model, ModelVersion):
             model = await self.manager.load_on_demand(name, version)
-            model.release()
+            model.release()  # the caller does not wait before it reads the model, or acquires it itself
         return model
 
     def admit(self, name: str | None, version: str | None, record: RequestRecord) -> LiveModel | ModelVersion:
@@ -116,8 +116,10 @@ class Services:
     ) -> _T:
         """Read the body of an admitted request, and process the body with `handle_body`.
 
-        `handle_body` is called with the body, the request's share (which has the model) and the deadline in
-        seconds of the monotonic clock. It is cancelled when the deadline passes or the client disconnects.
+        `handle_body` is called once, on the event loop, with the body, the request's admission (which has the
+        model) and the deadline in seconds of the monotonic clock. It is cancelled when the deadline passes or
+        the client disconnects. The admission is released after `handle_body` has ended, so that its jobs are
+        over by then.
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
@@ -146,7 +148,7 @@ class Services:
     async def _create_admission(
         self, address: ModelAddress, model: LiveModel | ModelVersion, record: RequestRecord
     ) -> Admission:
-        """Return the share of a request, and load its model first if necessary.
+        """Return the admission of a request, and load its model first if necessary.
 
         Raises `RequestError`.
         """
@@ -159,6 +161,8 @@ class Services:
             self.classifier.check_capacity(live_model)
             return Admission(self.classifier, live_model)
         finally:
+            # `load_on_demand` has acquired the model. Release it only now that the admission has its own
+            # reference; the model could otherwise be unloaded in between.
             live_model.release()
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
@@ -217,6 +221,8 @@ class _DisconnectGuard:
             raise ClientDisconnect
 
     def _cancel_task(self) -> None:
+        # The connection calls this on the event loop, while the task is suspended. `__exit__` turns the
+        # cancellation into `ClientDisconnect`; cancellations by others, such as a deadline, pass through.
         if self._task:
             self._has_disconnected = True
             self._task.cancel()

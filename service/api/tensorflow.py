@@ -58,8 +58,11 @@ _TENSORFLOW_TYPES: Final = {
 
 
 class PredictRequest(StrictModel):
-    """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
-    numbers of the shape of one of the model's tensors, and may be under the name of an input."""
+    """Rows (`instances`) or columns (`inputs`), but not both.
+
+    An image is `{"b64": "…"}`, or nested numbers in the shape of one of the model's tensors. It may stand
+    under the name of an input.
+    """
 
     signature_name: str | None = None
     instances: list[Any] | None = Field(None, min_length=1, max_length=MAX_REQUEST_IMAGES)
@@ -67,7 +70,10 @@ class PredictRequest(StrictModel):
 
 
 class ClassificationRequest(StrictModel):
-    """An example has one feature, whatever its name: an image, `{"b64": "…"}`. That of `context` all have."""
+    """Examples with one feature of any name: an image, `{"b64": "…"}`.
+
+    A feature in `context` belongs to all examples.
+    """
 
     signature_name: str | None = None
     context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
@@ -75,28 +81,33 @@ class ClassificationRequest(StrictModel):
 
 
 class PredictReply(BaseModel):
-    """Of each image every label's probability, in the model's order: as `predictions` of rows, as `outputs`
-    of columns."""
+    """The probabilities of all labels for each image, in the model's order.
+
+    Rows get `predictions`, and columns get `outputs`.
+    """
 
     predictions: list[list[float]] | None = None
     outputs: list[list[float]] | None = None
 
 
 class ClassificationReply(BaseModel):
-    """Of each image every label and its probability, highest first."""
+    """The labels and their probabilities for each image, highest first."""
 
     result: list[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]]
 
 
 class StatusDetail(BaseModel):
-    """Of a version."""
+    """The error of a version; the code is always `OK`."""
 
     error_code: str
     error_message: str
 
 
 class VersionStatus(BaseModel):
-    """Of one version of a model. One that rests is loaded when it is asked for: it is available."""
+    """The status of one version of a model.
+
+    A resting version is available, because the first request loads it.
+    """
 
     version: str
     state: str
@@ -104,7 +115,7 @@ class VersionStatus(BaseModel):
 
 
 class ModelStatus(BaseModel):
-    """Of a model. KServe's clients look at `ready`."""
+    """The status of a model; `ready` is for KServe's clients."""
 
     name: str
     ready: bool = True
@@ -112,7 +123,7 @@ class ModelStatus(BaseModel):
 
 
 class SignatureMetadata(BaseModel):
-    """Of a model: its signature, as TensorFlow writes it."""
+    """The signatures of a model, in TensorFlow's form."""
 
     model_spec: dict[str, str]
     metadata: dict[str, Any]
@@ -148,32 +159,32 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/models/{name}", **route_options)
     async def status(name: str) -> ModelStatus:
-        """Whether each version of a model answers."""
+        """Return the status of each version of a model."""
         statuses = [_render_status(one) for one in registry.list_versions(name)]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 
     @app.get("/v1/models/{name}/versions/{version}", **route_options)
     async def status_of_version(name: str, version: str) -> ModelStatus:
-        """Whether one version of a model answers."""
+        """Return the status of one version of a model."""
         statuses = [_render_status(registry.get(name, version))]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 
     @app.get("/v1/models/{name}/metadata", **route_options)
     async def metadata(name: str) -> SignatureMetadata:
-        """What the latest version of a model takes and gives."""
+        """Return the signatures of the latest version of a model."""
         return _render_metadata(await services.get_model(name))
 
     @app.get("/v1/models/{name}/versions/{version}/metadata", **route_options)
     async def metadata_of_version(name: str, version: str) -> SignatureMetadata:
-        """What one version of a model takes and gives."""
+        """Return the signatures of one version of a model."""
         return _render_metadata(await services.get_model(name, version))
 
 
 def _render_status(model: LiveModel | ModelVersion) -> VersionStatus:
     is_resting = isinstance(model, ModelVersion)
-    message = "it rests, and is loaded when it is asked for" if is_resting else ""
+    message = "the version is not loaded; the first request loads it" if is_resting else ""
     detail = StatusDetail(error_code="OK", error_message=message)
     return VersionStatus(version=model.version or "", state="AVAILABLE", status=detail)
 

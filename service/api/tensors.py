@@ -1,4 +1,4 @@
-"""Tensors of Open Inference Protocol, in JSON or as binary data behind the JSON, split into images.
+"""Tensors of Open Inference Protocol, in JSON or as binary data after the JSON, split into images.
 
 Memory is never allocated from sizes that a request claims. Shapes and sizes are compared with the received
 data, and binary rows stay in the body without a copy.
@@ -33,14 +33,14 @@ MAX_PARTS: Final = 64
 invalid part, and needs a kilobyte for each."""
 
 _LENGTH_PREFIX: Final = struct.Struct("<I")
-"""Length prefix of each element of `MAX_BYTES`."""
+"""Length before each element of a `BYTES` tensor, in bytes."""
 
 _MAX_QUOTE_LENGTH: Final = 80
 """Maximum number of characters of a caller's value that a message quotes."""
 
 
 class InferInput(BaseModel):
-    """One tensor of a request; its values are `data`, or behind the JSON as `binary_data_size` bytes."""
+    """One tensor of a request; its values are `data`, or `binary_data_size` bytes after the JSON."""
 
     model_config = ConfigDict(strict=True)
 
@@ -187,7 +187,7 @@ def _shorten_part(value: Any) -> str:
     return repr(value)
 
 
-# --- binary data behind the JSON -----------------------------------------------------------------
+# --- binary data after the JSON ------------------------------------------------------------------
 
 
 def parse_json_size(header: bytes | None, size: int) -> int:
@@ -225,7 +225,7 @@ def _locate_images(
 def _locate_elements(
     infer_input: InferInput, count: int, size: int, view: memoryview
 ) -> list[tuple[int, int]]:
-    """Return the start and end of each element of a `MAX_BYTES` tensor, using the length before each element.
+    """Return the start and end of each element of a `BYTES` tensor, using the length before each element.
 
     OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
     """
@@ -248,7 +248,7 @@ def _locate_elements(
 
 
 def pack_elements(values: Sequence[bytes]) -> bytes:
-    """Return a tensor of type `MAX_BYTES` with these elements."""
+    """Return the binary data of a `BYTES` tensor with these elements."""
     return b"".join(part for value in values for part in (_LENGTH_PREFIX.pack(len(value)), value))
 
 

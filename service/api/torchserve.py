@@ -77,7 +77,7 @@ PROTOCOL: Final = ApiProtocol("torchserve", _render_error)
 
 
 class TorchServeError(BaseModel):
-    """An error. `code` is the status and `type` the exception of TorchServe; `reason` is our own code."""
+    """An error. `code` is the status and `type` the exception of TorchServe; `reason` is Fovea's own code."""
 
     code: int
     type: str
@@ -87,7 +87,7 @@ class TorchServeError(BaseModel):
 
 
 class PingReply(BaseModel):
-    """Whether requests are answered."""
+    """The health of the service."""
 
     status: str
 
@@ -100,7 +100,7 @@ class ModelEntry(BaseModel):
 
 
 class ModelPage(BaseModel):
-    """Some of the models; there are more where there is a token for them."""
+    """A page of the list of models; `nextPageToken` is null on the last page."""
 
     models: list[ModelEntry]
     nextPageToken: str | None = None
@@ -115,14 +115,14 @@ class Worker(BaseModel):
 
 
 class QueueStatus(BaseModel):
-    """How many images more are accepted, and how many of this model are."""
+    """The number of images that are still accepted, and the number of this model's images in flight."""
 
     remainingCapacity: int
     pendingRequests: int
 
 
 class ModelDescription(BaseModel):
-    """One version of a model. One that rests has no workers until somebody asks for it."""
+    """One version of a model; a resting version has no workers until the first request loads it."""
 
     modelName: str
     modelVersion: str
@@ -137,13 +137,13 @@ class ModelDescription(BaseModel):
 
 
 class EnvelopeReply(BaseModel):
-    """The answer to `instances`."""
+    """The reply to `instances`."""
 
     predictions: list[dict[str, float]]
 
 
 class AnyQuery(BaseModel):
-    """None that counts."""
+    """A query without options; all parameters are ignored."""
 
 
 Attributions: TypeAlias = list[list[list[float]]]
@@ -181,7 +181,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/ping", tags=[PROTOCOL.name], responses={503: errors[503]})
     async def ping() -> PingReply:
-        """The models are ready."""
+        """Check that the models are ready."""
         services.require_ready()
         return PingReply(status="Healthy")
 
@@ -190,7 +190,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         limit: Annotated[int, Query(ge=1)] = _DEFAULT_PAGE_SIZE,
         next_page_token: Annotated[int, Query(ge=0)] = 0,
     ) -> ModelPage:
-        """The latest version of each model, a page of them."""
+        """List the latest version of each model, page by page."""
         all_models: list[LiveModel | ModelVersion] = [*registry.models, *registry.on_demand_versions]
         names = sorted({one.name or "" for one in all_models})
         end = next_page_token + limit
@@ -199,30 +199,32 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return ModelPage(models=[_render_entry(one, services) for one in latest], nextPageToken=next_token)
 
     @app.post(
-        "/models", tags=[PROTOCOL.name], responses={403: {"model": TorchServeError, "description": "Always."}}
+        "/models",
+        tags=[PROTOCOL.name],
+        responses={403: {"model": TorchServeError, "description": "Every request is refused."}},
     )
     async def register() -> None:
-        """Never: a model comes from the repository, and from no address that a request names."""
+        """Refuse the request: models come from the repository, never from a URL in a request."""
         raise Forbidden("models are not loaded by address; put the file into the repository (fovea publish)")
 
     @app.get("/models/{name}", **route_options)
     async def describe(name: str) -> list[ModelDescription]:
-        """The latest version of a model."""
+        """Describe the latest version of a model."""
         return [_render_description(registry.list_versions(name)[-1], services)]
 
     @app.get("/models/{name}/all", **route_options)
     async def describe_all(name: str) -> list[ModelDescription]:
-        """All versions of a model."""
+        """Describe all versions of a model."""
         return [_render_description(one, services) for one in registry.list_versions(name)]
 
     @app.get("/models/{name}/{version}", **route_options)
     async def describe_version(name: str, version: str) -> list[ModelDescription]:
-        """One version of a model."""
+        """Describe one version of a model."""
         return [_render_description(registry.get(name, version), services)]
 
     @app.options("/", tags=[PROTOCOL.name], response_model=dict[str, Any])
     async def description() -> Response:
-        """This document."""
+        """Return this OpenAPI document."""
         content = await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
         return Response(content, media_type="application/json")
 
@@ -327,7 +329,7 @@ def _image_from_value(value: Any, location: str) -> bytes:
 
 
 _IMAGE_KEYS: Final = ("data", "body", "b64")
-"""Names under which an image may be."""
+"""Keys under which an image may stand."""
 
 
 def _render_entry(model: LiveModel | ModelVersion, services: Services) -> ModelEntry:

@@ -113,7 +113,7 @@ class ClassifyEndpoint:
         outcomes = await self.classifier.classify_images(
             parsed_body.images, model, deadline=deadline, on_answer=record.add_image
         )
-        bodies.release_images(parsed_body.images)
+        bodies.release_images(parsed_body.images)  # all jobs are over
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
                 self.services.observer.record_image_failure(record, error.code)
@@ -268,7 +268,7 @@ class _ClassifyHandler(FastHandler):
     ) -> None:
         """Create the request.
 
-        `reply_options` are the `options` resolved for a raw image; a `is_structured` body may set other
+        `reply_options` are the `options` resolved for a raw image; a body that is structured may set other
         options.
         """
         super().__init__(endpoint.services, exchange, model, limit)

@@ -72,7 +72,7 @@ _ARRAY_RESPONSE: Final = {"content": {NPY: _BINARY_CONTENT}, "description": "flo
 def add_routes(app: FastAPI, services: Services) -> None:
     """Add the explanation routes."""
     handlers = _ExplainHandlers(services)
-    forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
+    forbidden = {"description": "Explanations or whole weights are switched off.", "model": ErrorReply}
     error_responses: dict[int | str, dict[str, Any]] = {403: forbidden, **build_error_responses(ErrorReply)}
 
     def add_route(
@@ -93,7 +93,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         add_route(path, ExplainOptions, handlers.explain, "Explain an answer", _EXPLAIN_RESPONSE)
     for model in _MODEL_PATHS:
         add_route(
-            f"{model}/maps", MapsOptions, handlers.get_maps, "What a layer makes of an image", _ARRAY_RESPONSE
+            f"{model}/maps", MapsOptions, handlers.get_maps, "Output of a layer for an image", _ARRAY_RESPONSE
         )
 
     model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
@@ -110,26 +110,26 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/models/{name}/layers", **layers_options)
     async def layers_of_model(request: Request, name: str) -> Response:
-        """The layers of the newest version of a model, in the order of computation."""
+        """Return the layers of the newest version of a model, in the order of computation."""
         return await handlers.get_layers(request.scope, name, None)
 
     @app.get("/v1/models/{name}/versions/{version}/layers", **layers_options)
     async def layers_of_version(request: Request, name: str, version: str) -> Response:
-        """The layers of one version of a model, in the order of computation."""
+        """Return the layers of one version of a model, in the order of computation."""
         return await handlers.get_layers(request.scope, name, version)
 
     @app.get("/v1/models/{name}/weights", **weights_options)
     async def weights_of_model(
         request: Request, name: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
-        """The weights of a layer of the newest version of a model."""
+        """Return the weights of a layer of the newest version of a model."""
         return await handlers.get_weights(request.scope, name, None, query)
 
     @app.get("/v1/models/{name}/versions/{version}/weights", **weights_options)
     async def weights_of_version(
         request: Request, name: str, version: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
-        """The weights of a layer of one version of a model."""
+        """Return the weights of a layer of one version of a model."""
         return await handlers.get_weights(request.scope, name, version, query)
 
 
@@ -274,7 +274,8 @@ class _ExplainHandlers:
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         def on_part(part: dict[str, Any]) -> None:
-            # `on_part` must not wait: it runs while the process's socket is read.
+            # The explainer's client calls this on the event loop while it reads the explaining process's
+            # socket, so it must not wait.
             if lines.qsize() < _MAX_PENDING_LINES:  # a slow client gets fewer partial answers
                 lines.put_nowait(part)
 
@@ -285,6 +286,7 @@ class _ExplainHandlers:
             finally:
                 lines.put_nowait(None)  # ends the loop below, after a result or an error
 
+        # The task fills the queue, and this coroutine sends its lines at the client's speed.
         task = asyncio.create_task(run_explanation())
         try:
             if (line := await lines.get()) is None:
@@ -299,7 +301,7 @@ class _ExplainHandlers:
             await send({"type": "http.response.body", "body": b""})
             return None
         finally:
-            task.cancel()
+            task.cancel()  # the client has left or sending failed: stop the work; nothing if it is done
 
     async def get_maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
@@ -339,7 +341,7 @@ class _ExplainHandlers:
         request = query.model_dump()
         is_part = self._services.settings.weights or query.part != _MATRIX_PART or query.count == 1
         if not is_part:
-            request["count"] = 1  # finds errors in the question and the number of outputs
+            request["count"] = 1  # enough to find errors in the request and the number of outputs
         _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
         if not is_part and reply.values["channels"] - query.first > 1:
             raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
@@ -363,7 +365,7 @@ class _ExplainHandlers:
     ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model, and keep the model loaded meanwhile."""
         model = await self._services.get_model(name, version)
-        model.acquire()
+        model.acquire()  # at once: no `await` may come between, in which the model could be unloaded
         model.last_used = time.monotonic()
         try:
             return model, await self._services.layer_explainer.send_request(model, request)

@@ -58,13 +58,13 @@ def list_outputs(model: LiveModel) -> dict[str, OutputKind]:
         contract.logits_name: OutputKind(contract.logit_count, is_logits=True),
     }
     if own := find_original_output(contract):
-        name, ours = own
-        kinds.setdefault(name, kinds[ours])
+        name, served_name = own
+        kinds.setdefault(name, kinds[served_name])
     return kinds
 
 
 class InferAdapter(ProtocolAdapter):
-    """The parser of inference requests, in JSON alone or with binary tensors behind the JSON."""
+    """The parser of inference requests, in pure JSON or with binary tensors after the JSON."""
 
     def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
         """Return the size limit; without the binary extension the whole body is JSON."""

@@ -72,18 +72,18 @@ def add_routes(app: FastAPI, services: Services) -> None:
 def _add_server_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v2", tags=[PROTOCOL.name])
     async def server() -> ServerMetadata:
-        """What answers here."""
+        """Return the name, the version and the extensions of the service."""
         return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
 
     @app.get("/v2/health/live", tags=[PROTOCOL.name], responses={503: build_error_responses(FlatError)[503]})
     async def live() -> ServerLive:
-        """The process answers, and has not been without a runner for too long."""
+        """Check that the process answers, and has not been without a runner for too long."""
         services.classifier.require_alive()
         return ServerLive(live=True)
 
     @app.get("/v2/health/ready", tags=[PROTOCOL.name], responses={503: build_error_responses(FlatError)[503]})
     async def ready() -> ServerReady:
-        """The models are ready."""
+        """Check that the models are ready."""
         services.require_ready()
         return ServerReady(ready=True)
 
@@ -98,7 +98,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v2/models/stats", tags=[PROTOCOL.name])
     async def all_statistics() -> dict[str, Any]:
-        """What all models that are loaded have done."""
+        """Return the statistics of all loaded models."""
         return {"model_stats": [_render_statistics(model) for model in registry.models]}
 
     def add_route(
@@ -139,10 +139,12 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
             await services.get_model(name, version), services.settings.request_images
         )
 
-    add_route("", get_metadata, ModelMetadata, "What a model takes and gives")
-    add_route("/config", get_configuration, dict[str, Any], "The same as Triton's clients read it")
-    add_route("/ready", check_ready, ModelReady, "Whether a model answers")
-    add_route("/stats", get_statistics, dict[str, Any], "What a model has done since it was loaded")
+    add_route("", get_metadata, ModelMetadata, "Inputs and outputs of a model")
+    add_route(
+        "/config", get_configuration, dict[str, Any], "Configuration of a model, as Triton's clients read it"
+    )
+    add_route("/ready", check_ready, ModelReady, "Readiness of a model")
+    add_route("/stats", get_statistics, dict[str, Any], "Statistics of a model since it was loaded")
 
 
 def _render_metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:

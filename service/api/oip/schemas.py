@@ -10,8 +10,11 @@ from fovea.service.api.tensors import MAX_PARTS, InferInput
 
 
 class InferOutput(BaseModel):
-    """One tensor that is asked for. `classification` in its `parameters` gives so many labels instead, each
-    as `value:index:label`; `binary_data` sends it behind the JSON."""
+    """A requested output.
+
+    The parameter `classification` requests this number of labels instead of the values, each as
+    `value:index:label`. The parameter `binary_data` sends the output as binary data after the JSON.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -20,7 +23,10 @@ class InferOutput(BaseModel):
 
 
 class InferRequest(BaseModel):
-    """Images as one tensor. Of `parameters`, `binary_data_output` and `timeout`, in microseconds, count."""
+    """Images as one tensor.
+
+    The supported parameters are `binary_data_output`, and `timeout` in microseconds.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -28,31 +34,31 @@ class InferRequest(BaseModel):
     parameters: dict[str, Any] | None = None
     inputs: list[InferInput] = Field(min_length=1, max_length=MAX_PARTS)
     outputs: list[InferOutput] | None = Field(
-        None, max_length=MAX_PARTS, description="The probabilities unless given."
+        None, max_length=MAX_PARTS, description="The outputs to return; by default the probabilities."
     )
 
 
 class ServerLive(BaseModel):
-    """The service answers."""
+    """The liveness of the service."""
 
     live: bool
 
 
 class ServerReady(BaseModel):
-    """Answers are given."""
+    """The readiness of the service."""
 
     ready: bool
 
 
 class ModelReady(BaseModel):
-    """Answers of this model are given."""
+    """The readiness of a model."""
 
     name: str
     ready: bool
 
 
 class ServerMetadata(BaseModel):
-    """What answers, and the protocol's extensions that it speaks."""
+    """The name and version of the service, and the extensions of the protocol that it supports."""
 
     name: str
     version: str
@@ -60,7 +66,7 @@ class ServerMetadata(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """A tensor; -1 is any number of images."""
+    """A tensor; the size -1 stands for any number of images."""
 
     name: str
     datatype: str
@@ -68,14 +74,17 @@ class TensorMetadata(BaseModel):
 
 
 class Alternatives(BaseModel):
-    """What may be sent, and asked for, in place of the rest or beside it."""
+    """Other inputs that a request may send, and other outputs that it may request."""
 
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
 
 
 class ModelMetadata(BaseModel):
-    """A model. A request has one input; encoded images may have any input's name."""
+    """A model.
+
+    A request has one input; encoded images may use the name of any input.
+    """
 
     name: str
     versions: list[str]
@@ -86,7 +95,7 @@ class ModelMetadata(BaseModel):
 
 
 class InferTensor(BaseModel):
-    """One tensor of an answer; its values are `data`, or behind the JSON."""
+    """A tensor of a reply; its values are in `data`, or in the binary data after the JSON."""
 
     name: str
     datatype: str
@@ -96,12 +105,12 @@ class InferTensor(BaseModel):
 
 
 class InferReply(BaseModel):
-    """What the model says of all images."""
+    """The outputs of the model for all images."""
 
     model_name: str
     model_version: str
     id: str | None = None
     parameters: dict[str, str] | None = Field(
-        None, description="`warnings`: what may surprise about how the pixels came about, by code."
+        None, description="`warnings`: warnings about how the pixels were made from each image, by code."
     )
     outputs: list[InferTensor]
