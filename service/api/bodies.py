@@ -143,7 +143,7 @@ async def decompress_body(
         return raw_body
     if encoding not in _CONTENT_ENCODINGS:
         name = encoding.decode("latin-1")
-        raise BadRequest(f"the body is compressed by {name!r}; send it as it is, or by gzip or deflate")
+        raise BadRequest(f"the content encoding {name!r} is not supported; use gzip, deflate or none")
     body = bytearray()  # one block; hundreds of small blocks would fragment the heap
     view = memoryview(read_content(raw_body.take_content(), raw_body.size))
     decompressor = zlib.decompressobj(_AUTO_DETECT_WBITS)
@@ -157,12 +157,12 @@ async def decompress_body(
                 allocate(len(piece))
                 body += piece
             if chunk or decompressor.unused_data:
-                raise BadRequest("the compressed body goes on behind its end")
+                raise BadRequest("the compressed body has more data after its end")
         body += decompressor.flush()
     except zlib.error as error:
         raise BadRequest(f"the compressed body is malformed: {error}") from None
     if not decompressor.eof:
-        raise BadRequest("the compressed body stops before its end")
+        raise BadRequest("the compressed body ends too early")
     size = len(body)
     return RawBody(await asyncio.to_thread(_copy_bytes, body), size)
 

@@ -24,7 +24,7 @@ def parse_form(body: bytes | SharedBuffer, size: int, content_type: bytes) -> Pa
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
-        raise BadRequest("the multipart content type names no boundary")
+        raise BadRequest("the content type multipart/form-data has no boundary")
     content = read_content(body, size)
     parts, offset = _strip_preamble(content, boundary)
     collector = FormCollector(parts, offset)
@@ -163,7 +163,7 @@ class FormCollector:
             encoding = self._headers.get(b"content-transfer-encoding", b"").strip().lower()
             if encoding not in _PLAIN_ENCODINGS and encoding != b"base64":
                 name = encoding.decode("latin-1")
-                raise BadRequest(f"a file is sent with the transfer encoding {name!r}; send it as it is")
+                raise BadRequest(f"a file has the transfer encoding {name!r}; send it as binary or base64")
             if encoding == b"base64":
                 self.base64_files.add(len(self.file_ranges))
             start = self._start + self._offset
@@ -172,7 +172,7 @@ class FormCollector:
             name = options.get(b"name", b"")[:MAX_FIELD_BYTES].decode(errors="replace")
             value = self._body[self._start : self._start + self._size].decode(errors="replace")
             if name in FormOptions.model_fields and name in self.fields:
-                raise BadRequest(f"the form has {name} twice")
+                raise BadRequest(f"the form has {name} twice; send it once")
             self.fields[name] = value
 
     def _is_image_part(self) -> bool:

@@ -57,7 +57,7 @@ def refuse_options(options: Iterable[str], allowed_names: Container[str] = ()) -
     """Raise `BadRequest` for an option of the native classification unless it is in `allowed_names`."""
     for name in options:
         if name not in allowed_names:
-            raise BadRequest(f"{name} counts for /v1/classify alone; leave it out here")
+            raise BadRequest(f"{name} is an option of /v1/classify; leave it out here")
 
 
 def refuse_native_options(query: QueryParams) -> None:

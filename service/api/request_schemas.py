@@ -33,7 +33,7 @@ class StrictModel(BaseModel):
         if isinstance(value, dict) and len(value) > _MAX_FIELDS:
             context = {"count": len(value), "known": ", ".join(cls.model_fields)}
             raise PydanticCustomError(
-                "too_many_fields", "{count} fields, where there may be {known}", context
+                "too_many_fields", "there are {count} fields; the known fields are {known}", context
             )
         return value
 

@@ -32,6 +32,10 @@ MAX_INLINE_LABELS: Final = 200
 its share of the rest."""
 
 
+_MAX_QUOTE_LENGTH: Final = 80
+"""Maximum number of bytes of a header that a message quotes."""
+
+
 class ModelAddress(NamedTuple):
     """The address of a model; no name means the default model, no version means the latest version."""
 
@@ -186,13 +190,14 @@ def parse_time_limit(headers: Headers, settings: Settings) -> float | None:
     except ValueError:
         limit = 0.0
     if not 0 < limit < INFINITY:
-        raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
+        quoted_value = repr(value[:_MAX_QUOTE_LENGTH].decode("latin-1"))
+        raise BadRequest(f"X-Deadline-Ms is {quoted_value}; it must be a positive number of milliseconds")
     return limit
 
 
 def make_deadline_error(limit: float | None) -> DeadlineExceeded:
     """Return the error for a request that was not answered within `limit` seconds."""
-    return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
+    return DeadlineExceeded(f"the request was not answered within {limit or 0:g} s (X-Deadline-Ms)")
 
 
 class _DisconnectGuard:

@@ -321,10 +321,13 @@ def _to_items(rows: list[_Row], signature: str | None, request: InferenceRequest
     Raises `BadRequest`.
     """
     tensors = request.model.tensors
-    if signature not in (None, "", _DEFAULT_SIGNATURE, *(tensor.name for tensor in tensors)):
-        raise BadRequest(f"there is no signature {signature!r}; there is {_DEFAULT_SIGNATURE!r}")
+    signatures = (_DEFAULT_SIGNATURE, *(tensor.name for tensor in tensors))
+    if signature and signature not in signatures:
+        raise BadRequest(
+            f"the model has no signature {signature!r}; its signatures are {', '.join(map(repr, signatures))}"
+        )
     if not rows:
-        raise BadRequest("there are no images")
+        raise BadRequest("the request has no images; send at least one")
     if isinstance(rows[0].value, list):
         return _to_tensor_items(rows, tensors, request.settings)
     return [_decode_image(*row) for row in rows]
@@ -339,7 +342,7 @@ def _decode_image(location: str, name: str | None, value: Any) -> bytes:
         return from_base64(value, location)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
         return from_base64(value["b64"], f"{location}.b64")
-    raise BadRequest(f'{location} is no image; send one as {{"b64": "…"}}')
+    raise BadRequest(f'{location} is not an image; send base64, as {{"b64": "…"}}')
 
 
 def _to_tensor_items(rows: list[_Row], tensors: Sequence[InputTensor], settings: Settings) -> list[Item]:
@@ -354,7 +357,9 @@ def _to_tensor_items(rows: list[_Row], tensors: Sequence[InputTensor], settings:
         tensor_rows = ModelInputs(tensors).split_rows([infer_input], NO_BINARY_DATA, settings)
         return [ImageRequest(row.content, row.tensor_name) for row in tensor_rows]
     choices = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
-    raise BadRequest(f"{rows[0].location} has shape {list(shape)}; the model takes {choices}, or images")
+    raise BadRequest(
+        f"{rows[0].location} has shape {list(shape)}; the model takes {choices}, or encoded images"
+    )
 
 
 def _measure_shape(value: Any) -> tuple[int, ...]:

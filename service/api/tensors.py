@@ -61,7 +61,7 @@ def read_parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
     """
     value = parameters.get(name, default)
     if type(value) is not type(default) or value < 0:
-        expectation = "true or false" if isinstance(default, bool) else "a number, and not negative"
+        expectation = "true or false" if isinstance(default, bool) else "a number of at least 0"
         raise BadRequest(f"{name} is {shorten_value(value)}; it must be {expectation}")
     return value
 
@@ -72,7 +72,9 @@ def check_parameters(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     Raises `BadRequest` if the parameters refer to shared memory.
     """
     if parameters and "shared_memory_region" in parameters:
-        raise BadRequest("there is no shared memory; send the values, or have them sent")
+        raise BadRequest(
+            "shared_memory_region is not supported; send values in the request, and read them from the reply"
+        )
     return parameters or {}
 
 
@@ -123,8 +125,9 @@ class ModelInputs:
         bodies.check_image_count(count, settings)
         if infer_input.data is not None:
             if len(binary_data.view) or "binary_data_size" in parameters:
+                quoted_name = shorten_value(infer_input.name)
                 raise BadRequest(
-                    f"input {shorten_value(infer_input.name)} has data, and there are bytes behind the JSON"
+                    f"input {quoted_name} has data and also binary data after the JSON; send one"
                 )
             return _parse_json_rows(infer_input, tensor, count)
         size = read_parameter(parameters, "binary_data_size", len(binary_data.view))
@@ -146,7 +149,7 @@ class ModelInputs:
             if (tensor.name, DATATYPES[tensor.dtype]) == (infer_input.name, infer_input.datatype):
                 return tensor
         name, datatype = shorten_value(infer_input.name), shorten_value(infer_input.datatype)
-        raise BadRequest(f"the model takes {self}, and no {name} of {datatype}")
+        raise BadRequest(f"the model has no input {name} of datatype {datatype}; it takes {self}")
 
     def __str__(self) -> str:
         descriptions = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
@@ -200,7 +203,10 @@ def parse_json_size(header: bytes | None, size: int) -> int:
     header = header.strip()
     if not header.isdigit() or len(header) > 20 or int(header) > size:
         quoted_header = shorten_value(header.decode("latin-1"))
-        raise BadRequest(f"Inference-Header-Content-Length is {quoted_header}, and the body has {size} bytes")
+        raise BadRequest(
+            f"Inference-Header-Content-Length is {quoted_header}; it must be a number of at most {size}, "
+            "the size of the body in bytes"
+        )
     return int(header)
 
 
@@ -217,7 +223,7 @@ def _locate_images(
         name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
         raise BadRequest(
             f"{name} of shape {shape} and {infer_input.datatype} has {expected_size} bytes; "
-            f"binary_data_size is {size}, and {len(view)} bytes are behind the JSON"
+            f"binary_data_size is {size}, and {len(view)} bytes follow the JSON"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
 
@@ -243,7 +249,7 @@ def _locate_elements(
         return [(0, size)]
     raise BadRequest(
         f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not "
-        f"fit the {len(view)} bytes behind the JSON"
+        f"fit the {len(view)} bytes after the JSON"
     )
 
 
@@ -274,7 +280,9 @@ def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any
     """Return the values as a flat list; they may be flat or nested as the shape says."""
     values, expected_count = infer_input.data, math.prod(shape)
     if not isinstance(values, list):
-        raise BadRequest(f"data of {shorten_value(infer_input.name)} is not a list")
+        raise BadRequest(
+            f"data of {shorten_value(infer_input.name)} is not a list; send the values as a list"
+        )
     if len(values) == expected_count and not isinstance(values[0], list):
         return values
     fits = len(values) == shape[0]
@@ -283,7 +291,7 @@ def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any
         values = list(chain.from_iterable(values)) if fits else values
     if not fits:
         name = shorten_value(infer_input.name)
-        raise BadRequest(f"data of {name} is not {expected_count} values, nor nested as its shape says")
+        raise BadRequest(f"data of {name} must be {expected_count} values, flat or nested as the shape says")
     return values
 
 
@@ -292,7 +300,7 @@ def _require_types(infer_input: InferInput, values: list[Any], allowed_types: se
         (wrong_type, *_) = types - allowed_types
         name = shorten_value(infer_input.name)
         raise BadRequest(
-            f"data of {name} has a value of type {wrong_type.__name__}, and is {infer_input.datatype}"
+            f"data of {name} has a value of type {wrong_type.__name__}, which is not {infer_input.datatype}"
         )
 
 
@@ -305,7 +313,6 @@ def _pack_row(infer_input: InferInput, tensor: InputTensor, values: list[Any]) -
         with np.errstate(over="ignore"):  # the value becomes infinite, which is detected later
             array = np.array(values, tensor.dtype)
     except OverflowError:
-        raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} has a value that {infer_input.datatype} has not"
-        ) from None
+        name = shorten_value(infer_input.name)
+        raise BadRequest(f"data of {name} has a value out of the range of {infer_input.datatype}") from None
     return array.data.cast("B")

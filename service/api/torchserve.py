@@ -205,7 +205,9 @@ def add_routes(app: FastAPI, services: Services) -> None:
     )
     async def register() -> None:
         """Refuse the request: models come from the repository, never from a URL in a request."""
-        raise Forbidden("models are not loaded by address; put the file into the repository (fovea publish)")
+        raise Forbidden(
+            "models cannot be registered by URL; put the file into the repository (fovea publish)"
+        )
 
     @app.get("/models/{name}", **route_options)
     async def describe(name: str) -> list[ModelDescription]:
@@ -325,7 +327,7 @@ def _image_from_value(value: Any, location: str) -> bytes:
     else:
         if isinstance(value, str):
             return from_base64(value, location)
-    raise BadRequest(f'{location} is no image; send one as {{"data": "…"}}, base64')
+    raise BadRequest(f'{location} is not an image; send base64, as {{"data": "…"}}')
 
 
 _IMAGE_KEYS: Final = ("data", "body", "b64")

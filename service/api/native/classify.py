@@ -225,7 +225,7 @@ class ClassifyEndpoint:
         context = get_context(scope)
         target: RouteTarget | None = context.target or self.find_target(scope["method"], scope["path"])
         if target is None:
-            raise RuntimeError(f"{scope['path']} is not ours")
+            raise RuntimeError(f"no classification route matches {scope['path']}")
         scope["route"] = target.route
         record = get_record(scope)
         address = ModelAddress(target.name, target.version)

@@ -206,7 +206,7 @@ class _ImageEndpoint(AsgiEndpoint):
                 raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
             (image,) = parsed_body.images
             if not isinstance(image, bytes | memoryview):
-                raise TypeError("past ASGI no body is stored")
+                raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
             options = query.model_copy(update=parsed_body.options)
             return await self._respond(admission.model, options, bytes(image), send)
 
@@ -254,7 +254,7 @@ class _ExplainHandlers:
     ) -> Response | None:
         """Return the heat map of one label."""
         if query.progress and query.format != "json":
-            raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
+            raise BadRequest("progress is sent as lines of JSON; leave out format=png or progress=true")
         if query.progress:
             return await self._stream_explanation(model, query, image, send)
         reply = await explain_label(self._services, model, query, image)
@@ -344,7 +344,7 @@ class _ExplainHandlers:
             request["count"] = 1  # enough to find errors in the request and the number of outputs
         _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
         if not is_part and reply.values["channels"] - query.first > 1:
-            raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
+            raise Forbidden("whole weights are switched off (FOVEA_WEIGHTS); request one output with count=1")
         return PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
 
     async def _ask_model(

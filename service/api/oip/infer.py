@@ -198,13 +198,12 @@ def _resolve_outputs(
     kinds = list_outputs(model)
     infer_outputs = requested_outputs or [InferOutput(name=model.contract.probabilities_name)]
     if len({one.name for one in infer_outputs}) < len(infer_outputs):
-        raise BadRequest("an output is asked for twice")
+        raise BadRequest("an output is requested twice; request it once")
     outputs = []
     for one in infer_outputs:
         if one.name not in kinds:
-            raise BadRequest(
-                f"the model gives {', '.join(map(repr, kinds))}, and no {shorten_value(one.name)}"
-            )
+            known = ", ".join(map(repr, kinds))
+            raise BadRequest(f"the model has no output {shorten_value(one.name)}; it has {known}")
         parameters, (width, is_logits) = check_parameters(one.parameters), kinds[one.name]
         outputs.append(
             _Output(

@@ -316,12 +316,12 @@ def test_torchserve_takes_json_as_its_handlers_do(server: Server, body: Any) -> 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "the body is no image"),
-        ({"data": 3}, "data is no image"),
-        ({"image": B64}, "the body is no image"),
-        ({"data": B64, "top_k": 3}, "the body is no image"),
+        ({}, "the body is not an image"),
+        ({"data": 3}, "data is not an image"),
+        ({"image": B64}, "the body is not an image"),
+        ({"data": B64, "top_k": 3}, "the body is not an image"),
         ({"instances": []}, "the body must be"),
-        ({"instances": [{"data": [1, 2]}]}, "instances.0.data is no image"),
+        ({"instances": [{"data": [1, 2]}]}, "instances.0.data is not an image"),
         ({"instances": 65 * [B64]}, "at most 64"),
     ],
 )

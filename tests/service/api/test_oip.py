@@ -324,7 +324,7 @@ def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) ->
             ask()
     pixels = triton.InferInput("pixels", [1, 16, 16, 3], "UINT8")
     pixels.set_shared_memory("region", 768)
-    with pytest.raises(InferenceServerException, match="no shared memory"):
+    with pytest.raises(InferenceServerException, match="shared_memory_region is not supported"):
         client.infer("small", [pixels])
 
 
@@ -485,8 +485,16 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "no object": ([], None, "the body"),
     "no inputs": ({"inputs": []}, None, "inputs"),
     "two inputs": ({"inputs": [*FP32_ROW["inputs"], *FP32_ROW["inputs"]]}, bytes(6144), "2 inputs"),
-    "unknown input": (infer_body("x", [1, 3, 16, 16], "FP32", data=FLAT), None, "no 'x' of 'FP32'"),
-    "wrong datatype": (infer_body("image", [1, 3, 16, 16], "FP64", data=FLAT), None, "no 'image' of 'FP64'"),
+    "unknown input": (
+        infer_body("x", [1, 3, 16, 16], "FP32", data=FLAT),
+        None,
+        "no input 'x' of datatype 'FP32'",
+    ),
+    "wrong datatype": (
+        infer_body("image", [1, 3, 16, 16], "FP64", data=FLAT),
+        None,
+        "no input 'image' of datatype 'FP64'",
+    ),
     "unknown datatype": (infer_body("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
     "wrong shape": (infer_body("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
     "no images": (infer_body("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
@@ -540,8 +548,8 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
         "of type list",
     ),
     "fractions of bytes": (infer_body("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
-    "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
-    "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
+    "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "out of the range of UINT8"),
+    "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "out of the range of UINT8"),
     "no base64": (infer_body("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
     "numbers as BYTES": (infer_body("image", [1], "BYTES", data=[7]), None, "of type int"),
     "data and binary": (
@@ -549,9 +557,9 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
         BYTES,
         "data",
     ),
-    "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
-    "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes are behind the JSON"),
-    "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes are behind the JSON"),
+    "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes follow the JSON"),
+    "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes follow the JSON"),
+    "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes follow the JSON"),
     "a size that lies": (
         infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}),
         BYTES,
@@ -570,12 +578,12 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "shared memory": (
         infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}),
         BYTES,
-        "no shared memory",
+        "shared_memory_region is not supported",
     ),
     "shared memory for an output": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "x"}}]},
         BYTES,
-        "no shared memory",
+        "shared_memory_region is not supported",
     ),
     "binary of text": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
@@ -604,7 +612,7 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "NaN": (FP32_ROW, np.full(768, np.nan, np.float32).tobytes(), "not finite"),
     "infinite": (FP32_ROW, np.full(768, np.inf, np.float32).tobytes(), "not finite"),
     "too large for FP32": (infer_body("image", SHAPE, "FP32", data=[1e300] * 768), None, "not finite"),
-    "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no 'x'"),
+    "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no output 'x'"),
     "an output twice": ({**FP32_ROW, "outputs": [{"name": "logits"}] * 2}, BYTES, "twice"),
     "classes of text": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]},

@@ -223,12 +223,12 @@ def test_so_may_those_that_are_explained(server: Server, path: str) -> None:
 
 
 PACKED_WRONGLY = {
-    "in another way": ("br", b"x", "by 'br'"),
-    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
-    "empty": ("gzip", b"", "stops before its end"),
-    "cut": ("gzip", gzip.compress(make_jpeg())[:-1], "stops before its end"),
-    "a byte more": ("gzip", gzip.compress(make_jpeg()) + b"x", "goes on behind its end"),
-    "many": ("deflate", zlib.compress(make_jpeg()) * 300, "goes on behind its end"),
+    "in another way": ("br", b"x", "the content encoding 'br'"),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "the content encoding 'gzip, gzip'"),
+    "empty": ("gzip", b"", "ends too early"),
+    "cut": ("gzip", gzip.compress(make_jpeg())[:-1], "ends too early"),
+    "a byte more": ("gzip", gzip.compress(make_jpeg()) + b"x", "has more data after its end"),
+    "many": ("deflate", zlib.compress(make_jpeg()) * 300, "has more data after its end"),
     "not at all": ("gzip", make_jpeg(), "malformed"),
     "another sum": ("deflate", zlib.compress(make_jpeg())[:-4] + b"sums", "malformed"),
 }
