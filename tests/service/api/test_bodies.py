@@ -1,4 +1,4 @@
-"""Good images in unusual clothes: forms and base64 as other tools write them, in every protocol."""
+"""Good images in unusual forms and base64, as other tools write them, in every protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def post_body(server: Server, content: bytes, content_type: str, path: str = CLA
 
 @pytest.fixture(scope="module")
 def wanted(server: Server) -> Any:
-    """What the image is answered with, as it is."""
+    """The reply to the raw image."""
     return server.client.post(CLASSIFY, content=IMAGE).json()
 
 
@@ -115,7 +115,7 @@ def test_several_images_without_file_names_are_all_answered(server: Server, want
 
 
 def test_a_large_form_with_a_preamble_keeps_its_places(server: Server) -> None:
-    """It lies in the shared memory of the runners."""
+    """The form is in the memory that the runners share."""
     large = encode_image(draw_picture(400, 300), "BMP")
     assert len(large) > 256 << 10
     reply = post_body(server, b"preamble\r\n" + form_part(large, FILE) + END, FORM)

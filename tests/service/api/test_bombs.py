@@ -16,11 +16,11 @@ JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 LIMIT = 4 << 20
-"""Of JSON that orjson reads, in bytes; by default."""
+"""Default limit for JSON that orjson parses, in bytes."""
 
 
 def fill_items(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 2000) -> bytes:
-    """As many items as have room."""
+    """Return as many items as fit into `size` bytes."""
     return start + item * ((size - len(start) - len(end)) // len(item)) + item.rstrip(b",") + end
 
 
@@ -104,7 +104,7 @@ def served(small_zoo: Path) -> Iterator[Server]:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
-    """Beside the body itself at most 200 MB; before there were limits it was ten times that."""
+    """A request takes at most 200 MB beside its body; without the limits it took ten times as much."""
     protocol, path, body, headers = BOMBS[bomb]
     status = Path(f"/proc/{served.process.pid}/status")
     clear = status.with_name("clear_refs")
@@ -128,7 +128,7 @@ def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
 
 
 def memory_size(status: Path, name: str) -> int:
-    """In bytes."""
+    """Return an entry of `/proc/{pid}/status` in bytes."""
     return 1024 * next(
         int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
     )

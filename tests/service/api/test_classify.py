@@ -167,7 +167,7 @@ def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server
 
 
 def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
-    """The same image and weights: only what the contract says differs."""
+    """The image and the weights are the same; only the contracts differ."""
     pets, beach = (
         build_model(Task.BINARY, ("cat", "dog")),
         build_model(Task.MULTILABEL, ("sun", "sea", "sand")),
@@ -193,7 +193,7 @@ def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
 
 
 def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, Any]:
-    """By the definition, from all probabilities of an answer."""
+    """Return the label set by its definition, from all probabilities of an answer."""
     quantile = next(one.quantile for one in COVERAGE if one.level == level)
     set_labels = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
     return {
@@ -214,7 +214,7 @@ def test_coverage_answers_the_label_set_of_the_stored_quantile(server: Server, l
 
 
 def test_sets_that_say_too_little_abstain(server: Server) -> None:
-    """Images were looked for until each kind had come: empty, of one label, and too wide."""
+    """The images were chosen so that each kind of set occurs: empty, of one label, and too large."""
     sets = [
         post_image(server, make_jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
         for seed in range(40)
@@ -229,7 +229,7 @@ def test_sets_that_say_too_little_abstain(server: Server) -> None:
 
 @pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
 def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
-    """Of a black image the logits are the biases, so that no probability is near 0 or 1."""
+    """The logits of a black image are the biases, so that no probability is near 0 or 1."""
     graph, black = (
         build_model(labels=[f"label {index}" for index in range(count)]),
         encode_image(BLACK, "PNG"),

@@ -38,7 +38,7 @@ BINARY = "Inference-Header-Content-Length"
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model of our own of each task, and `thing`, which was imported."""
+    """One trained model of each task, and `thing`, which was imported."""
     folder = tmp_path_factory.mktemp("oip")
     import_graph(build_classifier(), folder)
     root = folder / "zoo"
@@ -62,7 +62,7 @@ def client(served: Server) -> Iterator[triton.InferenceServerClient]:
 
 @pytest.fixture(scope="module")
 def native(served: Server) -> Mapping[str, Array]:
-    """What the native call says of the images, by model."""
+    """The native results for the images, by model."""
     return {
         name: np.array([classify_natively(served, name, image) for image in IMAGES])
         for name in ("small", "thing")
@@ -142,7 +142,7 @@ def test_a_client_that_reads_what_to_send(
     layout: str,
     version: str,
 ) -> None:
-    """As Triton's `image_client.py` does and the many that were made of it, in metadata and configuration."""
+    """Triton's `image_client.py` and its descendants read the metadata and the configuration."""
     metadata, config = client.get_model_metadata(model, version), client.get_model_config(model, version)
     (given_as,), (told_as,) = metadata["inputs"], metadata["outputs"]
     (input_config,), (output_config,) = config["input"], config["output"]
@@ -188,7 +188,7 @@ def test_and_so_are_their_pixels(client: triton.InferenceServerClient, native: M
 def test_and_what_an_imported_model_took_by_itself(
     client: triton.InferenceServerClient, native: Mapping[str, Array], served: Server, binary: bool
 ) -> None:
-    """100 rows of 3 KB: in memory that is shared with the runners, and in JSON."""
+    """There are 100 rows of 3 KB, once in the memory that runners share, and once in JSON."""
     geometry = fetch_contract(served, "thing")["input"]
     size = (geometry["height"], geometry["width"])
     assert size == (16, 16)
@@ -269,7 +269,7 @@ def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: i
 
 
 def test_an_imported_file_s_output_has_its_name(client: triton.InferenceServerClient) -> None:
-    """As Triton's clients asked for it."""
+    """Clients of Triton request the output by its original name."""
     sent = [make_input("encoded_image", np.array(IMAGES[:3], dtype=object), "BYTES")]
     result = client.infer("thing", sent, outputs=requested_outputs("scores", "logits"))
     assert np.array_equal(result.as_numpy("scores"), result.as_numpy("logits"))
@@ -306,7 +306,7 @@ def test_the_asynchronous_client(served: Server, native: Mapping[str, Array]) ->
 def test_compressed_requests(
     client: triton.InferenceServerClient, native: Mapping[str, Array], algorithm: str
 ) -> None:
-    """A large one lies in shared memory as it came."""
+    """A compressed body passes through ASGI, so that a large one is not received into shared memory."""
     for count in (1, PER_REQUEST):
         result = client.infer(
             "small",
@@ -318,7 +318,7 @@ def test_compressed_requests(
 
 
 def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) -> None:
-    """Its client can put no other shape of an error into words."""
+    """Triton's client can only show errors in this form."""
     for ask in (client.get_trace_settings, client.get_log_settings, client.get_cuda_shared_memory_status):
         with pytest.raises(InferenceServerException, match=r"\[404\] there is nothing at /v2/"):
             ask()
@@ -376,7 +376,7 @@ def test_models_are_loaded_and_unloaded_where_that_is_allowed(
 def post_infer(
     server: Server, request: Any, binary_data: bytes | None = None, **headers: str
 ) -> httpx.Response:
-    """A request as its JSON, and what is behind it."""
+    """Send a request with its JSON, and with binary data after the JSON."""
     content = request if isinstance(request, bytes) else json.dumps(request).encode()
     if binary_data is not None:
         headers = {BINARY: str(len(content)), "Content-Type": "application/octet-stream", **headers}
@@ -468,7 +468,7 @@ def test_a_single_image_needs_no_length(
 
 
 def test_parameters_may_be_null(served: Server) -> None:
-    """As clients send them that write out what was not set."""
+    """Some clients send null for parameters that were not set."""
     asked = infer_body("image", [1], "BYTES", data=[B64], parameters=None)
     asked |= {"id": None, "parameters": None, "outputs": [{"name": "logits", "parameters": None}]}
     assert post_infer(served, asked).status_code == 200
@@ -671,7 +671,7 @@ def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
 
 
 def test_a_body_may_come_without_its_length(served: Server) -> None:
-    """In chunks, and so by ASGI."""
+    """The body comes in chunks, so that the request passes through ASGI."""
     content = json.dumps(FP32_ROW).encode()
 
     def ask(size: int) -> httpx.Response:
@@ -685,7 +685,7 @@ def test_a_body_may_come_without_its_length(served: Server) -> None:
 
 
 def test_a_header_may_have_spaces_around_it(served: Server) -> None:
-    """As HTTP allows; the parser leaves those behind it."""
+    """HTTP allows spaces; the parser does not strip those after the value."""
     content = json.dumps(FP32_ROW).encode()
     length = f"Content-Length: {len(content) + ROW.nbytes}\r\n{BINARY}: \t{len(content)} \r\n\r\n"
     with Wire(served.url) as wire:

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's protocol, as its documentation has clients written: with `requests`."""
+"""TensorFlow Serving's protocol, with clients like those in its documentation, which use `requests`."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PICTURES = [make_jpeg(seed=number) for number in range(3)]
 IMAGES = [{"b64": base64.b64encode(picture).decode()} for picture in PICTURES]
 IMAGE = IMAGES[0]
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8).tolist()
-"""What the small model takes."""
+"""Pixels in the form that the small model takes."""
 
 PREDICT = "/v1/models/small:predict"
 CLASSIFY = "/v1/models/small:classify"
 
 
 def native_probabilities(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
-    """Every label's probability, highest first."""
+    """Return the probability of every label, highest first."""
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=picture).json()
     return {one["label"]: one["probability"] for one in reply["predictions"]}
 
 
 def probability_rows(server: Server, *pictures: bytes) -> list[list[float]]:
-    """The same in the model's order."""
+    """Return the probability of every label, in the model's order."""
     labels = server.client.get("/v1/models/small/contract").json()["labels"]
     return [[native_probabilities(server, picture)[label] for label in labels] for picture in pictures]
 
 
 def post_json(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
-    """As in its documentation: a string, and no content type."""
+    """Send the body as in TensorFlow's documentation: a string, and no content type."""
     return requests.post(server.url + path, data=json.dumps(body), timeout=30)
 
 
