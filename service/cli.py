@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.api.native.classify import ReplyOptions, render_model_name, render_outcome
+from fovea.service.api.native.classification_replies import ReplyOptions, render_model_name, render_outcome
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
 from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput

@@ -177,4 +177,8 @@ class CachedReplyHandler:
         self._exchange.answer(reply.content, reply.headers, reply.media_type)
 
     def close(self) -> None:
-        """Do nothing; the call holds no resources."""
+        """Do nothing.
+
+        The invariant of `RequestHandler.close`, that a request's jobs are over before its memory is given
+        back, holds at once: a cached reply has no job and no admission.
+        """

@@ -56,7 +56,8 @@ def require_same_site(request: Request, hosts: Sequence[str]) -> None:
     content_type = parse_media_type(headers.get("content-type", "").encode("latin-1"))
     if content_type in _SIMPLE_TYPES or (is_browser and content_type == _FORM_TYPE):
         raise Forbidden(
-            f"the body is {content_type.decode('latin-1')!r}, as any web page can send; use application/json"
+            f"the content type is {content_type.decode('latin-1')!r}, which a page of another site can send; "
+            "use application/json"
         )
     if site is not None and site not in _OWN_SITES:
         raise Forbidden(
@@ -64,14 +65,17 @@ def require_same_site(request: Request, hosts: Sequence[str]) -> None:
         )
     host_header = get_request_origin(request.scope).host or headers.get("host", "")
     host = _parse_host(host_header)
+    quoted_host = repr(host_header[:_MAX_QUOTE_LENGTH])
+    quoted_origin = repr((origin or "")[:_MAX_QUOTE_LENGTH])
     if origin is not None and not _is_same_site(origin, host, hosts):
         raise Forbidden(
-            f"the request comes from the page {origin[:_MAX_QUOTE_LENGTH]!r}, and the service is {host_header[:_MAX_QUOTE_LENGTH]!r}; "
+            f"the request comes from the page {quoted_origin}, and the service is {quoted_host}; "
             "behind a proxy that changes the host, set FOVEA_TRUSTED_PROXIES or FOVEA_MANAGEMENT_HOSTS"
         )
     if (is_browser or hosts) and not (_is_private_host(host.name) or _is_configured_host(host.name, hosts)):
         raise Forbidden(
-            f"the host {host_header[:_MAX_QUOTE_LENGTH]!r} may be anybody's; if it is yours, add it to FOVEA_MANAGEMENT_HOSTS"
+            f"the host {quoted_host} is not known to be this service; "
+            "if it is, add it to FOVEA_MANAGEMENT_HOSTS"
         )
 
 

@@ -24,7 +24,8 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
-from fovea.service.api.schemas import build_error_responses
+from fovea.service.api.options import refuse_native_options
+from fovea.service.api.reply_schemas import build_error_responses
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, make_deadline_error
 from fovea.service.errors import RequestError
 from fovea.service.http.api_protocol import ApiProtocol
@@ -160,6 +161,7 @@ class ProtocolRoutes:
                 responses=build_error_responses(self._error_type),
                 openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
             )
+            # FastAPI has documented the route. From here on the endpoint answers it, without FastAPI.
             route = self._app.routes[-1]
             if isinstance(route, APIRoute):
                 route.app = Endpoint(self._services, adapter, self._protocol)
@@ -248,7 +250,7 @@ class Endpoint(AsgiEndpoint):
 
         Raises `RequestError`.
         """
-        bodies.refuse_native_options(request.query)
+        refuse_native_options(request.query)
         parsed_request = await self.adapter.parse_request(request)
         admission.reserve_images(len(parsed_request.images))
         if (label_count := len(parsed_request.images) * parsed_request.labels_per_image) > MAX_INLINE_LABELS:
@@ -266,6 +268,7 @@ class Endpoint(AsgiEndpoint):
                 )
         except TimeoutError:
             raise make_deadline_error(parsed_request.time_limit) from None
+        # All jobs are over, so that the images are not needed any more.
         bodies.release_images(parsed_request.images)
         results = _require_results(outcomes, self._services.observer, record)
         started_at = time.monotonic()

@@ -62,11 +62,18 @@ class FastHandler(ABC):
         self._timer = asyncio.get_running_loop().call_later(limit, self._on_deadline) if limit else None
 
     def count_bytes(self, size: int) -> None:
-        """Count `size` bytes of the body as they arrive."""
+        """Reserve memory for `size` bytes of the body, as they arrive.
+
+        Raises `Overloaded`.
+        """
         self._admission.reserve_bytes(size)
 
     def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
-        """Process the whole body."""
+        """Process the whole body: the bytes, or the first `size` bytes of the shared buffer.
+
+        `Exchange` calls this once, on the event loop, after all bytes were counted. The shared buffer stays
+        valid until `close` returns.
+        """
         self._services.end_stage("read", self._started_at, self._exchange.record)
         self._handle_body(bodies.RawBody(body, size))
 
@@ -78,20 +85,46 @@ class FastHandler(ABC):
         """
 
     def close(self) -> None:
-        """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
-        self._admission.release()
+        """Stop the work, then release everything that the request holds.
+
+        `Exchange` calls this once, on the event loop, when the request is answered, refused, or abandoned by
+        its client. It gives the body's shared buffer back right after this method returns.
+
+        Invariant: a request's jobs are over before its memory is given back, both the shared buffer and the
+        admission. A job is over when it has left the queue, or when its result will be ignored. The order
+        matters:
+
+        * A job that is still queued could otherwise read the next request's body from the shared buffer, and
+          return its labels to this request's client.
+        * Releasing the admission gives this request's places and bytes to others, and may release the model.
+          Places of images that still wait must not be given away, and a model must not be unloaded under a
+          job.
+        """
+        try:
+            self._cancel_jobs()
+        finally:  # the reservation must end even if cancelling fails, or its places are lost for ever
+            self._admission.release()
+
+    def _cancel_jobs(self) -> None:
+        """Cancel the deadline and all work, so that every job is over when this method returns.
+
+        Subclasses that submit jobs without the task cancel those jobs too.
+        """
         if self._timer:
             self._timer.cancel()
         if self._task:
+            # `cancel` reaches the futures of `Classifier.classify_images` at once, and they cancel their
+            # jobs. The task itself ends in the next round of the event loop, and submits nothing before.
             self._task.cancel()
+            assert self._task.done() or self._task.cancelling()  # noqa: S101 - no input is checked here
 
     def _run(self, make_reply: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
-        """Run `make_reply` in a task, and answer with its result."""
+        """Run `make_reply` in a task on the event loop, and answer with its result."""
         self._task = asyncio.get_running_loop().create_task(self._answer(make_reply))
 
     async def _answer(self, make_reply: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
-        # `_task` is cleared before each answer, because answering closes this call, and `close` would cancel
-        # the task that is answering.
+        # Clear `_task` before each answer: answering calls `close`, which would cancel the task that is
+        # answering. All jobs of the task are over here, because `make_reply` has awaited them.
         try:
             reply = await make_reply()
         except RequestError as error:
@@ -105,6 +138,7 @@ class FastHandler(ABC):
             self._exchange.answer(reply.content, reply.headers, reply.media_type)
 
     def _on_deadline(self) -> None:
+        # The event loop calls this unless `close` came first. Refusing calls `close`, which ends the work.
         self._exchange.refuse(make_deadline_error(self._limit))
 
 

@@ -17,6 +17,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.api.endpoint import (
     RAW_IMAGE_CONTENT,
     InferenceRequest,
@@ -25,7 +26,9 @@ from fovea.service.api.endpoint import (
     ProtocolRoutes,
     Reply,
 )
-from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.json_bodies import parse_json, validate_json
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
@@ -38,24 +41,28 @@ PROTOCOL: Final = ApiProtocol("huggingface", render_flat_error)
 
 
 class PipelineParameters(StrictModel):
-    """Of a JSON request."""
+    """The parameters of a JSON request."""
 
-    top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
+    top_k: (
+        Annotated[int, Field(ge=1, description="Maximum number of labels, highest score first.")] | None
+    ) = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
-        None, description="What makes scores of logits; by default what the model itself has."
+        None, description="The function that turns logits into scores; by default the model's own."
     )
 
 
 class PipelineRequest(StrictModel):
-    """The JSON form of a request: one image, or several, base64."""
+    """The JSON form of a request: one or several images, as base64."""
 
     inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_REQUEST_IMAGES)]
     parameters: PipelineParameters | None = None
-    options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
+    options: dict[str, Any] | None = Field(
+        None, description="Options of the Hub's own service; they have no effect."
+    )
 
 
 class LabelScore(BaseModel):
-    """One label and its probability."""
+    """A label and its score."""
 
     label: str
     score: float
@@ -88,7 +95,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         responses={503: build_error_responses(FlatError)[503]},
     )
     async def health() -> str:
-        """The models are ready."""
+        """Check that the models are ready."""
         services.require_ready()
         return "Ok"
 
@@ -103,7 +110,7 @@ class _ClassifyAdapter(ProtocolAdapter):
             return _create_request([request.body.to_image()], PipelineParameters(), request, is_one=True)
 
         def convert_value(value: Any) -> ParsedRequest:
-            pipeline_request = bodies.validate_json(PipelineRequest, value)
+            pipeline_request = validate_json(PipelineRequest, value)
             is_one = isinstance(pipeline_request.inputs, str)
             texts = (
                 [pipeline_request.inputs]
@@ -111,12 +118,12 @@ class _ClassifyAdapter(ProtocolAdapter):
                 else pipeline_request.inputs
             )
             bodies.check_images(texts, request.settings)
-            images = [bodies.from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
+            images = [from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
             return _create_request(
                 images, pipeline_request.parameters or PipelineParameters(), request, is_one=is_one
             )
 
-        return await bodies.parse_json(request.body, convert_value)
+        return await parse_json(request.body, convert_value)
 
 
 def _create_request(

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 
 from fovea.service.api import page
-from fovea.service.api.schemas import build_request_schemas
+from fovea.service.api.request_schemas import build_request_schemas
 from fovea.service.http.paths import relative_root_url
 from fovea.service.http.request_context import get_request_origin
 from fovea.service.serving.classifier import Classifier

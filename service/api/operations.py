@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from fovea.service import __version__
-from fovea.service.api.schemas import CLASSIFY_RESPONSES
+from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES
 from fovea.service.api.services import Services
 
 MetricsEncoder: TypeAlias = Callable[[CollectorRegistry], bytes]
@@ -30,19 +30,19 @@ def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegi
 
     @app.get("/health/live", tags=["operations"], responses={503: CLASSIFY_RESPONSES[503]})
     async def live() -> dict[str, str]:
-        """The process answers, and has not been without a runner for too long (FOVEA_RUNNER_ABSENCE)."""
+        """Check that the process answers, and has not been without a runner for FOVEA_RUNNER_ABSENCE."""
         classifier.require_alive()
         return {"status": "live"}
 
     @app.get("/health/ready", tags=["operations"], responses={503: CLASSIFY_RESPONSES[503]})
     async def ready() -> dict[str, str]:
-        """The models are loaded, warmed up and proven, and the service is not about to stop."""
+        """Check that the models are loaded, warmed up and tested, and that the service is not stopping."""
         services.require_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(request: Request) -> Response:
-        """Prometheus metrics, in the text or the OpenMetrics format."""
+        """Return Prometheus metrics, in the text or the OpenMetrics format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(
             await renderer.render_text(encode, content_type), headers={"Content-Type": content_type}
@@ -50,7 +50,10 @@ def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegi
 
     @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
-        """Versions, threads, limits, and where each model really runs: of the worker that answers."""
+        """Return versions, threads, limits, and the execution provider of each model.
+
+        The values are those of the worker that answers.
+        """
         settings, ready = classifier.settings, classifier.runners.setup_reply
         return {
             "fovea": __version__,
@@ -111,13 +114,15 @@ class _MetricsRenderer:
         try:
             if previous_pause:
                 await previous_pause
-            del self._pending_tasks[
-                media_type
-            ]  # later requests need a newer text, so they must not share this one
+            # From here on the text is being made. Later requests need a newer text, and must not share it.
+            del self._pending_tasks[media_type]
             started_at = loop.time()
+            # `encode` runs on the thread of `_thread`, one call at a time. It reads metrics that the event
+            # loop changes meanwhile; each metric has its own lock.
             return await loop.run_in_executor(self._thread, encode, self._registry)
         finally:
             pause_seconds = min(_PAUSE_FACTOR * (loop.time() - started_at), _MAX_PAUSE)
+            # The next task waits for this future, so it must be set whatever happened above.
             loop.call_later(pause_seconds, own_pause.set_result, None)
 
 

@@ -33,6 +33,10 @@ MAX_INLINE_LABELS: Final = 200
 its share of the rest."""
 
 
+_MAX_QUOTE_LENGTH: Final = 80
+"""Maximum number of bytes of a header that a message quotes."""
+
+
 class ModelAddress(NamedTuple):
     """The address of a model; no name means the default model, no version means the latest version."""
 
@@ -85,7 +89,7 @@ class Services:
         model = self.classifier.registry.get(name, version)
         if isinstance(model, ModelVersion):
             model = await self.manager.load_on_demand(name, version)
-            model.release()
+            model.release()  # the caller does not wait before it reads the model, or acquires it itself
         return model
 
     def admit(self, name: str | None, version: str | None, record: RequestRecord) -> LiveModel | ModelVersion:
@@ -117,8 +121,10 @@ class Services:
     ) -> _T:
         """Read the body of an admitted request, and process the body with `handle_body`.
 
-        `handle_body` is called with the body, the request's share (which has the model) and the deadline in
-        seconds of the monotonic clock. It is cancelled when the deadline passes or the client disconnects.
+        `handle_body` is called once, on the event loop, with the body, the request's admission (which has the
+        model) and the deadline in seconds of the monotonic clock. It is cancelled when the deadline passes or
+        the client disconnects. The admission is released after `handle_body` has ended, so that its jobs are
+        over by then.
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
@@ -147,7 +153,7 @@ class Services:
     async def _create_admission(
         self, address: ModelAddress, model: LiveModel | ModelVersion, record: RequestRecord
     ) -> Admission:
-        """Return the share of a request, and load its model first if necessary.
+        """Return the admission of a request, and load its model first if necessary.
 
         Raises `RequestError`.
         """
@@ -160,10 +166,15 @@ class Services:
             self.classifier.check_capacity(live_model)
             return Admission(self.classifier, live_model)
         finally:
+            # `load_on_demand` has acquired the model. Release it only now that the admission has its own
+            # reference; the model could otherwise be unloaded in between.
             live_model.release()
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
-        """Record the end of a stage of a request that began at `started_at`, in seconds of the monotonic clock."""
+        """Record that a stage of a request ends now.
+
+        The stage began at `started_at`, in seconds of the monotonic clock.
+        """
         self.classifier.metrics.seconds_by_stage[stage].observe(record.add_stage(stage, started_at))
 
 
@@ -180,20 +191,21 @@ def parse_time_limit(headers: Headers, settings: Settings) -> float | None:
     except ValueError:
         limit = 0.0
     if not 0 < limit < INFINITY:
-        raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
+        quoted_value = repr(value[:_MAX_QUOTE_LENGTH].decode("latin-1"))
+        raise BadRequest(f"X-Deadline-Ms is {quoted_value}; it must be a positive number of milliseconds")
     return limit
 
 
 def make_deadline_error(limit: float | None) -> DeadlineExceeded:
     """Return the error for a request that was not answered within `limit` seconds."""
-    return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
+    return DeadlineExceeded(f"the request was not answered within {limit or 0:g} s (X-Deadline-Ms)")
 
 
 class _DisconnectGuard:
     """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
-    The connection sets `has_disconnected` and calls `on_disconnect`. Waiting for ASGI's `receive` instead would need a task
-    for each request.
+    The connection sets `has_disconnected` and calls `on_disconnect`, on the event loop that also runs the
+    task. Waiting for ASGI's `receive` instead would need a task for each request.
     """
 
     __slots__ = ("_context", "_has_disconnected", "_task")
@@ -215,6 +227,8 @@ class _DisconnectGuard:
             raise ClientDisconnect
 
     def _cancel_task(self) -> None:
+        # The connection calls this on the event loop, while the task is suspended. `__exit__` turns the
+        # cancellation into `ClientDisconnect`; cancellations by others, such as a deadline, pass through.
         if self._task:
             self._has_disconnected = True
             self._task.cancel()

@@ -22,8 +22,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, ProtocolRoutes, Reply
-from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.json_bodies import parse_json, validate_json
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, NO_BINARY_DATA, InferInput, ModelInputs
 from fovea.service.artifact.inputs import InputTensor
@@ -56,8 +59,11 @@ _TENSORFLOW_TYPES: Final = {
 
 
 class PredictRequest(StrictModel):
-    """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
-    numbers of the shape of one of the model's tensors, and may be under the name of an input."""
+    """Rows (`instances`) or columns (`inputs`), but not both.
+
+    An image is `{"b64": "…"}`, or nested numbers in the shape of one of the model's tensors. It may stand
+    under the name of an input.
+    """
 
     signature_name: str | None = None
     instances: list[Any] | None = Field(None, min_length=1, max_length=MAX_REQUEST_IMAGES)
@@ -65,7 +71,10 @@ class PredictRequest(StrictModel):
 
 
 class ClassificationRequest(StrictModel):
-    """An example has one feature, whatever its name: an image, `{"b64": "…"}`. That of `context` all have."""
+    """Examples with one feature of any name: an image, `{"b64": "…"}`.
+
+    A feature in `context` belongs to all examples.
+    """
 
     signature_name: str | None = None
     context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
@@ -73,28 +82,33 @@ class ClassificationRequest(StrictModel):
 
 
 class PredictReply(BaseModel):
-    """Of each image every label's probability, in the model's order: as `predictions` of rows, as `outputs`
-    of columns."""
+    """The probabilities of all labels for each image, in the model's order.
+
+    Rows get `predictions`, and columns get `outputs`.
+    """
 
     predictions: list[list[float]] | None = None
     outputs: list[list[float]] | None = None
 
 
 class ClassificationReply(BaseModel):
-    """Of each image every label and its probability, highest first."""
+    """The labels and their probabilities for each image, highest first."""
 
     result: list[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]]
 
 
 class StatusDetail(BaseModel):
-    """Of a version."""
+    """The error of a version; the code is always `OK`."""
 
     error_code: str
     error_message: str
 
 
 class VersionStatus(BaseModel):
-    """Of one version of a model. One that rests is loaded when it is asked for: it is available."""
+    """The status of one version of a model.
+
+    A resting version is available, because the first request loads it.
+    """
 
     version: str
     state: str
@@ -102,7 +116,7 @@ class VersionStatus(BaseModel):
 
 
 class ModelStatus(BaseModel):
-    """Of a model. KServe's clients look at `ready`."""
+    """The status of a model; `ready` is for KServe's clients."""
 
     name: str
     ready: bool = True
@@ -110,7 +124,7 @@ class ModelStatus(BaseModel):
 
 
 class SignatureMetadata(BaseModel):
-    """Of a model: its signature, as TensorFlow writes it."""
+    """The signatures of a model, in TensorFlow's form."""
 
     model_spec: dict[str, str]
     metadata: dict[str, Any]
@@ -146,32 +160,32 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/models/{name}", **route_options)
     async def status(name: str) -> ModelStatus:
-        """Whether each version of a model answers."""
+        """Return the status of each version of a model."""
         statuses = [_render_status(one) for one in registry.list_versions(name)]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 
     @app.get("/v1/models/{name}/versions/{version}", **route_options)
     async def status_of_version(name: str, version: str) -> ModelStatus:
-        """Whether one version of a model answers."""
+        """Return the status of one version of a model."""
         statuses = [_render_status(registry.get(name, version))]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 
     @app.get("/v1/models/{name}/metadata", **route_options)
     async def metadata(name: str) -> SignatureMetadata:
-        """What the latest version of a model takes and gives."""
+        """Return the signatures of the latest version of a model."""
         return _render_metadata(await services.get_model(name))
 
     @app.get("/v1/models/{name}/versions/{version}/metadata", **route_options)
     async def metadata_of_version(name: str, version: str) -> SignatureMetadata:
-        """What one version of a model takes and gives."""
+        """Return the signatures of one version of a model."""
         return _render_metadata(await services.get_model(name, version))
 
 
 def _render_status(model: LiveModel | ModelVersion) -> VersionStatus:
     is_resting = isinstance(model, ModelVersion)
-    message = "it rests, and is loaded when it is asked for" if is_resting else ""
+    message = "the version is not loaded; the first request loads it" if is_resting else ""
     detail = StatusDetail(error_code="OK", error_message=message)
     return VersionStatus(version=model.version or "", state="AVAILABLE", status=detail)
 
@@ -219,7 +233,7 @@ class _JsonAdapter(ProtocolAdapter):
         return bodies.json_limit(settings)
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        return await bodies.parse_json(request.body, lambda value: self.convert_value(value, request))
+        return await parse_json(request.body, lambda value: self.convert_value(value, request))
 
     @abstractmethod
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
@@ -231,7 +245,7 @@ class _JsonAdapter(ProtocolAdapter):
 
 class _PredictAdapter(_JsonAdapter):
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
-        predict_request = bodies.validate_json(PredictRequest, value)
+        predict_request = validate_json(PredictRequest, value)
         if (predict_request.instances is None) == (predict_request.inputs is None):
             raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
         if predict_request.instances is not None:
@@ -248,7 +262,7 @@ class _PredictAdapter(_JsonAdapter):
 
 class _ClassifyAdapter(_JsonAdapter):
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
-        classification_request = bodies.validate_json(ClassificationRequest, value)
+        classification_request = validate_json(ClassificationRequest, value)
         bodies.check_images(classification_request.examples, request.settings)
         examples = [
             {**(classification_request.context or {}), **example}
@@ -308,10 +322,13 @@ def _to_items(rows: list[_Row], signature: str | None, request: InferenceRequest
     Raises `BadRequest`.
     """
     tensors = request.model.tensors
-    if signature not in (None, "", _DEFAULT_SIGNATURE, *(tensor.name for tensor in tensors)):
-        raise BadRequest(f"there is no signature {signature!r}; there is {_DEFAULT_SIGNATURE!r}")
+    signatures = (_DEFAULT_SIGNATURE, *(tensor.name for tensor in tensors))
+    if signature and signature not in signatures:
+        raise BadRequest(
+            f"the model has no signature {signature!r}; its signatures are {', '.join(map(repr, signatures))}"
+        )
     if not rows:
-        raise BadRequest("there are no images")
+        raise BadRequest("the request has no images; send at least one")
     if isinstance(rows[0].value, list):
         return _to_tensor_items(rows, tensors, request.settings)
     return [_decode_image(*row) for row in rows]
@@ -323,10 +340,10 @@ def _decode_image(location: str, name: str | None, value: Any) -> bytes:
     TorchServe's variant of KServe's protocol, a string under `data`, is accepted too.
     """
     if name == "data" and isinstance(value, str):
-        return bodies.from_base64(value, location)
+        return from_base64(value, location)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
-        return bodies.from_base64(value["b64"], f"{location}.b64")
-    raise BadRequest(f'{location} is no image; send one as {{"b64": "…"}}')
+        return from_base64(value["b64"], f"{location}.b64")
+    raise BadRequest(f'{location} is not an image; send base64, as {{"b64": "…"}}')
 
 
 def _to_tensor_items(rows: list[_Row], tensors: Sequence[InputTensor], settings: Settings) -> list[Item]:
@@ -341,7 +358,9 @@ def _to_tensor_items(rows: list[_Row], tensors: Sequence[InputTensor], settings:
         tensor_rows = ModelInputs(tensors).split_rows([infer_input], NO_BINARY_DATA, settings)
         return [ImageRequest(row.content, row.tensor_name) for row in tensor_rows]
     choices = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
-    raise BadRequest(f"{rows[0].location} has shape {list(shape)}; the model takes {choices}, or images")
+    raise BadRequest(
+        f"{rows[0].location} has shape {list(shape)}; the model takes {choices}, or encoded images"
+    )
 
 
 def _measure_shape(value: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tensors of Open Inference Protocol, in JSON or as binary data behind the JSON, split into images.
+"""Tensors of Open Inference Protocol, in JSON or as binary data after the JSON, split into images.
 
 Memory is never allocated from sizes that a request claims. Shapes and sizes are compared with the received
 data, and binary rows stay in the body without a copy.
@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest
 from fovea.service.runners.batch_messages import Image
@@ -32,14 +33,14 @@ MAX_PARTS: Final = 64
 invalid part, and needs a kilobyte for each."""
 
 _LENGTH_PREFIX: Final = struct.Struct("<I")
-"""Length prefix of each element of `MAX_BYTES`."""
+"""Length before each element of a `BYTES` tensor, in bytes."""
 
 _MAX_QUOTE_LENGTH: Final = 80
 """Maximum number of characters of a caller's value that a message quotes."""
 
 
 class InferInput(BaseModel):
-    """One tensor of a request; its values are `data`, or behind the JSON as `binary_data_size` bytes."""
+    """One tensor of a request; its values are `data`, or `binary_data_size` bytes after the JSON."""
 
     model_config = ConfigDict(strict=True)
 
@@ -60,7 +61,7 @@ def read_parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
     """
     value = parameters.get(name, default)
     if type(value) is not type(default) or value < 0:
-        expectation = "true or false" if isinstance(default, bool) else "a number, and not negative"
+        expectation = "true or false" if isinstance(default, bool) else "a number of at least 0"
         raise BadRequest(f"{name} is {shorten_value(value)}; it must be {expectation}")
     return value
 
@@ -71,7 +72,9 @@ def check_parameters(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     Raises `BadRequest` if the parameters refer to shared memory.
     """
     if parameters and "shared_memory_region" in parameters:
-        raise BadRequest("there is no shared memory; send the values, or have them sent")
+        raise BadRequest(
+            "shared_memory_region is not supported; send values in the request, and read them from the reply"
+        )
     return parameters or {}
 
 
@@ -122,8 +125,9 @@ class ModelInputs:
         bodies.check_image_count(count, settings)
         if infer_input.data is not None:
             if len(binary_data.view) or "binary_data_size" in parameters:
+                quoted_name = shorten_value(infer_input.name)
                 raise BadRequest(
-                    f"input {shorten_value(infer_input.name)} has data, and there are bytes behind the JSON"
+                    f"input {quoted_name} has data and also binary data after the JSON; send one"
                 )
             return _parse_json_rows(infer_input, tensor, count)
         size = read_parameter(parameters, "binary_data_size", len(binary_data.view))
@@ -144,9 +148,8 @@ class ModelInputs:
         for tensor in self.tensors:
             if (tensor.name, DATATYPES[tensor.dtype]) == (infer_input.name, infer_input.datatype):
                 return tensor
-        raise BadRequest(
-            f"the model takes {self}, and no {shorten_value(infer_input.name)} of {shorten_value(infer_input.datatype)}"
-        )
+        name, datatype = shorten_value(infer_input.name), shorten_value(infer_input.datatype)
+        raise BadRequest(f"the model has no input {name} of datatype {datatype}; it takes {self}")
 
     def __str__(self) -> str:
         descriptions = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
@@ -158,10 +161,9 @@ def _count_images(infer_input: InferInput, tensor: InputTensor | None) -> int:
     count, *sides = infer_input.shape
     expected_sides = list(tensor.shape) if tensor else []
     if count < 1 or (sides != expected_sides and (tensor or sides != [1])):
-        shape = ", ".join(map(str, ["N", *expected_sides]))
-        raise BadRequest(
-            f"the shape of {shorten_value(infer_input.name)} is {shorten_value(infer_input.shape)}; it must be [{shape}]"
-        )
+        name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
+        expected_shape = ", ".join(map(str, ["N", *expected_sides]))
+        raise BadRequest(f"the shape of {name} is {shape}; it must be [{expected_shape}]")
     return count
 
 
@@ -188,7 +190,7 @@ def _shorten_part(value: Any) -> str:
     return repr(value)
 
 
-# --- binary data behind the JSON -----------------------------------------------------------------
+# --- binary data after the JSON ------------------------------------------------------------------
 
 
 def parse_json_size(header: bytes | None, size: int) -> int:
@@ -201,7 +203,10 @@ def parse_json_size(header: bytes | None, size: int) -> int:
     header = header.strip()
     if not header.isdigit() or len(header) > 20 or int(header) > size:
         quoted_header = shorten_value(header.decode("latin-1"))
-        raise BadRequest(f"Inference-Header-Content-Length is {quoted_header}, and the body has {size} bytes")
+        raise BadRequest(
+            f"Inference-Header-Content-Length is {quoted_header}; it must be a number of at most {size}, "
+            "the size of the body in bytes"
+        )
     return int(header)
 
 
@@ -215,9 +220,10 @@ def _locate_images(
     if tensor is None:
         return _locate_elements(infer_input, count, size, view)
     if (expected_size := count * tensor.size) != size or size != len(view):
+        name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
         raise BadRequest(
-            f"{shorten_value(infer_input.name)} of shape {shorten_value(infer_input.shape)} and {infer_input.datatype} has {expected_size} bytes; "
-            f"binary_data_size is {size}, and {len(view)} bytes are behind the JSON"
+            f"{name} of shape {shape} and {infer_input.datatype} has {expected_size} bytes; "
+            f"binary_data_size is {size}, and {len(view)} bytes follow the JSON"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
 
@@ -225,7 +231,7 @@ def _locate_images(
 def _locate_elements(
     infer_input: InferInput, count: int, size: int, view: memoryview
 ) -> list[tuple[int, int]]:
-    """Return the start and end of each element of a `MAX_BYTES` tensor, using the length before each element.
+    """Return the start and end of each element of a `BYTES` tensor, using the length before each element.
 
     OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
     """
@@ -242,13 +248,13 @@ def _locate_elements(
     if count == 1 and size == len(view):
         return [(0, size)]
     raise BadRequest(
-        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not fit the "
-        f"{len(view)} bytes behind the JSON"
+        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not "
+        f"fit the {len(view)} bytes after the JSON"
     )
 
 
 def pack_elements(values: Sequence[bytes]) -> bytes:
-    """Return a tensor of type `MAX_BYTES` with these elements."""
+    """Return the binary data of a `BYTES` tensor with these elements."""
     return b"".join(part for value in values for part in (_LENGTH_PREFIX.pack(len(value)), value))
 
 
@@ -261,8 +267,7 @@ def _parse_json_rows(infer_input: InferInput, tensor: InputTensor | None, count:
     if tensor is None:
         _require_types(infer_input, values, {str})
         return [
-            Row(bodies.from_base64(text, f"{infer_input.name}.{place}"), None)
-            for place, text in enumerate(values)
+            Row(from_base64(text, f"{infer_input.name}.{place}"), None) for place, text in enumerate(values)
         ]
     is_float = np.issubdtype(tensor.dtype, np.floating)
     _require_types(infer_input, values, {int, float} if is_float else {int})
@@ -275,7 +280,9 @@ def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any
     """Return the values as a flat list; they may be flat or nested as the shape says."""
     values, expected_count = infer_input.data, math.prod(shape)
     if not isinstance(values, list):
-        raise BadRequest(f"data of {shorten_value(infer_input.name)} is not a list")
+        raise BadRequest(
+            f"data of {shorten_value(infer_input.name)} is not a list; send the values as a list"
+        )
     if len(values) == expected_count and not isinstance(values[0], list):
         return values
     fits = len(values) == shape[0]
@@ -283,17 +290,17 @@ def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any
         fits = fits and all(isinstance(value, list) and len(value) == side for value in values)
         values = list(chain.from_iterable(values)) if fits else values
     if not fits:
-        raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} is not {expected_count} values, nor nested as its shape says"
-        )
+        name = shorten_value(infer_input.name)
+        raise BadRequest(f"data of {name} must be {expected_count} values, flat or nested as the shape says")
     return values
 
 
 def _require_types(infer_input: InferInput, values: list[Any], allowed_types: set[type]) -> None:
     if not (types := set(map(type, values))) <= allowed_types:
         (wrong_type, *_) = types - allowed_types
+        name = shorten_value(infer_input.name)
         raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} has a value of type {wrong_type.__name__}, and is {infer_input.datatype}"
+            f"data of {name} has a value of type {wrong_type.__name__}, which is not {infer_input.datatype}"
         )
 
 
@@ -306,7 +313,6 @@ def _pack_row(infer_input: InferInput, tensor: InputTensor, values: list[Any]) -
         with np.errstate(over="ignore"):  # the value becomes infinite, which is detected later
             array = np.array(values, tensor.dtype)
     except OverflowError:
-        raise BadRequest(
-            f"data of {shorten_value(infer_input.name)} has a value that {infer_input.datatype} has not"
-        ) from None
+        name = shorten_value(infer_input.name)
+        raise BadRequest(f"data of {name} has a value out of the range of {infer_input.datatype}") from None
     return array.data.cast("B")

@@ -20,6 +20,8 @@ from pydantic import BaseModel
 from starlette.types import Send
 
 from fovea.service.api import bodies
+from fovea.service.api.base64_text import from_base64
+from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import (
     RAW_IMAGE_CONTENT,
     InferenceRequest,
@@ -29,8 +31,12 @@ from fovea.service.api.endpoint import (
     Reply,
     build_form_content,
 )
+from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
-from fovea.service.api.schemas import ExplainOptions, build_error_responses
+from fovea.service.api.native.explanation_replies import parse_warnings
+from fovea.service.api.options import refuse_options
+from fovea.service.api.reply_schemas import build_error_responses
+from fovea.service.api.request_schemas import ExplainOptions
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
@@ -72,7 +78,7 @@ PROTOCOL: Final = ApiProtocol("torchserve", _render_error)
 
 
 class TorchServeError(BaseModel):
-    """An error. `code` is the status and `type` the exception of TorchServe; `reason` is our own code."""
+    """An error. `code` is the status and `type` the exception of TorchServe; `reason` is Fovea's own code."""
 
     code: int
     type: str
@@ -82,7 +88,7 @@ class TorchServeError(BaseModel):
 
 
 class PingReply(BaseModel):
-    """Whether requests are answered."""
+    """The health of the service."""
 
     status: str
 
@@ -95,7 +101,7 @@ class ModelEntry(BaseModel):
 
 
 class ModelPage(BaseModel):
-    """Some of the models; there are more where there is a token for them."""
+    """A page of the list of models; `nextPageToken` is null on the last page."""
 
     models: list[ModelEntry]
     nextPageToken: str | None = None
@@ -110,14 +116,14 @@ class Worker(BaseModel):
 
 
 class QueueStatus(BaseModel):
-    """How many images more are accepted, and how many of this model are."""
+    """The number of images that are still accepted, and the number of this model's images in flight."""
 
     remainingCapacity: int
     pendingRequests: int
 
 
 class ModelDescription(BaseModel):
-    """One version of a model. One that rests has no workers until somebody asks for it."""
+    """One version of a model; a resting version has no workers until the first request loads it."""
 
     modelName: str
     modelVersion: str
@@ -132,13 +138,13 @@ class ModelDescription(BaseModel):
 
 
 class EnvelopeReply(BaseModel):
-    """The answer to `instances`."""
+    """The reply to `instances`."""
 
     predictions: list[dict[str, float]]
 
 
 class AnyQuery(BaseModel):
-    """None that counts."""
+    """A query without options; all parameters are ignored."""
 
 
 Attributions: TypeAlias = list[list[list[float]]]
@@ -176,7 +182,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/ping", tags=[PROTOCOL.name], responses={503: errors[503]})
     async def ping() -> PingReply:
-        """The models are ready."""
+        """Check that the models are ready."""
         services.require_ready()
         return PingReply(status="Healthy")
 
@@ -185,7 +191,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         limit: Annotated[int, Query(ge=1)] = _DEFAULT_PAGE_SIZE,
         next_page_token: Annotated[int, Query(ge=0)] = 0,
     ) -> ModelPage:
-        """The latest version of each model, a page of them."""
+        """List the latest version of each model, page by page."""
         all_models: list[LiveModel | ModelVersion] = [*registry.models, *registry.on_demand_versions]
         names = sorted({one.name or "" for one in all_models})
         end = next_page_token + limit
@@ -194,30 +200,34 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return ModelPage(models=[_render_entry(one, services) for one in latest], nextPageToken=next_token)
 
     @app.post(
-        "/models", tags=[PROTOCOL.name], responses={403: {"model": TorchServeError, "description": "Always."}}
+        "/models",
+        tags=[PROTOCOL.name],
+        responses={403: {"model": TorchServeError, "description": "Every request is refused."}},
     )
     async def register() -> None:
-        """Never: a model comes from the repository, and from no address that a request names."""
-        raise Forbidden("models are not loaded by address; put the file into the repository (fovea publish)")
+        """Refuse the request: models come from the repository, never from a URL in a request."""
+        raise Forbidden(
+            "models cannot be registered by URL; put the file into the repository (fovea publish)"
+        )
 
     @app.get("/models/{name}", **route_options)
     async def describe(name: str) -> list[ModelDescription]:
-        """The latest version of a model."""
+        """Describe the latest version of a model."""
         return [_render_description(registry.list_versions(name)[-1], services)]
 
     @app.get("/models/{name}/all", **route_options)
     async def describe_all(name: str) -> list[ModelDescription]:
-        """All versions of a model."""
+        """Describe all versions of a model."""
         return [_render_description(one, services) for one in registry.list_versions(name)]
 
     @app.get("/models/{name}/{version}", **route_options)
     async def describe_version(name: str, version: str) -> list[ModelDescription]:
-        """One version of a model."""
+        """Describe one version of a model."""
         return [_render_description(registry.get(name, version), services)]
 
     @app.options("/", tags=[PROTOCOL.name], response_model=dict[str, Any])
     async def description() -> Response:
-        """This document."""
+        """Return this OpenAPI document."""
         content = await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
         return Response(content, media_type="application/json")
 
@@ -226,7 +236,7 @@ def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str
     async def explain_image(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
         reply = await explain.explain_label(services, model, ExplainOptions(), image)
         content = orjson.dumps([reply.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        headers = create_warning_headers([explain.parse_warnings(reply.values)])
+        headers = create_warning_headers([parse_warnings(reply.values)])
         return Response(content, headers=headers, media_type="application/json")
 
     forbidden = {"description": "Explanations are switched off.", "model": TorchServeError}
@@ -277,11 +287,11 @@ async def _parse_images(
     Raises `BadRequest`.
     """
     if bodies.is_json(content_type):
-        return await bodies.parse_json(raw_body, lambda value: _images_from_json(value, settings))
+        return await parse_json(raw_body, lambda value: _images_from_json(value, settings))
     if not bodies.is_form(content_type):
         return [raw_body.to_image()], False
-    parsed_body = await bodies.parse_body(content_type, raw_body, settings)
-    bodies.refuse_options(parsed_body.options)
+    parsed_body = await parse_body(content_type, raw_body, settings)
+    refuse_options(parsed_body.options)
     return parsed_body.images, False
 
 
@@ -317,12 +327,12 @@ def _image_from_value(value: Any, location: str) -> bytes:
         location = name if location == "the body" else f"{location}.{name}"
     else:
         if isinstance(value, str):
-            return bodies.from_base64(value, location)
-    raise BadRequest(f'{location} is no image; send one as {{"data": "…"}}, base64')
+            return from_base64(value, location)
+    raise BadRequest(f'{location} is not an image; send base64, as {{"data": "…"}}')
 
 
 _IMAGE_KEYS: Final = ("data", "body", "b64")
-"""Names under which an image may be."""
+"""Keys under which an image may stand."""
 
 
 def _render_entry(model: LiveModel | ModelVersion, services: Services) -> ModelEntry:

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import unquote
 
 import httptools
@@ -21,11 +21,18 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.endpoint import Reply
 from fovea.service.api.fast_endpoint import MAX_CACHED_URL_BYTES, MAX_CACHED_URLS, FastHandler
-from fovea.service.api.schemas import ClassifyOptions
+from fovea.service.api.native.classification_replies import (
+    ReplyOptions,
+    render_model_name,
+    render_outcome,
+    resolve_options,
+)
+from fovea.service.api.options import parse_query
+from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, parse_time_limit
-from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import observer
@@ -33,11 +40,9 @@ from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.paths import normalize_path
 from fovea.service.http.request_context import get_context, get_record
 from fovea.service.http.request_record import RequestRecord
-from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.lane import Job
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
-from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, rank_labels
 from fovea.service.serving.registry import LiveModel
 
 
@@ -96,8 +101,8 @@ class ClassifyEndpoint:
 
         Raises `RequestError`.
         """
-        parsed_body = await bodies.parse_body(content_type, raw_body, self.classifier.settings)
-        reply_options = _resolve_options(options, parsed_body, model)
+        parsed_body = await parse_body(content_type, raw_body, self.classifier.settings)
+        reply_options = resolve_options(options, parsed_body, model)
         admission.reserve_images(len(parsed_body.images))
         if (
             label_count := len(parsed_body.images) * (reply_options.top_k + reply_options.label_set_cost)
@@ -106,7 +111,7 @@ class ClassifyEndpoint:
         outcomes = await self.classifier.classify_images(
             parsed_body.images, model, deadline=deadline, on_answer=record.add_image
         )
-        bodies.release_images(parsed_body.images)
+        bodies.release_images(parsed_body.images)  # all jobs are over
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
                 self.services.observer.record_image_failure(record, error.code)
@@ -181,8 +186,8 @@ class ClassifyEndpoint:
         if entry is None:
             entry = self._cache_url(method, url, (target, _parse_options(url_parts.query or b"")))
         content_type = headers.get(b"content-type", b"")
-        is_structured = bodies.is_structured(content_type)
-        reply_options = _resolve_options(_DEFAULT_OPTIONS if is_structured else entry[1], _EMPTY_BODY, model)
+        is_structured = needs_parsing(content_type)
+        reply_options = resolve_options(_DEFAULT_OPTIONS if is_structured else entry[1], _EMPTY_BODY, model)
         limit = self._check_request(headers, model)
         return _ClassifyHandler(
             self, exchange, model, entry[1], reply_options, content_type, limit, is_structured=is_structured
@@ -218,7 +223,7 @@ class ClassifyEndpoint:
         context = get_context(scope)
         target: RouteTarget | None = context.target or self.find_target(scope["method"], scope["path"])
         if target is None:
-            raise RuntimeError(f"{scope['path']} is not ours")
+            raise RuntimeError(f"no classification route matches {scope['path']}")
         scope["route"] = target.route
         record = get_record(scope)
         address = ModelAddress(target.name, target.version)
@@ -232,11 +237,6 @@ class ClassifyEndpoint:
             )
 
         return await self.services.run(scope, receive, address, model, self.body_limit, handle_body)
-
-
-_SET_LABELS_PER_PREDICTION: Final = 16
-"""Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may
-contain all labels."""
 
 
 class _ClassifyHandler(FastHandler):
@@ -266,7 +266,7 @@ class _ClassifyHandler(FastHandler):
     ) -> None:
         """Create the request.
 
-        `reply_options` are the `options` resolved for a raw image; a `is_structured` body may set other
+        `reply_options` are the `options` resolved for a raw image; a body that is structured may set other
         options.
         """
         super().__init__(endpoint.services, exchange, model, limit)
@@ -285,7 +285,8 @@ class _ClassifyHandler(FastHandler):
             return
         image = raw_body.to_image()
         self._admission.reserve_images(1)
-        # The batcher calls `_on_outcome` on the event loop when a runner has answered. No task is needed.
+        # The batcher calls `_on_outcome` on the event loop when a runner has answered, never before
+        # `submit_image` returns: `_job` is set by then. No task is needed.
         self._job = self._endpoint.classifier.submit_image(
             image,
             self._model,
@@ -294,16 +295,22 @@ class _ClassifyHandler(FastHandler):
             on_answer=self._exchange.record.add_image,
         )
 
-    def close(self) -> None:
-        """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
-        super().close()
-        if self._job:
-            if not self._job.is_over:
-                self._exchange.record.add_queue_time(self._job)
-            self._endpoint.classifier.cancel(self._job)
-            self._job = None  # breaks the reference cycle with this call
+    def _cancel_jobs(self) -> None:
+        """Cancel the deadline, the task and the job of a raw image; `FastHandler.close` says why first."""
+        super()._cancel_jobs()
+        if job := self._job:
+            self._job = None  # breaks the reference cycle with this handler
+            if not job.is_over:
+                self._exchange.record.add_queue_time(job)
+            self._endpoint.classifier.cancel(job)
+            assert job.is_over  # noqa: S101 - the invariant of `FastHandler.close`, not a check of input
 
     def _on_outcome(self, outcome: Classification | RequestError | Exception) -> None:
+        """Answer the request.
+
+        The batcher calls this once, on the event loop, and not after `close`. The job is over by then, so
+        that the answer may close this handler and give the image's memory back.
+        """
         if isinstance(outcome, RequestError):
             self._exchange.refuse(outcome)
             return
@@ -344,8 +351,6 @@ class _ClassifyHandler(FastHandler):
         )
 
 
-# --- request options -----------------------------------------------------------------------------
-
 _DEFAULT_OPTIONS: Final = ClassifyOptions()
 
 _EMPTY_BODY: Final = bodies.ParsedBody([])
@@ -355,74 +360,4 @@ _EMPTY_BODY: Final = bodies.ParsedBody([])
 def _parse_options(query: bytes) -> ClassifyOptions:
     if not query:
         return _DEFAULT_OPTIONS
-    return bodies.parse_query(ClassifyOptions, query)
-
-
-class ReplyOptions(NamedTuple):
-    """The content of a reply: at most `top_k` labels of at least `threshold`, and a label set."""
-
-    top_k: int
-    threshold: float | None = None
-    coverage: Coverage | None = None
-    label_set_cost: int = 0
-    """Cost of the label set, in predictions."""
-    timing: bool = False
-    """True if the reply contains the stage times."""
-
-
-def _resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: LiveModel) -> ReplyOptions:
-    """Resolve the options; those of the body take precedence over those of the query.
-
-    Raises `BadRequest` for a coverage that the model does not have.
-    """
-    top_k = options.top_k if body.top_k is None else body.top_k
-    threshold = options.threshold if body.threshold is None else body.threshold
-    level = options.coverage if body.coverage is None else body.coverage
-    label_count = len(model.contract.labels)
-    top_k = min(top_k or label_count, label_count)
-    if level is None:
-        return ReplyOptions(top_k, threshold, timing=options.timing)
-    coverage = find_coverage(model.contract, level)
-    return ReplyOptions(top_k, threshold, coverage, label_count // _SET_LABELS_PER_PREDICTION, options.timing)
-
-
-# --- replies -------------------------------------------------------------------------------------
-
-
-def render_model_name(model: LiveModel) -> dict[str, str]:
-    """Return the name and version of a model, as plain values."""
-    return {"name": model.name, "version": model.version}
-
-
-def render_outcome(outcome: Classification | RequestError, reply_options: ReplyOptions) -> dict[str, Any]:
-    """Return one image's part of a reply, its labels or its error, as plain values."""
-    if isinstance(outcome, RequestError):
-        return {"error": outcome.to_dict()}
-    answer = outcome.answer
-    predictions = rank_labels(outcome, top_k=reply_options.top_k, threshold=reply_options.threshold)
-    result: dict[str, Any] = {"predictions": render_predictions(predictions)}
-    if reply_options.coverage:
-        result["coverage"] = compute_label_set(outcome, reply_options.coverage)._asdict()
-    result["image"] = {"format": answer.format, "width": answer.width, "height": answer.height}
-    if answer.warnings:
-        result["warnings"] = render_warnings(answer.warnings)
-    return result
-
-
-def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
-    """Return the warnings about an image, as plain values."""
-    return [{"code": warning.code, "message": warning.text} for warning in warnings]
-
-
-def render_predictions(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return labels as plain values."""
-    return [_render_prediction(prediction) for prediction in predictions]
-
-
-def _render_prediction(prediction: Prediction) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "label": prediction.label,
-        "index": prediction.index,
-        "probability": prediction.probability,
-    }
-    return result if prediction.selected is None else {**result, "selected": prediction.selected}
+    return parse_query(ClassifyOptions, query)

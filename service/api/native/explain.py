@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Final, TypeAlias
 
-import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
@@ -19,27 +17,30 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.body_parser import parse_body
 from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
-from fovea.service.api.native.classify import render_model_name, render_predictions, render_warnings
-from fovea.service.api.schemas import (
-    ErrorReply,
-    ExplainOptions,
-    ExplainReply,
-    LayersReply,
-    MapsOptions,
-    WeightsOptions,
-    build_error_responses,
+from fovea.service.api.native.classification_replies import render_model_name
+from fovea.service.api.native.explanation_replies import (
+    NDJSON,
+    NPY,
+    PiecewiseResponse,
+    json_response,
+    parse_warnings,
+    render_explanation,
+    render_part,
+    send_line,
 )
+from fovea.service.api.options import parse_query, refuse_options
+from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersReply, build_error_responses
+from fovea.service.api.request_schemas import ExplainOptions, MapsOptions, WeightsOptions
 from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import render_error
 from fovea.service.http.request_context import get_record
-from fovea.service.image_warnings import ImageWarning, create_warning_headers
-from fovea.service.runners.batch_messages import Answer, ImageTiming
+from fovea.service.image_warnings import create_warning_headers
 from fovea.service.serving.admission import Admission
-from fovea.service.serving.classifier import Classification
-from fovea.service.serving.ranking import find_label_index, rank_labels
+from fovea.service.serving.ranking import find_label_index
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -49,12 +50,6 @@ BodyParser: TypeAlias = Callable[[bytes, bodies.RawBody, Settings], Awaitable[bo
 Responder: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Function that answers a question about a model from the query and the image. Returns None if it has sent
 the answer itself."""
-
-NPY: Final = "application/x-npy"
-"""Media type of NumPy's file format."""
-
-NDJSON: Final = "application/x-ndjson"
-"""Media type of lines with one JSON document each."""
 
 _MAX_PENDING_LINES: Final = 4
 """Maximum number of partial answers that wait until the client has read the earlier ones."""
@@ -78,7 +73,7 @@ _ARRAY_RESPONSE: Final = {"content": {NPY: _BINARY_CONTENT}, "description": "flo
 def add_routes(app: FastAPI, services: Services) -> None:
     """Add the explanation routes."""
     handlers = _ExplainHandlers(services)
-    forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
+    forbidden = {"description": "Explanations or whole weights are switched off.", "model": ErrorReply}
     error_responses: dict[int | str, dict[str, Any]] = {403: forbidden, **build_error_responses(ErrorReply)}
 
     def add_route(
@@ -99,7 +94,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         add_route(path, ExplainOptions, handlers.explain, "Explain an answer", _EXPLAIN_RESPONSE)
     for model in _MODEL_PATHS:
         add_route(
-            f"{model}/maps", MapsOptions, handlers.get_maps, "What a layer makes of an image", _ARRAY_RESPONSE
+            f"{model}/maps", MapsOptions, handlers.get_maps, "Output of a layer for an image", _ARRAY_RESPONSE
         )
 
     model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
@@ -116,26 +111,26 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/models/{name}/layers", **layers_options)
     async def layers_of_model(request: Request, name: str) -> Response:
-        """The layers of the newest version of a model, in the order of computation."""
+        """Return the layers of the newest version of a model, in the order of computation."""
         return await handlers.get_layers(request.scope, name, None)
 
     @app.get("/v1/models/{name}/versions/{version}/layers", **layers_options)
     async def layers_of_version(request: Request, name: str, version: str) -> Response:
-        """The layers of one version of a model, in the order of computation."""
+        """Return the layers of one version of a model, in the order of computation."""
         return await handlers.get_layers(request.scope, name, version)
 
     @app.get("/v1/models/{name}/weights", **weights_options)
     async def weights_of_model(
         request: Request, name: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
-        """The weights of a layer of the newest version of a model."""
+        """Return the weights of a layer of the newest version of a model."""
         return await handlers.get_weights(request.scope, name, None, query)
 
     @app.get("/v1/models/{name}/versions/{version}/weights", **weights_options)
     async def weights_of_version(
         request: Request, name: str, version: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
-        """The weights of a layer of one version of a model."""
+        """Return the weights of a layer of one version of a model."""
         return await handlers.get_weights(request.scope, name, version, query)
 
 
@@ -147,7 +142,7 @@ def add_image_endpoint(
     respond: Responder,
     *,
     protocol: str,
-    parse: BodyParser = bodies.parse_body,
+    parse: BodyParser = parse_body,
     content: Mapping[str, Any] = RAW_IMAGE_CONTENT,
     **route_options: Any,
 ) -> None:
@@ -189,7 +184,7 @@ class _ImageEndpoint(AsgiEndpoint):
         except RequestError as error:
             if record.status:  # the response has started, so that the error becomes its last line
                 self._services.observer.record_failure(record, error.code)
-                await _send_line(send, {"error": error.to_dict()}, more=False)
+                await send_line(send, {"error": error.to_dict()}, more=False)
                 return
             response = render_error(scope, error, self._services.observer)
         if response:
@@ -200,19 +195,19 @@ class _ImageEndpoint(AsgiEndpoint):
         _require_enabled(services)
         address = ModelAddress(**scope["path_params"])
         model = services.admit(*address, get_record(scope))
-        query = bodies.parse_query(self._query_type, scope["query_string"])
+        query = parse_query(self._query_type, scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
         async def handle_body(
             raw_body: bodies.RawBody, admission: Admission, _deadline: float
         ) -> Response | None:
             parsed_body = await self._parse(content_type, raw_body, services.settings)
-            bodies.refuse_options(parsed_body.options, self._query_type.model_fields)
+            refuse_options(parsed_body.options, self._query_type.model_fields)
             if len(parsed_body.images) != 1:
                 raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
             (image,) = parsed_body.images
             if not isinstance(image, bytes | memoryview):
-                raise TypeError("past ASGI no body is stored")
+                raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
             options = query.model_copy(update=parsed_body.options)
             return await self._respond(admission.model, options, bytes(image), send)
 
@@ -249,11 +244,6 @@ async def explain_label(
     return reply
 
 
-def parse_warnings(values: Mapping[str, Any]) -> list[ImageWarning]:
-    """Return the warnings about the image from the values of the explaining process."""
-    return [ImageWarning(*warning) for warning in values["warnings"]]
-
-
 class _ExplainHandlers:
     """The handlers of the explanation routes."""
 
@@ -265,15 +255,15 @@ class _ExplainHandlers:
     ) -> Response | None:
         """Return the heat map of one label."""
         if query.progress and query.format != "json":
-            raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
+            raise BadRequest("progress is sent as lines of JSON; leave out format=png or progress=true")
         if query.progress:
             return await self._stream_explanation(model, query, image, send)
         reply = await explain_label(self._services, model, query, image)
         if query.format == "png":
-            return _PiecewiseResponse(
+            return PiecewiseResponse(
                 reply.pieces, "image/png", create_warning_headers([parse_warnings(reply.values)])
             )
-        return _json_response(_render_explanation(model, query, reply.values))
+        return json_response(render_explanation(model, query, reply.values))
 
     async def _stream_explanation(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -285,17 +275,19 @@ class _ExplainHandlers:
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         def on_part(part: dict[str, Any]) -> None:
-            # `on_part` must not wait: it runs while the process's socket is read.
+            # The explainer's client calls this on the event loop while it reads the explaining process's
+            # socket, so it must not wait.
             if lines.qsize() < _MAX_PENDING_LINES:  # a slow client gets fewer partial answers
                 lines.put_nowait(part)
 
         async def run_explanation() -> None:
             try:
                 reply = await explain_label(self._services, model, query, image, on_part)
-                lines.put_nowait({"result": _render_explanation(model, query, reply.values)})
+                lines.put_nowait({"result": render_explanation(model, query, reply.values)})
             finally:
                 lines.put_nowait(None)  # ends the loop below, after a result or an error
 
+        # The task fills the queue, and this coroutine sends its lines at the client's speed.
         task = asyncio.create_task(run_explanation())
         try:
             if (line := await lines.get()) is None:
@@ -304,13 +296,13 @@ class _ExplainHandlers:
             headers = [(b"content-type", NDJSON.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             while line is not None:
-                await _send_line(send, _render_part(model, query, line))
+                await send_line(send, render_part(model, query, line))
                 line = await lines.get()
             await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
             return None
         finally:
-            task.cancel()
+            task.cancel()  # the client has left or sending failed: stop the work; nothing if it is done
 
     async def get_maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
@@ -321,13 +313,13 @@ class _ExplainHandlers:
             "X-Lowest": repr(reply.values["lowest"]),
             "X-Highest": repr(reply.values["highest"]),
         }
-        return _PiecewiseResponse(reply.pieces, NPY, headers)
+        return PiecewiseResponse(reply.pieces, NPY, headers)
 
     async def get_layers(self, scope: Scope, name: str, version: str | None) -> Response:
         """Return the layers of a model."""
         model, reply = await self._ask_model(scope, name, version, {"ask": "layers"})
         contract = model.contract
-        return _json_response(
+        return json_response(
             {
                 "model": render_model_name(model),
                 "task": contract.task,
@@ -350,11 +342,11 @@ class _ExplainHandlers:
         request = query.model_dump()
         is_part = self._services.settings.weights or query.part != _MATRIX_PART or query.count == 1
         if not is_part:
-            request["count"] = 1  # finds errors in the question and the number of outputs
+            request["count"] = 1  # enough to find errors in the request and the number of outputs
         _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
         if not is_part and reply.values["channels"] - query.first > 1:
-            raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
-        return _PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
+            raise Forbidden("whole weights are switched off (FOVEA_WEIGHTS); request one output with count=1")
+        return PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
 
     async def _ask_model(
         self, scope: Scope, name: str, version: str | None, request: dict[str, Any]
@@ -374,7 +366,7 @@ class _ExplainHandlers:
     ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model, and keep the model loaded meanwhile."""
         model = await self._services.get_model(name, version)
-        model.acquire()
+        model.acquire()  # at once: no `await` may come between, in which the model could be unloaded
         model.last_used = time.monotonic()
         try:
             return model, await self._services.layer_explainer.send_request(model, request)
@@ -385,85 +377,3 @@ class _ExplainHandlers:
 def _require_enabled(services: Services) -> None:
     if not services.settings.explain:
         raise Forbidden("explanations are switched off (FOVEA_EXPLAIN)")
-
-
-# --- replies -------------------------------------------------------------------------------------
-
-
-def _render_explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply from the values of the explaining process."""
-    label = values["label"]
-    return {
-        "model": render_model_name(model),
-        "label": model.contract.labels[label],
-        "index": label,
-        "probability": values["probabilities"][label],
-        "method": values["method"],
-        "samples": values["samples"],
-        "note": values["note"],
-        "heatmap": values["heatmap"],
-        **_render_input(model, query, values),
-    }
-
-
-def _render_part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of the reply; the first line contains the model's input."""
-    if "probabilities" not in line:
-        return line
-    progress = {key: line[key] for key in ("progress", "samples", "heatmap")}
-    return {**progress, **_render_input(model, query, line)}
-
-
-def _render_input(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    predictions = rank_labels(_to_classification(model, values), top_k=query.top_k)
-    warnings = parse_warnings(values)
-    return {
-        "predictions": render_predictions(predictions),
-        "image": values["image"],
-        **({"warnings": render_warnings(warnings)} if warnings else {}),
-        "what_the_model_saw": values["what_the_model_saw"],
-    }
-
-
-def _to_classification(model: LiveModel, values: dict[str, Any]) -> Classification:
-    probabilities = values["probabilities"]
-    ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
-    image = values["image"]
-    answer = Answer(
-        format=image["format"],
-        width=image["width"],
-        height=image["height"],
-        brightness=0.0,
-        entropy=0.0,
-        probabilities=memoryview(array("f", probabilities)),
-        ranking=memoryview(array("i", ranking)),
-        timing=_NO_TIMING,
-    )
-    return Classification(model, answer)
-
-
-_NO_TIMING: Final = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
-
-
-class _PiecewiseResponse(Response):
-    """A response that is sent piece by piece, at the speed of the client."""
-
-    def __init__(self, pieces: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
-        length = str(sum(map(len, pieces)))
-        super().__init__(headers={**headers, "Content-Length": length}, media_type=media_type)
-        self._pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-def _json_response(value: Any) -> Response:
-    return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
-
-
-async def _send_line(send: Send, value: Any, *, more: bool = True) -> None:
-    line = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-    await send({"type": "http.response.body", "body": line, "more_body": more})

@@ -9,7 +9,8 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from fovea.service.api.native.classify import ClassifyEndpoint
-from fovea.service.api.schemas import CLASSIFY_RESPONSES, ClassifyOptions, ModelList, build_request_body
+from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, ModelList
+from fovea.service.api.request_schemas import ClassifyOptions, build_request_body
 from fovea.service.api.services import Services
 
 
@@ -18,8 +19,8 @@ def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
     classifier = services.classifier
     body_documentation = build_request_body(services.example_image)
 
-    # FastAPI reads these signatures for the OpenAPI document. The requests are answered by
-    # `ClassifyEndpoint`, without FastAPI's machinery.
+    # FastAPI reads these signatures for the OpenAPI document, and never calls them: `ClassifyEndpoint`
+    # replaces the application of each route below, and answers the requests.
     def by_default(options: Annotated[ClassifyOptions, Query()]) -> None:
         """Classify one image or several with the default model."""
 
@@ -55,8 +56,10 @@ def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
-        """The models that are loaded; as `resting` those that are once somebody asks for them; and as
-        `refused` versions in the repository that did not pass their checks, and why."""
+        """List the models that are loaded, the resting models, and the refused versions.
+
+        A resting model is loaded by the first request for it. A refused version did not pass its checks.
+        """
         registry = classifier.registry
         loaded = [
             {
@@ -87,12 +90,12 @@ def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
 
     @app.get("/v1/models/{name}/contract", **route_options)
     async def contract_of_model(name: str) -> Response:
-        """What the newest version of a model says about itself."""
+        """Return the contract of the newest version of a model."""
         return await get_contract(name)
 
     @app.get("/v1/models/{name}/versions/{version}/contract", **route_options)
     async def contract_of_version(name: str, version: str) -> Response:
-        """What one version of a model says about itself."""
+        """Return the contract of one version of a model."""
         return await get_contract(name, version)
 
     return endpoint

@@ -13,17 +13,11 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from fovea.service.api.bodies import to_bad_request, to_utf8
 from fovea.service.api.cross_site import require_same_site
+from fovea.service.api.json_bodies import to_bad_request, to_utf8
 from fovea.service.api.oip import routes as oip
-from fovea.service.api.schemas import (
-    INDEX_BODY,
-    LOAD_BODY,
-    FlatError,
-    IndexRequest,
-    LoadRequest,
-    build_error_responses,
-)
+from fovea.service.api.reply_schemas import FlatError, build_error_responses
+from fovea.service.api.request_schemas import INDEX_BODY, LOAD_BODY, IndexRequest, LoadRequest
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, find_versions
 from fovea.service.artifact.repository import list_model_names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
@@ -36,8 +30,14 @@ _ERROR_RESPONSES: Final = build_error_responses(FlatError)
 
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     **{status: _ERROR_RESPONSES[status] for status in (400, 404, 413)},
-    403: {"description": "Management is switched off, or a page of another site asks.", "model": FlatError},
-    409: {"description": "It did not pass its checks; what was served still is.", "model": FlatError},
+    403: {
+        "description": "Management is switched off, or the request comes from a page of another site.",
+        "model": FlatError,
+    },
+    409: {
+        "description": "The version did not pass its checks; the version that was served is still served.",
+        "model": FlatError,
+    },
 }
 
 
@@ -114,7 +114,7 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
 
     @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **route_options)
     async def index(request: Request) -> list[dict[str, str]]:
-        """The repository's models, and whether they are loaded: `ready` leaves out those that are not."""
+        """List the models of the repository and their states; with `ready`, only those that are loaded."""
         if oip.PROTOCOL.name not in classifier.settings.protocols:
             require_allowed()
         index_request = await _read_body(request, IndexRequest)
@@ -127,7 +127,10 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **route_options)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
-        """Serve what the repository has of a model now, or one version of it. It is tried first."""
+        """Serve the version of a model that the repository selects now, or a given version.
+
+        The version must pass its checks first. A version that fails them changes nothing.
+        """
         require_change_allowed(request)
         load_request = await _read_body(request, LoadRequest)
         await loader.load(find_folder(name), load_request.parameters.version)
@@ -135,7 +138,7 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
 
     @app.post("/v2/repository/models/{name}/unload", **route_options)
     async def unload(name: str, request: Request) -> list[dict[str, str]]:
-        """Serve a model no more, until it is loaded again."""
+        """Stop serving a model until it is loaded again."""
         require_change_allowed(request)
         await loader.unload(find_folder(name))
         return list_served(name)

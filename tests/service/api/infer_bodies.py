@@ -17,7 +17,7 @@ from starlette.datastructures import QueryParams
 
 from fovea.service.api.bodies import RawBody
 from fovea.service.api.endpoint import InferenceRequest, ParsedRequest
-from fovea.service.api.oip.routes import InferAdapter
+from fovea.service.api.oip.infer import InferAdapter
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
@@ -33,7 +33,7 @@ SETTINGS = Settings(json_bytes=100_000, request_images=8)
 
 
 def make_model() -> LiveModel:
-    """One that takes small tensors of two kinds."""
+    """Return a model that takes two kinds of small tensors."""
     load_reply = LoadedModel(read_contract(build_model()).to_json(), "cpu", 4, 1e6, 0.0, {})
     live_model = LiveModel.from_load_result(
         ModelVersion(Path("model.onnx"), None, None, ()),
@@ -49,15 +49,17 @@ def make_model() -> LiveModel:
 
 
 def parse_infer_body(model: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
-    """What a request asks. Raises `RequestError`."""
+    """Return the parsed request. Raises `RequestError`."""
     headers = {} if header is None else {b"inference-header-content-length": header}
     request = InferenceRequest(RawBody(body, len(body)), headers, QueryParams(), model, SETTINGS)
     return asyncio.run(InferAdapter().parse_request(request))
 
 
 def check_infer_request(model: LiveModel, request: ParsedRequest, size: int) -> None:
-    """Whatever was accepted has images, and no more than there may be; all of them lie in the body, and rows
-    are whole. Raises `ValueError`."""
+    """Check that an accepted request has images, not too many, all within the body and with whole rows.
+
+    Raises `ValueError`.
+    """
     sizes = {tensor.name: tensor.size for tensor in model.tensors}
     if not 0 < len(request.images) <= SETTINGS.request_images:
         raise ValueError(f"{len(request.images)} images")
@@ -93,7 +95,7 @@ def main() -> None:
 
 
 def _draw_request(provider: Any) -> tuple[bytes, bytes]:
-    """A request that is nearly right, so that what is behind its JSON is reached; its header and its body."""
+    """Return the header and the body of a nearly valid request, so that its binary data is reached."""
     tensor: dict[str, Any] = {
         "name": provider.PickValueInList(["pixels", "input", "image"]),
         "datatype": provider.PickValueInList(["UINT8", "FP32", "BYTES"]),
@@ -109,7 +111,7 @@ def _draw_request(provider: Any) -> tuple[bytes, bytes]:
 
 
 _JSON_DATA_SHARE = 0.1
-"""Of all requests, that have their values in JSON."""
+"""Share of the requests that have their values in JSON."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Good images in unusual clothes: forms and base64 as other tools write them, in every protocol."""
+"""Good images in unusual forms and base64, as other tools write them, in every protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def post_body(server: Server, content: bytes, content_type: str, path: str = CLA
 
 @pytest.fixture(scope="module")
 def wanted(server: Server) -> Any:
-    """What the image is answered with, as it is."""
+    """The reply to the raw image."""
     return server.client.post(CLASSIFY, content=IMAGE).json()
 
 
@@ -49,11 +49,16 @@ FORMS: dict[str, tuple[bytes, str]] = {
     ),
     "neither type nor file name": (form_part(IMAGE, NAMED) + END, FORM),
     "a preamble": (b"This is a multipart message.\r\n" + form_part(IMAGE, FILE) + END, FORM),
-    "a preamble of several lines": (b"\r\nOne -- two\r\n- three.\r\n\r\n" + form_part(IMAGE, FILE) + END, FORM),
+    "a preamble of several lines": (
+        b"\r\nOne -- two\r\n- three.\r\n\r\n" + form_part(IMAGE, FILE) + END,
+        FORM,
+    ),
     "an epilogue": (form_part(IMAGE, FILE) + END + b"This was it.\r\n--x\r\n", FORM),
     "blanks behind the delimiters": (
         form_part(b"hello\r\n", NAMED).replace(b"--x", b"--x \t")
-        + form_part(IMAGE, FILE).replace(b"--x", b"--x  ") + END[:-2] + b" \r\n",
+        + form_part(IMAGE, FILE).replace(b"--x", b"--x  ")
+        + END[:-2]
+        + b" \r\n",
         FORM,
     ),
     "a quoted boundary": (form_part(IMAGE, FILE) + END, 'multipart/form-data; boundary="x"'),
@@ -75,11 +80,14 @@ FORMS: dict[str, tuple[bytes, str]] = {
         FORM,
     ),
     "text fields beside it": (
-        form_part(b"hello\r\n", NAMED) + form_part("café\r\n".encode(), NAMED) + form_part(b"caf\xe9\r\n", NAMED)
-        + form_part(IMAGE, FILE) + END,
+        form_part(b"hello\r\n", NAMED)
+        + form_part("café\r\n".encode(), NAMED)
+        + form_part(b"caf\xe9\r\n", NAMED)
+        + form_part(IMAGE, FILE)
+        + END,
         FORM,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", FORMS)
@@ -107,7 +115,7 @@ def test_several_images_without_file_names_are_all_answered(server: Server, want
 
 
 def test_a_large_form_with_a_preamble_keeps_its_places(server: Server) -> None:
-    """It lies in the shared memory of the runners."""
+    """The form is in the memory that the runners share."""
     large = encode_image(draw_picture(400, 300), "BMP")
     assert len(large) > 256 << 10
     reply = post_body(server, b"preamble\r\n" + form_part(large, FILE) + END, FORM)
@@ -308,12 +316,12 @@ def test_torchserve_takes_json_as_its_handlers_do(server: Server, body: Any) -> 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "the body is no image"),
-        ({"data": 3}, "data is no image"),
-        ({"image": B64}, "the body is no image"),
-        ({"data": B64, "top_k": 3}, "the body is no image"),
+        ({}, "the body is not an image"),
+        ({"data": 3}, "data is not an image"),
+        ({"image": B64}, "the body is not an image"),
+        ({"data": B64, "top_k": 3}, "the body is not an image"),
         ({"instances": []}, "the body must be"),
-        ({"instances": [{"data": [1, 2]}]}, "instances.0.data is no image"),
+        ({"instances": [{"data": [1, 2]}]}, "instances.0.data is not an image"),
         ({"instances": 65 * [B64]}, "at most 64"),
     ],
 )

@@ -16,11 +16,11 @@ JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 LIMIT = 4 << 20
-"""Of JSON that orjson reads, in bytes; by default."""
+"""Default limit for JSON that orjson parses, in bytes."""
 
 
 def fill_items(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 2000) -> bytes:
-    """As many items as have room."""
+    """Return as many items as fit into `size` bytes."""
     return start + item * ((size - len(start) - len(end)) // len(item)) + item.rstrip(b",") + end
 
 
@@ -41,33 +41,58 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
     "good inputs": ("oip", INFER, fill_items(b'{"inputs":[', TENSOR + b",", b"]}"), {}),
     "outputs": ("oip", INFER, fill_items(b'{"inputs":[%b],"outputs":[' % TENSOR, b"1,", b"]}"), {}),
     "good outputs": (
-        "oip", INFER, fill_items(b'{"inputs":[%b],"outputs":[' % TENSOR, b'{"name":""},', b"]}"), {},
+        "oip",
+        INFER,
+        fill_items(b'{"inputs":[%b],"outputs":[' % TENSOR, b'{"name":""},', b"]}"),
+        {},
     ),
     "a shape": (
-        "oip", INFER, fill_items(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"), {},
+        "oip",
+        INFER,
+        fill_items(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"),
+        {},
     ),
     "shapes of many inputs": (
-        "oip", INFER, fill_items(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(64 * [b'""']), b"]}"), {},
+        "oip",
+        INFER,
+        fill_items(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(64 * [b'""']), b"]}"),
+        {},
     ),
     "instances": ("tensorflow", PREDICT, fill_items(b'{"instances":[', b"1,", b"]}"), {}),
     "columns": ("tensorflow", PREDICT, fill_items(b'{"inputs":[', b"1,", b"]}"), {}),
     "examples": ("tensorflow", CLASSIFY, fill_items(b'{"examples":[', b"1,", b"]}"), {}),
     "a context for many": (
-        "tensorflow", CLASSIFY, b'{"context":%b,"examples":[%b]}' % (make_fields(), b",".join(64 * [EXAMPLE])), {},
+        "tensorflow",
+        CLASSIFY,
+        b'{"context":%b,"examples":[%b]}' % (make_fields(), b",".join(64 * [EXAMPLE])),
+        {},
     ),
     "fields of rows": ("tensorflow", PREDICT, make_fields(), {}),
     "fields of examples": ("tensorflow", CLASSIFY, make_fields(), {}),
     "base64 of numbers": ("huggingface", "/predict", fill_items(b'{"inputs":[', b"1,", b"]}"), JSON),
     "fields of inputs": ("huggingface", "/predict", make_fields(), JSON),
-    "fields of parameters": ("huggingface", "/predict", b'{"inputs":"","parameters":%b}' % make_fields(), JSON),
-    "images of numbers": ("native", "/v1/classify", fill_items(b'{"images":[', b"1,", b"]}", 60_000_000), JSON),
+    "fields of parameters": (
+        "huggingface",
+        "/predict",
+        b'{"inputs":"","parameters":%b}' % make_fields(),
+        JSON,
+    ),
+    "images of numbers": (
+        "native",
+        "/v1/classify",
+        fill_items(b'{"images":[', b"1,", b"]}", 60_000_000),
+        JSON,
+    ),
     "lists in no field": ("native", "/v1/classify", fill_items(b'{"a":[', b"[],", b"]}", 60_000_000), JSON),
     "fields beside images": ("native", "/v1/classify", make_fields(60_000_000), JSON),
     "zeros": ("oip", INFER, gzip.compress(bytes(1 << 30)), {"Content-Encoding": "gzip"}),
     "parts": (
-        "torchserve", "/predictions/small", fill_items(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000), FORM,
+        "torchserve",
+        "/predictions/small",
+        fill_items(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000),
+        FORM,
     ),
-}  # fmt: skip
+}
 """The protocol, the path, the body and its headers."""
 
 
@@ -79,7 +104,7 @@ def served(small_zoo: Path) -> Iterator[Server]:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
-    """Beside the body itself at most 200 MB; before there were limits it was ten times that."""
+    """A request takes at most 200 MB beside its body; without the limits it took ten times as much."""
     protocol, path, body, headers = BOMBS[bomb]
     status = Path(f"/proc/{served.process.pid}/status")
     clear = status.with_name("clear_refs")
@@ -103,7 +128,7 @@ def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
 
 
 def memory_size(status: Path, name: str) -> int:
-    """In bytes."""
+    """Return an entry of `/proc/{pid}/status` in bytes."""
     return 1024 * next(
         int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
     )

@@ -1,4 +1,4 @@
-"""Answers about models that are kept: they are what they would be, and no older than the models."""
+"""Cached replies about models are the same as fresh ones, and never older than the models."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_errors_and_queries_are_not_kept(managed: tuple[Server, Path]) -> None:
 
 
 def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server, Path]) -> None:
-    """Whoever has an answer finds it in the next scrape, however many ask for scrapes meanwhile."""
+    """A client that has its answer finds the request in the next scrape, however many scrapes run."""
     server, _ = managed
 
     def ask(_: int) -> bool:
@@ -138,7 +138,7 @@ def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server
 
 
 def _stable_headers(reply: httpx.Response) -> dict[str, str]:
-    """The headers that do not belong to one request."""
+    """Return the headers that do not belong to one request."""
     return {name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id")}
 
 

@@ -167,7 +167,7 @@ def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server
 
 
 def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
-    """The same image and weights: only what the contract says differs."""
+    """The image and the weights are the same; only the contracts differ."""
     pets, beach = (
         build_model(Task.BINARY, ("cat", "dog")),
         build_model(Task.MULTILABEL, ("sun", "sea", "sand")),
@@ -193,7 +193,7 @@ def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
 
 
 def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, Any]:
-    """By the definition, from all probabilities of an answer."""
+    """Return the label set by its definition, from all probabilities of an answer."""
     quantile = next(one.quantile for one in COVERAGE if one.level == level)
     set_labels = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
     return {
@@ -214,7 +214,7 @@ def test_coverage_answers_the_label_set_of_the_stored_quantile(server: Server, l
 
 
 def test_sets_that_say_too_little_abstain(server: Server) -> None:
-    """Images were looked for until each kind had come: empty, of one label, and too wide."""
+    """The images were chosen so that each kind of set occurs: empty, of one label, and too large."""
     sets = [
         post_image(server, make_jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
         for seed in range(40)
@@ -229,7 +229,7 @@ def test_sets_that_say_too_little_abstain(server: Server) -> None:
 
 @pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
 def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
-    """Of a black image the logits are the biases, so that no probability is near 0 or 1."""
+    """The logits of a black image are the biases, so that no probability is near 0 or 1."""
     graph, black = (
         build_model(labels=[f"label {index}" for index in range(count)]),
         encode_image(BLACK, "PNG"),
@@ -355,74 +355,118 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "empty body": ("POST", "/v1/classify", {"content": b""}, 400, "bad_request"),
     "text": ("POST", "/v1/classify", {"content": b"hello"}, 415, "unsupported_format"),
     "zip named .jpg": (
-        "POST", "/v1/classify", {"files": {"file": ("cat.jpg", b"PK\x03\x04" + bytes(50))}},
-        415, "unsupported_format",
+        "POST",
+        "/v1/classify",
+        {"files": {"file": ("cat.jpg", b"PK\x03\x04" + bytes(50))}},
+        415,
+        "unsupported_format",
     ),
     "heic": (
-        "PUT", "/v1/classify", {"content": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}, 415, "unsupported_format",
+        "PUT",
+        "/v1/classify",
+        {"content": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"},
+        415,
+        "unsupported_format",
     ),
     "truncated JPEG": ("POST", "/v1/classify", {"content": make_jpeg()[:-400]}, 422, "bad_image"),
     "truncated PNG": (
-        "POST", "/v1/classify", {"content": encode_image(draw_picture(60, 60), "PNG")[:-400]}, 422, "bad_image",
+        "POST",
+        "/v1/classify",
+        {"content": encode_image(draw_picture(60, 60), "PNG")[:-400]},
+        422,
+        "bad_image",
     ),
     "bomb": ("POST", "/v1/classify", {"content": make_png_header(50_000, 50_000)}, 413, "too_many_pixels"),
     "body over the limit": ("POST", "/v1/classify", {"content": bytes(1_000_001)}, 413, "body_too_large"),
     "chunked body over the limit": (
-        "POST", "/v1/classify", {"content": (bytes(100_000) for _ in range(20))}, 413, "body_too_large",
+        "POST",
+        "/v1/classify",
+        {"content": (bytes(100_000) for _ in range(20))},
+        413,
+        "body_too_large",
     ),
     "bad base64": ("POST", "/v1/classify", {"json": {"images": [{"b64": "%%%"}]}}, 400, "bad_request"),
     "bad JSON": (
-        "POST", "/v1/classify", {"content": b"{", "headers": {"Content-Type": "application/json"}},
-        400, "bad_request",
+        "POST",
+        "/v1/classify",
+        {"content": b"{", "headers": {"Content-Type": "application/json"}},
+        400,
+        "bad_request",
     ),
     "deep JSON": (
-        "POST", "/v1/classify", {"content": b"[" * 10_000, "headers": {"Content-Type": "application/json"}},
-        400, "bad_request",
+        "POST",
+        "/v1/classify",
+        {"content": b"[" * 10_000, "headers": {"Content-Type": "application/json"}},
+        400,
+        "bad_request",
     ),
     "JSON of another shape": ("POST", "/v1/classify", {"json": {"image": "x"}}, 400, "bad_request"),
     "no images": ("POST", "/v1/classify", {"json": {"images": []}}, 400, "bad_request"),
     "empty image in JSON": ("POST", "/v1/classify", {"json": {"images": [{"b64": ""}]}}, 400, "bad_request"),
     "too many images": (
-        "POST", "/v1/classify", {"json": {"images": [{"b64": ""}] * 65}}, 400, "bad_request",
+        "POST",
+        "/v1/classify",
+        {"json": {"images": [{"b64": ""}] * 65}},
+        400,
+        "bad_request",
     ),
     "no file field": (
-        "POST", "/v1/classify",
+        "POST",
+        "/v1/classify",
         {
             "content": b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n',
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
-        400, "bad_request",
+        400,
+        "bad_request",
     ),
     "no boundary": (
-        "POST", "/v1/classify", {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}},
-        400, "bad_request",
+        "POST",
+        "/v1/classify",
+        {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}},
+        400,
+        "bad_request",
     ),
     "rubbish multipart": (
-        "POST", "/v1/classify",
+        "POST",
+        "/v1/classify",
         {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
-        400, "bad_request",
+        400,
+        "bad_request",
     ),
     "multipart that stops in its second file": (
-        "POST", "/v1/classify",
+        "POST",
+        "/v1/classify",
         {
             "content": 2 * (FILE + make_jpeg() + b"\r\n"),
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
-        400, "bad_request",
+        400,
+        "bad_request",
     ),
     "a boundary that is too long": (
-        "POST", "/v1/classify",
+        "POST",
+        "/v1/classify",
         {"content": b"--x", "headers": {"Content-Type": f"multipart/form-data; boundary={'x' * 1000}"}},
-        400, "bad_request",
+        400,
+        "bad_request",
     ),
     "top_k of another type": (
-        "POST", "/v1/classify", {"json": {"images": [{"b64": "AA=="}], "top_k": "3"}}, 400, "bad_request",
+        "POST",
+        "/v1/classify",
+        {"json": {"images": [{"b64": "AA=="}], "top_k": "3"}},
+        400,
+        "bad_request",
     ),
     "unknown parameter": ("POST", "/v1/classify?topk=3", {"content": make_jpeg()}, 400, "bad_request"),
     "wrong method on a file": ("POST", "/docs/swagger/start.js", {}, 405, "method_not_allowed"),
     "unknown model": ("POST", "/v1/models/none/classify", {"content": make_jpeg()}, 404, "model_not_found"),
     "unknown version": (
-        "POST", "/v1/models/small/versions/2/classify", {"content": make_jpeg()}, 404, "model_not_found",
+        "POST",
+        "/v1/models/small/versions/2/classify",
+        {"content": make_jpeg()},
+        404,
+        "model_not_found",
     ),
     "top_k below 0": ("POST", "/v1/classify?top_k=-1", {"content": make_jpeg()}, 400, "bad_request"),
     "top_k in words": ("POST", "/v1/classify?top_k=many", {"content": make_jpeg()}, 400, "bad_request"),
@@ -433,7 +477,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": make_jpeg()}, 400, "bad_request"),
     "unknown path": ("GET", "/v3/nothing", {}, 404, "not_found"),
     "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -1,4 +1,4 @@
-"""Every client of another server gets the labels and probabilities that ours gets, of a hundred images."""
+"""The clients of other servers get the same labels and probabilities as native clients, for 100 images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def zoo_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def chosen(cifar_test: Path) -> list[Path]:
-    """The same each time."""
+    """The same random images in every run."""
     return random.Random(1).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
 
 

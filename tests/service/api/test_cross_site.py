@@ -1,4 +1,4 @@
-"""Pages of other sites change nothing, whatever a browser sends. Everybody else manages as before."""
+"""Pages of other sites change nothing, whatever a browser sends. Other clients are not affected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def managed(small_zoo: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def named(small_zoo: Path) -> Iterator[Server]:
-    """It has names, and a proxy that it trusts."""
+    """A server with configured names and a trusted proxy."""
     hosts = {"FOVEA_MANAGEMENT_HOSTS": "Photos.example, *.lab.example", "FOVEA_TRUSTED_PROXIES": "127.0.0.1"}
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true", FOVEA_WATCH="0", **hosts) as running:
         yield running
@@ -42,7 +42,7 @@ def is_served(server: Server) -> bool:
 
 
 def change_status(server: Server, headers: dict[str, str], path: str = UNLOAD) -> int:
-    """The status of a change that is asked for with these headers. It is undone."""
+    """Request a change with these headers, undo it, and return the status of the request."""
     port = server.url.rpartition(":")[2]
     sent_headers = {name: value.replace("PORT", port) for name, value in headers.items()}
     reply = server.client.post(path, headers=sent_headers)

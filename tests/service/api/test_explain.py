@@ -1,4 +1,4 @@
-"""`post_explain`, `fetch_layers`, `maps` and `weights` on a real server."""
+"""The routes `explain`, `layers`, `maps` and `weights` on a real server."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ PHOTO = make_jpeg(200, 120)
 SMALL = "/v1/models/small"
 VGG = "/v1/models/vgg"
 LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
-"""Takes longer than a process has to stop."""
+"""An explanation that takes longer than a process has time to stop."""
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small`, which has class activation maps, and `build_vgg` and `tokens`, which came as ONNX files."""
+    """`small`, which has class activation maps, and `vgg` and `tokens`, which came as ONNX files."""
     folder = tmp_path_factory.mktemp("explained")
     zoo = add_to_repository(build_model(), folder / "zoo")
     for name, graph, words in (
@@ -89,7 +89,7 @@ def fetch_layers(server: Server, model: str = SMALL) -> list[dict[str, Any]]:
 
 
 def explainer_pids(server: Server) -> set[int]:
-    """Processes that explain: children of the service that are no runners."""
+    """Return the explaining processes: children of the service that are not runners."""
     return server.child_pids("explain.process")
 
 
@@ -388,7 +388,7 @@ def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]
 
 
 def test_what_takes_too_much_memory_to_decode_is_refused(zoo: Path) -> None:
-    """Also to be painted on, at its own size, where the model's input needs only a part of it."""
+    """This holds for the painted photo too, which is decoded at full size."""
     photo = draw_picture(1500, 1500)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_DECODE_BYTES="5000000") as server:
         for path in ("/v1/explain", f"{SMALL}/maps?tensor=conv"):
@@ -528,7 +528,7 @@ def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
 
 
 def test_models_come_and_go_in_an_explaining_process(zoo: Path, tmp_path: Path) -> None:
-    """It holds two; a third takes the place of the first, which is told anew."""
+    """The process keeps two models; the third replaces the first, which is later sent again."""
     root = tmp_path / "zoo"
     for name in ("a", "b", "c"):
         add_to_repository(build_model(), root, name)

@@ -64,7 +64,7 @@ def test_several_images_have_a_list_each(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model of each kind; the one of many labels has a temperature."""
+    """One model of each kind; the model with many labels has a temperature."""
     root = tmp_path_factory.mktemp("tasks")
     for task, labels in ((Task.MULTICLASS, LABELS), (Task.MULTILABEL, LABELS), (Task.BINARY, ("no", "yes"))):
         add_to_repository(build_model(task, labels), root, task)

@@ -1,4 +1,4 @@
-"""What bodies of infer requests may hold: anything at all is either read or refused."""
+"""Bodies of infer requests with any content are either parsed or refused."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
 @settings(deadline=None)  # others may be at work too
 @given(st.data())
 def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
-    """Of several: one alone may be an image without a length."""
+    """There are several elements, because a single image may come without a length."""
     images = data.draw(st.lists(st.binary(max_size=50), min_size=2, max_size=8))
     content = bytearray(pack_elements(images))
     place = data.draw(st.integers(0, len(images) - 1))

@@ -30,7 +30,7 @@ def zoo(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["1", "2"])
 def managed(zoo: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """By one worker, and by two; nobody looks at the repository unless asked."""
+    """A server with one worker, and one with two; the repository is read only on request."""
     settings = {"FOVEA_WORKERS": request.param, "FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true"}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
         yield running
@@ -206,7 +206,7 @@ def test_many_who_load_at_once_wait_for_each_other(managed: Server, zoo: Path) -
 
 
 def test_a_worker_that_comes_back_serves_what_the_others_serve(zoo: Path) -> None:
-    """Rolled back to version 1: whoever looked at the repository alone would serve version 2."""
+    """After the rollback to version 1, the repository alone would select version 2."""
     publish_variant(zoo, seed=1)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as running:
         assert running.client.post(LOAD, json={"parameters": {"version": "1"}}).status_code == 200

@@ -38,7 +38,7 @@ BINARY = "Inference-Header-Content-Length"
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model of our own of each task, and `thing`, which was imported."""
+    """One trained model of each task, and `thing`, which was imported."""
     folder = tmp_path_factory.mktemp("oip")
     import_graph(build_classifier(), folder)
     root = folder / "zoo"
@@ -62,7 +62,7 @@ def client(served: Server) -> Iterator[triton.InferenceServerClient]:
 
 @pytest.fixture(scope="module")
 def native(served: Server) -> Mapping[str, Array]:
-    """What the native call says of the images, by model."""
+    """The native results for the images, by model."""
     return {
         name: np.array([classify_natively(served, name, image) for image in IMAGES])
         for name in ("small", "thing")
@@ -142,7 +142,7 @@ def test_a_client_that_reads_what_to_send(
     layout: str,
     version: str,
 ) -> None:
-    """As Triton's `image_client.py` does and the many that were made of it, in metadata and configuration."""
+    """Triton's `image_client.py` and its descendants read the metadata and the configuration."""
     metadata, config = client.get_model_metadata(model, version), client.get_model_config(model, version)
     (given_as,), (told_as,) = metadata["inputs"], metadata["outputs"]
     (input_config,), (output_config,) = config["input"], config["output"]
@@ -188,7 +188,7 @@ def test_and_so_are_their_pixels(client: triton.InferenceServerClient, native: M
 def test_and_what_an_imported_model_took_by_itself(
     client: triton.InferenceServerClient, native: Mapping[str, Array], served: Server, binary: bool
 ) -> None:
-    """100 rows of 3 KB: in memory that is shared with the runners, and in JSON."""
+    """There are 100 rows of 3 KB, once in the memory that runners share, and once in JSON."""
     geometry = fetch_contract(served, "thing")["input"]
     size = (geometry["height"], geometry["width"])
     assert size == (16, 16)
@@ -269,7 +269,7 @@ def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: i
 
 
 def test_an_imported_file_s_output_has_its_name(client: triton.InferenceServerClient) -> None:
-    """As Triton's clients asked for it."""
+    """Clients of Triton request the output by its original name."""
     sent = [make_input("encoded_image", np.array(IMAGES[:3], dtype=object), "BYTES")]
     result = client.infer("thing", sent, outputs=requested_outputs("scores", "logits"))
     assert np.array_equal(result.as_numpy("scores"), result.as_numpy("logits"))
@@ -306,7 +306,7 @@ def test_the_asynchronous_client(served: Server, native: Mapping[str, Array]) ->
 def test_compressed_requests(
     client: triton.InferenceServerClient, native: Mapping[str, Array], algorithm: str
 ) -> None:
-    """A large one lies in shared memory as it came."""
+    """A compressed body passes through ASGI, so that a large one is not received into shared memory."""
     for count in (1, PER_REQUEST):
         result = client.infer(
             "small",
@@ -318,13 +318,13 @@ def test_compressed_requests(
 
 
 def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) -> None:
-    """Its client can put no other shape of an error into words."""
+    """Triton's client can only show errors in this form."""
     for ask in (client.get_trace_settings, client.get_log_settings, client.get_cuda_shared_memory_status):
         with pytest.raises(InferenceServerException, match=r"\[404\] there is nothing at /v2/"):
             ask()
     pixels = triton.InferInput("pixels", [1, 16, 16, 3], "UINT8")
     pixels.set_shared_memory("region", 768)
-    with pytest.raises(InferenceServerException, match="no shared memory"):
+    with pytest.raises(InferenceServerException, match="shared_memory_region is not supported"):
         client.infer("small", [pixels])
 
 
@@ -376,7 +376,7 @@ def test_models_are_loaded_and_unloaded_where_that_is_allowed(
 def post_infer(
     server: Server, request: Any, binary_data: bytes | None = None, **headers: str
 ) -> httpx.Response:
-    """A request as its JSON, and what is behind it."""
+    """Send a request with its JSON, and with binary data after the JSON."""
     content = request if isinstance(request, bytes) else json.dumps(request).encode()
     if binary_data is not None:
         headers = {BINARY: str(len(content)), "Content-Type": "application/octet-stream", **headers}
@@ -468,7 +468,7 @@ def test_a_single_image_needs_no_length(
 
 
 def test_parameters_may_be_null(served: Server) -> None:
-    """As clients send them that write out what was not set."""
+    """Some clients send null for parameters that were not set."""
     asked = infer_body("image", [1], "BYTES", data=[B64], parameters=None)
     asked |= {"id": None, "parameters": None, "outputs": [{"name": "logits", "parameters": None}]}
     assert post_infer(served, asked).status_code == 200
@@ -485,22 +485,42 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "no object": ([], None, "the body"),
     "no inputs": ({"inputs": []}, None, "inputs"),
     "two inputs": ({"inputs": [*FP32_ROW["inputs"], *FP32_ROW["inputs"]]}, bytes(6144), "2 inputs"),
-    "unknown input": (infer_body("x", [1, 3, 16, 16], "FP32", data=FLAT), None, "no 'x' of 'FP32'"),
-    "wrong datatype": (infer_body("image", [1, 3, 16, 16], "FP64", data=FLAT), None, "no 'image' of 'FP64'"),
+    "unknown input": (
+        infer_body("x", [1, 3, 16, 16], "FP32", data=FLAT),
+        None,
+        "no input 'x' of datatype 'FP32'",
+    ),
+    "wrong datatype": (
+        infer_body("image", [1, 3, 16, 16], "FP64", data=FLAT),
+        None,
+        "no input 'image' of datatype 'FP64'",
+    ),
     "unknown datatype": (infer_body("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
     "wrong shape": (infer_body("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
     "no images": (infer_body("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
     "no pixels": (infer_body("pixels", [1, 16, 0, 3], "UINT8", data=[]), None, "must be [N, 16, 16, 3]"),
     "no axes": (infer_body("pixels", [], "UINT8", data=[]), None, "inputs.0.shape"),
-    "shape of fractions": (infer_body("image", [1.0, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "shape of fractions": (
+        infer_body("image", [1.0, 3, 16, 16], "FP32", data=FLAT),  # type: ignore[list-item]
+        None,
+        "inputs.0.shape.0",
+    ),
     "shape of truths": (infer_body("image", [True, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),
     "shape of 2^63": (infer_body("image", [1 << 63, 3, 16, 16], "FP32"), BYTES, f"{1 << 63} images"),
     "shape of 2^64": (infer_body("image", [1 << 64, 3, 16, 16], "FP32"), BYTES, "inputs.0.shape.0"),
     "BYTES of two axes": (infer_body("image", [1, 2], "BYTES", data=[[B64, B64]]), None, "must be [N]"),
     "an image of nothing": (infer_body("image", [1], "BYTES", data=[""]), None, "the image is empty"),
     "nothing at all": (infer_body("image", [1], "BYTES"), b"", "the image is empty"),
-    "elements of nothing": (infer_body("image", [2], "BYTES"), prefix_lengths([b"", b""]), "image 0: the image is empty"),
-    "negative shape": (infer_body("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "elements of nothing": (
+        infer_body("image", [2], "BYTES"),
+        prefix_lengths([b"", b""]),
+        "image 0: the image is empty",
+    ),
+    "negative shape": (
+        infer_body("image", [-1, 3, 16, 16], "FP32", data=FLAT),
+        None,
+        "must be [N, 3, 16, 16]",
+    ),
     "shape of text": (infer_body("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
     "huge shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
     "huge binary shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32"), BYTES, f"{HUGE} images"),
@@ -511,52 +531,80 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "too many values": (infer_body("image", SHAPE, "FP32", data=[*FLAT, 0]), None, "768 values"),
     "ragged": (infer_body("image", SHAPE, "FP32", data=[[FLAT[:100], FLAT[100:]]]), None, "768 values"),
     "another nesting": (
-        infer_body("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()), None, "768 values",
+        infer_body("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()),
+        None,
+        "768 values",
     ),
-    "a text among numbers": (infer_body("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]), None, "of type str"),
+    "a text among numbers": (
+        infer_body("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]),
+        None,
+        "of type str",
+    ),
     "a null": (infer_body("image", SHAPE, "FP32", data=[None, *FLAT[1:]]), None, "of type NoneType"),
     "a truth": (infer_body("image", SHAPE, "FP32", data=[True, *FLAT[1:]]), None, "of type bool"),
-    "a list among numbers": (infer_body("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]), None, "of type list"),
+    "a list among numbers": (
+        infer_body("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]),
+        None,
+        "of type list",
+    ),
     "fractions of bytes": (infer_body("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
-    "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
-    "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
+    "256": (infer_body("pixels", PIXELS, "UINT8", data=[256] * 768), None, "out of the range of UINT8"),
+    "-1": (infer_body("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "out of the range of UINT8"),
     "no base64": (infer_body("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
     "numbers as BYTES": (infer_body("image", [1], "BYTES", data=[7]), None, "of type int"),
     "data and binary": (
-        infer_body("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}), BYTES, "data",
+        infer_body("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}),
+        BYTES,
+        "data",
     ),
-    "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
-    "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes are behind the JSON"),
-    "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes are behind the JSON"),
+    "no data": (infer_body("image", SHAPE, "FP32"), None, "0 bytes follow the JSON"),
+    "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes follow the JSON"),
+    "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes follow the JSON"),
     "a size that lies": (
-        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}),
+        BYTES,
+        str(HUGE),
     ),
     "a size of text": (
-        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "must be a number",
+        infer_body("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}),
+        BYTES,
+        "must be a number",
     ),
     "a negative size": (
-        infer_body("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "-4; it must be a number",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": -4}),
+        ONE,
+        "-4; it must be a number",
     ),
     "shared memory": (
-        infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}), BYTES, "no shared memory",
+        infer_body("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}),
+        BYTES,
+        "shared_memory_region is not supported",
     ),
     "shared memory for an output": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "x"}}]},
-        BYTES, "no shared memory",
+        BYTES,
+        "shared_memory_region is not supported",
     ),
     "binary of text": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
-        BYTES, "true or false",
+        BYTES,
+        "true or false",
     ),
     "all binary of a number": ({**FP32_ROW, "parameters": {"binary_data_output": 1}}, BYTES, "true or false"),
     "a size that fits no elements": (
-        infer_body("image", [2], "BYTES", parameters={"binary_data_size": 5}), prefix_lengths(IMAGES[:2]), "do not fit",
+        infer_body("image", [2], "BYTES", parameters={"binary_data_size": 5}),
+        prefix_lengths(IMAGES[:2]),
+        "do not fit",
     ),
     "an element past the end": (
-        infer_body("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
+        infer_body("image", [2], "BYTES"),
+        ONE + b"\xff\xff\xff\xffabc",
+        "do not fit",
     ),
     "bytes behind the elements": (
-        infer_body("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
+        infer_body("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}),
+        ONE + b"ab",
+        "do not fit",
     ),
     "half a length": (infer_body("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
     "too few elements": (infer_body("image", [2], "BYTES"), ONE, "do not fit"),
@@ -564,30 +612,41 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "NaN": (FP32_ROW, np.full(768, np.nan, np.float32).tobytes(), "not finite"),
     "infinite": (FP32_ROW, np.full(768, np.inf, np.float32).tobytes(), "not finite"),
     "too large for FP32": (infer_body("image", SHAPE, "FP32", data=[1e300] * 768), None, "not finite"),
-    "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no 'x'"),
+    "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no output 'x'"),
     "an output twice": ({**FP32_ROW, "outputs": [{"name": "logits"}] * 2}, BYTES, "twice"),
     "classes of text": (
-        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]}, BYTES, "'5'",
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]},
+        BYTES,
+        "'5'",
     ),
     "negative classes": (
-        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, BYTES, "-1",
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]},
+        BYTES,
+        "-1",
     ),
     "a timeout of text": ({**FP32_ROW, "parameters": {"timeout": "1"}}, BYTES, "'1'; it must be a number"),
     "a number for an id": ({**FP32_ROW, "id": 42}, BYTES, "id"),
     "nested 10,000 deep": (b'{"inputs": ' + 10_000 * b"[" + 10_000 * b"]" + b"}", None, "not JSON"),
     "a timeout 1000 deep": (
         b'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [""]}], '
-        b'"parameters": {"timeout": ' + 1000 * b"[" + 1000 * b"]" + b"}}", None, "timeout is [[…]]",
+        b'"parameters": {"timeout": ' + 1000 * b"[" + 1000 * b"]" + b"}}",
+        None,
+        "timeout is [[…]]",
     ),
     "classes of objects": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": [{"a": 1}]}}]},
-        BYTES, "is [{…}]",
+        BYTES,
+        "is [{…}]",
     ),
     "data 900 deep": (
         b'{"inputs": [{"name": "image", "shape": [1, 3, 16, 16], "datatype": "FP32", "data": '
-        + 900 * b"[" + 900 * b"]" + b"}]}", None, "768 values",
+        + 900 * b"["
+        + 900 * b"]"
+        + b"}]}",
+        None,
+        "768 values",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(BAD))
@@ -612,7 +671,7 @@ def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
 
 
 def test_a_body_may_come_without_its_length(served: Server) -> None:
-    """In chunks, and so by ASGI."""
+    """The body comes in chunks, so that the request passes through ASGI."""
     content = json.dumps(FP32_ROW).encode()
 
     def ask(size: int) -> httpx.Response:
@@ -626,7 +685,7 @@ def test_a_body_may_come_without_its_length(served: Server) -> None:
 
 
 def test_a_header_may_have_spaces_around_it(served: Server) -> None:
-    """As HTTP allows; the parser leaves those behind it."""
+    """HTTP allows spaces; the parser does not strip those after the value."""
     content = json.dumps(FP32_ROW).encode()
     length = f"Content-Length: {len(content) + ROW.nbytes}\r\n{BINARY}: \t{len(content)} \r\n\r\n"
     with Wire(served.url) as wire:

@@ -130,7 +130,7 @@ def test_the_examples_in_the_documentation_run(server: Server) -> None:
 
 
 def _parameter_examples(operation: dict[str, Any], place: str = "path") -> dict[str, str]:
-    """Of what must be said, and of what Swagger UI fills in."""
+    """Return the examples of required parameters, and of those that Swagger UI fills in."""
     parameters = (one for one in operation.get("parameters", ()) if one["in"] == place)
     values = {one["name"]: one.get("example", one["schema"].get("example")) for one in parameters}
     return {name: str(example) for name, example in values.items() if example is not None}

@@ -1,4 +1,4 @@
-"""What all protocols have in common: limits, errors in their own shapes, metrics, and a switch."""
+"""All protocols have limits, errors in their own form, metrics, and a switch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ASKED: dict[str, tuple[str, Any]] = {
     "tensorflow": ("/v1/models/{}:predict", {"instances": [{"b64": B64}]}),
     "huggingface": ("/models/{}", {"inputs": B64}),
 }
-"""A good request in each: where, with the model's name in it, and what."""
+"""A good request in each protocol: the path, with the model's name in it, and the body."""
 
 
 JSON = {
@@ -53,7 +53,7 @@ PROBES = {
     "/v1/models/small/versions/1": "tensorflow",
     "/health": "huggingface",
 }
-"""What is asked in each whether it answers."""
+"""The readiness routes of each protocol."""
 
 
 def post_request(url: str, protocol: str, name: str = "small", **headers: str) -> httpx.Response:
@@ -63,7 +63,7 @@ def post_request(url: str, protocol: str, name: str = "small", **headers: str) -
 
 
 def error_code(reply: httpx.Response, protocol: str) -> str:
-    """Our code of an error, where the protocol has it, which must have all that its clients look for."""
+    """Return Fovea's code of an error, and check that the error has all keys that clients read."""
     body = reply.json()
     if protocol == "native":
         assert body["error"]["message"]
@@ -81,7 +81,7 @@ def error_code(reply: httpx.Response, protocol: str) -> str:
 
 @pytest.fixture(scope="module")
 def narrow(small_zoo: Path) -> Iterator[Server]:
-    """Little may be sent, and in little time."""
+    """A server with small limits for the size of a body and for the time that it may take."""
     with Server(
         FOVEA_MODELS=str(small_zoo),
         FOVEA_BODY_BYTES="100000",
@@ -103,7 +103,7 @@ def test_an_error_that_routing_finds_has_the_route_s_shape(server: Server) -> No
     ["/", "/ping", "/health", "/health/live", "/v2/health/ready", "/v1/models/small", "/v2/models/none"],
 )
 def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
-    """As load balancers ask."""
+    """Load balancers send HEAD requests."""
     reply, head = server.client.get(path), server.client.head(path)
     assert head.status_code == reply.status_code
     assert head.content == b""
@@ -137,7 +137,7 @@ def test_errors_have_each_protocol_s_shape(server: Server, protocol: str) -> Non
 
 
 def test_work_is_refused_in_each_protocol_s_shape(small_zoo: Path) -> None:
-    """First because there is too much of it, then because the service stops."""
+    """The first refusal is due to overload, the second because the service stops."""
     settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
     with (
         Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_LIMIT="600", **settings) as running,
@@ -191,7 +191,7 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
 @pytest.mark.parametrize("protocol", [one for one, (_, body) in ASKED.items() if not isinstance(body, bytes)])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_base64_may_be_in_lines(server: Server, protocol: str, end: str) -> None:
-    """As `base64` writes it, and Python's `encodebytes`."""
+    """The command `base64` and Python's `encodebytes` write lines."""
     path, body = ASKED[protocol]
     lines = base64.encodebytes(make_jpeg()).decode().replace("\n", end)
     content = json.dumps(body).replace(json.dumps(B64), json.dumps(lines))
@@ -223,12 +223,12 @@ def test_so_may_those_that_are_explained(server: Server, path: str) -> None:
 
 
 PACKED_WRONGLY = {
-    "in another way": ("br", b"x", "by 'br'"),
-    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
-    "empty": ("gzip", b"", "stops before its end"),
-    "cut": ("gzip", gzip.compress(make_jpeg())[:-1], "stops before its end"),
-    "a byte more": ("gzip", gzip.compress(make_jpeg()) + b"x", "goes on behind its end"),
-    "many": ("deflate", zlib.compress(make_jpeg()) * 300, "goes on behind its end"),
+    "in another way": ("br", b"x", "the content encoding 'br'"),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "the content encoding 'gzip, gzip'"),
+    "empty": ("gzip", b"", "ends too early"),
+    "cut": ("gzip", gzip.compress(make_jpeg())[:-1], "ends too early"),
+    "a byte more": ("gzip", gzip.compress(make_jpeg()) + b"x", "has more data after its end"),
+    "many": ("deflate", zlib.compress(make_jpeg()) * 300, "has more data after its end"),
     "not at all": ("gzip", make_jpeg(), "malformed"),
     "another sum": ("deflate", zlib.compress(make_jpeg())[:-4] + b"sums", "malformed"),
 }
@@ -312,10 +312,8 @@ def test_requests_are_counted_by_protocol(server: Server) -> None:
     seconds = server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small")
     server.client.post("/models/small", content=make_jpeg())
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
-    assert (
-        server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small")
-        == seconds + 1
-    )
+    later = server.read_metric("fovea_request_seconds_count", protocol="huggingface", model="small")
+    assert later == seconds + 1
 
 
 def test_a_protocol_can_be_switched_off(small_zoo: Path) -> None:

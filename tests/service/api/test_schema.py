@@ -1,4 +1,4 @@
-"""The OpenAPI document says what comes: no other status, no other type, no 500, in any protocol."""
+"""The OpenAPI document is complete: no other status, no other type, and no 500 in any protocol."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ CHECKS = (
     "response_schema_conformance",
     "negative_data_rejection",
 )
-"""Not that what fits the document is accepted: it cannot say what an image is."""
+"""Acceptance of all that fits the document is not checked: it cannot describe an image."""
 
 PRESENT = {"name": ["small", "absent"], "version": ["1", "2"]}
 
 
 @pytest.fixture(scope="module")
 def managed(small_zoo: Path) -> Iterator[Server]:
-    """Models come and go as they are asked to."""
+    """A server that loads and unloads models on request."""
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true") as running:
         yield running
 
 
 def run_schemathesis(server: Server, folder: Path, *options: str) -> str:
-    """Schemathesis, with models that are there as often as not: of random names none would be."""
+    """Schemathesis, with names of which half exist; a random name would never exist."""
     document = server.client.get("/openapi.json").json()
     for parameter in _list_parameters(document):
         if parameter["in"] == "path":

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's protocol, as its documentation has clients written: with `requests`."""
+"""TensorFlow Serving's protocol, with clients like those in its documentation, which use `requests`."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PICTURES = [make_jpeg(seed=number) for number in range(3)]
 IMAGES = [{"b64": base64.b64encode(picture).decode()} for picture in PICTURES]
 IMAGE = IMAGES[0]
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8).tolist()
-"""What the small model takes."""
+"""Pixels in the form that the small model takes."""
 
 PREDICT = "/v1/models/small:predict"
 CLASSIFY = "/v1/models/small:classify"
 
 
 def native_probabilities(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
-    """Every label's probability, highest first."""
+    """Return the probability of every label, highest first."""
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=picture).json()
     return {one["label"]: one["probability"] for one in reply["predictions"]}
 
 
 def probability_rows(server: Server, *pictures: bytes) -> list[list[float]]:
-    """The same in the model's order."""
+    """Return the probability of every label, in the model's order."""
     labels = server.client.get("/v1/models/small/contract").json()["labels"]
     return [[native_probabilities(server, picture)[label] for label in labels] for picture in pictures]
 
 
 def post_json(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
-    """As in its documentation: a string, and no content type."""
+    """Send the body as in TensorFlow's documentation: a string, and no content type."""
     return requests.post(server.url + path, data=json.dumps(body), timeout=30)
 
 
@@ -167,12 +167,12 @@ def test_metadata(server: Server) -> None:
         ({"instances": [[[[None] * 3] * 16] * 16]}, "UINT8"),
         ({"instances": [{}]}, "instances.0 has 0 inputs"),
         ({"instances": [{"a": IMAGE, "b": IMAGE}]}, "instances.0 has 2 inputs"),
-        ({"instances": [3]}, "instances.0 is no image"),
-        ({"instances": ["text"]}, "instances.0 is no image"),
-        ({"instances": [IMAGE, {"b64": 3}]}, "instances.1 is no image"),
-        ({"instances": [{**IMAGE, "key": 1}]}, "instances.0 is no image"),
+        ({"instances": [3]}, "instances.0 is not an image"),
+        ({"instances": ["text"]}, "instances.0 is not an image"),
+        ({"instances": [IMAGE, {"b64": 3}]}, "instances.1 is not an image"),
+        ({"instances": [{**IMAGE, "key": 1}]}, "instances.0 is not an image"),
         ({"instances": [{"b64": "@"}]}, "instances.0.b64 is not base64"),
-        ({"instances": [{"image": {"image": IMAGE}}]}, "instances.0.image is no image"),
+        ({"instances": [{"image": {"image": IMAGE}}]}, "instances.0.image is not an image"),
         ({"instances": [IMAGE] * 65}, "at most 64"),
         ({"inputs": [IMAGE] * 65}, "at most 64"),
         ({"instances": IMAGES, "signature_name": "other"}, "no signature 'other'"),
@@ -181,7 +181,7 @@ def test_metadata(server: Server) -> None:
         ({"instances": IMAGES, "x" * 100_000: 3}, "xxx"),
         ({"inputs": []}, "no images"),
         ({"inputs": {}}, "inputs has 0 inputs"),
-        ({"inputs": 3}, "inputs is no image"),
+        ({"inputs": 3}, "inputs is not an image"),
         ({"inputs": {"image": []}}, "no images"),
         ({"inputs": PIXELS}, "inputs.0 has shape [16, 3]"),
         ({"inputs": None}, "either"),

@@ -1,4 +1,4 @@
-"""Rows of tensors in place of encoded images: what a model can be given, and that it answers the same."""
+"""Tensors in place of encoded images: which ones a model takes, and that the answers are the same."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class GraphKind:
         )
 
     def compute_by_hand(self, pixels: Array) -> Array:
-        """What the graph took by itself, as its users make it of pixels."""
+        """Return the tensor that the graph takes, computed from pixels as its users do."""
         dtype, layout = self.options.get("dtype", "float32"), self.options.get("layout", "nchw")
         values = pixels
         if dtype != "uint8":
@@ -89,7 +89,7 @@ def make_noise(model: Predictor | ImportedModel, count: int) -> Array:
 
 
 def answer_items(model: Predictor, items: list[Item]) -> list[Answer]:
-    """What reaches the service: written to the socket and read again."""
+    """Return the answers that reach the service, after encoding and decoding."""
     (frame,) = FrameDecoder().feed(model.predict_batch(items).to_bytes())
     report = BatchReport.from_frame(frame)
     assert isinstance(report, BatchReport)
@@ -203,7 +203,7 @@ def test_a_model_of_our_own_takes_pixels_alone() -> None:
 def test_what_an_imported_file_gave_is_known(
     tmp_path: Path, options: dict[str, Any], task: Task | None, ours: str | None
 ) -> None:
-    """By its name in the file, and it has the values of one of ours, or of none."""
+    """The output is found by its name in the file; it equals one of Fovea's outputs, or none."""
     graph = build_classifier(**options)
     labels = 2 if task is Task.BINARY else 5
     imported = import_graph(graph, tmp_path, labels, task=task)
@@ -222,7 +222,7 @@ def test_a_model_of_our_own_has_its_own_names() -> None:
 
 
 def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
-    """What is left out must be all that stands between the pixels and the tensor."""
+    """The skipped part must be everything between the pixels and the tensor."""
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     graph = onnx.load(imported.path)
     scale = next(one for one in graph.graph.initializer if one.name.startswith("fovea/div"))
@@ -246,7 +246,7 @@ def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None:
-    """Its sessions are made when it first comes, and are kept."""
+    """The sessions for a tensor are created on its first use, and kept."""
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     content, read = imported.path.read_bytes(), []
 

@@ -1,4 +1,4 @@
-"""TorchServe's protocol: the lines of its README, and what its clients look at."""
+"""TorchServe's protocol: the commands of its README, and the keys that its clients read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
 
 
 def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
-    """As TorchServe calls the first, and its clients ask for it."""
+    """TorchServe calls the first version 1.0, and clients request it by this name."""
     expected = native_probabilities(server)
     assert run_curl(f"{server.url}/predictions/small/1.0", "-T", photo) == expected
     assert server.client.get("/models/small/1.0").json() == server.client.get("/models/small/1").json()
@@ -87,7 +87,7 @@ def test_several_labels_may_be_true(tmp_path: Path) -> None:
 
 
 def test_explanations(server: Server, photo: str) -> None:
-    """The map is that of our own route."""
+    """The map is the same as that of the native route."""
     own = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
     expected = [own["heatmap"]["values"]]
     labels = {"protocol": "torchserve", "route": "/explanations/{name}", "status": "200"}

@@ -1,4 +1,4 @@
-"""What may surprise is told: in the answer of every protocol, in the log, as a metric, and by the command."""
+"""Warnings appear in the answers of every protocol, in the log, as a metric, and in the command's output."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.service.api.test_explain import post_explain
 from tests.test_command import run_fovea
 
 CLEAR = encode_image(Image.new("RGBA", (40, 40), (200, 30, 40, 0)), "PNG")
-"""Transparent throughout."""
+"""A fully transparent image."""
 
 INKS = encode_image(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")[:-2]
-"""Without a profile, and without an end."""
+"""A truncated CMYK image without a colour profile."""
 
 PLAIN = make_jpeg()
 

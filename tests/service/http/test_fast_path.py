@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.api.bodies import _FormCollector
+from fovea.service.api.forms import FormCollector
 from fovea.service.http.fast_path import Exchange, FastApp
 from fovea.service.http.observer import Observer
 from fovea.service.http.request_record import RequestRecord
@@ -298,7 +298,7 @@ def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> Non
 def test_pieces_that_the_parser_has_copied_count_too() -> None:
     """Some versions of it do so with what has looked like a boundary."""
     body = b"head\r\n--x and more\r\n-- tail"
-    collector = _FormCollector(body)
+    collector = FormCollector(body)
     tell = collector.callbacks()
     tell["on_part_begin"]()
     for event, text in (
