@@ -446,7 +446,10 @@ class ChaosClients:
         check_response: Callable[[Response, ClientRequest], str],
         connections: list[Connection],
     ) -> ClientRequest:
-        """Send a request and wait for its answer; count both; `connections` keeps the connection for reuse."""
+        """Send a request, wait for its answer, and count both.
+
+        `connections` keeps the connection for the next request.
+        """
         sent_at = time.monotonic()
         request = replace(request, sent_at=sent_at)
         connection = connections.pop() if connections else None

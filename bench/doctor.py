@@ -243,12 +243,14 @@ def _describe_findings(runtime: dict[str, Any], findings: Findings, seconds: flo
         f"{limits['image_pixels'] / 1e6:g} MP an image, {limits['decode_bytes'] / 2**30:g} GiB to decode"
     )
     load = (
-        f"{findings.answered:.0f} images of 512 x 384 a second, from {CALLER_COUNT} callers for {seconds:g} s; "
+        f"{findings.answered:.0f} images of 512 x 384 a second, "
+        f"from {CALLER_COUNT} callers for {seconds:g} s; "
         f"half are answered within {1e3 * findings.p50:.0f} ms, 99 % within {1e3 * findings.p99:.0f} ms"
     )
     usage = (
-        f"processors: {findings.busy:.0%} the service, {findings.client:.0%} this load, {findings.others:.0%} "
-        f"others; runners {findings.runners:.0%} at work, {findings.decode:.0%} of it decoding"
+        f"processors: {findings.busy:.0%} the service, {findings.client:.0%} this load, "
+        f"{findings.others:.0%} others; runners {findings.runners:.0%} at work, "
+        f"{findings.decode:.0%} of it decoding"
     )
     return [
         ("versions", f"Fovea {runtime['fovea']}, {engine}"),

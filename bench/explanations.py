@@ -174,7 +174,8 @@ class ExplanationResults:
             failures.append(f"and {self.mistake_count - len(self.mistakes)} wrong answers more")
         if self.refusals > MAX_REFUSED_SHARE * self.questions.total():
             failures.append(
-                f"{self.refusals} of {self.questions.total()} questions got 503; at most {MAX_REFUSED_SHARE:.0%}"
+                f"{self.refusals} of {self.questions.total()} questions got 503; "
+                f"at most {MAX_REFUSED_SHARE:.0%}"
             )
         failures += [f"no {ask.value} was answered" for ask in QuestionKind if self.questions[ask.value] > 20
                    and not self.right_answers[ask.value]]  # fmt: skip
@@ -254,8 +255,14 @@ def _draw_question(kind: QuestionKind, labels: Sequence[str], generator: random.
 def _draw_crossing_question(generator: random.Random) -> Question:
     """Return a question whose client leaves before a starting explaining process has read the picture."""
     leave_after = generator.uniform(0.02, 0.3)
-    return Question(QuestionKind.CAM, _draw_colour(generator), (64, 64), padding=3 << 20, leave_moment=LeaveMoment.WAITING,
-                    leave_after=leave_after)  # fmt: skip
+    return Question(
+        QuestionKind.CAM,
+        _draw_colour(generator),
+        (64, 64),
+        padding=3 << 20,
+        leave_moment=LeaveMoment.WAITING,
+        leave_after=leave_after,
+    )
 
 
 def _draw_colour(generator: random.Random) -> Colour:
@@ -485,8 +492,12 @@ def start_service(log: IO[str], **settings: str) -> Iterator[tuple[str, subproce
     Raises `BenchError`.
     """
     base_environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
-    environment = {**base_environment, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_EXPLAIN_IDLE": _IDLE_SECONDS,
-                   **settings}  # fmt: skip
+    base_settings = {
+        "FOVEA_PORT": "0",
+        "FOVEA_DRAIN_GRACE": "0",
+        "FOVEA_EXPLAIN_IDLE": _IDLE_SECONDS,
+    }
+    environment = {**base_environment, **base_settings, **settings}
     command = [sys.executable, "-m", "fovea.service"]
     with start_process(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log) as process:
         for line in process.stdout or ():
@@ -537,7 +548,8 @@ def show_results(results: ExplanationResults, seconds: float) -> None:
         print(f"| {kind.value} | {results.questions[kind.value]} | {results.right_answers[kind.value]} |")
     leavers_text = ", ".join(f"{number} while {moment}" for moment, number in sorted(results.leavers.items()))
     print(
-        f"\nClients that left: {leavers_text}. 504 after their deadline: {results.deadline_misses}. 503: {results.refusals}."
+        f"\nClients that left: {leavers_text}. 504 after their deadline: {results.deadline_misses}. "
+        f"503: {results.refusals}."
     )
     print(f"{results.restarts} explaining processes, {seconds:.0f} s. {describe_machine()}.")
     print("\n".join(results.failures) or "Every answer belongs to its question.")

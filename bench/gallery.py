@@ -42,11 +42,12 @@ _FORMATS: Final[tuple[tuple[str, dict[str, int]], ...]] = (
 
 @dataclass
 class Picture:
-    """An encoded picture; `expected_by_rotation` are the right answers by the version's turn (`swaps.turn_of`)."""
+    """An encoded picture and its right answers."""
 
     name: str
     content: bytes
     expected_by_rotation: dict[int, LabelProbabilities] = field(default_factory=dict)
+    """The right answer for each rotation of the labels (see `swaps.rotation_of`)."""
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,9 @@ def run_open_loop(
     content_type: str = "application/octet-stream",
     seed: int = 0,
 ) -> LoadResult:
-    """POST `bodies` in turn to `url`, `rate` per second for `seconds`; wait `grace_seconds` seconds for the rest.
+    """POST `bodies` in turn to `url`, `rate` per second for `seconds`.
 
+    Wait at most `grace_seconds` for the answers that are still missing then.
     The same `seed` gives the same plan. Raises `OSError` if the host's name cannot be resolved.
     """
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)

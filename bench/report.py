@@ -48,8 +48,8 @@ def show_results(
 
 
 def _format_closed_table(cells: Sequence[ClosedLoopCell], fovea_name: str) -> str:
-    head = ["", "conn.", "images/s", "of bare", f"of {fovea_name}", "p50 ms", "p99 ms", "p99/p50", "p50/alone",
-            "CPUs", "others", "MB", "refused", "errors"]  # fmt: skip
+    head = ["", "conn.", "images/s", "of bare", f"of {fovea_name}", "p50 ms", "p99 ms", "p99/p50",
+            "p50/alone", "CPUs", "others", "MB", "refused", "errors"]  # fmt: skip
     rows = [
         _format_closed_row(cells, name, connections, fovea_name)
         for name in dict.fromkeys(cell.name for cell in cells)

@@ -74,17 +74,20 @@ def main() -> int:
             results_before.mixed_count + results_during.mixed_count,
         )
         print(
-            f"| {workers} | {len(results_before.seconds) + len(results_during.seconds)} | {lost_requests.total()} | {mixed_count} "
-            f"| {1000 * results_before.p99:.1f} | {1000 * results_during.p99:.1f} | {results_during.p99 / results_before.p99:.2f} "
-            f"| {statistics.median(swaps):.2f} |",
+            f"| {workers} | {len(results_before.seconds) + len(results_during.seconds)} "
+            f"| {lost_requests.total()} | {mixed_count} "
+            f"| {1000 * results_before.p99:.1f} | {1000 * results_during.p99:.1f} "
+            f"| {results_during.p99 / results_before.p99:.2f} | {statistics.median(swaps):.2f} |",
             flush=True,
         )
         for reason, times in lost_requests.items():
             print(f"lost {times} times: {reason}")
         has_failed |= bool(lost_requests or mixed_count) or len(results_during.versions) < options.swaps
     early_bytes, late_bytes = _measure_memory(options.cycles)
-    print(f"\nMemory of all processes after 10 times unload and load {early_bytes / MB:.1f} MB, "
-          f"after {options.cycles} {late_bytes / MB:.1f} MB: {late_bytes / early_bytes - 1:+.1%}")  # fmt: skip
+    print(
+        f"\nMemory of all processes after 10 unloads and loads: {early_bytes / MB:.1f} MB; "
+        f"after {options.cycles}: {late_bytes / MB:.1f} MB ({late_bytes / early_bytes - 1:+.1%})"
+    )
     print(f"{describe_machine()}.")
     return int(has_failed)
 

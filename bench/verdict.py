@@ -296,8 +296,8 @@ class RequestLog:
                 )
         first_sent_at = min((one.sent_at for one, _ in self._suspects), default=0.0)
         sentences = [
-            f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s after the first that "
-            "needed an excuse"
+            f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s "
+            "after the first that needed an excuse"
             for (kind, _), those in requests_by_complaint.items()
             for text in [those[0][1]]
         ]
@@ -443,11 +443,15 @@ def find_leaks(
         )
     growth = state_after.resident_bytes - state_before.resident_bytes
     if growth > _MAX_IDLE_GROWTH:
-        growths.append(f"memory at rest: {state_before.resident_bytes / 1e6:.0f} MB before and "
-                    f"{state_after.resident_bytes / 1e6:.0f} MB after")  # fmt: skip
+        growths.append(
+            f"memory at rest: {state_before.resident_bytes / 1e6:.0f} MB before and "
+            f"{state_after.resident_bytes / 1e6:.0f} MB after"
+        )
     if state_after.main_bytes - state_before.main_bytes > _MAX_IDLE_GROWTH:
-        growths.append(f"memory of the first process at rest: {state_before.main_bytes / 1e6:.0f} MB before and "
-                    f"{state_after.main_bytes / 1e6:.0f} MB after")  # fmt: skip
+        growths.append(
+            f"memory of the first process at rest: {state_before.main_bytes / 1e6:.0f} MB before and "
+            f"{state_after.main_bytes / 1e6:.0f} MB after"
+        )
     if state_after.open_files - state_before.open_files > _MAX_FILE_GROWTH:
         growths.append(
             f"open files at rest: {state_before.open_files} before and {state_after.open_files} after"
