@@ -56,6 +56,7 @@ def main() -> int:
     if drawn_workloads:
         print(f"of drawn pictures, not of the test data: {', '.join(drawn_workloads)}")
     if options.picture:
+        # imported late: matplotlib is needed for the picture only
         from fovea.bench.picture import draw_throughput
 
         draw_throughput(closed_cells, options.out.with_suffix(".svg"))
