@@ -37,13 +37,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from fovea.bench import explanations, gallery
+from fovea.bench import gallery, questions
 from fovea.bench.caller import BrokenConnection, Connection, Response, build_request, parse_address
-from fovea.bench.explanations import LeaveMoment, Question, QuestionKind
 from fovea.bench.gallery import REQUEST_FORMATS, Picture
 from fovea.bench.groups import ControlGroup, create_limited_group
 from fovea.bench.mixed import describe_machine
-from fovea.bench.processes import find_process_tree, measure_resident_bytes, start_process, wait_until_idle
+from fovea.bench.processes import (
+    find_process_tree,
+    measure_resident_bytes,
+    read_command_line,
+    start_process,
+    wait_until_idle,
+)
+from fovea.bench.questions import LeaveMoment, Question, QuestionKind
 from fovea.bench.swaps import BenchRepository
 from fovea.bench.verdict import (
     NOTICE_SECONDS,
@@ -197,7 +203,7 @@ class Service:
         return [
             one
             for one in find_process_tree(self.pid)
-            if one != self.pid and _ROLES[role] in _read_command_line(one)
+            if one != self.pid and _ROLES[role] in read_command_line(one)
         ]
 
     def scrape_metrics(self, timeout: float = ANSWER_LIMIT) -> list[tuple[str, dict[str, str], float]]:
@@ -235,13 +241,6 @@ class Service:
         """
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _read_command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # the process has just ended
-        return b""
 
 
 @contextmanager
@@ -717,7 +716,7 @@ class ChaosClients:
         def check_response(response: Response, request: ClientRequest) -> str:
             if _find_error_codes(response):  # the code decides whether that is allowed
                 return ""
-            return explanations.find_mistake(question, response, request.seconds, {})
+            return questions.find_mistake(question, response, request.seconds, {})
 
         await self.send_request(request, content, check_response, [])
 
@@ -1067,7 +1066,7 @@ def _end_service(service: Service, pids: Sequence[int], result: LegResult) -> No
             time.sleep(0.05)
         for pid, descriptor in alive:
             result.failures.append(
-                f"the end: process {pid} has outlived the service: {_read_command_line(pid)[:120]!r}"
+                f"the end: process {pid} has outlived the service: {read_command_line(pid)[:120]!r}"
             )
             _send_signal(descriptor, signal.SIGKILL)
 

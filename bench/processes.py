@@ -50,6 +50,14 @@ def find_process_tree(pid: int) -> list[int]:
     return pids
 
 
+def read_command_line(pid: int) -> bytes:
+    """Return the arguments of a process, each with a zero byte behind it; empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # the process has just ended
+        return b""
+
+
 def measure_cpu_seconds(pids: list[int]) -> float:
     """Return the processor time of these trees so far, including ended children, in seconds."""
     ticks = 0
