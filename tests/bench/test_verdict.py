@@ -8,22 +8,17 @@ from typing import Any
 
 import pytest
 
-from fovea.bench import verdict
-from fovea.bench.verdict import (
-    NOTICE_SECONDS,
-    RECOVERY_SECONDS,
+from fovea.bench.chaos import verdict
+from fovea.bench.chaos.faults import NOTICE_SECONDS, RECOVERY_SECONDS, Fault, FaultLog
+from fovea.bench.chaos.leaks import IdleState, find_leaks, fit_trend
+from fovea.bench.chaos.verdict import (
     RESTART_SECONDS,
     SLACK_SECONDS,
     ClientRequest,
-    Fault,
-    FaultLog,
-    IdleState,
     RequestLog,
     ServiceCounts,
     find_complaint,
-    find_leaks,
     find_miscounts,
-    fit_trend,
 )
 
 ROUTE = "/v1/classify"
