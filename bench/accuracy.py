@@ -78,8 +78,10 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, help="runs of each row; default as in the table")
-    parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="of the table; default all")
+    parser.add_argument("--seeds", type=int, help="runs of each row (default: those of the table)")
+    parser.add_argument(
+        "--row", type=int, choices=range(len(ROWS)), help="row of the table to measure (default: all)"
+    )
     return parser.parse_args()
 
 

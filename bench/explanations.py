@@ -97,7 +97,7 @@ class ExplanationResults:
         """Sentences about everything that is wrong."""
         failures = list(self.mistakes)
         if self.mistake_count > len(self.mistakes):
-            failures.append(f"and {self.mistake_count - len(self.mistakes)} wrong answers more")
+            failures.append(f"and {self.mistake_count - len(self.mistakes)} more wrong answers")
         if self.refusals > MAX_REFUSED_SHARE * self.questions.total():
             failures.append(
                 f"{self.refusals} of {self.questions.total()} questions got 503; "
@@ -207,7 +207,7 @@ async def _wait_until_idle(pid: int) -> None:
     while find_explainers(pid):
         if time.monotonic() > end:
             raise BenchError(
-                f"an explaining process is still there after {ANSWER_TIMEOUT:g} s without a question"
+                f"an explaining process still runs after {ANSWER_TIMEOUT:g} s without a question"
             )
         await asyncio.sleep(0.02)
 
@@ -258,7 +258,7 @@ def start_service(log: IO[str], **settings: str) -> Iterator[tuple[str, subproce
             if address_match := re.search(r"http://\S+", line):
                 yield address_match[0], process
                 return
-    raise BenchError(f"the service did not start; {log.name} says why")
+    raise BenchError(f"the service did not start; see its log {log.name}")
 
 
 def main() -> int:
@@ -279,7 +279,7 @@ def main() -> int:
             return 2
     show_results(results, seconds)
     if results.failures:
-        print(f"The service's log is {log.name}; the same again: --seed {seed}")
+        print(f"The service's log is {log.name}. Repeat this run with --seed {seed}.")
     else:
         Path(log.name).unlink()
     return 1 if results.failures else 0
@@ -289,15 +289,19 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fovea.bench.explanations", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--cams", type=int, default=10_000, help="class activation maps")
-    parser.add_argument("--occlusions", type=int, default=200)
-    parser.add_argument("--seed", type=int, help="of all that is random; chosen and printed without one")
+    parser.add_argument(
+        "--cams", type=int, default=10_000, help="number of class activation maps (default: 10,000)"
+    )
+    parser.add_argument("--occlusions", type=int, default=200, help="number of occlusions (default: 200)")
+    parser.add_argument(
+        "--seed", type=int, help="seed of all random choices (default: a new one, which is printed)"
+    )
     return parser.parse_args()
 
 
 def show_results(results: ExplanationResults, seconds: float) -> None:
     """Print the results of the questions."""
-    print("\n| asked | questions | answered, and rightly |\n|---|---|---|")
+    print("\n| question | asked | right answers |\n|---|---|---|")
     for kind in (QuestionKind.CAM, QuestionKind.OCCLUSION, QuestionKind.MAPS):
         print(f"| {kind.value} | {results.questions[kind.value]} | {results.right_answers[kind.value]} |")
     leavers_text = ", ".join(f"{number} while {moment}" for moment, number in sorted(results.leavers.items()))

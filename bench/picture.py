@@ -91,4 +91,4 @@ def draw_memory(soak: SoakResult, path: Path) -> None:
     pyplot.close(figure)
 
 
-_LOOP_NAMES = ("bare", "bare, our way", "alone")
+_LOOP_NAMES = ("bare", "bare, Fovea's code", "alone")

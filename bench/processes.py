@@ -78,11 +78,11 @@ class CpuStopwatch:
 
     def read(self) -> tuple[float, float]:
         """Return the seconds that the trees used, and the number of processors kept busy by others."""
-        ours, client, machine = (
+        measured, client, machine = (
             now - first for now, first in zip(self._read_times(), self._first_times, strict=True)
         )
-        others = (machine - ours - client) / (time.monotonic() - self._started_at)
-        return ours, max(0.0, others)
+        others = (machine - measured - client) / (time.monotonic() - self._started_at)
+        return measured, max(0.0, others)
 
     def _read_times(self) -> tuple[float, float, float]:
         return measure_cpu_seconds(self._pids), sum(os.times()[:4]), _read_machine_seconds()

@@ -61,10 +61,12 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.soak", description=__doc__)
-    parser.add_argument("--requests", type=int, default=300_000)
-    parser.add_argument("--idle", type=float, default=IDLE_SECONDS, help="seconds to watch it idle")
+    parser.add_argument("--requests", type=int, default=300_000, help="number of requests (default: 300,000)")
+    parser.add_argument(
+        "--idle", type=float, default=IDLE_SECONDS, help="seconds to measure the idle service (default: 20)"
+    )
     parser.add_argument("--set", type=_parse_setting, action="append", default=[], metavar="NAME=VALUE",
-                        help="a setting, or another environment variable, of the service")  # fmt: skip
+                        help="a setting or another environment variable of the service")  # fmt: skip
     parser.add_argument("--picture", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=CACHE / "soak.json")
     return parser.parse_args()
@@ -120,7 +122,10 @@ def _measure_idle(pids: list[int], requests: int, curve: _MemoryRecorder) -> Idl
 
 
 class _MemoryRecorder:
-    """A thread that reads the memory of a tree every second."""
+    """A thread that reads the memory of a tree every second.
+
+    The thread only appends to `points`. The main thread reads the points after `stop` has joined the thread.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pids = [pid]
@@ -157,7 +162,7 @@ def _print_sample(sample: IdleSample) -> None:
 
 
 def _show_result(result: SoakResult) -> None:
-    print("\n| requests | seconds | memory at rest, MB | over the first tenth |\n|---|---|---|---|")
+    print("\n| requests | seconds | memory at rest, MB | ratio to the first tenth |\n|---|---|---|---|")
     for sample in result.idle_samples:
         ratio = sample.resident_bytes / result.idle_samples[1].resident_bytes
         print(
@@ -166,9 +171,9 @@ def _show_result(result: SoakResult) -> None:
     highest = max((memory for _, memory in result.curve), default=0)
     print(f"\nThe memory at rest grew by {result.growth:.1%}; at most {MAX_GROWTH:.0%}."
           f" Under load it was at most {highest / 1e6:.0f} MB.")  # fmt: skip
-    print(f"Idle, it uses {result.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}.")
+    print(f"The idle service uses {result.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}.")
     print(f"{result.machine}.")
-    print("\n".join(result.differences) or "Every request was answered and counted as it should be.")
+    print("\n".join(result.differences) or "Every request was answered and counted correctly.")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ class SoakResult:
         """Sentences about everything that is wrong."""
         failures = list(self.differences)
         if self.growth > MAX_GROWTH:
-            failures.append(f"the memory grew by {self.growth:.1%}; at most {MAX_GROWTH:.0%}")
+            failures.append(f"the memory at rest grew by {self.growth:.1%}; at most {MAX_GROWTH:.0%}")
         if self.idle_cpu > MAX_IDLE_CPU:
-            failures.append(f"idle, it uses {self.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}")
+            failures.append(
+                f"the idle service uses {self.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}"
+            )
         return failures

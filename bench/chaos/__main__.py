@@ -42,7 +42,9 @@ def main() -> int:
     print(f"seed {options.seed}, {options.minutes:g} minutes, workers {options.workers}", flush=True)
     try:
         pictures, giants = _draw_known_pictures(options.seed)
-        print(f"{len(pictures)} pictures and {len(giants)} giants, whose answers are known", flush=True)
+        print(
+            f"The right answers to {len(pictures)} pictures and {len(giants)} giants are known.", flush=True
+        )
         seconds = 60 * options.minutes / len(options.workers)
         results = []
         for workers in options.workers:
@@ -54,10 +56,10 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": describe_machine(), "seed": options.seed, "legs": [asdict(one) for one in results]}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\n{describe_machine()}; {options.out} has all of it.")
+    print(f"\n{describe_machine()}. All results are in {options.out}.")
     has_failed = any(one.failures for one in results)
     if has_failed:
-        print(f"The same dice again: --seed {options.seed}")
+        print(f"Repeat this run with --seed {options.seed}.")
     return int(has_failed)
 
 
@@ -76,7 +78,8 @@ def _draw_known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
     distinct_pictures = gallery.filter_distinct(pictures)
     if len(distinct_pictures) < 4 * CALLER_COUNT:
         raise BenchError(
-            f"only {len(distinct_pictures)} of {len(pictures)} pictures have answers of their own"
+            f"only {len(distinct_pictures)} of {len(pictures)} pictures have an answer that no other "
+            f"picture has; the test needs {4 * CALLER_COUNT}"
         )
     return distinct_pictures, giants
 
@@ -94,8 +97,8 @@ def _find_missing_events(result: LegResult) -> list[str]:
 
 
 def _show_result(result: LegResult) -> None:
-    print(f"\n{result.workers} workers, {result.seconds:.0f} s, {result.rate:.0f} requests/s planned of good "
-          f"callers, {result.memory}")  # fmt: skip
+    print(f"\n{result.workers} workers, {result.seconds:.0f} s, {result.rate:.0f} good requests/s planned, "
+          f"{result.memory}")  # fmt: skip
     print("\n| requests | times |\n|---|---|")
     for name, number in result.kinds.items():
         print(f"| {name} | {number} |")
@@ -105,7 +108,7 @@ def _show_result(result: LegResult) -> None:
     faults = ", ".join(f"{number} x {name}" for name, number in sorted(result.faults.items()))
     print(
         f"\n{faults}; {result.swaps} swaps, {result.memory_refusals} changes "
-        f"put off for want of memory. {result.excused_requests} requests needed an excuse."
+        f"postponed for lack of memory. {result.excused_requests} requests were excused by a fault."
     )
     if result.idle_states:
         state_before, state_after = result.idle_states
@@ -118,10 +121,13 @@ def _show_result(result: LegResult) -> None:
         for message, number in result.errors.items():
             print(f"  {number} x {message}")
     for name in _find_missing_events(result):
-        print(f"\nNOT SHOWN: {name} in this leg; give the service more memory (--memory) or more time")
+        print(
+            f"\nNOT TESTED: {name} in this leg; "
+            "give the service more memory (--memory) or more time (--minutes)"
+        )
     print("\n" + ("\n".join(f"FAILED {one}" for one in result.failures) or "All properties hold."))
     if result.failures:
-        print(f"The service's log is {result.log}")
+        print(f"The service's log is {result.log}.")
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ class FaultInjector:
             elif outage is None:
                 if not self._state.faults.find_overlapping(began_at - RECOVERY_SECONDS, began_at, "worker"):
                     self._state.failures.append(
-                        "nobody answers /health/live, and no worker was killed or stopped"
+                        "no worker answers /health/live, although none was killed or stopped"
                     )
                 outage = self._state.faults.add(Fault("worker", "outage", began_at - 0.5))
             elif began_at - outage.began_at > _MAX_OUTAGE:
-                self._state.failures.append(f"nobody has answered /health/live for {_MAX_OUTAGE:g} s")
+                self._state.failures.append(f"no worker has answered /health/live for {_MAX_OUTAGE:g} s")
                 return
         if outage:
             outage.ended_at = time.monotonic() + RECOVERY_SECONDS
@@ -144,12 +144,12 @@ class FaultInjector:
                 continue
             if not self._state.faults.find_overlapping(began_at - NOTICE_SECONDS, now, "runner", "worker"):
                 self._state.failures.append(
-                    f"{action} {model}: {status} {text}, and no process was killed meanwhile"
+                    f"{action} {model}: {status} {text}, although no process was killed meanwhile"
                 )
                 return False
             tries += 1
             await asyncio.sleep(0.5)
-        self._state.failures.append(f"{action} {model}: {text}, {_MAX_TRIES} times")
+        self._state.failures.append(f"{action} {model}: failed {_MAX_TRIES} times, the last time with {text}")
         return False
 
     async def _request_change(self, model: str, action: str) -> tuple[int, str]:

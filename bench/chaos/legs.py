@@ -107,7 +107,9 @@ def run_leg(
         if group:
             result.peak = group.peak_bytes
             if group.kill_count:
-                result.failures.append(f"memory: the kernel has killed {group.kill_count} processes")
+                result.failures.append(
+                    f"memory: the kernel killed {group.kill_count} processes for lack of memory"
+                )
     result.errors = _count_log_errors(log)
     return result
 
@@ -117,7 +119,7 @@ def _describe_limit(group: ControlGroup | None, size: int) -> str:
         return "no memory limit"
     if group:
         return f"memory limit {size >> 20} MB, by a control group"
-    return f"memory watched against {size >> 20} MB: no control group can be made here"
+    return f"memory compared with {size >> 20} MB, without a limit: this machine allows no control group"
 
 
 def _disturb_service(
@@ -134,6 +136,8 @@ def _disturb_service(
 
     async def run_parts() -> None:
         stop_event = asyncio.Event()
+        # The watcher runs beside the clients on this event loop, and reads /proc and the metrics in threads.
+        # It calls `state.stop` if the service dies, which ends the clients.
         watch_task = asyncio.create_task(_watch_service(state, counter_recorder, curves, stop_event))
         try:
             await clients.measure_capacity()
@@ -152,6 +156,7 @@ def _disturb_service(
             await watch_task
 
     asyncio.run(run_parts())
+    # All faults are known only now, and some complaints can be excused.
     request_log = state.request_log
     result.rate = clients.rate
     result.swaps = state.swaps
@@ -187,7 +192,9 @@ def _disturb_service(
     if not service.group:
         result.peak = max(*peaks, *(size for _, size in curves[0]), 0)
         if memory and result.peak > memory:
-            result.failures.append(f"memory: {result.peak / 1e6:.0f} MB; at most {memory / 1e6:.0f} MB")
+            result.failures.append(
+                f"memory: {result.peak / 1e6:.0f} MB at the peak; at most {memory / 1e6:.0f} MB"
+            )
 
 
 async def _watch_service(
@@ -261,7 +268,7 @@ def _end_service(service: Service, pids: Sequence[int], result: LegResult) -> No
                     f"the end: exit code {code} after {time.monotonic() - started_at:.1f} s"
                 )
         except subprocess.TimeoutExpired:
-            result.failures.append(f"the end: it is still there {_END_SECONDS:g} s after SIGTERM")
+            result.failures.append(f"the end: the service still runs {_END_SECONDS:g} s after SIGTERM")
             return
         end = time.monotonic() + NOTICE_SECONDS + BATCH_TIMEOUT
         alive = [(pid, one) for pid, one in descriptors.items() if one is not None]

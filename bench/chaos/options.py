@@ -42,22 +42,27 @@ class Options:
 def parse_arguments(description: str) -> Options:
     """Parse the command line; `description` is the text of its help."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.chaos", description=description)
-    parser.add_argument("--minutes", type=float, default=20.0, help="of all legs together (default: 20)")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="duration of all legs together (default: 20)"
+    )
     parser.add_argument("--workers", type=_parse_numbers, default=(1, 2), metavar="N,M",
-                        help="a leg for each of these numbers of workers (default: 1,2)")  # fmt: skip
-    parser.add_argument("--load", type=float, default=0.5, help="part of the capacity (default: 0.5)")
+                        help="run a leg with each of these numbers of workers (default: 1,2)")  # fmt: skip
+    parser.add_argument("--load", type=float, default=0.5,
+                        help="load as a share of the measured capacity (default: 0.5)")  # fmt: skip
     parser.add_argument("--memory", type=int, default=512, metavar="MB",
-                        help="memory limit for each worker; 0: none (default: 512)")  # fmt: skip
-    parser.add_argument("--seed", type=int, help="of all that is random; chosen and printed without one")
+                        help="memory limit for each worker, 0 for no limit (default: 512)")  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, help="seed of all random choices (default: a new one, which is printed)"
+    )
     parser.add_argument("--set", type=_parse_pair, action="append", default=[], metavar="NAME=VALUE",
-                        help="a setting, or another environment variable, of the service")  # fmt: skip
+                        help="a setting or another environment variable of the service")  # fmt: skip
     parser.add_argument("--gap", type=_parse_pair, action="append", default=[], metavar="NAME=SECONDS",
-                        help=f"seconds between two of: {', '.join(GAPS)}")  # fmt: skip
+                        help=f"average time between events; NAME is one of {', '.join(GAPS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=CACHE / "chaos.json")
     arguments = parser.parse_args()
     gaps = {**GAPS, **{name: float(value) for name, value in arguments.gap}}
     if unknown := sorted(gaps.keys() - GAPS.keys()):
-        parser.error(f"--gap: there is no {unknown[0]}; there are {', '.join(GAPS)}")
+        parser.error(f"--gap: {unknown[0]} is not a known event; known are {', '.join(GAPS)}")
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     return Options(
         arguments.minutes,

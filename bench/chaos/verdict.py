@@ -103,7 +103,7 @@ def _find_status_complaint(request: ClientRequest, faults: FaultLog, *, worker_f
         return (
             ""
             if is_late or _is_failure_excused(request, faults)
-            else f"failed: 200 with errors inside, {code}"
+            else f"failed: 200 that contains errors: {code}"
         )
     if status == 504 and request.deadline is not None:
         early_seconds = request.deadline - request.seconds
@@ -219,16 +219,17 @@ class RequestLog:
         first_sent_at = min((one.sent_at for one, _ in self._suspects), default=0.0)
         sentences = [
             f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s "
-            "after the first that needed an excuse"
+            "after the first suspicious request"
             for (kind, _), those in requests_by_complaint.items()
             for text in [those[0][1]]
         ]
         if self._dropped_count:
             sentences.append(
-                f"{self._dropped_count} requests more needed an excuse than are kept ({self.MAX_REQUESTS})"
+                f"{self._dropped_count} suspicious requests were not judged; "
+                f"at most {self.MAX_REQUESTS} are kept"
             )
         return sentences[:_MAX_SENTENCES] + (
-            [f"and {len(sentences) - _MAX_SENTENCES} kinds more"] if len(sentences) > _MAX_SENTENCES else []
+            [f"and {len(sentences) - _MAX_SENTENCES} more kinds"] if len(sentences) > _MAX_SENTENCES else []
         )
 
     def count_doubtful(self, faults: FaultLog) -> None:

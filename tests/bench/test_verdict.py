@@ -93,7 +93,7 @@ def test_what_may_be_is_no_complaint(request_: ClientRequest, faults: list[Fault
         (make_failure(500, is_explanation=True), [RUNNER, AGAIN], "failed: 500"),
         (make_failure(408), [RUNNER], "failed: 408"),
         (make_failure(422), [KILLED], "failed: 422"),
-        (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 with errors inside"),
+        (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 that contains errors"),
         (replace(GOOD, allowed_statuses=frozenset({422})), [], "failed: 200"),
     ],
 )
@@ -115,8 +115,8 @@ def test_complaints_come_by_kind_once_all_faults_are_known() -> None:
     for request in (GOOD, LOST, LOST, replace(GOOD, kind="giant", mistake="it is a frog")):
         record.add(request)
     assert record.find_complaints(FaultLog()) == [
-        "2 x good, lost: the connection ended; the first 0.0 s after the first that needed an excuse",
-        "1 x giant, wrong: it is a frog; the first 0.0 s after the first that needed an excuse",
+        "2 x good, lost: the connection ended; the first 0.0 s after the first suspicious request",
+        "1 x giant, wrong: it is a frog; the first 0.0 s after the first suspicious request",
     ]
     assert len(record.find_complaints(FaultLog([KILLED]))) == 1
     assert record.excused_count == 3
@@ -128,7 +128,7 @@ def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pyte
     for _ in range(3):
         record.add(LOST)
     assert record.find_complaints(FaultLog([KILLED])) == [
-        "1 requests more needed an excuse than are kept (2)"
+        "1 suspicious requests were not judged; at most 2 are kept"
     ]
 
 
@@ -137,7 +137,7 @@ def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> No
     record = RequestLog()
     record.add(LOST)
     record.add(replace(LOST, kind="other"))
-    assert record.find_complaints(FaultLog())[-1] == "and 1 kinds more"
+    assert record.find_complaints(FaultLog())[-1] == "and 1 more kinds"
 
 
 # --- what the service counted --------------------------------------------------------------------
