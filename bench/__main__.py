@@ -54,8 +54,9 @@ def main() -> int:
         name for name in ([] if options.show else options.workloads) if WORKLOADS[name].is_drawn
     ]
     if drawn_workloads:
-        print(f"of drawn pictures, not of the test data: {', '.join(drawn_workloads)}")
+        print(f"Drawn pictures took the place of missing test data in: {', '.join(drawn_workloads)}.")
     if options.picture:
+        # imported late: matplotlib is needed for the picture only
         from fovea.bench.picture import draw_throughput
 
         draw_throughput(closed_cells, options.out.with_suffix(".svg"))
@@ -68,16 +69,30 @@ def _parse_arguments() -> argparse.Namespace:
     add("--workloads", type=_make_list_parser(*WORKLOADS), default=None, metavar="A,B")
     add("--servers", type=_make_list_parser(*_SERVER_NAMES), default=list(_SERVER_NAMES), metavar="A,B")
     add("--connections", type=_parse_numbers, default=[1, 8, 32], metavar="N,M")
-    add("--seconds", type=float, default=5, help="length of each measurement; more for phone photographs")
-    add("--rounds", type=int, default=3)
-    add("--open", action=argparse.BooleanOptionalAction, default=True, help="open loop too")
+    add(
+        "--seconds",
+        type=float,
+        default=5,
+        help="duration of each measurement; longer for phone photographs (default: 5)",
+    )
+    add("--rounds", type=int, default=3, help="number of rounds (default: 3)")
+    add("--open", action=argparse.BooleanOptionalAction, default=True, help="measure in open loop too")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
-        help="Fovea's exact path on photographs too")  # fmt: skip
+        help="measure Fovea's exact path on photographs too")  # fmt: skip
     add("--fovea", type=FoveaVersion.parse, action="append", metavar="LABEL=TREE[,FOVEA_NAME=VALUE...]",
-        help="a version and its settings, to compare several; default this tree as it comes")  # fmt: skip
-    add("--quick", action="store_true", help="a smoke run on thumbnails: does everything work?")
+        help="a version with its settings; repeat to compare several (default: this tree)")  # fmt: skip
+    add(
+        "--quick", action="store_true", help="a short run on thumbnails, which shows whether everything works"
+    )
     add("--picture", action=argparse.BooleanOptionalAction, default=True)
-    add("--show", type=Path, nargs="+", default=[], metavar="JSON", help="what earlier runs wrote, together")
+    add(
+        "--show",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help="show the results of earlier runs together, and measure nothing",
+    )
     add("--out", type=Path, default=CACHE / "bench.json")
     options = parser.parse_args()
     options.workloads = options.workloads or (["thumbnails"] if options.quick else list(WORKLOADS))
@@ -93,7 +108,9 @@ def _make_list_parser(*choices: str) -> Callable[[str], list[str]]:
     def parse_list(text: str) -> list[str]:
         names = text.split(",")
         if unknown := set(names) - set(choices):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; known are {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(choices)}"
+            )
         return names
 
     return parse_list
@@ -148,7 +165,7 @@ def _add_cell(cells: list[ClosedLoopCell], cell: ClosedLoopCell) -> None:
         f"  round {cell.round + 1}  {cell.connections:>2} connections  {cell.name:<18}{cell.rate:8.1f}/s"
         f"  p50 {1e3 * cell.p50:7.2f} ms  p99 {1e3 * cell.p99:7.2f} ms"
         + (
-            f"  disturbed: {cell.others:.2f} processors were busy otherwise"
+            f"  disturbed: {cell.others:.2f} processors were busy with something else"
             if cell.others > DISTURBANCE_LIMIT
             else ""
         ),
@@ -164,7 +181,7 @@ def _start_servers(
 
     def add_server(server: Server, agreement: float) -> None:
         share = contestants.check_answers(server, expected_labels, agreement=agreement)
-        print(f"  {server.name}: {share:.1%} of the answers are those of the bare loop", flush=True)
+        print(f"  {server.name}: {share:.1%} of the answers agree with the bare loop", flush=True)
         servers.append(server)
 
     if "tutorial" in options.servers:

@@ -52,8 +52,8 @@ class TableRow:
         """Return the command of the run; teachers have the same seed and the same held-out images."""
         teacher_options = [word for one in self.teachers for word in ("--teacher", str(one.run_folder(seed)))]
         return [
-            "train", "--data", str(DATA_FILE), "--net", self.net, "--epochs", str(self.epochs), *teacher_options,
-            "--seed", str(seed), "--out", str(self.run_folder(seed)),
+            "train", "--data", str(DATA_FILE), "--net", self.net, "--epochs", str(self.epochs),
+            *teacher_options, "--seed", str(seed), "--out", str(self.run_folder(seed)),
         ]  # fmt: skip
 
 
@@ -78,8 +78,10 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, help="runs of each row; default as in the table")
-    parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="of the table; default all")
+    parser.add_argument("--seeds", type=int, help="runs of each row (default: those of the table)")
+    parser.add_argument(
+        "--row", type=int, choices=range(len(ROWS)), help="row of the table to measure (default: all)"
+    )
     return parser.parse_args()
 
 
@@ -107,8 +109,9 @@ def _format_row(row: TableRow, runs: list[dict[str, Any]]) -> str:
     )
     names = " and ".join(f"`{teacher.net}`" for teacher in row.teachers)
     teacher_note = f", taught by {names}" if names else ""
+    parameter_count = f"{runs[0]['parameters'] / 1e6:.2f} million"
     return (
-        f"| `{row.net}`{teacher_note} | {runs[0]['parameters'] / 1e6:.2f} million | {_measure_milliseconds(row):.1f} "
+        f"| `{row.net}`{teacher_note} | {parameter_count} | {_measure_milliseconds(row):.1f} "
         f"| {statistics.mean(accuracies):.2f}{spread} % | {len(runs)} | {minutes:.0f} "
         f"| `fovea {' '.join(row.train_command(0))}` |"
     )

@@ -86,18 +86,18 @@ def preprocessing_sizes(geometry: Geometry) -> tuple[int, int]:
 def main() -> None:
     """Run the loop once per input line, until the input ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["by_hand", "by_us"])
+    parser.add_argument("kind", choices=["plain", "fovea"])
     parser.add_argument("model", type=Path)
-    parser.add_argument("list", type=Path, help="file that names the images, a line each")
+    parser.add_argument("list", type=Path, help="file that lists the images, one per line")
     parser.add_argument("--size", type=int)
     parser.add_argument("--resize-to", type=int)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--first", type=int, default=0, help="which image to begin with")
+    parser.add_argument("--first", type=int, default=0, help="index of the first image")
     options = parser.parse_args()
     images = [Path(line).read_bytes() for line in options.list.read_text().splitlines()]
     classify = (
         make_plain_classifier(options.model, options.size, options.resize_to, options.threads)
-        if options.kind == "by_hand"
+        if options.kind == "plain"
         else make_fovea_classifier(options.model, options.threads)
     )
     image_cycle = islice(cycle(images), options.first, None)

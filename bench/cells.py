@@ -136,7 +136,7 @@ def measure_loop(
 def measure_closed(
     server: Server, workload: Workload, round_number: int, connections: int, seconds: float, images: Path
 ) -> ClosedLoopCell:
-    """Measure a server with `run_wrk`, which posts the images of a list.
+    """Measure a server with wrk, which posts the images of a list.
 
     Raises `BenchError` on failure.
     """
@@ -236,7 +236,7 @@ def _measure_open_share(
 
 
 def run_wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
-    """Run `run_wrk` for whole seconds and return the report of `run_wrk.lua`.
+    """Run wrk for whole seconds and return the report of `wrk.lua`.
 
     Raises `BenchError`.
     """

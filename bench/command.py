@@ -76,7 +76,7 @@ def summarize_result(result: LoadResult) -> dict[str, Any]:
 
 
 def _complete_url(url: str) -> str:
-    message = f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000"
+    message = f"{url} is not an address that can be loaded; give one like http://127.0.0.1:8000"
     try:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         (parts.hostname or "").encode("idna")
@@ -110,7 +110,7 @@ def _check_url(url: str, body: bytes) -> None:
         reply = connection.getresponse()
         text = reply.read(300).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
-        raise BenchError(f"nothing answers at {url}: {error}") from None
+        raise BenchError(f"no service answers at {url}: {error}") from None
     finally:
         connection.close()
     if reply.status != 200:
@@ -136,7 +136,8 @@ def _show_result(
         console.print(f"  {count} x {outcome}", style="red")
     if result.late_requests:
         console.print(
-            f"  {result.late_requests} were sent late: this machine cannot ask faster", style="yellow"
+            f"  {result.late_requests} requests were sent late: this machine cannot send faster",
+            style="yellow",
         )
     latencies = result.latency[result.status == 200]
     if len(latencies):

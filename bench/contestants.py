@@ -48,6 +48,7 @@ class BareLoop:
 
     def run(self, seconds: float) -> tuple[Latencies, float]:
         """Run all processes at once; return single-image latencies and total images per second."""
+        # all processes get their line before the first answer is awaited, so that they run at the same time
         for process in self.processes:
             _require_pipe(process.stdin).write(f"{seconds}\n")
             _require_pipe(process.stdin).flush()
@@ -99,10 +100,10 @@ class FoveaVersion:
 
 # --- the bare loop -------------------------------------------------------------------------------
 
-LOOPS: Final = {"bare": ("by_hand", 2, 1), "bare, our way": ("by_us", 2, 1), "alone": ("by_hand", 1, 0)}
+LOOPS: Final = {"bare": ("plain", 2, 1), "bare, Fovea's code": ("fovea", 2, 1), "alone": ("plain", 1, 0)}
 """Kind, processes and threads of ONNX Runtime (0: its own choice) of each loop, by name.
 
-`bare, our way` decodes and runs as Fovea's runners do; no service around them can be faster.
+`bare, Fovea's code` decodes and runs as Fovea's runners do; no service around them can be faster.
 """
 
 
@@ -110,8 +111,8 @@ LOOPS: Final = {"bare": ("by_hand", 2, 1), "bare, our way": ("by_us", 2, 1), "al
 def start_loop(name: str, workload: Workload) -> Iterator[BareLoop]:
     """Start a bare loop of `LOOPS`, which sleeps until it gets work."""
     kind, count, threads = LOOPS[name]
-    model = workload.build_model("plain" if kind == "by_hand" else workload.pixel_paths[0])
-    environment = os.environ if kind == "by_hand" else {**ENVIRONMENT, **os.environ}
+    model = workload.build_model("plain" if kind == "plain" else workload.pixel_paths[0])
+    environment = os.environ if kind == "plain" else {**ENVIRONMENT, **os.environ}
     size, resize_to = bare.preprocessing_sizes(workload.geometry)
     images = workload.images
     with ExitStack() as stack:
@@ -239,14 +240,16 @@ def _wait_until_ready(server: Server, workload: Workload) -> Server:
 
 
 def check_answers(server: Server, expected_labels: Mapping[Path, int], *, agreement: float) -> float:
-    """Return the share of images with the wanted top-1 label.
+    """Return the share of images with the expected top-1 label.
 
     Raises `BenchError` below `agreement`.
     """
     same = sum(server.predict_top1(path.read_bytes()) == index for path, index in expected_labels.items())
     share = same / len(expected_labels)
     if share < agreement:
-        raise BenchError(f"{server.name} answers {share:.1%} of the images right; at least {agreement:.0%}")
+        raise BenchError(
+            f"{server.name} answers {share:.1%} of the images as the bare loop does; at least {agreement:.0%}"
+        )
     return share
 
 

@@ -123,7 +123,7 @@ class _ClientCrowd:
             yield kind, kind.requests[index % len(kind.requests)]
 
     async def _run_steady_client(self, odd: asyncio.TaskGroup) -> None:
-        """Send one request after the other; requests with an odd manner get their own clients."""
+        """Send one request after the other; requests with odd behaviour get their own clients."""
         connection: _Connection | None = None
         for kind, content in self._next_requests():
             if kind.behaviour is not ClientBehaviour.WHOLE:
@@ -245,7 +245,7 @@ class CounterSnapshot:
         return cls(counts)
 
     def increase_since(self, earlier: CounterSnapshot) -> Counter[tuple[str, str]]:
-        """Return the increase since an earlier ledger."""
+        """Return the increase since an earlier snapshot."""
         return self.counts - earlier.counts
 
 

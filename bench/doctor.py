@@ -107,7 +107,9 @@ def _start_service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         address = re.search(r"http://\S+/v1/\S+", greeting)
         if address is None:
             error_text = process.stderr.read() if process.stderr else ""
-            last_line = (error_text.strip().splitlines() or ["the service ended without a word"])[-1]
+            last_line = (error_text.strip().splitlines() or ["the service ended without an error message"])[
+                -1
+            ]
             raise DoctorError(last_line.removeprefix("fovea: "))
         yield address[0], process
 
@@ -184,33 +186,36 @@ def diagnose_bottleneck(findings: Findings, runtime: Mapping[str, Any]) -> tuple
     """Return the bottleneck and advice; the strongest explanation comes first."""
     threads = runtime["threads"]
     if findings.failed:
-        return "errors", "requests failed; `fovea serve` and its log say why"
+        return "errors", "requests failed; the log of `fovea serve` shows why"
     if findings.memory is not None and findings.memory > _FULL_MEMORY_SHARE:
         share = f"{findings.memory:.0%} of the container's memory is in use"
         return "memory", f"{share}: raise its limit, or lower FOVEA_DECODE_BYTES and FOVEA_BODIES_BYTES"
     if findings.throttled > _THROTTLED_SHARE:
-        share = f"for {findings.throttled:.0%} of the time the CPU quota was used up"
-        return "CPU quota", f"{share}: raise it, or let it be whole processors"
+        share = f"the CPU quota was used up for {findings.throttled:.0%} of the time"
+        return "CPU quota", f"{share}: raise the quota, or set it to a whole number of processors"
     if findings.others > 0.25:
-        share = f"{findings.others:.0%} of the processors' time went to something else on this machine"
-        return "neighbours", f"{share}: measure again when it is quiet"
+        share = f"other programs on this machine used {findings.others:.0%} of the processors' time"
+        return "neighbours", f"{share}: measure again when they are idle"
     if (
         findings.runners > _BUSY_SHARE
         and findings.busy + findings.client < _BUSY_SHARE
         and threads["runners"] < threads["cpus"]
     ):
         counts = f"{threads['runners']} runners for {threads['cpus']:g} processors"
-        return "runners", f"{counts}: leave FOVEA_RUNNERS at 0, which makes one for each"
+        return "runners", f"{counts}: set FOVEA_RUNNERS to 0, which starts one runner for each processor"
     if findings.runners < _BUSY_SHARE and findings.busy + findings.client < _BUSY_SHARE:
         return (
             "load",
-            "processors and runners have room, and this load cannot ask faster: use several clients",
+            "processors and runners are not busy, and this load cannot send faster: use several clients",
         )
     if findings.decode > 0.5:
         share = f"{findings.decode:.0%} of the runners' work is decoding"
-        return "processors", f"{share}: more of them, smaller uploads, or a model whose pixel path is `fast`"
+        return (
+            "processors",
+            f"{share}: use more processors, smaller uploads, or a model whose pixel path is `fast`",
+        )
     share = f"{1 - findings.decode:.0%} of the runners' work is the model"
-    return "processors", f"{share}: more of them, a GPU, or a smaller model"
+    return "processors", f"{share}: use more processors, a GPU, or a smaller model"
 
 
 # --- display -------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ def _describe_findings(runtime: dict[str, Any], findings: Findings, seconds: flo
     engine = f"Python {runtime['python']}, ONNX Runtime {runtime['onnxruntime']}"
     shares = (
         f"{threads['runners']} runners of {threads['runner_threads']}, "
-        f"{threads['wide_threads'] or threads['runner_threads']} for a call that is alone, "
+        f"{threads['wide_threads'] or threads['runner_threads']} for a call without others, "
         f"{threads['decode_threads']} decoding in each"
     )
     bounds = (
@@ -243,12 +248,14 @@ def _describe_findings(runtime: dict[str, Any], findings: Findings, seconds: flo
         f"{limits['image_pixels'] / 1e6:g} MP an image, {limits['decode_bytes'] / 2**30:g} GiB to decode"
     )
     load = (
-        f"{findings.answered:.0f} images of 512 x 384 a second, from {CALLER_COUNT} callers for {seconds:g} s; "
+        f"{findings.answered:.0f} images of 512 x 384 a second, "
+        f"from {CALLER_COUNT} callers for {seconds:g} s; "
         f"half are answered within {1e3 * findings.p50:.0f} ms, 99 % within {1e3 * findings.p99:.0f} ms"
     )
     usage = (
-        f"processors: {findings.busy:.0%} the service, {findings.client:.0%} this load, {findings.others:.0%} "
-        f"others; runners {findings.runners:.0%} at work, {findings.decode:.0%} of it decoding"
+        f"processors: {findings.busy:.0%} the service, {findings.client:.0%} this load, "
+        f"{findings.others:.0%} others; runners {findings.runners:.0%} at work, "
+        f"{findings.decode:.0%} of it decoding"
     )
     return [
         ("versions", f"Fovea {runtime['fovea']}, {engine}"),

@@ -1,4 +1,4 @@
-"""Pictures with known answers: drawn by seed, and asked of a calm service once per version."""
+"""Pictures with known answers: drawn by seed, and answered by an undisturbed service once per version."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ _FORMATS: Final[tuple[tuple[str, dict[str, int]], ...]] = (
 
 @dataclass
 class Picture:
-    """An encoded picture; `expected_by_rotation` are the right answers by the version's turn (`swaps.turn_of`)."""
+    """An encoded picture and its right answers."""
 
     name: str
     content: bytes
     expected_by_rotation: dict[int, LabelProbabilities] = field(default_factory=dict)
+    """The right answer for each rotation of the labels (see `swaps.rotation_of`)."""
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,8 @@ def find_mistake(
 ) -> str:
     """Return the difference between an answer and the expectation.
 
-    The result is empty if the answer is right for all pictures by one of the versions that were `versions`
-    meanwhile.
+    The result is empty if the answer is right for all pictures by one of `versions`, the versions that were
+    served meanwhile.
     """
     try:
         document = json.loads(content)
@@ -307,7 +308,7 @@ def find_mistake(
     if len(rows) != len(pictures):
         return f"{request_format.name}: {len(rows)} answers to {len(pictures)} pictures"
     rotations = {rotation_of(version)} if version is not None else {rotation_of(one) for one in versions}
-    misfits = {turn: _find_misfit(rows, pictures, turn) for turn in sorted(rotations)}
+    misfits = {one: _find_misfit(rows, pictures, one) for one in sorted(rotations)}
     return "" if not all(misfits.values()) else f"{request_format.name}: {next(iter(misfits.values()))}"
 
 

@@ -71,15 +71,19 @@ def make_bad_kinds(images: Sequence[bytes]) -> list[RequestKind]:
 def make_mixed_kinds(images: Sequence[bytes]) -> list[RequestKind]:
     """Return the kinds of a long operation: everything, in all formats and sizes."""
     slow = (ClientBehaviour.STALLS, ClientBehaviour.DRIPS_BODY, ClientBehaviour.DRIPS_HEADERS)
+    bad_kinds = [
+        replace(kind, share=kind.share / 5 if kind.behaviour in slow else kind.share)
+        for kind in make_bad_kinds(images)
+    ]
+    many_with_bad = _build_multipart_request([*images[: _MULTIPART_IMAGES - 1], b"none"])
     return [
         make_good_kind(images),
-        *(replace(kind, share=kind.share / 5 if kind.behaviour in slow else kind.share) for kind in make_bad_kinds(images)),
+        *bad_kinds,
         RequestKind("as PNG", [build_request(_convert_image(image, "PNG")) for image in images[:50]], 0.03),
         RequestKind("as WebP", [build_request(_convert_image(image, "WEBP")) for image in images[:50]], 0.02),
         RequestKind("JSON", [_build_json_request(image) for image in images[:50]], 0.03),
         RequestKind("many", [_build_multipart_request(images[:_MULTIPART_IMAGES])], 0.005),
-        RequestKind("many, one bad", [_build_multipart_request([*images[: _MULTIPART_IMAGES - 1], b"none"])], 0.002,
-             error_counts={"unsupported_format": 1}),
+        RequestKind("many, one bad", [many_with_bad], 0.002, error_counts={"unsupported_format": 1}),
         RequestKind("12 MP", [build_request(draw_huge_jpeg())], 0.001),
         RequestKind("20 MP", [build_request(_draw_huge_png())], 0.0002),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ so a server that stalls is charged for all requests planned meanwhile (coordinat
 client's side count too: up to 1 ms, the resolution of epoll, and the wait for a connection when all are busy.
 
 The client has one thread and non-blocking keep-alive sockets, used last in, first out. Everything is bounded:
-connections by `connections`, requests by the plan, time by `seconds` and `patience`.
+connections by `connections`, requests by the plan, time by `seconds` and `grace_seconds`.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ def run_open_loop(
     content_type: str = "application/octet-stream",
     seed: int = 0,
 ) -> LoadResult:
-    """POST `bodies` in turn to `url`, `rate` per second for `seconds`; wait `grace_seconds` seconds for the rest.
+    """POST `bodies` in turn to `url`, `rate` per second for `seconds`.
 
+    Wait at most `grace_seconds` for the answers that are still missing then.
     The same `seed` gives the same plan. Raises `OSError` if the host's name cannot be resolved.
     """
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
@@ -133,8 +134,8 @@ def run_closed_loop(
 ) -> LoadResult:
     """POST `bodies` in turn to `url` from `callers` for `seconds`; each sends again after an answer.
 
-    `planned` then holds the times of sending. A server that stalls gets fewer requests, so its latencies look
-    too good. Raises `OSError` if the host's name cannot be resolved.
+    `planned_times` then holds the times of sending. A server that stalls gets fewer requests, so its
+    latencies look too good. Raises `OSError` if the host's name cannot be resolved.
     """
     return run_client(ClosedLoopClient(url, bodies, callers, seconds, content_type), seconds, grace_seconds)
 

@@ -72,7 +72,7 @@ def main() -> int:
     fall = 1 - statistics.median(_compute_ratios(legs))
     failures = [f"round {leg.round + 1}, {leg.name}: {one}" for leg in legs for one in leg.differences]
     if fall > share:
-        failures.append(f"the good ones' throughput fell by {fall:.1%}; at most {share:.1%}")
+        failures.append(f"the throughput of good requests fell by {fall:.1%}; at most {share:.1%}")
     _show_legs(legs, share, fall, failures)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -88,15 +88,20 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.mixed", description=__doc__)
-    parser.add_argument("--requests", type=int, default=6000, help="of each load in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--requests", type=int, default=6000, help="requests of each load in each round (default: 6000)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument("--out", type=Path, default=CACHE / "mixed.json")
     return parser.parse_args()
 
 
 def _measure_legs(server: Server, images: list[bytes], options: argparse.Namespace) -> list[Leg]:
     good_load = [kinds.make_good_kind(images)]
-    loads = {"alone": good_load, "among bad ones": [*good_load, *kinds.make_bad_kinds(images)]}
+    loads = {
+        "good requests only": good_load,
+        "with bad requests": [*good_load, *kinds.make_bad_kinds(images)],
+    }
     send_requests(
         server.url, schedule_requests(good_load, options.requests // 4, seed=0), connections=CONNECTIONS
     )
@@ -109,7 +114,7 @@ def _measure_legs(server: Server, images: list[bytes], options: argparse.Namespa
                 )
             )
             print(
-                f"  round {round_number + 1}  {name:<15}{legs[-1].good_rate:8.1f} good images/s", flush=True
+                f"  round {round_number + 1}  {name:<20}{legs[-1].good_rate:8.1f} good images/s", flush=True
             )
     return legs
 
@@ -153,7 +158,10 @@ def _compute_ratios(legs: list[Leg]) -> list[float]:
 
 
 def _show_legs(legs: list[Leg], share: float, fall: float, failures: list[str]) -> None:
-    print("\n| round | alone, images/s | among bad ones | ratio | busy otherwise |\n|---|---|---|---|---|")
+    print(
+        "\n| round | good requests only, images/s | with bad requests | ratio | others, processors |\n"
+        "|---|---|---|---|---|"
+    )
     for baseline, among, ratio in zip(legs[::2], legs[1::2], _compute_ratios(legs), strict=True):
         print(f"| {baseline.round + 1} | {baseline.good_rate:.0f} | {among.good_rate:.0f} | {ratio:.3f} |"
               f" {max(baseline.others, among.others):.2f} |")  # fmt: skip
@@ -163,14 +171,17 @@ def _show_legs(legs: list[Leg], share: float, fall: float, failures: list[str]) 
         ("counted by the service", [leg.service_counts for leg in legs]),
     ):
         print(f"\n| {title} | times |\n|---|---|")
-        for name in sorted({name for tally in counters for name in tally}):
-            print(f"| {name} | {sum(tally.get(name, 0) for tally in counters)} |")
+        for name in sorted({name for counter in counters for name in counter}):
+            print(f"| {name} | {sum(counter.get(name, 0) for counter in counters)} |")
     cost = statistics.median(leg.cpu_seconds for leg in legs[::2])
     cpu_share = 1 - cost / statistics.median(leg.cpu_seconds for leg in legs[1::2])
-    print(f"\nThe good ones' throughput fell by {fall:.1%}; at most {share:.1%}, the others' share.")
-    print(f"The bad ones took {cpu_share:.1%} of the service's processor time.")
+    print(
+        f"\nThe throughput of good requests fell by {fall:.1%}; "
+        f"at most {share:.1%}, the share of bad requests."
+    )
+    print(f"The bad requests took {cpu_share:.1%} of the service's processor time.")
     print(f"{describe_machine()}.")
-    print("\n".join(failures) or "Every request was answered and counted as it should be.")
+    print("\n".join(failures) or "Every request was answered and counted correctly.")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class PairedRates:
     network: str
     processors: int
     bare: float
-    ours: float
+    fovea: float
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def main() -> int:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.oip", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=7, help="turns of both")
-    parser.add_argument("--requests", type=int, default=20, help="JSON requests of each size")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contestant (default: 7)")
+    parser.add_argument("--requests", type=int, default=20, help="JSON requests of each size (default: 20)")
     parser.add_argument("--out", type=Path, default=CACHE / "oip.json")
     return parser.parse_args()
 
@@ -127,13 +127,13 @@ def _measure_pairs(
     infer: Callable[[], npt.NDArray[np.float32]],
     array: npt.NDArray[np.float32],
 ) -> Iterator[PairedRates]:
-    """Yield the measured turns, after a warm-up turn that compares the logits.
+    """Yield the measured pairs, after a warm-up that compares the logits.
 
     Raises `BenchError` if the logits differ.
     """
     difference = float(np.abs(run_bare(array) - infer()).max())
     if not difference <= 1e-3:
-        raise BenchError(f"a logit of {name} is off by {difference:.3g}")
+        raise BenchError(f"the service's logits of {name} differ from ONNX Runtime's by {difference:.3g}")
     for round_number in range(rounds):
         pair = PairedRates(
             name,
@@ -143,7 +143,7 @@ def _measure_pairs(
         )
         print(
             f"  {name:<14}{processors} processors  round {round_number + 1}  bare {pair.bare:7.1f} images/s, "
-            f"ours {pair.ours:7.1f}",
+            f"Fovea {pair.fovea:7.1f}",
             flush=True,
         )
         yield pair
@@ -161,7 +161,7 @@ def make_bare_runner(
     """Return a function from an array to the logits of the original file, in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # spinning threads would disturb the next turn
+    # spinning threads would disturb the next measurement
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(original_file, options, providers=["CPUExecutionProvider"])
     (model_input,) = session.get_inputs()
@@ -289,15 +289,15 @@ def _measure_stall(host: str, port: int, size: int, requests: int) -> Stall:
 def _show_tables(pairs: list[PairedRates], stalls: list[Stall]) -> list[str]:
     """Print the tables and return the failed claims."""
     failures = []
-    print("\n| network | processors | bare ONNX Runtime, images/s | ours | ratio |\n|---|---|---|---|---|")
+    print("\n| network | processors | bare ONNX Runtime, images/s | Fovea | ratio |\n|---|---|---|---|---|")
     for key in dict.fromkeys((pair.network, pair.processors) for pair in pairs):
         network_pairs = [pair for pair in pairs if (pair.network, pair.processors) == key]
-        bare, ours = (
+        bare, fovea = (
             statistics.median(one)
-            for one in zip(*((pair.bare, pair.ours) for pair in network_pairs), strict=True)
+            for one in zip(*((pair.bare, pair.fovea) for pair in network_pairs), strict=True)
         )
-        ratio = statistics.median(pair.ours / pair.bare for pair in network_pairs)
-        print(f"| {key[0]} | {key[1]} | {bare:.1f} | {ours:.1f} | {ratio:.3f} |")
+        ratio = statistics.median(pair.fovea / pair.bare for pair in network_pairs)
+        print(f"| {key[0]} | {key[1]} | {bare:.1f} | {fovea:.1f} | {ratio:.3f} |")
         if ratio < MIN_RATIO:
             failures.append(f"{key[0]} on {key[1]} processors: {ratio:.3f}; at least {MIN_RATIO}")
     print("\n| JSON, MB | others wait, median ms | longest | the request itself |\n|---|---|---|---|")
@@ -307,7 +307,7 @@ def _show_tables(pairs: list[PairedRates], stalls: list[Stall]) -> list[str]:
         )
         print(f"| {one.size / 1e6:.2f} | {times} |")
     print(f"\n{describe_machine()}.")
-    print("\n".join(failures) or f"All have at least {MIN_RATIO} of bare ONNX Runtime's rate.")
+    print("\n".join(failures) or f"Every network reaches at least {MIN_RATIO} of bare ONNX Runtime's rate.")
     return failures
 
 

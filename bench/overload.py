@@ -41,7 +41,7 @@ CAPACITY_CALLERS: Final = 64
 """Number of callers that fill the service; it is smaller than the number of places."""
 
 LOADS: Final = ((512, True, 0.7), (2000, True, 0.5), (512, False, 0.7), (2000, False, 0.5))
-"""(callers, whether they wait as told, minimum share of the throughput)."""
+"""(callers, whether they wait for `Retry-After`, minimum share of the throughput)."""
 
 READER_COUNT: Final = 50
 """Number of callers that ask for the contract."""
@@ -112,6 +112,7 @@ class _PatientClient(ClosedLoopClient):
         retry_match = (
             _RETRY_AFTER.search(connection.response) if connection.response[9:12] == b"503" else None
         )
+        # `_end_request`, which the base class calls, reads the delay to plan the next request of the caller
         self._retry_delay = int(retry_match[1]) if retry_match else 0
         super()._finish_request(connection)
         self._retry_delay = 0
@@ -154,15 +155,15 @@ def _start_service() -> Iterator[ServiceProcess]:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         if process.stdout is None or not (greeting := process.stdout.readline()):
-            raise BenchError("the service has not started")
+            raise BenchError("the service did not start; `fovea serve` shows why")
         host, port = greeting.split("http://")[1].strip().split(":")
         yield ServiceProcess(host, int(port), process.pid)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.overload", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration of each load (default: 15)")
     return parser.parse_args()
 
 
@@ -267,7 +268,8 @@ def _show_rounds(rounds: list[dict[str, Leg]]) -> int:
         )
         if max(share, by_cpu) < min_shares.get(name, 0.0):
             problems.append(
-                f"{name}: {share:.0%} ({by_cpu:.0%} by processor time), wanted {min_shares[name]:.0%}"
+                f"{name}: {share:.0%} of the throughput ({by_cpu:.0%} by processor time); "
+                f"at least {min_shares[name]:.0%}"
             )
         if slowest > _MAX_LIVE_SECONDS:
             problems.append(f"{name}: /health/live took {slowest:.2f} s; at most {_MAX_LIVE_SECONDS:g} s")

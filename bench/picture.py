@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fovea.bench.cells import ClosedLoopCell
 from fovea.bench.report import ratio_to_bare, tail_ratio
-from fovea.bench.soak import MAX_GROWTH, SoakResult
+from fovea.bench.soak_result import MAX_GROWTH, SoakResult
 
 COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227")
 
@@ -91,4 +91,4 @@ def draw_memory(soak: SoakResult, path: Path) -> None:
     pyplot.close(figure)
 
 
-_LOOP_NAMES = ("bare", "bare, our way", "alone")
+_LOOP_NAMES = ("bare", "bare, Fovea's code", "alone")

@@ -50,6 +50,14 @@ def find_process_tree(pid: int) -> list[int]:
     return pids
 
 
+def read_command_line(pid: int) -> bytes:
+    """Return the arguments of a process, each with a zero byte behind it; empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # the process has just ended
+        return b""
+
+
 def measure_cpu_seconds(pids: list[int]) -> float:
     """Return the processor time of these trees so far, including ended children, in seconds."""
     ticks = 0
@@ -70,11 +78,11 @@ class CpuStopwatch:
 
     def read(self) -> tuple[float, float]:
         """Return the seconds that the trees used, and the number of processors kept busy by others."""
-        ours, client, machine = (
+        measured, client, machine = (
             now - first for now, first in zip(self._read_times(), self._first_times, strict=True)
         )
-        others = (machine - ours - client) / (time.monotonic() - self._started_at)
-        return ours, max(0.0, others)
+        others = (machine - measured - client) / (time.monotonic() - self._started_at)
+        return measured, max(0.0, others)
 
     def _read_times(self) -> tuple[float, float, float]:
         return measure_cpu_seconds(self._pids), sum(os.times()[:4]), _read_machine_seconds()

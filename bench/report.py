@@ -48,8 +48,8 @@ def show_results(
 
 
 def _format_closed_table(cells: Sequence[ClosedLoopCell], fovea_name: str) -> str:
-    head = ["", "conn.", "images/s", "of bare", f"of {fovea_name}", "p50 ms", "p99 ms", "p99/p50", "p50/alone",
-            "CPUs", "others", "MB", "refused", "errors"]  # fmt: skip
+    head = ["", "conn.", "images/s", "of bare", f"of {fovea_name}", "p50 ms", "p99 ms", "p99/p50",
+            "p50/alone", "CPUs", "others", "MB", "refused", "errors"]  # fmt: skip
     rows = [
         _format_closed_row(cells, name, connections, fovea_name)
         for name in dict.fromkeys(cell.name for cell in cells)
@@ -140,7 +140,7 @@ def _median_ratio(
 
 def _format_open_table(cells: Sequence[OpenLoopCell]) -> str:
     head = ["", "offered", "capacity/s", "in time/s", "of capacity", "within s", "p50 ms", "p99 ms",
-            "503 p50 ms", "503 p99 ms", "Retry-After", "answers", "errors", "held", "late"]  # fmt: skip
+            "503 p50 ms", "503 p99 ms", "Retry-After", "answers", "errors", "queued", "late"]  # fmt: skip
     return format_markdown([head, *(_format_open_row(cell) for cell in cells)])
 
 
@@ -223,7 +223,7 @@ def evaluate_goals(
 
 
 def _format_goal_table(goals: Iterable[Goal]) -> str:
-    head = ["", "goal", "measured", "wanted", ""]
+    head = ["", "goal", "measured", "target", ""]
     return format_markdown(
         [
             head,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -29,57 +29,12 @@ from fovea.bench.crowd import (
 )
 from fovea.bench.mixed import CONNECTIONS, SETTINGS, describe_machine
 from fovea.bench.processes import measure_cpu_seconds, measure_resident_bytes, wait_until_idle
+from fovea.bench.soak_result import MAX_GROWTH, MAX_IDLE_CPU, IdleSample, SoakResult
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
-
-MAX_GROWTH: Final = 0.05
-"""Maximum growth, as a share of the memory after the first tenth."""
-
-MAX_IDLE_CPU: Final = 0.005
-"""Maximum use when idle, as a share of one processor."""
 
 PART_COUNT: Final = 10
 IDLE_SECONDS: Final = 20.0
 _SAMPLE_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True)
-class IdleSample:
-    """The service between two parts of the load."""
-
-    requests: int
-    """Number of requests so far."""
-    seconds: float
-    """Time since the start."""
-    resident_bytes: int
-
-
-@dataclass(frozen=True)
-class SoakResult:
-    """The results of a soak: memory in bytes, times in seconds."""
-
-    machine: str
-    idle_samples: list[IdleSample]
-    curve: list[tuple[float, int]]
-    """(time since the start, memory) over the whole run."""
-    request_counts: dict[str, int]
-    differences: list[str]
-    idle_cpu: float
-    """Number of processors that the idle service and its runners use."""
-
-    @property
-    def growth(self) -> float:
-        """Growth of the memory at rest, from the first tenth of the requests to the last, as a share."""
-        return self.idle_samples[-1].resident_bytes / self.idle_samples[1].resident_bytes - 1
-
-    @property
-    def failures(self) -> list[str]:
-        """Sentences about everything that is wrong."""
-        failures = list(self.differences)
-        if self.growth > MAX_GROWTH:
-            failures.append(f"the memory grew by {self.growth:.1%}; at most {MAX_GROWTH:.0%}")
-        if self.idle_cpu > MAX_IDLE_CPU:
-            failures.append(f"idle, it uses {self.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}")
-        return failures
 
 
 def main() -> int:
@@ -97,6 +52,7 @@ def main() -> int:
     document = {**asdict(result), "growth": result.growth, "failed": result.failures}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     if options.picture:
+        # imported late: matplotlib is needed for the picture only
         from fovea.bench.picture import draw_memory
 
         draw_memory(result, options.out.with_suffix(".svg"))
@@ -105,10 +61,12 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.soak", description=__doc__)
-    parser.add_argument("--requests", type=int, default=300_000)
-    parser.add_argument("--idle", type=float, default=IDLE_SECONDS, help="seconds to watch it idle")
+    parser.add_argument("--requests", type=int, default=300_000, help="number of requests (default: 300,000)")
+    parser.add_argument(
+        "--idle", type=float, default=IDLE_SECONDS, help="seconds to measure the idle service (default: 20)"
+    )
     parser.add_argument("--set", type=_parse_setting, action="append", default=[], metavar="NAME=VALUE",
-                        help="a setting, or another environment variable, of the service")  # fmt: skip
+                        help="a setting or another environment variable of the service")  # fmt: skip
     parser.add_argument("--picture", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=CACHE / "soak.json")
     return parser.parse_args()
@@ -164,7 +122,10 @@ def _measure_idle(pids: list[int], requests: int, curve: _MemoryRecorder) -> Idl
 
 
 class _MemoryRecorder:
-    """A thread that reads the memory of a tree every second."""
+    """A thread that reads the memory of a tree every second.
+
+    The thread only appends to `points`. The main thread reads the points after `stop` has joined the thread.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pids = [pid]
@@ -201,7 +162,7 @@ def _print_sample(sample: IdleSample) -> None:
 
 
 def _show_result(result: SoakResult) -> None:
-    print("\n| requests | seconds | memory at rest, MB | over the first tenth |\n|---|---|---|---|")
+    print("\n| requests | seconds | memory at rest, MB | ratio to the first tenth |\n|---|---|---|---|")
     for sample in result.idle_samples:
         ratio = sample.resident_bytes / result.idle_samples[1].resident_bytes
         print(
@@ -210,9 +171,9 @@ def _show_result(result: SoakResult) -> None:
     highest = max((memory for _, memory in result.curve), default=0)
     print(f"\nThe memory at rest grew by {result.growth:.1%}; at most {MAX_GROWTH:.0%}."
           f" Under load it was at most {highest / 1e6:.0f} MB.")  # fmt: skip
-    print(f"Idle, it uses {result.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}.")
+    print(f"The idle service uses {result.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}.")
     print(f"{result.machine}.")
-    print("\n".join(result.differences) or "Every request was answered and counted as it should be.")
+    print("\n".join(result.differences) or "Every request was answered and counted correctly.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _PATH: Final = "/v1/models/cifar10:predict"
 def main() -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.stall", description=__doc__)
-    parser.add_argument("--requests", type=int, default=10, help="bodies of each kind")
+    parser.add_argument("--requests", type=int, default=10, help="bodies of each kind (default: 10)")
     requests = parser.parse_args().requests
     print("| body | MB | status | others wait, median ms | longest |\n|---|---|---|---|---|")
     with start_service(ROOT / "zoo", FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
@@ -50,7 +50,7 @@ def _build_bodies() -> dict[str, bytes]:
         "pixels of 61 images of 32 x 32, nested": orjson.dumps({"instances": images}),
         "numbers in one list": _fill_list(b'{"instances": [', b"1"),
         "empty objects": _fill_list(b'{"instances": [', b"{}"),
-        "an object of many names": b'{"x": {%b}}'
+        "an object with many names": b'{"x": {%b}}'
         % b",".join(b'"%06x":0' % n for n in range(_BODY_BYTES // 11)),
         "empty lists": _fill_list(b'{"instances": [', b"[]"),
     }

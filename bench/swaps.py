@@ -74,17 +74,20 @@ def main() -> int:
             results_before.mixed_count + results_during.mixed_count,
         )
         print(
-            f"| {workers} | {len(results_before.seconds) + len(results_during.seconds)} | {lost_requests.total()} | {mixed_count} "
-            f"| {1000 * results_before.p99:.1f} | {1000 * results_during.p99:.1f} | {results_during.p99 / results_before.p99:.2f} "
-            f"| {statistics.median(swaps):.2f} |",
+            f"| {workers} | {len(results_before.seconds) + len(results_during.seconds)} "
+            f"| {lost_requests.total()} | {mixed_count} "
+            f"| {1000 * results_before.p99:.1f} | {1000 * results_during.p99:.1f} "
+            f"| {results_during.p99 / results_before.p99:.2f} | {statistics.median(swaps):.2f} |",
             flush=True,
         )
         for reason, times in lost_requests.items():
             print(f"lost {times} times: {reason}")
         has_failed |= bool(lost_requests or mixed_count) or len(results_during.versions) < options.swaps
     early_bytes, late_bytes = _measure_memory(options.cycles)
-    print(f"\nMemory of all processes after 10 times unload and load {early_bytes / MB:.1f} MB, "
-          f"after {options.cycles} {late_bytes / MB:.1f} MB: {late_bytes / early_bytes - 1:+.1%}")  # fmt: skip
+    print(
+        f"\nMemory of all processes after 10 unloads and loads: {early_bytes / MB:.1f} MB; "
+        f"after {options.cycles}: {late_bytes / MB:.1f} MB ({late_bytes / early_bytes - 1:+.1%})"
+    )
     print(f"{describe_machine()}.")
     return int(has_failed)
 
@@ -93,10 +96,14 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fovea.bench.swaps", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--swaps", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of load before the first swap")
-    parser.add_argument("--workers", type=lambda text: text.split(","), default=["1", "2"], metavar="N,M")
-    parser.add_argument("--cycles", type=int, default=200, help="more than 10")
+    parser.add_argument("--swaps", type=int, default=50, help="number of swaps (default: 50)")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="seconds of load before the first swap (default: 20)"
+    )
+    parser.add_argument("--workers", type=lambda text: text.split(","), default=["1", "2"], metavar="N,M",
+                        help="measure each of these numbers of workers (default: 1,2)")  # fmt: skip
+    parser.add_argument("--cycles", type=int, default=200,
+                        help="number of unloads and loads, more than 10 (default: 200)")  # fmt: skip
     return parser.parse_args()
 
 
@@ -116,6 +123,8 @@ def _measure_swaps(
             ]
             try:
                 time.sleep(seconds)
+                # The callers read this element before each request, in their own threads. A request that is
+                # under way still counts for the time before.
                 current_results[0] = results_during
                 durations = [_measure_seconds(lambda: repository.swap_version(url)) for _ in range(swaps)]
             finally:
@@ -168,6 +177,7 @@ class BenchRepository:
         return str(self._version)
 
     def _publish(self, folder: Path) -> None:
+        # the service sees the version only after the rename, and then completely
         hidden = folder / ".next"
         hidden.mkdir(parents=True)
         os.link(self._files[rotation_of(str(self._version))], hidden / MODEL_FILE)
@@ -186,9 +196,9 @@ def _rotate_labels(content: bytes, rotation: int) -> bytes:
     order = np.roll(np.arange(len(contract.labels)), rotation)
     graph, logits = model.graph, contract.logits_name
     index, node = next((index, one) for index, one in enumerate(graph.node) if logits in one.output)
-    node.output[list(node.output).index(logits)] = "unturned"
-    graph.initializer.append(onnx.numpy_helper.from_array(order, "turn"))
-    graph.node.insert(index + 1, onnx.helper.make_node("Gather", ["unturned", "turn"], [logits], axis=1))
+    node.output[list(node.output).index(logits)] = "unrotated"
+    graph.initializer.append(onnx.numpy_helper.from_array(order, "rotation"))
+    graph.node.insert(index + 1, onnx.helper.make_node("Gather", ["unrotated", "rotation"], [logits], axis=1))
     golden = [
         replace(image, logits=tuple(image.logits[one] for one in order)) for image in contract.golden.images
     ]

@@ -33,23 +33,25 @@ def main() -> None:
     options = _parse_arguments()
     recipe = Recipe(batch=options.batch, epochs=10**6, precision=choose_precision())
     print(f"{describe_hardware()}, torch {torch.__version__}, {recipe.precision}\n")
-    print("| network | input | batch | bare, images/s | ours, images/s | ratio |\n|---|---|---|---|---|---|")
+    print("| network | input | batch | bare, images/s | Fovea, images/s | ratio |\n|---|---|---|---|---|---|")
     for name in options.net or ["cnn"]:
-        bare, ours = _measure_rates(name, options.size, recipe, options.rounds, options.steps)
-        ratio = statistics.median(our / one for one, our in zip(bare, ours, strict=True))
+        bare, fovea = _measure_rates(name, options.size, recipe, options.rounds, options.steps)
+        ratio = statistics.median(ours / one for one, ours in zip(bare, fovea, strict=True))
         print(
             f"| {name} | {options.size} px | {recipe.batch} | {statistics.median(bare):.0f} "
-            f"| {statistics.median(ours):.0f} | {ratio:.2f} |"
+            f"| {statistics.median(fovea):.0f} | {ratio:.2f} |"
         )
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--net", action="append", choices=list(NETS))
-    parser.add_argument("--size", type=int, default=32, help="of the input, in pixels")
+    parser.add_argument("--size", type=int, default=32, help="side of the input, in pixels (default: 32)")
     parser.add_argument("--batch", type=int, default=Recipe().batch)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=12, help="in each round, of each of the two")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of each contestant in each round (default: 12)"
+    )
     return parser.parse_args()
 
 

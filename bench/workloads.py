@@ -173,8 +173,8 @@ def _extract_archive(archive: str, prefix: str) -> Path | None:
     source = ROOT / os.environ.get("TEST_DATA", "data") / archive
     if not source.exists():
         _warn_once(
-            f"bench: there is no {source}: drawn pictures take its place, and the figures are not those of "
-            "docs/benchmarks.md; TEST_DATA names the folder of the test data"
+            f"bench: {source} does not exist: drawn pictures take its place, and the figures cannot be "
+            "compared with docs/benchmarks.md; set TEST_DATA to the folder of the test data"
         )
         return None
     partial = CACHE / "images.tmp"

@@ -2,7 +2,7 @@
 -- wrk itself adds to its latencies those that a stall kept it from measuring (`stats_correct`): any latency
 -- over twice the mean counts several times, so the percentiles are rather too high than too low.
 
-local requests, turn = {}, 0
+local requests, position = {}, 0
 
 function init(arguments)
   wrk.headers["Content-Type"] = "image/jpeg"
@@ -15,8 +15,8 @@ function init(arguments)
 end
 
 function request()
-  turn = turn % #requests + 1
-  return requests[turn]
+  position = position % #requests + 1
+  return requests[position]
 end
 
 function done(summary, latency, _)

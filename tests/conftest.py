@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C end the processes of tests: shells start background jobs with the signal ignored."""
+    """Let Ctrl-C end the processes of tests, because shells start background jobs with SIGINT ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave what runs with several workers, as it does with one, to `make proof`."""
+    """Mark tests that are repeated with several workers as `long`, so that only `make proof` runs them."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if str(parameters.get("workers", "1")) != "1":
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _tools(request: pytest.FixtureRequest) -> None:
-    """Skip a test that is marked `needs` where one of its programs is missing."""
+    """Skip a test that is marked `needs` if one of its programs is missing."""
     for mark in request.node.iter_markers("needs"):
         for tool in mark.args:
             require_tool(tool)
@@ -42,21 +42,21 @@ def _tools(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where `CI` is set all programs are installed: a skip would hide that a test does not run."""
+    """Fail skipped tests where `CI` is set: all programs are installed there, so a skip hides a mistake."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if os.environ.get("CI") and not reason.startswith(SYSTEM_REASON):
             report.outcome = "failed"
             report.longrepr = f"skipped where CI is set: {reason}"
-        else:  # one line for each reason, and not for each test
+        else:  # one line for each reason instead of each test
             report.longrepr = (__file__, 1, report.longrepr[2])
     return report
 
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of test data; the test is skipped where there is none."""
+    """The folder of test data; the test is skipped if there is none."""
     folder = ROOT / os.environ.get("TEST_DATA", "data")
     if not (folder / "cifar10-jpeg.tar.gz").exists():
         pytest.skip(f"no test data at {folder}; TEST_DATA names another place")
@@ -90,12 +90,12 @@ def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(small_zoo: Path) -> Iterator[Server]:
-    """A real server of the small model, one for each test process."""
+    """A real server of the small model, shared by all tests of a process."""
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as instance:
         yield instance
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`fovea` with these arguments, in this process; gives its exit code."""
+    """A function that runs `fovea` in this process and returns its exit code."""
     return make_command(monkeypatch)

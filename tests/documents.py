@@ -11,10 +11,10 @@ DOCS: Final = ROOT / "docs"
 
 
 def list_pages() -> list[Path]:
-    """README.md and the pages of docs/. Decisions are left out: they also name what has gone since."""
+    """Return README.md and the pages of docs/ without the decisions, which also name removed things."""
     return [ROOT / "README.md", *(path for path in sorted(DOCS.glob("*.md")) if path.stem != "decisions")]
 
 
 def read_page(name: str) -> str:
-    """The text of `docs/<name>.md`."""
+    """Return the text of `docs/<name>.md`."""
     return (DOCS / f"{name}.md").read_text()

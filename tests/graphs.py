@@ -35,7 +35,7 @@ from fovea.service.artifact.contract import (
 from fovea.service.inference.pixels import Pixels
 
 COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
-"""Random weights are very sure: the last set has two labels or three."""
+"""Random weights give very certain answers: the last set has two or three labels."""
 
 SMALL_GEOMETRY = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
 
@@ -46,7 +46,7 @@ def build_model(
     geometry: Geometry = SMALL_GEOMETRY,
     seed: int = 0,
 ) -> onnx.ModelProto:
-    """A graph of seven nodes with random weights, and its contract."""
+    """Return a graph of seven nodes with random weights, and its contract."""
     graph = _build_graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
     layers = build_layer_table(graph)
     contract = Contract(
@@ -77,7 +77,7 @@ def build_model(
 
 
 def with_contract(graph: onnx.ModelProto, contract: Contract) -> onnx.ModelProto:
-    """A copy of `graph` whose only metadata is `contract`."""
+    """Return a copy of `graph` whose only metadata is `contract`."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     del model.metadata_props[:]
@@ -86,7 +86,7 @@ def with_contract(graph: onnx.ModelProto, contract: Contract) -> onnx.ModelProto
 
 
 def build_unopenable() -> onnx.ModelProto:
-    """A graph that cannot be opened: its layer table names a tensor that there is not."""
+    """Return a graph whose layers cannot be shown: its layer table names a missing tensor."""
     model = build_model()
     contract = read_contract(model)
     layers = tuple(
@@ -96,7 +96,7 @@ def build_unopenable() -> onnx.ModelProto:
 
 
 def build_nan_for_black() -> onnx.ModelProto:
-    """The same graph, but for black images, whose answer is NaN: the logarithm of a brightness of 0, by 0."""
+    """Return the same graph with NaN as the answer to black images (log(0) times 0)."""
     model = build_model()
     nodes = list(model.graph.node)
     index = next(number for number, node in enumerate(nodes) if "logits" in node.output)
@@ -116,16 +116,16 @@ def build_nan_for_black() -> onnx.ModelProto:
 
 
 def read_contract(model: onnx.ModelProto) -> Contract:
-    """The contract inside a model."""
+    """Return the contract inside a model."""
     return Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})
 
 
 LayerRow = tuple[str, str, str, tuple[int | None, ...], dict[str, Any]]
-"""A layer: its kind, its inputs, what it makes, the shape of that, and attributes."""
+"""A layer: its kind, inputs, output, output shape and attributes."""
 
 
 def contract_with_layers(*rows: LayerRow) -> Contract:
-    """A contract with this layer table, of images of 16 x 16; there is no graph to it."""
+    """Return a contract with this layer table for images of 16 x 16, without a graph."""
     layers = tuple(
         Layer(output, kind, tuple(inputs.split()), (output,), shape, attributes, 0)
         for kind, inputs, output, shape, attributes in rows
@@ -186,7 +186,7 @@ def _build_graph(task: Task, logit_count: int, geometry: Geometry, seed: int) ->
 
 
 class _SessionLogits:
-    """Logits by a plain ONNX Runtime session."""
+    """Compute logits with a plain ONNX Runtime session."""
 
     def __init__(self, graph: onnx.ModelProto) -> None:
         self._session = onnxruntime.InferenceSession(graph.SerializeToString())

@@ -1,4 +1,4 @@
-"""Model files that mean harm, made from the small model with a valid contract."""
+"""Hostile model files, made from the small model with a valid contract."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.graphs import build_model
 
 
 def make_external_weight(location: str) -> Callable[[Path], None]:
-    """A weight lies in another file, by this path."""
+    """Return a writer of a model with a weight in another file at this path."""
 
     def write(path: Path) -> None:
         model = build_model()
@@ -32,7 +32,7 @@ def make_external_weight(location: str) -> Callable[[Path], None]:
 
 
 def write_custom_operator(path: Path) -> None:
-    """The library with this operator is somewhere else."""
+    """Write a model with an operator from a missing library."""
     model = build_model()
     model.graph.node[3].domain = "com.example"
     model.opset_import.append(helper.make_opsetid("com.example", 1))
@@ -40,19 +40,19 @@ def write_custom_operator(path: Path) -> None:
 
 
 def write_truncated(path: Path) -> None:
-    """The upload was cut off."""
+    """Write a truncated model."""
     content = build_model().SerializeToString()
     path.write_bytes(content[: len(content) // 2])
 
 
 def write_zeros(path: Path) -> None:
-    """2 GB of nothing, which take no place on the disk."""
+    """Write a sparse file of 2 GB, which takes no disk space."""
     with path.open("wb") as file:
         file.truncate(2 << 30)
 
 
 def write_endless_loop(path: Path) -> None:
-    """A loop that never ends."""
+    """Write a model with an endless loop."""
     model = build_model()
     body = helper.make_graph(
         [
@@ -78,7 +78,7 @@ def write_endless_loop(path: Path) -> None:
 
 
 def write_huge_tensor(path: Path) -> None:
-    """A tensor of 128 GB, of which no file would tell."""
+    """Write a model that computes a tensor of 128 GB, which the file does not declare."""
     model = build_model()
     relu = model.graph.node[4]
     nodes = [
@@ -104,7 +104,7 @@ def write_huge_tensor(path: Path) -> None:
 
 
 def write_without_contract(path: Path) -> None:
-    """A model from elsewhere."""
+    """Write a model without a contract."""
     model = build_model()
     del model.metadata_props[:]
     onnx.save(model, path)

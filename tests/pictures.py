@@ -13,26 +13,26 @@ from PIL import Image
 
 
 def draw_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth random colours, RGB."""
+    """Draw smooth random colours in RGB."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The image in one of Pillow's formats."""
+    """Encode the image in one of Pillow's formats."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def make_jpeg(width: int = 64, height: int = 48, seed: int = 0, **options: Any) -> bytes:
-    """A JPEG of smooth random colours."""
+    """Return a JPEG of smooth random colours."""
     return encode_image(draw_picture(width, height, seed), "JPEG", **options)
 
 
 def make_png_header(width: int, height: int) -> bytes:
-    """A PNG that promises a size in its header and has no pixels: a bomb costs its sender 57 bytes."""
+    """Return a PNG of 57 bytes that claims a size in its header and has no pixels."""
     return (
         b"\x89PNG\r\n\x1a\n"
         + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -42,7 +42,7 @@ def make_png_header(width: int, height: int) -> bytes:
 
 
 def make_png16(values: npt.NDArray[np.uint16], *, interlaced: bool = False) -> bytes:
-    """A PNG of uint16 (height, width, 1 … 4), with several filters by turns: Pillow writes none."""
+    """Encode uint16 (height, width, 1 … 4) as a PNG, which Pillow cannot; rows alternate between filters."""
     height, width, bands = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[bands]
 

@@ -22,26 +22,26 @@ D50 = (0.9642, 1.0, 0.82491)
 
 
 def srgb_to_linear(rgb: npt.ArrayLike) -> Array:
-    """sRGB's curve: 0 … 255 to light, 0 … 1."""
+    """Decode sRGB values, 0 … 255, to linear light, 0 … 1."""
     values = np.asarray(rgb, float) / 255
     light: Array = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     return light
 
 
 def linear_to_srgb(light: npt.ArrayLike) -> Array:
-    """And back, clipped."""
+    """Encode linear light as sRGB values, clipped to 0 … 255."""
     values = np.clip(np.asarray(light, float), 0, 1)
     rgb: Array = 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
     return rgb
 
 
 def p3_to_srgb(rgb: npt.ArrayLike) -> Array:
-    """Display P3 to sRGB, 0 … 255."""
+    """Convert Display P3 to sRGB, 0 … 255."""
     return linear_to_srgb(srgb_to_linear(rgb) @ SRGB_FROM_P3.T)
 
 
 def display_p3_profile() -> bytes:
-    """The profile of most phones' photographs."""
+    """Return the profile of most phones' photographs."""
     curve = struct.pack(">4s4xI1024H", b"curv", 1024, *(round(65535 * one) for one in _srgb_curve(1024)))
     colorants = zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_pack_xyz, P3_COLORANTS), strict=True)
     curves = [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
@@ -49,13 +49,13 @@ def display_p3_profile() -> bytes:
 
 
 def grey_profile(gamma: float) -> bytes:
-    """Of grey images."""
+    """Return a profile for grey images."""
     curve = struct.pack(">4s4xIH", b"curv", 1, round(256 * gamma))
     return build_profile(b"mntr", b"GRAY", b"XYZ ", [(b"wtpt", _pack_xyz(D50)), (b"kTRC", curve)])
 
 
 def cmyk_profile() -> bytes:
-    """Of inks of which cyan makes the paper dark, and none of the others does anything."""
+    """Return a CMYK profile in which cyan darkens the paper and the other inks have no effect."""
     grid = bytes(
         value for cyan, *_ in product((0, 1), repeat=4) for value in (255 - 255 * cyan, 128, 128)
     )  # CIELAB, 8 bits
@@ -68,7 +68,7 @@ def cmyk_profile() -> bytes:
 
 
 def build_profile(kind: bytes, space: bytes, connection: bytes, tags: list[tuple[bytes, bytes]]) -> bytes:
-    """A profile of version 2 with these tags."""
+    """Return a version 2 profile with these tags."""
     name = b"made for a test"
     text = struct.pack(">4s4xI", b"desc", len(name) + 1) + name + bytes(1 + 4 + 4 + 2 + 1 + 67)
     tags = [(b"desc", text), *tags]

@@ -36,7 +36,7 @@ class Wire:
         self.socket.sendall(b"".join(parts))
 
     def read_response(self) -> WireResponse:
-        """The next answer, which must have a Content-Length."""
+        """Read the next answer, which must have a Content-Length."""
         while b"\r\n\r\n" not in self._buffer:
             self._receive()
         head, self._buffer = self._buffer.split(b"\r\n\r\n", 1)
@@ -56,7 +56,7 @@ class Wire:
         return all(end[4] == "00000000:00000000" for end in ends)
 
     def is_closed(self) -> bool:
-        """Whether the server closes the connection without another word."""
+        """Return whether the server closes the connection without sending more."""
         return not self._buffer and self.socket.recv(1) == b""
 
     def _receive(self) -> None:
@@ -67,7 +67,7 @@ class Wire:
 
 
 class WireResponse:
-    """One answer as it came over the wire."""
+    """An answer as received."""
 
     def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.status = status
@@ -80,7 +80,7 @@ class WireResponse:
 
     @property
     def error_code(self) -> str:
-        """The error's code."""
+        """Code of the error."""
         return str(self.json["error"]["code"])
 
     @property
@@ -89,6 +89,6 @@ class WireResponse:
 
 
 def classify_request(body: bytes, *headers: bytes) -> bytes:
-    """A whole classify request."""
+    """Return a complete classification request."""
     lines = b"".join(header + b"\r\n" for header in headers)
     return CLASSIFY_HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body

@@ -24,7 +24,7 @@ METRIC_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+
 
 
 def run_service(**settings: str) -> subprocess.CompletedProcess[str]:
-    """Run the service to its end: for starts that must fail."""
+    """Run the service until it ends; for starts that must fail."""
     return subprocess.run(
         [sys.executable, "-m", "fovea.service"],
         env=_service_environment(settings),
@@ -42,10 +42,10 @@ def _service_environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 class Server(AbstractContextManager["Server"]):
-    """Started and listening inside the `with`; ended by SIGTERM after it."""
+    """A service that listens inside the `with` block, and gets SIGTERM afterwards."""
 
     def __init__(self, popen: Mapping[str, Any] | None = None, /, **settings: str) -> None:
-        """`popen` are arguments for `subprocess.Popen` that come before ours."""
+        """Create a server; the arguments `popen` for `subprocess.Popen` replace the usual ones."""
         self._popen_arguments = popen or {}
         self._settings = settings
 
@@ -80,20 +80,20 @@ class Server(AbstractContextManager["Server"]):
             self.process.kill()
 
     def wait_for_metric(self, value: float, name: str, **labels: str) -> None:
-        """Until a metric has this value."""
+        """Wait until a metric has this value."""
         wait_until(lambda: self.read_metric(name, **labels) == value)
 
     @property
     def runner_pids(self) -> set[int]:
-        """The process ids of its runners."""
+        """Process ids of the service's runners."""
         return self.child_pids("runners.process")
 
     def child_pids(self, module: str) -> set[int]:
-        """The ids of its processes that run this module of the service."""
+        """Return the ids of the child processes that run this module of the service."""
         return {pid for pid in list_children(self.process.pid) if is_running_module(pid, module)}
 
     def read_metric(self, name: str, **labels: str) -> float:
-        """The sum of all samples of this name that have these labels."""
+        """Return the sum of all samples with this name and these labels."""
         label_pairs = {f'{key}="{value}"' for key, value in labels.items()}
         return sum(
             float(sample["value"])
@@ -103,16 +103,19 @@ class Server(AbstractContextManager["Server"]):
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    """Ask again and again, for a minute at most."""
+    """Wait until the condition holds.
+
+    Raises `TimeoutError` after one minute.
+    """
     deadline = time.monotonic() + 60
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("it did not come about")
-        time.sleep(0.005)  # and leave the processor to what it waits for
+            raise TimeoutError("the condition did not hold within 60 s")
+        time.sleep(0.005)  # leaves the processor to the awaited process
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended: none of its threads, as its parent sees it."""
+    """Return whether the process exists and any of its threads has not ended."""
     process = Path(f"/proc/{pid}")
     try:
         state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -131,12 +134,12 @@ def is_running_module(pid: int, module: str) -> bool:
     """Return whether a process was started for this module of the service."""
     try:
         return f"fovea.service.{module} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return False
 
 
 def _read_greeting(process: subprocess.Popen[str]) -> str:
-    """The three lines that the service prints once it listens."""
+    """Return the three lines that the service prints when it listens."""
     lines = [_require_pipe(process.stdout).readline() for _ in range(3)]
     if not lines[-1]:
         raise RuntimeError(f"the service did not start: {_require_pipe(process.stderr).read()}")

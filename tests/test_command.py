@@ -361,7 +361,7 @@ MISTAKES = {
     "explain nowhere.jpg -o y.png": "nowhere.jpg: No such file or directory",
     "explain . -o y.png": ".: Is a directory",
     **{
-        f"bench {url}": f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000"
+        f"bench {url}": f"{url} is not an address that can be loaded; give one like http://127.0.0.1:8000"
         for url in ("http://[::1", "http://localhost:99999", "http://a..b:80", "ftp://localhost", "http://")
     },
     "publish nowhere.onnx": "cannot read the model nowhere.onnx: No such file or directory",

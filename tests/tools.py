@@ -16,19 +16,19 @@ DEBIAN_PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
 }
-"""Debian's package of each; `.ci/run` installs them all."""
+"""Debian package of each program; `.ci/run` installs all."""
 
 SYSTEM_REASON = "this system "
-"""How the reason of a skip begins that no package can mend. All others fail where `CI` is set."""
+"""Start of a skip reason that no package can remove. Where `CI` is set, other skips are failures."""
 
 
 def find_tool(tool: str) -> str | None:
-    """Return the path of a program, also of an administrator's; None where it is missing."""
+    """Return the path of a program, also from the sbin folders; None if it is missing."""
     return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 
 
 def require_tool(tool: str) -> str:
-    """Return the path of a program; skip the test where it is missing."""
+    """Return the path of a program; skip the test if it is missing."""
     path = find_tool(tool)
     if path is None:
         pytest.skip(f"{tool} is missing: on Debian, apt-get install {DEBIAN_PACKAGES[tool]}")
@@ -36,7 +36,7 @@ def require_tool(tool: str) -> str:
 
 
 def require_namespaces() -> list[str]:
-    """Return the command that runs another as process 1; skip the test where the system does not allow it."""
+    """Return a command that runs another as process 1; skip the test if the system forbids that."""
     command = ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip(f"{SYSTEM_REASON}lets no namespace of processes be made")

@@ -1,4 +1,4 @@
-"""Small labelled sets, drawn here, and real training runs on them."""
+"""Small drawn data sets, and real training runs on them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fovea.model.training.training_run import InitialState
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 SHORT_RECIPE = Recipe(epochs=3, batch=5)
-"""With three labels of five images, of which one is held out: 3 x 2 steps."""
+"""A recipe of 3 x 2 steps for three labels of five images each, one of them held out."""
 
 
 def draw_images(
     folder: Path, *labels: str, count: int = 5, seed: int = 0, side: int = 20, colours: tuple[str, ...] = ()
 ) -> Path:
-    """`folder/<label>/<number>.png`: squares of each label's colour, no two alike; returns `folder`.
+    """Write different squares of each label's colour to `folder/<label>/<number>.png`; return `folder`.
 
-    `colours` names them where the labels do not.
+    `colours` are the names of the colours if the labels are not.
     """
     random = np.random.default_rng(seed)
     for label, colour in zip(labels or COLOURS, colours or labels or COLOURS, strict=True):
@@ -44,7 +44,7 @@ def draw_images(
 
 
 def draw_dataset(folder: Path, *labels: str, count: int = 5, validation: float = 0.2) -> Dataset:
-    """Such squares, read at 16 x 16."""
+    """Return a data set of such squares, decoded to 16 x 16."""
     return load_dataset(draw_images(folder, *labels, count=count), size=16, validation=validation, seed=0)
 
 
@@ -57,7 +57,7 @@ def train_quietly(
     teacher: Net | None = None,
     on_epoch: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> Checkpoint | None:
-    """A real training run that says nothing."""
+    """Run a real training without output."""
     console = Console(file=io.StringIO())
     net = make_net(data, recipe)
     initial_state = InitialState(
@@ -68,7 +68,7 @@ def train_quietly(
 
 @contextmanager
 def limit_file_size(file_bytes: int) -> Iterator[None]:
-    """No file can grow beyond `file_bytes`: writing fails, as on a full disk."""
+    """Limit the size of files to `file_bytes`, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
     try:
@@ -78,12 +78,12 @@ def limit_file_size(file_bytes: int) -> Iterator[None]:
 
 
 def stack_pixels(pixels: Pixels) -> Tensor:
-    """All of them, uint8 (N, H, W, 3), in memory."""
+    """Return all pixels, uint8 (N, H, W, 3), in memory."""
     return pixels[torch.arange(len(pixels))]
 
 
 def make_net(data: Dataset, recipe: Recipe) -> Net:
-    """A small network with weights drawn from the recipe's seed."""
+    """Return a small network with weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     mean, std = compute_statistics(data.train.pixels)
     size = data.geometry.height

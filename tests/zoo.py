@@ -1,4 +1,4 @@
-"""Models that come into a repository, and what a service says by them."""
+"""Models that tests publish in a repository, and a service's answers by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICTURES = [make_jpeg(seed=number) for number in range(4)]
 
 
 def publish_variant(zoo: Path, seed: int, name: str = "small", **options: Any) -> str:
-    """Publish a model with weights of its own; return its version."""
+    """Publish a model with weights from this seed; return its version."""
     folder = zoo.parent / f"made-{time.monotonic_ns()}"
     folder.mkdir()
     onnx.save(build_model(seed=seed, **options), folder / "model.onnx")
@@ -39,5 +39,5 @@ def get_served_version(server: Server, name: str = "small") -> str:
 
 
 def get_status(server: Server, path: str) -> int:
-    """Of one picture."""
+    """Return the status of the answer to one picture."""
     return server.client.post(path, content=PICTURES[0]).status_code

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
-from fovea.bench import chaos, gallery
+from fovea.bench import gallery
 from fovea.bench.caller import BrokenConnection, Connection, Response, build_request
+from fovea.bench.chaos import __main__ as chaos
+from fovea.bench.chaos.legs import LegResult
+from fovea.bench.chaos.options import GAPS
+from fovea.bench.chaos.state import ServedVersions, parse_error_code
 from fovea.bench.gallery import REQUEST_FORMATS, Picture
 from fovea.bench.groups import create_limited_group
 from fovea.bench.processes import start_process
@@ -95,12 +99,12 @@ def test_pictures_have_answers_of_their_own() -> None:
     ],
 )
 def test_an_error_s_code_is_found_in_every_protocol(content: Any, code: str) -> None:
-    assert chaos._parse_error_code(Response(422, b"", json.dumps(content).encode())) == (code, "")
-    assert chaos._parse_error_code(Response(422, b"", b"oh"))[1].startswith("an error 422 without a code")
+    assert parse_error_code(Response(422, b"", json.dumps(content).encode())) == (code, "")
+    assert parse_error_code(Response(422, b"", b"oh"))[1].startswith("an error 422 without a code")
 
 
 def test_versions_are_served_from_their_swap_to_the_next() -> None:
-    served = chaos.ServedVersions("1", overlap_seconds=0.0)
+    served = ServedVersions("1", overlap_seconds=0.0)
     before = time.monotonic()
     served.add_version("2")
     during = time.monotonic()
@@ -112,10 +116,10 @@ def test_versions_are_served_from_their_swap_to_the_next() -> None:
 
 
 def test_what_never_happened_is_said() -> None:
-    shown = chaos.LegResult(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
+    shown = LegResult(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
     assert chaos._find_missing_events(shown) == []
     refused = {"explanation: 503": 3, "giant, 12 MP JPEG: 413": 1}
-    assert len(chaos._find_missing_events(chaos.LegResult(1, kinds=refused))) == 3
+    assert len(chaos._find_missing_events(LegResult(1, kinds=refused))) == 3
 
 
 # --- what clients do -----------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_service_that_nobody_disturbs_has_no_complaints(workers: int, tmp_path: Path) -> None:
     """Swaps, unloads, leavers, deadlines, bombs and giants alone."""
-    never = [f"--gap={name}=9999" for name in chaos.GAPS if name.startswith(("kill", "stop"))]
+    never = [f"--gap={name}=9999" for name in GAPS if name.startswith(("kill", "stop"))]
     command = [sys.executable, "-m", "fovea.bench.chaos", "--minutes=0.4", f"--workers={workers}",
                "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", *never]  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

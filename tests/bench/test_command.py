@@ -58,10 +58,10 @@ def test_what_is_not_answered_with_200_is_told_and_is_exit_code_1(small_zoo: Pat
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("https://127.0.0.1", "https://127.0.0.1 is no address that can be loaded"),
-        ("ftp://127.0.0.1/x", "is no address that can be loaded"),
-        ("http://", "is no address that can be loaded"),
-        ("127.0.0.1:{closed}", "nothing answers at http://127.0.0.1:{closed}/v1/classify: "),
+        ("https://127.0.0.1", "https://127.0.0.1 is not an address that can be loaded"),
+        ("ftp://127.0.0.1/x", "is not an address that can be loaded"),
+        ("http://", "is not an address that can be loaded"),
+        ("127.0.0.1:{closed}", "no service answers at http://127.0.0.1:{closed}/v1/classify: "),
         ("{server}/v1/models/x/classify", "/v1/models/x/classify answers an image with 404: "),
         ("{server}/docs", "/docs answers an image with 405: "),
     ],

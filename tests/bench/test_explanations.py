@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.bench import explanations
 from fovea.bench.caller import Response
-from fovea.bench.explanations import (
+from fovea.bench.explanations import ExplanationResults
+from fovea.bench.questions import (
     Colour,
-    ExplanationResults,
     LeaveMoment,
     Question,
     QuestionKind,
     encode_padded_png,
+    find_colours,
     find_mistake,
     plan_rounds,
 )
@@ -150,7 +150,7 @@ def test_a_run_that_is_refused_or_not_answered_fails() -> None:
 def test_every_picture_has_one_colour_and_its_size() -> None:
     png = encode_padded_png((40, 30), GREEN, 100_000)
     assert 100_000 <= len(png) < 101_000
-    assert explanations.find_colours(png) == {GREEN}
+    assert find_colours(png) == {GREEN}
     with Image.open(BytesIO(png)) as opened:
         assert opened.size == (40, 30)
 

@@ -22,7 +22,7 @@ from fovea.bench.crowd import (
     wait_for_counts,
 )
 from fovea.bench.processes import find_process_tree, measure_cpu_seconds, wait_until_idle
-from fovea.bench.soak import IdleSample, SoakResult
+from fovea.bench.soak_result import IdleSample, SoakResult
 from tests.pictures import encode_image, make_jpeg
 from tests.servers import Server
 

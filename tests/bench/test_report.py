@@ -18,7 +18,8 @@ CELL = ClosedLoopCell(
 OPEN = OpenLoopCell(
     workload="thumbnails", name="fovea", round=0, share=3.0, capacity=1000.0, deadline=1.2, in_time=950.0,
     p50=0.2, p99=0.4, refusal_p50=0.001, refusal_p99=0.016, statuses={200: 1, 503: 2}, errors={},
-    retry_after=(1, 1), late_requests=0, queued_requests=0, cpu_seconds=1.0, client_cpu_seconds=0.1, resident_bytes=1, others=0.0,
+    retry_after=(1, 1), late_requests=0, queued_requests=0, cpu_seconds=1.0, client_cpu_seconds=0.1,
+    resident_bytes=1, others=0.0,
 )  # fmt: skip
 
 

@@ -8,22 +8,17 @@ from typing import Any
 
 import pytest
 
-from fovea.bench import verdict
-from fovea.bench.verdict import (
-    NOTICE_SECONDS,
-    RECOVERY_SECONDS,
+from fovea.bench.chaos import verdict
+from fovea.bench.chaos.faults import NOTICE_SECONDS, RECOVERY_SECONDS, Fault, FaultLog
+from fovea.bench.chaos.leaks import IdleState, find_leaks, fit_trend
+from fovea.bench.chaos.verdict import (
     RESTART_SECONDS,
     SLACK_SECONDS,
     ClientRequest,
-    Fault,
-    FaultLog,
-    IdleState,
     RequestLog,
     ServiceCounts,
     find_complaint,
-    find_leaks,
     find_miscounts,
-    fit_trend,
 )
 
 ROUTE = "/v1/classify"
@@ -54,16 +49,16 @@ def make_failure(status: int, **other: Any) -> ClientRequest:
         (replace(LOST, idle_seconds=9.0), [BEFORE]),
         (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + 8.0, limit=10.0), [STOPPED]),
         (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + RESTART_SECONDS), [RUNNER]),
-        (make_failure(413, allowed=frozenset({200, 413})), []),
+        (make_failure(413, allowed_statuses=frozenset({200, 413})), []),
         (make_failure(504, deadline=0.9), []),
         (make_failure(503), [RUNNER]),
         (
             make_failure(503),
             [replace(RUNNER, began_at=100.5 - RECOVERY_SECONDS, ended_at=102.5 - RECOVERY_SECONDS)],
         ),
-        (make_failure(503, explains=True), []),
+        (make_failure(503, is_explanation=True), []),
         (make_failure(404, model="second"), [UNLOADED]),
-        (make_failure(500, explains=True), [EXPLAINER]),
+        (make_failure(500, is_explanation=True), [EXPLAINER]),
         (make_failure(500), [RUNNER, AGAIN]),
         (make_failure(500), [KILLED]),
         (make_failure(408), [STOPPED]),
@@ -86,7 +81,7 @@ def test_what_may_be_is_no_complaint(request_: ClientRequest, faults: list[Fault
         (replace(GOOD, ended_at=113.5), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "late: 200"),
         (replace(GOOD, ended_at=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
         (replace(GOOD, ended_at=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
-        (make_failure(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
+        (make_failure(504, ended_at=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
         (make_failure(504), [], "failed: 504"),
         (make_failure(504, deadline=1.5), [], "wrong: 504 0.500 s before the deadline"),
         (make_failure(503), [], "refused: 503"),
@@ -95,10 +90,10 @@ def test_what_may_be_is_no_complaint(request_: ClientRequest, faults: list[Fault
         (make_failure(404, model="second"), [], "failed: 404"),
         (make_failure(500), [RUNNER], "failed: 500"),
         (make_failure(500), [EXPLAINER], "failed: 500"),
-        (make_failure(500, explains=True), [RUNNER, AGAIN], "failed: 500"),
+        (make_failure(500, is_explanation=True), [RUNNER, AGAIN], "failed: 500"),
         (make_failure(408), [RUNNER], "failed: 408"),
         (make_failure(422), [KILLED], "failed: 422"),
-        (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 with errors inside"),
+        (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 that contains errors"),
         (replace(GOOD, allowed_statuses=frozenset({422})), [], "failed: 200"),
     ],
 )
@@ -120,8 +115,8 @@ def test_complaints_come_by_kind_once_all_faults_are_known() -> None:
     for request in (GOOD, LOST, LOST, replace(GOOD, kind="giant", mistake="it is a frog")):
         record.add(request)
     assert record.find_complaints(FaultLog()) == [
-        "2 x good, lost: the connection ended; the first 0.0 s after the first that needed an excuse",
-        "1 x giant, wrong: it is a frog; the first 0.0 s after the first that needed an excuse",
+        "2 x good, lost: the connection ended; the first 0.0 s after the first suspicious request",
+        "1 x giant, wrong: it is a frog; the first 0.0 s after the first suspicious request",
     ]
     assert len(record.find_complaints(FaultLog([KILLED]))) == 1
     assert record.excused_count == 3
@@ -133,7 +128,7 @@ def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pyte
     for _ in range(3):
         record.add(LOST)
     assert record.find_complaints(FaultLog([KILLED])) == [
-        "1 requests more needed an excuse than are kept (2)"
+        "1 suspicious requests were not judged; at most 2 are kept"
     ]
 
 
@@ -142,7 +137,7 @@ def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> No
     record = RequestLog()
     record.add(LOST)
     record.add(replace(LOST, kind="other"))
-    assert record.find_complaints(FaultLog())[-1] == "and 1 kinds more"
+    assert record.find_complaints(FaultLog())[-1] == "and 1 more kinds"
 
 
 # --- what the service counted --------------------------------------------------------------------
@@ -166,8 +161,13 @@ def make_counts(
     explanations: int = 1,
 ) -> ServiceCounts:
     expected_requests = {(ROUTE, 200): 10, (ROUTE, 504): 1, (ROUTE, 0): 1, ("/v1/explain", 200): 1}
-    return ServiceCounts({**expected_requests, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
-                   explanations)  # fmt: skip
+    expected_errors = {"code": 1, "client_left": 1}
+    return ServiceCounts(
+        {**expected_requests, **(requests or {})},
+        {**expected_errors, **(errors or {})},
+        images,
+        explanations,
+    )
 
 
 def test_equal_counts_are_equal() -> None:

@@ -41,7 +41,7 @@ def test_pictures_are_drawn_where_there_are_no_test_data(
     assert [path.stat().st_mtime_ns for path in workload.images] == times  # they are drawn once
     said = capsys.readouterr().err
     assert said.count("drawn pictures take its place") == 1
-    assert "TEST_DATA names the folder of the test data" in said
+    assert "set TEST_DATA to the folder of the test data" in said
 
 
 def test_test_data_that_are_there_come_first(

@@ -18,11 +18,11 @@ EXTERNAL_METRICS = {
     "fovea_container_memory_limit_bytes",
     "fovea_container_memory_working_set_bytes",
 }
-"""Metrics that are not of `Metrics`; those of a container are there where it has such limits."""
+"""Metrics that `Metrics` does not define. A container's metrics exist only if it has such limits."""
 
 
 def list_metric_names() -> set[str]:
-    """Every series that `/metrics` can have."""
+    """Return every series that `/metrics` can have."""
     registry = CollectorRegistry()
     Metrics(registry)
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}

@@ -19,7 +19,7 @@ from tests.servers import ROOT, Server
 from tests.tools import require_tool
 
 TIMEOUT_MS = 20_000
-"""Milliseconds."""
+"""Time limit of each wait for the page, in milliseconds."""
 LOCAL_URLS = ("http://127.0.0.1:", "blob:", "data:")
 REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
@@ -27,8 +27,11 @@ REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; `build_deep_network`; `build_varied_network`, without
-    a class activation map; `build_unopenable`, without maps."""
+    """A repository of five models.
+
+    `cifar10` is the default, `small` has seven nodes, `deep` has many layers, `varied` has no class
+    activation map, and `closed` has no maps of layers.
+    """
     require_tool("chromium")  # before anything slow
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("models"))
     add_to_repository(build_unopenable(), root, "closed")
@@ -42,14 +45,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def running(models: Path) -> Iterator[Server]:
-    """The service of these models; it does not take long over an occlusion."""
+    """A service of these models with a short time limit for occlusions."""
     with Server(FOVEA_MODELS=str(models), FOVEA_EXPLAIN_SECONDS="0.3") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, one for each module; with time enough on a busy machine."""
+    """Debian's Chromium, one for each module, with time limits for a busy machine."""
     expect.set_options(timeout=TIMEOUT_MS)
     with launch_chromium() as browser:
         yield browser
@@ -57,7 +60,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def tab(browser: Browser) -> Page:
-    """One for each module: what was loaded once is known."""
+    """A tab for each module, which keeps loaded files in its cache."""
     tab = browser.new_page()
     tab.add_init_script(REPORT_VIOLATIONS)
     tab.set_default_timeout(TIMEOUT_MS)
@@ -66,8 +69,10 @@ def tab(browser: Browser) -> Page:
 
 @pytest.fixture
 def page(tab: Page) -> Iterator[Page]:
-    """The tab, empty and as a visitor has it who wants little to move. It must load nothing from elsewhere
-    and have no faults."""
+    """The tab, empty and with reduced motion.
+
+    The page must load nothing from other hosts, and log no error.
+    """
     tab.set_viewport_size({"width": 1280, "height": 900})
     tab.emulate_media(color_scheme="light", reduced_motion="reduce", forced_colors="none")
     faults: list[str] = []
@@ -91,7 +96,7 @@ def page(tab: Page) -> Iterator[Page]:
 
 @pytest.fixture
 def view(page: Page, running: Server) -> View:
-    """The page, opened."""
+    """The opened page."""
     view = View(page, running)
     view.open()
     return view

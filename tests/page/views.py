@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float32]
 
 
 class UploadFile(TypedDict):
-    """A file as Playwright has it."""
+    """A file as Playwright uploads it."""
 
     name: str
     mimeType: str
@@ -29,12 +29,12 @@ class UploadFile(TypedDict):
 
 
 def make_upload(name: str, content: bytes, kind: str = "") -> UploadFile:
-    """A file that is nowhere on the disk."""
+    """Return a file that does not exist on the disk."""
     return {"name": name, "mimeType": kind, "buffer": content}
 
 
 class View:
-    """One open page."""
+    """An open page."""
 
     def __init__(self, page: Page, server: Server) -> None:
         self.page = page
@@ -45,7 +45,7 @@ class View:
         self._layers: dict[str, list[dict[str, Any]]] = {}
 
     def open(self) -> None:
-        """Until it knows the models."""
+        """Open the page, and wait until it has loaded the list of models."""
         self.page.goto(self.url)
         expect(self.page.locator("#model")).to_be_enabled()
 
@@ -94,7 +94,7 @@ class View:
         return self.page.locator("#detail")
 
     def find_layer(self, tensor: str) -> dict[str, Any]:
-        """What the service says of a layer."""
+        """Return the service's description of a layer."""
         return next(layer for layer in self.fetch_layers() if layer["tensor"] == tensor)
 
     def fetch_layers(self) -> list[dict[str, Any]]:

@@ -134,7 +134,8 @@ def _compare_labels(
     probability_change = np.abs(fast - exact).max(axis=1)
     print(
         f"\n{name}, decoded at 1/{choose_draft_scale(size, OURS)}: labels agree on {same:.2%}, "
-        f"a probability moves by {probability_change.mean():.4f}, at p99.9 by {np.quantile(probability_change, 0.999):.4f}",
+        f"a probability moves by {probability_change.mean():.4f}, "
+        f"at p99.9 by {np.quantile(probability_change, 0.999):.4f}",
         end="",
     )
     assert np.quantile(probability_change, 0.999) <= MOVED

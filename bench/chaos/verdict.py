@@ -1,104 +1,26 @@
 """Judgement of the clients' records and the service's counts under killed and stopped processes.
 
-All functions depend on records alone, so that tests can give each check a case that it must find. Times are
+The functions depend on records alone, so that tests can give each check a case that it must find. Times are
 monotonic, in seconds.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
+
+from fovea.bench.chaos.faults import NOTICE_SECONDS, RECOVERY_SECONDS, FaultLog
 
 SLACK_SECONDS: Final = 3.0
 """Allowed delay of an answer after its limit, in seconds; the clients share two busy processors."""
 
-NOTICE_SECONDS: Final = 2.0
-"""Time after a kill within which clients notice it, in seconds; the end of a process takes a moment."""
-
-RECOVERY_SECONDS: Final = 20.0
-"""Time after a fault within which a request may be refused with 503, in seconds.
-
-A runner starts in two seconds, but its start is put off by up to 8 s if it was killed while loading, and
-others may be killed meanwhile.
-"""
-
 RESTART_SECONDS: Final = 10.0
 """Delay of an answer for each killed or stopped runner, in seconds, because another runner must start."""
 
-MAX_RISE: Final = 0.05
-"""Maximum growth of the memory as a share, from the trend under load and between two rests."""
-
-_MAX_IDLE_GROWTH: Final = 48 << 20
-"""Maximum growth of the memory at rest, in bytes, for all processes and for the first one.
-
-The limit covers the last images of two models, 16 MB each (FOVEA_REPLAY_IMAGES), and a heap of 16 MB that is
-kept from a large request. A small leak shows in the trend.
-"""
-
-_WARM_SECONDS: Final = 90.0
-"""Time under load until processes have the blocks that they keep for large images, in seconds.
-
-The blocks have 64 MB each (PILLOW_BLOCKS_MAX). Before that time, growth at rest means nothing.
-"""
-
-_TREND_SECONDS: Final = 240.0
-"""Minimum time for a trend, in seconds; in a shorter time, a one-time allocation would look like a trend."""
-
-_MAX_FILE_GROWTH: Final = 8
-"""Maximum growth of the number of open files at rest."""
-
-_BLOCK_COUNT: Final = 12
-"""Number of blocks of time whose median memory the trend is fitted to; single samples are correlated."""
-
-_WARM_UP_SHARE: Final = 0.25
-"""Share of the time at the start that the trend leaves out."""
-
 _MAX_SENTENCES: Final = 12
 """Maximum number of sentences about requests that are printed; the others are counted."""
-
-
-@dataclass
-class Fault:
-    """A deliberate fault of a process or a model."""
-
-    target: str
-    """`runner`, `worker` or `explainer`, or the name of an unloaded model."""
-    kind: str
-    """`killed`, `stopped` or `unloaded`."""
-    began_at: float
-    ended_at: float = float("inf")
-    """Time at which the fault stops affecting later requests."""
-
-    def overlap(self, start: float, end: float) -> float:
-        """Return the overlap with a period in seconds; negative without an overlap."""
-        return min(self.ended_at, end) - max(self.began_at, start)
-
-
-class FaultLog:
-    """The collection of all faults."""
-
-    def __init__(self, faults: Iterable[Fault] = ()) -> None:
-        self._faults = list(faults)
-
-    def add(self, fault: Fault) -> Fault:
-        """Record a fault that begins, and return it."""
-        self._faults.append(fault)
-        return fault
-
-    def find_overlapping(self, start: float, end: float, *targets: str) -> list[Fault]:
-        """Return the faults of these targets that overlap with the period."""
-        return [one for one in self._faults if one.target in targets and one.overlap(start, end) >= 0]
-
-    def __iter__(self) -> Iterator[Fault]:
-        return iter(self._faults)
-
-    @property
-    def counts(self) -> Counter[str]:
-        """Number of faults by description."""
-        return Counter(f"{one.target} {one.kind}" for one in self._faults)
 
 
 @dataclass(frozen=True)
@@ -181,7 +103,7 @@ def _find_status_complaint(request: ClientRequest, faults: FaultLog, *, worker_f
         return (
             ""
             if is_late or _is_failure_excused(request, faults)
-            else f"failed: 200 with errors inside, {code}"
+            else f"failed: 200 that contains errors: {code}"
         )
     if status == 504 and request.deadline is not None:
         early_seconds = request.deadline - request.seconds
@@ -296,17 +218,18 @@ class RequestLog:
                 )
         first_sent_at = min((one.sent_at for one, _ in self._suspects), default=0.0)
         sentences = [
-            f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s after the first that "
-            "needed an excuse"
+            f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s "
+            "after the first suspicious request"
             for (kind, _), those in requests_by_complaint.items()
             for text in [those[0][1]]
         ]
         if self._dropped_count:
             sentences.append(
-                f"{self._dropped_count} requests more needed an excuse than are kept ({self.MAX_REQUESTS})"
+                f"{self._dropped_count} suspicious requests were not judged; "
+                f"at most {self.MAX_REQUESTS} are kept"
             )
         return sentences[:_MAX_SENTENCES] + (
-            [f"and {len(sentences) - _MAX_SENTENCES} kinds more"] if len(sentences) > _MAX_SENTENCES else []
+            [f"and {len(sentences) - _MAX_SENTENCES} more kinds"] if len(sentences) > _MAX_SENTENCES else []
         )
 
     def count_doubtful(self, faults: FaultLog) -> None:
@@ -376,80 +299,3 @@ def _describe_miscount(name: str, count: int, min_count: int, max_count: int) ->
         return []
     expected = str(min_count) if min_count == max_count else f"{min_count} to {max_count}"
     return [f"metrics: {name}: {count} counted by the service, {expected} by its clients"]
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trend:
-    """The change of the memory over the measured time, as a share of its mean."""
-
-    rise: float
-    error: float
-    """Twice the standard error."""
-
-    def __str__(self) -> str:
-        if self == Trend(0.0, 0.0):
-            return "unknown, the time was too short"
-        return f"{self.rise:+.1%} ± {self.error:.1%}"
-
-
-def fit_trend(points: Sequence[tuple[float, int]]) -> Trend:
-    """Fit a line to times (seconds) and bytes; a short period has no trend."""
-    start = points[0][0] + _WARM_UP_SHARE * (points[-1][0] - points[0][0]) if points else 0.0
-    late_points = [(second, size) for second, size in points if second >= start]
-    if len(late_points) < 2 * _BLOCK_COUNT or late_points[-1][0] - late_points[0][0] < _TREND_SECONDS:
-        return Trend(0.0, 0.0)
-    blocks = [
-        late_points[len(late_points) * one // _BLOCK_COUNT : len(late_points) * (one + 1) // _BLOCK_COUNT]
-        for one in range(_BLOCK_COUNT)
-    ]
-    times = [statistics.fmean(second for second, _ in block) for block in blocks]
-    sizes = [statistics.median(size for _, size in block) for block in blocks]
-    line = statistics.linear_regression(times, sizes)
-    residuals = [
-        size - line.intercept - line.slope * second for second, size in zip(times, sizes, strict=True)
-    ]
-    time_variance = sum((second - statistics.fmean(times)) ** 2 for second in times)
-    error = (sum(one * one for one in residuals) / (_BLOCK_COUNT - 2) / time_variance) ** 0.5
-    share = (times[-1] - times[0]) / statistics.fmean(sizes)
-    return Trend(line.slope * share, 2 * error * share)
-
-
-@dataclass(frozen=True)
-class IdleState:
-    """The service without requests."""
-
-    resident_bytes: int
-    """Memory of all processes, in bytes."""
-    main_bytes: int
-    """Memory of the first process, in bytes: the service itself, or the supervisor of its workers."""
-    open_files: int
-
-
-def find_leaks(
-    state_before: IdleState, state_after: IdleState, *curves: Sequence[tuple[float, int]]
-) -> list[str]:
-    """Return a sentence for each growth; the curves are those of all processes and of the first one."""
-    growths = []
-    for name, points in zip(("memory", "memory of the first process"), curves, strict=False):
-        if (memory_trend := fit_trend(points)).rise - memory_trend.error > MAX_RISE:
-            growths.append(f"{name}: the trend rises by {memory_trend}; at most {MAX_RISE:.0%}")
-    points = curves[0] if curves else ()
-    if points and points[-1][0] - points[0][0] < _WARM_SECONDS:
-        state_before = replace(
-            state_before, resident_bytes=state_after.resident_bytes, main_bytes=state_after.main_bytes
-        )
-    growth = state_after.resident_bytes - state_before.resident_bytes
-    if growth > _MAX_IDLE_GROWTH:
-        growths.append(f"memory at rest: {state_before.resident_bytes / 1e6:.0f} MB before and "
-                    f"{state_after.resident_bytes / 1e6:.0f} MB after")  # fmt: skip
-    if state_after.main_bytes - state_before.main_bytes > _MAX_IDLE_GROWTH:
-        growths.append(f"memory of the first process at rest: {state_before.main_bytes / 1e6:.0f} MB before and "
-                    f"{state_after.main_bytes / 1e6:.0f} MB after")  # fmt: skip
-    if state_after.open_files - state_before.open_files > _MAX_FILE_GROWTH:
-        growths.append(
-            f"open files at rest: {state_before.open_files} before and {state_after.open_files} after"
-        )
-    return growths
