@@ -217,8 +217,8 @@ def embed_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
     """Return the file's bytes: graph and contract, without the exporter's notes on the source code."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
-                 *model.graph.output, *model.graph.initializer):  # fmt: skip
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    for part in (model.graph, *model.graph.node, *values, *model.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     del model.metadata_props[:]
@@ -270,7 +270,10 @@ def build_contract(
     training: Training,
     calibration: Calibration,
 ) -> Contract:
-    """Return the contract of a graph from `export_classifier_graph`; `compute_logits` returns logits for pixels (n, H, W, 3)."""
+    """Return the contract of a graph from `export_classifier_graph`.
+
+    `compute_logits` maps pixels, uint8 (n, H, W, 3), to logits, float32 (n, labels).
+    """
     layers = build_layer_table(graph)
     return Contract(
         format=FORMAT_VERSION,

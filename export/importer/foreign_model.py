@@ -93,8 +93,8 @@ def _require_known_operators(path: Path, model: ModelProto) -> None:
     }
     if unknown_operators:
         raise ImportRefused(
-            f"{path} has operators that ONNX Runtime does not bring: {', '.join(sorted(unknown_operators)[:3])}; "
-            "export it without them"
+            f"{path} has operators that ONNX Runtime does not bring: "
+            f"{', '.join(sorted(unknown_operators)[:3])}; export it without them"
         )
 
 

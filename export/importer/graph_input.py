@@ -81,8 +81,8 @@ def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, 
     channels = shape[input_layout.channel_axis]
     if channels not in (None, 3):
         raise ImportRefused(
-            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout {input_layout}; "
-            "images have three: grey ones cannot be imported yet, nor those with more"
+            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout "
+            f"{input_layout}; images have three: grey ones cannot be imported yet, nor those with more"
         )
     (height, size_origin), (width, _) = (
         _choose_length(shape[axis], size and size[place], value.name, shape)
@@ -120,7 +120,8 @@ def _read_shape(value: ValueInfoProto) -> tuple[int | None, ...]:
     shape = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
     if len(shape) != 4:
         raise ImportRefused(
-            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; images in a batch have four"
+            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; "
+            "images in a batch have four"
         )
     return shape
 
@@ -140,7 +141,7 @@ def _detect_layout(name: str, shape: tuple[int | None, ...]) -> Layout:
 
 
 def _is_plausible(layout: Layout, shape: tuple[int | None, ...]) -> bool:
-    """Return whether the layout fits an input without 1 or 3 channels: the channel axis is the shortest."""
+    """Return whether the layout fits an input whose channels are not 1 or 3: they are the shortest axis."""
     lengths = [side for side in shape[1:] if side]
     return len(lengths) == 3 and shape[layout.channel_axis] == min(lengths) < max(lengths)
 
@@ -158,8 +159,8 @@ def _choose_length(
     if requested_length:
         return requested_length, "as told by --size; the graph takes any"
     raise MissingInformation(
-        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: give the one that it is to be "
-        "served at as --size, such as --size 224"
+        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: give the one that it is to "
+        "be served at as --size, such as --size 224"
     )
 
 

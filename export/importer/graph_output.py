@@ -278,7 +278,8 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
     span = f"{rows.min():.3g} to {rows.max():.3g}"
     count = rows.shape[1]
     if last_step.op_type in _BOUNDED_OPERATORS:
-        return f"values of its {last_step.op_type}{', moved, stretched or rounded' if last_step.is_changed else ''} ({span})"
+        change = ", moved, stretched or rounded" if last_step.is_changed else ""
+        return f"values of its {last_step.op_type}{change} ({span})"
     if rows.max() > 1 and (rows == np.round(rows)).all():
         return f"whole numbers ({span}): rounded, or no scores"
     highest = max(rows.max(), extreme_rows.max(initial=0.0))

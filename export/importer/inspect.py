@@ -126,8 +126,8 @@ class ForeignModel:
             output = self.reference.run_batch(full_batch)[self.graph_output.name]
             if output.size != batch_size * self.graph_output.count:
                 raise VerificationError(
-                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} images, and not "
-                    f"{self.graph_output.count} for each"
+                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} "
+                    f"images, and not {self.graph_output.count} for each"
                 )
             # (images, count)
             rows.append(output.astype(np.float64).reshape(batch_size, self.graph_output.count)[: len(batch)])
@@ -168,9 +168,9 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     )
     if dynamic_model is None and (graph_input.batch_size or 1) > 1:
         raise ImportRefused(
-            f"the graph takes {graph_input.batch_size} images at a time, neither more nor fewer, and could not be "
-            "changed, or what it says of one depends on the others; export it with a batch of any size, or "
-            "of one"
+            f"the graph takes {graph_input.batch_size} images at a time, neither more nor fewer, and could "
+            "not be changed, or what it says of one depends on the others; export it with a batch of any "
+            "size, or of one"
         )
     facts = (
         *graph_input.facts,
@@ -301,7 +301,8 @@ def _describe_batch(graph_input: GraphInput, is_dynamic: bool) -> str:
     if is_dynamic and graph_input.batch_size is None:
         return f"any size (the file says so; proven at {_join_numbers(BATCHES)})"
     if is_dynamic:
-        return f"any size (the file says {graph_input.batch_size}; made free, and proven at {_join_numbers(BATCHES)})"
+        proof = f"made free, and proven at {_join_numbers(BATCHES)}"
+        return f"any size (the file says {graph_input.batch_size}; {proof})"
     origin = "the file says so" if graph_input.batch_size else "the file says any, but it answers one alone"
     return f"1 ({origin}; it could not be made free: images run one after the other)"
 

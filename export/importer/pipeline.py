@@ -269,7 +269,8 @@ def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
     details = f"{geometry.interpolation} ({request.preprocessing.geometry_origin})"
     if geometry.resize is Resize.STRETCH:
         return f"stretched to {geometry.height} x {geometry.width}, {details}"
-    return f"shorter side to {geometry.resize_to}, of it the middle {geometry.height} x {geometry.width}, {details}"
+    crop = f"{geometry.height} x {geometry.width}"
+    return f"shorter side to {geometry.resize_to}, of it the middle {crop}, {details}"
 
 
 def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:

@@ -139,7 +139,8 @@ def _try_other_recipes(
         own_name = request.preprocessing.preset.name if request.preprocessing.preset else "what was given"
         raise ImportRefused(
             f"{own_name} looks wrong: of {len(sample)} images {_format_scores(own_scores)}, "
-            f"with {better_recipe} {_format_scores(scores_by_recipe[better_recipe])}; import it with {better_recipe}, or with --force as it is"
+            f"with {better_recipe} {_format_scores(scores_by_recipe[better_recipe])}; "
+            f"import it with {better_recipe}, or with --force as it is"
         )
     return {
         name: (one.top1, float(one.true_probability.mean()))
