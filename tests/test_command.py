@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fovea.cli import EXAMPLES as COMMANDS
+from fovea.commands.examples import EXAMPLES as COMMANDS
 from fovea.service import __version__
 from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import SettingsError

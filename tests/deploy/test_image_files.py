@@ -89,7 +89,7 @@ def test_it_publishes(tmp_path: Path) -> None:
 
 def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "fovea").mkdir()
-    for name in ("__init__.py", "cli.py", "service"):
+    for name in ("__init__.py", "cli.py", "commands", "service"):
         (tmp_path / "fovea" / name).symlink_to(ROOT / "fovea" / name)
     shutil.copy(IMAGE / "serve", tmp_path)
     ended = subprocess.run(

@@ -15,16 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from fovea.export.importer import foreign_model
 from fovea.export.importer.foreign_model import ImportRefused, read_model
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
+from fovea.export.importer.option_values import find_preset, parse_channel_values, parse_number, parse_size
 from fovea.export.importer.pipeline import import_model
-from fovea.export.importer.preprocessing import (
-    IMAGENET,
-    KERAS_MOBILENET,
-    PreprocessingOptions,
-    find_preset,
-    parse_channel_values,
-    parse_number,
-    parse_size,
-)
+from fovea.export.importer.preprocessing import IMAGENET, KERAS_MOBILENET, PreprocessingOptions
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Interpolation, Task
@@ -380,7 +373,7 @@ ZEROS = (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("preprocessing", "message"),
     [
         (
             PreprocessingOptions(**GEOMETRY),
@@ -418,20 +411,20 @@ ZEROS = (0.0, 0.0, 0.0)
     ],
 )
 def test_what_the_file_cannot_say_is_asked_for(
-    tmp_path: Path, wishes: PreprocessingOptions, message: str
+    tmp_path: Path, preprocessing: PreprocessingOptions, message: str
 ) -> None:
-    assert_refused(tmp_path, message, build_classifier(), wishes=wishes)
+    assert_refused(tmp_path, message, build_classifier(), preprocessing=preprocessing)
 
 
 @pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
 def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
-    wishes = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
+    preprocessing = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
     (option,) = given
     assert_refused(
         tmp_path,
         f"normalises them itself; leave out --{option}",
         build_classifier(dtype="uint8"),
-        wishes=wishes,
+        preprocessing=preprocessing,
     )
 
 
