@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.label_file import WORDNET_ID, Labels
+from fovea.export.importer.label_file import Labels
+from fovea.export.importer.label_syntax import WORDNET_ID
 from fovea.model.data.decoding import decode_pixels, map_in_threads
 from fovea.model.data.sources import Folder
 from fovea.service.artifact.contract import Geometry

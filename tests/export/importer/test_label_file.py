@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.label_file import _is_heading, read_labels
+from fovea.export.importer.label_file import read_labels
+from fovea.export.importer.label_lines import _is_heading
 from fovea.export.importer.labelled_images import LabelLookup
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
