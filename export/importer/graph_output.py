@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
-from fovea.export.importer.dynamic_batch import find_constants
 from fovea.export.importer.foreign_model import Array, ImportRefused, ReferenceModel
+from fovea.export.importer.last_step import LastStep, find_last_step
 from fovea.service.artifact.contract import Task
 
 Float64Array = npt.NDArray[np.float64]
@@ -70,20 +70,9 @@ values differ by more.
 _PROBABILITY_TOLERANCE: Final = {"float16": 5e-3, "float32": 1e-5, "float64": 1e-5}
 """Tolerance between the graph's probabilities and those computed from the tensor before them."""
 
-_IDENTITY_OPERATORS: Final = frozenset(
-    {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
-)
-"""Operators that do not change values."""
-
-_ROUNDING_OPERATORS: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"})
-"""Operators that round values and change nothing else, if their two scales are equal."""
-
 _ROUNDED_TOLERANCE: Final = 1 / 128
 """Replacement of `_PROBABILITY_TOLERANCE` after a rounding: one step of int8 for 0 to 1, the coarsest in use.
 """
-
-_SCALING_OPERATORS: Final = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Min", "Max"})
-"""Operators that shift and scale values, if all but one of their inputs are constants."""
 
 _BOUNDED_OPERATORS: Final = frozenset(
     {"Softmax", "Sigmoid", "HardSigmoid", "Tanh", "Softsign", "QLinearSoftmax", "QLinearSigmoid"}
@@ -127,7 +116,7 @@ def detect_graph_output(
             "step goes over the wrong axis, or the graph does not look at its input"
         )
     dtype = outputs[name].dtype
-    last_step = _find_last_step(model, name)
+    last_step = find_last_step(model, name)
     extreme_rows = _run_extreme_images(reference, name, extreme)
     kind, total = detect_kind(rows, extreme_rows, dtype)
     logits_tensor = None
@@ -252,7 +241,7 @@ def _run_extreme_images(reference: ReferenceModel, name: str, extreme: Array) ->
 
 
 def _require_scores(
-    name: str, rows: Float64Array, extreme_rows: Float64Array, kind: ValueKind, last_step: _LastStep
+    name: str, rows: Float64Array, extreme_rows: Float64Array, kind: ValueKind, last_step: LastStep
 ) -> None:
     """Raise `ImportRefused` for values that are neither logits nor probabilities."""
     oddity = None
@@ -273,7 +262,7 @@ def _require_scores(
         )
 
 
-def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: _LastStep) -> str | None:
+def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: LastStep) -> str | None:
     """Return a description of values that look like logits but are not; None for logits."""
     span = f"{rows.min():.3g} to {rows.max():.3g}"
     count = rows.shape[1]
@@ -298,41 +287,6 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
                 sign = "-" if factor < 0 else ""
                 return f"{sign}log p{base} ({span}), and not the natural logarithm of p"
     return None
-
-
-@dataclass(frozen=True)
-class _LastStep:
-    """The last step of a graph that is more than shifting, scaling or rounding."""
-
-    op_type: str
-    """Operator of the step; empty if there is none."""
-    source: str
-    """Input tensor of the step."""
-    is_scaled: bool
-    is_rounded: bool
-
-    @property
-    def is_changed(self) -> bool:
-        """Flag for values that are scaled or rounded after the step."""
-        return self.is_scaled or self.is_rounded
-
-
-def _find_last_step(model: ModelProto, name: str) -> _LastStep:
-    producers: dict[str, NodeProto] = {output: node for node in model.graph.node for output in node.output}
-    constants = find_constants(model)
-    is_scaled = is_rounded = False
-    while name in producers:
-        node = producers[name]
-        variable_inputs = [one for one in node.input if one and one not in constants]
-        if node.op_type in _SCALING_OPERATORS and len(variable_inputs) == 1:
-            is_scaled, name = True, variable_inputs[0]
-        elif node.op_type in _ROUNDING_OPERATORS:
-            is_rounded, name = True, node.input[0]
-        elif node.op_type in _IDENTITY_OPERATORS:
-            name = node.input[0]
-        else:
-            return _LastStep(node.op_type, node.input[0] if node.input else "", is_scaled, is_rounded)
-    return _LastStep("", "", is_scaled, is_rounded)
 
 
 def _is_explained_by(
