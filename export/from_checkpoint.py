@@ -84,13 +84,14 @@ def export_checkpoint(
     name, version = _parse_version_path(out)
     if tuple(checkpoint.metadata["labels"]) != data.labels:
         raise ExportError(
-            f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}"
+            f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}; "
+            "use the training data"
         )
     net = checkpoint.build_net().eval()
     split_name, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.metadata["geometry"], "geometry")
     if "calibration" not in checkpoint.metadata:
-        raise ExportError("the run was interrupted before its end; `fovea train --resume` goes on with it")
+        raise ExportError("the run was interrupted before its end; continue it with `fovea train --resume`")
     calibration = Calibration.from_dict(checkpoint.metadata["calibration"])
     graph = export_classifier_graph(net, net.config.task, geometry, calibration.temperature)
     contract = _build_checkpoint_contract(
@@ -99,6 +100,7 @@ def export_checkpoint(
     engine = Engine(embed_contract(graph, contract), provider="cpu", threads=1)
     contract = replace(contract, reference=measure_reference(engine, data.validation, data.conformal))
     accuracy = measure_accuracy(engine, examples, f"{data.name}, {split_name}")
+    # Before the model is written: beside a second model, a model without this record is not the default.
     record_default_model(out.parent.parent)
     report = write_verified_model(net, graph, contract, accuracy, examples, out)
     save_checkpoint(out, WEIGHTS_FILE, checkpoint)
@@ -112,7 +114,7 @@ def require_new_version(out: Path) -> None:
     _parse_version_path(out)
     if (out / MODEL_FILE).exists():
         suggestion = out.parent / next_version(out.parent)
-        raise ExportError(f"{out} holds a model already; the next version is {suggestion}")
+        raise ExportError(f"{out} already holds a model; the next free version is {suggestion}")
 
 
 def write_verified_model(
@@ -143,7 +145,7 @@ def _parse_version_path(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
     if not (MODEL_NAME_PATTERN.fullmatch(name) and version.isdecimal()):
         raise ExportError(
-            f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; in names "
+            f"{out} cannot hold a model: the path must end in <name>/<number>, such as zoo/pets/1; in names "
             f"{MODEL_NAME_RULE}"
         )
     return name, version
@@ -239,6 +241,7 @@ def _build_checkpoint_contract(
     name: str,
     version: str,
 ) -> Contract:
+    # The golden set calls this for each of its images: torch is the reference for the graph's logits.
     def compute_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = evaluate.compute_logits(net, torch.tensor(pixels)).numpy()
         return logits

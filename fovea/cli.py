@@ -55,6 +55,7 @@ class _CommandGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command `cmd_name` with its example and summary; None if there is none."""
+        # Click calls this for the command line's sub-command, and once per command to list them in the help.
         command = super().get_command(ctx, cmd_name)
         if command is None:
             return None
@@ -89,7 +90,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train an image classifier or import one, as one self-describing ONNX file, and serve it.",
+    help="Train or import an image classifier as one self-describing ONNX file, and serve it.",
 )
 
 
@@ -183,14 +184,17 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        # Without standalone mode, Click raises its errors here and returns the code of `typer.Exit`.
         code = app(standalone_mode=False)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here and not at exit, so that a closed pipe raises inside this `try`
         sys.exit(code if isinstance(code, int) else 0)
     except FoveaError as error:
         _exit_with_error(to_one_line(error))
     except ModuleNotFoundError as error:
         if error.name in _CHECKOUT_PACKAGES:
-            _exit_with_error("this installation has the service alone; use a checkout for it")
+            _exit_with_error(
+                "this installation contains only the service; run the command in a checkout of the repository"
+            )
         if error.name not in _TRAINING_MODULES:
             raise
         _exit_with_error(f"training, export and import need {error.name}; run `make setup`")
@@ -204,6 +208,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:  # the reader closed the pipe early, as `head` does
+        # The interpreter flushes stdout again at exit; into the closed pipe, that would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

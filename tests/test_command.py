@@ -305,7 +305,10 @@ def test_serve_takes_a_repository_or_a_file_by_its_path(small_zoo: Path, tmp_pat
         process.terminate()
     assert "serves small version 1" in greeting
     two = run_fovea("serve", small_zoo, "--models", "elsewhere", zoo=small_zoo)
-    assert two.stderr == f"fovea: {small_zoo} and --models elsewhere are two places; give one of them\n"
+    assert (
+        two.stderr
+        == f"fovea: {small_zoo} and --models elsewhere are different repositories; give only one of them\n"
+    )
 
 
 def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:

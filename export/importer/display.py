@@ -36,7 +36,7 @@ def _show_check_report(console: Console, report: CheckReport) -> None:
     if len(report.others) > 1:
         console.print(f"recipes on {report.tried} of them:")
         for recipe, (top1, true) in report.others.items():
-            console.print(f"  {recipe:<24}  top-1 {top1:.1%}, the true label has {true:.3f}")
+            console.print(f"  {recipe:<24}  top-1 {top1:.1%}, mean probability of the true label {true:.3f}")
     if report.unreadable:
         console.print(f"{len(report.unreadable)} files cannot be read, and were left out:")
         for path, reason in report.unreadable.items():

@@ -27,7 +27,7 @@ class ValueKind(StrEnum):
     LOGITS = "logits"
     LOG_PROBABILITIES = "logarithms of probabilities that sum to 1"
     PROBABILITIES = "probabilities that sum to 1"
-    INDEPENDENT = "probabilities, each from 0 to 1 by itself"
+    INDEPENDENT = "independent probabilities from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GraphOutput:
         if self.total != 1:
             kind = f"probabilities times {self.total:g} (each row sums to that), divided by it"
         note = "; the same for every image" if self.is_constant else ""
-        return f"{self.count} {kind} (as seen when it is run{note})"
+        return f"{self.count} {kind} (measured by running the graph{note})"
 
 
 _FLOAT_TYPES: Final = frozenset({"float16", "float32", "float64"})
@@ -113,7 +113,7 @@ def detect_graph_output(
     if rows.min() == rows.max():
         raise ImportRefused(
             f"the output {name!r} is {rows.min():g} for every label and image, from black to white: its last "
-            "step goes over the wrong axis, or the graph does not look at its input"
+            "step uses the wrong axis, or the graph ignores its input"
         )
     dtype = outputs[name].dtype
     last_step = find_last_step(model, name)
@@ -142,7 +142,7 @@ def _choose_output(
     if output_name is not None:
         if output_name not in outputs:
             raise ImportRefused(f"there is no output {output_name!r}; there are {', '.join(outputs)}")
-        return output_name, "as told by --output"
+        return output_name, "from --output"
     rows = {
         name: matrix for name, value in outputs.items() if (matrix := to_rows(value, image_count)) is not None
     }
@@ -159,7 +159,7 @@ def _choose_output(
     if len(candidates) != 1:
         shapes = ", ".join(f"{name} ({matrix.shape[1]} values)" for name, matrix in rows.items())
         raise ImportRefused(
-            f"the graph has several outputs, {shapes}: name the one with the labels as --output"
+            f"the graph has several outputs, {shapes}: select the one for the labels with --output"
         )
     return candidates[0], f"the only one of {len(outputs)} that fits the labels"
 
@@ -179,7 +179,7 @@ def _describe_shape(value: Array) -> str:
 def _integer_hint(outputs: dict[str, Array]) -> str:
     """Return a hint for graphs with 8-bit scores, else an empty string."""
     if any(value.dtype.name in ("uint8", "int8") for value in outputs.values()):
-        return "; scores in 8 bits are read behind a DequantizeLinear: export the graph with one at its end"
+        return "; 8-bit scores need a DequantizeLinear: export the graph with one at its end"
     return ""
 
 
@@ -257,8 +257,8 @@ def _require_scores(
             )
     if oddity:
         raise ImportRefused(
-            f"the output {name!r} gives {oddity}; it takes logits or probabilities: export the model without "
-            "its last steps"
+            f"the output {name!r} gives {oddity}; logits or probabilities are needed: export the model "
+            "without its last steps"
         )
 
 
@@ -267,15 +267,15 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
     span = f"{rows.min():.3g} to {rows.max():.3g}"
     count = rows.shape[1]
     if last_step.op_type in _BOUNDED_OPERATORS:
-        change = ", moved, stretched or rounded" if last_step.is_changed else ""
+        change = ", shifted, scaled or rounded" if last_step.is_changed else ""
         return f"values of its {last_step.op_type}{change} ({span})"
     if rows.max() > 1 and (rows == np.round(rows)).all():
-        return f"whole numbers ({span}): rounded, or no scores"
+        return f"whole numbers ({span}): rounded, or not scores"
     highest = max(rows.max(), extreme_rows.max(initial=0.0))
     if min(rows.min(), extreme_rows.min(initial=0.0)) >= 0 and rows.max() > 1:
         for full in _FULL_SCALES:
             if 0.999 * full <= highest <= full:
-                return f"values from 0 to {full:g}, each by itself, as percentages are"
+                return f"independent values from 0 to {full:g}, like percentages"
     if count > 1:
         for base, factor in (
             ("", -1.0),
@@ -285,7 +285,7 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
                 is_log_probability = _sums_to_one(np.exp(rows * factor), np.exp(extreme_rows * factor), 1e-3)
             if is_log_probability:
                 sign = "-" if factor < 0 else ""
-                return f"{sign}log p{base} ({span}), and not the natural logarithm of p"
+                return f"{sign}log p{base} ({span}), not the natural logarithm of p"
     return None
 
 
@@ -324,7 +324,7 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
                 f"the output {output.name!r} has {output.kind}: give --task multilabel "
                 "if any number of labels may be true of an image"
             )
-        return Task.MULTILABEL, "as told by --task"
+        return Task.MULTILABEL, "from --task"
     if requested_task is Task.MULTILABEL and output.kind is not ValueKind.LOGITS:
         raise ImportRefused(f"the output {output.name!r} has {output.kind}: that is not multilabel")
     if requested_task is Task.BINARY and output.count != 2:
@@ -332,11 +332,11 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
             f"--task binary takes one value or two for an image; the graph gives {output.count}"
         )
     if requested_task is not None:
-        return requested_task, "as told by --task"
+        return requested_task, "from --task"
     if output.count == 2:
-        return Task.BINARY, "assumed, of two labels; --task tells otherwise"
+        return Task.BINARY, "assumed from two labels; --task overrides it"
     is_certain = output.kind is not ValueKind.LOGITS
-    return Task.MULTICLASS, output.kind.value if is_certain else "assumed, of logits; --task tells otherwise"
+    return Task.MULTICLASS, output.kind.value if is_certain else "assumed from logits; --task overrides it"
 
 
 def _require_task(requested_task: Task | None, task: Task, reason: str) -> tuple[Task, str]:

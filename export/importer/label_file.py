@@ -47,7 +47,7 @@ def read_labels(path: Path) -> Labels:
         raise ImportRefused(f"{path} has {len(names)} labels; at least two are needed")
     for index, name in enumerate(names):
         if not name or not name.isprintable():
-            raise ImportRefused(f"{path}: label {index} is {name!r}, which cannot be shown")
+            raise ImportRefused(f"{path}: label {index} is {name!r}, which is empty or not printable")
     unique, shared_names = _make_unique(path, names)
     notes.extend(_find_similar_labels(unique))
     return Labels(unique, tuple(wordnet for wordnet, _ in pairs), shared_names, tuple(notes))
@@ -81,7 +81,9 @@ def _make_unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[s
         for place, (name, one) in enumerate(zip(names, normalized_names, strict=True))
     )
     if len(set(unique)) < len(unique):
-        raise ImportRefused(f"{path} has labels twice, and others that end in a number; rename them")
+        raise ImportRefused(
+            f"{path} has duplicate labels, and labels that already end in a number; rename them"
+        )
     return unique, tuple(name for name, count in counts.items() if count > 1)
 
 
@@ -92,7 +94,7 @@ def _find_similar_labels(names: Sequence[str]) -> Iterator[str]:
         groups[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
     for group in groups.values():
         if len(group) > 1:
-            yield f"{' and '.join(map(repr, group))} differ in case or spaces alone: are they two labels?"
+            yield f"{' and '.join(map(repr, group))} differ only in case or spaces: are they two labels?"
 
 
 def require_label_count(path: Path, label_count: int, output_count: int) -> None:
@@ -101,12 +103,12 @@ def require_label_count(path: Path, label_count: int, output_count: int) -> None
         return
     sentence = f"{path} has {label_count} labels, the graph gives {output_count} values for an image"
     if output_count == 1:
-        raise ImportRefused(f"{sentence}; one value takes two labels, the second of which it is for")
+        raise ImportRefused(f"{sentence}; one value needs two labels, and is the probability of the second")
     if (label_count, output_count) == (1000, 1001):
         sentence += (
-            ": as TensorFlow's ImageNet models do, it has a background class first; "
-            "put a line such as `background` before the others"
+            ": TensorFlow's ImageNet models have a background class first; "
+            "add a line such as `background` before the others"
         )
     elif (label_count, output_count) == (1001, 1000):
-        sentence += "; leave out the background class, as TensorFlow's lists of ImageNet have it first"
+        sentence += "; TensorFlow's ImageNet lists have a background class first: remove it"
     raise ImportRefused(sentence)

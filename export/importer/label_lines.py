@@ -63,7 +63,7 @@ def parse_lines(path: Path, text: str, notes: list[str]) -> list[IdAndLabel]:
         map(_ASSIGNMENT.match, lines[:1])
     ):
         raise ImportRefused(
-            f"{path} is written in a language of its own; give its labels one on each line, or as JSON"
+            f"{path} is neither a list of labels nor JSON; write one label on each line, or use JSON"
         )
     if lines and lines[0].startswith("# ") and not lines[-1].startswith("# "):
         raise ImportRefused(f"{path}: line 1, {lines[0]!r}, looks like a comment; each line is a label")
@@ -117,8 +117,8 @@ def _from_numbered_lines(path: Path, lines: Sequence[str], notes: list[str]) -> 
             continue
         if problem:
             raise ImportRefused(
-                f"{path}: its lines have numbers beside the labels, which should be each from 0 (or from 1) "
-                f"on once: {problem}; if they belong to the labels, give these as a JSON list"
+                f"{path}: its lines have numbers beside the labels, which must be each from 0 (or 1) on "
+                f"exactly once: {problem}; if they are part of the labels, write the labels as a JSON list"
             )
         first = min(number for number, _ in pairs)
         notes.append(f"in the order of their numbers, {first} to {first + len(pairs) - 1}")
@@ -148,9 +148,9 @@ def _to_indices(numbers: Sequence[int]) -> tuple[list[int], str]:
         return [number - first for number in numbers], ""
     duplicates = [number for number, count in Counter(numbers).items() if count > 1]
     if duplicates:
-        return [], f"{duplicates[0]} is there {numbers.count(duplicates[0])} times"
+        return [], f"{duplicates[0]} occurs {numbers.count(duplicates[0])} times"
     missing = next(number for number in range(min(first, 1), max(numbers) + 1) if number not in numbers)
-    return [], f"there are {len(numbers)}, up to {max(numbers)}, and none for {missing}"
+    return [], f"there are {len(numbers)} numbers up to {max(numbers)}, and {missing} is missing"
 
 
 def _are_output_numbers(path: Path, pairs: Sequence[tuple[int, str]], problem: str) -> bool:
@@ -163,8 +163,8 @@ def _are_output_numbers(path: Path, pairs: Sequence[tuple[int, str]], problem: s
         return False  # as in `1 euro`, `2 euro`
     if min(number for number, _ in pairs) == 1 and len(pairs) < _MIN_NUMBERED_LINES:
         raise ImportRefused(
-            f"{path}: the numbers from 1 to {len(pairs)} before the labels may be theirs or those of the "
-            "outputs; leave them out, or give the labels as a JSON list"
+            f"{path}: the numbers from 1 to {len(pairs)} before the labels may be part of the labels "
+            "or the numbers of the outputs; remove them, or write the labels as a JSON list"
         )
     return True
 
@@ -213,17 +213,19 @@ def _from_columns(path: Path, lines: Sequence[str], notes: list[str]) -> list[Id
         )
     ids = columns[wordnet[0]] if wordnet else [find_wordnet_id(name) for name in columns[names[0]]]
     pairs = list(zip(ids, columns[names[0]], strict=True))
-    notes.append(f"of the column {rows[0][names[0]].strip()!r}")
+    notes.append(f"from the column {rows[0][names[0]].strip()!r}")
     if not numbers:
         return pairs
     texts, title = columns[numbers[0]], rows[0][numbers[0]].strip()
     bad_text = next((text for text in texts if not text.isdecimal()), None)
     indices, problem = (
-        ([], f"{bad_text!r} is none") if bad_text is not None else _to_indices([int(text) for text in texts])
+        ([], f"{bad_text!r} is not a number")
+        if bad_text is not None
+        else _to_indices([int(text) for text in texts])
     )
     if problem:
         raise ImportRefused(
-            f"{path}: the column {title!r} should have each number from 0 (or from 1) on once: {problem}"
+            f"{path}: the column {title!r} must have each number from 0 (or 1) on exactly once: {problem}"
         )
     notes.append(f"in the order of {title!r}")
     pairs_by_index = dict(zip(indices, pairs, strict=True))

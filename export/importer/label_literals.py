@@ -64,7 +64,7 @@ def _evaluate_literal(path: Path, text: str) -> Any:
     except ImportRefused:
         raise
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ImportRefused(f"{path} begins like JSON, but is not: {reason}") from None
+        raise ImportRefused(f"{path} begins like JSON, but is not valid: {reason}") from None
     if not isinstance(value, dict | list):
         raise ImportRefused(f"{path} must be a list of labels, or a map of numbers to labels")
     if isinstance(value, dict):
@@ -82,7 +82,7 @@ def _build_unique_map(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[str,
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise ImportRefused(f"{path} has the key {key!r} twice; each may be there once")
+            raise ImportRefused(f"{path} has the key {key!r} twice; each key must be unique")
         mapping[key] = value
     return mapping
 
@@ -141,7 +141,7 @@ def _sort_labels(path: Path, labels: Any) -> list[Any]:
             raise ImportRefused(requirement)
         numbers = {number for number, _ in readings[0]}
         missing = min(set(range(len(labels) + 1)) - numbers)
-        raise ImportRefused(f"{requirement}; it has {len(labels)}, and none for {missing}")
+        raise ImportRefused(f"{requirement}; it has {len(labels)} entries, and none for {missing}")
     if len(text_readings) > 1 and text_readings[0] != text_readings[1]:
         raise ImportRefused(
             f"{path} can be read in both directions, as numbers to labels and as labels to numbers; give the "

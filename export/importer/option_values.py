@@ -26,7 +26,7 @@ def parse_channel_values(option: str, text: str) -> ChannelValues:
     """Parse three numbers separated by commas, or one number for all three channels."""
     values = [parse_number(option, part) for part in text.split(",")]
     if len(values) not in (1, 3):
-        raise ImportRefused(f"{option} is {text!r}; it takes three numbers, such as 0.485,0.456,0.406")
+        raise ImportRefused(f"{option} is {text!r}; it takes one number or three, such as 0.485,0.456,0.406")
     red, green, blue = values * (3 // len(values))
     return red, green, blue
 

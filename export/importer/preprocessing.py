@@ -178,14 +178,14 @@ class PreprocessingOptions:
     def normalization(self) -> Normalization:
         """Normalisation of the preset, overridden by the options.
 
-        Raises `ImportRefused` if neither specifies it.
+        Raises `MissingInformation` if neither specifies it, and `ImportRefused` for invalid numbers.
         """
         preset_normalization = self.preset.normalization if self.preset else None
         mean = self.mean or (preset_normalization.mean if preset_normalization else None)
         std = self.std or (preset_normalization.std if preset_normalization else None)
         if mean is None or std is None:
             raise MissingInformation(
-                "how its pixels are to be normalised is not in the file: give --preset "
+                "the file does not say how to normalise pixels: give --preset "
                 f"({', '.join(PRESETS)}), or --mean and --std"
             )
         scale = self.scale
@@ -215,11 +215,11 @@ class PreprocessingOptions:
             resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
         if interpolation is None or not (stretch or resize):
             raise MissingInformation(
-                "how an image is to be resized is not in the file: give --preset, or --interpolation "
+                "the file does not say how to resize images: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
         if resize > MAX_SIDE:
-            raise ImportRefused(f"--resize is {resize} pixels; at most {MAX_SIDE} can be had")
+            raise ImportRefused(f"--resize is {resize} pixels; the maximum is {MAX_SIDE}")
         if resize and resize < max(height, width):
             raise ImportRefused(
                 f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
@@ -238,7 +238,7 @@ class PreprocessingOptions:
         """Origin of the normalisation."""
         parts = [*self._preset_origin, *self.arithmetic_options]
         if self.mean and self.std and self.scale is None:
-            parts.append("scale by the size of mean and std")
+            parts.append("scale derived from mean and std")
         return ", ".join(parts)
 
     @property
@@ -275,4 +275,7 @@ def _derive_scale(mean: ChannelValues, std: ChannelValues) -> float:
 
 def _require_valid_numbers(scale: float, mean: ChannelValues, std: ChannelValues) -> None:
     if not all(map(math.isfinite, (scale, *mean, *std))) or scale == 0 or min(std) <= 0:
-        raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
+        raise ImportRefused(
+            "--mean, --std and --scale must be finite, --std greater than 0 and --scale not 0; they are "
+            f"{mean}, {std} and {scale:g}"
+        )

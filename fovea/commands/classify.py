@@ -9,19 +9,23 @@ import typer
 
 
 def classify(
-    files: Annotated[list[Path], typer.Argument(help="Images of any served format, and folders of them.")],
-    model: Annotated[str | None, typer.Option(help="Which model of the repository.")] = None,
+    files: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
+    ] = None,
     models: Annotated[
         Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="How many labels, best first; 0 gives all.")] = 5,
+    top_k: Annotated[int, typer.Option(min=0, help="Number of labels, most probable first; 0 for all.")] = 5,
     coverage: Annotated[
         float | None,
-        typer.Option(help="Also the labels among which the true one is this often, such as 0.95."),
+        typer.Option(
+            help="Also show the set of labels that contains the true label this often, such as 0.95."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
 ) -> None:
-    """Classify images here and now, without a server: the same code, the same answer."""
+    """Classify images without a server. Code and answers are those of the service."""
     from fovea.service.cli import classify_files
 
     settings = {} if models is None else {"models": models}
@@ -31,26 +35,34 @@ def classify(
 
 
 def explain(
-    file: Annotated[Path, typer.Argument(help="Image of any served format.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write: the image under its heat map.")],
+    file: Annotated[Path, typer.Argument(help="Image.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write: the image with its heat map.")],
     label: Annotated[
-        str | None, typer.Option(help="What speaks for this label; default the most probable.")
+        str | None, typer.Option(help="Label to explain; default: the most probable label.")
     ] = None,
     method: Annotated[
         Literal["auto", "cam", "occlusion"],
-        typer.Option(help="`cam` is exact, where the network allows it; `occlusion` is for every network."),
+        typer.Option(
+            help="`cam` is exact but needs a suitable network; `occlusion` works for every network."
+        ),
     ] = "auto",
     samples: Annotated[
         int,
-        typer.Option(min=0, max=8000, help="Masked images of an occlusion; 0: as many as there is time for."),
+        typer.Option(
+            min=0, max=8000, help="Number of masked images for an occlusion; 0 for as many as time allows."
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed and samples, same map.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Which model of the repository.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed; the same seed and samples give the same map.")
+    ] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
+    ] = None,
     models: Annotated[
         Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
     ] = None,
 ) -> None:
-    """Show what the model looked at: a heat map over the image, as the service makes it."""
+    """Draw a heat map of the regions that a label depends on, as the service does."""
     from fovea.service.cli import explain_file
 
     settings = {} if models is None else {"models": models}

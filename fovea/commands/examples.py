@@ -15,14 +15,14 @@ EXAMPLES: Final = {
     "bench": "fovea bench http://127.0.0.1:8000 cat.jpg --rate 50",
     "doctor": "fovea doctor --seconds 10",
 }
-"""A call of each command, shown in its help and where something is missing."""
+"""An example of each command, for its help and for messages about missing options."""
 
 SUMMARIES: Final = {
-    "export": "Turn a checkpoint into one ONNX file.",
-    "import": "Import an ONNX classifier from elsewhere.",
-    "publish": "Put a model into a repository.",
+    "export": "Export a checkpoint to one ONNX file.",
+    "import": "Import an ONNX classifier from another tool.",
+    "publish": "Add a model to a repository.",
     "classify": "Classify images without a server.",
-    "explain": "Show what the model looked at.",
-    "doctor": "Say what limits the service on this machine.",
+    "explain": "Draw a heat map of what the model looked at.",
+    "doctor": "Find what limits the service on this machine.",
 }
-"""Lines of the list of commands, where the first sentence of the help is too long for it."""
+"""Short help of commands whose first sentence of help does not fit into the list of commands."""

@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `fovea train` wrote.")],
-    out: Annotated[Path, typer.Option(help="Where to: <repository>/<name>/<version>, such as zoo/pets/1.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a finished `fovea train` run.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: <repository>/<name>/<version>, such as zoo/pets/1.")
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="Images to verify on; default what it was trained on.")
+        Path | None, typer.Option(help="Images for the verification; default: the training data.")
     ] = None,
     default: Annotated[
-        bool, typer.Option("--default", help="Make it the model that answers where a request names none.")
+        bool, typer.Option("--default", help="Make it the default model, for requests that name no model.")
     ] = False,
 ) -> None:
-    """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
+    """Export a checkpoint to one self-describing ONNX file, and verify it against the network."""
     from fovea.export.from_checkpoint import require_new_version
     from fovea.model.networks.checkpoint import load_checkpoint
     from fovea.model.run import reload_dataset
@@ -37,7 +39,7 @@ def export(
 
 
 def export_and_report(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool) -> None:
-    """Export, and say how close graph and network are."""
+    """Export the checkpoint and print how closely the graph and the network agree."""
     from rich.console import Console
 
     from fovea.export.from_checkpoint import export_checkpoint

@@ -16,68 +16,82 @@ def import_(
         Path | None, typer.Argument(help="ONNX file of an image classifier, from any tool.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="What its outputs are called: one a line, or a JSON list or map.")
+        Path | None,
+        typer.Option(help="Labels of the outputs: a file with one label per line, or a JSON list or map."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What the model is to be called.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the repository.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Repository to write to, as <name>/<next version>/model.onnx, such as zoo."),
+        typer.Option(help="Repository, such as zoo; the file is <name>/<next version>/model.onnx in it."),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="How it wants its images: imagenet, keras-mobilenet, inception, clip or zero-one. "
-            "The options below take the place of what it says."
+            help="Preprocessing: imagenet, keras-mobilenet, inception, clip or zero-one. The options below "
+            "override single values of the preset."
         ),
     ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="What is taken from each channel, in the order of the channels: A,B,C.")
+        str | None, typer.Option(help="Mean to subtract from each channel, in channel order: A,B,C.")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="What each is divided by after that: A,B,C.")] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Standard deviation by which each channel is then divided: A,B,C.")
+    ] = None,
     scale: Annotated[
         str | None,
         typer.Option(
-            help="What pixels 0 … 255 are multiplied by first, such as 1/255; default by the size of mean "
+            help="Factor for pixels 0 … 255 before mean and std, such as 1/255; default: derived from mean "
             "and std."
         ),
     ] = None,
     bgr: Annotated[
         bool | None,
-        typer.Option("--bgr/--rgb", help="Whether blue comes first; default red, or the preset's."),
+        typer.Option("--bgr/--rgb", help="Order of the channels; default: that of the preset, or RGB."),
     ] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="Length of the shorter side, in pixels.")] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Length of the shorter side before the crop, in pixels.")
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
             "--crop",
             "--size",
-            help="The middle that is kept, the input's size: 224, or height x width as 224x320. "
-            "Needed where the graph takes any.",
+            help="Size of the centre crop and of the input, in pixels: 224, or height x width as 224x320. "
+            "Required if the graph takes any size.",
         ),
     ] = None,
     interpolation: Annotated[
-        str | None, typer.Option(help="nearest, box, bilinear, hamming, bicubic or lanczos.")
+        str | None, typer.Option(help="Resize filter: nearest, box, bilinear, hamming, bicubic or lanczos.")
     ] = None,
     stretch: Annotated[
-        bool, typer.Option("--stretch", help="Stretch to the input's size, and crop nothing.")
+        bool, typer.Option("--stretch", help="Stretch images to the input's size instead of cropping.")
     ] = False,
-    task: Annotated[str | None, typer.Option(help="multiclass, binary or multilabel.")] = None,
-    layout: Annotated[str | None, typer.Option(help="nchw or nhwc, where its shape does not tell.")] = None,
-    output: Annotated[str | None, typer.Option(help="Name of the output, where there are several.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Kind of classifier: multiclass, binary or multilabel.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Order of the input's axes, nchw or nhwc, if its shape is ambiguous.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Name of the output with the labels, if there are several.")
+    ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
-            help="Images in one sub-folder per label: how good it is, and whether the preset is right."
+            help="Folder of images in one sub-folder per label, to measure accuracy and verify the preset."
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Keep the preset though another does clearly better on --check.")
+        bool,
+        typer.Option(
+            "--force", help="Keep the preset although another is clearly better on the images of --check."
+        ),
     ] = False,
     default: Annotated[
-        bool, typer.Option("--default", help="Make it the model that answers where a request names none.")
+        bool, typer.Option("--default", help="Make it the default model, for requests that name no model.")
     ] = False,
 ) -> None:
-    """Give an ONNX classifier from elsewhere all that it lacks, and prove that it still computes the same."""
+    """Import an ONNX classifier from another tool, add what is missing, and verify the result."""
     from fovea.export.importer.display import show_report
     from fovea.export.importer.foreign_model import ImportRefused
     from fovea.export.importer.graph_input import Layout
@@ -114,7 +128,8 @@ def import_(
     required_options = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
     missing_options = [option for option, value in required_options.items() if value is None]
     missing_facts = find_missing_facts(None, preprocessing, None, input_size)
-    if missing_options or missing_facts:  # else the file need not be read twice
+    if missing_options or missing_facts:
+        # The file may state what the options lack. Only then is it read here; the import reads it again.
         missing_facts = find_missing_facts(file, preprocessing, chosen_layout, input_size)
     if file is None or labels is None or name is None or out is None or missing_facts:
         problems = [f"`fovea import` needs {', '.join(missing_options)}"] if missing_options else []

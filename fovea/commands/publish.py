@@ -9,11 +9,13 @@ import typer
 
 
 def publish(
-    model: Annotated[Path, typer.Argument(help="A model file.")],
+    model: Annotated[Path, typer.Argument(help="Model file, such as model.onnx.")],
     models: Annotated[Path | None, typer.Option(help="Model repository [FOVEA_MODELS].")] = None,
-    name: Annotated[str | None, typer.Option(help="What it is called; default what it says itself.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the name in the file.")
+    ] = None,
 ) -> None:
-    """Put a model into a repository, as its latest version: a service that watches it tries and serves it."""
+    """Add a model to a repository as its latest version. A running service tests it, then serves it."""
     from fovea.service.rollout.publish import publish_model
     from fovea.service.settings import load_settings
 

@@ -19,73 +19,92 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder, or tar or ZIP archive, of images in one sub-folder per label, or a CSV file with a "
-            "column of paths and one of labels; default CIFAR-10."
+            help="Images: a folder, tar or ZIP archive with one sub-folder per label, or a CSV file with a "
+            "column of paths and a column of labels; default CIFAR-10."
         ),
     ] = None,
     path_column: Annotated[
-        str | None, typer.Option(help="Column of the CSV file that names the images; default by its name.")
+        str | None,
+        typer.Option(
+            help="Column of the CSV file with the paths of the images; default: found by its heading."
+        ),
     ] = None,
     label_column: Annotated[
         list[str] | None,
         typer.Option(
-            help="Column that names the label; default by its name. More than once where each label has a "
-            "column of 1 and 0."
+            help="Column of the CSV file with the labels; default: found by its heading. Repeat the option "
+            "if each label has its own column of 1 and 0."
         ),
     ] = None,
     label_depth: Annotated[
         int | None,
-        typer.Option(min=1, help="Folder from the top that is the label, where that is not clear: 1, 2, …"),
+        typer.Option(
+            min=1, help="Level of the folders that name the labels, if it is ambiguous: 1 for the top, 2, …"
+        ),
     ] = None,
     label_case: Annotated[
         Literal["merge", "keep"] | None,
-        typer.Option(help="Labels such as Cat and cat: one label (merge) or two (keep); default an error."),
+        typer.Option(
+            help="Treat labels such as Cat and cat as one label (merge) or two (keep); default: an error."
+        ),
     ] = None,
     net: Annotated[
         str | None,
-        typer.Option(help="cnn, cnn_large, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn."),
+        typer.Option(
+            help="Network: cnn, cnn_large, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn."
+        ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Side of the model's input in pixels, 16 … 384; default by the data.")
+        int | None,
+        typer.Option(help="Side of the model's input in pixels, 16 … 384; default: chosen from the data."),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
             "--from",
-            help="Weights to start from: hf:owner/repository, a file, a run, or a version in zoo/.",
+            help="Weights to start from: hf:owner/repository, a file, a run's folder, or a version in zoo/.",
         ),
     ] = None,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(help="A finished run whose answers are learned too (distillation); may be repeated."),
+        typer.Option(help="Folder of a finished run to distil into the network; may be repeated."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of passes over the training images; default: chosen from their number."
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.1, help="In about how many minutes it is to end; chooses the epochs."),
+        typer.Option(min=0.1, help="Approximate duration of the training in minutes; determines the epochs."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="Seed; the same seed, data and machine give the same weights."
+        ),
     ] = 0,
-    validation: Annotated[float, typer.Option(min=0.01, max=0.5, help="Fraction held out.")] = 0.1,
+    validation: Annotated[
+        float, typer.Option(min=0.01, max=0.5, help="Fraction of the images held out for validation.")
+    ] = 0.1,
     flip: Annotated[
-        bool, typer.Option(help="Learn mirror images too; not where left and right matter, as in letters.")
+        bool,
+        typer.Option(help="Train on mirrored images too; turn off if left and right matter, as in letters."),
     ] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write events for TensorBoard into the run's folder.")
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events into the folder of the run.")
     ] = False,
     export: Annotated[
         Path | None,
         typer.Option(
-            help="Export the result there and make it the repository's default: "
-            "<repository>/<name>/<version>, such as zoo/pets/1."
+            help="Export the result to <repository>/<name>/<version>, such as zoo/pets/1, and make it the "
+            "default model of the repository."
         ),
     ] = None,
 ) -> None:
-    """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
+    """Train a network on labelled images. Ctrl-C saves a checkpoint, from which --resume continues."""
     from rich.console import Console
 
     from fovea.export.from_checkpoint import require_new_version

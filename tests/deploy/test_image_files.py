@@ -97,7 +97,8 @@ def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if "site-packages" in p)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.stderr == "fovea: this installation has the service alone; use a checkout for it\n"
+    hint = "run the command in a checkout of the repository"
+    assert ended.stderr == f"fovea: this installation contains only the service; {hint}\n"
     assert ended.returncode == 2
 
 

@@ -185,7 +185,7 @@ def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> Non
         make_step("Gather", np.array([0]), axis=0),
         make_step("Squeeze", np.array([0])),
     )
-    assert_refused(tmp_path, "the graph takes 2 images at a time", graph, 2)
+    assert_refused(tmp_path, "the graph takes exactly 2 images at a time", graph, 2)
 
 
 def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: p
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )
-    with pytest.raises(VerificationError, match="has 2 values for 1 images, and not 1 for each"):
+    with pytest.raises(VerificationError, match="has 2 values for 1 images; expected 1 for each"):
         import_graph(graph, tmp_path, 2)
     assert has_no_output(tmp_path)
 
@@ -289,17 +289,17 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
     "sigmoid x 100": (
         lambda: append_steps(build_classifier(end="sigmoid"), make_step("Mul", F32(100))),
         5,
-        "values of its Sigmoid, moved, stretched or rounded",
+        "values of its Sigmoid, shifted, scaled or rounded",
     ),
     "one sigmoid x 100": (
         lambda: append_steps(build_classifier(end="sigmoid", count=1), make_step("Mul", F32(100))),
         2,
-        "values of its Sigmoid, moved, stretched or rounded",
+        "values of its Sigmoid, shifted, scaled or rounded",
     ),
     "hidden sigmoid x 100": (
         lambda: append_steps(build_classifier(end="hidden_sigmoid"), make_step("Mul", F32(100))),
         5,
-        "values from 0 to 100, each by itself, as percentages are",
+        "independent values from 0 to 100, like percentages",
     ),
     "tanh": (lambda: append_steps(build_classifier(), make_step("Tanh")), 5, "values of its Tanh"),
     "2 softmax - 1": (
@@ -307,12 +307,12 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
             build_classifier(end="softmax"), make_step("Mul", F32(2)), make_step("Sub", F32(1))
         ),
         5,
-        "values of its Softmax, moved, stretched or rounded",
+        "values of its Softmax, shifted, scaled or rounded",
     ),
     "softmax in whole percents": (
         lambda: append_steps(build_classifier(end="softmax"), make_step("Mul", F32(100)), make_step("Round")),
         5,
-        "values of its Softmax, moved, stretched or rounded",
+        "values of its Softmax, shifted, scaled or rounded",
     ),
     "hidden softmax in bytes": (
         lambda: append_steps(
@@ -360,12 +360,12 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
     "softmax over the images": (
         lambda: append_steps(build_classifier(batch=1), make_step("Softmax", axis=0)),
         5,
-        "is 1 for every label and image, .* its last step goes over the wrong axis",
+        "is 1 for every label and image, .* its last step uses the wrong axis",
     ),
     "bytes": (
         lambda: append_steps(build_classifier(end="softmax"), QUANTIZED[0], kind=TensorProto.UINT8),
         5,
-        "scores in 8 bits are read behind a DequantizeLinear",
+        "8-bit scores need a DequantizeLinear",
     ),
 }
 
@@ -379,5 +379,5 @@ def test_values_that_are_neither_logits_nor_probabilities_are_refused(tmp_path: 
 def test_what_is_the_same_for_every_image_is_said(tmp_path: Path) -> None:
     graph = build_classifier(spread=0.0)
     model = import_graph(graph, tmp_path)
-    assert model.facts["values"] == "5 logits (as seen when it is run; the same for every image)"
+    assert model.facts["values"] == "5 logits (measured by running the graph; the same for every image)"
     assert model.engine.batch_limit == 1  # a row in the wrong place would not be seen

@@ -168,7 +168,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
         (lambda folder: folder.mkdir(), "has no sub-folder with images in it"),
         (
             lambda folder: draw_labelled_images(folder, {"rde": (0, 0, 0)}, 1),
-            "the folder 'rde' is none of the labels; the nearest is 'red'",
+            "the folder 'rde' is not a label; the nearest is 'red'",
         ),
     ],
 )
@@ -225,10 +225,10 @@ def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> N
     [
         (KERAS, "crane", "fits several labels: 'crane (2)', 'crane (3)'; use one of these"),
         (PLAIN, "n02012849_crane", "fits several labels"),
-        (PLAIN, "n01440764", "is a WordNet id, and the labels have none; name it by its label"),
-        (KERAS, "n99999999", "is none of the labels; the nearest is "),
+        (PLAIN, "n01440764", "is a WordNet id, but the labels have no ids; name the folder after its label"),
+        (KERAS, "n99999999", "is not a label; the nearest is "),
         (PLAIN, "great white shrak", "the nearest is 'great white shark'"),
-        (PLAIN, "???", "is none of the labels"),
+        (PLAIN, "???", "is not a label"),
     ],
 )
 def test_folders_that_no_label_has(labels: Labels, folder: str, message: str) -> None:
@@ -247,7 +247,7 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
         ImportRefused, match=r"imagenet looks wrong: of 18 images .* with --preset zero-one 100\.0%"
     ) as raised:
         import_graph(build_shade_model(), tmp_path, **options)  # type: ignore[arg-type]  # as above
-    assert str(raised.value).endswith("import it with --preset zero-one, or with --force as it is")
+    assert str(raised.value).endswith("import it with --preset zero-one, or keep this recipe with --force")
     assert has_no_output(tmp_path)
     kept = import_graph(
         build_shade_model(),
@@ -272,7 +272,7 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
 def test_the_other_order_of_colours_is_tried_too(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 5)
     wishes = PreprocessingOptions(preset=IMAGENET, bgr=True)
-    with pytest.raises(ImportRefused, match=r"import it with --rgb, or with --force"):
+    with pytest.raises(ImportRefused, match=r"import it with --rgb, or keep this recipe with --force"):
         import_graph(build_colour_model(), tmp_path, list(COLOURS), preprocessing=wishes, check=folder)
     assert has_no_output(tmp_path)
     assert import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check is not None
@@ -332,13 +332,13 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
             33,
             520,
             PixelPath.EXACT,
-            "99 images are large enough to be decoded smaller, of the 100 that would show it)",
+            "99 images are large enough to be decoded smaller; at least 100 are needed)",
         ),
         (
             34,
             500,
             PixelPath.EXACT,
-            "0 images are large enough to be decoded smaller, of the 100 that would show it)",
+            "0 images are large enough to be decoded smaller; at least 100 are needed)",
         ),
     ],
 )

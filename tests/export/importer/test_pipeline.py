@@ -140,7 +140,9 @@ def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, nam
     graph = export_foreign(name, batch=batch)
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
     model = import_graph(graph, tmp_path, 7)
-    assert model.facts["batch"] == f"any size (the file says {batch}; made free, and proven at 1, 2 and 3)"
+    assert (
+        model.facts["batch"] == f"any size (the file says {batch}; made dynamic and verified at 1, 2 and 3)"
+    )
     assert model.engine.batch_limit is None
     assert (
         largest_difference(
@@ -241,7 +243,7 @@ def test_blue_may_come_first_and_values_go_to_255(tmp_path: Path, layout: str) -
         wanted.append(softmax(run_onnx(graph, values.transpose(turned))))
     assert largest_difference(model, wanted) <= 1e-5
     assert "BGR" in model.facts["normalise"]
-    assert "scale by the size of mean and std" in model.facts["normalise"]
+    assert "scale derived from mean and std" in model.facts["normalise"]
 
 
 def test_options_take_the_place_of_the_preset_s(tmp_path: Path) -> None:
@@ -429,7 +431,7 @@ def test_a_number_of_images_in_a_reshape_is_made_free(
 ) -> None:
     graph = build_classifier(batch=batch, shape=[batch if side is None else side for side in shape])
     model = import_graph(graph, tmp_path)
-    assert f"the file says {batch}; made free" in model.facts["batch"]
+    assert f"the file says {batch}; made dynamic" in model.facts["batch"]
     assert model.engine.batch_limit is None
     wanted = [
         softmax(run_onnx(graph, np.repeat(prepare_imagenet(image, 18, 16), batch, axis=0))[:1])
@@ -492,7 +494,7 @@ def test_logits_and_probabilities_are_told_apart_whatever_they_are_called(
 ) -> None:
     graph = build_classifier(end=end, names=("x", "logits" if end == "softmax" else "probabilities"))
     model = import_graph(graph, tmp_path)
-    assert model.facts["values"] == f"{KINDS[end]} (as seen when it is run)"
+    assert model.facts["values"] == f"{KINDS[end]} (measured by running the graph)"
     assert model.contract.task is Task.MULTICLASS
     logits = run_onnx(
         build_classifier(end="logits"), np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
@@ -585,7 +587,7 @@ def test_of_several_that_fit_one_is_named(tmp_path: Path) -> None:
     before = next(node.input[0] for node in graph.graph.node if node.op_type == "Softmax")
     graph.graph.output.append(helper.make_tensor_value_info(before, onnx.TensorProto.FLOAT, ["N", 5]))
     model = import_graph(graph, tmp_path, output=before)
-    assert model.facts["output"] == f"{before} (as told by --output)"
+    assert model.facts["output"] == f"{before} (from --output)"
     assert model.facts["values"].startswith("5 logits")
 
 

@@ -74,7 +74,7 @@ def test_operators_of_others(tmp_path: Path) -> None:
     graph = build_classifier()
     graph.graph.node[1].domain = "com.example"
     graph.opset_import.append(helper.make_opsetid("com.example", 1))
-    assert_refused(tmp_path, r"operators that ONNX Runtime does not bring: com\.example\.Relu;", graph)
+    assert_refused(tmp_path, r"operators that ONNX Runtime does not include: com\.example\.Relu;", graph)
 
 
 def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
     )
     node = helper.make_node("If", ["yes"], ["odd"], then_branch=branch, else_branch=branch)
     graph.graph.node.append(node)
-    assert_refused(tmp_path, r"does not bring: mine\.Odd;", graph)
+    assert_refused(tmp_path, r"does not include: mine\.Odd;", graph)
 
 
 def test_graphs_that_onnx_runtime_does_not_load(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     (folder / "in").mkdir()
     assert_refused(
         folder,
-        "outside its own folder; only files in there are read",
+        "outside its own folder; only files inside it are read",
         move_matrix_outside(build_classifier(), location),
     )
 
@@ -159,9 +159,13 @@ def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     [
         ("gone.bin", {}, "which is not there; copy it beside the model"),
         (".", {}, "which is not there; copy it beside the model"),
-        ("short.bin", {"length": 160}, "needs bytes of short.bin that are not there; it is cut short"),
-        ("short.bin", {"offset": -1}, "that are not there"),
-        ("short.bin", {"offset": 10**30}, "that are not there"),
+        (
+            "short.bin",
+            {"length": 160},
+            "needs bytes 0 to 160 of short.bin, which has .*; the file is incomplete: copy it again",
+        ),
+        ("short.bin", {"offset": -1}, "needs bytes -1 to .* of short.bin"),
+        ("short.bin", {"offset": 10**30}, "of short.bin, which has .*the file is incomplete"),
         ("short.bin", {"length": 10**12}, "more than 2 GB of weights"),
     ],
 )
@@ -217,22 +221,22 @@ def build_with_type(kind: int) -> onnx.ModelProto:
         (lambda: build_with_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
         (
             lambda: build_classifier(channels=1),
-            "has 1 channels in layout nchw; images have three: grey ones cannot",
+            "has 1 channels in layout nchw; 3 channels .RGB. are needed",
         ),
         (lambda: build_classifier(channels=4), "has 4 channels in layout nchw"),
         (lambda: build_classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
-        (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
+        (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; the maximum side is 2800"),
         (
             lambda: build_with_type(TensorProto.INT64),
-            "is of int64; float32, float16 and uint8 can be imported",
+            "has type int64; supported types are float32, float16 and uint8",
         ),
         (
             lambda: build_classifier(size=None),
-            "takes images of any size: give .* as --size, such as --size 224",
+            "takes images of any size: set the size .* with --size, such as --size 224",
         ),
         (
             lambda: build_batch_mean(4),
-            "the graph takes 4 images at a time, neither more nor fewer, and could not be changed",
+            "the graph takes exactly 4 images at a time and cannot be converted",
         ),
     ],
 )
@@ -242,7 +246,7 @@ def test_inputs_that_are_no_images(tmp_path: Path, make: Callable[[], onnx.Model
 
 def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
     assert_refused(
-        tmp_path, "--size is 20, but the graph takes any x 3 x 16 x 16", build_classifier(), size=(20, 20)
+        tmp_path, "--size is 20, but the graph takes only any x 3", build_classifier(), size=(20, 20)
     )
 
 
@@ -307,7 +311,7 @@ def build_nan_bias() -> onnx.ModelProto:
         (
             build_two_heads,
             {},
-            r"several outputs, scores \(5 values\), others \(5 values\): name .* as --output",
+            r"several outputs, scores \(5 values\), others \(5 values\): select .* with --output",
         ),
         (build_two_heads, {"output": "other"}, "there is no output 'other'; there are scores, others"),
         (build_nan_bias, {}, "the output 'scores' is not finite for every image"),
@@ -324,8 +328,12 @@ def test_outputs_that_are_no_labels(
     [
         (5, 4, "labels.txt has 4 labels, the graph gives 5 values for an image$"),
         (5, 2, "has 2 labels, the graph gives 5 values"),
-        (1, 3, "one value takes two labels, the second of which it is for"),
-        (1001, 1000, "it has a background class first; put a line such as `background` before the others"),
+        (1, 3, "one value needs two labels, and is the probability of the second"),
+        (
+            1001,
+            1000,
+            "models have a background class first; add a line such as `background` before the others",
+        ),
     ],
 )
 def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels: int, message: str) -> None:
@@ -335,7 +343,12 @@ def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels:
 @pytest.mark.parametrize(
     ("model", "labels", "task", "message"),
     [
-        (build_classifier(end="sigmoid"), 5, None, "each from 0 to 1 by itself: give --task multilabel"),
+        (
+            build_classifier(end="sigmoid"),
+            5,
+            None,
+            "independent probabilities from 0 to 1: give --task multilabel",
+        ),
         (build_classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
         (build_classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
         (
@@ -377,22 +390,22 @@ ZEROS = (0.0, 0.0, 0.0)
     [
         (
             PreprocessingOptions(**GEOMETRY),
-            r"normalised is not in the file: give --preset \(imagenet, keras-mobilenet, .*--mean",
+            r"does not say how to normalise pixels: give --preset \(imagenet, keras-mobilenet, .*--mean",
         ),
         (PreprocessingOptions(mean=ZEROS, **GEOMETRY), "or --mean and --std"),
         (PreprocessingOptions(mean=ZEROS, std=ONES, **GEOMETRY), "give --scale 1 or --scale 1/255"),
         (
             PreprocessingOptions(mean=ZEROS, std=ZEROS, **GEOMETRY),
-            "must be finite, and --std and --scale not 0",
+            "must be finite, --std greater than 0 and --scale not 0",
         ),
         (
             PreprocessingOptions(mean=ZEROS, std=ONES, scale=0, **GEOMETRY),
-            "must be finite, and --std and --scale not 0",
+            "must be finite, --std greater than 0 and --scale not 0",
         ),
         (PreprocessingOptions(mean=(np.nan,) * 3, std=ONES, scale=1, **GEOMETRY), "must be finite"),
         (
             PreprocessingOptions(mean=ZEROS, std=ONES, scale=1),
-            "how an image is to be resized is not in the file: give --preset, or",
+            "the file does not say how to resize images: give --preset, or",
         ),
         (
             PreprocessingOptions(mean=ZEROS, std=ONES, scale=1, resize=18),
@@ -404,7 +417,7 @@ ZEROS = (0.0, 0.0, 0.0)
         ),
         (
             PreprocessingOptions(preset=IMAGENET, resize=2801),
-            "--resize is 2801 pixels; at most 2800 can be had",
+            "--resize is 2801 pixels; the maximum is 2800",
         ),
         (PreprocessingOptions(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
         (PreprocessingOptions(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
@@ -442,7 +455,10 @@ def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
             lambda: find_preset("imagnet"),
             "there is no preset 'imagnet'; there are imagenet, keras-mobilenet",
         ),
-        (lambda: parse_channel_values("--mean", "1,2"), "--mean is '1,2'; it takes three numbers, such as"),
+        (
+            lambda: parse_channel_values("--mean", "1,2"),
+            "--mean is '1,2'; it takes one number or three, such as",
+        ),
         (lambda: parse_channel_values("--std", "1,two,3"), "--std is 'two', which is not a number"),
         (lambda: parse_number("--scale", "1/0"), "--scale is '1/0', which is not a number"),
         (lambda: parse_size("--size", "0"), "--size is '0'; it takes pixels such as 224"),
