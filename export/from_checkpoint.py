@@ -76,7 +76,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
-    The graph is compared with the network on images of `data`, and proven on its golden set. Its accuracy is
+    The graph is compared with the network on images of `data`, and checked on its golden set. Its accuracy is
     measured on the test images or, without test images, on the validation images. Its predictions on the
     held-out images are the reference for drift. `default` makes the model the default model for requests
     without a model name. Raises `ExportError`, `VerificationError` or `ModelError`, and then leaves no file.
@@ -176,7 +176,7 @@ class _NetWithProbabilities(nn.Module):
 def export_classifier_graph(
     net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0
 ) -> onnx.ModelProto:
-    """Export the network to a graph with input `pixels` and outputs `logits` and `to_probabilities`.
+    """Export the network to a graph with input `pixels` and outputs `logits` and `probabilities`.
 
     `pixels` are uint8 (batch, H, W, 3).
     """

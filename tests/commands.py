@@ -1,4 +1,4 @@
-"""The command in this process: what it is called like, and what it writes when it refuses."""
+"""The command in this process, and its error line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from fovea import cli
 
 Command = Callable[..., int]
-"""`fovea` with these arguments; gives its exit code."""
+"""Function that runs `fovea` with its arguments and returns the exit code."""
 
 
 def make_command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """The command, called by name in this process."""
+    """Return a function that runs the command in this process."""
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
@@ -31,7 +31,7 @@ def make_command(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @contextmanager
 def _restore_signals() -> Iterator[None]:
-    """`fovea serve` takes over the signals of its process, which here is that of all other tests."""
+    """Restore the signal handlers: `fovea serve` replaces those of this process, in which other tests run."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -42,7 +42,7 @@ def _restore_signals() -> Iterator[None]:
 
 
 def read_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was written to stderr: one line, in the command's name."""
+    """Return the text on stderr, which must be one line that starts with `fovea: `."""
     text = capsys.readouterr().err
     assert text.startswith("fovea: ")
     assert text.endswith("\n")

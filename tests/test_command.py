@@ -144,7 +144,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 
 @pytest.fixture
 def album(tmp_path: Path, pictures: list[Path]) -> Path:
-    """Images under names that say nothing, beside what is no image and what systems leave behind."""
+    """A folder of images with meaningless names, files that are not images, and files of systems."""
     folder = tmp_path / "album"
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "@eaDir").mkdir()
@@ -198,7 +198,7 @@ def test_a_folder_without_images_is_an_error(small_zoo: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], option: list[str]) -> None:
-    """The first while the second file, a pipe, is not there yet; an interruption leaves a whole document."""
+    """The first answer comes before the second file, a pipe, has content; Ctrl-C leaves valid JSON."""
     pipe = pictures[0].parent / "pipe"
     os.mkfifo(pipe)
     environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
@@ -221,7 +221,7 @@ def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], o
 
 
 def test_an_interruption_waits_for_the_end_of_an_answer() -> None:
-    """Ctrl-C in the middle of what is printed would leave half a JSON document."""
+    """Ctrl-C during printing would leave half a JSON document."""
     done = []
     with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)

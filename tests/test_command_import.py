@@ -1,4 +1,4 @@
-"""The command's `import`, as it is called; and what it makes, served."""
+"""`fovea import` on the command line, and the imported models in the service."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGES = {
 
 
 def write_import_files(folder: Path, labels: list[str] | None = None, **options: object) -> list[object]:
-    """A graph and its labels; what the command needs of them."""
+    """Write a graph and its labels; return the arguments of the command."""
     graph = build_classifier(**options)  # type: ignore[arg-type]  # its own options
     (folder / "foreign.onnx").write_bytes(graph.SerializeToString())
     (folder / "labels.txt").write_text("\n".join(labels or make_labels(5)))
@@ -246,7 +246,7 @@ def test_disk_that_cannot_be_written_to_is_one_line(
 
 
 def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, command: Command) -> None:
-    """Two models: one for batches of any size, and one that takes a single image, sent several at once."""
+    """Several images at once go to a model with a dynamic batch and to a model for single images."""
     assert (
         command(
             *write_import_files(tmp_path, batch=1, shape=[1, 8], end="softmax"),

@@ -85,8 +85,8 @@ def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, 
             f"{input_layout}; 3 channels (RGB) are needed, greyscale and others are not supported"
         )
     (height, size_origin), (width, _) = (
-        _choose_length(shape[axis], size and size[place], value.name, shape)
-        for place, axis in enumerate(input_layout.spatial_axes)
+        _choose_length(shape[axis], size and size[index], value.name, shape)
+        for index, axis in enumerate(input_layout.spatial_axes)
     )
     if max(height, width) > MAX_SIDE:
         raise ImportRefused(

@@ -245,8 +245,8 @@ def _is_equivalent(
             ):
                 return False
         return all(
-            _is_independent(candidate, graph_output, images, place, indices, expected_rows)
-            for place in indices
+            _is_independent(candidate, graph_output, images, index, indices, expected_rows)
+            for index in indices
         )
     except ImportRefused:
         return False
@@ -278,7 +278,7 @@ def _pick_different_rows(rows: Array, count: int) -> list[int]:
     """Return the positions of rows that are as far apart as possible."""
     indices = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
     while len(indices) < count:
-        distances = np.min([np.abs(rows - rows[place]).max(axis=1) for place in indices], axis=0)
+        distances = np.min([np.abs(rows - rows[index]).max(axis=1) for index in indices], axis=0)
         indices.append(int(distances.argmax()))
     return indices
 

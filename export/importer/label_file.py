@@ -77,8 +77,8 @@ def _make_unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[s
     normalized_names = [unicodedata.normalize("NFC", name) for name in names]  # é may be one character or two
     counts = Counter(normalized_names)
     unique = tuple(
-        f"{one} ({place})" if counts[one] > 1 else name
-        for place, (name, one) in enumerate(zip(names, normalized_names, strict=True))
+        f"{one} ({index})" if counts[one] > 1 else name
+        for index, (name, one) in enumerate(zip(names, normalized_names, strict=True))
     )
     if len(set(unique)) < len(unique):
         raise ImportRefused(

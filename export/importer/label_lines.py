@@ -189,18 +189,18 @@ def _from_columns(path: Path, lines: Sequence[str], notes: list[str]) -> list[Id
         return None
     rows = list(csv.reader(lines, delimiter=separator))
     heading = [name.strip().casefold().replace(" ", "_") for name in rows[0]]
-    names = [place for place, name in enumerate(heading) if name in HEADINGS]
-    numbers = [place for place, name in enumerate(heading) if name in NUMBER_HEADINGS]
+    names = [index for index, name in enumerate(heading) if name in HEADINGS]
+    numbers = [index for index, name in enumerate(heading) if name in NUMBER_HEADINGS]
     bad_row = next((number for number, row in enumerate(rows, 1) if len(row) != len(heading)), None)
     if bad_row is not None and len(heading) == 2 and numbers == [0]:
         return None  # `0,tench, Tinca tinca`: a number and the rest of the line
     if bad_row is None:
-        columns = [[row[place].strip() for row in rows[1:]] for place in range(len(heading))]
+        columns = [[row[index].strip() for row in rows[1:]] for index in range(len(heading))]
         if not numbers:  # for example `class,label`
-            numbers = [place for place in names if all(text.isdecimal() for text in columns[place])][:1]
-        wordnet = [place for place in (*names, *numbers) if all(map(WORDNET_ID.fullmatch, columns[place]))]
-        names = [place for place in names if place not in (*numbers, *wordnet)]
-        numbers = [place for place in numbers if place not in wordnet]
+            numbers = [index for index in names if all(text.isdecimal() for text in columns[index])][:1]
+        wordnet = [index for index in (*names, *numbers) if all(map(WORDNET_ID.fullmatch, columns[index]))]
+        names = [index for index in names if index not in (*numbers, *wordnet)]
+        numbers = [index for index in numbers if index not in wordnet]
     if bad_row is not None or len(names) != 1 or len(numbers) > 1 or len(wordnet) > 1:
         what = (
             f"line {bad_row} has {len(rows[bad_row - 1])} columns"
@@ -229,4 +229,4 @@ def _from_columns(path: Path, lines: Sequence[str], notes: list[str]) -> list[Id
         )
     notes.append(f"in the order of {title!r}")
     pairs_by_index = dict(zip(indices, pairs, strict=True))
-    return [pairs_by_index[place] for place in range(len(pairs))]
+    return [pairs_by_index[index] for index in range(len(pairs))]

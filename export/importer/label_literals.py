@@ -35,7 +35,7 @@ def parse_literal(path: Path, text: str) -> list[IdAndLabel]:
         value = [_to_numbered_pair(one) for one in value]
     if len(value) > 1 and all(_is_numbered_pair(one) for one in value):
         value = _sort_labels(path, _build_unique_map(path, [(str(number), name) for number, name in value]))
-    return [_parse_label(path, place, one) for place, one in enumerate(value)]
+    return [_parse_label(path, index, one) for index, one in enumerate(value)]
 
 
 def _to_numbered_pair(value: dict[str, Any]) -> Any:

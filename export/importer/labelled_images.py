@@ -172,7 +172,7 @@ class LabelLookup:
         if not indices:
             raise ImportRefused(self._describe_unknown(folder))
         if len(indices) > 1:
-            several = ", ".join(repr(self._labels[place]) for place in sorted(indices))
+            several = ", ".join(repr(self._labels[index]) for index in sorted(indices))
             raise ImportRefused(
                 f"--check: the folder {folder!r} fits several labels: {several}; use one of these"
             )

@@ -5,7 +5,7 @@ given and assumed. The steps are:
 
     read        the file, its weights, its input               (foreign_model, graph_input)
     run         to determine the kind of its output            (graph_output)
-    batch       made dynamic if it was fixed, and proven       (dynamic_batch)
+    batch       made dynamic if it was fixed, and verified     (dynamic_batch)
     wrap        normalisation before it, softmax after it      (wrap)
     check       on labelled images, if there are any           (labelled_images, recipe_check)
     verify      against the original file, then write

@@ -1,4 +1,4 @@
-"""What foreign graphs give, in every shape and unit: read as it is meant, or refused with the reason."""
+"""Outputs of foreign graphs in every shape and unit: read correctly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Step = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def make_step(kind: str, *constants: Any, **attributes: Any) -> Step:
-    """One more operator behind the graph, with constants behind its first input."""
+    """Return a step to append to a graph: an operator with constants after its first input."""
     return kind, constants, attributes
 
 
 def append_steps(graph: onnx.ModelProto, *steps: Step, kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
-    """The graph with steps behind it, and of its output no shape said."""
+    """Return the graph with appended steps and without a stated output shape."""
     output = graph.graph.output[0].name
     graph.graph.node[-1].output[0] = last = "end_0"
     for number, (operator, constants, attributes) in enumerate(steps):
@@ -50,13 +50,13 @@ def append_steps(graph: onnx.ModelProto, *steps: Step, kind: int = TensorProto.F
 
 
 def expected_logits(count: int = 5, seed: int = 0) -> Array:
-    """The logits of `IMAGES` (n, count), by hand."""
+    """Return the logits of `IMAGES` (n, count), computed without the importer."""
     planes = np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
     return run_onnx(build_classifier(count=count, seed=seed), planes)
 
 
 def assert_agrees(model: ImportedModel, expected: Array, tolerance: float = 1e-5) -> None:
-    """Each image alone, all together, and each in another place of the batch."""
+    """Compare with images run one at a time, all in one batch, and at other positions of the batch."""
     pixels = np.stack([model.pixels(image) for image in IMAGES])
     single_outputs = np.concatenate([model(image) for image in IMAGES])
     assert np.abs(single_outputs - expected).max() <= tolerance
@@ -93,7 +93,7 @@ FREE = {"1, 1, classes", "1, classes, 1", "folded"}
 def test_a_row_is_read_wherever_its_images_are(
     tmp_path: Path, shape: str, count: int, batch: int | str
 ) -> None:
-    """Where the axis of the images is not the first, they run one after the other."""
+    """Images run one after the other if the batch is not the first axis."""
     graph = append_steps(build_classifier(count=count, batch=batch, end="softmax"), *SHAPES[shape])
     model = import_graph(graph, tmp_path, count)
     assert model.facts["values"].startswith(f"{count} probabilities that sum to 1")
@@ -102,7 +102,7 @@ def test_a_row_is_read_wherever_its_images_are(
 
 
 def test_two_labels_without_a_batch_axis_are_not_swapped(tmp_path: Path) -> None:
-    """As two values they are both of one image, and not the only value of two."""
+    """Two values are the two labels of one image, not the single values of two images."""
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )
@@ -189,7 +189,7 @@ def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> Non
 
 
 def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads too few of them is found out by what compares."""
+    """The comparison finds an output with too few values."""
 
     def first(_: ReferenceModel, output: Array) -> Array:
         return output[0] if output.ndim > 1 else output[:1]
@@ -239,7 +239,7 @@ def test_a_uint8_graph_s_percentages_are_known_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path, dtype: str) -> None:
-    """Their sum hardly differs either; of a graph of bytes no extreme images can show that."""
+    """Logits of similar sum are no probabilities; graphs of uint8 have no extreme images to show it."""
     graph = build_classifier(spread=1e-5, dtype=dtype)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(numpy_helper.from_array(np.array([3, 1, 2, 0.5, 0.7], F32), "bias"))
@@ -265,7 +265,7 @@ QUANTIZED = (
 
 @pytest.mark.parametrize("count", [5, 300])
 def test_a_softmax_that_is_rounded_to_bytes_is_taken_before_the_rounding(tmp_path: Path, count: int) -> None:
-    """Of many labels most are rounded to 0, and the sum is far from 1."""
+    """With many labels, most probabilities are rounded to 0 and the sum is far from 1."""
     graph = append_steps(build_classifier(count=count, end="softmax", spread=1), *QUANTIZED)
     model = import_graph(graph, tmp_path, count)
     assert model.facts["values"].startswith(f"{count} probabilities that sum to 1")

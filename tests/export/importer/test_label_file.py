@@ -15,7 +15,7 @@ from fovea.export.importer.label_lines import _is_heading
 from fovea.export.importer.labelled_images import LabelLookup
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
-"""Text in which nothing is to be trimmed."""
+"""Text without space at its ends or control characters."""
 
 LABELS = st.lists(
     PRINTABLE.filter(lambda text: text[0] not in "[{" and not _is_heading(text)),
@@ -23,7 +23,7 @@ LABELS = st.lists(
     max_size=8,
     unique=True,
 )
-"""Names that are nothing but names: no JSON, no heading of a column."""
+"""Labels that look neither like JSON nor like a column heading."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_a_line_in_any_text_file(
     file: Path, names: list[str], end: str, marked: bool, blank: int
 ) -> None:
-    """With or without a byte order mark, any line ends, blank lines at the end."""
+    """Lines may have a byte order mark, any line ends, and blank lines at the end."""
     file.write_bytes((end.join(names) + end * blank).encode("utf-8-sig" if marked else "utf-8"))
     assert read_labels(file).names == tuple(names)
 
@@ -65,7 +65,7 @@ def test_every_form_of_json_says_the_same(file: Path, names: list[str], random: 
 
 
 def test_labels_of_several_outputs_get_their_numbers(file: Path) -> None:
-    """As ImageNet's two cranes, the bird and the machine."""
+    """Equal labels get numbers, such as ImageNet's two cranes, the bird and the machine."""
     file.write_text("tench\ncrane\nmaillot\ncrane\nmaillot\n")
     labels = read_labels(file)
     assert labels.names == ("tench", "crane (1)", "maillot (2)", "crane (3)", "maillot (4)")
@@ -117,7 +117,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 # --- more than a label on each line ---------------------------------------------------------------
 
 TENCH = ("tench, Tinca tinca", "goldfish", "great white's")
-"""A comma, and an apostrophe."""
+"""Labels with a comma and an apostrophe."""
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])

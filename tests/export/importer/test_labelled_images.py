@@ -1,4 +1,4 @@
-"""Labelled images before a model is accepted."""
+"""The check of a model on labelled images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHADES = {"dark": 30, "middling": 128, "bright": 225}
 
 
 def build_colour_model(dtype: str = "float32") -> onnx.ModelProto:
-    """Three logits, the mean of each channel, ten times."""
+    """Build a graph with three logits: ten times the mean of each channel."""
     random = build_classifier(count=3, dtype=dtype)
     kernel = np.zeros((8, 3, 3, 3), np.float32)
     kernel[range(3), range(3), 1, 1] = 1
@@ -51,7 +51,7 @@ def replace_weights(graph: onnx.ModelProto, **values: Array) -> onnx.ModelProto:
 
 
 def build_shade_model() -> onnx.ModelProto:
-    """Three logits: how near the mean, of 0 … 1, is to each of three shades."""
+    """Build a graph with three logits: how near the mean, 0 … 1, is to each of three shades."""
     nodes = [
         helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=0),
         helper.make_node("Reshape", ["mean", "column"], ["means"]),
@@ -125,7 +125,7 @@ def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
 def test_models_of_two_labels_are_checked_too(
     tmp_path: Path, count: int, end: GraphEnd, task: Task | None
 ) -> None:
-    """The second value is how green it is; a single one, how much greener than red."""
+    """The second value measures green; a single value measures green minus red."""
     kernel, matrix = np.zeros((8, 3, 3, 3), np.float32), np.zeros((8, count), np.float32)
     kernel[range(2), range(2), 1, 1] = 1
     matrix[:2] = [[-10], [10]] if count == 1 else 10 * np.eye(2)
@@ -140,7 +140,7 @@ def test_models_of_two_labels_are_checked_too(
 
 
 def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:
-    """A label is as probable as its number is high, whatever the image."""
+    """Labels with higher numbers are more probable, for every image."""
     values = np.arange(8, dtype=np.float32)
     graph = replace_weights(build_classifier(count=8), matrix=np.zeros((8, 8), np.float32), bias=values)
     labels = [f"label {number}" for number in range(8)]

@@ -1,4 +1,4 @@
-"""Classifiers from elsewhere: what is served is what their users' own pipelines give."""
+"""Imported classifiers give the same probabilities as the pipelines of their users."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ IMAGES = [
     encode_image(draw_picture(61, 130, 3), "PNG"),
     encode_image(draw_picture(20, 20, 4), "PNG"),
 ]
-"""Larger and smaller than the inputs, upright and not."""
+"""Images larger and smaller than the inputs, in portrait and landscape format."""
 
 
 def largest_difference(model: ImportedModel, expected: list[Array], images: list[bytes] = IMAGES) -> float:
-    """Largest difference of a probability; also where all images are in one batch."""
+    """Return the largest difference of a probability, also with all images in one batch."""
     single_difference = max(
         float(np.abs(model(image) - one).max()) for image, one in zip(images, expected, strict=True)
     )
@@ -104,7 +104,7 @@ def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name:
 
 @pytest.mark.slow
 def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
-    """Of photographs that are decoded at a smaller scale."""
+    """Tolerance for photographs that are decoded at a smaller scale."""
     size = 64
     model = import_graph(export_foreign("resnet18", size), tmp_path, 7)
     fast = replace(model.contract.input, pixel_path=PixelPath.FAST)
@@ -119,7 +119,7 @@ def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
 
 
 def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
-    """Tokens and attention have three axes too, and are none."""
+    """Tokens and attention have three axes too, but are not feature maps."""
     model = import_graph(export_foreign("vit"), tmp_path, 7)
     layers = {layer.outputs[0]: layer for layer in model.contract.layers}
     assert [layers[name].kind for name in model.contract.feature_maps] == ["Conv"]
@@ -155,7 +155,7 @@ def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", ["vit", "vit_of_torch"])
 def test_so_does_one_from_torch_s_older_exporter(tmp_path: Path, name: str) -> None:
-    """It computes the shape of the class token from constants."""
+    """The graph computes the shape of the class token from constants."""
     graph = export_torchscript(make_network(name, 64, 7), 64)
     model = import_graph(graph, tmp_path, 7)
     assert model.engine.batch_limit is None
@@ -274,7 +274,7 @@ positive = st.floats(0.015625, 128, width=32)
 def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
     mean: tuple[float, float, float], std: tuple[float, float, float], scale: float, bgr: bool
 ) -> None:
-    """To the last bit, in numpy and in the graph, in either order of the colours."""
+    """The arithmetic is equal to the last bit in numpy and in the graph, for both channel orders."""
     normalization = Normalization(scale, mean, std, bgr)
     pixels = np.arange(256 * 3, dtype=np.uint8).reshape(1, 16, 16, 3)
     values = (pixels[..., ::-1] if bgr else pixels).astype(np.float32)
@@ -392,7 +392,7 @@ def test_a_graph_that_takes_any_size_is_served_at_the_one_that_is_told(tmp_path:
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(7, 3), (8, 3), (11, 6), (12, 7), (20, 9)])
 def test_old_and_new_versions_of_the_format(tmp_path: Path, opset: int, ir_version: int) -> None:
-    """In the oldest all weights are listed as inputs too."""
+    """The oldest graphs list all weights as inputs too."""
     graph = build_classifier(opset=opset, ir_version=ir_version, end="softmax")
     assert (len(graph.graph.input) == 1) == (ir_version > 3)
     model = import_graph(graph, tmp_path)
@@ -441,7 +441,7 @@ def test_a_number_of_images_in_a_reshape_is_made_free(
 
 
 def test_a_number_of_images_that_the_file_does_not_admit_is_found(tmp_path: Path) -> None:
-    """Its input says any, its constants say one."""
+    """The input has any batch size, but the constants are for one image."""
     graph = build_classifier(batch="N", shape=[1, 8])
     model = import_graph(graph, tmp_path)
     assert model.engine.batch_limit is None
@@ -454,7 +454,7 @@ def test_a_number_of_images_that_the_file_does_not_admit_is_found(tmp_path: Path
 
 
 def build_batch_mean(batch: int | str) -> onnx.ModelProto:
-    """Its mean goes over the images too: no constant tells."""
+    """The mean includes the batch axis, which no constant shows."""
     graph = build_classifier(batch=batch)
     (pool,) = [node for node in graph.graph.node if node.op_type == "GlobalAveragePool"]
     pool.CopyFrom(helper.make_node("ReduceMean", pool.input, pool.output, axes=[0, 2, 3], keepdims=1))
@@ -530,7 +530,7 @@ def test_sigmoids_are_found_and_those_that_are_missing_added(
 
 
 def test_logits_that_happen_to_lie_between_0_and_1_are_still_logits(tmp_path: Path) -> None:
-    """They do not stay there when what comes in is a thousand times as large."""
+    """The values leave that range for images a thousand times as bright."""
     graph = build_classifier(count=1, spread=0.01)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([0.5], np.float32), "bias"))
@@ -636,7 +636,7 @@ def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) 
 
 
 def test_nothing_of_the_preset_is_lost_on_the_way_to_the_service(tmp_path: Path) -> None:
-    """The file alone, in plain ONNX Runtime, is the whole pipeline but for the resize."""
+    """The file in plain ONNX Runtime is the whole pipeline except for the resize."""
     graph = build_classifier(layout="nhwc")
     model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=INCEPTION))
     session = onnxruntime.InferenceSession(model.path)

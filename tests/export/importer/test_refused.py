@@ -1,4 +1,4 @@
-"""What cannot be imported, or not without being told more: a sentence, and no file."""
+"""Files and options that the import refuses with one sentence, leaving no file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.export.imports import has_no_output, import_graph
 def assert_refused(
     tmp_path: Path, message: str, model: onnx.ModelProto | bytes, *arguments: Any, **options: Any
 ) -> None:
-    """It ends with one line of this meaning, and leaves nothing."""
+    """Assert that the import fails with one line that matches `message`, and leaves no file."""
     with pytest.raises(ImportRefused, match=message) as error_info:
         import_graph(model, tmp_path, *arguments, **options)
     assert "\n" not in str(error_info.value)
@@ -55,7 +55,7 @@ def test_files_of_other_kinds(tmp_path: Path, start: bytes, what: str) -> None:
 
 
 def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
-    """A file with a hole: it takes no room, and is not read."""
+    """A sparse file takes no space on the disk and is not read."""
     file = tmp_path / "zeros.onnx"
     with file.open("wb") as hole:
         hole.truncate(3 << 30)
@@ -106,7 +106,7 @@ def test_operators_that_are_too_old_to_convert(tmp_path: Path) -> None:
 
 
 def move_matrix_outside(graph: onnx.ModelProto, location: str, **entries: int) -> onnx.ModelProto:
-    """The matrix lies in another file."""
+    """Return the graph with its matrix in another file."""
     (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
     matrix.ClearField("raw_data")
     matrix.data_location = TensorProto.EXTERNAL
@@ -177,7 +177,7 @@ def test_weights_that_are_not_there(
 
 
 def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is lowered: the sum counts, not each."""
+    """The sum of all weights counts, not each tensor; the test lowers the limit."""
     graph = build_classifier()
     (tmp_path / "weights.bin").write_bytes(read_matrix(graph))
     monkeypatch.setattr(foreign_model, "MAX_BYTES", graph.ByteSize() - 20)
@@ -260,7 +260,7 @@ def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
 
 
 def build_map_output() -> onnx.ModelProto:
-    """What a segmenter gives."""
+    """Return the output of a segmentation model."""
     graph = build_classifier()
     map_nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
     map_nodes[-1].output[0] = "scores"
@@ -378,7 +378,7 @@ def test_tasks_that_the_values_contradict(
     assert_refused(tmp_path, message, model, labels, task=task)
 
 
-# --- what must be told ---------------------------------------------------------------------------
+# --- missing options -----------------------------------------------------------------------------
 
 GEOMETRY: dict[str, Any] = {"resize": 18, "interpolation": Interpolation.BILINEAR}
 ONES = (1.0, 1.0, 1.0)
@@ -484,7 +484,7 @@ def test_options_as_they_are_written() -> None:
 def wrap_with_change(
     change: Callable[[onnx.GraphProto], None],
 ) -> Callable[[ForeignModel, Any], WrappedModel]:
-    """What wraps a model, and then changes it."""
+    """Return a replacement for `ForeignModel.wrap` that applies `change` to the wrapped graph."""
     original = ForeignModel.wrap
 
     def wrap_and_change(self: ForeignModel, normalization: Any) -> WrappedModel:
@@ -496,7 +496,7 @@ def wrap_with_change(
 
 
 def shift_mean(graph: onnx.GraphProto) -> None:
-    """The mean is half a level off."""
+    """Shift the mean by half a level of 255."""
     (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
     (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
     mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))
