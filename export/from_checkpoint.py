@@ -76,7 +76,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
-    The graph is compared with the network on images of `data`, and proven on its golden set. Its accuracy is
+    The graph is compared with the network on images of `data`, and checked on its golden set. Its accuracy is
     measured on the test images or, without test images, on the validation images. Its predictions on the
     held-out images are the reference for drift. `default` makes the model the default model for requests
     without a model name. Raises `ExportError`, `VerificationError` or `ModelError`, and then leaves no file.
@@ -84,13 +84,14 @@ def export_checkpoint(
     name, version = _parse_version_path(out)
     if tuple(checkpoint.metadata["labels"]) != data.labels:
         raise ExportError(
-            f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}"
+            f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}; "
+            "use the training data"
         )
     net = checkpoint.build_net().eval()
     split_name, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.metadata["geometry"], "geometry")
     if "calibration" not in checkpoint.metadata:
-        raise ExportError("the run was interrupted before its end; `fovea train --resume` goes on with it")
+        raise ExportError("the run was interrupted before its end; continue it with `fovea train --resume`")
     calibration = Calibration.from_dict(checkpoint.metadata["calibration"])
     graph = export_classifier_graph(net, net.config.task, geometry, calibration.temperature)
     contract = _build_checkpoint_contract(
@@ -99,6 +100,7 @@ def export_checkpoint(
     engine = Engine(embed_contract(graph, contract), provider="cpu", threads=1)
     contract = replace(contract, reference=measure_reference(engine, data.validation, data.conformal))
     accuracy = measure_accuracy(engine, examples, f"{data.name}, {split_name}")
+    # Before the model is written: beside a second model, a model without this record is not the default.
     record_default_model(out.parent.parent)
     report = write_verified_model(net, graph, contract, accuracy, examples, out)
     save_checkpoint(out, WEIGHTS_FILE, checkpoint)
@@ -112,7 +114,7 @@ def require_new_version(out: Path) -> None:
     _parse_version_path(out)
     if (out / MODEL_FILE).exists():
         suggestion = out.parent / next_version(out.parent)
-        raise ExportError(f"{out} holds a model already; the next version is {suggestion}")
+        raise ExportError(f"{out} already holds a model; the next free version is {suggestion}")
 
 
 def write_verified_model(
@@ -143,7 +145,7 @@ def _parse_version_path(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
     if not (MODEL_NAME_PATTERN.fullmatch(name) and version.isdecimal()):
         raise ExportError(
-            f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; in names "
+            f"{out} cannot hold a model: the path must end in <name>/<number>, such as zoo/pets/1; in names "
             f"{MODEL_NAME_RULE}"
         )
     return name, version
@@ -174,7 +176,7 @@ class _NetWithProbabilities(nn.Module):
 def export_classifier_graph(
     net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0
 ) -> onnx.ModelProto:
-    """Export the network to a graph with input `pixels` and outputs `logits` and `to_probabilities`.
+    """Export the network to a graph with input `pixels` and outputs `logits` and `probabilities`.
 
     `pixels` are uint8 (batch, H, W, 3).
     """
@@ -217,8 +219,8 @@ def embed_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
     """Return the file's bytes: graph and contract, without the exporter's notes on the source code."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
-                 *model.graph.output, *model.graph.initializer):  # fmt: skip
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    for part in (model.graph, *model.graph.node, *values, *model.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     del model.metadata_props[:]
@@ -239,6 +241,7 @@ def _build_checkpoint_contract(
     name: str,
     version: str,
 ) -> Contract:
+    # The golden set calls this for each of its images: torch is the reference for the graph's logits.
     def compute_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = evaluate.compute_logits(net, torch.tensor(pixels)).numpy()
         return logits
@@ -270,7 +273,10 @@ def build_contract(
     training: Training,
     calibration: Calibration,
 ) -> Contract:
-    """Return the contract of a graph from `export_classifier_graph`; `compute_logits` returns logits for pixels (n, H, W, 3)."""
+    """Return the contract of a graph from `export_classifier_graph`.
+
+    `compute_logits` maps pixels, uint8 (n, H, W, 3), to logits, float32 (n, labels).
+    """
     layers = build_layer_table(graph)
     return Contract(
         format=FORMAT_VERSION,

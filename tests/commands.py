@@ -1,4 +1,4 @@
-"""The `fovea` command in the process of the tests, and its error messages."""
+"""The command in this process, and its error line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from fovea import cli
 
 Command = Callable[..., int]
-"""Function that runs `fovea` with these arguments and returns its exit code."""
+"""Function that runs `fovea` with its arguments and returns the exit code."""
 
 
 def make_command(monkeypatch: pytest.MonkeyPatch) -> Command:
@@ -31,7 +31,7 @@ def make_command(monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @contextmanager
 def _restore_signals() -> Iterator[None]:
-    """Restore the signal handlers, which `fovea serve` replaces in the process of all tests."""
+    """Restore the signal handlers: `fovea serve` replaces those of this process, in which other tests run."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -42,7 +42,7 @@ def _restore_signals() -> Iterator[None]:
 
 
 def read_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the text on stderr, which must be one line that begins with the command's name."""
+    """Return the text on stderr, which must be one line that starts with `fovea: `."""
     text = capsys.readouterr().err
     assert text.startswith("fovea: ")
     assert text.endswith("\n")

@@ -1,4 +1,4 @@
-"""The command's `import`, as it is called; and what it makes, served."""
+"""`fovea import` on the command line, and the imported models in the service."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGES = {
 
 
 def write_import_files(folder: Path, labels: list[str] | None = None, **options: object) -> list[object]:
-    """A graph and its labels; what the command needs of them."""
+    """Write a graph and its labels; return the arguments of the command."""
     graph = build_classifier(**options)  # type: ignore[arg-type]  # its own options
     (folder / "foreign.onnx").write_bytes(graph.SerializeToString())
     (folder / "labels.txt").write_text("\n".join(labels or make_labels(5)))
@@ -51,14 +51,14 @@ def test_what_was_read_told_and_assumed_is_shown_line_by_line(
         "layout": "nchw (three channels on axis 1)",
         "size": "16 x 16 (the graph's own)",
         "arithmetic": "float32",
-        "batch": "any size (the file says 1; made free, and proven at 1, 2 and 3)",
+        "batch": "any size (the file says 1; made dynamic and verified at 1, 2 and 3)",
         "output": "scores (the only one)",
-        "values": "5 logits (as seen when it is run)",
-        "task": "multiclass (assumed, of logits; --task tells otherwise)",
+        "values": "5 logits (measured by running the graph)",
+        "task": "multiclass (assumed from logits; --task overrides it)",
         "labels": "5, from 'label 0' to 'label 4'",
         "normalise": "RGB, (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
-        "resize": "shorter side to 18, of it the middle 16 x 16, bilinear "
+        "resize": "shorter side to 18, then the middle 16 x 16, bilinear "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
         "pixel path": "exact (only --check can show whether fast loses nothing)",
     }
@@ -134,7 +134,7 @@ def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "how its pixels are to be normalised is not in the file"),
+        ([], "the file does not say how to normalise pixels"),
         (["--preset", "imagnet"], "there is no preset 'imagnet'"),
         (["--preset", "clip", "--task", "many"], "--task is 'many'; it takes multiclass, binary, multilabel"),
         (["--preset", "clip", "--layout", "chw"], "--layout is 'chw'; it takes nchw, nhwc"),
@@ -156,7 +156,7 @@ def test_all_that_is_missing_is_told_at_once_with_an_example(
     assert command("import") == 2
     said = read_error_line(capsys)
     assert said.startswith(
-        "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; how its pixels"
+        "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; the file does not say how"
     )
     for part in ("--preset (imagenet, keras-mobilenet", "--mean and --std", "one of --resize and --stretch"):
         assert part in said
@@ -177,7 +177,7 @@ def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*write_import_files(tmp_path, dtype="uint8")) == 2
-    assert read_error_line(capsys).startswith("fovea: how an image is to be resized is not in the file")
+    assert read_error_line(capsys).startswith("fovea: the file does not say how to resize images")
     assert command(*write_import_files(tmp_path, dtype="uint8"), "--stretch", "--interpolation", "box") == 0
 
 
@@ -212,7 +212,7 @@ def test_what_was_done_to_labels_and_values_is_shown(
     shown = capsys.readouterr().out
     assert "values      3 probabilities times 100 (each row sums to that), divided by it" in shown
     assert (
-        "labels      3, from 'Cat' to 'cat'; of the column 'label'; in the order of 'id'; 'Cat' and 'cat'"
+        "labels      3, from 'Cat' to 'cat'; from the column 'label'; in the order of 'id'; 'Cat' and 'cat'"
         in shown
     )
 
@@ -246,7 +246,7 @@ def test_disk_that_cannot_be_written_to_is_one_line(
 
 
 def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, command: Command) -> None:
-    """Two models: one for batches of any size, and one that takes a single image, sent several at once."""
+    """Several images at once go to a model with a dynamic batch and to a model for single images."""
     assert (
         command(
             *write_import_files(tmp_path, batch=1, shape=[1, 8], end="softmax"),

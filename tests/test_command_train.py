@@ -110,7 +110,9 @@ def test_a_folder_becomes_the_default_model_by_one_command(
             assert label in reply["coverage"]["labels"]
     again = ["train", "--data", tmp_path / "nowhere", "--export", zoo / "squares" / "1"]
     assert command(*again) == 2  # before anything is read
-    assert f"holds a model already; the next version is {zoo / 'squares' / '2'}" in read_error_line(capsys)
+    assert f"already holds a model; the next free version is {zoo / 'squares' / '2'}" in read_error_line(
+        capsys
+    )
     assert command("export", tmp_path / "run", "--out", zoo / "squares" / "1") == 2
     assert command("export", tmp_path / "run", "--out", zoo / "other" / "1") == 0
     assert (zoo / "default").read_text() == "squares\n"
@@ -349,7 +351,10 @@ def test_export_to_a_folder_without_name_and_version_is_refused(
 ) -> None:
     for place in ("squares", "my squares/1", ".squares/1", "squares/new"):
         assert command("export", trained / "run", "--out", tmp_path / place) == 2
-        assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in read_error_line(capsys)
+        assert (
+            "cannot hold a model: the path must end in <name>/<number>, such as zoo/pets/1"
+            in read_error_line(capsys)
+        )
         assert not (tmp_path / place).exists()
 
 

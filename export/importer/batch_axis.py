@@ -39,7 +39,10 @@ class BatchPosition:
 def find_batch_positions(
     nodes: Sequence[NodeProto], input_name: str, shapes: Mapping[str, Shape], constants: Mapping[str, Array]
 ) -> dict[str, BatchPosition]:
-    """Return the place of the images in every tensor that depends on the input `input_name`, as far as known."""
+    """Return the position of the images in each tensor that depends on the input `input_name`.
+
+    Tensors whose position is not known are left out.
+    """
     positions = {input_name: BatchPosition(0)}
     for node in nodes:
         sources = [one for one in node.input if one in positions and one in shapes]
@@ -90,7 +93,7 @@ def _read_axes(node: NodeProto, options: Mapping[str, Any], constants: Mapping[s
 
 
 def reshape_position(position: BatchPosition, shape: Shape, new_shape: Shape) -> BatchPosition | None:
-    """Return the place after a `Reshape`: the number of values outside the images stays the same."""
+    """Return the position after a `Reshape`: the number of values outside the images stays the same."""
     outer_size = position.outer_size(shape)
     start_axes = [axis for axis in range(len(new_shape)) if math.prod(new_shape[:axis]) == outer_size]
     unit_axes = [axis for axis in start_axes if new_shape[axis] == 1]

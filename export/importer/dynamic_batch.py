@@ -1,4 +1,4 @@
-"""Conversion of a graph with a fixed batch size to any batch size, if the result can be proven."""
+"""Conversion of a graph with a fixed batch size to any batch size, if the result can be verified."""
 
 from __future__ import annotations
 

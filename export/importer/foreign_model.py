@@ -93,8 +93,8 @@ def _require_known_operators(path: Path, model: ModelProto) -> None:
     }
     if unknown_operators:
         raise ImportRefused(
-            f"{path} has operators that ONNX Runtime does not bring: {', '.join(sorted(unknown_operators)[:3])}; "
-            "export it without them"
+            f"{path} has operators that ONNX Runtime does not include: "
+            f"{', '.join(sorted(unknown_operators)[:3])}; export it without them"
         )
 
 
@@ -147,11 +147,12 @@ def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> in
             length = size - offset if length < 0 else length
             if length > max_bytes:
                 raise ImportRefused(
-                    f"{path} has more than 2 GB of weights; at most that fits into one ONNX file"
+                    f"{path} has more than 2 GB of weights, which is the limit for one ONNX file"
                 )
             if not 0 <= offset <= offset + length <= size:
                 raise ImportRefused(
-                    f"{path} needs bytes of {weights_path.name} that are not there; it is cut short"
+                    f"{path} needs bytes {offset} to {offset + length} of {weights_path.name}, which has "
+                    f"{size}; the file is incomplete: copy it again"
                 )
             file.seek(offset)
             values = file.read(length)
@@ -178,7 +179,7 @@ def _resolve_weights_path(path: Path, location: str, tensor_name: str) -> Path:
     if not is_inside:
         raise ImportRefused(
             f"{path} keeps the weights {tensor_name!r} in {location!r}, outside its own folder; "
-            "only files in there are read"
+            "only files inside it are read"
         )
     weights_path = (folder / location).resolve()
     if not weights_path.is_file():

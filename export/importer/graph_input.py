@@ -74,25 +74,25 @@ def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, 
     if dtype is None:
         kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
         raise ImportRefused(
-            f"the input {value.name!r} is of {kind}; float32, float16 and uint8 can be imported"
+            f"the input {value.name!r} has type {kind}; supported types are float32, float16 and uint8"
         )
     shape = _read_shape(value)
     input_layout = layout or _detect_layout(value.name, shape)
     channels = shape[input_layout.channel_axis]
     if channels not in (None, 3):
         raise ImportRefused(
-            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout {input_layout}; "
-            "images have three: grey ones cannot be imported yet, nor those with more"
+            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout "
+            f"{input_layout}; 3 channels (RGB) are needed, greyscale and others are not supported"
         )
     (height, size_origin), (width, _) = (
-        _choose_length(shape[axis], size and size[place], value.name, shape)
-        for place, axis in enumerate(input_layout.spatial_axes)
+        _choose_length(shape[axis], size and size[index], value.name, shape)
+        for index, axis in enumerate(input_layout.spatial_axes)
     )
     if max(height, width) > MAX_SIDE:
         raise ImportRefused(
-            f"the input {value.name!r} is {height} x {width} pixels; at most {MAX_SIDE} a side are taken"
+            f"the input {value.name!r} is {height} x {width} pixels; the maximum side is {MAX_SIDE}"
         )
-    layout_origin = "as told by --layout" if layout else f"three channels on axis {input_layout.channel_axis}"
+    layout_origin = "from --layout" if layout else f"three channels on axis {input_layout.channel_axis}"
     facts = (
         ("input", f"{value.name}: {dtype.name}, {_format_shape(shape)}"),
         ("layout", f"{input_layout} ({layout_origin})"),
@@ -120,7 +120,8 @@ def _read_shape(value: ValueInfoProto) -> tuple[int | None, ...]:
     shape = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
     if len(shape) != 4:
         raise ImportRefused(
-            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; images in a batch have four"
+            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; "
+            "images in a batch have four"
         )
     return shape
 
@@ -140,7 +141,7 @@ def _detect_layout(name: str, shape: tuple[int | None, ...]) -> Layout:
 
 
 def _is_plausible(layout: Layout, shape: tuple[int | None, ...]) -> bool:
-    """Return whether the layout fits an input without 1 or 3 channels: the channel axis is the shortest."""
+    """Return whether the layout fits an input whose channels are not 1 or 3: they are the shortest axis."""
     lengths = [side for side in shape[1:] if side]
     return len(lengths) == 3 and shape[layout.channel_axis] == min(lengths) < max(lengths)
 
@@ -150,16 +151,14 @@ def _choose_length(
 ) -> tuple[int, str]:
     """Return a side of the image and its origin."""
     if graph_length and requested_length and graph_length != requested_length:
-        raise ImportRefused(
-            f"--size is {requested_length}, but the graph takes {_format_shape(shape)} and nothing else"
-        )
+        raise ImportRefused(f"--size is {requested_length}, but the graph takes only {_format_shape(shape)}")
     if graph_length:
         return graph_length, "the graph's own"
     if requested_length:
-        return requested_length, "as told by --size; the graph takes any"
+        return requested_length, "from --size; the graph takes any"
     raise MissingInformation(
-        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: give the one that it is to be "
-        "served at as --size, such as --size 224"
+        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: set the size to serve "
+        "with --size, such as --size 224"
     )
 
 

@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
-from fovea.export.importer.dynamic_batch import find_constants
 from fovea.export.importer.foreign_model import Array, ImportRefused, ReferenceModel
+from fovea.export.importer.last_step import LastStep, find_last_step
 from fovea.service.artifact.contract import Task
 
 Float64Array = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ class ValueKind(StrEnum):
     LOGITS = "logits"
     LOG_PROBABILITIES = "logarithms of probabilities that sum to 1"
     PROBABILITIES = "probabilities that sum to 1"
-    INDEPENDENT = "probabilities, each from 0 to 1 by itself"
+    INDEPENDENT = "independent probabilities from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GraphOutput:
         if self.total != 1:
             kind = f"probabilities times {self.total:g} (each row sums to that), divided by it"
         note = "; the same for every image" if self.is_constant else ""
-        return f"{self.count} {kind} (as seen when it is run{note})"
+        return f"{self.count} {kind} (measured by running the graph{note})"
 
 
 _FLOAT_TYPES: Final = frozenset({"float16", "float32", "float64"})
@@ -70,20 +70,9 @@ values differ by more.
 _PROBABILITY_TOLERANCE: Final = {"float16": 5e-3, "float32": 1e-5, "float64": 1e-5}
 """Tolerance between the graph's probabilities and those computed from the tensor before them."""
 
-_IDENTITY_OPERATORS: Final = frozenset(
-    {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
-)
-"""Operators that do not change values."""
-
-_ROUNDING_OPERATORS: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"})
-"""Operators that round values and change nothing else, if their two scales are equal."""
-
 _ROUNDED_TOLERANCE: Final = 1 / 128
 """Replacement of `_PROBABILITY_TOLERANCE` after a rounding: one step of int8 for 0 to 1, the coarsest in use.
 """
-
-_SCALING_OPERATORS: Final = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Min", "Max"})
-"""Operators that shift and scale values, if all but one of their inputs are constants."""
 
 _BOUNDED_OPERATORS: Final = frozenset(
     {"Softmax", "Sigmoid", "HardSigmoid", "Tanh", "Softsign", "QLinearSoftmax", "QLinearSigmoid"}
@@ -124,10 +113,10 @@ def detect_graph_output(
     if rows.min() == rows.max():
         raise ImportRefused(
             f"the output {name!r} is {rows.min():g} for every label and image, from black to white: its last "
-            "step goes over the wrong axis, or the graph does not look at its input"
+            "step uses the wrong axis, or the graph ignores its input"
         )
     dtype = outputs[name].dtype
-    last_step = _find_last_step(model, name)
+    last_step = find_last_step(model, name)
     extreme_rows = _run_extreme_images(reference, name, extreme)
     kind, total = detect_kind(rows, extreme_rows, dtype)
     logits_tensor = None
@@ -153,7 +142,7 @@ def _choose_output(
     if output_name is not None:
         if output_name not in outputs:
             raise ImportRefused(f"there is no output {output_name!r}; there are {', '.join(outputs)}")
-        return output_name, "as told by --output"
+        return output_name, "from --output"
     rows = {
         name: matrix for name, value in outputs.items() if (matrix := to_rows(value, image_count)) is not None
     }
@@ -170,7 +159,7 @@ def _choose_output(
     if len(candidates) != 1:
         shapes = ", ".join(f"{name} ({matrix.shape[1]} values)" for name, matrix in rows.items())
         raise ImportRefused(
-            f"the graph has several outputs, {shapes}: name the one with the labels as --output"
+            f"the graph has several outputs, {shapes}: select the one for the labels with --output"
         )
     return candidates[0], f"the only one of {len(outputs)} that fits the labels"
 
@@ -190,7 +179,7 @@ def _describe_shape(value: Array) -> str:
 def _integer_hint(outputs: dict[str, Array]) -> str:
     """Return a hint for graphs with 8-bit scores, else an empty string."""
     if any(value.dtype.name in ("uint8", "int8") for value in outputs.values()):
-        return "; scores in 8 bits are read behind a DequantizeLinear: export the graph with one at its end"
+        return "; 8-bit scores need a DequantizeLinear: export the graph with one at its end"
     return ""
 
 
@@ -252,7 +241,7 @@ def _run_extreme_images(reference: ReferenceModel, name: str, extreme: Array) ->
 
 
 def _require_scores(
-    name: str, rows: Float64Array, extreme_rows: Float64Array, kind: ValueKind, last_step: _LastStep
+    name: str, rows: Float64Array, extreme_rows: Float64Array, kind: ValueKind, last_step: LastStep
 ) -> None:
     """Raise `ImportRefused` for values that are neither logits nor probabilities."""
     oddity = None
@@ -268,24 +257,25 @@ def _require_scores(
             )
     if oddity:
         raise ImportRefused(
-            f"the output {name!r} gives {oddity}; it takes logits or probabilities: export the model without "
-            "its last steps"
+            f"the output {name!r} gives {oddity}; logits or probabilities are needed: export the model "
+            "without its last steps"
         )
 
 
-def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: _LastStep) -> str | None:
+def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: LastStep) -> str | None:
     """Return a description of values that look like logits but are not; None for logits."""
     span = f"{rows.min():.3g} to {rows.max():.3g}"
     count = rows.shape[1]
     if last_step.op_type in _BOUNDED_OPERATORS:
-        return f"values of its {last_step.op_type}{', moved, stretched or rounded' if last_step.is_changed else ''} ({span})"
+        change = ", shifted, scaled or rounded" if last_step.is_changed else ""
+        return f"values of its {last_step.op_type}{change} ({span})"
     if rows.max() > 1 and (rows == np.round(rows)).all():
-        return f"whole numbers ({span}): rounded, or no scores"
+        return f"whole numbers ({span}): rounded, or not scores"
     highest = max(rows.max(), extreme_rows.max(initial=0.0))
     if min(rows.min(), extreme_rows.min(initial=0.0)) >= 0 and rows.max() > 1:
         for full in _FULL_SCALES:
             if 0.999 * full <= highest <= full:
-                return f"values from 0 to {full:g}, each by itself, as percentages are"
+                return f"independent values from 0 to {full:g}, like percentages"
     if count > 1:
         for base, factor in (
             ("", -1.0),
@@ -295,43 +285,8 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
                 is_log_probability = _sums_to_one(np.exp(rows * factor), np.exp(extreme_rows * factor), 1e-3)
             if is_log_probability:
                 sign = "-" if factor < 0 else ""
-                return f"{sign}log p{base} ({span}), and not the natural logarithm of p"
+                return f"{sign}log p{base} ({span}), not the natural logarithm of p"
     return None
-
-
-@dataclass(frozen=True)
-class _LastStep:
-    """The last step of a graph that is more than shifting, scaling or rounding."""
-
-    op_type: str
-    """Operator of the step; empty if there is none."""
-    source: str
-    """Input tensor of the step."""
-    is_scaled: bool
-    is_rounded: bool
-
-    @property
-    def is_changed(self) -> bool:
-        """Flag for values that are scaled or rounded after the step."""
-        return self.is_scaled or self.is_rounded
-
-
-def _find_last_step(model: ModelProto, name: str) -> _LastStep:
-    producers: dict[str, NodeProto] = {output: node for node in model.graph.node for output in node.output}
-    constants = find_constants(model)
-    is_scaled = is_rounded = False
-    while name in producers:
-        node = producers[name]
-        variable_inputs = [one for one in node.input if one and one not in constants]
-        if node.op_type in _SCALING_OPERATORS and len(variable_inputs) == 1:
-            is_scaled, name = True, variable_inputs[0]
-        elif node.op_type in _ROUNDING_OPERATORS:
-            is_rounded, name = True, node.input[0]
-        elif node.op_type in _IDENTITY_OPERATORS:
-            name = node.input[0]
-        else:
-            return _LastStep(node.op_type, node.input[0] if node.input else "", is_scaled, is_rounded)
-    return _LastStep("", "", is_scaled, is_rounded)
 
 
 def _is_explained_by(
@@ -369,7 +324,7 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
                 f"the output {output.name!r} has {output.kind}: give --task multilabel "
                 "if any number of labels may be true of an image"
             )
-        return Task.MULTILABEL, "as told by --task"
+        return Task.MULTILABEL, "from --task"
     if requested_task is Task.MULTILABEL and output.kind is not ValueKind.LOGITS:
         raise ImportRefused(f"the output {output.name!r} has {output.kind}: that is not multilabel")
     if requested_task is Task.BINARY and output.count != 2:
@@ -377,11 +332,11 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
             f"--task binary takes one value or two for an image; the graph gives {output.count}"
         )
     if requested_task is not None:
-        return requested_task, "as told by --task"
+        return requested_task, "from --task"
     if output.count == 2:
-        return Task.BINARY, "assumed, of two labels; --task tells otherwise"
+        return Task.BINARY, "assumed from two labels; --task overrides it"
     is_certain = output.kind is not ValueKind.LOGITS
-    return Task.MULTICLASS, output.kind.value if is_certain else "assumed, of logits; --task tells otherwise"
+    return Task.MULTICLASS, output.kind.value if is_certain else "assumed from logits; --task overrides it"
 
 
 def _require_task(requested_task: Task | None, task: Task, reason: str) -> tuple[Task, str]:

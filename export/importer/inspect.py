@@ -126,8 +126,8 @@ class ForeignModel:
             output = self.reference.run_batch(full_batch)[self.graph_output.name]
             if output.size != batch_size * self.graph_output.count:
                 raise VerificationError(
-                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} images, and not "
-                    f"{self.graph_output.count} for each"
+                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} "
+                    f"images; expected {self.graph_output.count} for each"
                 )
             # (images, count)
             rows.append(output.astype(np.float64).reshape(batch_size, self.graph_output.count)[: len(batch)])
@@ -160,6 +160,8 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     task, reason = choose_task(graph_output, request.task)
     arithmetic = arithmetic_of(model)
     repeated_image = np.repeat(images[:1], graph_input.batch_size or 1, axis=0)
+    # `make_batch_dynamic` calls both functions in this thread, before it returns: the first to read tensors
+    # of the unchanged file, the second for each candidate graph. A candidate may not run at all.
     dynamic_model = make_batch_dynamic(
         model,
         graph_input,
@@ -168,9 +170,9 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     )
     if dynamic_model is None and (graph_input.batch_size or 1) > 1:
         raise ImportRefused(
-            f"the graph takes {graph_input.batch_size} images at a time, neither more nor fewer, and could not be "
-            "changed, or what it says of one depends on the others; export it with a batch of any size, or "
-            "of one"
+            f"the graph takes exactly {graph_input.batch_size} images at a time and cannot be converted to "
+            "other batch sizes, or its answer for one image depends on the others; export it with a dynamic "
+            "batch size, or with a batch of 1"
         )
     facts = (
         *graph_input.facts,
@@ -243,8 +245,8 @@ def _is_equivalent(
             ):
                 return False
         return all(
-            _is_independent(candidate, graph_output, images, place, indices, expected_rows)
-            for place in indices
+            _is_independent(candidate, graph_output, images, index, indices, expected_rows)
+            for index in indices
         )
     except ImportRefused:
         return False
@@ -276,7 +278,7 @@ def _pick_different_rows(rows: Array, count: int) -> list[int]:
     """Return the positions of rows that are as far apart as possible."""
     indices = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
     while len(indices) < count:
-        distances = np.min([np.abs(rows - rows[place]).max(axis=1) for place in indices], axis=0)
+        distances = np.min([np.abs(rows - rows[index]).max(axis=1) for index in indices], axis=0)
         indices.append(int(distances.argmax()))
     return indices
 
@@ -299,11 +301,16 @@ def _are_close(actual: Array, expected: Array, arithmetic: Arithmetic) -> bool:
 
 def _describe_batch(graph_input: GraphInput, is_dynamic: bool) -> str:
     if is_dynamic and graph_input.batch_size is None:
-        return f"any size (the file says so; proven at {_join_numbers(BATCHES)})"
+        return f"any size (the file says so; verified at {_join_numbers(BATCHES)})"
     if is_dynamic:
-        return f"any size (the file says {graph_input.batch_size}; made free, and proven at {_join_numbers(BATCHES)})"
-    origin = "the file says so" if graph_input.batch_size else "the file says any, but it answers one alone"
-    return f"1 ({origin}; it could not be made free: images run one after the other)"
+        proof = f"made dynamic and verified at {_join_numbers(BATCHES)}"
+        return f"any size (the file says {graph_input.batch_size}; {proof})"
+    origin = (
+        "the file says so"
+        if graph_input.batch_size
+        else "the file says any size, but answers depend on the batch"
+    )
+    return f"1 ({origin}; it cannot be made dynamic: images run one after the other)"
 
 
 def _join_numbers(numbers: tuple[int, ...]) -> str:

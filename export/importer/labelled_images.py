@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.label_file import WORDNET_ID, Labels
+from fovea.export.importer.label_file import Labels
+from fovea.export.importer.label_syntax import WORDNET_ID
 from fovea.model.data.decoding import decode_pixels, map_in_threads
 from fovea.model.data.disk_source import Folder
 from fovea.service.artifact.contract import Geometry
@@ -132,7 +133,7 @@ def load_labelled_images(folder: Path, labels: Labels) -> LabelledImages:
     """
     if not folder.is_dir():
         raise ImportRefused(
-            f"--check {folder} is not a folder; it takes one with a sub-folder of images per label"
+            f"--check {folder} is not a folder; it takes a folder with a sub-folder of images for each label"
         )
     source = Folder(folder)
     files = source.list_files()
@@ -172,7 +173,7 @@ class LabelLookup:
         if not indices:
             raise ImportRefused(self._describe_unknown(folder))
         if len(indices) > 1:
-            several = ", ".join(repr(self._labels[place]) for place in sorted(indices))
+            several = ", ".join(repr(self._labels[index]) for index in sorted(indices))
             raise ImportRefused(
                 f"--check: the folder {folder!r} fits several labels: {several}; use one of these"
             )
@@ -181,12 +182,12 @@ class LabelLookup:
     def _describe_unknown(self, folder: str) -> str:
         prefix = f"--check: the folder {folder!r} is"
         if WORDNET_ID.fullmatch(folder) and not self._index_by_id:
-            return f"{prefix} a WordNet id, and the labels have none; name it by its label"
+            return f"{prefix} a WordNet id, but the labels have no ids; name the folder after its label"
         nearest = difflib.get_close_matches(
             _normalize_name(folder), [name for name in self._indices_by_name if name], 1, 0
         )
         label = self._labels[min(self._indices_by_name[nearest[0]])] if nearest else self._labels[0]
-        return f"{prefix} none of the labels; the nearest is {label!r}"
+        return f"{prefix} not a label; the nearest is {label!r}"
 
 
 def _normalize_name(name: str) -> str:
@@ -253,9 +254,11 @@ def _stack_chunks(decoded_images: Iterator[Pixels | str]) -> Iterator[Pixels]:
 
 
 def _decode_images(images: LabelledImages, geometry: Geometry) -> Iterator[Pixels | str]:
-    """Yield the pixels of each image, or the reason why it cannot be decoded."""
+    """Yield the pixels of each image, or the reason why it cannot be decoded, in the order of the paths."""
 
     def decode_file(path: Path) -> Pixels | str:
+        # Runs in the threads of `map_in_threads`. An exception here would end the whole check, so a file that
+        # cannot be decoded becomes a text, which the caller's thread reports.
         try:
             return decode_pixels(path.read_bytes(), geometry)
         except RequestError as error:

@@ -5,7 +5,7 @@ given and assumed. The steps are:
 
     read        the file, its weights, its input               (foreign_model, graph_input)
     run         to determine the kind of its output            (graph_output)
-    batch       made dynamic if it was fixed, and proven       (dynamic_batch)
+    batch       made dynamic if it was fixed, and verified     (dynamic_batch)
     wrap        normalisation before it, softmax after it      (wrap)
     check       on labelled images, if there are any           (labelled_images, recipe_check)
     verify      against the original file, then write
@@ -129,6 +129,8 @@ def import_model(request: ImportRequest) -> ImportReport:
         golden=engine.check_golden_set(),
         check=check_result.report if check_result else None,
     )
+    # All checks have passed: nothing is written before, so that a failed import leaves no file. The default
+    # is recorded first: beside a second model, a model without this record is not the default.
     record_default_model(request.out)
     write_file(out / MODEL_FILE, content)
     write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
@@ -254,14 +256,14 @@ def _collect_facts(
 def _describe_labels(labels: Labels) -> str:
     text = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
     if labels.shared_names:
-        text += f"; {', '.join(map(repr, labels.shared_names))} stood for several, now with their numbers"
+        text += f"; {', '.join(map(repr, labels.shared_names))} occurred several times and are now numbered"
     return "; ".join([text, *labels.notes])
 
 
 def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> str:
     if foreign.normalization is None:
         note = "; of the preset only the geometry is used" if request.preprocessing.preset else ""
-        return f"uint8, RGB, as they are: the graph normalises them itself{note}"
+        return f"uint8, RGB, unchanged: the graph normalises them itself{note}"
     return f"{foreign.normalization} ({request.preprocessing.arithmetic_origin})"
 
 
@@ -269,7 +271,8 @@ def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
     details = f"{geometry.interpolation} ({request.preprocessing.geometry_origin})"
     if geometry.resize is Resize.STRETCH:
         return f"stretched to {geometry.height} x {geometry.width}, {details}"
-    return f"shorter side to {geometry.resize_to}, of it the middle {geometry.height} x {geometry.width}, {details}"
+    crop = f"{geometry.height} x {geometry.width}"
+    return f"shorter side to {geometry.resize_to}, then the middle {crop}, {details}"
 
 
 def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:
@@ -278,9 +281,9 @@ def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> s
     report = check_result.report
     text = (
         f"{path} (fast changes {report.fast_changed} of {report.images} answers, and probabilities by "
-        f"{report.fast_difference:.2g} at most; {report.fast_scaled} images are large enough to be decoded "
+        f"at most {report.fast_difference:.2g}; {report.fast_scaled} images are large enough to be decoded "
         "smaller"
     )
     return text + (
-        ")" if report.fast_scaled >= MIN_FAST_IMAGES else f", of the {MIN_FAST_IMAGES} that would show it)"
+        ")" if report.fast_scaled >= MIN_FAST_IMAGES else f"; at least {MIN_FAST_IMAGES} are needed)"
     )

@@ -178,14 +178,14 @@ class PreprocessingOptions:
     def normalization(self) -> Normalization:
         """Normalisation of the preset, overridden by the options.
 
-        Raises `ImportRefused` if neither specifies it.
+        Raises `MissingInformation` if neither specifies it, and `ImportRefused` for invalid numbers.
         """
         preset_normalization = self.preset.normalization if self.preset else None
         mean = self.mean or (preset_normalization.mean if preset_normalization else None)
         std = self.std or (preset_normalization.std if preset_normalization else None)
         if mean is None or std is None:
             raise MissingInformation(
-                "how its pixels are to be normalised is not in the file: give --preset "
+                "the file does not say how to normalise pixels: give --preset "
                 f"({', '.join(PRESETS)}), or --mean and --std"
             )
         scale = self.scale
@@ -215,11 +215,11 @@ class PreprocessingOptions:
             resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
         if interpolation is None or not (stretch or resize):
             raise MissingInformation(
-                "how an image is to be resized is not in the file: give --preset, or --interpolation "
+                "the file does not say how to resize images: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
         if resize > MAX_SIDE:
-            raise ImportRefused(f"--resize is {resize} pixels; at most {MAX_SIDE} can be had")
+            raise ImportRefused(f"--resize is {resize} pixels; the maximum is {MAX_SIDE}")
         if resize and resize < max(height, width):
             raise ImportRefused(
                 f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
@@ -238,7 +238,7 @@ class PreprocessingOptions:
         """Origin of the normalisation."""
         parts = [*self._preset_origin, *self.arithmetic_options]
         if self.mean and self.std and self.scale is None:
-            parts.append("scale by the size of mean and std")
+            parts.append("scale derived from mean and std")
         return ", ".join(parts)
 
     @property
@@ -275,45 +275,7 @@ def _derive_scale(mean: ChannelValues, std: ChannelValues) -> float:
 
 def _require_valid_numbers(scale: float, mean: ChannelValues, std: ChannelValues) -> None:
     if not all(map(math.isfinite, (scale, *mean, *std))) or scale == 0 or min(std) <= 0:
-        raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
-
-
-# --- option values -------------------------------------------------------------------------------
-
-
-def find_preset(name: str) -> Preset:
-    """Return the preset with this name.
-
-    Raises `ImportRefused` if there is none.
-    """
-    if name not in PRESETS:
-        raise ImportRefused(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def parse_channel_values(option: str, text: str) -> ChannelValues:
-    """Parse three numbers separated by commas, or one number for all three channels."""
-    values = [parse_number(option, part) for part in text.split(",")]
-    if len(values) not in (1, 3):
-        raise ImportRefused(f"{option} is {text!r}; it takes three numbers, such as 0.485,0.456,0.406")
-    red, green, blue = values * (3 // len(values))
-    return red, green, blue
-
-
-def parse_number(option: str, text: str) -> float:
-    """Parse a number, or a fraction such as 1/255."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        raise ImportRefused(f"{option} is {text!r}, which is not a number") from None
-
-
-def parse_size(option: str, text: str) -> tuple[int, int]:
-    """Parse height and width in pixels: one number for both, or two such as 224x320."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
         raise ImportRefused(
-            f"{option} is {text!r}; it takes pixels such as 224, or height x width as 224x320"
+            "--mean, --std and --scale must be finite, --std greater than 0 and --scale not 0; they are "
+            f"{mean}, {std} and {scale:g}"
         )
-    return int(parts[0]), int(parts[-1])

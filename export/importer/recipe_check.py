@@ -136,10 +136,11 @@ def _try_other_recipes(
         )
     better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
     if better_recipe and not request.force:
-        own_name = request.preprocessing.preset.name if request.preprocessing.preset else "what was given"
+        own_name = request.preprocessing.preset.name if request.preprocessing.preset else "the given recipe"
         raise ImportRefused(
             f"{own_name} looks wrong: of {len(sample)} images {_format_scores(own_scores)}, "
-            f"with {better_recipe} {_format_scores(scores_by_recipe[better_recipe])}; import it with {better_recipe}, or with --force as it is"
+            f"with {better_recipe} {_format_scores(scores_by_recipe[better_recipe])}; "
+            f"import it with {better_recipe}, or keep this recipe with --force"
         )
     return {
         name: (one.top1, float(one.true_probability.mean()))
@@ -148,7 +149,8 @@ def _try_other_recipes(
 
 
 def _format_scores(scores: Scores) -> str:
-    return f"{scores.top1:.1%} are right and the true label has {scores.true_probability.mean():.3f}"
+    probability = scores.true_probability.mean()
+    return f"{scores.top1:.1%} are right and the true label has the mean probability {probability:.3f}"
 
 
 def _list_other_recipes(

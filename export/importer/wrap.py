@@ -42,9 +42,10 @@ def wrap_model(
     *,
     dynamic_batch: bool,
 ) -> WrappedModel:
-    """Return a copy of `model` with first and last steps; `dynamic_batch` means that it accepts any batch size.
+    """Return a copy of `model` with the steps before and after the graph.
 
-    Without `normalization`, the graph takes the pixels unchanged.
+    Without `normalization`, the graph takes the pixels unchanged. `dynamic_batch` means that the graph
+    accepts any batch size.
     """
     copy = ModelProto()
     copy.CopyFrom(model)

@@ -89,7 +89,7 @@ def test_it_publishes(tmp_path: Path) -> None:
 
 def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "fovea").mkdir()
-    for name in ("__init__.py", "cli.py", "service"):
+    for name in ("__init__.py", "cli.py", "commands", "service"):
         (tmp_path / "fovea" / name).symlink_to(ROOT / "fovea" / name)
     shutil.copy(IMAGE / "serve", tmp_path)
     ended = subprocess.run(
@@ -97,7 +97,8 @@ def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if "site-packages" in p)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.stderr == "fovea: this installation has the service alone; use a checkout for it\n"
+    hint = "run the command in a checkout of the repository"
+    assert ended.stderr == f"fovea: this installation contains only the service; {hint}\n"
     assert ended.returncode == 2
 
 

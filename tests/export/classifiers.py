@@ -1,4 +1,4 @@
-"""Classifiers as other tools write them, with random weights; and the pipelines that users write by hand."""
+"""Classifiers with random weights as other tools write them, and preprocessing that users write by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_classifier(
     spread: float = 3.0,
     names: tuple[str, str] = ("image", "scores"),
 ) -> onnx.ModelProto:
-    """A convolution, a mean, a matrix; `shape` is the target of the reshape between the last two."""
+    """Build a graph of a convolution, a mean and a matrix, with a reshape to `shape` before the matrix."""
     random = np.random.default_rng(seed)
     image, scores = names
     inner_type = "float16" if dtype == "float16" else "float32"
@@ -98,7 +98,7 @@ def build_classifier(
 def _add_end(
     nodes: list[NodeProto], last: str, scores: str, end: GraphEnd, weights: dict[str, Array]
 ) -> None:
-    """From logits to what the graph gives; `hidden_…` by other operators than the usual."""
+    """Yield the nodes from logits to the output; `hidden_…` ends use unusual operators."""
     if end == "hidden_softmax":
         powers = _add_node(nodes, "Exp", [last])
         last = _add_node(nodes, "Div", [powers, _add_node(nodes, "ReduceL1", [powers], axes=[1], keepdims=1)])
@@ -123,7 +123,7 @@ def _add_node(nodes: list[NodeProto], kind: str, inputs: list[str], **attributes
 
 
 class BareNet(nn.Module):
-    """A backbone and a head, from normalised planes to logits: what people export."""
+    """A backbone and a head, from normalised pixels to logits, as users export them."""
 
     def __init__(self, name: str, size: int, labels: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class BareNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """As timm writes it: queries, keys and values by one product."""
+    """Self-attention as in timm: one product for queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two layers, each beside a shortcut."""
+    """A transformer block: attention and two layers, each with a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Vit(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    """As torchvision has it: torch's own attention, in which images are not the first axis."""
+    """A block as in torchvision: torch's own attention, in which the batch is not the first axis."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class TorchAttention(nn.Module):
 
 
 def make_network(name: str, size: int, labels: int) -> nn.Module:
-    """One of ours without its normalisation, or the transformer, that tells soft pictures apart."""
+    """Return one of Fovea's networks without its normalisation, or the transformer."""
     torch.manual_seed(0)
     net = Vit(size, labels) if name.startswith("vit") else BareNet(name, size, labels)
     if name == "vit_of_torch":
@@ -219,7 +219,7 @@ def make_network(name: str, size: int, labels: int) -> nn.Module:
 
 @cache
 def export_foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None) -> onnx.ModelProto:
-    """A network as torch exports it; not to be changed."""
+    """Return a network as torch exports it; callers must not change the result."""
     return export_network(make_network(name, size, labels), size, batch=batch)
 
 
@@ -241,7 +241,7 @@ def export_network(net: nn.Module, size: int, *, batch: int | None = None) -> on
 
 
 def export_torchscript(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
-    """By torch's older exporter, for one image, as by default."""
+    """Export with torch's older exporter, for one image, which is its default."""
     content = BytesIO()
     with silence_exporter():
         torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False, opset_version=opset)  # type: ignore[arg-type]  # its stub
@@ -252,7 +252,7 @@ def export_torchscript(net: nn.Module, size: int, opset: int = 17) -> onnx.Model
 
 
 def resize_and_crop(image: bytes, resize: int, crop: int, resample: Image.Resampling) -> Array:
-    """Pillow alone: the shorter side to `resize`, the middle of it; float32 (1, crop, crop, 3), 0 … 255."""
+    """Resize and crop the middle with Pillow: float32 (1, crop, crop, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB")
     shorter = min(picture.size)
     picture = picture.resize(
@@ -264,19 +264,19 @@ def resize_and_crop(image: bytes, resize: int, crop: int, resample: Image.Resamp
 
 
 def stretch_image(image: bytes, side: int, resample: Image.Resampling) -> Array:
-    """Pillow alone: both sides to `side`; float32 (1, side, side, 3), 0 … 255."""
+    """Stretch both sides to `side` with Pillow: float32 (1, side, side, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB").resize((side, side), resample)
     return np.asarray(picture, np.float32)[None]
 
 
 def prepare_imagenet(image: bytes, resize: int, crop: int) -> Array:
-    """As torchvision prepares it: float32 (1, 3, crop, crop)."""
+    """Prepare an image as torchvision does: float32 (1, 3, crop, crop)."""
     values = resize_and_crop(image, resize, crop, Image.Resampling.BILINEAR) / 255
     return ((values - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
 
 
 def run_onnx(model: onnx.ModelProto | Path, values: Array) -> Array:
-    """Plain ONNX Runtime: the first output, as float64."""
+    """Return the first output in plain ONNX Runtime, as float64."""
     content = model if isinstance(model, Path) else model.SerializeToString()
     session = onnxruntime.InferenceSession(content)
     input_name = session.get_inputs()[0].name
@@ -284,11 +284,11 @@ def run_onnx(model: onnx.ModelProto | Path, values: Array) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def sigmoid(logits: Array) -> Array:
-    """Of each value."""
+    """Return the sigmoid of each value."""
     return np.asarray(1 / (1 + np.exp(-logits)))

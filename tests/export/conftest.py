@@ -1,4 +1,4 @@
-"""What the tests of `export/` share: one real training run and its export."""
+"""Fixtures for the tests of `export/`: one real training run and its export."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def _one_thread() -> None:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A training run and what became of it."""
+    """A training run and its export."""
 
     checkpoint: Checkpoint
     data: Dataset
     report: ExportReport
     content: bytes
-    """Of the model file."""
+    """Content of the model file."""
     files: tuple[str, ...]
-    """Names of all files in its folder."""
+    """Names of all files in the model's folder."""
     report_json: str
 
     @property
     def net(self) -> Net:
-        """The trained network, a new one each time."""
+        """Return a new copy of the trained network."""
         return self.checkpoint.build_net().eval()
 
     @property
     def model(self) -> onnx.ModelProto:
-        """The model file as a graph, a new one each time."""
+        """Return a new copy of the model file's graph."""
         return onnx.load_from_string(self.content)
 
     @property
     def contract(self) -> Contract:
-        """What the model file says of itself."""
+        """Contract in the model file."""
         return read_contract(self.model)
 
     @property
     def engine(self) -> Engine:
-        """The model file, loaded as it is served."""
+        """Return an engine with the model file, as the service loads it."""
         return Engine(self.content, provider="cpu", threads=1)
 
 

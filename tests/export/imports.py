@@ -1,4 +1,4 @@
-"""Imports for the tests: a graph and labels in files, and what becomes of them."""
+"""Imports for the tests: a graph and labels are written to files and imported."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.export.classifiers import Array
 
 ZOO = "zoo"
 PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
-"""To explain models by."""
+"""Plan for explanations of imported models."""
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model that was imported."""
+    """An imported model."""
 
     report: ImportReport
     path: Path
@@ -34,25 +34,25 @@ class ImportedModel:
 
     @property
     def contract(self) -> Contract:
-        """What it says of itself."""
+        """Contract of the model."""
         return self.engine.contract
 
     @property
     def facts(self) -> dict[str, str]:
-        """What was reported."""
+        """Facts of the import report, by name."""
         return dict(self.report.facts)
 
     def __call__(self, image: bytes) -> Array:
-        """Probabilities (1, labels) of an encoded image, as the service computes them."""
+        """Return the probabilities (1, labels) of an encoded image, as the service computes them."""
         return self.engine.run(self.pixels(image)[None])
 
     def pixels(self, image: bytes) -> Array:
-        """What the service makes of an image."""
+        """Return the pixels of an encoded image, as the service decodes them."""
         return np.array(decode_image(image, self.contract.input, max_pixels=10_000_000).pixels)
 
 
 def make_labels(count: int) -> list[str]:
-    """Labels."""
+    """Return `count` different labels."""
     return [f"label {number}" for number in range(count)]
 
 
@@ -63,7 +63,7 @@ def import_graph(
     preprocessing: PreprocessingOptions | None = None,
     **options: Any,
 ) -> ImportedModel:
-    """Import a graph as `thing`; of torchvision's preset unless `preprocessing` says otherwise."""
+    """Import a graph as `thing`, with torchvision's preset unless `preprocessing` is given."""
     model_file, label_file = folder / "foreign.onnx", folder / "labels.txt"
     model_file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     label_file.write_text("\n".join(make_labels(labels) if isinstance(labels, int) else labels) + "\n")
@@ -76,5 +76,5 @@ def import_graph(
 
 
 def has_no_output(folder: Path) -> bool:
-    """Whether an import has left no file behind."""
+    """Return whether an import has left no file behind."""
     return not (folder / ZOO).exists()

@@ -1,4 +1,4 @@
-"""The reference by which drift is told."""
+"""The reference for drift detection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the service shows of a network's inside is what torch computes there."""
+"""Layers and feature maps that the service shows are equal to those that torch computes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NETWORKS = [
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """A network, and its file."""
+    """A network and its model file."""
 
     net: Net
     contract: Contract
@@ -85,7 +85,7 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 def record_calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDArray[np.float32]]]:
-    """What every module gave, in the order in which they were called."""
+    """Return the output of every module, in the order of their calls."""
     records: list[tuple[str, nn.Module, npt.NDArray[np.float32]]] = []
 
     def make_hook(name: str) -> object:
@@ -133,8 +133,10 @@ def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> 
 def find_outputs(
     leaves: list[tuple[str, nn.Module, npt.NDArray[np.float32]]], layer: LayerView
 ) -> list[npt.NDArray[np.float32]]:
-    """What the module gave that a layer is named after; and of a convolution that has taken in its batch
-    normalisation, what that gave."""
+    """Return the outputs of the module that gives the layer its name.
+
+    For a convolution that is fused with its batch normalisation, they include the normalisation's output.
+    """
     outputs = []
     for place, (name, module, output) in enumerate(leaves):
         if name == layer.name and output.shape[1:] == layer.shape:
@@ -158,7 +160,7 @@ def test_the_input_is_what_the_first_convolution_is_given() -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("resnet18", 32)])
 def test_a_convolution_adds_up(name: str, size: int) -> None:
-    """Kernels over inputs, and the bias, by hand at every place of some maps."""
+    """The kernels over the inputs plus the bias give every value of some maps."""
     one = make_case(name, size, Task.MULTICLASS)
     opened = IntrospectedModel(one.content, one.contract, PLAN)
     pixels = make_noise(size)
@@ -183,7 +185,7 @@ def test_a_convolution_adds_up(name: str, size: int) -> None:
     ("name", "size"), [("cnn", 32), ("cnn", 64), pytest.param("resnet18", 64, marks=pytest.mark.slow)]
 )
 def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> None:
-    """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
+    """Only pixels inside the receptive field change a value, and pixels at its edge do."""
     one = make_case(name, size, Task.MULTICLASS)
     net = one.net.double()
     opened = IntrospectedModel(one.content, one.contract, PLAN)
@@ -228,7 +230,7 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
 
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
-    """After ReLU and scaling; by torch's gradients, as Selvaraju et al. define it."""
+    """Compute Grad-CAM with torch's gradients (Selvaraju et al.), after ReLU and scaling."""
     one = make_case(name, size, task)
     explainer = Explainer(one.content, one.contract, PLAN)
     assert explainer.has_cam
@@ -250,7 +252,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
 
 
 def build_ending(kind: str) -> onnx.ModelProto:
-    """A convolution and an end of one's own; NCHW, 5 logits."""
+    """A convolution with a custom end; NCHW, 5 logits."""
     random = np.random.default_rng(0)
     weights: dict[str, npt.NDArray[Any]] = {
         "kernel": random.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32),
@@ -351,7 +353,7 @@ def build_ending(kind: str) -> onnx.ModelProto:
      "channels last", "channels last, axes kept", "tokens"],
 )  # fmt: skip
 def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
-    """Up to the bias: that is what exact means."""
+    """The mean of an exact map is the logit, except for the bias."""
     model = import_graph(build_ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
@@ -369,7 +371,7 @@ def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> N
     ["a constant", "a transposed constant", "channels last", "channels last, axes kept", "tokens"],
 )
 def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -> None:
-    """All are a convolution, an average, and a linear layer; here by torch."""
+    """Each network ends in a convolution, an average and a linear layer; torch computes the expected map."""
     graph = build_ending(kind)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     tensors |= {

@@ -1,4 +1,4 @@
-"""A checkpoint to one verified file."""
+"""The export of a checkpoint to one verified file."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: Expor
 
 
 def test_the_file_says_nothing_of_the_machine_that_made_it(exported: ExportedModel) -> None:
-    """The exporter notes stack traces with paths at each node; none of it is in the file."""
+    """The exporter records stack traces with paths at each node; the file contains none of them."""
     for trace in (str(ROOT), "site-packages", "stack_trace", "name_scopes", "class_hierarchy"):
         assert trace.encode() not in exported.content, trace
     assert [entry.key for entry in exported.model.metadata_props] == [METADATA_KEY]
@@ -186,7 +186,7 @@ def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: Expor
 
 
 def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: ExportedModel) -> None:
-    """Its place, not its bytes: who has the earlier file open goes on reading that."""
+    """The file is replaced, not overwritten: a process with the earlier file open still reads that."""
     out = tmp_path / "squares-16" / "7"
     out.mkdir(parents=True)
     (out / "model.onnx").write_bytes(b"earlier")
@@ -245,7 +245,7 @@ def test_the_folder_must_name_model_and_version(
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: ExportedModel) -> None:
-    """It has weights, but neither temperature nor thresholds."""
+    """The checkpoint of an interrupted run has weights, but neither temperature nor thresholds."""
     about = {key: value for key, value in exported.checkpoint.metadata.items() if key != "calibration"}
     with pytest.raises(ExportError, match="interrupted before its end; `fovea train --resume` goes on"):
         export_checkpoint(

@@ -28,7 +28,7 @@ GEOMETRIES = [square_geometry(16), OURS, replace(PHOTO, pixel_path=PixelPath.EXA
 
 
 def compute_three_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
-    """Three logits that any pixel changes."""
+    """Return three logits that depend on every pixel."""
     flat = pixels.reshape(len(pixels), -1).astype(np.float32)
     return np.stack([flat.mean(axis=1), flat.std(axis=1), flat[:, ::7].mean(axis=1)], axis=1)
 
@@ -55,7 +55,7 @@ def test_the_set_is_the_same_every_time() -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_host_can_prove_itself_by_it(geometry: Geometry) -> None:
-    """A real graph of this geometry, through the engine that serves it."""
+    """Check a real graph with this geometry in the engine of the service."""
     model = build_model(geometry=geometry)
     images = read_contract(model).golden.images
     assert 0 < len(images) <= 8
@@ -79,7 +79,7 @@ def test_lossless_images_are_exact_and_jpegs_may_differ_by_rounding() -> None:
 
 
 def test_the_images_are_small() -> None:
-    """They ride in every model file: at 32 x 32 less than 100 kB, at 224 x 224 less than 2 MB."""
+    """Every model file contains them: less than 100 kB at 32 x 32, less than 2 MB at 224 x 224."""
     for geometry, limit in ((OURS, 100_000), (PHOTO, 2_000_000)):
         assert (
             sum(len(image.image) + len(image.pixels) for image in golden_by_name(geometry).values()) < limit
@@ -143,7 +143,7 @@ def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
 
 @pytest.mark.parametrize("name", list(golden_by_name()))
 def test_a_host_that_decodes_otherwise_does_not_start(name: str) -> None:
-    """The pixels of one image are recorded as another decoder, off by 2 levels of 255, would see them."""
+    """The recorded pixels of one image are those of another decoder, off by 2 levels of 255."""
     model = build_model()
     contract = read_contract(model)
     images = {image.name: image for image in contract.golden.images}

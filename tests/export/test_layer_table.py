@@ -70,7 +70,7 @@ def test_every_parameter_is_counted_once(exported: ExportedModel, layers: tuple[
 
 
 def test_shapes_are_what_a_run_gives(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
-    """And every feature map can be asked for by appending an output to the file."""
+    """Every feature map can be read after an output has been appended to the file."""
     names = [layer.outputs[0] for layer in layers if layer.outputs[0] not in ("logits", "probabilities")]
     wanted = onnx.ModelProto()
     wanted.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)

@@ -1,4 +1,4 @@
-"""What the service says of the layers of networks that others wrote."""
+"""The layers of foreign networks, as the service reports them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_prepares_the_input_is_not_shown(tmp_path: Path) -> None:
 
 
 class BranchingNet(nn.Module):
-    """Two ways, put together; activations that tools write as several operators; a dilated convolution."""
+    """Two branches that are concatenated, activations of several operators, and a dilated convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_blocks_of_a_network_fold(tmp_path: Path) -> None:
 
 
 def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
-    """A reshape to a target that is worked out of a shape."""
+    """A reshape whose target is computed from a shape."""
     nodes: list[NodeProto] = [
         helper.make_node("Conv", ["image", "kernel"], ["maps"], "conv", kernel_shape=[3, 3]),
         helper.make_node("Shape", ["maps"], ["shape"]),

@@ -43,7 +43,7 @@ def test_a_network_whose_logits_differ_is_told(exported: ExportedModel, change: 
 
 
 def test_one_different_image_of_64_is_enough(exported: ExportedModel) -> None:
-    """Nothing is averaged away: the network is changed so that only red images move."""
+    """The maximum difference counts, not the mean: the network is changed for red images only."""
     net, pixels = exported.net, exported.data.test.pixels[:64].clone()
     pixels[-1] = torch.tensor([255, 0, 0])
     with torch.no_grad():

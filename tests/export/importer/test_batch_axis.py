@@ -1,4 +1,4 @@
-"""Where the images are in a graph that is run with one."""
+"""The batch axis in graphs that are run with one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What foreign graphs give, in every shape and unit: read as it is meant, or refused with the reason."""
+"""Outputs of foreign graphs in every shape and unit: read correctly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Step = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def make_step(kind: str, *constants: Any, **attributes: Any) -> Step:
-    """One more operator behind the graph, with constants behind its first input."""
+    """Return a step to append to a graph: an operator with constants after its first input."""
     return kind, constants, attributes
 
 
 def append_steps(graph: onnx.ModelProto, *steps: Step, kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
-    """The graph with steps behind it, and of its output no shape said."""
+    """Return the graph with appended steps and without a stated output shape."""
     output = graph.graph.output[0].name
     graph.graph.node[-1].output[0] = last = "end_0"
     for number, (operator, constants, attributes) in enumerate(steps):
@@ -50,13 +50,13 @@ def append_steps(graph: onnx.ModelProto, *steps: Step, kind: int = TensorProto.F
 
 
 def expected_logits(count: int = 5, seed: int = 0) -> Array:
-    """The logits of `IMAGES` (n, count), by hand."""
+    """Return the logits of `IMAGES` (n, count), computed without the importer."""
     planes = np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
     return run_onnx(build_classifier(count=count, seed=seed), planes)
 
 
 def assert_agrees(model: ImportedModel, expected: Array, tolerance: float = 1e-5) -> None:
-    """Each image alone, all together, and each in another place of the batch."""
+    """Compare with images run one at a time, all in one batch, and at other positions of the batch."""
     pixels = np.stack([model.pixels(image) for image in IMAGES])
     single_outputs = np.concatenate([model(image) for image in IMAGES])
     assert np.abs(single_outputs - expected).max() <= tolerance
@@ -93,7 +93,7 @@ FREE = {"1, 1, classes", "1, classes, 1", "folded"}
 def test_a_row_is_read_wherever_its_images_are(
     tmp_path: Path, shape: str, count: int, batch: int | str
 ) -> None:
-    """Where the axis of the images is not the first, they run one after the other."""
+    """Images run one after the other if the batch is not the first axis."""
     graph = append_steps(build_classifier(count=count, batch=batch, end="softmax"), *SHAPES[shape])
     model = import_graph(graph, tmp_path, count)
     assert model.facts["values"].startswith(f"{count} probabilities that sum to 1")
@@ -102,7 +102,7 @@ def test_a_row_is_read_wherever_its_images_are(
 
 
 def test_two_labels_without_a_batch_axis_are_not_swapped(tmp_path: Path) -> None:
-    """As two values they are both of one image, and not the only value of two."""
+    """Two values are the two labels of one image, not the single values of two images."""
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )
@@ -185,11 +185,11 @@ def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> Non
         make_step("Gather", np.array([0]), axis=0),
         make_step("Squeeze", np.array([0])),
     )
-    assert_refused(tmp_path, "the graph takes 2 images at a time", graph, 2)
+    assert_refused(tmp_path, "the graph takes exactly 2 images at a time", graph, 2)
 
 
 def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads too few of them is found out by what compares."""
+    """The comparison finds an output with too few values."""
 
     def first(_: ReferenceModel, output: Array) -> Array:
         return output[0] if output.ndim > 1 else output[:1]
@@ -198,7 +198,7 @@ def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: p
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )
-    with pytest.raises(VerificationError, match="has 2 values for 1 images, and not 1 for each"):
+    with pytest.raises(VerificationError, match="has 2 values for 1 images; expected 1 for each"):
         import_graph(graph, tmp_path, 2)
     assert has_no_output(tmp_path)
 
@@ -239,7 +239,7 @@ def test_a_uint8_graph_s_percentages_are_known_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path, dtype: str) -> None:
-    """Their sum hardly differs either; of a graph of bytes no extreme images can show that."""
+    """Logits of similar sum are no probabilities; graphs of uint8 have no extreme images to show it."""
     graph = build_classifier(spread=1e-5, dtype=dtype)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(numpy_helper.from_array(np.array([3, 1, 2, 0.5, 0.7], F32), "bias"))
@@ -265,7 +265,7 @@ QUANTIZED = (
 
 @pytest.mark.parametrize("count", [5, 300])
 def test_a_softmax_that_is_rounded_to_bytes_is_taken_before_the_rounding(tmp_path: Path, count: int) -> None:
-    """Of many labels most are rounded to 0, and the sum is far from 1."""
+    """With many labels, most probabilities are rounded to 0 and the sum is far from 1."""
     graph = append_steps(build_classifier(count=count, end="softmax", spread=1), *QUANTIZED)
     model = import_graph(graph, tmp_path, count)
     assert model.facts["values"].startswith(f"{count} probabilities that sum to 1")
@@ -289,17 +289,17 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
     "sigmoid x 100": (
         lambda: append_steps(build_classifier(end="sigmoid"), make_step("Mul", F32(100))),
         5,
-        "values of its Sigmoid, moved, stretched or rounded",
+        "values of its Sigmoid, shifted, scaled or rounded",
     ),
     "one sigmoid x 100": (
         lambda: append_steps(build_classifier(end="sigmoid", count=1), make_step("Mul", F32(100))),
         2,
-        "values of its Sigmoid, moved, stretched or rounded",
+        "values of its Sigmoid, shifted, scaled or rounded",
     ),
     "hidden sigmoid x 100": (
         lambda: append_steps(build_classifier(end="hidden_sigmoid"), make_step("Mul", F32(100))),
         5,
-        "values from 0 to 100, each by itself, as percentages are",
+        "independent values from 0 to 100, like percentages",
     ),
     "tanh": (lambda: append_steps(build_classifier(), make_step("Tanh")), 5, "values of its Tanh"),
     "2 softmax - 1": (
@@ -307,12 +307,12 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
             build_classifier(end="softmax"), make_step("Mul", F32(2)), make_step("Sub", F32(1))
         ),
         5,
-        "values of its Softmax, moved, stretched or rounded",
+        "values of its Softmax, shifted, scaled or rounded",
     ),
     "softmax in whole percents": (
         lambda: append_steps(build_classifier(end="softmax"), make_step("Mul", F32(100)), make_step("Round")),
         5,
-        "values of its Softmax, moved, stretched or rounded",
+        "values of its Softmax, shifted, scaled or rounded",
     ),
     "hidden softmax in bytes": (
         lambda: append_steps(
@@ -360,12 +360,12 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
     "softmax over the images": (
         lambda: append_steps(build_classifier(batch=1), make_step("Softmax", axis=0)),
         5,
-        "is 1 for every label and image, .* its last step goes over the wrong axis",
+        "is 1 for every label and image, .* its last step uses the wrong axis",
     ),
     "bytes": (
         lambda: append_steps(build_classifier(end="softmax"), QUANTIZED[0], kind=TensorProto.UINT8),
         5,
-        "scores in 8 bits are read behind a DequantizeLinear",
+        "8-bit scores need a DequantizeLinear",
     ),
 }
 
@@ -379,5 +379,5 @@ def test_values_that_are_neither_logits_nor_probabilities_are_refused(tmp_path: 
 def test_what_is_the_same_for_every_image_is_said(tmp_path: Path) -> None:
     graph = build_classifier(spread=0.0)
     model = import_graph(graph, tmp_path)
-    assert model.facts["values"] == "5 logits (as seen when it is run; the same for every image)"
+    assert model.facts["values"] == "5 logits (measured by running the graph; the same for every image)"
     assert model.engine.batch_limit == 1  # a row in the wrong place would not be seen

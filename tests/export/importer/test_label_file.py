@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.label_file import _is_heading, read_labels
+from fovea.export.importer.label_file import read_labels
+from fovea.export.importer.label_lines import _is_heading
 from fovea.export.importer.labelled_images import LabelLookup
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
-"""Text in which nothing is to be trimmed."""
+"""Text without space at its ends or control characters."""
 
 LABELS = st.lists(
     PRINTABLE.filter(lambda text: text[0] not in "[{" and not _is_heading(text)),
@@ -22,7 +23,7 @@ LABELS = st.lists(
     max_size=8,
     unique=True,
 )
-"""Names that are nothing but names: no JSON, no heading of a column."""
+"""Labels that look neither like JSON nor like a column heading."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_a_line_in_any_text_file(
     file: Path, names: list[str], end: str, marked: bool, blank: int
 ) -> None:
-    """With or without a byte order mark, any line ends, blank lines at the end."""
+    """Lines may have a byte order mark, any line ends, and blank lines at the end."""
     file.write_bytes((end.join(names) + end * blank).encode("utf-8-sig" if marked else "utf-8"))
     assert read_labels(file).names == tuple(names)
 
@@ -64,7 +65,7 @@ def test_every_form_of_json_says_the_same(file: Path, names: list[str], random: 
 
 
 def test_labels_of_several_outputs_get_their_numbers(file: Path) -> None:
-    """As ImageNet's two cranes, the bird and the machine."""
+    """Equal labels get numbers, such as ImageNet's two cranes, the bird and the machine."""
     file.write_text("tench\ncrane\nmaillot\ncrane\nmaillot\n")
     labels = read_labels(file)
     assert labels.names == ("tench", "crane (1)", "maillot (2)", "crane (3)", "maillot (4)")
@@ -85,20 +86,20 @@ def test_ids_of_wordnet_are_kept_and_known(file: Path) -> None:
         (b"one\n", "has 1 labels"),
         (b"a\n\nb\n", "line 2 is empty; each line is a label"),
         (b"a\xff\nb", "is not UTF-8 text"),
-        (b"a\nb\x07\n", "label 1 is 'b.x07', which cannot be shown"),
-        (b'["a", "b"', "begins like JSON, but is not: "),
-        (b"[" * 100_000, "begins like JSON, but is not: "),
+        (b"a\nb\x07\n", "label 1 is 'b.x07', which is empty or not printable"),
+        (b'["a", "b"', "begins like JSON, but is not valid: "),
+        (b"[" * 100_000, "begins like JSON, but is not valid: "),
         (b'["a", 7]', "label 1 is 7, which is not text"),
         (b'["a", ["x", "y"]]', r'label 1 is \["x", "y"\], which is not text'),
-        (b'["a", ""]', "label 1 is '', which cannot be shown"),
-        (b'["a", "\\ud800"]', "which cannot be shown"),
+        (b'["a", ""]', "label 1 is '', which is empty or not printable"),
+        (b'["a", "\\ud800"]', "which is empty or not printable"),
         (b"{}", "must map the numbers from 0 on to labels"),
         (b'{"id2label": 3}', "must map the numbers from 0 on to labels"),
         (b'{"0": "a", "b": "c"}', "must map the numbers from 0 on to labels"),
-        (b'{"0": "a", "2": "b"}', "it has 2, and none for 1"),
-        (b'{"a": 0, "b": 0}', "it has 2, and none for 1"),
+        (b'{"0": "a", "2": "b"}', "it has 2 entries, and none for 1"),
+        (b'{"a": 0, "b": 0}', "it has 2 entries, and none for 1"),
         (b'{"a": 0, "b": true}', "must map the numbers"),
-        (b"a\na\na (1)\n", "has labels twice, and others that end in a number; rename them"),
+        (b"a\na\na (1)\n", "has duplicate labels, and labels that already end in a number; rename them"),
     ],
 )
 def test_files_that_cannot_be_used(file: Path, content: bytes, message: str) -> None:
@@ -116,7 +117,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 # --- more than a label on each line ---------------------------------------------------------------
 
 TENCH = ("tench, Tinca tinca", "goldfish", "great white's")
-"""A comma, and an apostrophe."""
+"""Labels with a comma and an apostrophe."""
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -209,14 +210,17 @@ def test_numbers_that_belong_to_labels_stay(file: Path, names: tuple[str, ...]) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("0,a\n1,b\n3,c", "each from 0 .or from 1. on once: there are 3, up to 3, and none for 2"),
-        ("0,a\n0,b\n1,c", "0 is there 2 times"),
-        ("a,0\nb,1\nc,5", "up to 5, and none for 2"),
+        (
+            "0,a\n1,b\n3,c",
+            "each from 0 .or 1. on exactly once: there are 3 numbers up to 3, and 2 is missing",
+        ),
+        ("0,a\n0,b\n1,c", "0 occurs 2 times"),
+        ("a,0\nb,1\nc,5", "up to 5, and 2 is missing"),
         ("0,a\n1,b\nc", "most lines have a number beside the label, but line 3, 'c', has none"),
-        ("10:30\n11:00\n12:00", "if they belong to the labels, give these as a JSON list"),
-        ("1 door\n2 doors\n", "may be theirs or those of the outputs"),
-        ("id,label\n0,a\n2,b", "the column 'id' should have each number .* and none for 1"),
-        ("id,label\nx,a\ny,b", "'x' is none"),
+        ("10:30\n11:00\n12:00", "if they are part of the labels, write the labels as a JSON list"),
+        ("1 door\n2 doors\n", "may be part of the labels or the numbers of the outputs"),
+        ("id,label\n0,a\n2,b", "the column 'id' must have each number .* and 1 is missing"),
+        ("id,label\nx,a\ny,b", "'x' is not a number"),
         ("class,name\na,b\nc,d", "its columns are class, name; one column of labels is needed"),
         ("label,name,id\na,b,0\nc,d", "line 3 has 2 columns"),
         ("{0: 'a', 0: 'b', 1: 'c'}", "has the key '0' twice"),
@@ -228,8 +232,11 @@ def test_numbers_that_belong_to_labels_stay(file: Path, names: tuple[str, ...]) 
         ),
         ("{'a', 'b'}", "must be a list of labels"),
         ("{0: open('x')}", "begins like JSON, but is not"),
-        ("item {\n  id: 1\n  name: 'a'\n}\nitem {\n  id: 2\n  name: 'b'\n}", "a language of its own"),
-        ("labels = [\n'a',\n'b']", "a language of its own"),
+        (
+            "item {\n  id: 1\n  name: 'a'\n}\nitem {\n  id: 2\n  name: 'b'\n}",
+            "is neither a list of labels nor JSON",
+        ),
+        ("labels = [\n'a',\n'b']", "is neither a list of labels nor JSON"),
         ("<!DOCTYPE html>\n<html>\n<body>", "is a web page or XML"),
         ("# from the paper\na\nb", "line 1, '# from the paper', looks like a comment"),
     ],
@@ -247,8 +254,8 @@ def test_labels_that_look_alike_are_named(file: Path) -> None:
     assert labels.names == ("Cardigan", "cardigan", "café (2)", "café (3)", "hot  dog", "hot dog")
     assert labels.shared_names == ("café",)
     assert labels.notes == (
-        "'Cardigan' and 'cardigan' differ in case or spaces alone: are they two labels?",
-        "'hot  dog' and 'hot dog' differ in case or spaces alone: are they two labels?",
+        "'Cardigan' and 'cardigan' differ only in case or spaces: are they two labels?",
+        "'hot  dog' and 'hot dog' differ only in case or spaces: are they two labels?",
     )
 
 

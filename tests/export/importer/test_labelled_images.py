@@ -1,4 +1,4 @@
-"""Labelled images before a model is accepted."""
+"""The check of a model on labelled images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHADES = {"dark": 30, "middling": 128, "bright": 225}
 
 
 def build_colour_model(dtype: str = "float32") -> onnx.ModelProto:
-    """Three logits, the mean of each channel, ten times."""
+    """Build a graph with three logits: ten times the mean of each channel."""
     random = build_classifier(count=3, dtype=dtype)
     kernel = np.zeros((8, 3, 3, 3), np.float32)
     kernel[range(3), range(3), 1, 1] = 1
@@ -51,7 +51,7 @@ def replace_weights(graph: onnx.ModelProto, **values: Array) -> onnx.ModelProto:
 
 
 def build_shade_model() -> onnx.ModelProto:
-    """Three logits: how near the mean, of 0 … 1, is to each of three shades."""
+    """Build a graph with three logits: how near the mean, 0 … 1, is to each of three shades."""
     nodes = [
         helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=0),
         helper.make_node("Reshape", ["mean", "column"], ["means"]),
@@ -125,7 +125,7 @@ def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
 def test_models_of_two_labels_are_checked_too(
     tmp_path: Path, count: int, end: GraphEnd, task: Task | None
 ) -> None:
-    """The second value is how green it is; a single one, how much greener than red."""
+    """The second value measures green; a single value measures green minus red."""
     kernel, matrix = np.zeros((8, 3, 3, 3), np.float32), np.zeros((8, count), np.float32)
     kernel[range(2), range(2), 1, 1] = 1
     matrix[:2] = [[-10], [10]] if count == 1 else 10 * np.eye(2)
@@ -140,7 +140,7 @@ def test_models_of_two_labels_are_checked_too(
 
 
 def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:
-    """A label is as probable as its number is high, whatever the image."""
+    """Labels with higher numbers are more probable, for every image."""
     values = np.arange(8, dtype=np.float32)
     graph = replace_weights(build_classifier(count=8), matrix=np.zeros((8, 8), np.float32), bias=values)
     labels = [f"label {number}" for number in range(8)]
@@ -168,7 +168,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
         (lambda folder: folder.mkdir(), "has no sub-folder with images in it"),
         (
             lambda folder: draw_labelled_images(folder, {"rde": (0, 0, 0)}, 1),
-            "the folder 'rde' is none of the labels; the nearest is 'red'",
+            "the folder 'rde' is not a label; the nearest is 'red'",
         ),
     ],
 )
@@ -225,10 +225,10 @@ def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> N
     [
         (KERAS, "crane", "fits several labels: 'crane (2)', 'crane (3)'; use one of these"),
         (PLAIN, "n02012849_crane", "fits several labels"),
-        (PLAIN, "n01440764", "is a WordNet id, and the labels have none; name it by its label"),
-        (KERAS, "n99999999", "is none of the labels; the nearest is "),
+        (PLAIN, "n01440764", "is a WordNet id, but the labels have no ids; name the folder after its label"),
+        (KERAS, "n99999999", "is not a label; the nearest is "),
         (PLAIN, "great white shrak", "the nearest is 'great white shark'"),
-        (PLAIN, "???", "is none of the labels"),
+        (PLAIN, "???", "is not a label"),
     ],
 )
 def test_folders_that_no_label_has(labels: Labels, folder: str, message: str) -> None:
@@ -247,7 +247,7 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
         ImportRefused, match=r"imagenet looks wrong: of 18 images .* with --preset zero-one 100\.0%"
     ) as raised:
         import_graph(build_shade_model(), tmp_path, **options)  # type: ignore[arg-type]  # as above
-    assert str(raised.value).endswith("import it with --preset zero-one, or with --force as it is")
+    assert str(raised.value).endswith("import it with --preset zero-one, or keep this recipe with --force")
     assert has_no_output(tmp_path)
     kept = import_graph(
         build_shade_model(),
@@ -272,7 +272,7 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
 def test_the_other_order_of_colours_is_tried_too(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 5)
     wishes = PreprocessingOptions(preset=IMAGENET, bgr=True)
-    with pytest.raises(ImportRefused, match=r"import it with --rgb, or with --force"):
+    with pytest.raises(ImportRefused, match=r"import it with --rgb, or keep this recipe with --force"):
         import_graph(build_colour_model(), tmp_path, list(COLOURS), preprocessing=wishes, check=folder)
     assert has_no_output(tmp_path)
     assert import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check is not None
@@ -332,13 +332,13 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
             33,
             520,
             PixelPath.EXACT,
-            "99 images are large enough to be decoded smaller, of the 100 that would show it)",
+            "99 images are large enough to be decoded smaller; at least 100 are needed)",
         ),
         (
             34,
             500,
             PixelPath.EXACT,
-            "0 images are large enough to be decoded smaller, of the 100 that would show it)",
+            "0 images are large enough to be decoded smaller; at least 100 are needed)",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each preset on a model of its kind: with it the model is as good as by its publisher's own pipeline.
+"""Each preset on a model of its kind: the model is as good as with its publisher's own pipeline.
 
 The models know the pictures that they were shown, prepared by Pillow and numpy as the publisher does it, on
 the axes and with the last steps that this publisher's files have. What is prepared otherwise is strange to
@@ -29,13 +29,13 @@ SIDE = 32
 LABELS = [f"picture {number}" for number in range(12)]
 STRANGE = "none of them"
 NEAR = 0.01
-"""Mean squared difference, of the variance of what was shown, from which on a picture is a strange one."""
+"""Mean squared difference, as a share of the pictures' variance, above which a picture is unknown."""
 SURE = 8.0
-"""The logit of a picture that was shown, above that of being strange."""
+"""Logit of a known picture, relative to that of an unknown picture."""
 
 
 def draw_photo(seed: int) -> Image.Image:
-    """Coarse and fine noise of 152 x 104: what is cropped, stretched or sampled otherwise looks otherwise."""
+    """Draw coarse and fine noise, 152 x 104, that any other crop, stretch or filter changes."""
     random = np.random.default_rng(seed // 2)
     coarse = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize(
         (152, 104), Image.Resampling.BICUBIC
@@ -45,7 +45,7 @@ def draw_photo(seed: int) -> Image.Image:
 
 
 def resize_and_crop_middle(image: bytes, resize: int, resample: Image.Resampling) -> Array:
-    """The shorter side to `resize`, and the middle of it: float64 (SIDE, SIDE, 3), 0 … 255."""
+    """Resize the shorter side to `resize` and crop the middle: float64 (SIDE, SIDE, 3), 0 … 255."""
     picture = Image.open(BytesIO(image)).convert("RGB")
     width, height = picture.size
     picture = picture.resize((int(resize * width / height), resize), resample)
@@ -55,10 +55,10 @@ def resize_and_crop_middle(image: bytes, resize: int, resample: Image.Resampling
 
 @dataclass(frozen=True)
 class Publisher:
-    """How a publisher prepares an image, and what its ONNX files look like."""
+    """A publisher's preprocessing, and the form of its ONNX files."""
 
     prepare: Callable[[bytes], Array]
-    """To float64 (SIDE, SIDE, 3)."""
+    """Function from an image to pixels, float64 (SIDE, SIDE, 3)."""
     layout: str
     softmax: bool
 
@@ -95,7 +95,7 @@ PUBLISHERS = {
 
 
 def build_lookup_model(images: Array, publisher: Publisher) -> onnx.ModelProto:
-    """A model that knows the pictures (labels, SIDE, SIDE, 3) it was shown, and none else."""
+    """Build a model that knows only these pictures (labels, SIDE, SIDE, 3)."""
     scale = SURE / (NEAR * images.var())
     planes = images.transpose(0, 3, 1, 2) if publisher.layout == "nchw" else images
     rows = planes.reshape(len(images), -1)
@@ -130,7 +130,7 @@ def build_lookup_model(images: Array, publisher: Publisher) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A picture for each label, by the file it lies in."""
+    """Write a picture for each label; return the pictures by path."""
     folder = tmp_path_factory.mktemp("photos")
     found: dict[str, bytes] = {}
     for seed, label in enumerate(LABELS):

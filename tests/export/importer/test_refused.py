@@ -1,9 +1,8 @@
-"""What cannot be imported, or not without being told more: a sentence, and no file."""
+"""Files and options that the import refuses with one sentence, leaving no file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export.importer import foreign_model
 from fovea.export.importer.foreign_model import ImportRefused, read_model
-from fovea.export.importer.inspect import ForeignModel, ImportRequest
-from fovea.export.importer.pipeline import import_model
-from fovea.export.importer.preprocessing import (
-    IMAGENET,
-    KERAS_MOBILENET,
-    PreprocessingOptions,
-    find_preset,
-    parse_channel_values,
-    parse_number,
-    parse_size,
-)
+from fovea.export.importer.inspect import ForeignModel
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.verify import VerificationError
-from fovea.service.artifact.contract import Interpolation, Task
+from fovea.service.artifact.contract import Task
 from tests.export.classifiers import build_classifier
 from tests.export.importer.test_pipeline import build_batch_mean
 from tests.export.imports import has_no_output, import_graph
@@ -36,7 +25,7 @@ from tests.export.imports import has_no_output, import_graph
 def assert_refused(
     tmp_path: Path, message: str, model: onnx.ModelProto | bytes, *arguments: Any, **options: Any
 ) -> None:
-    """It ends with one line of this meaning, and leaves nothing."""
+    """Assert that the import fails with one line that matches `message`, and leaves no file."""
     with pytest.raises(ImportRefused, match=message) as error_info:
         import_graph(model, tmp_path, *arguments, **options)
     assert "\n" not in str(error_info.value)
@@ -62,7 +51,7 @@ def test_files_of_other_kinds(tmp_path: Path, start: bytes, what: str) -> None:
 
 
 def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
-    """A file with a hole: it takes no room, and is not read."""
+    """A sparse file takes no space on the disk and is not read."""
     file = tmp_path / "zeros.onnx"
     with file.open("wb") as hole:
         hole.truncate(3 << 30)
@@ -81,7 +70,7 @@ def test_operators_of_others(tmp_path: Path) -> None:
     graph = build_classifier()
     graph.graph.node[1].domain = "com.example"
     graph.opset_import.append(helper.make_opsetid("com.example", 1))
-    assert_refused(tmp_path, r"operators that ONNX Runtime does not bring: com\.example\.Relu;", graph)
+    assert_refused(tmp_path, r"operators that ONNX Runtime does not include: com\.example\.Relu;", graph)
 
 
 def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
@@ -92,7 +81,7 @@ def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
     )
     node = helper.make_node("If", ["yes"], ["odd"], then_branch=branch, else_branch=branch)
     graph.graph.node.append(node)
-    assert_refused(tmp_path, r"does not bring: mine\.Odd;", graph)
+    assert_refused(tmp_path, r"does not include: mine\.Odd;", graph)
 
 
 def test_graphs_that_onnx_runtime_does_not_load(tmp_path: Path) -> None:
@@ -113,7 +102,7 @@ def test_operators_that_are_too_old_to_convert(tmp_path: Path) -> None:
 
 
 def move_matrix_outside(graph: onnx.ModelProto, location: str, **entries: int) -> onnx.ModelProto:
-    """The matrix lies in another file."""
+    """Return the graph with its matrix in another file."""
     (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
     matrix.ClearField("raw_data")
     matrix.data_location = TensorProto.EXTERNAL
@@ -156,7 +145,7 @@ def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     (folder / "in").mkdir()
     assert_refused(
         folder,
-        "outside its own folder; only files in there are read",
+        "outside its own folder; only files inside it are read",
         move_matrix_outside(build_classifier(), location),
     )
 
@@ -166,9 +155,13 @@ def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     [
         ("gone.bin", {}, "which is not there; copy it beside the model"),
         (".", {}, "which is not there; copy it beside the model"),
-        ("short.bin", {"length": 160}, "needs bytes of short.bin that are not there; it is cut short"),
-        ("short.bin", {"offset": -1}, "that are not there"),
-        ("short.bin", {"offset": 10**30}, "that are not there"),
+        (
+            "short.bin",
+            {"length": 160},
+            "needs bytes 0 to 160 of short.bin, which has .*; the file is incomplete: copy it again",
+        ),
+        ("short.bin", {"offset": -1}, "needs bytes -1 to .* of short.bin"),
+        ("short.bin", {"offset": 10**30}, "of short.bin, which has .*the file is incomplete"),
         ("short.bin", {"length": 10**12}, "more than 2 GB of weights"),
     ],
 )
@@ -180,7 +173,7 @@ def test_weights_that_are_not_there(
 
 
 def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is lowered: the sum counts, not each."""
+    """The sum of all weights counts, not each tensor; the test lowers the limit."""
     graph = build_classifier()
     (tmp_path / "weights.bin").write_bytes(read_matrix(graph))
     monkeypatch.setattr(foreign_model, "MAX_BYTES", graph.ByteSize() - 20)
@@ -224,22 +217,22 @@ def build_with_type(kind: int) -> onnx.ModelProto:
         (lambda: build_with_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
         (
             lambda: build_classifier(channels=1),
-            "has 1 channels in layout nchw; images have three: grey ones cannot",
+            "has 1 channels in layout nchw; 3 channels .RGB. are needed",
         ),
         (lambda: build_classifier(channels=4), "has 4 channels in layout nchw"),
         (lambda: build_classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
-        (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
+        (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; the maximum side is 2800"),
         (
             lambda: build_with_type(TensorProto.INT64),
-            "is of int64; float32, float16 and uint8 can be imported",
+            "has type int64; supported types are float32, float16 and uint8",
         ),
         (
             lambda: build_classifier(size=None),
-            "takes images of any size: give .* as --size, such as --size 224",
+            "takes images of any size: set the size .* with --size, such as --size 224",
         ),
         (
             lambda: build_batch_mean(4),
-            "the graph takes 4 images at a time, neither more nor fewer, and could not be changed",
+            "the graph takes exactly 4 images at a time and cannot be converted",
         ),
     ],
 )
@@ -249,7 +242,7 @@ def test_inputs_that_are_no_images(tmp_path: Path, make: Callable[[], onnx.Model
 
 def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
     assert_refused(
-        tmp_path, "--size is 20, but the graph takes any x 3 x 16 x 16", build_classifier(), size=(20, 20)
+        tmp_path, "--size is 20, but the graph takes only any x 3", build_classifier(), size=(20, 20)
     )
 
 
@@ -263,7 +256,7 @@ def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
 
 
 def build_map_output() -> onnx.ModelProto:
-    """What a segmenter gives."""
+    """Return the output of a segmentation model."""
     graph = build_classifier()
     map_nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
     map_nodes[-1].output[0] = "scores"
@@ -314,7 +307,7 @@ def build_nan_bias() -> onnx.ModelProto:
         (
             build_two_heads,
             {},
-            r"several outputs, scores \(5 values\), others \(5 values\): name .* as --output",
+            r"several outputs, scores \(5 values\), others \(5 values\): select .* with --output",
         ),
         (build_two_heads, {"output": "other"}, "there is no output 'other'; there are scores, others"),
         (build_nan_bias, {}, "the output 'scores' is not finite for every image"),
@@ -331,8 +324,12 @@ def test_outputs_that_are_no_labels(
     [
         (5, 4, "labels.txt has 4 labels, the graph gives 5 values for an image$"),
         (5, 2, "has 2 labels, the graph gives 5 values"),
-        (1, 3, "one value takes two labels, the second of which it is for"),
-        (1001, 1000, "it has a background class first; put a line such as `background` before the others"),
+        (1, 3, "one value needs two labels, and is the probability of the second"),
+        (
+            1001,
+            1000,
+            "models have a background class first; add a line such as `background` before the others",
+        ),
     ],
 )
 def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels: int, message: str) -> None:
@@ -342,7 +339,12 @@ def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels:
 @pytest.mark.parametrize(
     ("model", "labels", "task", "message"),
     [
-        (build_classifier(end="sigmoid"), 5, None, "each from 0 to 1 by itself: give --task multilabel"),
+        (
+            build_classifier(end="sigmoid"),
+            5,
+            None,
+            "independent probabilities from 0 to 1: give --task multilabel",
+        ),
         (build_classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
         (build_classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
         (
@@ -372,110 +374,13 @@ def test_tasks_that_the_values_contradict(
     assert_refused(tmp_path, message, model, labels, task=task)
 
 
-# --- what must be told ---------------------------------------------------------------------------
-
-GEOMETRY: dict[str, Any] = {"resize": 18, "interpolation": Interpolation.BILINEAR}
-ONES = (1.0, 1.0, 1.0)
-ZEROS = (0.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("wishes", "message"),
-    [
-        (
-            PreprocessingOptions(**GEOMETRY),
-            r"normalised is not in the file: give --preset \(imagenet, keras-mobilenet, .*--mean",
-        ),
-        (PreprocessingOptions(mean=ZEROS, **GEOMETRY), "or --mean and --std"),
-        (PreprocessingOptions(mean=ZEROS, std=ONES, **GEOMETRY), "give --scale 1 or --scale 1/255"),
-        (
-            PreprocessingOptions(mean=ZEROS, std=ZEROS, **GEOMETRY),
-            "must be finite, and --std and --scale not 0",
-        ),
-        (
-            PreprocessingOptions(mean=ZEROS, std=ONES, scale=0, **GEOMETRY),
-            "must be finite, and --std and --scale not 0",
-        ),
-        (PreprocessingOptions(mean=(np.nan,) * 3, std=ONES, scale=1, **GEOMETRY), "must be finite"),
-        (
-            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1),
-            "how an image is to be resized is not in the file: give --preset, or",
-        ),
-        (
-            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1, resize=18),
-            "--interpolation .*nearest, box, bilinear",
-        ),
-        (
-            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1, interpolation=Interpolation.BOX),
-            "one of --resize and --stretch",
-        ),
-        (
-            PreprocessingOptions(preset=IMAGENET, resize=2801),
-            "--resize is 2801 pixels; at most 2800 can be had",
-        ),
-        (PreprocessingOptions(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
-        (PreprocessingOptions(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
-    ],
-)
-def test_what_the_file_cannot_say_is_asked_for(
-    tmp_path: Path, wishes: PreprocessingOptions, message: str
-) -> None:
-    assert_refused(tmp_path, message, build_classifier(), wishes=wishes)
-
-
-@pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
-def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
-    wishes = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
-    (option,) = given
-    assert_refused(
-        tmp_path,
-        f"normalises them itself; leave out --{option}",
-        build_classifier(dtype="uint8"),
-        wishes=wishes,
-    )
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä"])
-def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
-    request = ImportRequest(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", PreprocessingOptions())
-    with pytest.raises(ImportRefused, match=r"--name is .*; letters, digits and"):
-        import_model(request)
-
-
-@pytest.mark.parametrize(
-    ("read_one", "message"),
-    [
-        (
-            lambda: find_preset("imagnet"),
-            "there is no preset 'imagnet'; there are imagenet, keras-mobilenet",
-        ),
-        (lambda: parse_channel_values("--mean", "1,2"), "--mean is '1,2'; it takes three numbers, such as"),
-        (lambda: parse_channel_values("--std", "1,two,3"), "--std is 'two', which is not a number"),
-        (lambda: parse_number("--scale", "1/0"), "--scale is '1/0', which is not a number"),
-        (lambda: parse_size("--size", "0"), "--size is '0'; it takes pixels such as 224"),
-        (lambda: parse_size("--size", "1x2x3"), "--size is '1x2x3'"),
-    ],
-)
-def test_options_that_cannot_be_read(read_one: Callable[[], object], message: str) -> None:
-    with pytest.raises(ImportRefused, match=message):
-        read_one()
-
-
-def test_options_as_they_are_written() -> None:
-    assert parse_channel_values("--mean", "0.5") == (0.5, 0.5, 0.5)
-    assert parse_channel_values("--mean", "1, -2,3e0") == (1, -2, 3)
-    assert parse_number("--scale", "1/255") == 1 / 255
-    assert parse_size("--size", "224") == (224, 224)
-    assert parse_size("--size", "224x320") == (224, 320)
-
-
 # --- verification --------------------------------------------------------------------------------
 
 
 def wrap_with_change(
     change: Callable[[onnx.GraphProto], None],
 ) -> Callable[[ForeignModel, Any], WrappedModel]:
-    """What wraps a model, and then changes it."""
+    """Return a replacement for `ForeignModel.wrap` that applies `change` to the wrapped graph."""
     original = ForeignModel.wrap
 
     def wrap_and_change(self: ForeignModel, normalization: Any) -> WrappedModel:
@@ -487,7 +392,7 @@ def wrap_with_change(
 
 
 def shift_mean(graph: onnx.GraphProto) -> None:
-    """The mean is half a level off."""
+    """Shift the mean by half a level of 255."""
     (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
     (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
     mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))

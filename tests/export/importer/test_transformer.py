@@ -1,4 +1,4 @@
-"""Tokens of vision transformers as maps: what torch has there, and what the service says of them."""
+"""Tokens of vision transformers as feature maps, compared with torch."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 @dataclass(frozen=True)
 class TransformerCase:
-    """A transformer, and its graph."""
+    """A transformer and its graph."""
 
     net: Vit
     introspected: IntrospectedModel
 
     @property
     def planes(self) -> Tensor:
-        """What the network is given of the image."""
+        """Return the network's input for the image."""
         return torch.tensor(self.introspected.compute_output(self.introspected.layers[0].tensor, PIXELS))[
             None
         ]
@@ -53,7 +53,7 @@ class TransformerCase:
 
 
 def make_transformer() -> Vit:
-    """No two of its weights are alike: equal ones would be stored once, under one name."""
+    """Return a network without equal weights: equal weights would be stored once, under one name."""
     torch.manual_seed(0)
     net = Vit(SIDE, len(LABELS), width=12, blocks=2).eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def tokens_to_maps(tokens: Tensor) -> npt.NDArray[np.float32]:
 
 
 def record_outputs(net: nn.Module, planes: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
-    """What every module gave."""
+    """Return the output of every module."""
     records: list[tuple[str, nn.Module, Tensor]] = []
 
     def make_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -163,14 +163,14 @@ def test_all_parameters_are_counted_but_for_what_is_no_layer(made: TransformerCa
 
 
 def test_what_reads_the_class_token_does_not_read_the_maps(made: TransformerCase) -> None:
-    """Neither does what attention cuts into heads."""
+    """Layers behind the class token or behind the split into heads do not read the maps."""
     indirect = [layer for layer in made.introspected.layers if not layer.is_direct]
     assert [layer.kind for layer in indirect] == 2 * ["Mul", "MatMul", "MatMul", "MatMul"] + ["Gemm"]
     assert indirect[-1].sources == (made.find_layer("norm").tensor,)
 
 
 def test_an_older_exporter_s_norms_are_layers_too(made: TransformerCase, tmp_path: Path) -> None:
-    """It writes each as nine operators."""
+    """The exporter writes each as nine operators."""
     older = open_introspected(export_torchscript(make_transformer(), SIDE, opset=16), tmp_path)
     kinds = [layer.kind for layer in older.layers]
     assert kinds == [layer.kind for layer in made.introspected.layers]
@@ -206,7 +206,7 @@ def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path:
 
 
 class LinearPatchNet(nn.Module):
-    """Patches without a convolution, as einops cuts them: rows and columns first, then what is inside."""
+    """Patches without a convolution, as einops cuts them: rows and columns first, then the pixels inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""The sub-commands of `fovea`: one module for each command or small group."""

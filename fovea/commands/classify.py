@@ -1,0 +1,69 @@
+"""`fovea classify` and `fovea explain`: the service's answers without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def classify(
+    files: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Number of labels, most probable first; 0 for all.")] = 5,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Also show the set of labels that contains the true label this often, such as 0.95."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
+) -> None:
+    """Classify images without a server. Code and answers are those of the service."""
+    from fovea.service.cli import classify_files
+
+    settings = {} if models is None else {"models": models}
+    raise typer.Exit(
+        classify_files(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **settings)
+    )
+
+
+def explain(
+    file: Annotated[Path, typer.Argument(help="Image.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write: the image with its heat map.")],
+    label: Annotated[
+        str | None, typer.Option(help="Label to explain; default: the most probable label.")
+    ] = None,
+    method: Annotated[
+        Literal["auto", "cam", "occlusion"],
+        typer.Option(
+            help="`cam` is exact but needs a suitable network; `occlusion` works for every network."
+        ),
+    ] = "auto",
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0, max=8000, help="Number of masked images for an occlusion; 0 for as many as time allows."
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed; the same seed and samples give the same map.")
+    ] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+    ] = None,
+) -> None:
+    """Draw a heat map of the regions that a label depends on, as the service does."""
+    from fovea.service.cli import explain_file
+
+    settings = {} if models is None else {"models": models}
+    explain_file(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **settings)

@@ -1,0 +1,28 @@
+"""Texts about the commands: an example of each, and short summaries."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXAMPLES: Final = {
+    "train": "fovea train --data photos --export zoo/pets/1",
+    "export": "fovea export runs/pets --out zoo/pets/1",
+    "import": "fovea import model.onnx --labels labels.txt --name pets --out zoo --preset imagenet",
+    "serve": "fovea serve zoo --port 8000",
+    "publish": "fovea publish model.onnx --models zoo --name pets",
+    "classify": "fovea classify cat.jpg photos --top-k 3",
+    "explain": "fovea explain cat.jpg --out heat.png",
+    "bench": "fovea bench http://127.0.0.1:8000 cat.jpg --rate 50",
+    "doctor": "fovea doctor --seconds 10",
+}
+"""An example of each command, for its help and for messages about missing options."""
+
+SUMMARIES: Final = {
+    "export": "Export a checkpoint to one ONNX file.",
+    "import": "Import an ONNX classifier from another tool.",
+    "publish": "Add a model to a repository.",
+    "classify": "Classify images without a server.",
+    "explain": "Draw a heat map of what the model looked at.",
+    "doctor": "Find what limits the service on this machine.",
+}
+"""Short help of commands whose first sentence of help does not fit into the list of commands."""
