@@ -74,7 +74,9 @@ _LINK: Final = re.compile(r"(?<!!)\[([^\]]+)\]\(([\w./-]+)((?:#[\w-]+)?)\)")
 
 def _adapted(link: re.Match[str], origin: Path, folder: Path) -> str:
     """Let a link lead to the page of the site. A link to another file of the repository becomes its text.
-    What does not exist stays as it is, so that the build fails."""
+
+    A link to nothing stays as it is, so that the build fails.
+    """
     text, target, anchor = link.groups()
     path = Path(os.path.normpath(origin / target))
     if not path.exists():
@@ -86,6 +88,8 @@ def _adapted(link: re.Match[str], origin: Path, folder: Path) -> str:
 
 
 def _matches(pattern: str) -> bool:
-    """Whether a pattern in the contents matches a page: Sphinx would warn of one that matches none, and the
-    strict build would fail before the page is written."""
+    """Return whether a pattern in the table of contents matches a page.
+
+    Sphinx warns of a pattern without a page, and the strict build would fail before the page is written.
+    """
     return any(str(path.relative_to(DOCS)) not in exclude_patterns for path in DOCS.glob(f"{pattern}.md"))

@@ -13,9 +13,14 @@ from fovea.service.errors import RequestError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.documents import DOCS, list_pages, read_page
-from tests.servers import Server
+from tests.servers import ROOT, Server
 
 SETTINGS = read_page("settings")
+
+FOREIGN_CLASSES = {"BeforeValidator", "MobileNetV2ImageProcessor", "NoDecode"}
+"""Names of other projects that pages quote."""
+
+FOLDERS = ("service", "model", "export", "bench", "tests", "fovea")
 
 
 def test_every_setting_is_documented_and_no_other() -> None:
@@ -98,3 +103,23 @@ def test_every_page_is_in_the_contents_of_the_site() -> None:
     entries = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
     for path in DOCS.glob("*.md"):
         assert path.stem == "index" or any(path.match(f"{entry}.md") for entry in entries), path
+
+
+def test_every_file_and_class_that_a_page_names_exists() -> None:
+    """Walks through the code must not lead to files that have moved, nor to names of yesterday."""
+    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in FOLDERS]
+    names = {
+        name for path in files for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.MULTILINE)
+    }
+    missing = []
+    for page in [*list_pages(), ROOT / "CONTRIBUTING.md"]:
+        for quoted in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.\w+", quoted):
+                is_known = (ROOT / quoted).exists()
+            elif re.fullmatch(r"(?:[A-Z][a-z0-9]+){2,}", quoted):  # a class, or an alert
+                is_known = quoted in names | FOREIGN_CLASSES or quoted.startswith("Fovea")
+            else:
+                continue
+            if not is_known:
+                missing.append(f"{page.relative_to(ROOT)}: {quoted}")
+    assert missing == []

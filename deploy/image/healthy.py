@@ -11,7 +11,7 @@ words = Path("/proc/1/cmdline").read_text(errors="replace").split("\0")  # or wh
 
 
 def option(name: str) -> str:
-    """The last value of an option of the command, `--name value` or `--name=value`; empty without one."""
+    """Return the last value of an option of the command (`--name value`, `--name=value`), or ""."""
     values = [after for word, after in pairwise(words) if word == name]
     values += [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
     return values[-1] if values else ""
