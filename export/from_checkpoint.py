@@ -37,7 +37,6 @@ from fovea.service.artifact.contract import (
     GoldenSet,
     Task,
     Training,
-    from_plain,
 )
 from fovea.service.artifact.repository import (
     DEFAULT_MODEL_FILE,
@@ -47,6 +46,7 @@ from fovea.service.artifact.repository import (
     next_version,
     record_default_model,
 )
+from fovea.service.artifact.strict_json import from_plain
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine, GoldenDifferences
 from fovea.service.inference.pixels import Pixels

@@ -7,15 +7,12 @@ raises `ContractError` with the path of the field. No value is guessed.
 from __future__ import annotations
 
 import json
-import math
-import types
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import cache
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
+from fovea.service.artifact.strict_json import from_plain, require
 from fovea.service.errors import ContractError
 
 FORMAT_VERSION: Final = 1
@@ -85,14 +82,14 @@ class Geometry:
     pixel_path: PixelPath
 
     def __post_init__(self) -> None:
-        _require(self.height > 0 and self.width > 0, "input: height and width must be positive")
+        require(self.height > 0 and self.width > 0, "input: height and width must be positive")
         if self.resize is Resize.SHORTER:
-            _require(
+            require(
                 self.resize_to >= max(self.height, self.width),
                 f"input: resize_to {self.resize_to} is smaller than the crop",
             )
         else:
-            _require(self.resize_to == 0, "input: resize_to must be 0 with resize 'stretch'")
+            require(self.resize_to == 0, "input: resize_to must be 0 with resize 'stretch'")
 
 
 @dataclass(frozen=True)
@@ -157,9 +154,9 @@ class Histogram:
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require(list(self.edges) == sorted(set(self.edges)), "reference: the edges must rise")
-        _require(len(self.counts) == len(self.edges) + 1, "reference: edges and counts do not fit")
-        _require(all(count >= 0 for count in self.counts), "reference: a count is negative")
+        require(list(self.edges) == sorted(set(self.edges)), "reference: the edges must rise")
+        require(len(self.counts) == len(self.edges) + 1, "reference: edges and counts do not fit")
+        require(all(count >= 0 for count in self.counts), "reference: a count is negative")
 
 
 @dataclass(frozen=True)
@@ -175,11 +172,11 @@ class DriftReference:
     """Mean of all values of the model's input, from 0 (black) to 1 (white)."""
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.labels) <= 9, "reference: between 1 and 9 labels are needed")
-        _require(all(count > 0 for count in self.labels.values()), "reference: a label was never predicted")
-        _require(sum(self.labels.values()) <= self.images, "reference: labels of more images than there are")
+        require(0 < len(self.labels) <= 9, "reference: between 1 and 9 labels are needed")
+        require(all(count > 0 for count in self.labels.values()), "reference: a label was never predicted")
+        require(sum(self.labels.values()) <= self.images, "reference: labels of more images than there are")
         for histogram in (self.confidence, self.brightness):
-            _require(sum(histogram.counts) == self.images, "reference: counts of other images")
+            require(sum(histogram.counts) == self.images, "reference: counts of other images")
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ class GoldenSet:
     images: tuple[GoldenImage, ...]
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.images) <= 8, "golden: between 1 and 8 images are needed")
+        require(0 < len(self.images) <= 8, "golden: between 1 and 8 images are needed")
 
 
 @dataclass(frozen=True)
@@ -247,19 +244,19 @@ class Contract:
     golden: GoldenSet
 
     def __post_init__(self) -> None:
-        _require(self.format == FORMAT_VERSION, f"format is {self.format}; a contract has {FORMAT_VERSION}")
-        _require(len(self.labels) >= 2, "labels: at least two are needed")
-        _require(len(set(self.labels)) == len(self.labels), "labels: each must be unique")
-        _require(self.task is not Task.BINARY or len(self.labels) == 2, "binary takes two labels")
+        require(self.format == FORMAT_VERSION, f"format is {self.format}; a contract has {FORMAT_VERSION}")
+        require(len(self.labels) >= 2, "labels: at least two are needed")
+        require(len(set(self.labels)) == len(self.labels), "labels: each must be unique")
+        require(self.task is not Task.BINARY or len(self.labels) == 2, "binary takes two labels")
         threshold_count = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(self.labels)}[self.task]
-        _require(len(self.thresholds) == threshold_count, f"thresholds: {self.task} takes {threshold_count}")
-        _require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
-        _require(self.temperature > 0, "temperature must be positive")
+        require(len(self.thresholds) == threshold_count, f"thresholds: {self.task} takes {threshold_count}")
+        require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
+        require(self.temperature > 0, "temperature must be positive")
         _require_coverage(self.coverage, self.task)
         if self.reference:
-            _require(self.reference.labels.keys() <= set(self.labels), "reference: a label is unknown")
+            require(self.reference.labels.keys() <= set(self.labels), "reference: a label is unknown")
         for image in self.golden.images:
-            _require(
+            require(
                 len(image.logits) == self.logit_count,
                 f"golden image {image.name!r} has {len(image.logits)} logits",
             )
@@ -298,16 +295,11 @@ class Contract:
 
 def _require_coverage(coverage: tuple[Coverage, ...], task: Task) -> None:
     levels, quantiles = [one.level for one in coverage], [one.quantile for one in coverage]
-    _require(not coverage or task is not Task.MULTILABEL, "coverage: multilabel has none")
-    _require(all(0 < level < 1 for level in levels), "coverage: a level is not between 0 and 1")
-    _require(levels == sorted(set(levels)), "coverage: the levels must rise")
-    _require(all(0 <= one <= 1 for one in quantiles), "coverage: a quantile is not in [0, 1]")
-    _require(quantiles == sorted(quantiles), "coverage: the quantiles must not fall")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ContractError(message)
+    require(not coverage or task is not Task.MULTILABEL, "coverage: multilabel has none")
+    require(all(0 < level < 1 for level in levels), "coverage: a level is not between 0 and 1")
+    require(levels == sorted(set(levels)), "coverage: the levels must rise")
+    require(all(0 <= one <= 1 for one in quantiles), "coverage: a quantile is not in [0, 1]")
+    require(quantiles == sorted(quantiles), "coverage: the quantiles must not fall")
 
 
 Upgrade: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
@@ -321,120 +313,10 @@ def _upgrade(document: Any) -> Any:
     version = document.get("format") if isinstance(document, dict) else None
     if type(version) is not int:
         return document  # the decoder says what is wrong
-    _require(
+    require(
         1 <= version <= FORMAT_VERSION,
         f"format is {version}; this version of Fovea reads 1 to {FORMAT_VERSION}. Update Fovea to serve it",
     )
     for number in range(version, FORMAT_VERSION):
         document = {**_UPGRADES[number](document), "format": number + 1}
     return document
-
-
-T = TypeVar("T")
-
-
-def from_plain(kind: type[T], value: Any, path: str) -> T:
-    """Convert parsed JSON to `kind`, a dataclass of this file, strictly.
-
-    `path` is the place in the document, for error messages. Raises `ContractError`.
-    """
-    result: Any = _decode_value(kind, value, path)
-    return typing.cast(T, result)
-
-
-# Each decoder converts parsed JSON to its kind of type. `path` is the place in the document.
-
-
-def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
-    _require(isinstance(value, dict), f"{path} must be an object")
-    types_by_name = _field_types(kind)
-    names = types_by_name.keys()
-    for word, wrong in (("lacks", names - value.keys()), ("has unknown", value.keys() - names)):
-        _require(not wrong, f"{path} {word} {', '.join(sorted(wrong))}")
-    values = {
-        name: _decode_value(types_by_name[name], value[name], f"{path}.{name}") for name in types_by_name
-    }
-    return kind(**values)
-
-
-@cache
-def _field_types(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _decode_union(kind: Any, value: Any, path: str) -> Any:
-    """Decode the value as the first type that accepts it, or raise the error of the first type."""
-    errors = []
-    for choice in typing.get_args(kind):
-        try:
-            return _decode_value(choice, value, path)
-        except ContractError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _decode_list(kind: Any, value: Any, path: str) -> Any:
-    _require(isinstance(value, list), f"{path} must be a list")
-    item_kind = typing.get_args(kind)[0]
-    return tuple(_decode_value(item_kind, item, f"{path}[{index}]") for index, item in enumerate(value))
-
-
-def _decode_mapping(kind: Any, value: Any, path: str) -> Any:
-    _require(isinstance(value, dict), f"{path} must be an object")
-    item_kind = typing.get_args(kind)[1]
-    return {key: _decode_value(item_kind, item, f"{path}.{key}") for key, item in value.items()}
-
-
-def _decode_enum(kind: type[StrEnum], value: Any, path: str) -> Any:
-    choices = [member.value for member in kind]
-    _require(value in choices, f"{path} is {value!r}; known are {', '.join(choices)}")
-    return kind(value)
-
-
-def _decode_null(_kind: Any, value: Any, path: str) -> None:
-    _require(value is None, f"{path} must be null")
-
-
-def _decode_float(_kind: Any, value: Any, path: str) -> float:
-    if type(value) is int:
-        value = float(value)
-    _require(type(value) is float, f"{path} must be float, not {type(value).__name__}")
-    _require(math.isfinite(value), f"{path} must be finite")
-    return typing.cast(float, value)
-
-
-def _decode_text(_kind: Any, value: Any, path: str) -> str:
-    _require(type(value) is str, f"{path} must be str, not {type(value).__name__}")
-    value.encode()  # an unpaired surrogate cannot be encoded, so it could not be sent to a client
-    return typing.cast(str, value)
-
-
-def _decode_int(_kind: Any, value: Any, path: str) -> int:
-    _require(type(value) is int, f"{path} must be int, not {type(value).__name__}")
-    return typing.cast(int, value)
-
-
-_DECODERS: Final[Mapping[Any, Callable[[Any, Any, str], Any]]] = {
-    "dataclass": _decode_dataclass,
-    "enum": _decode_enum,
-    types.UnionType: _decode_union,
-    tuple: _decode_list,
-    dict: _decode_mapping,
-    types.NoneType: _decode_null,
-    float: _decode_float,
-    str: _decode_text,
-    int: _decode_int,
-}
-
-
-@cache
-def _decoder_of(kind: Any) -> Callable[[Any, Any, str], Any]:
-    if is_dataclass(kind):
-        return _DECODERS["dataclass"]
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return _DECODERS["enum"]
-    return _DECODERS[typing.get_origin(kind) or kind]
-
-
-def _decode_value(kind: Any, value: Any, path: str) -> Any:
-    return _decoder_of(kind)(kind, value, path)

@@ -209,7 +209,8 @@ def fetch_contract(server: Server, name: str) -> dict[str, Any]:
 
 
 def decode_imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
-    from fovea.service.artifact.contract import Geometry, from_plain
+    from fovea.service.artifact.contract import Geometry
+    from fovea.service.artifact.strict_json import from_plain
 
     geometry = from_plain(Geometry, fetch_contract(server, name)["input"], "input")
     return decode_image(image, geometry, max_pixels=1_000_000).pixels
