@@ -83,7 +83,7 @@ def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, An
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä"])
 def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
     request = ImportRequest(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", PreprocessingOptions())
-    with pytest.raises(ImportRefused, match=r"--name is .*; letters, digits and"):
+    with pytest.raises(ImportRefused, match=r"--name is .*; use letters, digits and"):
         import_model(request)
 
 
