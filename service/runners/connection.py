@@ -158,16 +158,21 @@ class RunnerConnection(asyncio.BufferedProtocol):
         on_finish: BatchCallback,
     ) -> Callable[[int], None]:
         """Send a batch. See `service.runners.runner_interface.Runner`."""
-        # Before the first byte is written: if the connection is lost, `_fail_pending` must find the batch.
+        number = self._last_batch_number + 1
+        limits = [None if deadline == INFINITY else deadline for deadline in deadlines]
+        batch = Batch(number, lane.model_id, items, limits, exclusive, separate, memory)
+        # Encode before anything is recorded: a batch that cannot be encoded is never sent, and a pending batch
+        # without an answer would make the next answer look like an answer to another batch.
+        pieces = list(batch.to_pieces())
+        # Record before the first byte is written: if the connection is lost, `_fail_pending` must find the
+        # batch.
+        self._last_batch_number = number
         self._pending_batches.append(_PendingBatch(on_finish, lane, items, separate))
         if len(self._pending_batches) == 1:
             self._start_watchdog()
-        self._last_batch_number += 1
-        limits = [None if deadline == INFINITY else deadline for deadline in deadlines]
-        batch = Batch(self._last_batch_number, lane.model_id, items, limits, exclusive, separate, memory)
-        self._send_queue.extend(batch.to_pieces())
+        self._send_queue.extend(pieces)
         self._write_next()
-        return partial(self._drop_item, self._last_batch_number)
+        return partial(self._drop_item, number)
 
     def _drop_item(self, batch_number: int, index: int) -> None:
         """Tell the runner to drop an image, unless it may already work on the batch or has answered it."""

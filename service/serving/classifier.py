@@ -323,7 +323,14 @@ class Classifier:
             return _convert_outcome(outcome, model)
 
         started_at = time.monotonic()
-        futures = [self._queue_image(image, model, deadline, convert_outcome) for image in images]
+        futures: list[asyncio.Future[Any]] = []
+        try:
+            for image in images:
+                futures.append(self._queue_image(image, model, deadline, convert_outcome))
+        except BaseException:  # nobody will wait for the images before this one: their jobs must end
+            for future in futures:
+                future.cancel()
+            raise
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
         model.statistics.count_request(started_at, is_success=succeeded)
