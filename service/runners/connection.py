@@ -161,8 +161,8 @@ class RunnerConnection(asyncio.BufferedProtocol):
         number = self._last_batch_number + 1
         limits = [None if deadline == INFINITY else deadline for deadline in deadlines]
         batch = Batch(number, lane.model_id, items, limits, exclusive, separate, memory)
-        # Encode before anything is recorded: a batch that cannot be encoded is never sent, and a pending batch
-        # without an answer would make the next answer look like an answer to another batch.
+        # Encode before anything is recorded: a batch that cannot be encoded is never sent, and a pending
+        # batch without an answer would make the next answer look like an answer to another batch.
         pieces = list(batch.to_pieces())
         # Record before the first byte is written: if the connection is lost, `_fail_pending` must find the
         # batch.
