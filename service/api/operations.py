@@ -66,6 +66,10 @@ def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegi
             "threads": asdict(classifier.thread_plan),
             "limits": {
                 "body_bytes": settings.body_bytes,
+                "json_bytes": settings.json_bytes,
+                "bodies_bytes": settings.bodies_bytes,
+                "connections": settings.connections,
+                "explain_idle": settings.explain_idle,
                 "image_pixels": settings.image_pixels,
                 "decode_bytes": settings.decode_bytes,
                 "request_images": settings.request_images,

@@ -291,7 +291,7 @@ def entropy_of(probabilities: Floats, task: Task) -> Floats:
     else:
         max_entropy = np.log2(max(2, probabilities.shape[1]))  # a model of one label: always certain
         entropy = _entropy_terms(probabilities).sum(axis=1) / np.float32(max_entropy)
-    return entropy
+    return np.clip(entropy, 0, 1)  # rounding can lead outside by some 1e-7
 
 
 def _entropy_terms(probabilities: Floats) -> Floats:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fovea.service import __version__
+from fovea.service.settings import Settings
 from tests.graphs import build_model, read_contract
 from tests.pictures import make_jpeg
 from tests.servers import Server
+from tests.service.runners.test_memory_plan import fit_settings
 
 
 def test_health(server: Server) -> None:
@@ -33,6 +36,17 @@ def test_runtime_says_what_really_runs(server: Server) -> None:
     assert runtime["models"][0]["golden"]["images"] == 8
     assert runtime["threads"]["runners"] >= 1
     assert runtime["limits"]["body_bytes"] == 1_000_000
+
+
+def test_runtime_shows_every_limit_that_follows_the_memory(
+    server: Server, small_zoo: Path, tmp_path: Path
+) -> None:
+    """`docs/operations.md` sends people there when a container is small."""
+    before, after = Settings(models=small_zoo), fit_settings(tmp_path, 300 << 20, models=small_zoo)
+    followed = {name for name in Settings.model_fields if getattr(before, name) != getattr(after, name)}
+    assert {"bodies_bytes", "decode_bytes", "explain_idle"} <= followed
+    runtime = server.client.get("/runtime").json()
+    assert followed <= runtime["limits"].keys() | runtime["threads"].keys()
 
 
 def test_the_contract_is_that_of_the_file(server: Server) -> None:

@@ -54,6 +54,12 @@ def test_entropy_is_0_where_sure_and_1_where_all_are_alike(
     assert entropy_of(np.array([row, row], np.float32), task) == pytest.approx([entropy] * 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("row", [[1 / 3] * 3, [0.1] * 10, [1.0000001, 0]])
+def test_entropy_stays_within_0_and_1_where_rounding_leads_outside(row: list[float]) -> None:
+    (entropy,) = entropy_of(np.array([row], np.float32), Task.MULTICLASS)
+    assert 0 <= entropy <= 1
+
+
 def test_brightness_is_the_mean_of_all_values() -> None:
     batch = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
     batch[0], batch[1] = 0, 255
