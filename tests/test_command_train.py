@@ -22,6 +22,7 @@ from fovea.model.networks.checkpoint import WEIGHTS_FILE
 from fovea.model.networks.network import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.inference.engine import Engine
+from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.preprocess import decode_image
 from tests.commands import Command, read_error_line
 from tests.conftest import ROOT
@@ -409,8 +410,8 @@ def test_a_data_set_is_described_before_it_is_trained_on(
         assert line in said
         assert said.index(line) < said.index("epoch 1/1")
     assert (run / "left-out.txt").read_text().splitlines() == [
-        "Training/red/broken.png: the bytes are not an image of a known format; send one of JPEG, PNG, GIF, "
-        "WEBP, TIFF, BMP, AVIF",
+        "Training/red/broken.png: the bytes are not an image of a known format; send one of "
+        f"{', '.join(supported_formats())}",
         "Training/red/notes.txt: the bytes are not an image of a known format",
         "valid/@eaDir/0.png: a hidden file or a system file",
     ]
