@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,10 @@ lint: $(VENV)/.dev ## Check style and types
 docs: $(VENV)/.docs ## Build the documentation into build/docs; a broken link fails
 	rm -rf build/docs  # a page that has not changed would not be checked again
 	$(BIN)/sphinx-build -n -W --keep-going --quiet --builder html docs build/docs
+
+diagrams: $(VENV)/.dev ## Draw the diagrams of docs/ again (needs chromium and npm)
+	mkdir -p build && cd build && npm pack --silent mermaid@11.17.2
+	PYTHONPATH=. $(BIN)/python docs/draw_diagrams.py build/mermaid-11.17.2.tgz
 
 samples: $(VENV)/.dev ## Draw the sample pictures again
 	$(BIN)/python samples/draw.py

@@ -5,19 +5,22 @@ critical fixes only until 2027-05, and its successor is young. Sphinx is maintai
 link as an error (`-n -W`), and MyST reads the same Markdown files that GitHub shows. Furo carries its own
 style sheets and scripts, so that no page asks a CDN for anything.
 
-Mermaid: sphinxcontrib-mermaid loads its script from a CDN, or needs a browser to draw. The site uses
-neither: a `mermaid` block stays a block of code, which reads as text.
+Mermaid: sphinxcontrib-mermaid loads its script from a CDN, or needs a browser for every build. The site shows
+the files that `docs/draw_diagrams.py` has drawn.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pygments.lexers.special import TextLexer
+sys.path.insert(0, str(Path(__file__).parent))  # where Sphinx does not look for modules
+
+from draw_diagrams import BLOCK, diagram_file
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -51,8 +54,7 @@ html_show_sourcelink = False
 
 
 def setup(app: Sphinx) -> None:
-    """Show `mermaid` blocks as plain text, since Pygments has no lexer for them."""
-    app.add_lexer("mermaid", TextLexer)
+    """Adapt every page before it is read."""
     app.connect("source-read", prepare)
 
 
@@ -66,6 +68,7 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         text = origin.read_text()
     if docname == "index":
         text = "\n".join(line for line in text.splitlines() if not line.endswith("*") or _matches(line))
+    text = BLOCK.sub(lambda block: f"![Diagram](/diagrams/{diagram_file(block[1])})", text)
     source[0] = _LINK.sub(lambda link: _adapted(link, origin.parent, page.parent), text)
 
 
