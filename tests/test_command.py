@@ -73,7 +73,7 @@ def test_coverage_is_shown_and_answered_as_by_the_service(
     assert json.loads(one.stdout) == wanted
     shown = run_fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
     assert f"90% sure to be among: {', '.join(wanted['coverage']['labels'])}" in shown
-    assert "too little" not in shown
+    assert "too uncertain" not in shown
     refused = run_fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "fovea: coverage 0.91 is not one of 0.5, 0.9, 0.95\n"
