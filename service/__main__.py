@@ -58,11 +58,9 @@ def main(**overrides: Any) -> int:
         settings = memory_plan.fit_to_memory(settings)
         bound_socket = _bind_port(settings)
         if settings.workers == 1:
-            start_serving(settings, lambda *served: _serve_single_process(settings, bound_socket, *served))
+            start_serving(settings, lambda *start: _serve_single_process(settings, bound_socket, *start))
         else:
-            start_serving(
-                settings, lambda *served: _run_supervisor(settings, bound_socket, overrides, *served)
-            )
+            start_serving(settings, lambda *start: _run_supervisor(settings, bound_socket, overrides, *start))
     except StartError as error:
         _write_line(2, f"fovea: {to_one_line(error)}")
         return 2

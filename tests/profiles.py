@@ -16,7 +16,7 @@ SRGB_FROM_P3 = np.array(
 """Linear light (CSS Color Module Level 4, 10.2)."""
 
 P3_COLORANTS = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
-"""Of Apple's Display P3 profile: XYZ of red, green and blue, adapted to D50."""
+"""XYZ, in Apple's Display P3 profile, of red, green and blue, adapted to D50."""
 
 D50 = (0.9642, 1.0, 0.82491)
 

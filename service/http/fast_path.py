@@ -186,7 +186,7 @@ class Exchange:
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether more of the body is expected."""
+        """True if more of the body is expected."""
         return self._handler is not None and self.received_bytes < self.content_length
 
     def send_refusal(self) -> None:
@@ -274,7 +274,7 @@ class Exchange:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the request was answered or the client has disconnected."""
+        """True if the request was answered or the client has disconnected."""
         return self.response_complete or self.disconnected
 
     def _end(self, status: int) -> None:

@@ -26,7 +26,7 @@ class Timer:
 
     @property
     def is_armed(self) -> bool:
-        """Whether a call is pending."""
+        """True if a call is pending."""
         return self._pending_call is not None
 
     @property

@@ -97,7 +97,7 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no message waits. Only then may a connection be sent past the outbox."""
+        """True if no message waits. Only then may a connection be sent past the outbox."""
         return not self._unsent_messages
 
     def send(self, **message: Any) -> None:

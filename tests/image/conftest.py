@@ -130,5 +130,5 @@ class Container:
 
     @property
     def exit_code(self) -> int:
-        """Of the service; waits for its end."""
+        """Return the exit status of the service, after its end."""
         return int(self.docker("wait", self.name))

@@ -144,7 +144,7 @@ def test_without_an_init_a_signal_while_it_loads_ends_it_at_once(docker: Docker,
 
 
 def _handles_sigterm(status: str) -> bool:
-    """Whether a process has a handler for it, by proc_pid_status(5)."""
+    """Return whether a process has a handler for a signal, by proc_pid_status(5)."""
     signal_match = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
     return signal_match is not None and bool(int(signal_match[1], 16) >> (signal.SIGTERM - 1) & 1)
 

@@ -155,7 +155,7 @@ def test_colours_are_stretched_over_each_map_if_that_is_asked_for(view: View) ->
 
 
 def is_coloured(canvas: Locator, shares: Array) -> bool:
-    """Whether it shows these shares of the scale's colours; neighbours among those count as the same."""
+    """Return whether the map shows these shares of the scale's colours, or their neighbours."""
     scales = json.loads((ROOT / "service/web/page/colours.json").read_text())
     pixels = np.array(canvas.evaluate(PIXELS)).reshape(*shares.shape, 4)[..., :3]
     expected = np.array(scales["signed"])[np.round(255 * shares).astype(int)]

@@ -134,5 +134,5 @@ def read_number(element: Locator, name: str = "value") -> float:
 
 
 def read_numbers(elements: Locator) -> list[float]:
-    """Of all of them."""
+    """Return the numbers that these elements carry."""
     return [read_number(element) for element in elements.all()]

@@ -227,7 +227,7 @@ def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: P
 def test_only_a_few_images_are_held_at_a_time(
     size: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of archives, whose encoded images come faster than they can be decoded."""
+    """Archives deliver encoded images faster than they can be decoded."""
     from fovea.model.data import decoding
 
     monkeypatch.setattr(decoding, "get_thread_count", lambda: 2)

@@ -140,7 +140,7 @@ def test_sets_hold_the_true_label_of_other_images_as_often_as_asked_for() -> Non
 
 
 def test_the_quantile_is_the_paper_s() -> None:
-    """Of 99 scores 0.01 … 0.99 the ceil(100 * 0.9) = 90th."""
+    """The quantile is the ceil(100 * 0.9) = 90th of 99 scores 0.01 … 0.99."""
     true = 1 - torch.arange(1, 100) / 100
     found = dict(
         fit_quantiles(torch.stack([true, 1 - true], dim=1), torch.zeros(99, dtype=torch.int64), Task.BINARY)

@@ -351,8 +351,10 @@ for source in sys.argv[1:]:
 
 
 def read_in_process(tmp_path: Path, address: str, *sources: str) -> list[str]:
-    """Of each source a line, by `read_pretrained` in a process of its own: the library reads its address when
-    it is imported."""
+    """Return a line for each source, by `read_pretrained` in a process of its own.
+
+    The library reads its address when it is imported.
+    """
     environment = {
         **os.environ,
         "HF_ENDPOINT": address,

@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from tests.training import SHORT_RECIPE, draw_dataset, draw_images, stack_pixels, train_quietly
 
 STEPS = 6
-"""Of `SHORT_RECIPE` on three labels of five images."""
+"""Result of `SHORT_RECIPE` on three labels of five images."""
 
 
 @contextmanager

@@ -249,7 +249,7 @@ def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:
 
 
 def test_places_are_kept_for_models_that_few_ask_for(zoo: Path) -> None:
-    """Of 12 places, two are reserved for each of three models, and any model may take the other six."""
+    """Each of three models has two of the 12 places reserved, and any model may take the other six."""
     settings = {"FOVEA_QUEUE_IMAGES": "12", "FOVEA_REQUEST_IMAGES": "12", "FOVEA_DEADLINE_MS": "60000"}
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
 
