@@ -105,12 +105,12 @@ class Listener:
         self.close()
 
     def close(self) -> None:
-        """Accept the connections that have already arrived, then close the socket.
+        """Accept the connections that have already arrived, up to the limit, then close the socket.
 
         The kernel resets the connections that are left in the backlog.
         """
         self._pause()
-        while self._accept_connection():
+        while self._open_count < self._max_connections and self._accept_connection():
             pass
         # A failed accept has set a retry timer: cancel the timer before the socket is closed.
         self._pause()

@@ -220,12 +220,12 @@ def _limit_files(words: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ulimit_is_minded_at_the_start(small_zoo: Path, workers: str) -> None:
+    """The limit also holds while the service stops and more connections than that wait."""
     limited = Server(_limit_files("-n 150"), FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS=workers)
-    with limited as starting, ExitStack() as stack:
+    with ExitStack() as stack, limited as starting:
         for _ in range(200):
             stack.enter_context(Wire(starting.url))
         assert _cpu_seconds(starting, while_waiting=0.5) < 0.2
-        stack.close()
     (said,) = re.findall(
         r"at most (\d+) connections, as `ulimit -n` is 150; .*=4096 needs (\d+)", starting.log
     )
