@@ -64,6 +64,7 @@ def test_the_terminal_shows_labels_and_bars(small_zoo: Path, pictures: list[Path
     assert "█" in shown.stdout
 
 
+@pytest.mark.long
 def test_coverage_is_shown_and_answered_as_by_the_service(
     server: Server, small_zoo: Path, pictures: list[Path]
 ) -> None:
@@ -79,6 +80,7 @@ def test_coverage_is_shown_and_answered_as_by_the_service(
     assert refused.stderr == "fovea: coverage 0.91 is not one of 0.5, 0.9, 0.95\n"
 
 
+@pytest.mark.long
 def test_the_terminal_says_when_a_set_says_too_little(tmp_path: Path) -> None:
     black = tmp_path / "black.png"
     black.write_bytes(encode_image(Image.new("RGB", (16, 16)), "PNG"))
@@ -93,6 +95,7 @@ def test_the_terminal_says_when_a_set_says_too_little(tmp_path: Path) -> None:
     assert re.search(r"99\.5% sure to be among: (ant, bee|bee, ant) \(too uncertain to decide\)\n", wide)
 
 
+@pytest.mark.long
 def test_a_bad_file_is_named_and_the_others_are_answered(
     small_zoo: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -255,6 +258,7 @@ def test_a_terminal_without_blocks_gets_other_marks(small_zoo: Path, pictures: l
 # --- explain -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_heat_map_is_that_of_the_service(server: Server, small_zoo: Path, tmp_path: Path) -> None:
     photo, out = tmp_path / "photo.jpg", tmp_path / "heat.png"
     photo.write_bytes(make_jpeg(90, 60))
@@ -291,6 +295,7 @@ def test_what_cannot_be_explained_is_one_line_too(
 # --- the rest ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["", "small/1/model.onnx"])
 def test_serve_takes_a_repository_or_a_file_by_its_path(small_zoo: Path, tmp_path: Path, place: str) -> None:
     environment = {**os.environ, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_MODELS": str(tmp_path)}
@@ -313,6 +318,7 @@ def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> 
     assert ended.stderr.startswith("fovea: FOVEA_PORT is '99999': ")
 
 
+@pytest.mark.long
 def test_a_published_model_comes_beside_the_one_that_answers(small_zoo: Path, tmp_path: Path) -> None:
     zoo = add_to_repository(build_model(), tmp_path / "zoo", "first")
     source = small_zoo / "small" / "1" / "model.onnx"
@@ -331,6 +337,7 @@ def test_the_version_is_told(small_zoo: Path) -> None:
     assert run_fovea("--version", zoo=small_zoo).stdout == f"fovea {__version__}\n"
 
 
+@pytest.mark.long
 def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     for arguments in (

@@ -82,6 +82,7 @@ def test_ci_installs_every_program_that_tests_need() -> None:
         assert f"need {tool} {package}\n" in script
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
 def test_a_missing_program_skips_a_test_and_fails_it_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
     (tmp_path / "python").symlink_to(sys.executable)  # the only program

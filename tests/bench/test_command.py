@@ -21,6 +21,7 @@ def run_bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_with_a_rate_it_counts_what_the_service_counts(server: Server) -> None:
     before = server.read_metric("fovea_images_total")
     ended = run_bench(server.url, "--rate", "50", "--seconds", "1", "--json")
@@ -47,6 +48,7 @@ def test_for_people_it_draws_how_long_answers_took(server: Server, tmp_path: Pat
     assert "█" in ended.stdout
 
 
+@pytest.mark.long
 def test_what_is_not_answered_with_200_is_told_and_is_exit_code_1(small_zoo: Path) -> None:
     settings = {"FOVEA_QUEUE_IMAGES": "1", "FOVEA_REQUEST_IMAGES": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as narrow:

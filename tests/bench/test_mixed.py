@@ -43,6 +43,7 @@ def slow_if_leaving(kind: RequestKind) -> RequestKind:
     return replace(kind, requests=[build_request(encode_image(Image.new("RGB", (3000, 3000)), "PNG"))])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("connections", [1, 16])
 def test_every_request_is_answered_and_counted_by_its_reason(impatient: Server, connections: int) -> None:
     load = [slow_if_leaving(kind) for kind in kinds.make_mixed_kinds(IMAGES)]
@@ -67,6 +68,7 @@ def test_what_fares_otherwise_is_told(impatient: Server) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_schedule_keeps_the_shares() -> None:
     planned = schedule_requests(kinds.make_mixed_kinds(IMAGES), 10_000, seed=0)
     names = [kind.name for kind in planned]
@@ -76,6 +78,7 @@ def test_a_schedule_keeps_the_shares() -> None:
     assert sum(kind.share for kind in kinds.make_bad_kinds(IMAGES)) == pytest.approx(0.14)
 
 
+@pytest.mark.long
 def test_who_has_nothing_to_do_does_nothing(impatient: Server) -> None:
     """0.5 % of a processor is the goal; a polling loop or a spinning thread takes far more than 3 %."""
     pids = [impatient.process.pid]

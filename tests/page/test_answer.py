@@ -376,6 +376,7 @@ def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Ser
     expect(page.locator(".verdict")).to_have_attribute("data-label", "ship")
 
 
+@pytest.mark.long
 def test_the_next_version_is_asked_where_the_last_one_is_gone(page: Page, tmp_path: Path) -> None:
     model = build_model()
     add_to_repository(model, tmp_path)

@@ -208,6 +208,7 @@ def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: 
     assert gated.read_metric("fovea_errors_total", reason="client_left") == 1
 
 
+@pytest.mark.long
 def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> None:
     settings = {"FOVEA_BODY_BYTES": "200000", "FOVEA_BODIES_BYTES": "500000"}
     half, rest = b"x" * 120_000, b"x" * 1_000
@@ -308,6 +309,7 @@ def _closed_stderr() -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stderr", [_full_stderr, _broken_stderr, _closed_stderr])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_log_that_cannot_be_written_harms_nothing(
@@ -325,6 +327,7 @@ def test_a_log_that_cannot_be_written_harms_nothing(
         assert running.process.wait(timeout=20) == 0
 
 
+@pytest.mark.long
 def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
     with Server(_closed_stderr(), FOVEA_MODELS=str(small_zoo)) as running:
         for pid in (running.process.pid, *running.runner_pids):

@@ -49,6 +49,7 @@ def _fix_batch(path: Path) -> None:
     onnx.save(model, path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -100,6 +101,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], message: str) -> 
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> None:
     """Both processes may bind before either listens. Here the second binds before the first listens."""
     code = (
@@ -146,6 +148,7 @@ def _open_full_pipe() -> int:
     return write
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stdout", [_open_full, _open_broken_pipe, _open_full_pipe])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_greeting_that_cannot_be_written_harms_nothing(
@@ -189,6 +192,7 @@ def test_a_reason_that_cannot_be_written_changes_no_exit_code(stderr: Callable[[
     assert ended.returncode == 2
 
 
+@pytest.mark.long
 def test_ipv6_is_greeted_with_a_url_that_works(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST="::1") as running:
         assert running.url.startswith("http://[::1]:")
@@ -201,6 +205,7 @@ def test_a_single_file_is_a_repository_of_one(small_zoo: Path) -> None:
         assert single.client.get("/v1/models").json()["models"][0]["name"] == "small"
 
 
+@pytest.mark.long
 def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     (tmp_path / "small" / "2").mkdir()
@@ -222,6 +227,7 @@ def test_a_signal_ends_it_cleanly(small_zoo: Path, number: int) -> None:
     assert "Traceback" not in running.log
 
 
+@pytest.mark.long
 def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, tmp_path: Path) -> None:
     """The runner raises, because the test replaces ONNX Runtime by a broken one."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -43,6 +43,7 @@ def _begin_request(server: Server, wire: Wire) -> bytes:
     return picture[10:]
 
 
+@pytest.mark.long
 def test_in_the_grace_time_it_is_not_ready_and_takes_everything(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_GRACE="600") as running, Wire(running.url) as idle:
         idle.send(LIVE_REQUEST)
@@ -76,6 +77,7 @@ def test_after_it_new_work_is_refused_and_old_work_finished(small_zoo: Path) -> 
     assert "cancelled" not in running.log
 
 
+@pytest.mark.long
 def test_a_large_body_that_is_refused_gets_its_answer(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as running, Wire(running.url) as wire:
         rest = _begin_request(running, wire)
@@ -89,6 +91,7 @@ def test_a_large_body_that_is_refused_gets_its_answer(small_zoo: Path) -> None:
         assert wire.read_response().status == 200
 
 
+@pytest.mark.long
 def test_what_is_not_finished_in_time_is_told_so_and_counted_in_the_log(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_LIMIT="0.2") as running, Wire(running.url) as wire:
         _begin_request(running, wire)
@@ -101,6 +104,7 @@ def test_what_is_not_finished_in_time_is_told_so_and_counted_in_the_log(small_zo
     assert "Traceback" not in running.log
 
 
+@pytest.mark.long
 def test_a_signal_too_many_cuts(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_LIMIT="600") as running, Wire(running.url) as wire:
         _begin_request(running, wire)
@@ -112,6 +116,7 @@ def test_a_signal_too_many_cuts(small_zoo: Path) -> None:
     assert "cancelled 1 requests" in running.log
 
 
+@pytest.mark.long
 def test_three_signals_cut_from_the_grace_time_on(small_zoo: Path) -> None:
     settings = {"FOVEA_DRAIN_GRACE": "600", "FOVEA_DRAIN_LIMIT": "600"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
@@ -124,6 +129,7 @@ def test_three_signals_cut_from_the_grace_time_on(small_zoo: Path) -> None:
         assert running.process.wait(timeout=20) == 0
 
 
+@pytest.mark.long
 def test_ctrl_c_has_no_grace_time_and_finishes_what_was_accepted(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_GRACE="600") as running, Wire(running.url) as wire:
         rest = _begin_request(running, wire)
@@ -134,6 +140,7 @@ def test_ctrl_c_has_no_grace_time_and_finishes_what_was_accepted(small_zoo: Path
         assert running.process.wait(timeout=20) == 0
 
 
+@pytest.mark.long
 def test_idle_connections_do_not_hold_it_up(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as running, Wire(running.url) as idle, Wire(running.url):
         idle.send(LIVE_REQUEST)
@@ -145,6 +152,7 @@ def test_idle_connections_do_not_hold_it_up(small_zoo: Path) -> None:
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("clients", [8])
 def test_nothing_is_reset_while_it_stops(small_zoo: Path, clients: int) -> None:
     """Every request gets an answer until the connection is refused: none is reset, none ends unanswered."""
@@ -220,6 +228,7 @@ def test_process_1_of_a_container_is_ended_too_while_it_loads(slow: dict[str, st
 # --- other signals -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_sighup_looks_at_the_repository_and_signals_without_a_meaning_do_nothing(
     tmp_path: Path, workers: str
@@ -239,6 +248,7 @@ def test_sighup_looks_at_the_repository_and_signals_without_a_meaning_do_nothing
     assert running.process.returncode == 0
 
 
+@pytest.mark.long
 def test_a_terminal_that_closes_ends_it(small_zoo: Path) -> None:
     ours, theirs = pty.openpty()
     attach = (
@@ -256,6 +266,7 @@ def test_a_terminal_that_closes_ends_it(small_zoo: Path) -> None:
 # --- how long it takes ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stop_ends_in_time_whatever_hangs(small_zoo: Path, workers: str) -> None:
     """The limit is grace, drain limit and 2.5 s: 30 s by default. No process of the service remains."""

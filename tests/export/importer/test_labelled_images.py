@@ -324,6 +324,7 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
 # --- pixel paths ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "side", "path", "why"),
     [

@@ -105,6 +105,7 @@ def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
     assert 0 < difference < 0.05
 
 
+@pytest.mark.long
 def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     """Tokens and attention have three axes too, but are not feature maps."""
     model = import_graph(export_foreign("vit"), tmp_path, 7)
@@ -114,6 +115,7 @@ def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     assert any(layer.kind == "Softmax" and len(layer.shape) == 3 for layer in model.contract.layers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "batch"),
     [

@@ -373,6 +373,7 @@ def read_in_process(tmp_path: Path, address: str, *sources: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     source = make_net(seed=5)
@@ -398,6 +399,7 @@ REASONS = {
 }
 
 
+@pytest.mark.long
 def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "timm" / "no-weights").mkdir(parents=True)
     (tmp_path / "timm" / "no-weights" / "config.json").write_text(json.dumps(CONFIG))
@@ -407,6 +409,7 @@ def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
         assert re.fullmatch(f"cannot download {reason}", line)
 
 
+@pytest.mark.long
 def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None:
     (tmp_path / "timm" / "vit").mkdir(parents=True)
     (tmp_path / "timm" / "vit" / "config.json").write_text(json.dumps({**CONFIG, "architecture": "vit"}))

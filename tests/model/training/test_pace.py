@@ -119,6 +119,7 @@ def capture_output(data: Dataset, recipe: Recipe, out: Path) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "images"), [(SHORT_RECIPE, 60), (replace(SHORT_RECIPE, epochs=30), 60)])
 def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
     tmp_path: Path, data: Dataset, recipe: Recipe, images: int
@@ -131,6 +132,7 @@ def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
     assert lines.index("expected: ") < lines.index("epoch   2/")
 
 
+@pytest.mark.long
 def test_a_step_that_takes_long_is_measured_on_few_images(data: Dataset) -> None:
     small = make_net(data, SHORT_RECIPE)
     assert estimate_step(small, data, SHORT_RECIPE, torch.device("cpu")) is None

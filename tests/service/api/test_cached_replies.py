@@ -74,6 +74,7 @@ def test_a_kept_answer_minds_conditions(managed: tuple[Server, Path]) -> None:
     assert server.client.get("/page/main.js").content == page.content
 
 
+@pytest.mark.long
 def test_a_change_of_the_models_is_seen_at_once(managed: tuple[Server, Path]) -> None:
     server, root = managed
 

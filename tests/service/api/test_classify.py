@@ -166,6 +166,7 @@ def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server
     assert "selected" not in animals[0]
 
 
+@pytest.mark.long
 def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
     """The image and the weights are the same; only the contracts differ."""
     pets, beach = (
@@ -227,6 +228,7 @@ def test_sets_that_say_too_little_abstain(server: Server) -> None:
     assert max(kinds) > 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
 def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
     """The logits of a black image are the biases, so that no probability is near 0 or 1."""
@@ -301,6 +303,7 @@ def test_a_coverage_that_the_model_has_not_is_refused_with_those_that_it_has(
     assert reply.json()["error"]["message"] == "coverage 0.91 is not one of 0.5, 0.9, 0.95"
 
 
+@pytest.mark.long
 def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> None:
     reply = other_tasks.client.post("/v1/models/beach/classify?coverage=0.9", content=make_jpeg())
     assert reply.status_code == 400
@@ -316,6 +319,7 @@ def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> Non
 # --- which model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path, "first")
     add_to_repository(build_model(Task.BINARY, ("cat", "dog")), tmp_path, "second")
@@ -542,6 +546,7 @@ def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server
         assert wire.read_response().status == 413
 
 
+@pytest.mark.long
 def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as running:
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -556,6 +561,7 @@ def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
 # --- limits --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as slow:
         with Wire(slow.url) as wire:

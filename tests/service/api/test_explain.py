@@ -176,6 +176,7 @@ def test_a_network_without_maps_is_explained_by_occlusion(running: Server) -> No
     assert one["heatmap"] != other["heatmap"]
 
 
+@pytest.mark.long
 def test_an_occlusion_ends_by_the_clock(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_SECONDS="0.3") as server:
         reply = post_explain(server, path=f"{VGG}/explain")
@@ -297,6 +298,7 @@ def test_a_linear_layer_adds_up(running: Server) -> None:
     assert (weights["weight"] @ given + weights["bias"])[0] == pytest.approx(made[2], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_given", [False, True])
 def test_whole_weights_are_given_out_by_a_setting_alone(zoo: Path, is_given: bool) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WEIGHTS=str(is_given).lower()) as server:
@@ -387,6 +389,7 @@ def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]
     assert status_and_code(running.client.get(path)) == expected
 
 
+@pytest.mark.long
 def test_what_takes_too_much_memory_to_decode_is_refused(zoo: Path) -> None:
     """This holds for the painted photo too, which is decoded at full size."""
     photo = draw_picture(1500, 1500)
@@ -406,6 +409,7 @@ def test_two_images_are_one_too_many(running: Server) -> None:
     assert running.client.post("/v1/explain", files=files[:1]).status_code == 200
 
 
+@pytest.mark.long
 def test_it_can_be_switched_off(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN="false") as server:
         assert status_and_code(server.client.post("/v1/explain", content=PHOTO)) == (403, "forbidden")
@@ -413,6 +417,7 @@ def test_it_can_be_switched_off(zoo: Path) -> None:
         assert server.client.post("/v1/classify", content=PHOTO).status_code == 200
 
 
+@pytest.mark.long
 def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path) -> None:
     add_to_repository(build_unopenable(), tmp_path / "zoo")
     with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
@@ -430,6 +435,7 @@ def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path)
 # --- the process ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_is_started_when_it_is_needed_and_let_go_when_it_is_not(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_IDLE="0.2") as server:
         server.client.post("/v1/classify", content=PHOTO)
@@ -458,6 +464,7 @@ def test_its_death_costs_one_explanation(zoo: Path) -> None:
         assert explainer_pids(server) != {pid}
 
 
+@pytest.mark.long
 def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
@@ -471,6 +478,7 @@ def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
         server.wait_for_metric(1, "fovea_errors_total", reason="client_left")
 
 
+@pytest.mark.long
 def test_what_is_late_is_said_to_be_and_the_next_answer_is_its_own(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
@@ -506,6 +514,7 @@ def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
         assert explainer_pids(server) != {pid}
 
 
+@pytest.mark.long
 def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         fetch_layers(server)
@@ -518,6 +527,7 @@ def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path) -> None:
             assert status_and_code(wrong) == (400, "bad_request")
 
 
+@pytest.mark.long
 def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
@@ -527,6 +537,7 @@ def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
         assert post_explain(server)["method"] == "cam"
 
 
+@pytest.mark.long
 def test_models_come_and_go_in_an_explaining_process(zoo: Path, tmp_path: Path) -> None:
     """The process keeps two models; the third replaces the first, which is later sent again."""
     root = tmp_path / "zoo"
@@ -549,6 +560,7 @@ def test_what_is_too_long_is_not_painted(running: Server) -> None:
     assert post_explain(running, strip)["method"] == "cam"
 
 
+@pytest.mark.long
 def test_more_than_a_few_do_not_wait(zoo: Path) -> None:
     head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
     with Server(FOVEA_MODELS=str(zoo)) as server, ExitStack() as stack:
@@ -571,6 +583,7 @@ def test_a_large_picture_comes_whole(running: Server) -> None:
         assert image.size == noise.size
 
 
+@pytest.mark.long
 def test_it_ends_with_the_service(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)

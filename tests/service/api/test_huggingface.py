@@ -94,6 +94,7 @@ def test_every_function_is_applied_to_the_logits(tasks: Server, name: str) -> No
     assert own == list(default.items())
 
 
+@pytest.mark.long
 def test_the_temperature_is_in_the_logits() -> None:
     with Server() as server:  # whose model has one
         photo = (ROOT / "samples" / "ship.jpg").read_bytes()

@@ -68,6 +68,7 @@ def read_or_refuse(header: bytes | None, body: bytes) -> None:
         assert len(str(error).encode()) < 1000
 
 
+@pytest.mark.long
 @settings(deadline=None)  # others may be at work too
 @given(REQUEST, st.binary(max_size=300), st.none() | st.integers(-2, 400) | st.binary(max_size=30))
 def test_requests_of_any_values_are_read_or_refused(

@@ -52,6 +52,7 @@ def test_it_is_off_unless_switched_on(server: Server, path: str) -> None:
     assert "FOVEA_MANAGEMENT" in reply.json()["error"]
 
 
+@pytest.mark.long
 def test_the_index_is_there_where_one_of_both_is_on(small_zoo: Path) -> None:
     for settings, status in (
         ({}, 200),
@@ -104,6 +105,7 @@ def test_a_model_is_unloaded_until_it_is_loaded(managed: Server, zoo: Path) -> N
     assert classify_pictures(managed) == before
 
 
+@pytest.mark.long
 def test_a_model_that_was_unloaded_is_not_taken_up_again(zoo: Path) -> None:
     publish_variant(zoo, seed=0, name="other")
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as running:
@@ -142,6 +144,7 @@ def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -
     assert get_served_version(managed) == "1"
 
 
+@pytest.mark.long
 def test_a_pin_goes_with_its_version(zoo: Path) -> None:
     publish_variant(zoo, seed=1)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as running:
@@ -150,6 +153,7 @@ def test_a_pin_goes_with_its_version(zoo: Path) -> None:
         wait_until(lambda: get_served_version(running) == "2")
 
 
+@pytest.mark.long
 def test_a_single_file_is_called_by_what_it_says(zoo: Path) -> None:
     path = zoo / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path), FOVEA_WATCH="0", FOVEA_MANAGEMENT="true") as running:
@@ -164,6 +168,7 @@ def test_a_single_file_is_called_by_what_it_says(zoo: Path) -> None:
     assert ended.returncode == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_single_file_that_was_unloaded_can_be_loaded(zoo: Path, workers: str) -> None:
     path = zoo / "small" / "1" / "model.onnx"
@@ -180,6 +185,7 @@ def test_a_single_file_that_was_unloaded_can_be_loaded(zoo: Path, workers: str) 
             assert get_status(running, "/v1/classify") == 200
 
 
+@pytest.mark.long
 def test_a_worker_that_comes_back_when_nothing_is_served_serves_nothing(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as running:
         assert running.client.post(UNLOAD).status_code == 200
@@ -205,6 +211,7 @@ def test_many_who_load_at_once_wait_for_each_other(managed: Server, zoo: Path) -
     assert all(get_served_version(managed) == last for _ in range(4))
 
 
+@pytest.mark.long
 def test_a_worker_that_comes_back_serves_what_the_others_serve(zoo: Path) -> None:
     """After the rollback to version 1, the repository alone would select version 2."""
     publish_variant(zoo, seed=1)

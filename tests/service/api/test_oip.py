@@ -329,6 +329,7 @@ def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) ->
         client.infer("small", [pixels])
 
 
+@pytest.mark.long
 def test_statistics_are_those_of_real_work(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as running:
         with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
@@ -351,6 +352,7 @@ def test_statistics_are_those_of_real_work(zoo: Path) -> None:
     assert {one["name"] for one in everything} == {"small", "thing", "yesno", "many"}
 
 
+@pytest.mark.long
 def test_models_are_loaded_and_unloaded_where_that_is_allowed(
     zoo: Path, client: triton.InferenceServerClient
 ) -> None:
@@ -718,6 +720,7 @@ def test_json_has_its_own_limit(served: Server) -> None:
     )
 
 
+@pytest.mark.long
 def test_rows_take_places_as_images_do(zoo: Path) -> None:
     pixels = np.zeros((6, 16, 16, 3), np.uint8)
     asked = infer_body("pixels", list(pixels.shape), "UINT8")
@@ -746,6 +749,7 @@ def test_an_answer_may_come_too_late(served: Server) -> None:
     assert post_infer(served, in_time, ROW.tobytes()).status_code == 200
 
 
+@pytest.mark.long
 def test_a_model_that_rests_is_loaded_for_whoever_asks(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEFAULT_MODEL="small") as running:
         index = {one["name"]: one["state"] for one in running.client.post("/v2/repository/index").json()}

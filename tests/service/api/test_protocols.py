@@ -136,6 +136,7 @@ def test_errors_have_each_protocol_s_shape(server: Server, protocol: str) -> Non
     assert late.headers["x-request-id"] == "mine"
 
 
+@pytest.mark.long
 def test_work_is_refused_in_each_protocol_s_shape(small_zoo: Path) -> None:
     """The first refusal is due to overload, the second because the service stops."""
     settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
@@ -253,6 +254,7 @@ def test_what_was_compressed_has_the_limits_of_what_was_not(narrow: Server) -> N
         assert "FOVEA_JSON_BYTES" in reply.json()["error"]
 
 
+@pytest.mark.long
 def test_what_was_compressed_is_counted_among_all_bodies(small_zoo: Path) -> None:
     settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
@@ -316,6 +318,7 @@ def test_requests_are_counted_by_protocol(server: Server) -> None:
     assert later == seconds + 1
 
 
+@pytest.mark.long
 def test_a_protocol_can_be_switched_off(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_PROTOCOLS="native, torchserve") as running:
         assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200

@@ -67,6 +67,7 @@ def test_nothing_comes_that_is_not_documented(server: Server, tmp_path: Path) ->
     assert server.read_metric("fovea_errors_total", reason="internal") == 0
 
 
+@pytest.mark.long
 def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
     run_schemathesis(
         managed,

@@ -113,6 +113,7 @@ def test_other_tasks(tasks: Server, name: str) -> None:
     assert dict(reply["result"][0]) == native_probabilities(tasks, PICTURES[0], name)
 
 
+@pytest.mark.long
 def test_status(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")

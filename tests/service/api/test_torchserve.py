@@ -59,6 +59,7 @@ def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
         assert server.client.post(f"/predictions/small/{other}", content=PICTURE).status_code == 404
 
 
+@pytest.mark.long
 def test_version_1_0_may_rest(tmp_path: Path) -> None:
     for number in range(2):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
@@ -79,6 +80,7 @@ def test_five_labels_are_told(tmp_path: Path) -> None:
         assert len(told) == 5
 
 
+@pytest.mark.long
 def test_several_labels_may_be_true(tmp_path: Path) -> None:
     with Server(
         FOVEA_MODELS=str(add_to_repository(build_model(Task.MULTILABEL), tmp_path, "tags"))
@@ -97,6 +99,7 @@ def test_explanations(server: Server, photo: str) -> None:
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
 
 
+@pytest.mark.long
 def test_explanations_may_be_switched_off(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_EXPLAIN="false") as running:
         reply = running.client.put("/explanations/small", content=PICTURE)
@@ -155,6 +158,7 @@ def test_one_bad_file_of_several_is_named(server: Server) -> None:
 # --- the models ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_models_come_in_pages(tmp_path: Path) -> None:
     for number in range(3):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
@@ -169,6 +173,7 @@ def test_models_come_in_pages(tmp_path: Path) -> None:
         assert (resting["modelVersion"], resting["workers"], resting["batchSize"]) == ("1", [], None)
 
 
+@pytest.mark.long
 def test_a_model_is_described(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
@@ -187,6 +192,7 @@ def test_a_model_is_described(tmp_path: Path) -> None:
         assert server.client.get("/models/small/3").status_code == 404
 
 
+@pytest.mark.long
 def test_a_single_file_is_a_model_too(tmp_path: Path) -> None:
     path = add_to_repository(build_model(), tmp_path) / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path)) as server:

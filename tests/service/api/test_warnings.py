@@ -131,6 +131,7 @@ def test_explanations_name_it_too(running: Server) -> None:
     )
 
 
+@pytest.mark.long
 def test_the_log_counts_it(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         server.client.post("/v1/classify", files=[("file", one) for one in (PLAIN, CLEAR, CLEAR)])
@@ -139,6 +140,7 @@ def test_the_log_counts_it(small_zoo: Path) -> None:
     assert line["warnings"] == {"almost_nothing_visible": 2}
 
 
+@pytest.mark.long
 def test_the_command_names_it(small_zoo: Path, tmp_path: Path) -> None:
     path = tmp_path / "clear.png"
     path.write_bytes(CLEAR)

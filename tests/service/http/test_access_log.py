@@ -81,6 +81,7 @@ def test_every_request_has_a_line_with_its_ids_model_status_and_stages(start: An
     assert (missing["route"], missing["reason"], "model" in missing) == ("unmatched", "not_found", False)
 
 
+@pytest.mark.long
 def test_no_body_no_key_and_no_query_is_told(start: Any) -> None:
     server, path = start(FOVEA_LOG_LEVEL="debug")
     headers = {"Authorization": f"Bearer {SECRET}", "Cookie": SECRET, "X-Api-Key": SECRET}
@@ -106,6 +107,7 @@ def test_a_request_that_is_no_http_or_whose_caller_leaves_is_told_of(start: Any)
     assert (left["status"], left["reason"], left["model"]) == (0, "client_left", "small")
 
 
+@pytest.mark.long
 def test_an_image_among_others_that_fails_is_told_of(start: Any) -> None:
     server, path = start()
     files = [("image", one) for one in (make_jpeg(), b"nonsense", make_jpeg(), b"rubbish", make_jpeg()[:-40])]
@@ -128,6 +130,7 @@ def test_what_waited_in_vain_says_how_long(start: Any) -> None:
     assert 0.04 < line["stage_seconds"]["queue"] <= line["request_seconds"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_what_is_cut_at_the_end_is_told_of_once(start: Any, is_direct: bool) -> None:
     server, path = start(FOVEA_DRAIN_LIMIT="0.2")
@@ -158,6 +161,7 @@ def test_callers_faults_do_not_hide_the_services(start: Any) -> None:
     ]
 
 
+@pytest.mark.long
 def test_probes_and_scrapes_are_told_of_to_whoever_debugs(start: Any) -> None:
     server, path = start()
     for each in ("/health/live", "/health/ready", "/metrics", "/docs"):
@@ -171,6 +175,7 @@ def test_probes_and_scrapes_are_told_of_to_whoever_debugs(start: Any) -> None:
     assert (line["level"], line["route"], line["status"]) == ("debug", "/health/live", 200)
 
 
+@pytest.mark.long
 def test_of_too_many_some_are_told_of_and_the_others_counted(start: Any) -> None:
     server, path = start(FOVEA_LOG_REQUESTS="5")
     for number in range(120):
@@ -193,6 +198,7 @@ def test_it_can_be_silent(start: Any) -> None:
     assert read_lines(path)  # of the start
 
 
+@pytest.mark.long
 def test_every_line_of_all_workers_is_whole(start: Any) -> None:
     server, path = start(FOVEA_WORKERS="2", FOVEA_RUNNERS="1")
     for _ in range(10):
@@ -201,6 +207,7 @@ def test_every_line_of_all_workers_is_whole(start: Any) -> None:
     assert len(read_request_lines(path)) == 10
 
 
+@pytest.mark.long
 def test_a_terminal_gets_text(small_zoo: Path) -> None:
     ours, theirs = pty.openpty()
     with Server({"stderr": theirs}, FOVEA_MODELS=str(small_zoo)) as server:
@@ -216,6 +223,7 @@ def test_a_terminal_gets_text(small_zoo: Path) -> None:
     assert re.search(r"status=200 .*inference=\d+\.\dms", line)
 
 
+@pytest.mark.long
 def test_a_log_that_nobody_reads_holds_nobody_up(small_zoo: Path) -> None:
     read, write = os.pipe()
     with Server({"stderr": write}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="100000") as server:

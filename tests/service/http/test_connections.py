@@ -218,6 +218,7 @@ def _limit_files(words: str) -> dict[str, list[str]]:
     return {"args": ["sh", "-c", f'ulimit {words}; exec "$0" -m fovea.service', sys.executable]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ulimit_is_minded_at_the_start(small_zoo: Path, workers: str) -> None:
     """The limit also holds while the service stops and more connections than that wait."""
@@ -234,6 +235,7 @@ def test_ulimit_is_minded_at_the_start(small_zoo: Path, workers: str) -> None:
     assert "cannot accept" not in starting.log
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_soft_limit_of_files_is_raised_to_what_the_connections_need(
     small_zoo: Path, workers: str
@@ -251,6 +253,7 @@ def test_the_soft_limit_of_files_is_raised_to_what_the_connections_need(
     assert "at most" not in running.log
 
 
+@pytest.mark.long
 def test_no_file_left_is_survived(small_zoo: Path) -> None:
     """Files can also go to others than connections; then accepting one fails."""
     with Server(FOVEA_MODELS=str(small_zoo)) as running:

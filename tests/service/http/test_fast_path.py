@@ -119,6 +119,7 @@ def test_a_large_body_is_asked_for(large_server: Server) -> None:
         assert wire.read_response().status == 200
 
 
+@pytest.mark.long
 def test_a_large_body_that_stops_is_408_and_gives_all_back(large_server: Server) -> None:
     before = large_server.read_metric("fovea_errors_total", reason="body_timeout")
     for part in (0, 1000, 200_000):
@@ -172,6 +173,7 @@ def test_no_body_gets_into_the_buffer_of_another(large_server: Server) -> None:
         disturbing.result()
 
 
+@pytest.mark.long
 def test_more_large_bodies_than_buffers_are_answered(small_zoo: Path) -> None:
     """The requests without a buffer go through ASGI."""
     settings = {"FOVEA_QUEUE_IMAGES": "2", "FOVEA_REQUEST_IMAGES": "2"}

@@ -187,6 +187,7 @@ def test_a_half_closed_connection_gets_the_answers_to_what_was_whole(
     assert received.count(b"HTTP/1.1") == len(expected)
 
 
+@pytest.mark.long
 def test_http_1_0_is_answered_without_chunks(wire_server: Server) -> None:
     """An answer of unknown length ends with the connection, and one of known length need not."""
     head = b"POST /v1/explain?method=occlusion&progress=true HTTP/1.0\r\nConnection: keep-alive\r\n"

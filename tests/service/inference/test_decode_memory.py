@@ -202,6 +202,7 @@ def _list_frames(error: BaseException | None) -> Iterator[dict[str, object]]:
         error = error.__cause__ or error.__context__
 
 
+@pytest.mark.long
 def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DECODE_BYTES="2000000") as server:
         reply = server.client.post("/v1/classify", content=encode_image(draw_picture(1000, 900), "PNG"))
@@ -294,6 +295,7 @@ if "fovea.service" in sys.orig_argv:
 """
 
 
+@pytest.mark.long
 def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_path: Path) -> None:
     """With many connections a full collection blocks the event loop for 30 ms; before it, memory grows."""
     (tmp_path / "sitecustomize.py").write_text(_COUNT_GARBAGE)

@@ -141,6 +141,7 @@ def test_what_is_seen_of_images_is_in_histograms(server: Server) -> None:
     assert server.read_metric("fovea_prediction_entropy_count", model="small", version="1") == 2
 
 
+@pytest.mark.long
 def test_a_model_without_a_reference_says_so(tmp_path: Path) -> None:
     graph = build_model()
     add_to_repository(with_contract(graph, replace(read_contract(graph), reference=None)), tmp_path)

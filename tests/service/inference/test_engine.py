@@ -250,6 +250,7 @@ run(64)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wide_threads", [0, 2])
 def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: int) -> None:
     """Sixteen small batches free it, whichever session runs them; the next large batch allocates it again."""

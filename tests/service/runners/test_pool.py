@@ -118,6 +118,7 @@ def test_the_batch_of_a_killed_runner_is_run_again(poisoned: Server, gate: Block
         assert poisoned.read_metric("fovea_runner_deaths_total") == 1
 
 
+@pytest.mark.long
 def test_all_killed_at_once_is_not_ready_and_requests_wait(small_zoo: Path) -> None:
     with (
         Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as running,
@@ -176,6 +177,7 @@ def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: B
 # --- one hangs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_runner_that_is_stopped_is_replaced(small_zoo: Path) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1.5"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
@@ -202,6 +204,7 @@ def test_an_image_that_hangs_runners_is_given_up(
 # --- none can be started -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -> None:
     """The service keeps the file open while it serves the model."""
     zoo = tmp_path / "zoo"
@@ -409,6 +412,7 @@ def _gated_settings(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Pa
     return {**management, **settings}, started_file, gate_file
 
 
+@pytest.mark.long
 def test_a_load_goes_on_when_a_runner_dies_that_has_not_begun(tmp_path: Path) -> None:
     zoo = add_to_repository(build_model(), tmp_path / "zoo")
     settings, began, gate = _gated_settings(tmp_path, FOVEA_RUNNERS="2")
@@ -474,6 +478,7 @@ if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
 """
 
 
+@pytest.mark.long
 def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(
     small_zoo: Path, tmp_path: Path
 ) -> None:
@@ -502,6 +507,7 @@ def test_how_long_runners_are_at_work_is_counted(small_zoo: Path) -> None:
         assert worked < running.read_metric("fovea_runner_busy_seconds_total") < passed
 
 
+@pytest.mark.long
 def test_one_that_had_done_nothing_is_replaced_after_a_while(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1") as running:
         (runner,) = running.runner_pids
@@ -512,6 +518,7 @@ def test_one_that_had_done_nothing_is_replaced_after_a_while(small_zoo: Path) ->
         assert time.monotonic() - killed >= 1.0
 
 
+@pytest.mark.long
 def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1"}
@@ -527,6 +534,7 @@ def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> 
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
 
 
+@pytest.mark.long
 def test_one_that_dies_while_it_loads_is_tried_again(small_zoo: Path, tmp_path: Path) -> None:
     """The runner dies before it has read its setup, so the socket is reset."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -561,6 +569,7 @@ def test_no_runner_outlives_a_killed_service(poisoned: Server, gate: BlockingIma
         wait_until(lambda: not is_running(runner))
 
 
+@pytest.mark.long
 def test_runners_give_memory_back_unless_told_otherwise(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), MALLOC_TRIM_THRESHOLD_="1000000") as running:
         for pid in running.runner_pids:
@@ -569,6 +578,7 @@ def test_runners_give_memory_back_unless_told_otherwise(small_zoo: Path) -> None
             assert b"MALLOC_TRIM_THRESHOLD_=1000000" in environment
 
 
+@pytest.mark.long
 def test_no_idle_runner_outlives_a_killed_service(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="3") as running:
         runners = running.runner_pids
@@ -631,6 +641,7 @@ def test_runners_stand_back_behind_the_service(server: Server) -> None:
     }
 
 
+@pytest.mark.long
 def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Path) -> None:
     """The model gives NaN for black pictures: only these get an error."""
     zoo = add_to_repository(build_nan_for_black(), tmp_path / "zoo")
