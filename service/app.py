@@ -21,6 +21,7 @@ from fovea.service.api.fast_endpoint import FastRouter
 from fovea.service.api.fast_middleware import FastPathMiddleware
 from fovea.service.api.native import explain
 from fovea.service.api.native import routes as native
+from fovea.service.api.native.classify import ClassifyEndpoint
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader
@@ -91,9 +92,9 @@ def create_app(
     )
     classifier = Classifier(settings, metrics, serving_state)
     model_manager = ModelManager(classifier)
-    heatmap_explainer, layer_explainer = (
+    heatmap_explainer, layer_explainer = explainers = [
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)
-    )
+    ]
     watcher = Watcher(
         settings.models,
         classifier.registry.state,
@@ -119,11 +120,12 @@ def create_app(
         if watch_task:
             watch_task.cancel()
         model_manager.close()
-        heatmap_explainer.close()
-        layer_explainer.close()
+        for explainer in explainers:
+            explainer.close()
         await classifier.close()
         observer.close()
 
+    lifecycle = Lifecycle()
     app = FastAPI(
         title="Fovea",
         version=__version__,
@@ -135,20 +137,8 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    lifecycle = Lifecycle()
     services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
-    classify = native.add_routes(app, services)
-    explain.add_routes(app, services)
-    with protocols.register_routes(app.routes, oip.PROTOCOL):
-        management.add_routes(app, classifier, participant or watcher)
-    operations.add_routes(app, services, exposed_registry or registry)
-    for adapter in _OTHER_PROTOCOLS:
-        if adapter.PROTOCOL.name in settings.protocols:
-            with protocols.register_routes(app.routes, adapter.PROTOCOL):
-                adapter.add_routes(app, services)
-    openapi.add_routes(app, classifier, _WEB_FOLDER)
-    page.add_routes(app, _WEB_FOLDER)
-    add_error_handlers(app, observer)
+    classify = _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
     cached_replies = CachedReplies(classifier.registry, observer)
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
     # `ObserverMiddleware` comes next, so that it also counts what `FastPathMiddleware` answers.
@@ -162,6 +152,29 @@ def create_app(
         observer=observer,
         lifecycle=lifecycle,
     )
+
+
+def _add_routes(
+    app: FastAPI,
+    services: Services,
+    protocols: ApiProtocols,
+    model_loader: ModelLoader,
+    exposed_registry: CollectorRegistry,
+) -> ClassifyEndpoint:
+    """Add every route and the error handlers; return the native classification endpoint."""
+    classify = native.add_routes(app, services)
+    explain.add_routes(app, services)
+    with protocols.register_routes(app.routes, oip.PROTOCOL):
+        management.add_routes(app, services.classifier, model_loader)
+    operations.add_routes(app, services, exposed_registry)
+    for adapter in _OTHER_PROTOCOLS:
+        if adapter.PROTOCOL.name in services.settings.protocols:
+            with protocols.register_routes(app.routes, adapter.PROTOCOL):
+                adapter.add_routes(app, services)
+    openapi.add_routes(app, services.classifier, _WEB_FOLDER)
+    page.add_routes(app, _WEB_FOLDER)
+    add_error_handlers(app, services.observer)
+    return classify
 
 
 def _create_tracing(settings: Settings) -> Tracing | None:

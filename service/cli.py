@@ -118,19 +118,16 @@ def classify_files(
     finally:  # an interrupted run must still print complete JSON
         printer.end()
     if skipped_files:
-        names = ", ".join(_printable_name(path) for path in skipped_files[:_MAX_NAMED_FILES])
-        more = (
-            f" and {len(skipped_files) - _MAX_NAMED_FILES} more"
-            if len(skipped_files) > _MAX_NAMED_FILES
-            else ""
-        )
-        print(
-            f"fovea: skipped {_format_count(len(skipped_files), 'file')} without an image: {names}{more}",
-            file=sys.stderr,
-        )
+        print(f"fovea: {_describe_skipped_files(skipped_files)}", file=sys.stderr)
     if not printer.outcome_count and not is_single:
         raise StartError(f"there are no images in {', '.join(map(_printable_name, files))}")
     return int(failure_count > 0)
+
+
+def _describe_skipped_files(files: Sequence[Path]) -> str:
+    names = ", ".join(_printable_name(path) for path in files[:_MAX_NAMED_FILES])
+    more = f" and {len(files) - _MAX_NAMED_FILES} more" if len(files) > _MAX_NAMED_FILES else ""
+    return f"skipped {_format_count(len(files), 'file')} without an image: {names}{more}"
 
 
 def _format_count(number: int, noun: str) -> str:
@@ -202,27 +199,34 @@ def explain_file(
         seconds=settings.explain_seconds,
         picture=True,
     )
+    seen_input, explanation = _explain_with_progress(explainer, file.read_bytes(), question)
+    try:
+        out.write_bytes(explanation.picture)
+    except OSError as error:
+        raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
+    for warning in seen_input.warnings:
+        print(f"{warning.code}: {warning.text}")
+    label_name = live_model.contract.labels[explanation.label]
+    probability = seen_input.probabilities[explanation.label]
+    print(f"{label_name}  {probability:.1%}  {_describe_method(explanation)}")
+    print(f"wrote {_printable_name(out)}")
+    return 0
+
+
+def _explain_with_progress(
+    explainer: Explainer, image: bytes, question: ExplanationRequest
+) -> tuple[SeenInput, Explanation]:
     seen_inputs: list[SeenInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("masking parts of the image", total=1.0, visible=False)
         explanation = explainer.explain(
-            file.read_bytes(),
+            image,
             question,
             seen_inputs.append,
             lambda step, _: bar.update(task, completed=step.progress, visible=True),
         )
-    try:
-        out.write_bytes(explanation.picture)
-    except OSError as error:
-        raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
-    for warning in seen_inputs[0].warnings:
-        print(f"{warning.code}: {warning.text}")
-    label_name = live_model.contract.labels[explanation.label]
-    probability = seen_inputs[0].probabilities[explanation.label]
-    print(f"{label_name}  {probability:.1%}  {_describe_method(explanation)}")
-    print(f"wrote {_printable_name(out)}")
-    return 0
+    return seen_inputs[0], explanation
 
 
 def _describe_method(explanation: Explanation) -> str:

@@ -157,8 +157,30 @@ def _disturb_service(
 
     asyncio.run(run_parts())
     # All faults are known only now, and some complaints can be excused.
-    request_log = state.request_log
+    state.request_log.count_doubtful(state.faults)
     result.rate = clients.rate
+    _describe_course(state, curves, result)
+    result.failures += state.request_log.find_complaints(state.faults) + state.failures
+    if service.is_alive:
+        counter_recorder.scrape(ANSWER_LIMIT)
+        result.failures += find_miscounts(
+            state.request_log,
+            _subtract_counts(counter_recorder.get_counts(), counts_before),
+            stray_count=counter_recorder.scrape_failures + state.stray_count,
+        )
+        result.idle_states = idle_states[0], idle_states[1]
+        result.failures += find_leaks(*result.idle_states, *curves)
+    if not service.group:
+        result.peak = max(*peaks, *(size for _, size in curves[0]), 0)
+        if memory and result.peak > memory:
+            result.failures.append(
+                f"memory: {result.peak / 1e6:.0f} MB at the peak; at most {memory / 1e6:.0f} MB"
+            )
+
+
+def _describe_course(state: ChaosState, curves: tuple[MemoryCurve, MemoryCurve], result: LegResult) -> None:
+    """Fill in what happened, without a judgement."""
+    request_log = state.request_log
     result.swaps = state.swaps
     result.memory_refusals = state.memory_refusals
     now = time.monotonic()
@@ -178,23 +200,6 @@ def _disturb_service(
     result.faults = dict(state.faults.counts)
     result.excused_requests = request_log.excused_count
     result.rise = f"{fit_trend(curves[0])}, of the first process {fit_trend(curves[1])}"
-    request_log.count_doubtful(state.faults)
-    result.failures += request_log.find_complaints(state.faults) + state.failures
-    if service.is_alive:
-        counter_recorder.scrape(ANSWER_LIMIT)
-        result.failures += find_miscounts(
-            request_log,
-            _subtract_counts(counter_recorder.get_counts(), counts_before),
-            stray_count=counter_recorder.scrape_failures + state.stray_count,
-        )
-        result.idle_states = idle_states[0], idle_states[1]
-        result.failures += find_leaks(*result.idle_states, *curves)
-    if not service.group:
-        result.peak = max(*peaks, *(size for _, size in curves[0]), 0)
-        if memory and result.peak > memory:
-            result.failures.append(
-                f"memory: {result.peak / 1e6:.0f} MB at the peak; at most {memory / 1e6:.0f} MB"
-            )
 
 
 async def _watch_service(

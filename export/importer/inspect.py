@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from onnx import ModelProto
 
 from fovea.export.importer.dynamic_batch import make_batch_dynamic, with_input_size
@@ -145,14 +146,7 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     graph_input = read_graph_input(model, request.layout, request.size)
     normalization = _choose_normalization(request.preprocessing, graph_input)
     reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
-    pixels = draw_noise(_PROBE_IMAGE_COUNT, graph_input)
-    images = graph_input.from_pixel_values(normalization(pixels) if normalization else pixels)
-    with np.errstate(over="ignore"):
-        extreme_images = (
-            graph_input.from_pixel_values(normalization(pixels) * np.float32(_EXTREME_FACTOR))
-            if normalization
-            else images
-        )
+    images, extreme_images = _draw_probe_images(graph_input, normalization)
     graph_output = detect_graph_output(
         model, reference, images, extreme_images, request.output, len(labels.names)
     )
@@ -174,14 +168,6 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
             "other batch sizes, or its answer for one image depends on the others; export it with a dynamic "
             "batch size, or with a batch of 1"
         )
-    facts = (
-        *graph_input.facts,
-        ("arithmetic", arithmetic.value),
-        ("batch", _describe_batch(graph_input, dynamic_model is not None)),
-        ("output", f"{graph_output.name} ({graph_output.choice_reason})"),
-        ("values", graph_output.description),
-        ("task", f"{task} ({reason})"),
-    )
     return ForeignModel(
         model=with_input_size(model, graph_input, 1) if dynamic_model is None else dynamic_model,
         reference=reference,
@@ -191,8 +177,34 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
         normalization=normalization,
         has_dynamic_batch=dynamic_model is not None,
         arithmetic=arithmetic,
-        facts=facts,
+        facts=(
+            *graph_input.facts,
+            ("arithmetic", arithmetic.value),
+            ("batch", _describe_batch(graph_input, dynamic_model is not None)),
+            ("output", f"{graph_output.name} ({graph_output.choice_reason})"),
+            ("values", graph_output.description),
+            ("task", f"{task} ({reason})"),
+        ),
     )
+
+
+def _draw_probe_images(
+    graph_input: GraphInput, normalization: Normalization | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return random images as the graph takes them, and the same images far outside the usual range.
+
+    Without a normalization there is no range to leave, and both are the same.
+    """
+    pixels = draw_noise(_PROBE_IMAGE_COUNT, graph_input)
+    if normalization is None:
+        images = graph_input.from_pixel_values(pixels)
+        return images, images
+    with np.errstate(over="ignore"):
+        extreme_pixels = normalization(pixels) * np.float32(_EXTREME_FACTOR)
+        return (
+            graph_input.from_pixel_values(normalization(pixels)),
+            graph_input.from_pixel_values(extreme_pixels),
+        )
 
 
 def _choose_normalization(

@@ -9,7 +9,7 @@ Every encoded image is decoded through `service.inference.preprocess`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -175,9 +175,53 @@ def _select_readable(raw_data: RawDataset) -> _ReadableImages:
 RowIndices = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Row numbers of the images in each part of a data set, each array of shape (N,) and type int64."""
+
+    train: RowIndices
+    validation: RowIndices
+    conformal: RowIndices
+    test: RowIndices
+    has_validation: bool
+    """Whether the data set names its own images for validation."""
+
+    @property
+    def held_out(self) -> RowIndices:
+        """Rows that are kept from training: validation and conformal, in the order of the rows."""
+        return np.sort(np.concatenate([self.validation, self.conformal]))
+
+
 def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Dataset:
+    labels = collect_labels(images.raw_data.files)
+    parts = _choose_parts(images, labels, fraction, seed)
+    if not len(parts.validation):
+        raise DataError(
+            f"each label of {images.raw_data.name} has only copies of one image; "
+            "a label needs 2 different images"
+        )
+
+    def select_examples(rows: RowIndices) -> Examples:
+        return images.examples.select(torch.from_numpy(rows))
+
+    return Dataset(
+        images.raw_data.name,
+        labels,
+        infer_task(images.raw_data.files),
+        images.raw_data.geometry,
+        train=select_examples(parts.train),
+        validation=select_examples(parts.validation),
+        conformal=select_examples(parts.conformal),
+        test=select_examples(parts.test),
+        unreadable_files=images.unreadable_files,
+        warnings=tuple(_find_warnings(images, labels, parts)),
+        inventory=images.raw_data.inventory,
+    )
+
+
+def _choose_parts(images: _ReadableImages, labels: Sequence[str], fraction: float, seed: int) -> _Parts:
+    """Choose the part of each image; `fraction` of the training images is held out if no part is named."""
     raw_data = images.raw_data
-    labels = collect_labels(raw_data.files)
     by_part = {part: np.flatnonzero([file.part is part for file in images.files]) for part in Part}
     train_pool, validation_pool, test_rows = (by_part[part] for part in Part)
     has_validation = any(file.part is Part.VALIDATION for file in raw_data.files)
@@ -185,55 +229,32 @@ def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Datas
         raise DataError(f"no validation image of {raw_data.name} can be read")
     pool_labels = [images.label_indices[row] for row in train_pool]
     require_images(labels, pool_labels, images.unreadable_files, min_images=1 if has_validation else 2)
-    held_out_labels = [images.label_indices[row] for row in validation_pool]
+    pool = validation_pool if has_validation else train_pool
+    digests = [images.image_hashes.digests[row].tobytes() for row in pool]
     if has_validation:
-        parts = split_in_half(
-            held_out_labels, [images.image_hashes.digests[row].tobytes() for row in validation_pool], seed
-        )
-        train_rows, validation_rows, conformal_rows = (
-            train_pool,
-            validation_pool[parts == VALIDATION],
-            validation_pool[parts == CONFORMAL],
-        )
+        halves = split_in_half([images.label_indices[row] for row in pool], digests, seed)
+        train_rows = train_pool
+        validation_rows, conformal_rows = (pool[halves == part] for part in (VALIDATION, CONFORMAL))
     else:
-        parts = split_images(
-            pool_labels, [images.image_hashes.digests[row].tobytes() for row in train_pool], fraction, seed
-        )
+        parts = split_images(pool_labels, digests, fraction, seed)
         train_rows, validation_rows, conformal_rows = (
-            train_pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
+            pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
         )
-    if not len(validation_rows):
-        raise DataError(
-            f"each label of {raw_data.name} has only copies of one image; a label needs 2 different images"
-        )
+    return _Parts(train_rows, validation_rows, conformal_rows, test_rows, has_validation)
 
-    def select_examples(rows: RowIndices) -> Examples:
-        return images.examples.select(torch.from_numpy(rows))
 
-    return Dataset(
-        raw_data.name,
-        labels,
-        infer_task(raw_data.files),
-        raw_data.geometry,
-        train=select_examples(train_rows),
-        validation=select_examples(validation_rows),
-        conformal=select_examples(conformal_rows),
-        test=select_examples(test_rows),
-        unreadable_files=images.unreadable_files,
-        warnings=(
-            *_describe_imbalance(labels, [images.label_indices[row] for row in train_rows]),
-            *(describe_missing_labels(labels, held_out_labels, "held-out") if has_validation else ()),
-            *(
-                describe_missing_labels(labels, [images.label_indices[row] for row in test_rows], "test")
-                if len(test_rows)
-                else ()
-            ),
-            *_describe_copies(
-                images, train_rows, np.sort(np.concatenate([validation_rows, conformal_rows])), test_rows
-            ),
-        ),
-        inventory=raw_data.inventory,
-    )
+def _find_warnings(images: _ReadableImages, labels: Sequence[str], parts: _Parts) -> Iterator[str]:
+    """Yield what is unusual about the parts: few images of a label, labels without images, copies."""
+
+    def select_labels(rows: RowIndices) -> list[LabelIndices]:
+        return [images.label_indices[row] for row in rows]
+
+    yield from _describe_imbalance(labels, select_labels(parts.train))
+    if parts.has_validation:
+        yield from describe_missing_labels(labels, select_labels(parts.held_out), "held-out")
+    if len(parts.test):
+        yield from describe_missing_labels(labels, select_labels(parts.test), "test")
+    yield from _describe_copies(images, parts.train, parts.held_out, parts.test)
 
 
 def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) -> list[str]:

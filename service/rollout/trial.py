@@ -68,22 +68,10 @@ class ShadowTests:
         except OSError as error:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         with parent_end:
+            # Close this process's copy of the child's end after the start: otherwise `receive_message` would
+            # not see the end of the stream when the child dies.
             with child_end:
-                # Close this process's copy of the child's end after the start: otherwise `receive_message`
-                # would not see the end of the stream when the child dies.
-                limits = (self._memory, math.ceil(self._seconds))
-                # The output of a crashing native library is hidden; the result comes through the socket.
-                try:
-                    process = spawn.start_process(
-                        "rollout.trial_process", [child_end.fileno()], *limits, quiet=True
-                    )
-                except OSError as error:
-                    raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
-                self._process = process
-            # `close` runs on the event loop's thread, perhaps before `_process` was set here. It sets
-            # `_is_closed` first, so that one of the two threads kills the process.
-            if self._is_closed:
-                process.kill()
+                process = self._start_process(child_end)
             try:
                 parent_end.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
@@ -99,16 +87,34 @@ class ShadowTests:
             finally:
                 process.kill()
                 status = process.wait()
-        if frame is None and status == -signal.SIGXCPU:
-            raise ModelError(self._format_timeout(""))
-        if frame is None and self._is_closed:
-            raise Interrupted("the service was ending")
         if frame is None:
-            kind = Unproven if status == -signal.SIGKILL else ModelError
-            raise kind(f"its trial process {_describe_exit(status)}")
+            raise self._explain_death(status)
         if failure := Failure.from_dict(frame[0]):
             raise failure.to_exception()
         return ShadowTestResult(**frame[0])
+
+    def _start_process(self, child_end: socket.socket) -> subprocess.Popen[bytes]:
+        limits = (self._memory, math.ceil(self._seconds))
+        try:
+            # The output of a crashing native library is hidden; the result comes through the socket.
+            process = spawn.start_process("rollout.trial_process", [child_end.fileno()], *limits, quiet=True)
+        except OSError as error:
+            raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
+        self._process = process
+        # `close` runs on the event loop's thread, perhaps before `_process` was set here. It sets
+        # `_is_closed` first, so that one of the two threads kills the process.
+        if self._is_closed:
+            process.kill()
+        return process
+
+    def _explain_death(self, status: int) -> ModelError:
+        """Return the error for a trial process that ended with `status` and without a result."""
+        if status == -signal.SIGXCPU:
+            return ModelError(self._format_timeout(""))
+        if self._is_closed:
+            return Interrupted("the service was ending")
+        kind = Unproven if status == -signal.SIGKILL else ModelError
+        return kind(f"its trial process {_describe_exit(status)}")
 
     def _format_timeout(self, times: str) -> str:
         """Return the message for a trial that took too long."""

@@ -85,21 +85,8 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     division = _divide_memory(settings, cgroup)
     if division is None:
         return settings
-    count = settings.workers * division.runners
     limit = f"the container's memory limit of {_to_megabytes(division.limit)} MB"
-    if division.caller_bytes < _MIN_CALLER_BYTES:
-        resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
-        log.warning(
-            f"{limit} is too small for {count} runners: with the service they take "
-            f"{_to_megabytes(resting_bytes)} MB at rest, and images need {_to_megabytes(_MIN_CALLER_BYTES)} "
-            "MB; give the container more memory, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
-        )
-    elif not division.spare_bytes:
-        log.warning(
-            f"{limit} leaves no memory to try new versions or to explain with {count} runners: new versions "
-            "wait and explanations are refused unless images leave enough free; give the container "
-            f"{_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
-        )
+    _warn_of_small_limit(limit, division, settings.workers * division.runners)
     caller_bytes = max(division.caller_bytes - division.spare_bytes, _MIN_CALLER_BYTES)
     bodies_bytes = min(settings.bodies_bytes, int(caller_bytes * _BODIES_SHARE) // settings.workers)
     if "body_bytes" in settings.model_fields_set:
@@ -131,6 +118,22 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
             + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered_limits.items())
         )
     return settings.model_copy(update=lowered_limits)
+
+
+def _warn_of_small_limit(limit: str, division: _MemoryDivision, runner_count: int) -> None:
+    if division.caller_bytes < _MIN_CALLER_BYTES:
+        resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
+        log.warning(
+            f"{limit} is too small for {runner_count} runners: with the service they take "
+            f"{_to_megabytes(resting_bytes)} MB at rest, and images need {_to_megabytes(_MIN_CALLER_BYTES)} "
+            "MB; give the container more memory, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
+        )
+    elif not division.spare_bytes:
+        log.warning(
+            f"{limit} leaves no memory to try new versions or to explain with {runner_count} runners: new "
+            "versions wait and explanations are refused unless images leave enough free; give the container "
+            f"{_to_megabytes(division.missing_bytes)} MB more, or lower FOVEA_RUNNERS or FOVEA_WORKERS"
+        )
 
 
 def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision | None:

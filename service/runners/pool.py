@@ -244,18 +244,7 @@ class RunnerPool:
         )
         connection.models.update(loaded_models)
         try:
-            # Check again after each load: models may be added or removed during the `await`.
-            while missing_load := next(
-                (one for model_id, one in self._loads.items() if model_id not in connection.models), None
-            ):
-                try:
-                    await self._load_on_runner(connection, missing_load, index)
-                except Interrupted:
-                    raise
-                except ModelError as error:
-                    if not can_drop_models or self._connections:
-                        raise
-                    self._drop_model(missing_load, error)
+            await self._load_missing_models(index, connection, can_drop_models=can_drop_models)
         except ModelError:
             if connection.is_lost:  # it died, and `_handle_lost_runner` is replacing it
                 return
@@ -275,6 +264,26 @@ class RunnerPool:
         self._runner_ready.set()
         self._batcher.add_runner(connection)  # from here on the batcher may start a batch on it at any time
         self._metrics.runners.set(self.alive_count)
+
+    async def _load_missing_models(
+        self, index: int, connection: RunnerConnection, *, can_drop_models: bool
+    ) -> None:
+        """Load on a new runner the models that were added since its process started.
+
+        Raises `ModelError` as `_connect_runner` does.
+        """
+        # Check again after each load: models may be added or removed during the `await`.
+        while missing_load := next(
+            (one for model_id, one in self._loads.items() if model_id not in connection.models), None
+        ):
+            try:
+                await self._load_on_runner(connection, missing_load, index)
+            except Interrupted:
+                raise
+            except ModelError as error:
+                if not can_drop_models or self._connections:
+                    raise
+                self._drop_model(missing_load, error)
 
     def _drop_model(self, load: LoadCommand, error: ModelError) -> None:
         """Remove a model that no runner has and no new runner can load."""
