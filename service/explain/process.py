@@ -167,13 +167,13 @@ class _RequestHandler:
         # are therefore never sent while the final reply is written.
         def on_start(seen_input: SeenInput) -> None:
             input_values.append(_render_seen_input(seen_input))
-            if request["told"]:
+            if request["has_progress"]:
                 self._send_part({"progress": 0.0, "samples": 0, "heatmap": None, **input_values[0]})
 
         def on_step(step: OcclusionStep, compute_heatmap: Callable[[], Floats]) -> None:
             if self._is_stopped():
                 raise _StopRequested
-            if not request["told"]:
+            if not request["has_progress"]:
                 # An empty partial reply shows the service that this process is alive.
                 self._send_part({})
             elif step.progress < 1:

@@ -97,8 +97,8 @@ class Batch(NamedTuple):
             "model": self.model_id,
             "images": [_describe_image(image) for image in self.images],
             "deadlines": self.deadlines,
-            "alone": self.exclusive,
-            "apart": self.separate,
+            "exclusive": self.exclusive,
+            "separate": self.separate,
             "memory": self.reserved_bytes,
         }
         size = sum(map(len, inline_contents))
@@ -134,7 +134,7 @@ def _describe_image(image: Item) -> Any:
     """
     if isinstance(image, ImageRequest):
         return {
-            "place": _describe_image(image.content),
+            "content": _describe_image(image.content),
             "tensor": image.tensor_name,
             "logits": image.include_logits,
         }
@@ -156,7 +156,7 @@ def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCom
     images, start = [], 0
     for entry in values["images"]:
         options = entry if isinstance(entry, dict) else None
-        location = options["place"] if options else entry
+        location = options["content"] if options else entry
         image: Image
         if isinstance(location, int):
             image, start = content[start : start + location], start + location
@@ -168,8 +168,8 @@ def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCom
         values["model"],
         images,
         values["deadlines"],
-        values["alone"],
-        values["apart"],
+        values["exclusive"],
+        values["separate"],
         values["memory"],
     )
 

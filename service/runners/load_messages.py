@@ -152,15 +152,15 @@ class LoadReply(NamedTuple):
     def to_bytes(self) -> bytes:
         """Return the encoded message."""
         outcome = self.outcome.to_dict() if isinstance(self.outcome, Failure) else asdict(self.outcome)
-        return encode_frame({"told": self.model_id, **outcome})
+        return encode_frame({"model_id": self.model_id, **outcome})
 
     @classmethod
     def from_frame(cls, frame: Frame) -> LoadReply | None:
         """Decode a received message; return None if it is another kind of message."""
         values, _ = frame
-        if "told" not in values:
+        if "model_id" not in values:
             return None
-        model_id = values.pop("told")
+        model_id = values.pop("model_id")
         return cls(model_id, Failure.from_dict(values) or LoadedModel(**values))
 
 

@@ -235,7 +235,7 @@ async def explain_label(
         "seconds": services.settings.explain_seconds,
         "picture": query.format == "png",
     }
-    request = {"ask": "explain", "question": question, "told": query.progress}
+    request = {"ask": "explain", "question": question, "has_progress": query.progress}
     reply = await services.heatmap_explainer.send_request(model, request, image, on_part)
     metrics = services.classifier.metrics
     metrics.explanations.labels(model.name, model.version, reply.values["method"]).inc()
