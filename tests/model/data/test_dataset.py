@@ -68,9 +68,8 @@ def test_folder_names_become_labels(tmp_path: Path) -> None:
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 0)
     for examples in (data.train, data.validation):
         assert (stack_pixels(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
-        brightest = (
-            stack_pixels(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)
-        )  # 0 is red, 2 is blue
+        # 0 is red, 2 is blue
+        brightest = stack_pixels(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)
         assert torch.equal(examples.targets, 2 - brightest)
 
 
@@ -272,9 +271,7 @@ def test_label_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 
 def test_imbalanced_labels_give_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "squares"
-    for seed, (label, count) in enumerate(
-        (("blue", 4), ("green", 4), ("red", 14))
-    ):  # each with noise of its own
+    for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # noise never repeats
         draw_images(folder, label, count=count, seed=seed)
     data = read_dataset(folder)
     assert data.label_counts == (3, 3, 11)

@@ -63,9 +63,9 @@ def test_validation_folder_is_the_held_out_part(
     source = tmp_path / "squares"
     data = read_dataset(make_archive(source, tmp_path / "squares.tar") if is_packed else source)
     prefix = "squares/" if is_packed else ""
-    for part, place in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
+    for part, index in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
         assert {image_name.rsplit("/", 2)[0] for image_name in getattr(data, part).names} == {
-            f"{prefix}{names[place]}"
+            f"{prefix}{names[index]}"
         }
     assert [len(data.train), len(data.validation), len(data.conformal), len(data.test)] == [18, 6, 6, 9]
     for examples in (data.validation, data.conformal):
@@ -204,9 +204,8 @@ def test_unlistable_system_folder_is_skipped(tmp_path: Path, monkeypatch: pytest
     (folder / "lost+found").mkdir()
     scandir = os.scandir
 
-    def scan_all_but_lost_and_found(
-        path: Path,
-    ) -> Any:  # root may list every folder, and tests may be run by root
+    # root can list every folder, and tests may be run by root
+    def scan_all_but_lost_and_found(path: Path) -> Any:
         if Path(path).name == "lost+found":
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
