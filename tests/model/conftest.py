@@ -1,4 +1,4 @@
-"""What the tests of `model/` share."""
+"""Shared setup of the tests of `model/`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+    """Limit PyTorch to one thread: with more threads than free cores, OpenMP waits fifty times longer."""
     torch.set_num_threads(1)

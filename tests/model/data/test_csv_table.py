@@ -18,32 +18,32 @@ from tests.training import COLOURS, draw_images, stack_pixels
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """A folder with `pictures/<number>.png`, five blue, five green, then five red ones."""
     (tmp_path / "pictures").mkdir()
-    drawn = draw_images(tmp_path / "drawn")
+    square_folder = draw_images(tmp_path / "drawn")
     for number, (label, row) in enumerate((label, row) for label in COLOURS for row in range(5)):
-        (drawn / label / f"{row}.png").rename(tmp_path / "pictures" / f"{number:02}.png")
+        (square_folder / label / f"{row}.png").rename(tmp_path / "pictures" / f"{number:02}.png")
     for label in COLOURS:
-        (drawn / label).rmdir()
-    drawn.rmdir()
+        (square_folder / label).rmdir()
+    square_folder.rmdir()
     return tmp_path
 
 
 def make_rows(labels: Sequence[str] = tuple(COLOURS)) -> list[str]:
-    """One for each image, with its label."""
+    """Return one row for each image, with its label."""
     return [f"pictures/{number:02}.png,{labels[number // 5]}" for number in range(15)]
 
 
 def load_csv(folder: Path, lines: Sequence[str], encoding: str = "utf-8", end: str = "\n") -> Dataset:
-    """The set that such lines describe."""
+    """Write these lines to a CSV file and load the data set that it describes."""
     path = folder / "labels.csv"
     path.write_bytes("".join(line + end for line in lines).encode(encoding))
     return load_dataset(path, size=16, validation=0.2, seed=0)
 
 
-def targets_by_name(data: Dataset) -> dict[str, list[float]]:
-    """The targets by the file's name, and proof that the pixels are that file's."""
+def map_targets_by_name(data: Dataset) -> dict[str, list[float]]:
+    """Return the targets by file name, and check that the pixels are those of the file."""
     targets: dict[str, list[float]] = {}
     for part in (data.train, data.validation, data.conformal, data.test):
         brightest = stack_pixels(part.pixels).float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
@@ -54,11 +54,11 @@ def targets_by_name(data: Dataset) -> dict[str, list[float]]:
     return targets
 
 
-def test_each_row_names_an_image_and_its_label(images: Path) -> None:
-    data = load_csv(images, ["path,label", *make_rows()])
+def test_csv_rows_give_images_and_labels(image_folder: Path) -> None:
+    data = load_csv(image_folder, ["path,label", *make_rows()])
     assert (data.name, data.labels, data.task) == ("labels.csv", ("blue", "green", "red"), Task.MULTICLASS)
     assert data.train.targets.dtype == torch.int64
-    assert targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
+    assert map_targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -72,68 +72,70 @@ def test_each_row_names_an_image_and_its_label(images: Path) -> None:
         ("id,label,note;path,path", '7,"{1}","a, b; c",{0}'),
     ],
 )
-def test_the_layout_of_the_file_does_not_matter(
-    images: Path, encoding: str, end: str, header: str, row: str
+def test_csv_dialects_and_line_ends_are_detected(
+    image_folder: Path, encoding: str, end: str, header: str, row: str
 ) -> None:
     lines = [row.format(*line.split(",")).replace('" ;', '";') for line in make_rows(("süß", "green", "rød"))]
-    data = load_csv(images, [header, *lines[:7], "", *lines[7:]], encoding, end)
+    data = load_csv(image_folder, [header, *lines[:7], "", *lines[7:]], encoding, end)
     assert data.labels == ("green", "rød", "süß")
-    assert len(targets_by_name(data)) == 15
+    assert len(map_targets_by_name(data)) == 15
 
 
-def test_two_labels_are_a_binary_task(images: Path) -> None:
-    assert load_csv(images, ["path,label", *make_rows()[:10]]).task is Task.BINARY
+def test_two_labels_make_a_binary_task(image_folder: Path) -> None:
+    assert load_csv(image_folder, ["path,label", *make_rows()[:10]]).task is Task.BINARY
 
 
-def test_a_split_keeps_the_test_apart(images: Path) -> None:
+def test_split_column_sets_the_test_part(image_folder: Path) -> None:
     splits = ["train", "", "Val", "test", "train"] * 3
     lines = [f"{row},{split}" for row, split in zip(make_rows(), splits, strict=True)]
-    data = load_csv(images, ["path,label,split", *lines])
+    data = load_csv(image_folder, ["path,label,split", *lines])
     assert data.test.names == ("pictures/03.png", "pictures/08.png", "pictures/13.png")
     assert data.test.targets.tolist() == [0, 1, 2]
-    assert len(targets_by_name(data)) == 15
+    assert len(map_targets_by_name(data)) == 15
 
 
-@pytest.mark.parametrize("joined", ["a;b", "b|a", " a ; b; ", None])
-def test_several_labels_make_a_multi_label_set(images: Path, joined: str | None) -> None:
+@pytest.mark.parametrize("joined_labels", ["a;b", "b|a", " a ; b; ", None])
+def test_several_labels_per_image_make_a_multilabel_task(
+    image_folder: Path, joined_labels: str | None
+) -> None:
     labels = [["a"], ["b"], ["a", "b"], []] * 4
     lines = []
-    for number, own in enumerate(labels[:15]):
+    for number, image_labels in enumerate(labels[:15]):
         name = f"pictures/{number:02}.png"
-        if len(own) < 2:
-            lines.append(f"{name},{''.join(own)}")
-        elif joined:
-            lines.append(f'{name},"{joined}"')
+        if len(image_labels) < 2:
+            lines.append(f"{name},{''.join(image_labels)}")
+        elif joined_labels:
+            lines.append(f'{name},"{joined_labels}"')
         else:
             lines += [f"{name},a", f"./{name},b", f"{name},a"]
-    data = load_csv(images, ["path,label", *lines])
+    data = load_csv(image_folder, ["path,label", *lines])
     assert (data.task, data.labels) == (Task.MULTILABEL, ("a", "b"))
     assert data.train.targets.dtype == torch.float32
     assert data.train.targets.shape == (len(data.train), 2)
-    assert targets_by_name(data) == {
-        f"pictures/{number:02}.png": [float("a" in own), float("b" in own)]
-        for number, own in enumerate(labels[:15])
+    assert map_targets_by_name(data) == {
+        f"pictures/{number:02}.png": [float("a" in image_labels), float("b" in image_labels)]
+        for number, image_labels in enumerate(labels[:15])
     }
     assert data.label_counts == tuple(data.train.targets.sum(dim=0).tolist())
     assert (data.validation.targets.sum(dim=0) > 0).all()
 
 
-def test_a_folder_with_one_such_file_and_no_labels_is_that_file(images: Path) -> None:
-    expected = targets_by_name(load_csv(images, ["path,label", *make_rows()]))
-    data = load_dataset(images, size=16, validation=0.2, seed=0)
+def test_folder_with_one_csv_file_is_read_from_it(image_folder: Path) -> None:
+    expected = map_targets_by_name(load_csv(image_folder, ["path,label", *make_rows()]))
+    data = load_dataset(image_folder, size=16, validation=0.2, seed=0)
     assert data.name == "labels.csv"
-    assert targets_by_name(data) == expected
+    assert map_targets_by_name(data) == expected
 
 
-def test_a_folder_of_labels_is_read_as_one_whatever_lies_beside_them(tmp_path: Path) -> None:
+def test_label_folders_take_precedence_over_a_csv_file(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     (folder / "notes.csv").write_text("path,label\nred/0.png,mine\n")
     assert load_dataset(folder, size=16, validation=0.2, seed=0).labels == ("blue", "green", "red")
 
 
-def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
-    lines = [f"{images}/{row}" for row in make_rows()]
-    assert len(targets_by_name(load_csv(images, ["path,label", *lines]))) == 15
+def test_absolute_paths_are_accepted(image_folder: Path) -> None:
+    lines = [f"{image_folder}/{row}" for row in make_rows()]
+    assert len(map_targets_by_name(load_csv(image_folder, ["path,label", *lines]))) == 15
 
 
 @pytest.mark.parametrize(
@@ -173,47 +175,45 @@ def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
         (["path,label", *make_rows(), f"{'a' * 3000},red"], "that do not exist"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
-    images: Path, lines: list[str], message: str
-) -> None:
-    with pytest.raises(DataError, match=message) as refused:
-        load_csv(images, lines)
-    assert "\n" not in str(refused.value)
+def test_unusable_csv_file_is_refused_in_one_line(image_folder: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message) as error_info:
+        load_csv(image_folder, lines)
+    assert "\n" not in str(error_info.value)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
-def test_what_office_programs_write_is_read(images: Path, encoding: str) -> None:
+def test_windows_1252_and_utf_16_files_are_read(image_folder: Path, encoding: str) -> None:
     data = load_csv(
-        images,
+        image_folder,
         ["path;label", *(row.replace(",", ";") for row in make_rows(("blue", "green", "süß")))],
         encoding,
     )
     assert data.labels == ("blue", "green", "süß")
-    assert len(targets_by_name(data)) == 15
+    assert len(map_targets_by_name(data)) == 15
     notes = () if encoding == "utf-16" else (
         "labels.csv is not UTF-8 and was read as Windows-1252: line 12 is 'pictures/10.png;süß'",
     )  # fmt: skip
     assert data.inventory.notes == notes
 
 
-def test_what_is_in_no_known_encoding_is_refused_with_its_place(images: Path) -> None:
+def test_unknown_encoding_is_refused_with_the_line_number(image_folder: Path) -> None:
     lines = ["path,label", *make_rows()]
-    (images / "labels.csv").write_bytes("\n".join(lines).encode().replace(b"red", b"r\x81d", 1))
+    (image_folder / "labels.csv").write_bytes("\n".join(lines).encode().replace(b"red", b"r\x81d", 1))
     with pytest.raises(DataError, match=r"labels.csv, line 12: this is neither UTF-8 nor Windows-1252; save"):
-        load_dataset(images / "labels.csv", size=16, validation=0.2, seed=0)
+        load_dataset(image_folder / "labels.csv", size=16, validation=0.2, seed=0)
 
 
-# --- the shapes of others ------------------------------------------------------------------------
+# --- tables of other tools -----------------------------------------------------------------------
 
 
 def load_table(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Dataset:
-    """The set that a table of this content describes."""
+    """Write a table of this content and load the data set that it describes."""
     (folder / name).write_text(content)
     return load_dataset(folder / name, size=16, validation=0.2, seed=0, choices=Choices(**choices))
 
 
 def format_table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
-    """A header, and a row for each image: {path}, {stem}, {name}, {label} and {n} in it are its own."""
+    """Return the header, and `row` formatted with {path}, {stem}, {name}, {label} and {n} of each image."""
     lines = [header]
     for number in range(15):
         path = f"pictures/{number:02}.png"
@@ -245,22 +245,22 @@ def format_table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) 
         ("IMAGE_ID\tCLASS", "{id}\t{label}"),
     ],
 )
-def test_the_shapes_of_other_tables_are_read(images: Path, header: str, row: str) -> None:
-    data = load_table(images, format_table(header, row))
+def test_common_table_formats_are_read(image_folder: Path, header: str, row: str) -> None:
+    data = load_table(image_folder, format_table(header, row))
     assert (data.labels, data.task) == (("blue", "green", "red"), Task.MULTICLASS)
-    assert targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
+    assert map_targets_by_name(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
 
 
-def test_paths_that_were_completed_are_named(images: Path) -> None:
-    assert load_table(images, format_table("path,label", "{path},{label}")).inventory.notes == ()
-    data = load_table(images, format_table("id,breed", "{id},{label}"))
+def test_completed_paths_are_noted(image_folder: Path) -> None:
+    assert load_table(image_folder, format_table("path,label", "{path},{label}")).inventory.notes == ()
+    data = load_table(image_folder, format_table("id,breed", "{id},{label}"))
     assert data.inventory.notes == ("15 paths completed: 00 is pictures/00.png",)
     assert "labels are in the column 'breed': blue, green, red" in data.description
 
 
-def test_the_set_s_own_folder_may_be_in_the_paths(images: Path) -> None:
-    data = load_table(images, format_table("path,label", f"{images.name}/{{path}},{{label}}"))
-    assert len(targets_by_name(data)) == 15
+def test_paths_may_start_with_the_data_set_folder(image_folder: Path) -> None:
+    data = load_table(image_folder, format_table("path,label", f"{image_folder.name}/{{path}},{{label}}"))
+    assert len(map_targets_by_name(data)) == 15
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,13 @@ def test_the_set_s_own_folder_may_be_in_the_paths(images: Path) -> None:
         ({"path_column": "WHERE", "label_columns": ("label",)}, ("a", "b", "c")),
     ],
 )
-def test_columns_may_be_named(images: Path, choices: dict[str, Any], labels: tuple[str, ...]) -> None:
+def test_path_and_label_columns_can_be_chosen(
+    image_folder: Path, choices: dict[str, Any], labels: tuple[str, ...]
+) -> None:
     content = format_table("where,what,label,x,path", "{path},{label},L,0.5,nowhere")
     for number in range(15):
         content = content.replace(",L,", f",{'abc'[number // 5]},", 1)
-    assert load_table(images, content, **choices).labels == labels
+    assert load_table(image_folder, content, **choices).labels == labels
 
 
 @pytest.mark.parametrize(
@@ -290,32 +292,34 @@ def test_columns_may_be_named(images: Path, choices: dict[str, Any], labels: tup
         ),
     ],
 )  # fmt: skip
-def test_what_the_columns_do_not_tell_is_asked_for(
-    images: Path, header: str, choices: dict[str, Any], message: str
+def test_unclear_columns_are_refused_in_one_line(
+    image_folder: Path, header: str, choices: dict[str, Any], message: str
 ) -> None:
     row = "{path},x,5" if header.count(",") == 2 else "{path},{label}"
-    with pytest.raises(DataError, match=message) as refused:
-        load_table(images, format_table(header, row), **choices)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(DataError, match=message) as error_info:
+        load_table(image_folder, format_table(header, row), **choices)
+    assert "\n" not in str(error_info.value)
 
 
 @pytest.mark.parametrize(("true", "false"), [("1", "0"), ("1.0", "0.0"), ("True", "False"), ("1", "-1")])
-def test_a_column_for_each_label_is_read(images: Path, true: str, false: str) -> None:
+def test_one_column_per_label_is_read(image_folder: Path, true: str, false: str) -> None:
     lines = ["image,blue,green,Red"]
     for number in range(15):
         flags = [true if number // 5 == label else false for label in range(3)]
         lines.append(f"{number:02},{','.join(flags)}")
-    data = load_table(images, "\n".join(lines))
+    data = load_table(image_folder, "\n".join(lines))
     assert (data.labels, data.task) == (("Red", "blue", "green"), Task.MULTICLASS)
     assert "labels are in the columns 'blue', 'green', 'Red': Red, blue, green" in data.description
     lines[1] = f"00,{true},{true},{false}"
     lines[2] = f"01,{false},{false},{false}"
-    several = load_table(images, "\n".join(lines))
-    assert several.task is Task.MULTILABEL
-    assert targets_by_name(several)["pictures/00.png"] == [0, 1, 1]
-    assert targets_by_name(several)["pictures/01.png"] == [0, 0, 0]
-    chosen = load_table(images, "\n".join([lines[0], *lines[3:]]), label_columns=("blue", "green", "red"))
-    assert chosen.task is Task.MULTICLASS
+    multilabel_data = load_table(image_folder, "\n".join(lines))
+    assert multilabel_data.task is Task.MULTILABEL
+    assert map_targets_by_name(multilabel_data)["pictures/00.png"] == [0, 1, 1]
+    assert map_targets_by_name(multilabel_data)["pictures/01.png"] == [0, 0, 0]
+    multiclass_data = load_table(
+        image_folder, "\n".join([lines[0], *lines[3:]]), label_columns=("blue", "green", "red")
+    )
+    assert multiclass_data.task is Task.MULTICLASS
 
 
 SPLITS = ["train", "train", "train", "val", "test"]
@@ -332,31 +336,34 @@ SPLITS = ["train", "train", "train", "val", "test"]
         ("partition", {"val": "validation", "test": "evaluation"}),
     ],
 )
-def test_a_column_of_parts_is_honoured_in_any_spelling(
-    images: Path, column: str, names: dict[str, str]
+def test_split_column_accepts_common_spellings(
+    image_folder: Path, column: str, names: dict[str, str]
 ) -> None:
     lines = [f"path,label,{column}"]
-    lines += [f"{row},{names.get(SPLITS[n % 5], SPLITS[n % 5])}" for n, row in enumerate(make_rows())]
-    data = load_csv(images, lines)
-    held = {*data.validation.names, *data.conformal.names}
-    assert held == {f"pictures/{number:02}.png" for number in (3, 8, 13)}
+    lines += [
+        f"{row},{names.get(SPLITS[number % 5], SPLITS[number % 5])}" for number, row in enumerate(make_rows())
+    ]
+    data = load_csv(image_folder, lines)
+    held_out_names = {*data.validation.names, *data.conformal.names}
+    assert held_out_names == {f"pictures/{number:02}.png" for number in (3, 8, 13)}
     assert data.test.names == ("pictures/04.png", "pictures/09.png", "pictures/14.png")
     assert len(data.train) == 9
 
 
-def test_columns_of_yes_and_no_are_parts_too(images: Path) -> None:
+def test_is_valid_column_sets_the_held_out_part(image_folder: Path) -> None:
     lines = ["fname,label,is_valid".replace("fname", "name")]
-    lines += [f"{row},{n % 5 == 3}" for n, row in enumerate(make_rows())]
-    data = load_csv(images, lines)
+    lines += [f"{row},{number % 5 == 3}" for number, row in enumerate(make_rows())]
+    data = load_csv(image_folder, lines)
     assert len(data.train) == 12
     assert {*data.validation.names, *data.conformal.names} == {
         "pictures/03.png", "pictures/08.png", "pictures/13.png",
     }  # fmt: skip
 
 
-def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) -> None:
+def test_split_column_with_unknown_values_is_noted(image_folder: Path) -> None:
     data = load_csv(
-        images, ["path,label,partition", *(f"{row},{n % 3}" for n, row in enumerate(make_rows()))]
+        image_folder,
+        ["path,label,partition", *(f"{row},{number % 3}" for number, row in enumerate(make_rows()))],
     )
     assert data.inventory.notes == (
         "the column 'partition' does not split the data: it has values that name no part, such as "
@@ -364,50 +371,55 @@ def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) 
     )
 
 
-def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
-    data = load_csv(images, ["path,label", *make_rows()[:13]])
+def test_images_missing_from_the_table_are_counted(image_folder: Path) -> None:
+    data = load_csv(image_folder, ["path,label", *make_rows()[:13]])
     (group,) = data.inventory.skipped_files
     assert (group.kind, group.reason) == ("in pictures/", "not named in labels.csv")
     assert group.names == ("pictures/13.png", "pictures/14.png")
     assert data.description[0].startswith("15 files found: 13 images used, 0 unreadable, 2 left out")
 
 
-def test_a_path_that_several_files_fit_is_refused(images: Path) -> None:
-    draw_images(images / "other", "blue", count=5)
-    (images / "other" / "blue" / "0.png").rename(images / "other" / "00.png")
+def test_ambiguous_path_is_refused(image_folder: Path) -> None:
+    draw_images(image_folder / "other", "blue", count=5)
+    (image_folder / "other" / "blue" / "0.png").rename(image_folder / "other" / "00.png")
     with pytest.raises(
         DataError, match=r"several files: 00 matches other/00.png, pictures/00.png; write the whole"
     ):
-        load_table(images, format_table("id,label", "{id},{label}"))
+        load_table(image_folder, format_table("id,label", "{id},{label}"))
 
 
-def test_spellings_of_a_label_that_look_the_same_are_one(images: Path) -> None:
+def test_equivalent_unicode_spellings_are_one_label(image_folder: Path) -> None:
     labels = ["cafe\u0301", "café"]
     lines = [f"pictures/{number:02}.png,{labels[number % 2]}" for number in range(10)]
-    data = load_csv(images, ["path,label", *lines, *make_rows()[10:]])
+    data = load_csv(image_folder, ["path,label", *lines, *make_rows()[10:]])
     assert data.labels == ("café", "red")
     assert "'café' is written in 2 ways" in data.inventory.notes[0]
 
 
-def test_labels_that_differ_in_case_need_a_word_here_too(images: Path) -> None:
+def test_labels_differing_only_in_case_are_refused(image_folder: Path) -> None:
     with pytest.raises(DataError, match=r"differ only in case, spaces, _ or -: 'Red' .* and 'red'"):
-        load_csv(images, ["path,label", *make_rows(), "pictures/00.png,Red"])
+        load_csv(image_folder, ["path,label", *make_rows(), "pictures/00.png,Red"])
 
 
-def test_json_lines_are_read_as_hugging_face_writes_them(images: Path) -> None:
+def test_hugging_face_json_lines_are_read(image_folder: Path) -> None:
     lines = [json.dumps({"file_name": row.split(",")[0], "label": row.split(",")[1]}) for row in make_rows()]
-    data = load_table(images, "\n".join(lines) + "\n\n", "metadata.jsonl")
+    data = load_table(image_folder, "\n".join(lines) + "\n\n", "metadata.jsonl")
     assert data.labels == ("blue", "green", "red")
-    assert len(targets_by_name(data)) == 15
+    assert len(map_targets_by_name(data)) == 15
     labels = [["a"], ["a", "b"], []]
-    several = [json.dumps({"file_name": f"{n:02}", "labels": labels[n % 3]}) for n in range(15)]
-    assert load_table(images, "\n".join(several), "metadata.jsonl").task is Task.MULTILABEL
-    for spoilt, message in (("{", "line 2: this is not JSON"), ("[1]", "line 2: this is not a JSON object")):
+    multilabel_lines = [
+        json.dumps({"file_name": f"{number:02}", "labels": labels[number % 3]}) for number in range(15)
+    ]
+    assert load_table(image_folder, "\n".join(multilabel_lines), "metadata.jsonl").task is Task.MULTILABEL
+    for damaged_line, message in (
+        ("{", "line 2: this is not JSON"),
+        ("[1]", "line 2: this is not a JSON object"),
+    ):
         with pytest.raises(DataError, match=message):
-            load_table(images, f"{lines[0]}\n{spoilt}", "metadata.jsonl")
+            load_table(image_folder, f"{lines[0]}\n{damaged_line}", "metadata.jsonl")
 
 
-def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
+def test_tables_in_part_folders_make_one_data_set(tmp_path: Path) -> None:
     for seed, part in enumerate(("train", "test")):
         folder = draw_images(tmp_path / "set" / part, "x", colours=("red",), count=6, seed=seed) / "x"
         lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
@@ -421,7 +433,7 @@ def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
     assert data.inventory.parts == {Part.TRAIN: ("metadata.csv",), Part.TEST: ("metadata.csv",)}
 
 
-def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
+def test_part_folders_and_a_csv_without_labels_are_refused(tmp_path: Path) -> None:
     draw_images(tmp_path / "set", "train", "val", colours=("red", "blue"))
     (tmp_path / "set" / "classes.csv").write_text("number,word\n1,cat")
     with pytest.raises(
@@ -430,23 +442,23 @@ def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
         load_dataset(tmp_path / "set", size=16, validation=0.2, seed=0)
 
 
-def test_a_contest_s_files_are_told_apart(images: Path) -> None:
-    """Its test has no labels, and its example of an answer is none."""
-    (images / "train.csv").write_text(format_table("image_id,label", "{id},{label}"))
-    (images / "test.csv").write_text("image_id,width\n90,1\n91,2")
-    (images / "sample_submission.csv").write_text("image_id,label\n90,red")
-    data = load_dataset(images, size=16, validation=0.2, seed=0)
-    assert len(targets_by_name(data)) == 15
-    (images / "more.csv").write_text("image_id,label\n90,red")
-    (images / "train.csv").rename(images / "labels.csv")
+def test_training_table_of_a_contest_is_recognised(image_folder: Path) -> None:
+    """The table of the test has no labels, and the sample submission holds no training labels."""
+    (image_folder / "train.csv").write_text(format_table("image_id,label", "{id},{label}"))
+    (image_folder / "test.csv").write_text("image_id,width\n90,1\n91,2")
+    (image_folder / "sample_submission.csv").write_text("image_id,label\n90,red")
+    data = load_dataset(image_folder, size=16, validation=0.2, seed=0)
+    assert len(map_targets_by_name(data)) == 15
+    (image_folder / "more.csv").write_text("image_id,label\n90,red")
+    (image_folder / "train.csv").rename(image_folder / "labels.csv")
     with pytest.raises(
         DataError, match=r"several CSV files: labels.csv, more.csv, .*; pass the one with the labels"
     ):
-        load_dataset(images, size=16, validation=0.2, seed=0)
+        load_dataset(image_folder, size=16, validation=0.2, seed=0)
 
 
-def test_a_file_that_cannot_be_decoded_is_skipped(images: Path) -> None:
-    (images / "pictures" / "07.png").write_bytes(b"")
-    data = load_csv(images, ["path,label", *make_rows()])
+def test_undecodable_image_is_skipped(image_folder: Path) -> None:
+    (image_folder / "pictures" / "07.png").write_bytes(b"")
+    data = load_csv(image_folder, ["path,label", *make_rows()])
     assert data.unreadable_files == ("pictures/07.png: the image is empty",)
-    assert len(targets_by_name(data)) == 14
+    assert len(map_targets_by_name(data)) == 14

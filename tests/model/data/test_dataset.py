@@ -37,70 +37,69 @@ def read_dataset(
 
 
 def make_archive(folder: Path, target: Path, mode: str = "w:gz") -> Path:
-    """`folder` as a tar archive."""
+    """Write `folder` as a tar archive to `target`."""
     with tarfile.open(target, mode, format=tarfile.GNU_FORMAT) as file:  # type: ignore[call-overload]  # the mode is a variable
         file.add(folder, folder.name)
     return target
 
 
-def image_contents(pixels: Pixels) -> list[bytes]:
-    """Each image as a value that can be compared."""
+def list_image_bytes(pixels: Pixels) -> list[bytes]:
+    """Return the pixels of each image as bytes, which can be compared and sorted."""
     return [image.numpy().tobytes() for image in stack_pixels(pixels)]
 
 
-def all_examples(data: Dataset) -> list[tuple[int, bytes]]:
-    """Label and pixels of all images, in no particular order."""
+def list_examples(data: Dataset) -> list[tuple[int, bytes]]:
+    """Return label and pixels of all images but the conformal ones, sorted."""
     parts = (data.train, data.validation, data.test)
     return sorted(
         pair
         for part in parts
-        for pair in zip(part.targets.tolist(), image_contents(part.pixels), strict=True)
+        for pair in zip(part.targets.tolist(), list_image_bytes(part.pixels), strict=True)
     )
 
 
 # --- folders and archives ------------------------------------------------------------------------
 
 
-def test_labels_are_the_names_of_the_folders(tmp_path: Path) -> None:
+def test_folder_names_become_labels(tmp_path: Path) -> None:
     data = read_dataset(draw_images(tmp_path / "squares"))
     assert (data.name, data.labels) == ("squares", ("blue", "green", "red"))
     assert data.geometry == square_geometry(16)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 0)
     for examples in (data.train, data.validation):
         assert (stack_pixels(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
-        brightest = (
-            stack_pixels(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)
-        )  # 0 is red, 2 is blue
+        # 0 is red, 2 is blue
+        brightest = stack_pixels(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)
         assert torch.equal(examples.targets, 2 - brightest)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("w", "set.tar"), ("w:gz", "set.tar.gz"), ("w:gz", "anything")])
-def test_an_archive_is_the_folder_that_is_in_it(tmp_path: Path, mode: str, name: str) -> None:
+def test_archive_is_read_like_its_folder(tmp_path: Path, mode: str, name: str) -> None:
     folder = draw_images(tmp_path / "squares")
-    packed = read_dataset(make_archive(folder, tmp_path / name, mode))
-    assert packed.name == name
-    assert packed.labels == ("blue", "green", "red")
-    assert all_examples(packed) == all_examples(read_dataset(folder))
+    archive_data = read_dataset(make_archive(folder, tmp_path / name, mode))
+    assert archive_data.name == name
+    assert archive_data.labels == ("blue", "green", "red")
+    assert list_examples(archive_data) == list_examples(read_dataset(folder))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_train_and_test_folders_are_kept_apart(tmp_path: Path, is_packed: bool) -> None:
     draw_images(tmp_path / "squares" / "train", count=4)
     draw_images(tmp_path / "squares" / "test", count=2, seed=1)
     source = tmp_path / "squares"
-    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if packed else source)
+    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if is_packed else source)
     assert data.labels == ("blue", "green", "red")
     assert data.test.targets.tolist() == [0, 0, 1, 1, 2, 2]
-    test = read_dataset(tmp_path / "squares" / "test", validation=0.5)
-    assert all_examples(test) == sorted(
-        zip(data.test.targets.tolist(), image_contents(data.test.pixels), strict=True)
+    test_part = read_dataset(tmp_path / "squares" / "test", validation=0.5)
+    assert list_examples(test_part) == sorted(
+        zip(data.test.targets.tolist(), list_image_bytes(data.test.pixels), strict=True)
     )
     assert sorted(data.test.names)[0].endswith("test/blue/0.png")
     assert len(data.train) + len(data.validation) == 12
 
 
-def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
-    """Each through `service.inference.preprocess.decode_image`, whatever its format and shape."""
+def test_images_are_decoded_as_by_the_service(tmp_path: Path) -> None:
+    """The pixels equal those of `service.inference.preprocess.decode_image` for each format and shape."""
     files = {
         "photo.jpg": make_jpeg(
             200, 150, seed=1, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
@@ -118,24 +117,24 @@ def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
         decode_image(content, square_geometry(24), max_pixels=MAX_PIXELS).pixels.tobytes()
         for content in files.values()
     )
-    assert [pixels for target, pixels in all_examples(data) if target == 0] == expected
+    assert [pixels for target, pixels in list_examples(data) if target == 0] == expected
     assert data.geometry.pixel_path is PixelPath.FAST
 
 
-def test_files_that_are_no_images_or_have_no_label_are_passed_over(tmp_path: Path) -> None:
+def test_non_images_and_unlabelled_images_are_ignored(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
-    before = all_examples(read_dataset(folder))
+    before = list_examples(read_dataset(folder))
     (folder / "cover.png").write_bytes((folder / "red" / "0.png").read_bytes())
     (folder / "red" / "notes.txt").write_text("not an image")
     after = read_dataset(folder)
-    assert all_examples(after) == before
+    assert list_examples(after) == before
     assert after.labels == ("blue", "green", "red")
 
 
 def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
-    whole = (folder / "red" / "0.png").read_bytes()
-    (folder / "red" / "0.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "red" / "0.png").read_bytes()
+    (folder / "red" / "0.png").write_bytes(content[: len(content) // 2])
     (folder / "blue" / "3.png").write_bytes(b"")
     (folder / "green" / "9.jpg").write_text("hello")
     data = read_dataset(folder)
@@ -149,26 +148,26 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
     assert torch.cat([data.train.targets, data.validation.targets]).bincount().tolist() == [4, 5, 4]
 
 
-def test_two_labels_are_a_binary_task(tmp_path: Path) -> None:
+def test_two_labels_make_a_binary_task(tmp_path: Path) -> None:
     assert read_dataset(draw_images(tmp_path / "two", "blue", "red")).task is Task.BINARY
     assert read_dataset(draw_images(tmp_path / "three")).task is Task.MULTICLASS
 
 
-def test_what_systems_leave_in_folders_is_passed_over_in_silence(tmp_path: Path) -> None:
+def test_system_files_are_ignored(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     before = read_dataset(folder)
     for name in ("red/.DS_Store", "red/._0.png", ".cache/0.png", "__MACOSX/red/0.png", "red/Thumbs.db"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\0\5\x16\7")
     for data in (read_dataset(folder), read_dataset(make_archive(folder, tmp_path / "squares.tar"))):
-        assert (all_examples(data), data.labels, data.unreadable_files) == (
-            all_examples(before),
+        assert (list_examples(data), data.labels, data.unreadable_files) == (
+            list_examples(before),
             before.labels,
             (),
         )
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+def test_links_are_followed_but_loops_are_not(tmp_path: Path) -> None:
     pool = draw_images(tmp_path / "pool")
     folder = tmp_path / "linked"
     for label in ("blue", "green"):
@@ -176,41 +175,41 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
         for file in (pool / label).iterdir():
             (folder / label / file.name).symlink_to(file)
     (folder / "red").symlink_to(pool / "red")
-    expected = all_examples(read_dataset(pool))
+    expected = list_examples(read_dataset(pool))
     (folder / "blue" / "up").symlink_to(folder)
     (folder / "blue" / "itself.png").symlink_to(folder / "blue" / "itself.png")
     (folder / "blue" / "gone.png").symlink_to(pool / "gone.png")
-    assert all_examples(read_dataset(folder)) == expected
-    assert all_examples(read_dataset(folder)) == expected
+    assert list_examples(read_dataset(folder)) == expected
+    assert list_examples(read_dataset(folder)) == expected
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("is_symbolic", [False, True])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_links_in_an_archive_are_followed(tmp_path: Path, symbolic: bool, mode: str) -> None:
+def test_links_in_an_archive_are_followed(tmp_path: Path, is_symbolic: bool, mode: str) -> None:
     folder = draw_images(tmp_path / "squares")
     for label in ("blue", "red"):
-        other = folder / label / "copy.png"
-        if symbolic:
-            other.symlink_to("0.png")
+        link = folder / label / "copy.png"
+        if is_symbolic:
+            link.symlink_to("0.png")
         else:
-            other.hardlink_to(folder / label / "0.png")
-    packed = read_dataset(make_archive(folder, tmp_path / "set.tar", mode))
-    assert len(all_examples(packed)) == 17
-    assert all_examples(packed) == all_examples(read_dataset(folder))
+            link.hardlink_to(folder / label / "0.png")
+    archive_data = read_dataset(make_archive(folder, tmp_path / "set.tar", mode))
+    assert len(list_examples(archive_data)) == 17
+    assert list_examples(archive_data) == list_examples(read_dataset(folder))
 
 
-def test_of_two_files_of_one_name_in_an_archive_the_later_counts(tmp_path: Path) -> None:
+def test_later_archive_member_of_the_same_name_wins(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     path = make_archive(folder, tmp_path / "set.tar", "w")
     (folder / "red" / "0.png").write_bytes((folder / "red" / "1.png").read_bytes())
     with tarfile.open(path, "a") as file:
         file.add(folder / "red" / "0.png", "squares/red/0.png")
-    assert all_examples(read_dataset(path)) == all_examples(read_dataset(folder))
+    assert list_examples(read_dataset(path)) == list_examples(read_dataset(folder))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize(
-    ("sides", "chosen"),
+    ("sides", "expected_size"),
     [
         ((20, 20, 20), 32),
         ((32, 32, 400), 32),
@@ -221,45 +220,46 @@ def test_of_two_files_of_one_name_in_an_archive_the_later_counts(tmp_path: Path)
         ((500,), 128),
     ],
 )
-def test_the_size_follows_from_the_images(
-    tmp_path: Path, sides: tuple[int, ...], chosen: int, packed: bool
+def test_input_size_follows_from_the_images(
+    tmp_path: Path, sides: tuple[int, ...], expected_size: int, is_packed: bool
 ) -> None:
-    """The shorter sides count, each label with images of its own; one file has no size."""
+    """The shorter sides of the images decide; a file without a size does not count."""
     labels = ("blue", "red")
     for number, side in enumerate(sides):
         draw_images(tmp_path / "set" / str(number), *labels, side=side, count=2)
-        wide = encode_image(draw_picture(3 * side, side, number), "PNG")
-        (tmp_path / "set" / str(number) / "red" / "0.png").write_bytes(wide)
+        wide_image = encode_image(draw_picture(3 * side, side, number), "PNG")
+        (tmp_path / "set" / str(number) / "red" / "0.png").write_bytes(wide_image)
     (tmp_path / "set" / "0" / "red" / "hole.png").write_bytes(b"GIF89a")
     source = tmp_path / "set"
-    data = read_dataset(make_archive(source, tmp_path / "set.tar.gz") if packed else source, size=None)
-    assert data.geometry == square_geometry(chosen)
-    assert data.train.pixels.shape[1:] == (chosen, chosen, 3)
+    data = read_dataset(make_archive(source, tmp_path / "set.tar.gz") if is_packed else source, size=None)
+    assert data.geometry == square_geometry(expected_size)
+    assert data.train.pixels.shape[1:] == (expected_size, expected_size, 3)
 
 
-def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
-    """In more images than one thread reads at a time, the names stay with their pixels."""
+def test_corrupt_files_do_not_affect_other_images(tmp_path: Path) -> None:
+    """Names stay with their pixels, also with more images than one thread reads at a time."""
     folder = draw_images(tmp_path / "squares", count=70)
-    broken = {f"{label}/{number}.png" for label in ("blue", "red") for number in range(0, 70, 7)}
-    for name in broken:
+    corrupt_names = {f"{label}/{number}.png" for label in ("blue", "red") for number in range(0, 70, 7)}
+    for name in corrupt_names:
         (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n")
     data = read_dataset(folder)
-    assert {line.split(":")[0] for line in data.unreadable_files} == broken
+    assert {line.split(":")[0] for line in data.unreadable_files} == corrupt_names
     parts = (data.train, data.validation, data.conformal)
-    named = {
+    pixels_by_name = {
         name: image
         for part in parts
-        for name, image in zip(part.names, image_contents(part.pixels), strict=True)
+        for name, image in zip(part.names, list_image_bytes(part.pixels), strict=True)
     }
-    assert len(named) == 190
+    assert len(pixels_by_name) == 190
     for name in ("blue/1.png", "green/0.png", "red/69.png"):
         content = (folder / name).read_bytes()
         assert (
-            named[name] == decode_image(content, square_geometry(16), max_pixels=MAX_PIXELS).pixels.tobytes()
+            pixels_by_name[name]
+            == decode_image(content, square_geometry(16), max_pixels=MAX_PIXELS).pixels.tobytes()
         )
 
 
-def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:
+def test_label_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xff.png"))
     data = read_dataset(folder)
@@ -269,9 +269,9 @@ def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:
         read_dataset(folder)
 
 
-def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
+def test_imbalanced_labels_give_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "squares"
-    for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # no noise twice
+    for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # noise never repeats
         draw_images(folder, label, count=count, seed=seed)
     data = read_dataset(folder)
     assert data.label_counts == (3, 3, 11)
@@ -282,12 +282,12 @@ def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
     assert read_dataset(folder).warnings == ()
 
 
-def test_the_folder_at_hand_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_folder_gives_the_data_set_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(draw_images(tmp_path / "squares"))
     assert read_dataset(Path()).name == "squares"
 
 
-# --- what cannot be used -------------------------------------------------------------------------
+# --- unusable data -------------------------------------------------------------------------------
 
 
 def make_empty_folder(folder: Path) -> Path:
@@ -333,14 +333,14 @@ def write_truncated(path: Path) -> Path:
 
 
 def write_damaged_header(path: Path) -> Path:
-    """A plain archive in which one member's header is not one."""
+    """Write an uncompressed archive in which the header of one member is damaged."""
     content = make_archive(draw_images(path.parent / "squares"), path, "w").read_bytes()
     path.write_bytes(content.replace(b"squares/green/2.png", b"squares/green/2.xxx", 1))
     return path
 
 
 def write_corrupt(path: Path) -> Path:
-    """Random bytes from the middle on."""
+    """Write an archive with random bytes from the middle on."""
     content = make_archive(draw_images(path.parent / "squares"), path).read_bytes()
     half = len(content) // 2
     path.write_bytes(content[:half] + np.random.default_rng(0).bytes(half))
@@ -348,7 +348,7 @@ def write_corrupt(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make_source", "message"),
     [
         (lambda path: path, "there is no "),
         (make_empty_folder, "must have at least two labels.*found none"),
@@ -368,38 +368,36 @@ def write_corrupt(path: Path) -> Path:
         (write_corrupt, "neither a folder nor a tar archive"),
     ],
 )
-def test_data_that_cannot_be_used_are_refused_in_a_sentence(
-    tmp_path: Path, make: Callable[[Path], Path], message: str
-) -> None:
+def test_unusable_data_is_refused(tmp_path: Path, make_source: Callable[[Path], Path], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_dataset(make(tmp_path / "source"))
+        read_dataset(make_source(tmp_path / "source"))
 
 
 # --- hold-out ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.5, 5)])
-def test_the_same_part_of_every_label_is_held_out(tmp_path: Path, fraction: float, held: int) -> None:
+@pytest.mark.parametrize(("fraction", "held_out_count"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.5, 5)])
+def test_same_share_of_every_label_is_held_out(tmp_path: Path, fraction: float, held_out_count: int) -> None:
     data = read_dataset(draw_images(tmp_path / "squares", count=10), validation=fraction)
-    assert data.validation.targets.bincount().tolist() == [(held + 1) // 2] * 3
-    assert data.conformal.targets.bincount(minlength=3).tolist() == [held // 2] * 3
-    assert data.train.targets.bincount().tolist() == [10 - held] * 3
+    assert data.validation.targets.bincount().tolist() == [(held_out_count + 1) // 2] * 3
+    assert data.conformal.targets.bincount(minlength=3).tolist() == [held_out_count // 2] * 3
+    assert data.train.targets.bincount().tolist() == [10 - held_out_count] * 3
 
 
-def test_no_image_is_both_trained_on_and_held_out_and_none_is_lost(tmp_path: Path) -> None:
+def test_parts_are_disjoint_and_complete(tmp_path: Path) -> None:
     data = read_dataset(draw_images(tmp_path / "squares", count=8), validation=0.5)
-    parts = [set(image_contents(part.pixels)) for part in (data.train, data.validation, data.conformal)]
+    parts = [set(list_image_bytes(part.pixels)) for part in (data.train, data.validation, data.conformal)]
     assert [len(part) for part in parts] == [12, 6, 6]
     assert len(set.union(*parts)) == 24
 
 
-def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+def test_seed_decides_the_held_out_images(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares", count=10)
-    first, again, other = (
-        set(image_contents(read_dataset(folder, validation=0.5, seed=seed).validation.pixels))
+    first, repeated, other = (
+        set(list_image_bytes(read_dataset(folder, validation=0.5, seed=seed).validation.pixels))
         for seed in (3, 3, 4)
     )
-    assert first == again
+    assert first == repeated
     assert first != other
 
 
@@ -423,24 +421,24 @@ def release(tmp_path: Path) -> tuple[Path, Tensor]:
     return folder, torch.from_numpy(pixels)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_cifar_10_release_is_read_with_its_colours_and_labels(
-    tmp_path: Path, release: tuple[Path, Tensor], packed: bool
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_cifar_10_release_keeps_pixels_and_labels(
+    tmp_path: Path, release: tuple[Path, Tensor], is_packed: bool
 ) -> None:
     folder, pixels = release
-    data = read_dataset(make_archive(folder, tmp_path / "release.tar.gz") if packed else folder, size=32)
+    data = read_dataset(make_archive(folder, tmp_path / "release.tar.gz") if is_packed else folder, size=32)
     assert (data.name, data.labels, data.geometry) == ("CIFAR-10", cifar10.LABELS, square_geometry(32))
     assert torch.equal(stack_pixels(data.test.pixels), pixels[5])
     assert data.test.targets.tolist() == list(range(10))
     assert data.validation.targets.bincount().tolist() == [1] * 10
-    trained = sorted(
-        (label, image_contents(batch[label : label + 1])[0]) for batch in pixels[:5] for label in range(10)
+    training_examples = sorted(
+        (label, list_image_bytes(batch[label : label + 1])[0]) for batch in pixels[:5] for label in range(10)
     )
-    tested = list(zip(data.test.targets.tolist(), image_contents(data.test.pixels), strict=True))
-    assert all_examples(data) == sorted(trained + tested)
+    test_examples = list(zip(data.test.targets.tolist(), list_image_bytes(data.test.pixels), strict=True))
+    assert list_examples(data) == sorted(training_examples + test_examples)
 
 
-def test_without_a_source_the_downloaded_release_is_read(
+def test_missing_source_reads_the_downloaded_release(
     tmp_path: Path, release: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -449,21 +447,21 @@ def test_without_a_source_the_downloaded_release_is_read(
     assert torch.equal(stack_pixels(read_dataset(None, size=None).test.pixels), release[1][5])
 
 
-def test_an_incomplete_release_is_refused(release: tuple[Path, Tensor]) -> None:
+def test_incomplete_release_is_refused(release: tuple[Path, Tensor]) -> None:
     file = release[0] / "data_batch_3.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="incomplete"):
         read_dataset(release[0], size=32)
 
 
-def test_a_release_with_a_label_that_it_does_not_have_is_refused(release: tuple[Path, Tensor]) -> None:
+def test_release_with_an_unknown_label_is_refused(release: tuple[Path, Tensor]) -> None:
     file = release[0] / "data_batch_3.bin"
     file.write_bytes(b"\x0a" + file.read_bytes()[1:])
     with pytest.raises(DataError, match="is damaged: it has a label 10"):
         read_dataset(release[0], size=32)
 
 
-def test_cifar_10_is_not_of_another_size(release: tuple[Path, Tensor]) -> None:
+def test_cifar_10_with_another_size_is_refused(release: tuple[Path, Tensor]) -> None:
     with pytest.raises(DataError, match="CIFAR-10 is 32 x 32 px, not 64"):
         read_dataset(release[0], size=64)
 
@@ -490,7 +488,7 @@ class GarbageHandler(StreamRequestHandler):
 
 
 class TruncatingHandler(StreamRequestHandler):
-    """Promises all and sends half."""
+    """Announces the full length and sends half."""
 
     def handle(self) -> None:
         while self.rfile.readline().strip():
@@ -501,10 +499,10 @@ class TruncatingHandler(StreamRequestHandler):
 
 @contextmanager
 def run_server(
-    handler: Callable[..., BaseRequestHandler], server: type[TCPServer] = TCPServer
+    handler: Callable[..., BaseRequestHandler], server_class: type[TCPServer] = TCPServer
 ) -> Iterator[str]:
-    """A server on a free port; gives the address of `set.tar.gz` on it."""
-    with server(("127.0.0.1", 0), handler) as tcp_server:
+    """Run a server on a free port; yield the address of `set.tar.gz` on it."""
+    with server_class(("127.0.0.1", 0), handler) as tcp_server:
         thread = threading.Thread(target=tcp_server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -520,7 +518,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Path:
+def download_folder(tmp_path: Path) -> Path:
     """A folder with one archive to download."""
     folder = tmp_path / "served"
     folder.mkdir()
@@ -528,20 +526,20 @@ def served(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_download_is_checked_kept_and_not_made_twice(tmp_path: Path, served: Path) -> None:
+def test_download_is_checked_and_kept(tmp_path: Path, download_folder: Path) -> None:
     folder = tmp_path / "deep" / "data"
-    with run_server(partial(QuietHandler, directory=str(served)), ThreadingHTTPServer) as url:
-        first = cifar10.download_release(folder, url, SHA256)
-    assert first == folder / "set.tar.gz"
-    assert first.read_bytes() == CONTENT
-    again = cifar10.download_release(folder, url, SHA256)  # there is no server any more
-    assert again == first
-    assert list(folder.iterdir()) == [first]
+    with run_server(partial(QuietHandler, directory=str(download_folder)), ThreadingHTTPServer) as url:
+        first_path = cifar10.download_release(folder, url, SHA256)
+    assert first_path == folder / "set.tar.gz"
+    assert first_path.read_bytes() == CONTENT
+    second_path = cifar10.download_release(folder, url, SHA256)  # there is no server any more
+    assert second_path == first_path
+    assert list(folder.iterdir()) == [first_path]
 
 
-def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) -> None:
+def test_download_with_wrong_hash_is_refused_and_removed(tmp_path: Path, download_folder: Path) -> None:
     with (
-        run_server(partial(QuietHandler, directory=str(served)), ThreadingHTTPServer) as url,
+        run_server(partial(QuietHandler, directory=str(download_folder)), ThreadingHTTPServer) as url,
         pytest.raises(DataError, match=f"has SHA-256 {SHA256}, not {'0' * 64}"),
     ):
         cifar10.download_release(tmp_path / "data", url, "0" * 64)
@@ -556,7 +554,7 @@ def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) 
         (partial(QuietHandler, directory="/nowhere"), "cannot download .*404"),
     ],
 )
-def test_a_server_that_fails_leaves_nothing(
+def test_failing_server_leaves_no_file(
     tmp_path: Path, handler: Callable[..., BaseRequestHandler], message: str
 ) -> None:
     with run_server(handler) as url, pytest.raises(DataError, match=message):
@@ -564,9 +562,9 @@ def test_a_server_that_fails_leaves_nothing(
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_a_dead_server_leaves_nothing(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+def test_unreachable_server_leaves_no_file(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused_socket:
+        port = unused_socket.getsockname()[1]
     with pytest.raises(DataError, match=r"cannot download .* `--data` takes a folder of images"):
         cifar10.download_release(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
     assert not list((tmp_path / "data").iterdir())

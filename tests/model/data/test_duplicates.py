@@ -1,4 +1,4 @@
-"""Images that are in a set more than once."""
+"""Images that are in a data set more than once."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def hash_pictures(*images: Image.Image) -> Hashes:
     return hash_images(np.stack([np.asarray(image.convert("RGB").resize((48, 48))) for image in images]))
 
 
-def hash_distance(first: Image.Image, second: Image.Image) -> int:
+def compute_hash_distance(first: Image.Image, second: Image.Image) -> int:
     left, right = hash_pictures(first, second)
     return int(np.bitwise_count(left ^ right))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_another_version_of_a_picture_is_alike(seed: int) -> None:
+def test_edited_copies_have_similar_hashes(seed: int) -> None:
     original = draw_picture(160, 160, seed)
-    again = Image.open(io.BytesIO(encode_image(original, "JPEG", quality=60)))
-    for other in (
-        again,
+    recompressed = Image.open(io.BytesIO(encode_image(original, "JPEG", quality=60)))
+    for version in (
+        recompressed,
         original.resize((70, 70)),
         ImageEnhance.Brightness(original).enhance(0.9),
         ImageEnhance.Contrast(original).enhance(0.8),
     ):
-        assert hash_distance(original, other) <= MAX_DISTANCE
+        assert compute_hash_distance(original, version) <= MAX_DISTANCE
 
 
-def test_other_pictures_are_not_alike() -> None:
+def test_different_pictures_are_not_similar() -> None:
     hashes = hash_pictures(*(draw_picture(128, 128, seed) for seed in range(400)))
     assert len(find_similar(hashes, hashes)) == 400  # each with itself
 
 
-def test_flat_images_have_no_hash_and_are_like_none() -> None:
+def test_flat_images_have_no_hash() -> None:
     random = np.random.default_rng(0)
     flat = random.normal(120, 2, (50, 32, 32, 3)).clip(0, 255).astype(np.uint8)
     hashes = hash_images(flat)
@@ -73,71 +73,71 @@ def test_flat_images_have_no_hash_and_are_like_none() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 9])
-def test_the_search_finds_the_pairs_that_comparing_all_finds(limit: int) -> None:
+def test_search_finds_the_same_pairs_as_brute_force(limit: int) -> None:
     random = np.random.default_rng(limit)
     seeds = random.integers(1, 2**63, 30).astype(np.uint64)
     flips = np.uint64(1) << random.integers(0, 63, (2, 300, 5)).astype(np.uint64)
     flips *= random.integers(0, 2, flips.shape).astype(np.uint64)  # up to five bits of each
     left, right = (seeds[random.integers(0, 30, 300)] ^ np.bitwise_xor.reduce(flip, axis=1) for flip in flips)
     left[::50] = right[::40][:6] = 0
-    near = np.bitwise_count(left[:, None] ^ right[None]) <= limit
-    near &= (left[:, None] != 0) & (right[None] != 0)
-    assert near.sum() > 5
-    assert find_similar(left, right, limit).tolist() == np.argwhere(near).tolist()
+    is_near = np.bitwise_count(left[:, None] ^ right[None]) <= limit
+    is_near &= (left[:, None] != 0) & (right[None] != 0)
+    assert is_near.sum() > 5
+    assert find_similar(left, right, limit).tolist() == np.argwhere(is_near).tolist()
 
 
-def test_few_of_all_pairs_are_compared() -> None:
-    """Told by the memory that it takes: that of all pairs would be 4 GB."""
+def test_search_does_not_compare_all_pairs() -> None:
+    """The memory shows it: comparing all pairs would take 4 GB."""
     hashes = np.random.default_rng(0).integers(1, 2**63, 60_000).astype(np.uint64)
     hashes[55_000:] = hashes[:5_000] ^ np.uint64(1 << 40)
     tracemalloc.start()
-    found = find_similar(hashes[:50_000], hashes[50_000:])
+    pairs = find_similar(hashes[:50_000], hashes[50_000:])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000_000
-    assert found.tolist() == [[row, row + 5_000] for row in range(5_000)]
+    assert pairs.tolist() == [[row, row + 5_000] for row in range(5_000)]
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------
 
 
-def test_a_set_without_copies_is_not_warned_of(tmp_path: Path) -> None:
+def test_data_without_copies_gives_no_warning(tmp_path: Path) -> None:
     assert read_dataset(draw_parts(tmp_path / "set", "train", "test")).warnings == ()
     assert read_dataset(draw_images(tmp_path / "squares", count=10)).warnings == ()
 
 
-def test_a_file_that_is_in_the_test_too_is_named(tmp_path: Path) -> None:
+def test_identical_test_images_give_a_warning(tmp_path: Path) -> None:
     folder = draw_parts(tmp_path / "set", "train", "test")
     for row in range(5):
         content = (folder / "train" / "cat" / f"{row}.png").read_bytes()
         (folder / "test" / "cat" / f"{row}.png").write_bytes(content)
     data = read_dataset(folder)
-    trained = [row for row in range(5) if f"train/cat/{row}.png" in data.train.names]
-    assert len(trained) > 3
-    first = f"train/cat/{trained[0]}.png = test/cat/{trained[0]}.png"
+    training_rows = [row for row in range(5) if f"train/cat/{row}.png" in data.train.names]
+    assert len(training_rows) > 3
+    first_pair = f"train/cat/{training_rows[0]}.png = test/cat/{training_rows[0]}.png"
     (line,) = data.warnings
-    assert line.startswith(f"{len(trained)} test images are identical to training images, so")
-    assert f": {first}, " in line
+    assert line.startswith(f"{len(training_rows)} test images are identical to training images, so")
+    assert f": {first_pair}, " in line
     assert line.endswith(", …")
 
 
 @pytest.mark.parametrize("part", ["test", "held-out"])
-def test_a_picture_that_is_there_in_another_version_is_named(tmp_path: Path, part: str) -> None:
+def test_nearly_identical_image_gives_a_warning(tmp_path: Path, part: str) -> None:
     folder = draw_parts(tmp_path / "set", "train", "test")
     if part == "test":
-        held = "test/cat/3.png"
+        held_out_name = "test/cat/3.png"
     else:
-        held = next(name for name in read_dataset(folder).validation.names if "cat" in name)
-    row = next(name for name in read_dataset(folder).train.names if "cat" in name)
-    (folder / held).write_bytes(encode_image(Image.open(folder / row), "JPEG", quality=70))
+        held_out_name = next(name for name in read_dataset(folder).validation.names if "cat" in name)
+    training_name = next(name for name in read_dataset(folder).train.names if "cat" in name)
+    (folder / held_out_name).write_bytes(encode_image(Image.open(folder / training_name), "JPEG", quality=70))
     expected = (
         f"1 {part} image is nearly identical to training images, so the accuracy looks too good: "
-        f"{row} = {held}"
+        f"{training_name} = {held_out_name}"
     )
     assert read_dataset(folder).warnings == (expected,)
 
 
-def test_one_file_under_two_labels_is_a_contradiction(tmp_path: Path) -> None:
+def test_same_file_under_two_labels_gives_a_warning(tmp_path: Path) -> None:
     folder = draw_parts(tmp_path / "set", "train")
     content = (folder / "train" / "cat" / "2.png").read_bytes()
     (folder / "train" / "dog" / "7.png").write_bytes(content)
@@ -147,7 +147,7 @@ def test_one_file_under_two_labels_is_a_contradiction(tmp_path: Path) -> None:
     )
 
 
-def test_a_whole_set_of_flat_images_is_not_warned_of(tmp_path: Path) -> None:
+def test_flat_images_give_no_warning(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for label, level in (("dark", 30), ("light", 220)):
         (tmp_path / "set" / label).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Labels and parts by the folders that images lie in."""
+"""Labels and parts, from the folders that images lie in."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fovea.model.data.parts import parse_part
 TRAIN, VALIDATION, TEST = Part
 
 
-def make_arrangement(*folders: str, depth: int | None = None) -> FolderLayout:
-    """Two images in each of the folders."""
-    above = [f"{folder}/" if folder else "" for folder in folders]
-    return detect_layout([f"{folder}{number}.png" for folder in above for number in (0, 1)], depth)
+def make_layout(*folders: str, depth: int | None = None) -> FolderLayout:
+    """Return the layout that is detected for two images in each folder."""
+    prefixes = [f"{folder}/" if folder else "" for folder in folders]
+    return detect_layout([f"{folder}{number}.png" for folder in prefixes for number in (0, 1)], depth)
 
 
-def placement_set(arrangement: FolderLayout) -> set[tuple[str, Part]]:
-    return {(placement.label, placement.part) for placement in arrangement.placements.values()}
+def collect_placements(layout: FolderLayout) -> set[tuple[str, Part]]:
+    return {(placement.label, placement.part) for placement in layout.placements.values()}
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,13 @@ def placement_set(arrangement: FolderLayout) -> set[tuple[str, Part]]:
         (None, "cat test_tube train_station bullet_train trains devices images seg_train 1 latest contest"),
     ],
 )  # fmt: skip
-def test_the_usual_names_of_parts_are_known_and_no_others(part: Part | None, names: str) -> None:
+def test_common_part_names_are_recognised(part: Part | None, names: str) -> None:
     assert {name: parse_part(name) for name in names.split()} == dict.fromkeys(names.split(), part)
     assert parse_part(" Test set ") is TEST
     assert parse_part("ｔｅｓｔ") is TEST  # full width
 
 
-@pytest.mark.parametrize("above", ["", "dataset/", "pets/v2/"])
+@pytest.mark.parametrize("parent", ["", "dataset/", "pets/v2/"])
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
@@ -52,51 +52,51 @@ def test_the_usual_names_of_parts_are_known_and_no_others(part: Part | None, nam
         (("fold1_train", "fold1_val"), (TRAIN, VALIDATION)),
     ],
 )
-def test_parts_are_known_at_the_top_or_folders_down(
-    above: str, names: tuple[str, ...], parts: tuple[Part, ...]
+def test_part_folders_are_recognised_below_parent_folders(
+    parent: str, names: tuple[str, ...], parts: tuple[Part, ...]
 ) -> None:
-    folders = [f"{above}{name}/{label}" for name in names for label in ("cat", "dog")]
-    arrangement = make_arrangement(*folders)
-    assert placement_set(arrangement) == {(label, part) for part in parts for label in ("cat", "dog")}
-    assert not arrangement.skipped_images
-    assert not arrangement.notes
-    wheres = {placement.part_folder for placement in arrangement.placements.values()}
-    assert wheres == {f"{above}{name}/" for name in names}
+    folders = [f"{parent}{name}/{label}" for name in names for label in ("cat", "dog")]
+    layout = make_layout(*folders)
+    assert collect_placements(layout) == {(label, part) for part in parts for label in ("cat", "dog")}
+    assert not layout.skipped_images
+    assert not layout.notes
+    part_folders = {placement.part_folder for placement in layout.placements.values()}
+    assert part_folders == {f"{parent}{name}/" for name in names}
 
 
-def test_parts_may_be_below_the_labels() -> None:
-    arrangement = make_arrangement("x/cat/train", "x/cat/val", "x/dog/train", "x/dog/val")
-    assert placement_set(arrangement) == {
+def test_part_folders_may_lie_below_labels() -> None:
+    layout = make_layout("x/cat/train", "x/cat/val", "x/dog/train", "x/dog/val")
+    assert collect_placements(layout) == {
         (label, part) for label in ("cat", "dog") for part in (TRAIN, VALIDATION)
     }
-    assert {placement.part_folder for placement in arrangement.placements.values()} == {"…/train/", "…/val/"}
+    assert {placement.part_folder for placement in layout.placements.values()} == {"…/train/", "…/val/"}
 
 
-def test_a_test_folder_beside_the_labels_is_a_part_where_it_has_the_same_labels() -> None:
-    assert placement_set(make_arrangement("cat", "dog", "test/cat", "test/dog")) == {
+def test_test_folder_with_the_same_labels_is_a_part() -> None:
+    assert collect_placements(make_layout("cat", "dog", "test/cat", "test/dog")) == {
         ("cat", TRAIN), ("dog", TRAIN), ("cat", TEST), ("dog", TEST),
     }  # fmt: skip
 
 
-def test_a_whole_set_in_a_folder_test_keeps_its_parts() -> None:
-    arrangement = make_arrangement("test/train/cat", "test/train/dog", "test/val/cat")
-    assert placement_set(arrangement) == {("cat", TRAIN), ("dog", TRAIN), ("cat", VALIDATION)}
+def test_parts_inside_a_test_folder_are_kept() -> None:
+    layout = make_layout("test/train/cat", "test/train/dog", "test/val/cat")
+    assert collect_placements(layout) == {("cat", TRAIN), ("dog", TRAIN), ("cat", VALIDATION)}
 
 
-def test_a_vehicle_is_a_label_and_that_is_said() -> None:
-    arrangement = make_arrangement("bus", "car", "train")
-    assert placement_set(arrangement) == {("bus", TRAIN), ("car", TRAIN), ("train", TRAIN)}
-    assert arrangement.notes == ("train/ is read as a label, because it lies among labels: bus/, car/",)
-    both = make_arrangement(
+def test_train_folder_among_labels_is_a_label() -> None:
+    layout = make_layout("bus", "car", "train")
+    assert collect_placements(layout) == {("bus", TRAIN), ("car", TRAIN), ("train", TRAIN)}
+    assert layout.notes == ("train/ is read as a label, because it lies among labels: bus/, car/",)
+    nested_layout = make_layout(
         *(f"{part}/{label}" for part in ("train", "test") for label in ("bus", "car", "train"))
     )
-    assert placement_set(both) == {
+    assert collect_placements(nested_layout) == {
         (label, part) for part in (TRAIN, TEST) for label in ("bus", "car", "train")
     }
 
 
 @pytest.mark.parametrize(
-    ("folders", "stray"),
+    ("folders", "skipped_kind"),
     [
         (("train/cat", "train/dog", "test/cat", "unlabeled"), "in unlabeled/"),
         (("train/cat", "train/dog", "extra/cat"), "in extra/"),
@@ -104,21 +104,23 @@ def test_a_vehicle_is_a_label_and_that_is_said() -> None:
         (("d/train/cat", "d/train/dog", "d/old/cat"), "in d/old/"),
     ],
 )  # fmt: skip
-def test_folders_beside_the_parts_are_left_out_and_named(folders: tuple[str, ...], stray: str) -> None:
-    arrangement = make_arrangement(*folders)
-    assert {label for label, _ in placement_set(arrangement)} <= {"cat", "dog", "x"}
-    assert {kind for kind, _ in arrangement.skipped_images.values()} == {stray}
+def test_folders_beside_the_parts_are_skipped_with_reason(
+    folders: tuple[str, ...], skipped_kind: str
+) -> None:
+    layout = make_layout(*folders)
+    assert {label for label, _ in collect_placements(layout)} <= {"cat", "dog", "x"}
+    assert {kind for kind, _ in layout.skipped_images.values()} == {skipped_kind}
     assert all(
-        "the folder is in no part: it lies beside " in why for _, why in arrangement.skipped_images.values()
+        "the folder is in no part: it lies beside " in reason for _, reason in layout.skipped_images.values()
     )
 
 
-def test_unknown_folders_above_the_labels_are_named() -> None:
-    arrangement = make_arrangement("animals/cat", "animals/dog", "plants/rose")
-    assert {label for label, _ in placement_set(arrangement)} == {"cat", "dog", "rose"}
-    (note,) = arrangement.notes
+def test_unknown_folders_above_labels_are_noted() -> None:
+    layout = make_layout("animals/cat", "animals/dog", "plants/rose")
+    assert {label for label, _ in collect_placements(layout)} == {"cat", "dog", "rose"}
+    (note,) = layout.notes
     assert note.endswith("are used neither as labels nor as parts: animals/, plants/")
-    assert make_arrangement("photos/cat", "photos/dog").notes == ()  # the set's own folder
+    assert make_layout("photos/cat", "photos/dog").notes == ()  # the set's own folder
 
 
 @pytest.mark.parametrize(
@@ -130,11 +132,11 @@ def test_unknown_folders_above_the_labels_are_named() -> None:
         (("train/cat", "train/dog", "test"), "in test/", "images directly in a part have no label"),
     ],
 )
-def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str, reason: str) -> None:
-    arrangement = make_arrangement(*folders)
-    assert placement_set(arrangement) == {("cat", TRAIN), ("dog", TRAIN)}
-    assert set(arrangement.skipped_images.values()) == {(kind, reason)}
-    assert len(arrangement.skipped_images) == 2
+def test_images_without_a_label_are_skipped(folders: tuple[str, ...], kind: str, reason: str) -> None:
+    layout = make_layout(*folders)
+    assert collect_placements(layout) == {("cat", TRAIN), ("dog", TRAIN)}
+    assert set(layout.skipped_images.values()) == {(kind, reason)}
+    assert len(layout.skipped_images) == 2
 
 
 @pytest.mark.parametrize(
@@ -160,16 +162,16 @@ def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str
         (("train/test/cat", "train/cat", "val/cat"), "lie in train/ and in test/, which are different parts"),
     ],
 )  # fmt: skip
-def test_what_can_be_read_in_two_ways_is_refused(folders: tuple[str, ...], message: str) -> None:
+def test_ambiguous_layout_is_refused(folders: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        make_arrangement(*folders)
+        make_layout(*folders)
 
 
-def test_the_user_may_say_which_folder_is_the_label() -> None:
-    deep = make_arrangement("cat", "cat/tabby", "dog/puppies", "", depth=1)
-    assert placement_set(deep) == {("cat", TRAIN), ("dog", TRAIN)}
-    assert set(deep.skipped_images.values()) == {("at the top", "images above folder 1 have no label")}
-    split = make_arrangement("train/cat/tabby", "train/dog", "test/dog", depth=2)
-    assert placement_set(split) == {("cat", TRAIN), ("dog", TRAIN), ("dog", TEST)}
-    named = make_arrangement("test", "train", "eval", depth=1)
-    assert placement_set(named) == {("test", TRAIN), ("train", TRAIN), ("eval", TRAIN)}
+def test_label_depth_selects_the_label_folder() -> None:
+    deep_layout = make_layout("cat", "cat/tabby", "dog/puppies", "", depth=1)
+    assert collect_placements(deep_layout) == {("cat", TRAIN), ("dog", TRAIN)}
+    assert set(deep_layout.skipped_images.values()) == {("at the top", "images above folder 1 have no label")}
+    split_layout = make_layout("train/cat/tabby", "train/dog", "test/dog", depth=2)
+    assert collect_placements(split_layout) == {("cat", TRAIN), ("dog", TRAIN), ("dog", TEST)}
+    flat_layout = make_layout("test", "train", "eval", depth=1)
+    assert collect_placements(flat_layout) == {("test", TRAIN), ("train", TRAIN), ("eval", TRAIN)}

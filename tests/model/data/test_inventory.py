@@ -1,4 +1,4 @@
-"""What the files of a data set are taken for: every file is used, or left out for a reason."""
+"""The inventory of a data set: every file is used, or left out for a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fovea.model.data import decoding
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.inventory import Inventory, Part
-from tests.model.data.test_dataset import all_examples, image_contents, make_archive
+from tests.model.data.test_dataset import list_examples, list_image_bytes, make_archive
 from tests.pictures import draw_picture, encode_image
 from tests.training import draw_images
 
@@ -27,25 +27,25 @@ def read_dataset(source: Path, **options: Any) -> Dataset:
     return load_dataset(source, **{"size": 16, "validation": 0.2, "seed": 0, **options})
 
 
-def count_used(data: Dataset) -> int:
+def count_used_images(data: Dataset) -> int:
     return sum(map(len, (data.train, data.validation, data.conformal, data.test)))
 
 
-def count_skipped(data: Dataset) -> dict[str, int]:
-    """How many files of each kind."""
+def count_skipped_files(data: Dataset) -> dict[str, int]:
+    """Count the skipped files of each kind."""
     counts: Counter[str] = Counter()
     for group in data.inventory.skipped_files:
         counts[group.kind] += len(group.names)
     return dict(counts)
 
 
-def assert_sum(data: Dataset) -> None:
+def assert_file_counts(data: Dataset) -> None:
     assert (
         data.inventory.file_count
-        == count_used(data) + len(data.unreadable_files) + data.inventory.skipped_count
+        == count_used_images(data) + len(data.unreadable_files) + data.inventory.skipped_count
     )
     assert data.description[0] == (
-        f"{data.inventory.file_count} files found: {count_used(data)} images used, "
+        f"{data.inventory.file_count} files found: {count_used_images(data)} images used, "
         f"{len(data.unreadable_files)} unreadable, {data.inventory.skipped_count} left out"
     )
 
@@ -53,43 +53,45 @@ def assert_sum(data: Dataset) -> None:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("names", [("train", "valid", "test"), ("Training", "Validation_Set", "TESTING")])
-def test_the_users_validation_part_is_what_is_held_out(
-    tmp_path: Path, names: tuple[str, ...], packed: bool
+def test_validation_folder_is_the_held_out_part(
+    tmp_path: Path, names: tuple[str, ...], is_packed: bool
 ) -> None:
     for seed, (name, count) in enumerate(zip(names, (6, 4, 3), strict=True)):
         draw_images(tmp_path / "squares" / name, count=count, seed=seed)
     source = tmp_path / "squares"
-    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if packed else source)
-    top = "squares/" if packed else ""
-    for part, place in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
-        assert {one.rsplit("/", 2)[0] for one in getattr(data, part).names} == {f"{top}{names[place]}"}
+    data = read_dataset(make_archive(source, tmp_path / "squares.tar") if is_packed else source)
+    prefix = "squares/" if is_packed else ""
+    for part, index in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
+        assert {image_name.rsplit("/", 2)[0] for image_name in getattr(data, part).names} == {
+            f"{prefix}{names[index]}"
+        }
     assert [len(data.train), len(data.validation), len(data.conformal), len(data.test)] == [18, 6, 6, 9]
-    for half in (data.validation, data.conformal):
-        assert half.targets.bincount().tolist() == [2, 2, 2]
-    assert_sum(data)
+    for examples in (data.validation, data.conformal):
+        assert examples.targets.bincount().tolist() == [2, 2, 2]
+    assert_file_counts(data)
     assert data.description[2] == (
-        f"parts: {top}{names[0]}/: 18 images to train on; {top}{names[1]}/: 12 images held out; "
-        f"{top}{names[2]}/: 9 images to test"
+        f"parts: {prefix}{names[0]}/: 18 images to train on; {prefix}{names[1]}/: 12 images held out; "
+        f"{prefix}{names[2]}/: 9 images to test"
     )
 
 
-def test_the_halves_of_the_validation_part_follow_from_the_seed_alone(tmp_path: Path) -> None:
+def test_seed_alone_splits_the_validation_part(tmp_path: Path) -> None:
     draw_images(tmp_path / "set" / "train", count=3)
     draw_images(tmp_path / "set" / "val", count=10, seed=1)
-    first, again, other = (
-        read_dataset(tmp_path / "set", seed=seed, validation=share)
-        for seed, share in ((3, 0.1), (3, 0.4), (4, 0.1))
+    first, repeated, other = (
+        read_dataset(tmp_path / "set", seed=seed, validation=fraction)
+        for seed, fraction in ((3, 0.1), (3, 0.4), (4, 0.1))
     )
-    assert first.validation.names == again.validation.names
+    assert first.validation.names == repeated.validation.names
     assert first.train.names == other.train.names
     assert first.validation.names != other.validation.names
-    held = [{*data.validation.names, *data.conformal.names} for data in (first, other)]
-    assert held[0] == held[1]
+    held_out_names = [{*data.validation.names, *data.conformal.names} for data in (first, other)]
+    assert held_out_names[0] == held_out_names[1]
 
 
-def test_one_image_of_a_label_is_enough_where_another_part_is_held_out(tmp_path: Path) -> None:
+def test_one_training_image_suffices_with_a_validation_folder(tmp_path: Path) -> None:
     draw_images(tmp_path / "set" / "train", count=1)
     draw_images(tmp_path / "set" / "val", "blue", "green", count=1, seed=1)
     data = read_dataset(tmp_path / "set")
@@ -101,7 +103,7 @@ def test_one_image_of_a_label_is_enough_where_another_part_is_held_out(tmp_path:
         read_dataset(tmp_path / "set")
 
 
-def test_a_label_that_is_only_held_out_is_refused(tmp_path: Path) -> None:
+def test_label_without_training_images_is_refused(tmp_path: Path) -> None:
     draw_images(tmp_path / "set" / "train", "blue", "green")
     draw_images(tmp_path / "set" / "val", seed=1)
     with pytest.raises(
@@ -110,25 +112,25 @@ def test_a_label_that_is_only_held_out_is_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path / "set")
 
 
-def test_images_in_no_part_are_not_learned_and_named(tmp_path: Path) -> None:
+def test_folder_outside_the_parts_is_skipped(tmp_path: Path) -> None:
     draw_images(tmp_path / "set" / "train")
     draw_images(tmp_path / "set" / "val", seed=1)
     draw_images(tmp_path / "set" / "unlabeled", "blue", seed=2)
     data = read_dataset(tmp_path / "set")
-    assert count_skipped(data) == {"in unlabeled/": 5}
-    assert_sum(data)
+    assert count_skipped_files(data) == {"in unlabeled/": 5}
+    assert_file_counts(data)
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
 def make_heic() -> bytes:
-    """The beginning of an HEIC file."""
+    """Return the beginning of an HEIC file."""
     return b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_images_are_known_by_their_content(tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_images_are_recognised_by_content(tmp_path: Path, is_packed: bool) -> None:
     folder = tmp_path / "set"
     files = {
         "0.jfif": encode_image(draw_picture(20, 20, 0), "JPEG"),
@@ -153,74 +155,79 @@ def test_images_are_known_by_their_content(tmp_path: Path, packed: bool) -> None
                 else content
             )
             (folder / label / name).write_bytes(content)
-    source = make_archive(folder, tmp_path / "set.tar.gz") if packed else folder
+    source = make_archive(folder, tmp_path / "set.tar.gz") if is_packed else folder
     data = read_dataset(source)
-    assert count_used(data) == 10
-    assert count_skipped(data) == {"*.ppm": 4, "*.heic": 2, "*.pdf": 2, "*.txt": 2, "without a suffix": 2}
+    assert count_used_images(data) == 10
+    assert count_skipped_files(data) == {
+        "*.ppm": 4,
+        "*.heic": 2,
+        "*.pdf": 2,
+        "*.txt": 2,
+        "without a suffix": 2,
+    }
     reasons = {group.kind: group.reason for group in data.inventory.skipped_files}
     assert reasons["*.heic"] == "HEIC is not served"
     assert reasons["without a suffix"] == "the image is empty"
-    assert len(data.unreadable_files) == 2  # they are called images
+    assert len(data.unreadable_files) == 2  # by their suffix, they are images
     assert "HEIC is not served" in data.unreadable_files[0]
-    assert_sum(data)
+    assert_file_counts(data)
     assert any(
         line.startswith("left out 4 files *.ppm: the bytes are not an image of a")
         for line in data.description
     )
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_systems_keep_is_left_out_and_counted(tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_system_files_are_skipped_and_counted(tmp_path: Path, is_packed: bool) -> None:
     folder = draw_images(tmp_path / "squares")
     before = read_dataset(folder)
     image = (folder / "red" / "0.png").read_bytes()
-    clutter = (
+    system_files = (
         "red/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/x.jpg", ".thumbnails/0.png", "__MACOSX/red/._0.png",
         "red/Thumbs.db", "blue/.ipynb_checkpoints/0-checkpoint.png", "lost+found/0.png", "#recycle/red/0.png",
         "$RECYCLE.BIN/0.png", "red/._0.png", "red/.DS_Store", "blue/desktop.ini",
         "System Volume Information/0.png", "@__thumb/0.png", "red/THUMBS.DB", ".Trash-1000/files/0.png",
     )  # fmt: skip
-    for name in clutter:
+    for name in system_files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image)
-    data = read_dataset(make_archive(folder, tmp_path / "squares.tar") if packed else folder)
-    assert (all_examples(data), data.labels) == (all_examples(before), before.labels)
-    assert data.inventory.skipped_count == len(clutter)
+    data = read_dataset(make_archive(folder, tmp_path / "squares.tar") if is_packed else folder)
+    assert (list_examples(data), data.labels) == (list_examples(before), before.labels)
+    assert data.inventory.skipped_count == len(system_files)
     assert {group.reason for group in data.inventory.skipped_files} == {"a hidden file or a system file"}
-    assert count_skipped(data)["in @eaDir/"] == 2
-    assert_sum(data)
+    assert count_skipped_files(data)["in @eaDir/"] == 2
+    assert_file_counts(data)
 
 
-def test_a_systems_folder_that_cannot_be_listed_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unlistable_system_folder_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_images(tmp_path / "squares")
     (folder / "lost+found").mkdir()
     scandir = os.scandir
 
-    def refusing(path: Path) -> Any:  # root may list every folder, and tests may be run by root
+    # root can list every folder, and tests may be run by root
+    def scan_all_but_lost_and_found(path: Path) -> Any:
         if Path(path).name == "lost+found":
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(os, "scandir", scan_all_but_lost_and_found)
     data = read_dataset(folder)
-    assert count_skipped(data) == {"in lost+found/": 1}
+    assert count_skipped_files(data) == {"in lost+found/": 1}
 
 
-def test_links_and_sockets_are_counted(tmp_path: Path) -> None:
+def test_broken_links_loops_pipes_and_sockets_are_skipped(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     (folder / "red" / "gone.png").symlink_to("nowhere.png")
     (folder / "red" / "up").symlink_to(folder)
     os.mkfifo(folder / "red" / "pipe.png")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.path.relpath(folder / "red" / "socket.png"))
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(os.path.relpath(folder / "red" / "socket.png"))
     data = read_dataset(folder)
-    assert count_skipped(data) == {"link": 2, "*.png": 2}
-    assert_sum(data)
+    assert count_skipped_files(data) == {"link": 2, "*.png": 2}
+    assert_file_counts(data)
 
 
-def test_a_file_that_no_camera_writes_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_oversized_image_file_is_unreadable(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     with (folder / "red" / "0.png").open("r+b") as file:
         file.truncate(600 << 20)  # takes no room on the disk
@@ -228,14 +235,14 @@ def test_a_file_that_no_camera_writes_is_not_read_into_memory(tmp_path: Path) ->
     assert data.unreadable_files == ("red/0.png: the file is over 512 MB, the limit for an image",)
 
 
-def test_what_is_left_out_is_named_anew_where_the_images_are_cached(tmp_path: Path) -> None:
+def test_skipped_files_are_updated_despite_the_cache(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
-    assert count_skipped(read_dataset(folder, cache=tmp_path / "cache")) == {}
+    assert count_skipped_files(read_dataset(folder, cache=tmp_path / "cache")) == {}
     (folder / "red" / "new.heic").write_bytes(make_heic())
-    assert count_skipped(read_dataset(folder, cache=tmp_path / "cache")) == {"*.heic": 1}
+    assert count_skipped_files(read_dataset(folder, cache=tmp_path / "cache")) == {"*.heic": 1}
 
 
-def test_labels_that_cannot_be_told_apart_say_what_was_left_out(tmp_path: Path) -> None:
+def test_missing_label_error_names_the_skipped_files(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares", "blue")
     (folder / "red").mkdir()
     (folder / "red" / "0.heic").write_bytes(make_heic())
@@ -243,15 +250,15 @@ def test_labels_that_cannot_be_told_apart_say_what_was_left_out(tmp_path: Path) 
         read_dataset(folder)
 
 
-def test_an_inventory_survives_json() -> None:
-    folder = Inventory(3, {Part.TEST: ("test/",)}, "so", (), ("a note",))
-    assert Inventory.from_dict(folder.to_dict()) == folder
+def test_inventory_survives_a_json_round_trip() -> None:
+    inventory = Inventory(3, {Part.TEST: ("test/",)}, "so", (), ("a note",))
+    assert Inventory.from_dict(inventory.to_dict()) == inventory
 
 
 # --- labels --------------------------------------------------------------------------------------
 
 
-def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Path) -> None:
+def test_equivalent_unicode_spellings_are_one_label(tmp_path: Path) -> None:
     composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
     draw_images(tmp_path / "set", composed, "blue", colours=("red", "blue"), count=4)
     draw_images(tmp_path / "set", decomposed, colours=("red",), count=3, seed=1)
@@ -263,7 +270,7 @@ def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Pat
     assert [note.split(" is ")[0] for note in data.inventory.notes] == ["label 'blue'", f"label {composed!r}"]
 
 
-def test_the_spelling_of_another_part_is_the_same_label(tmp_path: Path) -> None:
+def test_unicode_spellings_are_merged_across_parts(tmp_path: Path) -> None:
     composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
     for part, label in (("train", composed), ("val", decomposed), ("test", decomposed)):
         draw_images(tmp_path / "set" / part, label, "blue", colours=("red", "blue"))
@@ -271,22 +278,25 @@ def test_the_spelling_of_another_part_is_the_same_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("Cat", "cat"), ("golden retriever", "golden_retriever"), ("top-5", "Top 5")]
+    ("first_label", "second_label"),
+    [("Cat", "cat"), ("golden retriever", "golden_retriever"), ("top-5", "Top 5")],
 )
-def test_labels_that_differ_in_case_alone_need_a_word(tmp_path: Path, one: str, other: str) -> None:
-    draw_images(tmp_path / "set", one, "blue", colours=("red", "blue"), count=4)
-    draw_images(tmp_path / "set", other, colours=("red",), count=6, seed=1)
+def test_labels_differing_only_in_case_need_a_choice(
+    tmp_path: Path, first_label: str, second_label: str
+) -> None:
+    draw_images(tmp_path / "set", first_label, "blue", colours=("red", "blue"), count=4)
+    draw_images(tmp_path / "set", second_label, colours=("red",), count=6, seed=1)
     with pytest.raises(
         DataError, match=r"differ only in case, spaces, _ or -: .* --label-case merge if they are"
     ):
         read_dataset(tmp_path / "set")
-    merged = read_dataset(tmp_path / "set", choices=Choices(label_case="merge"))
-    assert set(merged.labels) == {"blue", other}  # most images have it
-    assert any(note.endswith(f"are merged: {other!r}") for note in merged.inventory.notes)
+    merged_data = read_dataset(tmp_path / "set", choices=Choices(label_case="merge"))
+    assert set(merged_data.labels) == {"blue", second_label}  # most images have it
+    assert any(note.endswith(f"are merged: {second_label!r}") for note in merged_data.inventory.notes)
     assert len(read_dataset(tmp_path / "set", choices=Choices(label_case="keep")).labels) == 3
 
 
-def test_a_cache_is_of_one_choice_alone(tmp_path: Path) -> None:
+def test_cache_is_specific_to_the_label_case_choice(tmp_path: Path) -> None:
     draw_images(tmp_path / "set", "Cat", "cat", "blue", colours=("red", "green", "blue"))
     for case, labels in (("merge", 2), ("keep", 3), ("merge", 2)):
         data = read_dataset(tmp_path / "set", cache=tmp_path / "cache", choices=Choices(label_case=case))  # type: ignore[arg-type]
@@ -294,59 +304,59 @@ def test_a_cache_is_of_one_choice_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["minus-1", "-1"])
-def test_labels_that_differ_in_more_are_several(tmp_path: Path, name: str) -> None:
+def test_labels_differing_in_a_minus_sign_are_distinct(tmp_path: Path, name: str) -> None:
     assert len(read_dataset(draw_images(tmp_path / "set", "1", name, colours=("red", "blue"))).labels) == 2
 
 
-def test_a_label_has_a_name_that_can_be_written(tmp_path: Path) -> None:
+def test_blank_and_control_character_labels_are_not_used(tmp_path: Path) -> None:
     draw_images(tmp_path / "set", "red", "blue")
     draw_images(tmp_path / "set", "  ", colours=("green",))
     data = read_dataset(tmp_path / "set")
-    assert count_skipped(data) == {"in '  '/": 5}
-    assert_sum(data)
+    assert count_skipped_files(data) == {"in '  '/": 5}
+    assert_file_counts(data)
     (tmp_path / "set" / "  ").rename(tmp_path / "set" / "a\nb")
     with pytest.raises(DataError, match=r"'a\\nb' has control characters in it; rename it"):
         read_dataset(tmp_path / "set")
 
 
-def test_names_that_are_no_utf_8_are_written_with_question_marks(tmp_path: Path) -> None:
+def test_non_utf_8_names_get_question_marks(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / os.fsdecode(b"squ\xffres"))
     (folder / "red" / os.fsdecode(b"n\xfftes.txt")).write_text("no image")
     (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xfe.png"))
     data = read_dataset(folder)
     assert data.name == "squ?res"
-    said = [
+    texts = [
         data.name,
         *data.description,
         *data.inventory.list_skipped_files(),
         *data.train.names,
         *data.warnings,
     ]
-    io.BytesIO().write("\n".join(said).encode())
+    io.BytesIO().write("\n".join(texts).encode())
 
 
-def test_deep_labels_may_be_chosen(tmp_path: Path) -> None:
+def test_label_depth_can_be_chosen(tmp_path: Path) -> None:
     draw_images(tmp_path / "set" / "cat", "tabby", "siamese", colours=("red", "blue"))
     draw_images(tmp_path / "set", "dog", colours=("green",))
     with pytest.raises(DataError, match="labels lie at several depths"):
         read_dataset(tmp_path / "set")
     data = read_dataset(tmp_path / "set", choices=Choices(label_depth=1))
     assert data.labels == ("cat", "dog")
-    assert_sum(data)
+    assert_file_counts(data)
 
 
-def test_pixels_of_an_image_without_a_suffix_are_its_own(tmp_path: Path) -> None:
+def test_images_without_suffix_keep_their_pixels(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "set", "blue", "red", count=2)
-    expected = all_examples(read_dataset(folder, validation=0.5))
+    expected = list_examples(read_dataset(folder, validation=0.5))
     for file in list(folder.rglob("*.png")):
         file.rename(file.with_suffix(""))
-    renamed = read_dataset(folder, validation=0.5)
-    assert all_examples(renamed) == expected
-    with Image.open(folder / renamed.train.names[0]) as image:
+    renamed_data = read_dataset(folder, validation=0.5)
+    assert list_examples(renamed_data) == expected
+    with Image.open(folder / renamed_data.train.names[0]) as image:
         assert (
-            image_contents(renamed.train.pixels)[0]
+            list_image_bytes(renamed_data.train.pixels)[0]
             == decoding.decode_pixels(
-                (folder / renamed.train.names[0]).read_bytes(), decoding.square_geometry(16)
+                (folder / renamed_data.train.names[0]).read_bytes(), decoding.square_geometry(16)
             ).tobytes()
         )
         assert image.format == "PNG"

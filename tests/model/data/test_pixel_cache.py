@@ -1,4 +1,4 @@
-"""Pixels that are decoded once and kept, or never kept."""
+"""The cache of decoded pixels, and streaming, which stores no pixels."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def read_dataset(source: Path, cache: Path | None, **options: Any) -> Dataset:
 
 
 def is_equal(first: Dataset, second: Dataset) -> bool:
-    """Are they the same to whoever trains on them?"""
+    """Compare two data sets in all that training and its messages use."""
     for name in ("train", "validation", "conformal", "test"):
-        one, other = getattr(first, name), getattr(second, name)
-        if one.names != other.names or not torch.equal(one.targets, other.targets):
+        first_part, second_part = getattr(first, name), getattr(second, name)
+        if first_part.names != second_part.names or not torch.equal(first_part.targets, second_part.targets):
             return False
-        if not torch.equal(stack_pixels(one.pixels), stack_pixels(other.pixels)):
+        if not torch.equal(stack_pixels(first_part.pixels), stack_pixels(second_part.pixels)):
             return False
     descriptions = [
         (data.unreadable_files, data.warnings, data.labels, data.geometry) for data in (first, second)
@@ -51,15 +51,15 @@ def is_equal(first: Dataset, second: Dataset) -> bool:
     return descriptions[0] == descriptions[1]
 
 
-def pixel_store(data: Dataset) -> object:
-    """Where the pixels are that the parts show."""
+def get_pixel_store(data: Dataset) -> object:
+    """Return the store that the parts select their pixels from."""
     pixels = data.train.pixels
     assert isinstance(pixels, PixelSelection)
     return pixels.pixels
 
 
 def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with each image that is decoded from here on."""
+    """Return a list that grows by one entry with each image decoded from now on."""
     from fovea.model.data import decoding, raw_dataset
 
     calls: list[int] = []
@@ -74,18 +74,18 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_was_kept_is_mapped_and_not_decoded_again(
-    tmp_path: Path, source: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_cached_pixels_are_not_decoded_again(
+    tmp_path: Path, source: Path, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = make_archive(source, tmp_path / "set.tar.gz") if packed else source
+    source = make_archive(source, tmp_path / "set.tar.gz") if is_packed else source
     cache = tmp_path / "deep" / "cache"
     expected = read_dataset(source, None)
-    made = count_decodes(monkeypatch)
+    decodes = count_decodes(monkeypatch)
     first = read_dataset(source, cache)
-    assert len(made) == 12
+    assert len(decodes) == 12
     second = read_dataset(source, cache)
-    assert len(made) == 12
+    assert len(decodes) == 12
     assert is_equal(first, expected)
     assert is_equal(second, expected)
     assert len(second.unreadable_files) == 1
@@ -93,31 +93,31 @@ def test_what_was_kept_is_mapped_and_not_decoded_again(
     assert (cache / PIXELS_FILE).stat().st_size == 12 * 16 * 16 * 3
 
 
-def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
+def test_parts_share_one_memory_map(tmp_path: Path, source: Path) -> None:
     data = read_dataset(source, tmp_path / "cache")
     parts = (data.train, data.validation, data.conformal)
     starts = {part.pixels.pixels.data_ptr() for part in parts}  # type: ignore[attr-defined]
     assert len(starts) == 1
-    some = data.train.select(torch.tensor([2, 0]))
-    assert some.pixels.pixels.data_ptr() in starts  # type: ignore[attr-defined]
-    assert torch.equal(stack_pixels(some.pixels), stack_pixels(data.train.pixels)[[2, 0]])
-    assert some.names == (data.train.names[2], data.train.names[0])
-    assert some.pixels.shape == (2, 16, 16, 3)
+    selection = data.train.select(torch.tensor([2, 0]))
+    assert selection.pixels.pixels.data_ptr() in starts  # type: ignore[attr-defined]
+    assert torch.equal(stack_pixels(selection.pixels), stack_pixels(data.train.pixels)[[2, 0]])
+    assert selection.names == (data.train.names[2], data.train.names[0])
+    assert selection.pixels.shape == (2, 16, 16, 3)
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(tmp_path / "cache" / PIXELS_FILE) in maps.read_text()
 
 
-def test_a_size_that_was_chosen_may_be_asked_for_later(
+def test_cache_serves_the_size_that_was_chosen(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = count_decodes(monkeypatch)
+    decodes = count_decodes(monkeypatch)
     assert read_dataset(source, tmp_path / "cache", size=None).geometry.height == 32
     for size in (None, 32):
         assert read_dataset(source, tmp_path / "cache", size=size).geometry.height == 32
-    assert len(made) == 12
+    assert len(decodes) == 12
     assert read_dataset(source, tmp_path / "cache", size=16).geometry.height == 16
-    assert len(made) == 24
+    assert len(decodes) == 24
 
 
 def rewrite_image(source: Path, cache: Path) -> None:
@@ -193,22 +193,22 @@ def change_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, 
         change_index(lambda index: index.update(unreadable=7)),
     ],
 )
-def test_a_changed_source_or_a_damaged_cache_is_read_anew(
+def test_changed_source_or_damaged_cache_is_read_again(
     tmp_path: Path, source: Path, change: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     read_dataset(source, cache)
     change(source, cache)
-    made = count_decodes(monkeypatch)
+    decodes = count_decodes(monkeypatch)
     data = read_dataset(source, cache)
-    assert len(made) >= 12
-    made.clear()
+    assert len(decodes) >= 12
+    decodes.clear()
     assert is_equal(read_dataset(source, cache), data)
-    assert not made
+    assert not decodes
     assert is_equal(data, read_dataset(source, None))
 
 
-def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: Path) -> None:
+def test_changed_csv_label_invalidates_the_cache(tmp_path: Path, source: Path) -> None:
     table = source / "labels.csv"
     lines = [f"{label}/{row}.png,{label}" for label in ("blue", "green") for row in range(4)]
     for label in ("green", "blue"):
@@ -222,111 +222,111 @@ def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: P
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "most"), [(10, 200, 64), (5000, 2000, 6 * 64), (5 << 20, 100, 6 * 4)]
+    ("size", "count", "max_held"), [(10, 200, 64), (5000, 2000, 6 * 64), (5 << 20, 100, 6 * 4)]
 )
-def test_only_a_few_images_are_held_at_a_time(
-    size: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
+def test_few_encoded_images_are_held_in_memory(
+    size: int, count: int, max_held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Archives deliver encoded images faster than they can be decoded."""
     from fovea.model.data import decoding
 
     monkeypatch.setattr(decoding, "get_thread_count", lambda: 2)
-    made = count_decodes(monkeypatch)
-    ahead: list[int] = []
+    decodes = count_decodes(monkeypatch)
+    held_counts: list[int] = []
 
-    def contents() -> Iterator[tuple[int, Path | bytes]]:
+    def yield_contents() -> Iterator[tuple[int, Path | bytes]]:
         for row in range(count):
-            ahead.append(row + 1 - len(made))
+            held_counts.append(row + 1 - len(decodes))
             yield row, image
 
     image = bytes(size)
-    prints = decoding.read_images(contents(), count, decoding.square_geometry(16), None)
-    assert len(prints.read_errors) == len(made) == count
-    assert max(ahead) <= most
+    result = decoding.read_images(yield_contents(), count, decoding.square_geometry(16), None)
+    assert len(result.read_errors) == len(decodes) == count
+    assert max(held_counts) <= max_held
 
 
-@pytest.mark.parametrize(("size", "threaded"), [(4000, False), (5000, True)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_small_images_are_not_given_to_threads(
-    tmp_path: Path, size: int, threaded: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("size", "uses_threads"), [(4000, False), (5000, True)])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_only_large_images_are_decoded_in_threads(
+    tmp_path: Path, size: int, uses_threads: bool, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fovea.model.data import decoding
 
     threads: set[int] = set()
 
-    def pixels_of(*_: object) -> None:
+    def record_thread(*_: object) -> None:
         threads.add(threading.get_ident())
         raise BadImage("it is none")
 
-    monkeypatch.setattr(decoding, "decode_pixels", pixels_of)
+    monkeypatch.setattr(decoding, "decode_pixels", record_thread)
     path = tmp_path / "image"
     path.write_bytes(bytes(size))
-    image = path.read_bytes() if packed else path
+    image = path.read_bytes() if is_packed else path
     decoding.read_images([(row, image) for row in range(100)], 100, decoding.square_geometry(16), None)
-    assert (threading.get_ident() not in threads) == threaded
+    assert (threading.get_ident() not in threads) == uses_threads
 
 
-def test_an_archive_is_read_from_its_beginning_to_its_end(tmp_path: Path, source: Path) -> None:
+def test_archive_is_read_in_member_order(tmp_path: Path, source: Path) -> None:
     path = tmp_path / "set.tar"
     names = sorted(file.relative_to(source).as_posix() for file in source.rglob("*.png"))
     with tarfile.open(path, "w") as file:
         for name in names[::-1]:
             file.add(source / name, name)
-    found = list(Archive(path).read_contents(names))
-    assert [index for index, _ in found] == list(range(len(names)))[::-1]
-    assert all(content == (source / names[index]).read_bytes() for index, content in found)
+    contents = list(Archive(path).read_contents(names))
+    assert [index for index, _ in contents] == list(range(len(names)))[::-1]
+    assert all(content == (source / names[index]).read_bytes() for index, content in contents)
 
 
-def test_a_cache_of_another_source_is_not_taken(tmp_path: Path, source: Path) -> None:
+def test_cache_of_another_source_is_not_used(tmp_path: Path, source: Path) -> None:
     read_dataset(source, tmp_path / "cache")
-    other = draw_images(tmp_path / "other", count=4, seed=9)
-    assert is_equal(read_dataset(other, tmp_path / "cache"), read_dataset(other, None))
+    other_source = draw_images(tmp_path / "other", count=4, seed=9)
+    assert is_equal(read_dataset(other_source, tmp_path / "cache"), read_dataset(other_source, None))
 
 
-def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
+def test_interrupted_read_leaves_an_empty_cache(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The earlier cache is gone by then, and the new one is not there yet."""
+    """The earlier cache is removed, and no new one is written."""
     from fovea.model.data import decoding
 
     cache = tmp_path / "cache"
     read_dataset(source, cache)
     touch_image(source, cache)
 
-    def interrupted(*_: object) -> None:
+    def interrupt_decoding(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(decoding, "decode_pixels", interrupted)
+    with monkeypatch.context() as decoding_patch:
+        decoding_patch.setattr(decoding, "decode_pixels", interrupt_decoding)
         with pytest.raises(KeyboardInterrupt):
             read_dataset(source, cache)
     assert list(cache.iterdir()) == []
     assert is_equal(read_dataset(source, cache), read_dataset(source, None))
 
 
-def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path, source: Path) -> None:
+def test_unusable_cache_folder_is_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot store pixels in .*/file/cache: Not a directory"):
         read_dataset(source, tmp_path / "file" / "cache")
 
 
-# --- streamed ------------------------------------------------------------------------------------
+# --- streaming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_what_is_streamed_is_the_same(
-    tmp_path: Path, source: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_streamed_data_equals_stored_data(
+    tmp_path: Path, source: Path, has_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "cache" if cached else None
+    cache = tmp_path / "cache" if has_cache else None
     expected = read_dataset(source, None)
-    made = count_decodes(monkeypatch)
-    for passes in (1, 1 if cached else 2):
+    decodes = count_decodes(monkeypatch)
+    for passes in (1, 1 if has_cache else 2):
         data = read_dataset(source, cache, stream=True)
-        assert isinstance(pixel_store(data), StreamedPixels)
-        assert len(made) == 12 * passes
+        assert isinstance(get_pixel_store(data), StreamedPixels)
+        assert len(decodes) == 12 * passes
     assert is_equal(data, expected)
     assert not (tmp_path / "cache" / PIXELS_FILE).exists()
-    assert pixel_store(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
+    assert get_pixel_store(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
     assert data.train.pixels[torch.empty(0, dtype=torch.int64)].shape == (0, 16, 16, 3)
     assert torch.equal(data.train.pixels[:2], stack_pixels(expected.train.pixels)[:2])
 
@@ -334,53 +334,53 @@ def test_what_is_streamed_is_the_same(
 Usage = namedtuple("Usage", "total used free")  # as shutil has it
 
 
-def test_without_room_on_the_disk_images_are_streamed(
+def test_images_are_streamed_without_disk_space(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    warnings: list[str] = []
     cache = tmp_path / "cache"
     read_dataset(source, cache, size=32)
-    with monkeypatch.context() as full:
-        full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
-        first = read_dataset(source, cache, on_warning=said.append)
-        assert isinstance(pixel_store(first), StreamedPixels)
-        (line,) = said
+    with monkeypatch.context() as disk_patch:
+        disk_patch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
+        first_data = read_dataset(source, cache, on_warning=warnings.append)
+        assert isinstance(get_pixel_store(first_data), StreamedPixels)
+        (line,) = warnings
         assert line.startswith(
             f"{cache} has no room for 0.0 GB of pixels: images are decoded on every access"
         )
-        made = count_decodes(full)
-        again = read_dataset(source, cache, on_warning=said.append)
-        assert isinstance(pixel_store(again), StreamedPixels)
-        assert not made
-    assert is_equal(first, again)
-    later = read_dataset(source, cache)
-    assert not isinstance(pixel_store(later), StreamedPixels)
-    assert is_equal(first, later)
+        decodes = count_decodes(disk_patch)
+        second_data = read_dataset(source, cache, on_warning=warnings.append)
+        assert isinstance(get_pixel_store(second_data), StreamedPixels)
+        assert not decodes
+    assert is_equal(first_data, second_data)
+    cached_data = read_dataset(source, cache)
+    assert not isinstance(get_pixel_store(cached_data), StreamedPixels)
+    assert is_equal(first_data, cached_data)
 
 
-def test_a_disk_that_fills_at_that_moment_is_no_room_either(
+def test_images_are_streamed_after_a_disk_full_error(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: int, offset: int, length: int) -> None:
+    def raise_disk_full(file: int, offset: int, length: int) -> None:
         assert (offset, length) == (0, math.prod((12, 16, 16, 3)))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", raise_disk_full)
     data = read_dataset(source, tmp_path / "cache")
-    assert isinstance(pixel_store(data), StreamedPixels)
+    assert isinstance(get_pixel_store(data), StreamedPixels)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [INDEX_FILE]
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_an_archive_cannot_be_streamed(tmp_path: Path, source: Path, cached: bool) -> None:
-    packed = make_archive(source, tmp_path / "set.tar")
-    if cached:
-        read_dataset(packed, tmp_path / "cache")
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_streaming_an_archive_is_refused(tmp_path: Path, source: Path, has_cache: bool) -> None:
+    archive = make_archive(source, tmp_path / "set.tar")
+    if has_cache:
+        read_dataset(archive, tmp_path / "cache")
     with pytest.raises(DataError, match="unpack it, or make room"):
-        read_dataset(packed, tmp_path / "cache", stream=True)
+        read_dataset(archive, tmp_path / "cache", stream=True)
 
 
-def test_an_image_that_is_gone_when_it_is_wanted_is_named(tmp_path: Path, source: Path) -> None:
+def test_missing_streamed_image_is_named_in_the_error(tmp_path: Path, source: Path) -> None:
     data = read_dataset(source, None, stream=True)
     (source / data.train.names[1]).unlink()
     with pytest.raises(DataError, match=f"{data.train.names[1]} can no longer be read: "):

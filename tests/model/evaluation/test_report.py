@@ -1,4 +1,4 @@
-"""`report.html`: whole, safe, and of one file."""
+"""`report.html`: complete, safe, and a single file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fovea.model.evaluation.report import write_report
 from fovea.service.artifact.contract import Task
 from tests.training import stack_pixels
 
-VOID = {"meta", "img", "br"}
+VOID_TAGS = {"meta", "img", "br"}
 
 
 class ParsedPage(HTMLParser):
-    """A page taken apart; fails on tags that are not closed in order."""
+    """A parsed page; fails on tags that are not closed in order."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ParsedPage(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID and not (self.get_starttag_text() or "").endswith("/>"):
+        if tag not in VOID_TAGS and not (self.get_starttag_text() or "").endswith("/>"):
             self.open_tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -65,14 +65,14 @@ def make_examples(count: int, labels: int, task: Task, seed: int) -> Examples:
     return Examples(pixels, targets)
 
 
-def make_logits(part: Examples, labels: int, task: Task, certain: float) -> Tensor:
-    """Right in most cases."""
+def make_logits(part: Examples, labels: int, task: Task, certainty: float) -> Tensor:
+    """Return logits that are correct for most images."""
     noise = torch.randn(
         len(part), 1 if task is Task.BINARY else labels, generator=torch.Generator().manual_seed(9)
     )
     if task is Task.MULTICLASS:
-        return noise + certain * torch.nn.functional.one_hot(part.targets, labels)
-    return noise + certain * (part.targets.float().view(len(part), -1) - 0.5)
+        return noise + certainty * torch.nn.functional.one_hot(part.targets, labels)
+    return noise + certainty * (part.targets.float().view(len(part), -1) - 0.5)
 
 
 def make_report(
@@ -81,23 +81,25 @@ def make_report(
     labels: tuple[str, ...] = ("ant", "bee", "cow"),
     *,
     epochs: int = 4,
-    certain: float = 2.0,
+    certainty: float = 2.0,
     test: int = 200,
-    **more: Any,
+    **dataset_fields: Any,
 ) -> tuple[ParsedPage, Dataset, dict[str, Any]]:
-    """A report of made-up answers, taken apart, with what it was made from."""
+    """Write a report of random logits; return the parsed page, the data set and the metadata."""
     train, validation, conformal, test_examples = (
         make_examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
     )
     parts = (train, validation, conformal, test_examples)
-    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable_files": (), **more})
+    data = Dataset(
+        "my photos", labels, task, square_geometry(16), *parts, **{"unreadable_files": (), **dataset_fields}
+    )
     part_logits = [
-        make_logits(part, len(labels), task, certain) for part in (validation, conformal, test_examples)
+        make_logits(part, len(labels), task, certainty) for part in (validation, conformal, test_examples)
     ]
     calibration = fit_calibration(part_logits[0], validation.targets, part_logits[1], conformal.targets, task)
     part, logits = ("test", part_logits[2]) if test else ("validation", part_logits[0])
     examples_of_part = getattr(data, part)
-    about = {
+    metadata = {
         "measured": {
             "part": part,
             "images": len(examples_of_part),
@@ -123,8 +125,8 @@ def make_report(
         "torch": "2",
         "recipe": {"epochs": epochs, "peak_lr": 0.2},
     }
-    write_report(path, about, data, part, logits, calibration)
-    return ParsedPage(path.read_text()), data, about
+    write_report(path, metadata, data, part, logits, calibration)
+    return ParsedPage(path.read_text()), data, metadata
 
 
 @pytest.mark.parametrize(
@@ -136,10 +138,10 @@ def make_report(
         (Task.MULTICLASS, tuple(f"label {number}" for number in range(1000))),
     ],
 )
-def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[str, ...]) -> None:
-    page, data, about = make_report(tmp_path / "report.html", task, labels)
-    assert f"{about['measured']['accuracy']:.2%}" in page.text
-    assert f"{about['measured']['ece']:.4f}" in page.text
+def test_report_is_complete_for_every_task(tmp_path: Path, task: Task, labels: tuple[str, ...]) -> None:
+    page, data, metadata = make_report(tmp_path / "report.html", task, labels)
+    assert f"{metadata['measured']['accuracy']:.2%}" in page.text
+    assert f"{metadata['measured']['ece']:.4f}" in page.text
     assert ("Confusion" in page.text) is (task is not Task.MULTILABEL)
     assert all(label in page.text for label in data.labels[:200])
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
@@ -147,7 +149,7 @@ def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[s
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
+def test_names_from_the_user_are_escaped(tmp_path: Path) -> None:
     labels = ("<script>alert(1)</script>", "a & 'b'", '"c"')
     unreadable = ("<img src=x onerror=alert(1)>.png: damaged",)
     page, _, _ = make_report(tmp_path / "report.html", labels=labels, unreadable_files=unreadable)
@@ -157,7 +159,7 @@ def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
     assert "skipped <img src=x onerror=alert(1)>.png: damaged" in page.text
 
 
-def test_the_matrix_counts_every_image(tmp_path: Path) -> None:
+def test_confusion_matrix_counts_every_image(tmp_path: Path) -> None:
     page, data, _ = make_report(tmp_path / "report.html")
     cells = re.findall(
         r"<td style='--share:[\d.]+'(?: class=strong)?>(\d*)</td>", (tmp_path / "report.html").read_text()
@@ -167,29 +169,29 @@ def test_the_matrix_counts_every_image(tmp_path: Path) -> None:
     assert "Rows are true labels" in page.text
 
 
-def test_the_mistakes_are_shown_most_confident_first(tmp_path: Path) -> None:
-    page, data, _ = make_report(tmp_path / "report.html", certain=1.0)
+def test_mistakes_are_shown_most_confident_first(tmp_path: Path) -> None:
+    page, data, _ = make_report(tmp_path / "report.html", certainty=1.0)
     sources = [attributes["src"] or "" for attributes in page.find_tags("img")]
     assert len(sources) == 24
-    known = {image.numpy().tobytes() for image in stack_pixels(data.test.pixels)}
+    test_images = {image.numpy().tobytes() for image in stack_pixels(data.test.pixels)}
     for source in sources:
         picture = Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
-        assert np.array(picture).tobytes() in known
+        assert np.array(picture).tobytes() in test_images
     shares = [
         float(share) for share in re.findall(r"</em> ([\d.]+)%", (tmp_path / "report.html").read_text())
     ]
     assert shares == sorted(shares, reverse=True)
 
 
-def test_extremes_have_a_page_too(tmp_path: Path) -> None:
-    page, _, _ = make_report(tmp_path / "one.html", epochs=1, certain=50.0)
+def test_report_without_mistakes_or_test_images_is_written(tmp_path: Path) -> None:
+    page, _, _ = make_report(tmp_path / "one.html", epochs=1, certainty=50.0)
     assert "None." in page.text
     page, _, _ = make_report(tmp_path / "none.html", test=0)
     assert "validation accuracy" in page.text
     assert "no test images" in " ".join(page.text.split())
 
 
-def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
+def test_curves_stay_inside_the_plot(tmp_path: Path) -> None:
     page, _, _ = make_report(tmp_path / "report.html", epochs=30)
     lines = page.find_tags("polyline")
     assert len(lines) == 5  # loss, two accuracies, two reliabilities
@@ -202,7 +204,7 @@ def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ends", [(0.57, 1.7), (0.53, 0.944), (1.0, 1.0), (0.0, 0.0), (0.98, 1.0), (2e-4, 3e-4)]
 )
-def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -> None:
+def test_ticks_are_few_and_cover_the_values(ends: tuple[float, float]) -> None:
     ticks = choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
     assert ticks[0] <= ends[0] + 1e-9
     assert ticks[-1] >= ends[1] - 1e-9
@@ -210,16 +212,16 @@ def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -
     assert 3 <= len(ticks) <= 7
 
 
-def test_only_what_there_is_is_promised_and_what_is_left_out_is_said(tmp_path: Path) -> None:
-    several, _, _ = make_report(tmp_path / "several.html", Task.MULTILABEL)
-    assert "conformal sets" not in several.text
-    many, _, _ = make_report(
+def test_report_omits_missing_parts_and_counts_hidden_labels(tmp_path: Path) -> None:
+    multilabel_page, _, _ = make_report(tmp_path / "several.html", Task.MULTILABEL)
+    assert "conformal sets" not in multilabel_page.text
+    large_page, _, _ = make_report(
         tmp_path / "many.html", labels=tuple(f"label {number}" for number in range(1200))
     )
-    assert "and 1,000 more labels" in many.text
+    assert "and 1,000 more labels" in large_page.text
 
 
-def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:
+def test_long_lists_of_warnings_are_collapsed(tmp_path: Path) -> None:
     page, _, _ = make_report(
         tmp_path / "report.html", unreadable_files=tuple(f"{number}.png: bad" for number in range(500))
     )

@@ -29,10 +29,10 @@ from tests.training import limit_file_size
 CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))
 
 
-def make_checkpoint(seed: int = 0, **about: Any) -> Checkpoint:
+def make_checkpoint(seed: int = 0, **metadata: Any) -> Checkpoint:
     torch.manual_seed(seed)
     return Checkpoint(
-        dict(Net(CONFIG).state_dict()), {"net": CONFIG.to_dict(), "labels": ["ä", "b"], **about}
+        dict(Net(CONFIG).state_dict()), {"net": CONFIG.to_dict(), "labels": ["ä", "b"], **metadata}
     )
 
 
@@ -40,14 +40,14 @@ def is_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bo
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def file_names(folder: Path) -> list[str]:
+def list_file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- what is written -----------------------------------------------------------------------------
+# --- saving and loading --------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_saved_checkpoint_is_loaded_unchanged(tmp_path: Path) -> None:
     saved = make_checkpoint(progress={"step": 3, "loss": 0.1 + 0.2})
     save_checkpoint(tmp_path / "deep" / "run", WEIGHTS_FILE, saved)
     loaded = load_checkpoint(tmp_path / "deep" / "run")
@@ -58,22 +58,24 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_tensors_of_any_memory_format_keep_their_values(tmp_path: Path) -> None:
-    last = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    save_checkpoint(tmp_path, RESUME_FILE, Checkpoint({"last": last, "count": torch.tensor(7)}, {}))
-    assert is_same(load_checkpoint(tmp_path, RESUME_FILE).tensors, {"last": last, "count": torch.tensor(7)})
+    channels_last = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path, RESUME_FILE, Checkpoint({"last": channels_last, "count": torch.tensor(7)}, {}))
+    assert is_same(
+        load_checkpoint(tmp_path, RESUME_FILE).tensors, {"last": channels_last, "count": torch.tensor(7)}
+    )
 
 
-def test_the_readable_json_is_the_one_in_the_header(tmp_path: Path) -> None:
+def test_json_file_equals_the_metadata_in_the_header(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint(commit="abc"))
     with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as file:
-        inside = json.loads(file.metadata()["fovea"])
-    assert json.loads((tmp_path / "weights.json").read_text()) == inside
-    assert inside["commit"] == "abc"
-    assert file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
+        header_metadata = json.loads(file.metadata()["fovea"])
+    assert json.loads((tmp_path / "weights.json").read_text()) == header_metadata
+    assert header_metadata["commit"] == "abc"
+    assert list_file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
-def test_the_file_is_safetensors_and_no_pickle(tmp_path: Path) -> None:
-    """8 bytes of length, a JSON header, plain numbers: nothing in it can be run."""
+def test_checkpoint_file_is_safetensors(tmp_path: Path) -> None:
+    """The file has 8 bytes of length, a JSON header and plain numbers: nothing in it can be run."""
     save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint())
     content = (tmp_path / WEIGHTS_FILE).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -84,51 +86,55 @@ def test_the_file_is_safetensors_and_no_pickle(tmp_path: Path) -> None:
     assert header.keys() == Net(CONFIG).state_dict().keys()
 
 
-def test_a_later_checkpoint_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
+def test_later_checkpoint_replaces_the_earlier_one(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint(seed, step=seed))
     assert is_same(load_checkpoint(tmp_path).tensors, make_checkpoint(1).tensors)
     assert load_checkpoint(tmp_path).metadata["step"] == 1
-    assert file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
+    assert list_file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
-# --- what fails ----------------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
     earlier = make_checkpoint()
     save_checkpoint(tmp_path, WEIGHTS_FILE, earlier)
     large = Checkpoint({"large": torch.zeros(1 << 20)}, earlier.metadata)
     with limit_file_size(1 << 20), pytest.raises(WriteError, match=r"cannot write .*File too large"):
         save_checkpoint(tmp_path, WEIGHTS_FILE, large)
     assert is_same(load_checkpoint(tmp_path).tensors, earlier.tensors)
-    assert file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
+    assert list_file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
-def test_an_error_of_our_own_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+def test_failed_save_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
     earlier = make_checkpoint()
     save_checkpoint(tmp_path, WEIGHTS_FILE, earlier)
-    shared = torch.zeros(4)
+    shared_tensor = torch.zeros(4)
     with pytest.raises(RuntimeError, match="share memory"):
-        save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint({"one": shared, "same": shared}, earlier.metadata))
+        save_checkpoint(
+            tmp_path,
+            WEIGHTS_FILE,
+            Checkpoint({"one": shared_tensor, "same": shared_tensor}, earlier.metadata),
+        )
     assert is_same(load_checkpoint(tmp_path).tensors, earlier.tensors)
-    assert file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
+    assert list_file_names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(WriteError, match=r"cannot write .*run"):
         save_checkpoint(tmp_path / "run", WEIGHTS_FILE, make_checkpoint())
 
 
-def test_what_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_replacement_leaves_no_other_file(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).mkdir()
     with pytest.raises(WriteError, match="cannot write"):
         save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint())
-    assert file_names(tmp_path) == [WEIGHTS_FILE]
+    assert list_file_names(tmp_path) == [WEIGHTS_FILE]
 
 
-def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_checkpoint_error_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*weights.safetensors; `fovea train --out"):
         load_checkpoint(tmp_path / "nowhere")
 
@@ -172,7 +178,7 @@ def write_pickle(path: Path) -> None:
         Path.touch,
     ],
 )
-def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, change: Any) -> None:
+def test_damaged_or_foreign_file_is_refused(tmp_path: Path, change: Any) -> None:
     if change is not Path.touch:
         save_checkpoint(tmp_path, WEIGHTS_FILE, make_checkpoint())
     change(tmp_path / WEIGHTS_FILE)
@@ -182,9 +188,9 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, change:
 
 def test_weights_of_another_network_are_refused() -> None:
     tensors = make_checkpoint().tensors
-    wider = NetConfig(Task.MULTICLASS, 3, widths=(16, 8, 8, 8)).to_dict()
+    wider_config = NetConfig(Task.MULTICLASS, 3, widths=(16, 8, 8, 8)).to_dict()
     with pytest.raises(CheckpointError, match="the weights belong to another network"):
-        Checkpoint(tensors, {"net": wider}).build_net()
+        Checkpoint(tensors, {"net": wider_config}).build_net()
     del tensors["head.bias"]
     with pytest.raises(CheckpointError, match=r"(?s)belong to another network.*head\.bias"):
         Checkpoint(tensors, {"net": CONFIG.to_dict()}).build_net()
@@ -206,7 +212,7 @@ def take_step(net: Net, optimizer: torch.optim.SGD) -> None:
     optimizer.step()
 
 
-def test_the_momentum_goes_on_where_it_stopped() -> None:
+def test_restored_momentum_gives_the_same_next_step() -> None:
     net, optimizer = make_optimizer()
     assert get_momentum_tensors(optimizer) == {}
     take_step(net, optimizer)
@@ -215,9 +221,9 @@ def test_the_momentum_goes_on_where_it_stopped() -> None:
     assert len(momentum) == sum(weight.requires_grad for weight in net.parameters())
     take_step(net, optimizer)
 
-    resumed, other = make_optimizer()
-    resumed.load_state_dict(weights)
-    restore_momentum(other, momentum)
-    take_step(resumed, other)
-    assert is_same(dict(resumed.state_dict()), dict(net.state_dict()))
-    assert is_same(get_momentum_tensors(other), get_momentum_tensors(optimizer))
+    resumed_net, resumed_optimizer = make_optimizer()
+    resumed_net.load_state_dict(weights)
+    restore_momentum(resumed_optimizer, momentum)
+    take_step(resumed_net, resumed_optimizer)
+    assert is_same(dict(resumed_net.state_dict()), dict(net.state_dict()))
+    assert is_same(get_momentum_tensors(resumed_optimizer), get_momentum_tensors(optimizer))

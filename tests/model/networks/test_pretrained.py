@@ -1,4 +1,4 @@
-"""Weights to start from: the hub's, files, and our own runs."""
+"""Pretrained weights from the hub, from files and from earlier runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = {
         "input_size": [3, 224, 224],
     },
 }
-"""As timm writes it, in part."""
+"""A part of the configuration that timm writes."""
 
 
 def make_net(name: str = "resnet18", labels: int = 3, size: int = 32, seed: int = 0) -> Net:
@@ -45,7 +45,7 @@ def make_net(name: str = "resnet18", labels: int = 3, size: int = 32, seed: int 
 
 
 def rename_weights(source: Net, head: str = "fc") -> dict[str, Tensor]:
-    """The weights of `source` by the names that timm would give them."""
+    """Return the weights of `source` by their names in timm."""
     weights = {}
     for key, tensor in source.state_dict().items():
         if key.startswith("features."):
@@ -55,7 +55,7 @@ def rename_weights(source: Net, head: str = "fc") -> dict[str, Tensor]:
     return weights
 
 
-def write_published(folder: Path, source: Net, config: object = CONFIG) -> Path:
+def write_published_weights(folder: Path, source: Net, config: object = CONFIG) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(rename_weights(source), folder / "model.safetensors")
     if config is not None:
@@ -64,9 +64,11 @@ def write_published(folder: Path, source: Net, config: object = CONFIG) -> Path:
 
 
 def is_same(first: Net, second: Net, part: str = "features.") -> bool:
-    others = second.state_dict()
+    second_tensors = second.state_dict()
     return all(
-        torch.equal(tensor, others[key]) for key, tensor in first.state_dict().items() if key.startswith(part)
+        torch.equal(tensor, second_tensors[key])
+        for key, tensor in first.state_dict().items()
+        if key.startswith(part)
     )
 
 
@@ -82,11 +84,11 @@ def is_same(first: Net, second: Net, part: str = "features.") -> bool:
         ("mobilenet_v2", 3_504_872),
     ],
 )
-def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None:
-    """The numbers are torchvision's, for 1000 labels."""
+def test_parameter_counts_equal_the_published_ones(name: str, parameters: int) -> None:
+    """The expected numbers are those of torchvision for 1000 labels."""
     with torch.device("meta"):
-        built = Net(NetConfig(Task.MULTICLASS, 1000, name, 224))
-    assert sum(weight.numel() for weight in built.parameters()) == parameters
+        net = Net(NetConfig(Task.MULTICLASS, 1000, name, 224))
+    assert sum(weight.numel() for weight in net.parameters()) == parameters
 
 
 @pytest.mark.parametrize(
@@ -100,80 +102,86 @@ def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None
          "bn2.bias"),
     ],
 )  # fmt: skip
-def test_parameters_are_called_as_in_published_weights(name: str, keys: str) -> None:
+def test_parameter_names_equal_the_published_ones(name: str, keys: str) -> None:
     assert set(keys.split()) <= rename_weights(make_net(name)).keys()
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_a_published_file_gives_all_but_the_head(tmp_path: Path) -> None:
+def test_published_weights_are_loaded_without_the_head(tmp_path: Path) -> None:
     source, target = make_net(labels=1000, seed=1), make_net(seed=2)
     head = target.head.weight.clone()
-    known = read_pretrained(str(write_published(tmp_path, source)))
-    assert (known.net, known.mean, known.std) == ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    pretrained = read_pretrained(str(write_published_weights(tmp_path, source)))
+    assert (pretrained.net, pretrained.mean, pretrained.std) == (
+        "resnet18",
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )
     assert not is_same(target, source)
-    known.load_into(target, LABELS)
+    pretrained.load_into(target, LABELS)
     assert is_same(target, source)
     assert torch.equal(target.head.weight, head)
 
 
-def test_weights_fit_whatever_the_size_of_the_input(tmp_path: Path) -> None:
-    known = read_pretrained(str(write_published(tmp_path, make_net(size=224))))
+def test_weights_fit_every_input_size(tmp_path: Path) -> None:
+    pretrained = read_pretrained(str(write_published_weights(tmp_path, make_net(size=224))))
     for size in (32, 96, 224):
-        known.load_into(make_net(size=size, seed=3), LABELS)
+        pretrained.load_into(make_net(size=size, seed=3), LABELS)
 
 
-def test_a_file_alone_needs_the_network_named(tmp_path: Path) -> None:
+def test_weights_without_config_fit_a_named_network(tmp_path: Path) -> None:
     source = make_net(seed=1)
-    known = read_pretrained(str(write_published(tmp_path, source, config=None) / "model.safetensors"))
-    assert (known.net, known.mean) == (None, None)
+    pretrained = read_pretrained(
+        str(write_published_weights(tmp_path, source, config=None) / "model.safetensors")
+    )
+    assert (pretrained.net, pretrained.mean) == (None, None)
     target = make_net()
-    known.load_into(target, LABELS)
+    pretrained.load_into(target, LABELS)
     assert is_same(target, source)
 
 
-@pytest.mark.parametrize(("labels", "kept"), [(LABELS, True), (("cat", "cow", "dog"), False)])
-def test_a_run_of_ours_gives_its_head_to_the_same_labels(
-    tmp_path: Path, labels: tuple[str, ...], kept: bool
+@pytest.mark.parametrize(("labels", "is_head_loaded"), [(LABELS, True), (("cat", "cow", "dog"), False)])
+def test_head_of_a_run_is_loaded_only_for_the_same_labels(
+    tmp_path: Path, labels: tuple[str, ...], is_head_loaded: bool
 ) -> None:
     source, target = make_net("cnn", seed=1), make_net("cnn", seed=2)
-    about = {"net": source.config.to_dict(), "labels": list(LABELS)}
-    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), about))
-    known = read_pretrained(str(tmp_path))
-    assert (known.net, known.labels) == ("cnn", LABELS)
-    known.load_into(target, labels)
+    metadata = {"net": source.config.to_dict(), "labels": list(LABELS)}
+    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), metadata))
+    pretrained = read_pretrained(str(tmp_path))
+    assert (pretrained.net, pretrained.labels) == ("cnn", LABELS)
+    pretrained.load_into(target, labels)
     assert is_same(target, source)
-    assert is_same(target, source, "head.") is kept
+    assert is_same(target, source, "head.") is is_head_loaded
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- partial loading and refusals ----------------------------------------------------------------
 
 
-def test_a_head_of_another_task_is_left_where_it_is(tmp_path: Path) -> None:
-    """Its labels are the same: is it either of two, or each of two by itself?"""
+def test_head_of_another_task_is_not_loaded(tmp_path: Path) -> None:
+    """The labels are the same, but a binary head does not suit a multilabel task."""
     labels = ("cat", "dog")
     source, target = (Net(NetConfig(task, 2, widths=(4, 4))) for task in (Task.BINARY, Task.MULTILABEL))
-    about = {"net": source.config.to_dict(), "labels": list(labels)}
-    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), about))
+    metadata = {"net": source.config.to_dict(), "labels": list(labels)}
+    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), metadata))
     head = target.head.weight.clone()
     read_pretrained(str(tmp_path)).load_into(target, labels)
     assert is_same(target, source)
     assert torch.equal(target.head.weight, head)
 
 
-def test_what_was_loaded_computes_what_its_source_computed(tmp_path: Path) -> None:
+def test_loaded_weights_compute_the_same_features(tmp_path: Path) -> None:
     source, target = make_net("mobilenet_v2", seed=1), make_net("mobilenet_v2", seed=2)
     pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        source.train()(pixels)  # so that the running statistics are its own
+        source.train()(pixels)  # changes the running statistics
         save_file(rename_weights(source, "classifier"), tmp_path / "model.safetensors")
         read_pretrained(str(tmp_path)).load_into(target, LABELS)
-        maps = [one.eval().features(one.normalize(pixels)) for one in (source, target)]
+        maps = [net.eval().features(net.normalize(pixels)) for net in (source, target)]
     assert torch.equal(*maps)
 
 
-def test_halved_weights_become_whole_ones(tmp_path: Path) -> None:
+def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     source, target = make_net("mobilenet_v2", seed=1).half(), make_net("mobilenet_v2", seed=2)
     save_file(rename_weights(source), tmp_path / "model.safetensors")
     read_pretrained(str(tmp_path)).load_into(target, LABELS)
@@ -181,17 +189,17 @@ def test_halved_weights_become_whole_ones(tmp_path: Path) -> None:
     assert torch.equal(target.features.conv_stem.weight, source.features.conv_stem.weight.float())
 
 
-def test_early_configs_say_the_normalisation_beside_the_architecture(tmp_path: Path) -> None:
+def test_normalisation_is_read_from_early_configs(tmp_path: Path) -> None:
     config = {"architecture": "resnet18", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
-    known = read_pretrained(str(write_published(tmp_path, make_net(), config)))
-    assert (known.mean, known.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    pretrained = read_pretrained(str(write_published_weights(tmp_path, make_net(), config)))
+    assert (pretrained.mean, pretrained.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
 
 
-def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path: Path) -> None:
-    """All that a ResNet-18 needs is in a ResNet-34, at the same names and shapes."""
+def test_weights_of_a_deeper_network_are_refused(tmp_path: Path) -> None:
+    """A ResNet-34 contains all tensors of a ResNet-18, with the same names and shapes."""
     target = make_net()
     before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
-    file = write_published(tmp_path, make_net("resnet34"), config=None) / "model.safetensors"
+    file = write_published_weights(tmp_path, make_net("resnet34"), config=None) / "model.safetensors"
     with pytest.raises(
         PretrainedError, match=r"layer1\.2\.bn1\.bias is not a tensor of this network.*, and 77 more$"
     ):
@@ -199,33 +207,33 @@ def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path: Path) -> N
     assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     source = make_net()
     source.features.bn1.running_var[3] = torch.nan
     with pytest.raises(PretrainedError, match=r"features\.bn1\.running_var is not finite$"):
-        read_pretrained(str(write_published(tmp_path, source))).load_into(make_net(), LABELS)
+        read_pretrained(str(write_published_weights(tmp_path, source))).load_into(make_net(), LABELS)
 
 
-def test_the_message_names_the_network_that_it_is_of(tmp_path: Path) -> None:
-    known = read_pretrained(str(write_published(tmp_path, make_net())))
+def test_mismatch_error_names_the_source_network(tmp_path: Path) -> None:
+    pretrained = read_pretrained(str(write_published_weights(tmp_path, make_net())))
     with pytest.raises(PretrainedError, match="has weights of resnet18 and does not fit resnet50 at 32 px"):
-        known.load_into(make_net("resnet50"), LABELS)
+        pretrained.load_into(make_net("resnet50"), LABELS)
 
 
-def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
-    known = read_pretrained(str(write_published(tmp_path, make_net(), config=None)))
+def test_mismatch_error_names_a_tensor_that_does_not_fit(tmp_path: Path) -> None:
+    pretrained = read_pretrained(str(write_published_weights(tmp_path, make_net(), config=None)))
     with pytest.raises(
         PretrainedError, match=r"does not fit resnet34 at 32 px: features.layer1.2.conv1.weight is"
     ):
-        known.load_into(make_net("resnet34"), LABELS)
+        pretrained.load_into(make_net("resnet34"), LABELS)
     with pytest.raises(
         PretrainedError, match=r"features.layer1.0.conv1.weight is \(64, 64, 3, 3\), not \(64, 64, 1, 1\)"
     ):
-        known.load_into(make_net("resnet50"), LABELS)
+        pretrained.load_into(make_net("resnet50"), LABELS)
 
 
-def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
-    write_published(tmp_path, make_net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
+def test_unsupported_architecture_is_refused(tmp_path: Path) -> None:
+    write_published_weights(tmp_path, make_net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
     with pytest.raises(
         PretrainedError, match=r"has weights of 'vit_base_patch16_224'; supported are resnet18"
     ):
@@ -249,25 +257,25 @@ def make_config(**values: object) -> dict[str, object]:
         make_config(std=None),
     ],
 )
-def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object) -> None:
-    write_published(tmp_path, make_net(), config)
+def test_unusable_config_is_refused(tmp_path: Path, config: object) -> None:
+    write_published_weights(tmp_path, make_net(), config)
     with pytest.raises(PretrainedError, match=r"its config\.json cannot be used"):
         read_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "about",
+    "metadata",
     [[1], {}, {"net": {"name": "cnn"}, "labels": ["cat"]}, {"net": make_net("cnn").config.to_dict()}, "cnn"],
     ids=str,
 )
-def test_a_run_that_says_nothing_of_use_is_refused(tmp_path: Path, about: object) -> None:
+def test_run_with_unusable_metadata_is_refused(tmp_path: Path, metadata: object) -> None:
     weights = dict(make_net("cnn").state_dict())
-    save_file(weights, tmp_path / WEIGHTS_FILE, metadata={checkpoint.METADATA_KEY: json.dumps(about)})
+    save_file(weights, tmp_path / WEIGHTS_FILE, metadata={checkpoint.METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(PretrainedError, match="its metadata cannot be used"):
         read_pretrained(str(tmp_path))
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+def test_invalid_or_missing_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04pickle" * 10)
     with pytest.raises(PretrainedError, match="is damaged or is not a safetensors file"):
         read_pretrained(str(tmp_path))
@@ -278,8 +286,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
 # --- the hub -------------------------------------------------------------------------------------
 
 
-REFUSED = {"timm/gated": (403, "GatedRepo"), "timm/private": (401, "RepoNotFound")}
-"""Repositories that are not for everyone, with the hub's answer."""
+REFUSED_REPOSITORIES = {"timm/gated": (403, "GatedRepo"), "timm/private": (401, "RepoNotFound")}
+"""Repositories without public access, with the hub's answer."""
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -297,8 +305,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def _send_file(self, *, has_body: bool) -> None:
         owner, _, rest = self.path.lstrip("/").partition("/resolve/")
         file = self.folder / owner / rest.partition("/")[2]
-        if owner in REFUSED:
-            return self._send_refusal(*REFUSED[owner])
+        if owner in REFUSED_REPOSITORIES:
+            return self._send_refusal(*REFUSED_REPOSITORIES[owner])
         if rest.partition("/")[0] != "main":
             return self._send_refusal(404, "RevisionNotFound")
         if not file.is_file():
@@ -325,7 +333,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def run_hub(folder: Path) -> Iterator[str]:
-    """Serve the repositories in `folder`; gives the address."""
+    """Serve the repositories in `folder`; yield the address."""
     handler = type("Handler", (HubHandler,), {"folder": folder})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -337,7 +345,7 @@ def run_hub(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-READ = """
+READ_SCRIPT = """
 import sys
 from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 
@@ -351,9 +359,9 @@ for source in sys.argv[1:]:
 
 
 def read_in_process(tmp_path: Path, address: str, *sources: str) -> list[str]:
-    """Return a line for each source, by `read_pretrained` in a process of its own.
+    """Run `read_pretrained` in a new process; return its line of output for each source.
 
-    The library reads its address when it is imported.
+    The library of the hub reads the address of the hub when it is imported.
     """
     environment = {
         **os.environ,
@@ -362,7 +370,7 @@ def read_in_process(tmp_path: Path, address: str, *sources: str) -> list[str]:
         "HF_HUB_DISABLE_XET": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-c", READ, *sources],
+        [sys.executable, "-c", READ_SCRIPT, *sources],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -374,15 +382,15 @@ def read_in_process(tmp_path: Path, address: str, *sources: str) -> list[str]:
 
 
 @pytest.mark.long
-def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
+def test_hub_weights_are_downloaded_and_cached(tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     source = make_net(seed=5)
-    write_published(tmp_path / "timm" / "resnet18.a1_in1k", source)
+    write_published_weights(tmp_path / "timm" / "resnet18.a1_in1k", source)
     with run_hub(tmp_path) as address:
         first = read_in_process(tmp_path, address, "hf:timm/resnet18.a1_in1k")
     total = float(source.state_dict()["features.conv1.weight"].sum())
     assert first == [f"resnet18 (0.485, 0.456, 0.406) {total}"]
-    with run_hub(tmp_path / "nothing") as address:  # a second time it is there already
+    with run_hub(tmp_path / "nothing") as address:  # the second time, the weights are in the cache
         assert read_in_process(tmp_path, address, "hf:timm/resnet18.a1_in1k") == first
 
 
@@ -400,7 +408,7 @@ REASONS = {
 
 
 @pytest.mark.long
-def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_hub_files_give_one_line_errors(tmp_path: Path) -> None:
     (tmp_path / "timm" / "no-weights").mkdir(parents=True)
     (tmp_path / "timm" / "no-weights" / "config.json").write_text(json.dumps(CONFIG))
     with run_hub(tmp_path) as address:
@@ -410,7 +418,7 @@ def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None:
+def test_unsupported_hub_weights_are_not_downloaded(tmp_path: Path) -> None:
     (tmp_path / "timm" / "vit").mkdir(parents=True)
     (tmp_path / "timm" / "vit" / "config.json").write_text(json.dumps({**CONFIG, "architecture": "vit"}))
     with run_hub(tmp_path) as address:
@@ -419,7 +427,7 @@ def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
+def test_unreachable_hub_gives_a_one_line_error(tmp_path: Path) -> None:
     assert read_in_process(tmp_path, "http://127.0.0.1:9", "hf:timm/resnet18.a1_in1k") == [
         "cannot download config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "
         "and the file is not in the local cache"

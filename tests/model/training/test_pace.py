@@ -1,4 +1,4 @@
-"""The time that training takes, told and kept."""
+"""The time of a training run: measured, predicted and limited."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def predict_seconds(recipe: Recipe, data: Dataset, pace: Pace) -> float:
-    """What a run takes by its pace, with the answers that its end needs."""
+    """Predict the duration of a run by its pace, with the evaluation at its end."""
     full_steps = len(data.train) // recipe.batch
     steps = min(full_steps, recipe.epoch_steps or full_steps)
     measured_images = len(data.validation) + len(data.conformal) + len(data.test)
@@ -52,32 +52,34 @@ def predict_seconds(recipe: Recipe, data: Dataset, pace: Pace) -> float:
 
 
 @pytest.mark.parametrize("seconds", [30.0, 60.0, 300.0, 3600.0])
-@pytest.mark.parametrize("step", [0.001, 0.02, 0.3, 2.0])
-@pytest.mark.parametrize("evaluation", [0.0, 0.002, 0.05])
-@pytest.mark.parametrize("teaching", [0.0, 0.002])
-def test_a_run_is_fitted_to_the_time(
-    data: Dataset, seconds: float, step: float, evaluation: float, teaching: float
+@pytest.mark.parametrize("step_seconds", [0.001, 0.02, 0.3, 2.0])
+@pytest.mark.parametrize("evaluation_seconds", [0.0, 0.002, 0.05])
+@pytest.mark.parametrize("teaching_seconds", [0.0, 0.002])
+def test_epochs_are_fitted_to_the_available_time(
+    data: Dataset, seconds: float, step_seconds: float, evaluation_seconds: float, teaching_seconds: float
 ) -> None:
-    recipe = replace(Recipe(batch=5), teaching=0.8 if teaching else 0.0)
-    pace = Pace(step, evaluation, teaching)
-    chosen = fit_epochs(recipe, data, pace, seconds)
-    assert chosen == replace(recipe, epochs=chosen.epochs, epoch_steps=chosen.epoch_steps)
-    assert chosen.epochs >= 1
-    assert predict_seconds(chosen, data, pace) == pytest.approx(
-        seconds - 2, rel=0.1, abs=step * max(1, chosen.epochs / 2)
+    recipe = replace(Recipe(batch=5), teaching=0.8 if teaching_seconds else 0.0)
+    pace = Pace(step_seconds, evaluation_seconds, teaching_seconds)
+    fitted_recipe = fit_epochs(recipe, data, pace, seconds)
+    assert fitted_recipe == replace(
+        recipe, epochs=fitted_recipe.epochs, epoch_steps=fitted_recipe.epoch_steps
+    )
+    assert fitted_recipe.epochs >= 1
+    assert predict_seconds(fitted_recipe, data, pace) == pytest.approx(
+        seconds - 2, rel=0.1, abs=step_seconds * max(1, fitted_recipe.epochs / 2)
     )
 
 
-def test_an_epoch_may_be_cut_and_one_step_always_remains(data: Dataset) -> None:
-    cut = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), 20.0)
-    assert (cut.epochs, cut.epoch_steps) == (1, 6)
-    least = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0, min_seconds=18.0)
-    assert (least.epochs, least.epoch_steps) == (1, 6)
-    none = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0)
-    assert (none.epochs, none.epoch_steps) == (1, 1)
+def test_epoch_is_cut_to_at_least_one_step(data: Dataset) -> None:
+    cut_recipe = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), 20.0)
+    assert (cut_recipe.epochs, cut_recipe.epoch_steps) == (1, 6)
+    minimum_recipe = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0, min_seconds=18.0)
+    assert (minimum_recipe.epochs, minimum_recipe.epoch_steps) == (1, 6)
+    one_step_recipe = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0)
+    assert (one_step_recipe.epochs, one_step_recipe.epoch_steps) == (1, 1)
 
 
-def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Dataset) -> None:
+def test_cut_epochs_use_different_images(data: Dataset) -> None:
     batches = Batches(data, Recipe(batch=5, epochs=2, epoch_steps=4, flip=False), (0.5, 0.5, 0.5), None)
     try:
         assert batches.steps == 4
@@ -87,7 +89,7 @@ def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Dataset)
         batches.close()
 
 
-def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Dataset) -> None:
+def test_resumed_run_with_cut_epochs_gives_the_same_weights(tmp_path: Path, data: Dataset) -> None:
     from tests.model.training.test_trainer import interrupt_training, read_weights, train_to_end
     from tests.training import train_quietly
 
@@ -95,12 +97,12 @@ def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Data
     train_to_end(data, recipe, tmp_path / "unbroken")
     with interrupt_training(3):
         assert train_quietly(data, recipe, tmp_path / "broken") is None
-    done = train_to_end(data, recipe, tmp_path / "broken", resume=True)
-    assert done.metadata["progress"]["step"] == 6
+    result = train_to_end(data, recipe, tmp_path / "broken", resume=True)
+    assert result.metadata["progress"]["step"] == 6
     assert read_weights(tmp_path / "broken") == read_weights(tmp_path / "unbroken")
 
 
-def test_measuring_changes_nothing(data: Dataset) -> None:
+def test_measuring_pace_keeps_weights_and_random_state(data: Dataset) -> None:
     net, teacher = make_net(data, SHORT_RECIPE), make_net(data, SHORT_RECIPE)
     before = [tensor.clone() for tensor in net.state_dict().values()]
     torch.manual_seed(5)
@@ -113,7 +115,7 @@ def test_measuring_changes_nothing(data: Dataset) -> None:
 
 
 def capture_output(data: Dataset, recipe: Recipe, out: Path) -> str:
-    """What a run says."""
+    """Run a training and return its output."""
     console = Console(file=io.StringIO(), width=200)
     run_training(data, recipe, out, InitialState(make_net(data, recipe)), resume=False, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
@@ -121,62 +123,62 @@ def capture_output(data: Dataset, recipe: Recipe, out: Path) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("recipe", "images"), [(SHORT_RECIPE, 60), (replace(SHORT_RECIPE, epochs=30), 60)])
-def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
+def test_expected_time_is_printed_once_before_epoch_two(
     tmp_path: Path, data: Dataset, recipe: Recipe, images: int
 ) -> None:
-    lines = capture_output(data, recipe, tmp_path / "run")
-    (line,) = re.findall(r"expected: .*", lines)
+    output = capture_output(data, recipe, tmp_path / "run")
+    (line,) = re.findall(r"expected: .*", output)
     assert re.fullmatch(
         rf"expected: \d+ (seconds|minutes) for [\d.]+ epochs of {images} images, at \d+ images/s *", line
     )
-    assert lines.index("expected: ") < lines.index("epoch   2/")
+    assert output.index("expected: ") < output.index("epoch   2/")
 
 
 @pytest.mark.long
-def test_a_step_that_takes_long_is_measured_on_few_images(data: Dataset) -> None:
-    small = make_net(data, SHORT_RECIPE)
-    assert estimate_step(small, data, SHORT_RECIPE, torch.device("cpu")) is None
-    large = Net(NetConfig(Task.MULTICLASS, 3, "resnet18", 16))
+def test_step_time_is_estimated_only_for_long_steps(data: Dataset) -> None:
+    small_net = make_net(data, SHORT_RECIPE)
+    assert estimate_step(small_net, data, SHORT_RECIPE, torch.device("cpu")) is None
+    large_net = Net(NetConfig(Task.MULTICLASS, 3, "resnet18", 16))
     recipe = replace(SHORT_RECIPE, batch=20_000)
-    step = estimate_step(large, data, recipe, torch.device("cpu"))
+    step = estimate_step(large_net, data, recipe, torch.device("cpu"))
     assert step is not None
     assert math.isfinite(step)
     assert step > 0
 
 
-def default_network_cost(
+def compute_network_cost(
     name: str = "cnn", size: int = 32, precision: Precision = Precision.BFLOAT16
 ) -> float:
     return estimate_cost(Net(NetConfig(Task.MULTICLASS, 10, name, size)), precision)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU costs nothing more")
-def test_the_cost_follows_from_network_size_and_processor() -> None:
+def test_cost_depends_on_network_size_and_precision() -> None:
     threads = torch.get_num_threads()
-    usual = default_network_cost() * threads / 2
-    assert usual == pytest.approx(1, abs=0.01)
-    assert default_network_cost(size=48) == default_network_cost(size=48) > 2 * default_network_cost()
-    assert default_network_cost("resnet18") > 4 * default_network_cost()
-    assert default_network_cost(precision=Precision.FLOAT32) == pytest.approx(1.7 * default_network_cost())
+    cost_of_two_threads = compute_network_cost() * threads / 2
+    assert cost_of_two_threads == pytest.approx(1, abs=0.01)
+    assert compute_network_cost(size=48) == compute_network_cost(size=48) > 2 * compute_network_cost()
+    assert compute_network_cost("resnet18") > 4 * compute_network_cost()
+    assert compute_network_cost(precision=Precision.FLOAT32) == pytest.approx(1.7 * compute_network_cost())
     assert count_flops(Net(NetConfig(Task.MULTICLASS, 10))) == pytest.approx(236e6, rel=0.01)
 
 
 @pytest.mark.parametrize("images", [500, 4_500, 45_000])
-@pytest.mark.parametrize("dear", [1.7, 4.0, 40.0])
-def test_dear_images_are_seen_less_often(images: int, dear: float) -> None:
-    usual, recipe = build_recipe(images), build_recipe(images, cost=dear)
-    assert recipe == replace(usual, epochs=recipe.epochs)
-    assert 10 <= recipe.epochs <= usual.epochs
+@pytest.mark.parametrize("cost", [1.7, 4.0, 40.0])
+def test_expensive_images_are_seen_in_fewer_epochs(images: int, cost: float) -> None:
+    usual_recipe, recipe = build_recipe(images), build_recipe(images, cost=cost)
+    assert recipe == replace(usual_recipe, epochs=recipe.epochs)
+    assert 10 <= recipe.epochs <= usual_recipe.epochs
     steps = images // recipe.batch
-    assert recipe.epochs * images * dear <= max(360_000, 10 * images * dear, 20 * images) + images * dear or (
+    assert recipe.epochs * images * cost <= max(360_000, 10 * images * cost, 20 * images) + images * cost or (
         recipe.epochs == math.ceil(1000 / steps)
     )
-    assert build_recipe(images, cost=0.1) == usual
+    assert build_recipe(images, cost=0.1) == usual_recipe
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "1 seconds"), (42, "42 seconds"), (100, "2 minutes"), (3600, "60 minutes"), (9000, "2 h 30 min")],
 )
-def test_times_are_for_people(seconds: float, text: str) -> None:
+def test_durations_are_formatted_for_people(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
