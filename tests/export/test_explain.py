@@ -118,8 +118,8 @@ def test_layer_outputs_equal_torch_outputs(name: str, size: int, task: Task) -> 
         if not candidates:
             continue
         values = introspected.compute_output(layer.tensor, pixels)
-        largest_difference = min(float(np.abs(values - output[0]).max()) for output in candidates)
-        assert largest_difference < 1e-4, layer
+        difference = min(float(np.abs(values - output[0]).max()) for output in candidates)
+        assert difference < 1e-4, layer
         compared.add(layer.tensor)
     kinds = {layer.kind for layer in introspected.layers if layer.tensor in compared}
     assert {"Conv", "Gemm"} <= kinds
@@ -219,9 +219,8 @@ def test_receptive_field_matches_the_gradient(name: str, size: int) -> None:
             high = span.jump * middle[axis] + span.high
             assert max(low, 0) <= positions[0]
             assert positions[-1] <= min(high, size - 1)
-            if (
-                layers_by_name[path].kind == "Conv" and checked_count < 3
-            ):  # some maxima do not depend on an edge
+            # some maxima do not depend on an edge
+            if layers_by_name[path].kind == "Conv" and checked_count < 3:
                 assert (positions[0], positions[-1]) == (max(low, 0), min(high, size - 1))
         checked_count += 1
     for hook in hooks:
