@@ -27,11 +27,13 @@ from fovea.bench.workloads import ROOT
 CAT = {"cat": 0.7, "dog": 0.3}
 DOG = {"dog": 0.7, "cat": 0.3}
 PICTURES = [Picture("first", b"1", {0: CAT, 1: DOG}), Picture("second", b"2", {0: DOG, 1: CAT})]
-NATIVE = next(one for one in REQUEST_FORMATS if one.name == "native, form")
-NAMELESS = next(one for one in REQUEST_FORMATS if one.name == "TorchServe")
+NATIVE = next(request_format for request_format in REQUEST_FORMATS if request_format.name == "native, form")
+VERSIONLESS = next(
+    request_format for request_format in REQUEST_FORMATS if request_format.name == "TorchServe"
+)
 
 
-def native_body(*rows: dict[str, float] | None, version: str = "2") -> bytes:
+def make_native_body(*rows: dict[str, float] | None, version: str = "2") -> bytes:
     results = [
         {"predictions": [{"label": label, "probability": value} for label, value in
                          sorted(row.items(), key=lambda pair: -pair[1])]}
@@ -45,38 +47,42 @@ def native_body(*rows: dict[str, float] | None, version: str = "2") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "served"),
+    ("content", "versions"),
     [
-        (native_body(CAT, DOG), {"2"}),
-        (native_body(DOG, CAT, version="3"), {"2", "3"}),
-        (native_body(None, DOG), {"2"}),
+        (make_native_body(CAT, DOG), {"2"}),
+        (make_native_body(DOG, CAT, version="3"), {"2", "3"}),
+        (make_native_body(None, DOG), {"2"}),
     ],
 )
-def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
-    assert gallery.find_mistake(NATIVE, PICTURES, content, frozenset(served)) == ""
+def test_right_answers_are_accepted(content: bytes, versions: set[str]) -> None:
+    assert gallery.find_mistake(NATIVE, PICTURES, content, frozenset(versions)) == ""
 
 
 @pytest.mark.parametrize(
-    ("content", "served", "what"),
+    ("content", "versions", "message"),
     [
-        (native_body(DOG, CAT), {"2"}, "first is 'dog' by 0.7000, not 0.3000"),
-        (native_body(CAT, CAT), {"2"}, "second is 'cat'"),
-        (native_body(CAT, DOG), {"3"}, "by version 2, and 3 is served"),
-        (native_body(CAT, DOG, version="3"), {"2", "3"}, "first is 'cat'"),
-        (native_body(CAT), {"2"}, "1 answers to 2 pictures"),
-        (native_body({"dog": 0.3}, DOG), {"2"}, "the first label is 'dog', which is not the most probable"),
-        (native_body({}, DOG), {"2"}, "first has no labels"),
+        (make_native_body(DOG, CAT), {"2"}, "first is 'dog' by 0.7000, not 0.3000"),
+        (make_native_body(CAT, CAT), {"2"}, "second is 'cat'"),
+        (make_native_body(CAT, DOG), {"3"}, "by version 2, and 3 is served"),
+        (make_native_body(CAT, DOG, version="3"), {"2", "3"}, "first is 'cat'"),
+        (make_native_body(CAT), {"2"}, "1 answers to 2 pictures"),
+        (
+            make_native_body({"dog": 0.3}, DOG),
+            {"2"},
+            "the first label is 'dog', which is not the most probable",
+        ),
+        (make_native_body({}, DOG), {"2"}, "first has no labels"),
         (b"{}", {"2"}, "cannot be read"),
         (b"<html>", {"2"}, "cannot be read"),
     ],
 )
-def test_wrong_answers_are_found(content: bytes, served: set[str], what: str) -> None:
-    assert what in gallery.find_mistake(NATIVE, PICTURES, content, frozenset(served))
+def test_wrong_answers_are_found(content: bytes, versions: set[str], message: str) -> None:
+    assert message in gallery.find_mistake(NATIVE, PICTURES, content, frozenset(versions))
 
 
-def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
-    def find_complaint(rows: list[dict[str, float]], *served: str) -> str:
-        return gallery.find_mistake(NAMELESS, PICTURES, json.dumps(rows).encode(), frozenset(served))
+def test_answer_without_a_version_must_fit_a_served_version() -> None:
+    def find_complaint(rows: list[dict[str, float]], *versions: str) -> str:
+        return gallery.find_mistake(VERSIONLESS, PICTURES, json.dumps(rows).encode(), frozenset(versions))
 
     assert find_complaint([CAT, DOG], "2") == ""
     assert find_complaint([CAT, DOG], "2", "3") == ""
@@ -84,7 +90,7 @@ def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
     assert "is 'cat'" in find_complaint([CAT, CAT], "2", "3")  # one picture by each version
 
 
-def test_pictures_have_answers_of_their_own() -> None:
+def test_pictures_with_equal_answers_are_filtered() -> None:
     twin = Picture("twin", b"3", {0: DOG, 1: CAT})
     other = Picture("other", b"4", {0: {"cat": 0.5, "dog": 0.5}, 1: {"cat": 0.4, "dog": 0.6}})
     assert gallery.filter_distinct([PICTURES[0], twin, other]) == [PICTURES[0], other]
@@ -98,39 +104,39 @@ def test_pictures_have_answers_of_their_own() -> None:
         ({"code": 422, "type": "of TorchServe", "reason": "bad_image"}, "bad_image"),
     ],
 )
-def test_an_error_s_code_is_found_in_every_protocol(content: Any, code: str) -> None:
+def test_error_code_is_found_in_every_protocol(content: Any, code: str) -> None:
     assert parse_error_code(Response(422, b"", json.dumps(content).encode())) == (code, "")
     assert parse_error_code(Response(422, b"", b"oh"))[1].startswith("an error 422 without a code")
 
 
-def test_versions_are_served_from_their_swap_to_the_next() -> None:
-    served = ServedVersions("1", overlap_seconds=0.0)
+def test_version_is_served_from_its_swap_to_the_next() -> None:
+    versions = ServedVersions("1", overlap_seconds=0.0)
     before = time.monotonic()
-    served.add_version("2")
+    versions.add_version("2")
     during = time.monotonic()
-    served.keep_only("2")
+    versions.keep_only("2")
     after = time.monotonic()
-    assert served.versions_between(before - 1, before - 0.5) == {"1"}
-    assert served.versions_between(before - 1, during) == {"1", "2"}
-    assert served.versions_between(after + 0.001, after + 1) == {"2"}
+    assert versions.versions_between(before - 1, before - 0.5) == {"1"}
+    assert versions.versions_between(before - 1, during) == {"1", "2"}
+    assert versions.versions_between(after + 0.001, after + 1) == {"2"}
 
 
-def test_what_never_happened_is_said() -> None:
-    shown = LegResult(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
-    assert chaos._find_missing_events(shown) == []
-    refused = {"explanation: 503": 3, "giant, 12 MP JPEG: 413": 1}
-    assert len(chaos._find_missing_events(LegResult(1, kinds=refused))) == 3
+def test_missing_events_are_reported() -> None:
+    complete_result = LegResult(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
+    assert chaos._find_missing_events(complete_result) == []
+    refused_kinds = {"explanation: 503": 3, "giant, 12 MP JPEG: 413": 1}
+    assert len(chaos._find_missing_events(LegResult(1, kinds=refused_kinds))) == 3
 
 
-# --- what clients do -----------------------------------------------------------------------------
+# --- client connections --------------------------------------------------------------------------
 
 
-def _run_with_reply(answer: bytes, use_connection: Callable[[Connection], Awaitable[Any]]) -> Any:
-    """Connect to a server that sends `answer` and closes."""
+def _run_with_reply(reply: bytes, use_connection: Callable[[Connection], Awaitable[Any]]) -> Any:
+    """Connect to a server that sends `reply` and closes."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
+        writer.write(reply)
         writer.close()
 
     async def connect_and_run() -> Any:
@@ -147,18 +153,18 @@ def _run_with_reply(answer: bytes, use_connection: Callable[[Connection], Awaita
 
 
 @pytest.mark.parametrize(
-    ("sent", "content"),
+    ("reply", "content"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"hi"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nh\r\n1\r\ni\r\n0\r\n\r\n", b"hi"),
     ],
 )
-def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
-    assert _run_with_reply(sent, lambda connection: connection.receive())[::2] == (200, content)
+def test_complete_answers_are_read(reply: bytes, content: bytes) -> None:
+    assert _run_with_reply(reply, lambda connection: connection.receive())[::2] == (200, content)
 
 
 @pytest.mark.parametrize(
-    "sent",
+    "reply",
     [
         b"",
         b"HTTP/1.1 200 OK\r\nContent-Le",
@@ -167,23 +173,23 @@ def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
         b"hello\r\n\r\n",
     ],
 )
-def test_a_broken_answer_is_broken(sent: bytes) -> None:
+def test_incomplete_answers_raise_broken_connection(reply: bytes) -> None:
     with pytest.raises(BrokenConnection):
-        _run_with_reply(sent, lambda connection: connection.receive())
+        _run_with_reply(reply, lambda connection: connection.receive())
 
 
 # --- the machine ---------------------------------------------------------------------------------
 
 
-def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
+def test_group_limits_memory_and_is_removed() -> None:
     with create_limited_group(64 << 20) as group:
         if group is None:
             pytest.skip("no control group with a memory limit can be made here: be root, or delegate one")
-        greedy = group.wrap_command([sys.executable, "-c", "bytearray(1 << 28)"])
-        assert subprocess.run(greedy, check=False).returncode == -9
+        greedy_command = group.wrap_command([sys.executable, "-c", "bytearray(1 << 28)"])
+        assert subprocess.run(greedy_command, check=False).returncode == -9
         assert group.kill_count == 1
-        sleeper = group.wrap_command([sys.executable, "-c", "input()"])
-        with start_process(sleeper, stdin=subprocess.PIPE) as process:
+        sleeping_command = group.wrap_command([sys.executable, "-c", "input()"])
+        with start_process(sleeping_command, stdin=subprocess.PIPE) as process:
             while process.pid not in group.pids:
                 assert process.poll() is None
     assert not group.folder.exists()
@@ -191,13 +197,13 @@ def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_service_that_nobody_disturbs_has_no_complaints(workers: int, tmp_path: Path) -> None:
-    """Swaps, unloads, leavers, deadlines, bombs and giants alone."""
-    never = [f"--gap={name}=9999" for name in GAPS if name.startswith(("kill", "stop"))]
+def test_undisturbed_service_has_no_complaints(workers: int, tmp_path: Path) -> None:
+    """There are only swaps, unloads, leavers, deadlines, bombs and giants."""
+    gap_options = [f"--gap={name}=9999" for name in GAPS if name.startswith(("kill", "stop"))]
     command = [sys.executable, "-m", "fovea.bench.chaos", "--minutes=0.4", f"--workers={workers}",
-               "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", *never]  # fmt: skip
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+               "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", *gap_options]  # fmt: skip
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
     (leg,) = json.loads((tmp_path / "chaos.json").read_text())["legs"]
     assert leg["swaps"] > 0
     assert sum(number for kind, number in leg["kinds"].items() if kind.startswith("good")) > 100

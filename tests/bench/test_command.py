@@ -1,4 +1,4 @@
-"""`fovea bench URL` against a real service, and against what is none."""
+"""`fovea bench URL` against a real service and against unusable addresses."""
 
 from __future__ import annotations
 
@@ -22,43 +22,42 @@ def run_bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
-def test_with_a_rate_it_counts_what_the_service_counts(server: Server) -> None:
+def test_bench_with_a_rate_counts_as_the_service(server: Server) -> None:
     before = server.read_metric("fovea_images_total")
-    ended = run_bench(server.url, "--rate", "50", "--seconds", "1", "--json")
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
-    assert found["url"] == f"{server.url}/v1/classify"
-    assert found["statuses"] == {"200": found["sent"]}
-    assert (
-        server.read_metric("fovea_images_total") - before == found["sent"] + 1
-    )  # one to see whether it answers
-    latency = list(found["latency"].values())
-    assert list(found["latency"]) == ["p50", "p90", "p95", "p99", "p99.9", "p100"]
+    process = run_bench(server.url, "--rate", "50", "--seconds", "1", "--json")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert report["url"] == f"{server.url}/v1/classify"
+    assert report["statuses"] == {"200": report["sent"]}
+    # one more request tests the connection
+    assert server.read_metric("fovea_images_total") - before == report["sent"] + 1
+    latency = list(report["latency"].values())
+    assert list(report["latency"]) == ["p50", "p90", "p95", "p99", "p99.9", "p100"]
     assert latency == sorted(latency)
 
 
-def test_for_people_it_draws_how_long_answers_took(server: Server, tmp_path: Path) -> None:
+def test_bench_draws_latencies_as_text(server: Server, tmp_path: Path) -> None:
     (tmp_path / "own.jpg").write_bytes(make_jpeg())
-    ended = run_bench(
+    process = run_bench(
         f"{server.url}/v1/models/small/classify", tmp_path / "own.jpg", "--callers", "2", "--seconds", "0.5"
     )
-    assert ended.returncode == 0, ended.stderr
-    assert "2 callers, each with one request at a time, 0.5 s" in ended.stdout
-    assert "p99 " in ended.stdout
-    assert "█" in ended.stdout
+    assert process.returncode == 0, process.stderr
+    assert "2 callers, each with one request at a time, 0.5 s" in process.stdout
+    assert "p99 " in process.stdout
+    assert "█" in process.stdout
 
 
 @pytest.mark.long
-def test_what_is_not_answered_with_200_is_told_and_is_exit_code_1(small_zoo: Path) -> None:
+def test_refused_requests_give_exit_code_1(small_zoo: Path) -> None:
     settings = {"FOVEA_QUEUE_IMAGES": "1", "FOVEA_REQUEST_IMAGES": "1"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as narrow:
-        ended = run_bench(narrow.url, "--callers", "16", "--seconds", "1")
-    assert ended.returncode == 1
-    assert " x 503" in ended.stdout
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as small_queue_server:
+        process = run_bench(small_queue_server.url, "--callers", "16", "--seconds", "1")
+    assert process.returncode == 1
+    assert " x 503" in process.stdout
 
 
 @pytest.mark.parametrize(
-    ("url", "sentence"),
+    ("url", "message"),
     [
         ("https://127.0.0.1", "https://127.0.0.1 is not an address that can be loaded"),
         ("ftp://127.0.0.1/x", "is not an address that can be loaded"),
@@ -68,12 +67,12 @@ def test_what_is_not_answered_with_200_is_told_and_is_exit_code_1(small_zoo: Pat
         ("{server}/docs", "/docs answers an image with 405: "),
     ],
 )
-def test_what_cannot_be_loaded_is_one_sentence(server: Server, url: str, sentence: str) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        names = {"closed": str(closed.getsockname()[1]), "server": server.url}
-        ended = run_bench(url.format(**names))
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("fovea: ")
-    assert sentence.format(**names) in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+def test_unusable_url_gives_one_sentence(server: Server, url: str, message: str) -> None:
+    with socket.socket() as closed_socket:
+        closed_socket.bind(("127.0.0.1", 0))
+        names = {"closed": str(closed_socket.getsockname()[1]), "server": server.url}
+        process = run_bench(url.format(**names))
+    assert process.returncode == 2
+    assert process.stderr.startswith("fovea: ")
+    assert message.format(**names) in process.stderr
+    assert len(process.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""`fovea doctor`: on a real service, and what it makes of what it finds."""
+"""`fovea doctor` on a real service, and its diagnosis of findings."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def run_doctor(*arguments: str, **settings: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def test_it_loads_a_service_of_its_own_and_says_what_it_found(small_zoo: Path) -> None:
-    ended = run_doctor("--seconds", "1", "--json", FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1")
-    assert ended.returncode == 0, ended.stderr
-    said = json.loads(ended.stdout)
-    load = said["load"]
-    assert said["runtime"]["threads"]["runners"] == 1
+def test_doctor_reports_on_a_service_of_its_own(small_zoo: Path) -> None:
+    process = run_doctor("--seconds", "1", "--json", FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    load = report["load"]
+    assert report["runtime"]["threads"]["runners"] == 1
     assert load["answered"] > 0
     assert load["failed"] == 0
     assert 0 < load["p50"] <= load["p99"]
     assert 0.2 < load["runners"] < 1.2
     assert 0 < load["decode"] < 1
     assert 0 < load["busy"] < 1.2
-    assert said["bottleneck"]
-    assert said["advice"]
+    assert report["bottleneck"]
+    assert report["advice"]
 
 
-def test_for_people_it_is_a_table(tmp_path: Path) -> None:
+def test_doctor_prints_a_table(tmp_path: Path) -> None:
     for name in ("first", "second"):  # there is no default model
         add_to_repository(build_model(), tmp_path, name)
-    ended = run_doctor("--seconds", "1", FOVEA_MODELS=str(tmp_path))
-    assert ended.returncode == 0, ended.stderr
+    process = run_doctor("--seconds", "1", FOVEA_MODELS=str(tmp_path))
+    assert process.returncode == 0, process.stderr
     for line in (
         "versions",
         "processors",
@@ -65,14 +65,14 @@ def test_for_people_it_is_a_table(tmp_path: Path) -> None:
         "self-load",
         "bottleneck",
     ):
-        assert f"\n{line} " in f"\n{ended.stdout}"
-    assert "first version 1 on cpu; golden set: 8 images, pixels to" in ended.stdout
+        assert f"\n{line} " in f"\n{process.stdout}"
+    assert "first version 1 on cpu; golden set: 8 images, pixels to" in process.stdout
 
 
-def test_a_service_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
-    ended = run_doctor(FOVEA_MODELS=str(tmp_path))
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"fovea: {tmp_path} has no <name>/<version>/model.onnx\n"
+def test_failed_start_gives_one_sentence(tmp_path: Path) -> None:
+    process = run_doctor(FOVEA_MODELS=str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"fovea: {tmp_path} has no <name>/<version>/model.onnx\n"
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_a_service_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
         ({"busy": 0.5, "runners": 0.5}, {}, "load", "this load cannot send faster"),
     ],
 )
-def test_what_explains_most_is_the_bottleneck(
+def test_bottleneck_is_diagnosed_from_the_findings(
     changes: dict[str, Any], threads: dict[str, Any], bottleneck: str, advice: str
 ) -> None:
     runtime = {"threads": {**THREADS["threads"], **threads}}
-    found = diagnose_bottleneck(replace(GOOD, **changes), runtime)
-    assert found[0] == bottleneck
-    assert advice in found[1]
+    diagnosis = diagnose_bottleneck(replace(GOOD, **changes), runtime)
+    assert diagnosis[0] == bottleneck
+    assert advice in diagnosis[1]

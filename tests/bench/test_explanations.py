@@ -1,4 +1,4 @@
-"""The checks of `make explanations` find what is wrong: answers are made up, and one thing in each is off."""
+"""The checks of `make explanations` find one mistake in each made-up answer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def join_lines(*content: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("question", "given"),
+    ("question", "response"),
     [
         (QUESTION, make_answer(make_result())),
         (OCCLUSION, make_answer(make_result(method="occlusion", samples=32))),
@@ -74,12 +74,12 @@ def join_lines(*content: Any) -> bytes:
         (LATE, make_answer({}, 504)),
     ],
 )
-def test_a_right_answer_is_right(question: Question, given: Response) -> None:
-    assert find_mistake(question, given, 1.0, {}) == ""
+def test_right_answers_are_accepted(question: Question, response: Response) -> None:
+    assert find_mistake(question, response, 1.0, {}) == ""
 
 
 @pytest.mark.parametrize(
-    ("question", "given", "what"),
+    ("question", "response", "message"),
     [
         (QUESTION, make_answer(make_result(RED)), "the model saw [(200, 10, 30)]"),
         (QUESTION, make_answer(make_result(size=(30, 40))), "an image of (30, 40), not (40, 30)"),
@@ -115,56 +115,64 @@ def test_a_right_answer_is_right(question: Question, given: Response) -> None:
         (replace(LATE, deadline=1.5), make_answer({}, 504), "504 0.500 s early"),
     ],
 )
-def test_a_wrong_answer_is_found(question: Question, given: Response, what: str) -> None:
-    assert what in find_mistake(question, given, 1.0, {})
+def test_wrong_answers_are_found(question: Question, response: Response, message: str) -> None:
+    assert message in find_mistake(question, response, 1.0, {})
 
 
-@pytest.mark.parametrize(("difference", "shape", "what"), [(0.0, (4, 8, 8), ""), (0.01, (4, 8, 8), "differ"),
-                                                           (0.0, (4, 8, 9), "maps of")])  # fmt: skip
-def test_maps_of_another_picture_are_found(difference: float, shape: tuple[int, ...], what: str) -> None:
-    wanted = np.zeros((4, 8, 8), np.float32)
+@pytest.mark.parametrize(
+    ("difference", "shape", "message"),
+    [(0.0, (4, 8, 8), ""), (0.01, (4, 8, 8), "differ"), (0.0, (4, 8, 9), "maps of")],
+)
+def test_maps_of_another_picture_are_found(difference: float, shape: tuple[int, ...], message: str) -> None:
+    expected_maps = np.zeros((4, 8, 8), np.float32)
     content = BytesIO()
     np.save(content, np.full(shape, difference, np.float32))
-    said = find_mistake(
-        replace(QUESTION, kind=QuestionKind.MAPS), make_answer(content.getvalue()), 1.0, {GREEN: wanted}
+    mistake = find_mistake(
+        replace(QUESTION, kind=QuestionKind.MAPS),
+        make_answer(content.getvalue()),
+        1.0,
+        {GREEN: expected_maps},
     )
-    assert what in said
-    assert bool(said) is bool(what)
+    assert message in mistake
+    assert bool(mistake) is bool(message)
 
 
-def test_a_run_with_a_wrong_answer_fails() -> None:
-    seen = ExplanationResults()
-    seen.questions["cam"] = 100
-    seen.right_answers["cam"] = 99
-    assert seen.failures == []
-    seen.add_mistake(QUESTION, "the model saw red")
-    assert seen.failures == ["cam, json, colour (10, 200, 30): the model saw red"]
+def test_run_with_a_wrong_answer_fails() -> None:
+    results = ExplanationResults()
+    results.questions["cam"] = 100
+    results.right_answers["cam"] = 99
+    assert results.failures == []
+    results.add_mistake(QUESTION, "the model saw red")
+    assert results.failures == ["cam, json, colour (10, 200, 30): the model saw red"]
 
 
-def test_a_run_that_is_refused_or_not_answered_fails() -> None:
-    seen = ExplanationResults(refusals=6)
-    seen.questions["cam"] = 100
-    assert seen.failures == ["6 of 100 questions got 503; at most 5%", "no cam was answered"]
+def test_run_with_refused_or_unanswered_questions_fails() -> None:
+    results = ExplanationResults(refusals=6)
+    results.questions["cam"] = 100
+    assert results.failures == ["6 of 100 questions got 503; at most 5%", "no cam was answered"]
 
 
-def test_every_picture_has_one_colour_and_its_size() -> None:
+def test_padded_picture_has_one_colour_and_its_size() -> None:
     png = encode_padded_png((40, 30), GREEN, 100_000)
     assert 100_000 <= len(png) < 101_000
     assert find_colours(png) == {GREEN}
-    with Image.open(BytesIO(png)) as opened:
-        assert opened.size == (40, 30)
+    with Image.open(BytesIO(png)) as image:
+        assert image.size == (40, 30)
 
 
-def test_a_plan_is_decided_by_its_seed_and_has_all_that_is_asked() -> None:
+def test_plan_has_all_questions_and_depends_on_its_seed() -> None:
     rounds = plan_rounds(1000, 20, ["ship", "frog"], 1)
-    questions = [question for one in rounds for question in one[1:]]
-    asks = [question.kind for question in questions]
+    questions = [question for round_questions in rounds for question in round_questions[1:]]
+    kinds = [question.kind for question in questions]
     assert (
-        asks.count(QuestionKind.CAM),
-        asks.count(QuestionKind.OCCLUSION),
-        asks.count(QuestionKind.MAPS),
+        kinds.count(QuestionKind.CAM),
+        kinds.count(QuestionKind.OCCLUSION),
+        kinds.count(QuestionKind.MAPS),
     ) == (1000, 20, 50)
-    assert all(one[0].leave_moment is LeaveMoment.WAITING and one[0].padding > 1 << 20 for one in rounds)
+    assert all(
+        round_questions[0].leave_moment is LeaveMoment.WAITING and round_questions[0].padding > 1 << 20
+        for round_questions in rounds
+    )
     assert {question.leave_moment for question in questions} == set(LeaveMoment)
     assert rounds == plan_rounds(1000, 20, ["ship", "frog"], 1)
     assert rounds != plan_rounds(1000, 20, ["ship", "frog"], 2)

@@ -1,4 +1,4 @@
-"""The load generator against real servers that answer well, late, shortly or not at all."""
+"""The load generator against real servers that answer well, late, incompletely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from fovea.bench.load import compute_percentile, run_closed_loop, run_open_loop
 
 Answer = Callable[[bytes], Awaitable[bytes]]
-"""A request's body to all bytes of the answer; none closes the connection."""
+"""Function from a request's body to all bytes of the answer; no bytes close the connection."""
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"
@@ -90,7 +90,7 @@ async def reply_at_once(_body: bytes) -> bytes:
     return OK
 
 
-def test_the_rate_is_the_one_that_was_asked_for() -> None:
+def test_open_loop_sends_at_the_requested_rate() -> None:
     with run_server(reply_at_once) as server:
         result = run_open_loop(server.url, [b"a", b"bb"], rate=500, seconds=1)
     assert abs(len(result.planned_times) - 500) < 5 * math.sqrt(500)  # five deviations of a Poisson count
@@ -107,7 +107,7 @@ def test_bodies_are_sent_in_turn() -> None:
     assert server.bodies == [[b"a", b"bb", b"ccc"][turn % 3] for turn in range(len(result.planned_times))]
 
 
-def test_the_same_seed_plans_the_same() -> None:
+def test_same_seed_gives_the_same_schedule() -> None:
     with run_server(reply_at_once) as server:
         first, again, other = (
             run_open_loop(server.url, [b""], rate=100, seconds=0.2, seed=seed).planned_times.tolist()
@@ -119,10 +119,10 @@ def test_the_same_seed_plans_the_same() -> None:
 def test_statuses_are_counted_and_retry_after_is_read() -> None:
     turns = iter(range(10_000))
 
-    async def every_third(_body: bytes) -> bytes:
+    async def refuse_every_third(_body: bytes) -> bytes:
         return BUSY if next(turns) % 3 == 0 else OK
 
-    with run_server(every_third) as server:
+    with run_server(refuse_every_third) as server:
         result = run_open_loop(server.url, [b"x"], rate=300, seconds=0.5)
     count = len(result.planned_times)
     assert result.statuses == {200: count - math.ceil(count / 3), 503: math.ceil(count / 3)}
@@ -132,19 +132,19 @@ def test_statuses_are_counted_and_retry_after_is_read() -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 512])
-def test_a_stall_is_paid_for_by_all_who_would_have_come(connections: int) -> None:
+def test_stall_delays_all_planned_requests(connections: int) -> None:
     """With one connection the requests of half a second are sent late, and still count as slow."""
     stall, rate = 0.5, 200
     turns = iter(range(10_000))
     turn = asyncio.Lock()
 
-    async def once(_body: bytes) -> bytes:
+    async def stall_once(_body: bytes) -> bytes:
         async with turn:
             if next(turns) == 50:
                 await asyncio.sleep(stall)
         return OK
 
-    with run_server(once) as server:
+    with run_server(stall_once) as server:
         result = run_open_loop(server.url, [b"x"], rate=rate, seconds=1.5, connections=connections)
     assert result.statuses == {200: len(result.planned_times)}
     slow = int((result.latency > stall / 5).sum())
@@ -153,66 +153,66 @@ def test_a_stall_is_paid_for_by_all_who_would_have_come(connections: int) -> Non
     assert (result.queued_requests > 0) == (connections == 1)
 
 
-def test_no_more_connections_than_allowed() -> None:
-    async def slowly(_body: bytes) -> bytes:
+def test_open_loop_keeps_the_connection_limit() -> None:
+    async def reply_slowly(_body: bytes) -> bytes:
         await asyncio.sleep(0.05)
         return OK
 
-    with run_server(slowly) as server:
+    with run_server(reply_slowly) as server:
         result = run_open_loop(server.url, [b"x"], rate=400, seconds=0.5, connections=5)
     assert server.max_connections == 5
     assert result.statuses == {200: len(result.planned_times)}
     assert result.answer_rate(max_latency=0.2) < result.answer_rate(max_latency=10) <= 5 / 0.05
 
 
-def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_patience() -> None:
-    async def never(_body: bytes) -> bytes:
+def test_silent_server_is_abandoned_after_the_grace_time() -> None:
+    async def never_reply(_body: bytes) -> bytes:
         await asyncio.Event().wait()
         return OK
 
-    with run_server(never) as server:
+    with run_server(never_reply) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2, grace_seconds=0.2)
     assert result.errors == {"no answer": len(result.planned_times)}
     assert np.isnan(result.latency).all()
 
 
-def test_a_server_that_hangs_up_is_an_error_each_time() -> None:
-    async def nothing(_body: bytes) -> bytes:
+def test_every_hang_up_is_counted_as_an_error() -> None:
+    async def send_nothing(_body: bytes) -> bytes:
         return b""
 
-    with run_server(nothing) as server:
+    with run_server(send_nothing) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.3)
     assert sum(result.errors.values()) == len(result.planned_times)
     assert result.statuses == {}
 
 
-def test_a_connection_that_the_server_closes_is_replaced() -> None:
-    async def and_close(_body: bytes) -> bytes:
+def test_closed_connection_is_replaced() -> None:
+    async def reply_and_close(_body: bytes) -> bytes:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
-    with run_server(and_close) as server:
+    with run_server(reply_and_close) as server:
         result = run_open_loop(server.url, [b"x"], rate=200, seconds=0.3, connections=3)
     assert result.statuses == {200: len(result.planned_times)}
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\nno length", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"])
-def test_what_is_not_http_is_an_error(answer: bytes) -> None:
-    async def something(_body: bytes) -> bytes:
+def test_unreadable_reply_is_an_error(answer: bytes) -> None:
+    async def send_answer(_body: bytes) -> bytes:
         return answer
 
-    with run_server(something) as server:
+    with run_server(send_answer) as server:
         result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2)
     assert result.errors == {"not an answer that can be read": len(result.planned_times)}
 
 
-def test_nobody_listens() -> None:
+def test_refused_connections_are_errors() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     result = run_open_loop(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
     assert result.errors == {"Connection refused": len(result.planned_times)}
 
 
-def test_large_bodies_arrive_whole() -> None:
+def test_large_bodies_arrive_complete() -> None:
     body = bytes(range(256)) * 20_000
     with run_server(reply_at_once) as server:
         result = run_open_loop(server.url, [body], rate=20, seconds=0.5)
@@ -220,10 +220,10 @@ def test_large_bodies_arrive_whole() -> None:
     assert set(server.bodies) == {body}
 
 
-def test_an_answer_before_the_body_was_read_counts() -> None:
+def test_answer_sent_before_the_body_is_read_counts() -> None:
     """A server may refuse by the head alone; the client goes on sending what the server still reads."""
 
-    class Early(LoadServer):
+    class EarlyServer(LoadServer):
         async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while True:
@@ -236,7 +236,7 @@ def test_an_answer_before_the_body_was_read_counts() -> None:
                 await _close_writer(writer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoadServer, "serve", Early.serve)
+        patch.setattr(LoadServer, "serve", EarlyServer.serve)
         with run_server(reply_at_once) as server:
             result = run_open_loop(server.url, [b"x" * 8_000_000], rate=20, seconds=0.3, connections=50)
     assert (set(result.statuses), result.errors) == ({503}, {})
@@ -245,23 +245,23 @@ def test_an_answer_before_the_body_was_read_counts() -> None:
 @pytest.mark.parametrize(
     ("percent", "value"), [(0, 1.0), (1, 1.0), (50, 50.0), (99, 99.0), (99.5, 100.0), (100, 100.0)]
 )
-def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -> None:
+def test_percentile_is_a_measured_value(percent: float, value: float) -> None:
     assert compute_percentile([float(number) for number in range(1, 101)], percent) == value
 
 
-def test_percentile_of_nothing() -> None:
+def test_percentile_of_no_values_is_nan() -> None:
     assert math.isnan(compute_percentile([], 50))
 
 
 # --- the closed loop -----------------------------------------------------------------------------
 
 
-def test_callers_ask_again_when_they_have_an_answer() -> None:
-    async def slowly(_body: bytes) -> bytes:
+def test_callers_send_again_after_each_answer() -> None:
+    async def reply_slowly(_body: bytes) -> bytes:
         await asyncio.sleep(0.05)
         return OK
 
-    with run_server(slowly) as server:
+    with run_server(reply_slowly) as server:
         result = run_closed_loop(server.url, [b"a", b"bb"], callers=3, seconds=0.5)
     assert server.max_connections == 3
     assert result.statuses == {200: len(result.planned_times)}
@@ -273,26 +273,26 @@ def test_callers_ask_again_when_they_have_an_answer() -> None:
     assert result.latency.min() >= 0.05
 
 
-def test_callers_come_back_when_they_are_sent_away() -> None:
+def test_callers_reconnect_after_a_closed_connection() -> None:
     turns = iter(range(10_000))
 
-    async def rudely(_body: bytes) -> bytes:
+    async def reply_or_hang_up(_body: bytes) -> bytes:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if next(turns) % 2 else b""
 
-    with run_server(rudely) as server:
+    with run_server(reply_or_hang_up) as server:
         result = run_closed_loop(server.url, [b"x"], callers=2, seconds=0.3)
     assert result.statuses[200] > 5
     assert result.errors == {"closed by the server": len(result.planned_times) - result.statuses[200]}
 
 
-def test_a_stall_is_paid_for_by_one_caller() -> None:
-    """Which is why the open loop is the one to believe."""
+def test_stall_in_a_closed_loop_delays_one_request() -> None:
+    """A closed loop hides a stall; the open loop shows it."""
     turns = iter(range(10_000))
 
-    async def once(_body: bytes) -> bytes:
+    async def stall_once(_body: bytes) -> bytes:
         await asyncio.sleep(0.5 if next(turns) == 20 else 0)
         return OK
 
-    with run_server(once) as server:
+    with run_server(stall_once) as server:
         result = run_closed_loop(server.url, [b"x"], callers=1, seconds=1)
     assert int((result.latency > 0.45).sum()) == 1

@@ -1,4 +1,4 @@
-"""Clients of every manner against a real server: what is answered, and what is counted."""
+"""Clients of every behaviour against a real server: their answers and the server's counters."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ IMAGES = [make_jpeg(40, 30, seed) for seed in range(20)]
 
 
 @pytest.fixture(scope="module")
-def impatient(small_zoo: Path) -> Iterator[Server]:
+def impatient_server(small_zoo: Path) -> Iterator[Server]:
     settings = {"FOVEA_BODY_TIMEOUT": "1", "FOVEA_HEADER_TIMEOUT": "1"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        yield running
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        yield server
 
 
-def slow_if_leaving(kind: RequestKind) -> RequestKind:
-    """Who leaves has asked for what takes long: a quick answer may come before a busy server sees them go."""
+def slow_down_leaving_kind(kind: RequestKind) -> RequestKind:
+    """Leaving clients send a slow request: a quick answer may come before a busy server sees them leave."""
     if kind.behaviour is not ClientBehaviour.LEAVES:
         return kind
     return replace(kind, requests=[build_request(encode_image(Image.new("RGB", (3000, 3000)), "PNG"))])
@@ -45,22 +45,25 @@ def slow_if_leaving(kind: RequestKind) -> RequestKind:
 
 @pytest.mark.long
 @pytest.mark.parametrize("connections", [1, 16])
-def test_every_request_is_answered_and_counted_by_its_reason(impatient: Server, connections: int) -> None:
-    load = [slow_if_leaving(kind) for kind in kinds.make_mixed_kinds(IMAGES)]
-    planned = [*schedule_requests(load, 400, seed=connections), *load]
-    earlier = CounterSnapshot.scrape(impatient.url)
-    outcome = send_requests(impatient.url, planned, connections=connections)
-    assert find_differences(outcome, planned, wait_for_counts(impatient.url, earlier, planned)) == []
-    assert outcome.request_counts.total() == len(planned)
-    assert outcome.request_counts.keys() == {kind.name for kind in load}
+def test_every_request_is_answered_and_counted(impatient_server: Server, connections: int) -> None:
+    mixed_kinds = [slow_down_leaving_kind(kind) for kind in kinds.make_mixed_kinds(IMAGES)]
+    schedule = [*schedule_requests(mixed_kinds, 400, seed=connections), *mixed_kinds]
+    earlier_counts = CounterSnapshot.scrape(impatient_server.url)
+    outcome = send_requests(impatient_server.url, schedule, connections=connections)
+    assert (
+        find_differences(outcome, schedule, wait_for_counts(impatient_server.url, earlier_counts, schedule))
+        == []
+    )
+    assert outcome.request_counts.total() == len(schedule)
+    assert outcome.request_counts.keys() == {kind.name for kind in mixed_kinds}
 
 
-def test_what_fares_otherwise_is_told(impatient: Server) -> None:
-    planned = [replace(kinds.make_good_kind(IMAGES), status=422, error_counts={"bad_image": 1})]
-    earlier = CounterSnapshot.scrape(impatient.url)
-    outcome = send_requests(impatient.url, planned, connections=1)
-    found = CounterSnapshot.scrape(impatient.url).increase_since(earlier)
-    assert find_differences(outcome, planned, found) == [
+def test_unexpected_outcomes_are_reported(impatient_server: Server) -> None:
+    schedule = [replace(kinds.make_good_kind(IMAGES), status=422, error_counts={"bad_image": 1})]
+    earlier_counts = CounterSnapshot.scrape(impatient_server.url)
+    outcome = send_requests(impatient_server.url, schedule, connections=1)
+    increase = CounterSnapshot.scrape(impatient_server.url).increase_since(earlier_counts)
+    assert find_differences(outcome, schedule, increase) == [
         "good: 1 x status 200, not 422",
         "errors bad_image: 0 counted, 1 sent",
         "requests 200: 1 counted, 0 sent",
@@ -69,9 +72,9 @@ def test_what_fares_otherwise_is_told(impatient: Server) -> None:
 
 
 @pytest.mark.long
-def test_a_schedule_keeps_the_shares() -> None:
-    planned = schedule_requests(kinds.make_mixed_kinds(IMAGES), 10_000, seed=0)
-    names = [kind.name for kind in planned]
+def test_schedule_keeps_the_shares() -> None:
+    schedule = schedule_requests(kinds.make_mixed_kinds(IMAGES), 10_000, seed=0)
+    names = [kind.name for kind in schedule]
     assert len(names) == 10_000
     for kind in kinds.make_mixed_kinds(IMAGES)[1:]:
         assert names.count(kind.name) == round(10_000 * kind.share)
@@ -79,32 +82,37 @@ def test_a_schedule_keeps_the_shares() -> None:
 
 
 @pytest.mark.long
-def test_who_has_nothing_to_do_does_nothing(impatient: Server) -> None:
+def test_idle_server_uses_almost_no_cpu(impatient_server: Server) -> None:
     """0.5 % of a processor is the goal; a polling loop or a spinning thread takes far more than 3 %."""
-    pids = [impatient.process.pid]
+    pids = [impatient_server.process.pid]
     assert len(find_process_tree(pids[0])) > 1  # the runners too
     wait_until_idle(pids)
-    before, started = measure_cpu_seconds(pids), time.monotonic()
+    cpu_before, started_at = measure_cpu_seconds(pids), time.monotonic()
     time.sleep(3)
-    assert (measure_cpu_seconds(pids) - before) / (time.monotonic() - started) < 0.03
+    assert (measure_cpu_seconds(pids) - cpu_before) / (time.monotonic() - started_at) < 0.03
 
 
 @pytest.mark.parametrize(
-    ("last", "idle", "told"), [(104, 0.001, 0), (106, 0.001, 1), (104, 0.006, 1), (106, 0.006, 2)]
+    ("last_memory", "idle_cpu", "failure_count"),
+    [(104, 0.001, 0), (106, 0.001, 1), (104, 0.006, 1), (106, 0.006, 2)],
 )
-def test_a_soak_fails_when_memory_grows_or_idling_costs(last: int, idle: float, told: int) -> None:
-    rests = [IdleSample(turn, float(turn), memory) for turn, memory in enumerate((50, 100, 120, last))]
-    measured = SoakResult("here", rests, [(0.0, 50)], {}, [], idle)
-    assert measured.growth == pytest.approx(last / 100 - 1)
-    assert len(measured.failures) == told
+def test_soak_fails_on_growing_memory_or_idle_cpu(
+    last_memory: int, idle_cpu: float, failure_count: int
+) -> None:
+    samples = [
+        IdleSample(turn, float(turn), memory) for turn, memory in enumerate((50, 100, 120, last_memory))
+    ]
+    result = SoakResult("here", samples, [(0.0, 50)], {}, [], idle_cpu)
+    assert result.growth == pytest.approx(last_memory / 100 - 1)
+    assert len(result.failures) == failure_count
 
 
-def test_a_soak_is_drawn_small(tmp_path: Path) -> None:
+def test_soak_picture_is_small(tmp_path: Path) -> None:
     from fovea.bench.picture import draw_memory
 
-    rests = [IdleSample(turn, 60.0 * turn, 100_000_000) for turn in range(11)]
-    measured = SoakResult(
-        "here", rests, [(float(second), 10**8 + second) for second in range(600)], {}, [], 0
+    samples = [IdleSample(turn, 60.0 * turn, 100_000_000) for turn in range(11)]
+    result = SoakResult(
+        "here", samples, [(float(second), 10**8 + second) for second in range(600)], {}, [], 0
     )
-    draw_memory(measured, tmp_path / "soak.svg")
+    draw_memory(result, tmp_path / "soak.svg")
     assert 1_000 < (tmp_path / "soak.svg").stat().st_size < 60_000

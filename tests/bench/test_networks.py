@@ -1,4 +1,4 @@
-"""The networks are the ones that they are called."""
+"""The networks of the benchmark."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fovea.bench.networks import NETWORKS, calibrate_network, count_multiply_add
 
 
 @pytest.mark.parametrize(("name", "side", "millions"), [("resnet20", 32, 41), ("mobilenetv2", 224, 301)])
-def test_multiply_adds(name: str, side: int, millions: int) -> None:
+def test_networks_have_the_expected_multiply_adds(name: str, side: int, millions: int) -> None:
     net, _ = NETWORKS[name]()
     assert round(count_multiply_adds(net, side) / 1e6) == millions
 
 
-def test_each_image_that_the_head_was_set_by_has_its_own_label() -> None:
+def test_calibrated_head_gives_each_image_its_own_label() -> None:
     torch.manual_seed(0)
     net, labels = NETWORKS["resnet20"]()
     images = torch.randn(labels, 3, 32, 32)

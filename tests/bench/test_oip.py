@@ -1,4 +1,4 @@
-"""`make bench-oip`: both sides compute the same, of one array."""
+"""`make bench-oip`: the service and the bare runtime compute the same."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from tests.export.imports import make_labels
 from tests.servers import Server
 
 
-def test_the_service_and_the_bare_runtime_say_the_same(tmp_path: Path) -> None:
-    plain, labels = tmp_path / "plain.onnx", tmp_path / "labels.txt"
-    plain.write_bytes(build_classifier().SerializeToString())
-    labels.write_text("\n".join(make_labels(5)))
+def test_service_and_bare_runtime_agree(tmp_path: Path) -> None:
+    model_file, label_file = tmp_path / "plain.onnx", tmp_path / "labels.txt"
+    model_file.write_bytes(build_classifier().SerializeToString())
+    label_file.write_text("\n".join(make_labels(5)))
     import_model(
-        ImportRequest(plain, labels, "network", tmp_path / "zoo", PreprocessingOptions(preset=IMAGENET))
+        ImportRequest(
+            model_file, label_file, "network", tmp_path / "zoo", PreprocessingOptions(preset=IMAGENET)
+        )
     )
     array = np.random.default_rng(0).normal(0, 1, (6, 3, 16, 16)).astype(np.float32)
     with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
         address = urlsplit(server.url)
-        with open_inference_client(str(address.hostname), int(address.port or 0), array) as ask:
-            assert np.abs(make_bare_runner(plain, 1)(array) - ask()).max() < 1e-5
+        with open_inference_client(str(address.hostname), int(address.port or 0), array) as infer:
+            assert np.abs(make_bare_runner(model_file, 1)(array) - infer()).max() < 1e-5

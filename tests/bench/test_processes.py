@@ -1,4 +1,4 @@
-"""What is read of /proc is what was used."""
+"""Measurements of processes from /proc."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ time.sleep(60)
 """
 
 
-def test_a_tree_is_measured_with_its_children_and_ended_with_them() -> None:
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as output:
-        with start_process([sys.executable, "-c", PARENT, CHILD], stdout=writing) as process:
-            os.close(writing)
+def test_process_tree_is_measured_and_ended() -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as output:
+        with start_process([sys.executable, "-c", PARENT, CHILD], stdout=write_end) as process:
+            os.close(write_end)
             watch = CpuStopwatch([process.pid])
             assert output.readline() == "done\n"
             assert len(find_process_tree(process.pid)) == 2
@@ -41,4 +41,4 @@ def test_a_tree_is_measured_with_its_children_and_ended_with_them() -> None:
             assert measure_resident_bytes([process.pid]) > 50_000_000
             wait_until_idle([process.pid], limit=5)
         assert process.returncode is not None
-        assert output.read() == ""  # nobody is left who could write
+        assert output.read() == ""  # no process is left that could write

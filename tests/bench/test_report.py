@@ -1,4 +1,4 @@
-"""The statistics and the judgement of the goals."""
+"""Statistics of the benchmark and the evaluation of its goals."""
 
 from __future__ import annotations
 
@@ -40,22 +40,24 @@ def test_one_disturbed_round_does_not_count() -> None:
     assert tail_ratio(cells, "fovea", 32) == pytest.approx(5 / 3)
 
 
-def test_disturbed_measurements_are_left_out_where_there_are_others() -> None:
-    clear, disturbed = replace(CELL, round=0), replace(CELL, round=1, others=0.5)
-    assert drop_disturbed([clear, disturbed]) == [clear]
-    assert drop_disturbed([disturbed]) == [disturbed]
-    bare = replace(CELL, name="bare", rate=1000.0, round=1)
-    assert ratio_to_bare(drop_disturbed([clear, disturbed, bare]), "fovea", 32) == pytest.approx(0.9)
+def test_disturbed_measurements_are_dropped_if_others_exist() -> None:
+    clear_cell, disturbed_cell = replace(CELL, round=0), replace(CELL, round=1, others=0.5)
+    assert drop_disturbed([clear_cell, disturbed_cell]) == [clear_cell]
+    assert drop_disturbed([disturbed_cell]) == [disturbed_cell]
+    bare_cell = replace(CELL, name="bare", rate=1000.0, round=1)
+    assert ratio_to_bare(
+        drop_disturbed([clear_cell, disturbed_cell, bare_cell]), "fovea", 32
+    ) == pytest.approx(0.9)
 
 
-def test_what_was_not_measured_is_no_number() -> None:
+def test_missing_measurements_give_nan() -> None:
     assert math.isnan(ratio_to_bare([CELL], "fovea", 32))
     assert math.isnan(tail_ratio([CELL], "fovea", 8))
 
 
-def test_goals_are_those_that_were_measured() -> None:
-    found = evaluate_goals([CELL, replace(CELL, name="bare", rate=1000.0)], [OPEN], "fovea")
-    assert {goal.description: goal.is_met for goal in found} == {
+def test_only_measured_goals_are_evaluated() -> None:
+    goals = evaluate_goals([CELL, replace(CELL, name="bare", rate=1000.0)], [OPEN], "fovea")
+    assert {goal.description: goal.is_met for goal in goals} == {
         "throughput over bare, 32 connections": True,
         "p99 / p50, 32 connections": True,
         "answered in time over capacity, at 300 %": True,
@@ -63,14 +65,14 @@ def test_goals_are_those_that_were_measured() -> None:
     }
 
 
-def test_a_disturbed_measurement_is_made_again_and_the_best_is_kept() -> None:
-    tried = iter([0.9, 0.3, 0.4, 0.0])
-    assert measure_undisturbed(lambda: replace(CELL, others=next(tried))).others == 0.3
-    assert next(tried) == 0.0  # three tries and no more
+def test_disturbed_measurement_is_repeated_and_the_best_kept() -> None:
+    shares = iter([0.9, 0.3, 0.4, 0.0])
+    assert measure_undisturbed(lambda: replace(CELL, others=next(shares))).others == 0.3
+    assert next(shares) == 0.0  # three tries and no more
     assert measure_undisturbed(lambda: replace(CELL, others=0.01)).others == 0.01
 
 
-def test_a_table_reads_as_text_and_as_markdown() -> None:
+def test_markdown_table_is_aligned() -> None:
     assert format_markdown([["", "a", "bb"], ["one", "1.5", "2"]]).splitlines() == [
         "|     |   a | bb |",
         "|-----|----:|---:|",

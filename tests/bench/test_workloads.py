@@ -1,4 +1,4 @@
-"""What the benchmark sends where there are no test data."""
+"""Workloads of the benchmark with and without test data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pictures import make_jpeg
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no test data."""
+    """Return the path of an empty cache, without test data."""
     monkeypatch.setattr(workloads, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(workloads, "_DRAWN_FOLDER", tmp_path / "cache" / "drawn")
     monkeypatch.setenv("TEST_DATA", str(tmp_path / "data"))
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("name", "count", "size"), [("thumbnails", 500, (32, 32)), ("photographs", 40, (500, 375))]
 )
-def test_pictures_are_drawn_where_there_are_no_test_data(
+def test_pictures_are_drawn_without_test_data(
     cache: Path, capsys: pytest.CaptureFixture[str], name: str, count: int, size: tuple[int, int]
 ) -> None:
     workload = WORKLOADS[name]
@@ -39,12 +39,12 @@ def test_pictures_are_drawn_where_there_are_no_test_data(
             assert (image.format, image.size) == ("JPEG", size)
     times = [path.stat().st_mtime_ns for path in images]
     assert [path.stat().st_mtime_ns for path in workload.images] == times  # they are drawn once
-    said = capsys.readouterr().err
-    assert said.count("drawn pictures take its place") == 1
-    assert "set TEST_DATA to the folder of the test data" in said
+    message = capsys.readouterr().err
+    assert message.count("drawn pictures take its place") == 1
+    assert "set TEST_DATA to the folder of the test data" in message
 
 
-def test_test_data_that_are_there_come_first(
+def test_existing_test_data_take_precedence(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert WORKLOADS["photographs"].is_drawn

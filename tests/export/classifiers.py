@@ -98,7 +98,7 @@ def build_classifier(
 def _add_end(
     nodes: list[NodeProto], last: str, scores: str, end: GraphEnd, weights: dict[str, Array]
 ) -> None:
-    """Yield the nodes from logits to the output; `hidden_…` ends use unusual operators."""
+    """Append the nodes from logits to the output; `hidden_…` ends use unusual operators."""
     if end == "hidden_softmax":
         powers = _add_node(nodes, "Exp", [last])
         last = _add_node(nodes, "Div", [powers, _add_node(nodes, "ReduceL1", [powers], axes=[1], keepdims=1)])
@@ -224,7 +224,7 @@ def export_foreign(name: str, size: int = 64, labels: int = 7, batch: int | None
 
 
 def export_network(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
-    """float32 NCHW, for any number of images or, as torch does by default, for that of the example."""
+    """Export as float32 NCHW for any number of images, or for `batch` images as torch does by default."""
     with silence_exporter():
         program = torch.onnx.export(
             net,

@@ -24,8 +24,8 @@ from tests.training import SHORT_RECIPE, draw_dataset, train_quietly
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+def _use_one_thread() -> None:
+    """Use one thread: tests run in parallel, and OpenMP is very slow with more threads than free cores."""
     torch.set_num_threads(1)
 
 
@@ -64,8 +64,8 @@ class ExportedModel:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
-    """A network of three labels at 16 x 16; its test images are noise, about which it is often wrong."""
+def exported_model(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
+    """Return a network of three labels at 16 x 16, whose test images are noise that it often gets wrong."""
     folder = tmp_path_factory.mktemp("exported")
     random = np.random.default_rng(0)
     noise = torch.from_numpy(random.integers(0, 256, (150, 16, 16, 3), dtype=np.uint8))

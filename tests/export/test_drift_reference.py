@@ -22,27 +22,32 @@ def make_engine(labels: int) -> Engine:
     return Engine(graph.SerializeToString(), provider="cpu", threads=1)
 
 
-def test_it_counts_what_the_graph_says_of_all_parts() -> None:
+def test_reference_counts_predictions_of_all_splits() -> None:
     random = np.random.default_rng(0)
     levels = random.integers(0, 256, (BATCH_SIZE + 100, 1, 1, 3), dtype=np.uint8)
     noise = random.integers(0, 256, (BATCH_SIZE + 100, 16, 16, 3), dtype=np.uint8)
     pixels = levels // 2 + noise // 2
     model = make_engine(4)
-    found = measure_reference(
+    reference = measure_reference(
         model, make_examples(pixels[:90]), make_examples(pixels[:0]), make_examples(pixels[90:])
     )
-    said, bright = model.run(pixels), pixels.mean(axis=(1, 2, 3)) / 255
-    assert found.images == len(pixels)
-    counts = np.bincount(said.argmax(axis=1), minlength=4)
-    names = {model.contract.labels[place]: count for place, count in enumerate(counts.tolist()) if count}
-    assert found.labels == names
-    assert list(found.labels.values()) == sorted(names.values(), reverse=True)
-    for spread, values in ((found.confidence, said.max(axis=1)), (found.brightness, bright)):
-        assert np.histogram(values, [-np.inf, *spread.edges, np.inf])[0].tolist() == list(spread.counts)
-    assert set(found.brightness.counts) == {len(pixels) // 10}  # bins of equal mass
+    probabilities, brightness = model.run(pixels), pixels.mean(axis=(1, 2, 3)) / 255
+    assert reference.images == len(pixels)
+    counts = np.bincount(probabilities.argmax(axis=1), minlength=4)
+    label_counts = {
+        model.contract.labels[index]: count for index, count in enumerate(counts.tolist()) if count
+    }
+    assert reference.labels == label_counts
+    assert list(reference.labels.values()) == sorted(label_counts.values(), reverse=True)
+    for histogram, values in (
+        (reference.confidence, probabilities.max(axis=1)),
+        (reference.brightness, brightness),
+    ):
+        assert np.histogram(values, [-np.inf, *histogram.edges, np.inf])[0].tolist() == list(histogram.counts)
+    assert set(reference.brightness.counts) == {len(pixels) // 10}  # bins of equal mass
 
 
-def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
+def test_reference_keeps_the_nine_most_frequent_labels() -> None:
     random = np.random.default_rng(0)
     levels = random.integers(0, 256, (400, 1, 1, 3), dtype=np.uint8)
     noise = random.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
@@ -53,7 +58,7 @@ def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
     assert counts[9] > 0
 
 
-def test_equal_images_have_bins_too() -> None:
-    found = measure_reference(make_engine(4), make_examples(np.full((30, 16, 16, 3), 77, np.uint8)))
-    assert found.brightness.counts == (0, 30)
-    assert len(found.labels) == 1
+def test_equal_images_give_brightness_bins() -> None:
+    reference = measure_reference(make_engine(4), make_examples(np.full((30, 16, 16, 3), 77, np.uint8)))
+    assert reference.brightness.counts == (0, 30)
+    assert len(reference.labels) == 1

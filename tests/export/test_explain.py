@@ -33,7 +33,7 @@ from fovea.service.explain.receptive_field import ReceptiveField, Span
 from fovea.service.inference.pixels import Pixels
 from tests.export.classifiers import build_classifier, export_foreign
 from tests.export.imports import PLAN, import_graph
-from tests.export.test_nets import make_warm_net
+from tests.export.test_nets import make_net
 
 pytestmark = pytest.mark.long
 
@@ -56,7 +56,7 @@ class NetworkCase:
 
 
 def make_case(name: str, size: int, task: Task) -> NetworkCase:
-    net = make_warm_net(name, size, task)
+    net = make_net(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
     graph = export_classifier_graph(net, task, square_geometry(size), 1.3)
@@ -97,8 +97,8 @@ def record_calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, n
     hooks = [module.register_forward_hook(make_hook(name)) for name, module in net.named_modules()]
     with torch.no_grad():
         net(torch.tensor(pixels[None]))
-    for one in hooks:
-        one.remove()
+    for hook in hooks:
+        hook.remove()
     return records
 
 
@@ -106,26 +106,26 @@ def record_calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, n
 
 
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
-def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
-    one = make_case(name, size, task)
-    opened = IntrospectedModel(one.content, one.contract, PLAN)
+def test_layer_outputs_equal_torch_outputs(name: str, size: int, task: Task) -> None:
+    case = make_case(name, size, task)
+    introspected = IntrospectedModel(case.content, case.contract, PLAN)
     pixels = make_noise(size)
-    found = record_calls(one.net, pixels)
-    leaves = [call for call in found if not list(call[1].children())]
+    calls = record_calls(case.net, pixels)
+    leaves = [call for call in calls if not list(call[1].children())]
     compared = set()
-    for layer in opened.layers:
+    for layer in introspected.layers:
         candidates = find_outputs(leaves, layer)
         if not candidates:
             continue
-        values = opened.compute_output(layer.tensor, pixels)
-        worst = min(float(np.abs(values - output[0]).max()) for output in candidates)
-        assert worst < 1e-4, layer
+        values = introspected.compute_output(layer.tensor, pixels)
+        difference = min(float(np.abs(values - output[0]).max()) for output in candidates)
+        assert difference < 1e-4, layer
         compared.add(layer.tensor)
-    kinds = {layer.kind for layer in opened.layers if layer.tensor in compared}
+    kinds = {layer.kind for layer in introspected.layers if layer.tensor in compared}
     assert {"Conv", "Gemm"} <= kinds
-    left = [layer for layer in opened.layers if layer.tensor not in compared]
-    # what is no module of its own: sums of residual blocks, the average, what makes probabilities
-    assert {layer.kind for layer in left} <= {
+    other_layers = [layer for layer in introspected.layers if layer.tensor not in compared]
+    # these are no modules: sums of residual blocks, the average, the steps to probabilities
+    assert {layer.kind for layer in other_layers} <= {
         "Input", "Add", "ReduceMean", "Div", "Softmax", "Sigmoid", "Sub", "Concat",
     }  # fmt: skip
 
@@ -138,121 +138,124 @@ def find_outputs(
     For a convolution that is fused with its batch normalisation, they include the normalisation's output.
     """
     outputs = []
-    for place, (name, module, output) in enumerate(leaves):
+    for index, (name, module, output) in enumerate(leaves):
         if name == layer.name and output.shape[1:] == layer.shape:
             outputs.append(output)
-            next_leaf = leaves[place + 1] if place + 1 < len(leaves) else None
+            next_leaf = leaves[index + 1] if index + 1 < len(leaves) else None
             if isinstance(module, nn.Conv2d) and next_leaf and isinstance(next_leaf[1], nn.BatchNorm2d):
                 outputs.append(next_leaf[2])
     return outputs
 
 
-def test_the_input_is_what_the_first_convolution_is_given() -> None:
-    one = make_case("cnn", 32, Task.MULTICLASS)
-    opened = IntrospectedModel(one.content, one.contract, PLAN)
+def test_input_layer_equals_normalised_pixels() -> None:
+    case = make_case("cnn", 32, Task.MULTICLASS)
+    introspected = IntrospectedModel(case.content, case.contract, PLAN)
     pixels = make_noise(32)
     with torch.no_grad():
-        planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
-    first = opened.layers[0]
+        planes = case.net.normalize(torch.tensor(pixels[None]))[0].numpy()
+    first = introspected.layers[0]
     assert first.kind == "Input"
-    assert np.abs(opened.compute_output(first.tensor, pixels) - planes).max() < 1e-5
+    assert np.abs(introspected.compute_output(first.tensor, pixels) - planes).max() < 1e-5
 
 
 @pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("resnet18", 32)])
-def test_a_convolution_adds_up(name: str, size: int) -> None:
-    """The kernels over the inputs plus the bias give every value of some maps."""
-    one = make_case(name, size, Task.MULTICLASS)
-    opened = IntrospectedModel(one.content, one.contract, PLAN)
+def test_convolution_outputs_follow_from_weights(name: str, size: int) -> None:
+    """The inputs convolved with the weights, plus the bias, give the outputs."""
+    case = make_case(name, size, Task.MULTICLASS)
+    introspected = IntrospectedModel(case.content, case.contract, PLAN)
     pixels = make_noise(size)
-    convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
+    convolutions = [layer for layer in introspected.layers if layer.kind == "Conv"]
     assert len(convolutions) > 5
     for layer in convolutions:
         assert layer.window
-        given = torch.tensor(opened.compute_output(layer.sources[0], pixels))[None]
-        weight = torch.tensor(opened.read_weights(layer.tensor, "weight"))
-        bias = torch.tensor(opened.read_weights(layer.tensor, "bias")) if "bias" in layer.weights else None
+        inputs = torch.tensor(introspected.compute_output(layer.sources[0], pixels))[None]
+        weight = torch.tensor(introspected.read_weights(layer.tensor, "weight"))
+        bias = (
+            torch.tensor(introspected.read_weights(layer.tensor, "bias")) if "bias" in layer.weights else None
+        )
         top, left, bottom, right = layer.window.padding
-        padded = nn.functional.pad(given, (left, right, top, bottom))
+        padded = nn.functional.pad(inputs, (left, right, top, bottom))
         window = layer.window
         computed = nn.functional.conv2d(
             padded, weight, bias, window.stride, 0, window.dilation, layer.groups
         )[0]
-        difference = np.abs(computed.numpy() - opened.compute_output(layer.tensor, pixels)).max()
+        difference = np.abs(computed.numpy() - introspected.compute_output(layer.tensor, pixels)).max()
         assert difference < 1e-4 * max(1.0, float(computed.abs().max()))
 
 
 @pytest.mark.parametrize(
     ("name", "size"), [("cnn", 32), ("cnn", 64), pytest.param("resnet18", 64, marks=pytest.mark.slow)]
 )
-def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> None:
+def test_receptive_field_matches_the_gradient(name: str, size: int) -> None:
     """Only pixels inside the receptive field change a value, and pixels at its edge do."""
-    one = make_case(name, size, Task.MULTICLASS)
-    net = one.net.double()
-    opened = IntrospectedModel(one.content, one.contract, PLAN)
-    by_name = {
+    case = make_case(name, size, Task.MULTICLASS)
+    net = case.net.double()
+    introspected = IntrospectedModel(case.content, case.contract, PLAN)
+    layers_by_name = {
         layer.name: layer
-        for layer in opened.layers
+        for layer in introspected.layers
         if layer.receptive_field and layer.kind in ("Conv", "MaxPool")
     }
     planes = torch.rand(1, 3, size, size, dtype=torch.double, requires_grad=True)
-    kept: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output, path=path: kept.update({path: output}))
+        module.register_forward_hook(lambda _m, _i, output, path=path: outputs.update({path: output}))
         for path, module in net.named_modules()
-        if path in by_name
+        if path in layers_by_name
     ]
     net.features(planes)
-    checked = 0
-    for path, output in kept.items():
-        seen = by_name[path].receptive_field
-        assert seen
+    checked_count = 0
+    for path, output in outputs.items():
+        receptive_field = layers_by_name[path].receptive_field
+        assert receptive_field
         middle = (output.shape[2] // 2, output.shape[3] // 3)
         output[0, :, middle[0], middle[1]].sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
         assert planes.grad is not None
-        touched = planes.grad.abs().sum(dim=(0, 1)) > 0
+        has_gradient = planes.grad.abs().sum(dim=(0, 1)) > 0
         planes.grad = None
-        for axis, span in enumerate(seen):
-            places = touched.any(dim=1 - axis).nonzero().flatten().tolist()
+        for axis, span in enumerate(receptive_field):
+            positions = has_gradient.any(dim=1 - axis).nonzero().flatten().tolist()
             low = span.jump * middle[axis] + span.low
             high = span.jump * middle[axis] + span.high
-            assert max(low, 0) <= places[0]
-            assert places[-1] <= min(high, size - 1)
-            if by_name[path].kind == "Conv" and checked < 3:  # of maxima some see nothing of an edge
-                assert (places[0], places[-1]) == (max(low, 0), min(high, size - 1))
-        checked += 1
+            assert max(low, 0) <= positions[0]
+            assert positions[-1] <= min(high, size - 1)
+            # some maxima do not depend on an edge
+            if layers_by_name[path].kind == "Conv" and checked_count < 3:
+                assert (positions[0], positions[-1]) == (max(low, 0), min(high, size - 1))
+        checked_count += 1
     for hook in hooks:
         hook.remove()
-    assert checked > 5
+    assert checked_count > 5
 
 
 # --- class activation maps -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
-def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
+def test_cam_equals_grad_cam(name: str, size: int, task: Task) -> None:
     """Compute Grad-CAM with torch's gradients (Selvaraju et al.), after ReLU and scaling."""
-    one = make_case(name, size, task)
-    explainer = Explainer(one.content, one.contract, PLAN)
+    case = make_case(name, size, task)
+    explainer = Explainer(case.content, case.contract, PLAN)
     assert explainer.has_cam
-    assert IntrospectedModel(one.content, one.contract, PLAN).has_cam
+    assert IntrospectedModel(case.content, case.contract, PLAN).has_cam
     pixels = make_noise(size, 3)
-    planes = one.net.normalize(torch.tensor(pixels[None])).detach()
-    maps = one.net.features(planes)
+    planes = case.net.normalize(torch.tensor(pixels[None])).detach()
+    maps = case.net.features(planes)
     maps.retain_grad()
-    logits = one.net.head(maps.mean(dim=(2, 3)))
-    for label in range(len(one.contract.labels)):
+    logits = case.net.head(maps.mean(dim=(2, 3)))
+    for label in range(len(case.contract.labels)):
         score = logits[0, label] if task is not Task.BINARY else (1 if label else -1) * logits[0, 0]
-        one.net.zero_grad()
+        case.net.zero_grad()
         maps.grad = None
         score.backward(retain_graph=True)
         assert maps.grad is not None
         alphas = maps.grad.mean(dim=(2, 3), keepdim=True)
-        wanted = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
-        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - wanted).max() < 1e-4
+        expected = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - expected).max() < 1e-4
 
 
 def build_ending(kind: str) -> onnx.ModelProto:
-    """A convolution with a custom end; NCHW, 5 logits."""
+    """Build a graph of a convolution and the end `kind`: NCHW, 5 logits."""
     random = np.random.default_rng(0)
     weights: dict[str, npt.NDArray[Any]] = {
         "kernel": random.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32),
@@ -330,8 +333,8 @@ def build_ending(kind: str) -> onnx.ModelProto:
                      node("Gemm", ["flat_", "lined", "bias"], ["scores"])],
     }[kind]  # fmt: skip
     weights["square"] = random.normal(0, 1, (5, 5)).astype(np.float32)
-    used_names = {name for one in nodes for name in one.input} - {
-        name for one in nodes for name in one.output
+    used_names = {name for graph_node in nodes for name in graph_node.input} - {
+        name for graph_node in nodes for name in graph_node.output
     }
     return helper.make_model(
         helper.make_graph(
@@ -352,25 +355,26 @@ def build_ending(kind: str) -> onnx.ModelProto:
      "maps of labels", "AveragePool", "a factor", "a dropout", "a constant", "a transposed constant",
      "channels last", "channels last, axes kept", "tokens"],
 )  # fmt: skip
-def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
+def test_class_map_means_follow_the_logits(kind: str, tmp_path: Path) -> None:
     """The mean of an exact map is the logit, except for the bias."""
     model = import_graph(build_ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
-    one, other = make_noise(16, 5), make_noise(16, 6)
-    logits = model.engine.compute_logits(np.stack([one, other]))
+    first_image, second_image = make_noise(16, 5), make_noise(16, 6)
+    logits = model.engine.compute_logits(np.stack([first_image, second_image]))
     for label in range(5):
-        apart = (
-            explainer.compute_class_map(one, label).mean() - explainer.compute_class_map(other, label).mean()
+        mean_difference = (
+            explainer.compute_class_map(first_image, label).mean()
+            - explainer.compute_class_map(second_image, label).mean()
         )
-        assert apart == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)
+        assert mean_difference == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     "kind",
     ["a constant", "a transposed constant", "channels last", "channels last, axes kept", "tokens"],
 )
-def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -> None:
+def test_cam_equals_grad_cam_for_every_graph_end(kind: str, tmp_path: Path) -> None:
     """Each network ends in a convolution, an average and a linear layer; torch computes the expected map."""
     graph = build_ending(kind)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -381,75 +385,75 @@ def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -
     matrix = weights["matrix"] if "matrix" in weights else weights["rows"].T
     model = import_graph(graph, tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
-    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
-    assert opened.has_cam
+    introspected = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
+    assert introspected.has_cam
     assert find_receptive_field(model.contract, find_head(model.contract).maps) == ReceptiveField(
         Span(1, -1, 1), Span(1, -1, 1)
     )
     pixels = make_noise(16, 5)
-    planes = torch.tensor(opened.compute_output(opened.layers[0].tensor, pixels))[None]
+    planes = torch.tensor(introspected.compute_output(introspected.layers[0].tensor, pixels))[None]
     maps = nn.functional.conv2d(planes, weights["kernel"], padding=1).relu().requires_grad_()
     logits = maps.mean(dim=(2, 3)) @ matrix
     for label in range(5):
         (gradient,) = torch.autograd.grad(logits[0, label], maps, retain_graph=True)
         alphas = gradient.mean(dim=(2, 3), keepdim=True)
-        wanted = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
-        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - wanted).max() < 1e-4
+        expected = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - expected).max() < 1e-4
 
 
-def test_weights_may_be_nodes(tmp_path: Path) -> None:
+def test_weights_in_constant_nodes_are_read(tmp_path: Path) -> None:
     model = import_graph(build_ending("a constant"), tmp_path)
-    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
-    linear = opened.layers[-2]
+    introspected = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
+    linear = introspected.layers[-2]
     assert (linear.kind, linear.parameters) == ("MatMul", 8 * 5 + 5)
     pixels = make_noise(16)
-    given = opened.compute_output(linear.sources[0], pixels).reshape(8)
-    computed = opened.read_weights(linear.tensor, "weight") @ given + opened.read_weights(
+    inputs = introspected.compute_output(linear.sources[0], pixels).reshape(8)
+    computed = introspected.read_weights(linear.tensor, "weight") @ inputs + introspected.read_weights(
         linear.tensor, "bias"
     )
-    assert computed == pytest.approx(opened.compute_output(linear.tensor, pixels), abs=1e-4)
+    assert computed == pytest.approx(introspected.compute_output(linear.tensor, pixels), abs=1e-4)
 
 
-def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
+def test_channels_last_model_has_cam(tmp_path: Path) -> None:
     model = import_graph(build_classifier(layout="nhwc"), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
 
 
 @pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "groups", "one axis", "rounded"])
-def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -> None:
+def test_other_heads_fall_back_to_occlusion_with_a_note(kind: str, tmp_path: Path) -> None:
     model = import_graph(build_ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert not explainer.has_cam
-    told: list[float] = []
-    made = explainer.explain(
+    progress_values: list[float] = []
+    explanation = explainer.explain(
         encode_png(make_noise(16)),
         ExplanationRequest(samples=64),
         lambda _: None,
-        lambda step, _: told.append(step.progress),
+        lambda step, _: progress_values.append(step.progress),
     )
-    assert (made.method, made.samples) == ("occlusion", 64)
-    assert made.note in (
+    assert (explanation.method, explanation.samples) == ("occlusion", 64)
+    assert explanation.note in (
         "the network does not end in an average over its last maps and one linear layer",
         "the averages of the last maps and the linear layer do not give the logits",
     )
-    assert told == [0.25, 0.5, 0.75, 1.0]
+    assert progress_values == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(BadRequest, match="no class activation map"):
         explainer.explain(
             encode_png(make_noise(16)), ExplanationRequest(method="cam"), lambda _: None, lambda *_: None
         )
 
 
-def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
+def test_transformer_is_explained_by_occlusion(tmp_path: Path) -> None:
     model = import_graph(export_foreign("vit", 32), tmp_path, labels=7)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
-    made = explainer.explain(
+    explanation = explainer.explain(
         encode_png(make_noise(32)), ExplanationRequest(samples=32), lambda _: None, lambda *_: None
     )
-    assert made.method == "occlusion"
-    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
-    assert not opened.has_cam
-    kinds = [layer.kind for layer in opened.layers]
+    assert explanation.method == "occlusion"
+    introspected = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
+    assert not introspected.has_cam
+    kinds = [layer.kind for layer in introspected.layers]
     assert kinds[:2] == ["Input", "Conv"]
     assert kinds[-1] == "Softmax"
     assert kinds.count("Gelu") == 3

@@ -26,85 +26,89 @@ from fovea.service.inference.engine import Engine
 from tests.conftest import ROOT
 from tests.export.conftest import ExportedModel
 
-# --- the file ------------------------------------------------------------------------------------
+# --- the model file ------------------------------------------------------------------------------
 
 
-def test_the_contract_says_what_the_model_is(exported: ExportedModel) -> None:
-    contract, about = exported.contract, exported.checkpoint.metadata
+def test_contract_describes_the_model(exported_model: ExportedModel) -> None:
+    contract, metadata = exported_model.contract, exported_model.checkpoint.metadata
     assert (contract.format, contract.name, contract.version) == (FORMAT_VERSION, "squares-16", "7")
     assert (contract.task, contract.labels) == (Task.MULTICLASS, ("blue", "green", "red"))
     assert contract.input == square_geometry(16)
-    calibration = Calibration.from_dict(about["calibration"])
+    calibration = Calibration.from_dict(metadata["calibration"])
     assert (contract.thresholds, contract.temperature) == ((), calibration.temperature)
-    assert tuple((one.level, one.quantile) for one in contract.coverage) == calibration.coverage
-    assert contract.training == Training("squares", 12, about["commit"], "fovea train")
+    assert tuple((entry.level, entry.quantile) for entry in contract.coverage) == calibration.coverage
+    assert contract.training == Training("squares", 12, metadata["commit"], "fovea train")
     assert len(contract.golden.images) == 8
     assert set(contract.golden.logit_tolerance) == {"cpu/float32", "cuda/float32"}
 
 
-def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: ExportedModel) -> None:
-    measured = evaluate.measure_accuracy(exported.net, exported.data.test)
-    assert 0 < measured < 1
-    stated = exported.contract.accuracy
-    assert stated is not None
-    assert stated == Accuracy("squares, test", 150, measured, stated.ece)
-    assert stated.ece == pytest.approx(exported.checkpoint.metadata["measured"]["ece"], abs=1e-4)
+def test_contract_accuracy_is_measured_on_the_test_images(exported_model: ExportedModel) -> None:
+    top1 = evaluate.measure_accuracy(exported_model.net, exported_model.data.test)
+    assert 0 < top1 < 1
+    accuracy = exported_model.contract.accuracy
+    assert accuracy is not None
+    assert accuracy == Accuracy("squares, test", 150, top1, accuracy.ece)
+    assert accuracy.ece == pytest.approx(exported_model.checkpoint.metadata["measured"]["ece"], abs=1e-4)
 
 
-def test_the_reference_is_of_the_held_out_images(exported: ExportedModel) -> None:
-    held_out = (exported.data.validation, exported.data.conformal)
-    assert exported.contract.reference == measure_reference(exported.engine, *held_out)
+def test_drift_reference_uses_the_held_out_images(exported_model: ExportedModel) -> None:
+    held_out = (exported_model.data.validation, exported_model.data.conformal)
+    assert exported_model.contract.reference == measure_reference(exported_model.engine, *held_out)
 
 
-def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: ExportedModel) -> None:
-    (taken,) = exported.model.graph.input
-    sides = [side.dim_value or "any" for side in taken.type.tensor_type.shape.dim]
-    assert taken.name == exported.contract.input_name == "pixels"
-    assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+def test_graph_takes_uint8_batches_of_any_size(exported_model: ExportedModel) -> None:
+    (graph_input,) = exported_model.model.graph.input
+    sides = [side.dim_value or "any" for side in graph_input.type.tensor_type.shape.dim]
+    assert graph_input.name == exported_model.contract.input_name == "pixels"
+    assert graph_input.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert sides == ["any", 16, 16, 3]
     for batch in (1, 3, 70):
-        pixels = exported.data.test.pixels[:batch]
-        assert exported.engine.run(pixels.numpy()).shape == (batch, 3)
+        pixels = exported_model.data.test.pixels[:batch]
+        assert exported_model.engine.run(pixels.numpy()).shape == (batch, 3)
 
 
-def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: ExportedModel) -> None:
-    assert [output.name for output in exported.model.graph.output] == ["logits", "probabilities"]
-    pixels = exported.data.test.pixels[:20]
-    wanted = evaluate.compute_logits(exported.net, pixels)
-    np.testing.assert_allclose(exported.engine.compute_logits(pixels.numpy()), wanted, atol=1e-3)
-    said = exported.engine.run(pixels.numpy())
-    temperature = exported.contract.temperature
+def test_graph_outputs_equal_the_network_outputs(exported_model: ExportedModel) -> None:
+    assert [output.name for output in exported_model.model.graph.output] == ["logits", "probabilities"]
+    pixels = exported_model.data.test.pixels[:20]
+    expected_logits = evaluate.compute_logits(exported_model.net, pixels)
+    np.testing.assert_allclose(
+        exported_model.engine.compute_logits(pixels.numpy()), expected_logits, atol=1e-3
+    )
+    probabilities = exported_model.engine.run(pixels.numpy())
+    temperature = exported_model.contract.temperature
     assert temperature != 1
-    np.testing.assert_allclose(said, to_probabilities(wanted, Task.MULTICLASS, temperature), atol=1e-3)
+    np.testing.assert_allclose(
+        probabilities, to_probabilities(expected_logits, Task.MULTICLASS, temperature), atol=1e-3
+    )
 
 
-def test_the_file_says_nothing_of_the_machine_that_made_it(exported: ExportedModel) -> None:
+def test_model_file_has_no_traces_of_the_build_machine(exported_model: ExportedModel) -> None:
     """The exporter records stack traces with paths at each node; the file contains none of them."""
     for trace in (str(ROOT), "site-packages", "stack_trace", "name_scopes", "class_hierarchy"):
-        assert trace.encode() not in exported.content, trace
-    assert [entry.key for entry in exported.model.metadata_props] == [METADATA_KEY]
-    onnx.checker.check_model(exported.model)
+        assert trace.encode() not in exported_model.content, trace
+    assert [entry.key for entry in exported_model.model.metadata_props] == [METADATA_KEY]
+    onnx.checker.check_model(exported_model.model)
 
 
-def test_the_file_runs_where_it_is_served_and_proves_itself(exported: ExportedModel) -> None:
-    proof = exported.engine.check_golden_set()
-    assert proof.images == 8
-    assert proof.pixel_difference == 0  # the same decoders drew it
-    assert proof.logit_difference < 1e-3
+def test_exported_model_passes_its_golden_set(exported_model: ExportedModel) -> None:
+    differences = exported_model.engine.check_golden_set()
+    assert differences.images == 8
+    assert differences.pixel_difference == 0  # the same decoders wrote it
+    assert differences.logit_difference < 1e-3
 
 
-def test_the_report_is_written_beside_the_model(exported: ExportedModel) -> None:
-    report = exported.report
-    assert exported.files == ("model.onnx", "report.json", "weights.json", "weights.safetensors")
-    assert json.loads(exported.report_json) == json.loads(json.dumps(asdict(report)))
-    assert (report.model, report.version, report.bytes) == ("squares-16", "7", len(exported.content))
-    assert report.parameters == sum(weight.numel() for weight in exported.net.parameters())
-    assert report.accuracy == exported.contract.accuracy
+def test_report_is_written_beside_the_model(exported_model: ExportedModel) -> None:
+    report = exported_model.report
+    assert exported_model.files == ("model.onnx", "report.json", "weights.json", "weights.safetensors")
+    assert json.loads(exported_model.report_json) == json.loads(json.dumps(asdict(report)))
+    assert (report.model, report.version, report.bytes) == ("squares-16", "7", len(exported_model.content))
+    assert report.parameters == sum(weight.numel() for weight in exported_model.net.parameters())
+    assert report.accuracy == exported_model.contract.accuracy
     assert [agreement.batch for agreement in report.agreement] == list(BATCHES) == [1, 2, 64]
     assert all(agreement.logits < 1e-3 for agreement in report.agreement)
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 def find_weight(model: onnx.ModelProto, ending: str) -> onnx.TensorProto:
@@ -160,115 +164,132 @@ def fix_batch_size(model: onnx.ModelProto) -> None:
         fix_batch_size,
     ],
 )
-def test_a_graph_that_computes_something_else_is_never_written(
-    tmp_path: Path, exported: ExportedModel, corrupt: Callable[[onnx.ModelProto], None]
+def test_graph_with_wrong_results_is_not_written(
+    tmp_path: Path, exported_model: ExportedModel, corrupt: Callable[[onnx.ModelProto], None]
 ) -> None:
-    model = exported.model
+    model = exported_model.model
     corrupt(model)
     out = tmp_path / "squares-16" / "8"
     with pytest.raises(VerificationError):
         write_verified_model(
-            exported.net, model, exported.contract, exported.report.accuracy, exported.data.test, out
+            exported_model.net,
+            model,
+            exported_model.contract,
+            exported_model.report.accuracy,
+            exported_model.data.test,
+            out,
         )
     assert not out.exists()
 
 
-def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: ExportedModel) -> None:
-    model = exported.model
+def test_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported_model: ExportedModel) -> None:
+    model = exported_model.model
     scale_convolution(model)
     (tmp_path / "model.onnx").write_bytes(b"earlier")
     with pytest.raises(VerificationError):
         write_verified_model(
-            exported.net, model, exported.contract, exported.report.accuracy, exported.data.test, tmp_path
+            exported_model.net,
+            model,
+            exported_model.contract,
+            exported_model.report.accuracy,
+            exported_model.data.test,
+            tmp_path,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_bytes() == b"earlier"
 
 
-def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: ExportedModel) -> None:
+def test_valid_graph_replaces_the_earlier_file(tmp_path: Path, exported_model: ExportedModel) -> None:
     """The file is replaced, not overwritten: a process with the earlier file open still reads that."""
     out = tmp_path / "squares-16" / "7"
     out.mkdir(parents=True)
     (out / "model.onnx").write_bytes(b"earlier")
     (tmp_path / "opened").hardlink_to(out / "model.onnx")
     write_verified_model(
-        exported.net, exported.model, exported.contract, exported.report.accuracy, exported.data.test, out
+        exported_model.net,
+        exported_model.model,
+        exported_model.contract,
+        exported_model.report.accuracy,
+        exported_model.data.test,
+        out,
     )
     assert (tmp_path / "opened").read_bytes() == b"earlier"
-    assert (out / "model.onnx").read_bytes() == exported.content
+    assert (out / "model.onnx").read_bytes() == exported_model.content
     assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json"]
 
 
-def test_a_golden_set_that_is_not_this_network_s_is_never_written(
-    tmp_path: Path, exported: ExportedModel
-) -> None:
-    contract = exported.contract
+def test_golden_set_of_another_network_is_refused(tmp_path: Path, exported_model: ExportedModel) -> None:
+    contract = exported_model.contract
     first, *others = contract.golden.images
-    wrong = replace(first, logits=tuple(logit + 0.01 for logit in first.logits))
-    golden = GoldenSet(contract.golden.logit_tolerance, (wrong, *others))
+    wrong_image = replace(first, logits=tuple(logit + 0.01 for logit in first.logits))
+    golden = GoldenSet(contract.golden.logit_tolerance, (wrong_image, *others))
     with pytest.raises(ModelError, match=r"golden image 'jpeg-420-orientation-6': a logit is off by 0.01"):
         write_verified_model(
-            exported.net,
-            exported.model,
+            exported_model.net,
+            exported_model.model,
             replace(contract, golden=golden),
-            exported.report.accuracy,
-            exported.data.test,
+            exported_model.report.accuracy,
+            exported_model.data.test,
             tmp_path / "1",
         )
     assert not (tmp_path / "1").exists()
 
 
-def test_a_contract_that_does_not_fit_the_graph_is_never_written(
-    tmp_path: Path, exported: ExportedModel
+def test_contract_that_does_not_fit_the_graph_is_refused(
+    tmp_path: Path, exported_model: ExportedModel
 ) -> None:
-    contract = replace(exported.contract, input=square_geometry(32))
+    contract = replace(exported_model.contract, input=square_geometry(32))
     with pytest.raises(ContractError, match="the graph takes"):
         write_verified_model(
-            exported.net,
-            exported.model,
+            exported_model.net,
+            exported_model.model,
             contract,
-            exported.report.accuracy,
-            exported.data.test,
+            exported_model.report.accuracy,
+            exported_model.data.test,
             tmp_path / "1",
         )
     assert not (tmp_path / "1").exists()
 
 
 @pytest.mark.parametrize("out", ["zoo/squares", "zoo/squares/v1", "zoo/squares/1.0", "/", "/1", "."])
-def test_the_folder_must_name_model_and_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: ExportedModel, out: str
+def test_folder_must_name_model_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported_model: ExportedModel, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ExportError, match="cannot hold a model: the path must end in <name>/<number>, such as zoo/pets/1"
     ):
-        export_checkpoint(exported.checkpoint, exported.data, Path(out))
+        export_checkpoint(exported_model.checkpoint, exported_model.data, Path(out))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: ExportedModel) -> None:
+def test_unfinished_run_is_refused(tmp_path: Path, exported_model: ExportedModel) -> None:
     """The checkpoint of an interrupted run has weights, but neither temperature nor thresholds."""
-    about = {key: value for key, value in exported.checkpoint.metadata.items() if key != "calibration"}
+    metadata = {
+        key: value for key, value in exported_model.checkpoint.metadata.items() if key != "calibration"
+    }
     with pytest.raises(ExportError, match="before its end; continue it with `fovea train --resume`"):
         export_checkpoint(
-            replace(exported.checkpoint, metadata=about), exported.data, tmp_path / "zoo" / "squares" / "1"
+            replace(exported_model.checkpoint, metadata=metadata),
+            exported_model.data,
+            tmp_path / "zoo" / "squares" / "1",
         )
     assert not list(tmp_path.iterdir())
 
 
-def test_data_of_other_labels_are_refused(tmp_path: Path, exported: ExportedModel) -> None:
-    data = replace(exported.data, labels=("red", "green", "blue"))
+def test_data_with_other_labels_are_refused(tmp_path: Path, exported_model: ExportedModel) -> None:
+    data = replace(exported_model.data, labels=("red", "green", "blue"))
     with pytest.raises(ExportError, match=r"the checkpoint has labels .*, the data "):
-        export_checkpoint(exported.checkpoint, data, tmp_path / "zoo" / "squares" / "1")
+        export_checkpoint(exported_model.checkpoint, data, tmp_path / "zoo" / "squares" / "1")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_trained_network_is_what_is_served(exported: ExportedModel) -> None:
+def test_golden_logits_are_those_of_the_trained_network(exported_model: ExportedModel) -> None:
     """Golden logits are the network's own, for the pixels that the service will see."""
     from fovea.service.inference.engine import decode_golden_pixels
 
-    for image in exported.contract.golden.images:
+    for image in exported_model.contract.golden.images:
         pixels = torch.from_numpy(decode_golden_pixels(image))[None]
-        wanted = evaluate.compute_logits(exported.net, pixels)[0].tolist()
-        assert image.logits == pytest.approx(wanted, abs=1e-4)
-    assert Engine(exported.content, provider="cpu", threads=1).contract == exported.contract
+        expected_logits = evaluate.compute_logits(exported_model.net, pixels)[0].tolist()
+        assert image.logits == pytest.approx(expected_logits, abs=1e-4)
+    assert Engine(exported_model.content, provider="cpu", threads=1).contract == exported_model.contract

@@ -17,35 +17,37 @@ from fovea.service.artifact.contract import Layer
 from tests.export.conftest import ExportedModel
 from tests.graphs import build_model
 
-# --- of an exported network ----------------------------------------------------------------------
+# --- exported network ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def layers(exported: ExportedModel) -> tuple[Layer, ...]:
-    return exported.contract.layers
+def layers(exported_model: ExportedModel) -> tuple[Layer, ...]:
+    return exported_model.contract.layers
 
 
-def test_every_node_is_in_the_table_in_order(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
-    nodes = exported.model.graph.node
+def test_table_has_every_node_in_order(exported_model: ExportedModel, layers: tuple[Layer, ...]) -> None:
+    nodes = exported_model.model.graph.node
     assert [layer.kind for layer in layers] == [node.op_type for node in nodes]
     assert [layer.inputs for layer in layers] == [tuple(node.input) for node in nodes]
     assert [layer.outputs for layer in layers] == [tuple(node.output) for node in nodes]
 
 
-def test_layers_are_called_what_the_torch_modules_are(
-    exported: ExportedModel, layers: tuple[Layer, ...]
+def test_layers_have_the_names_of_torch_modules(
+    exported_model: ExportedModel, layers: tuple[Layer, ...]
 ) -> None:
-    modules = dict(exported.net.named_modules())
+    modules = dict(exported_model.net.named_modules())
     kinds = {"Conv": nn.Conv2d, "Gelu": nn.GELU, "MaxPool": nn.MaxPool2d, "Pow": Square, "Gemm": nn.Linear}
     for kind, module in kinds.items():
-        named = [layer.name for layer in layers if layer.kind == kind]
-        assert named == [name for name, value in modules.items() if isinstance(value, module)]
-    free = [layer.name for layer in layers if layer.name not in modules]
-    assert free == ["mean", "div", "softmax"]  # what no module does
+        layer_names = [layer.name for layer in layers if layer.kind == kind]
+        assert layer_names == [name for name, value in modules.items() if isinstance(value, module)]
+    other_names = [layer.name for layer in layers if layer.name not in modules]
+    assert other_names == ["mean", "div", "softmax"]  # operations outside modules
 
 
-def test_kernels_and_strides_are_the_network_s(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
-    modules = dict(exported.net.named_modules())
+def test_attributes_equal_those_of_the_network(
+    exported_model: ExportedModel, layers: tuple[Layer, ...]
+) -> None:
+    modules = dict(exported_model.net.named_modules())
     for layer in layers:
         if layer.kind == "Conv":
             convolution = modules[layer.name]
@@ -60,42 +62,44 @@ def test_kernels_and_strides_are_the_network_s(exported: ExportedModel, layers: 
     assert next(layer for layer in layers if layer.kind == "Softmax").attributes == {"axis": 1}
 
 
-def test_every_parameter_is_counted_once(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
-    stored = {tensor.name: math.prod(tensor.dims) for tensor in exported.model.graph.initializer}
+def test_every_parameter_is_counted_once(exported_model: ExportedModel, layers: tuple[Layer, ...]) -> None:
+    parameter_counts = {
+        tensor.name: math.prod(tensor.dims) for tensor in exported_model.model.graph.initializer
+    }
     for layer in layers:
-        assert layer.parameters == sum(stored.get(name, 0) for name in layer.inputs)
-    assert sum(layer.parameters for layer in layers) == sum(stored.values())
+        assert layer.parameters == sum(parameter_counts.get(name, 0) for name in layer.inputs)
+    assert sum(layer.parameters for layer in layers) == sum(parameter_counts.values())
     head = next(layer for layer in layers if layer.name == "head")
-    assert head.parameters == sum(weight.numel() for weight in exported.net.head.parameters())
+    assert head.parameters == sum(weight.numel() for weight in exported_model.net.head.parameters())
 
 
-def test_shapes_are_what_a_run_gives(exported: ExportedModel, layers: tuple[Layer, ...]) -> None:
+def test_shapes_equal_those_of_a_run(exported_model: ExportedModel, layers: tuple[Layer, ...]) -> None:
     """Every feature map can be read after an output has been appended to the file."""
     names = [layer.outputs[0] for layer in layers if layer.outputs[0] not in ("logits", "probabilities")]
-    wanted = onnx.ModelProto()
-    wanted.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(exported.content + wanted.SerializeToString())
-    values = session.run(names, {"pixels": exported.data.test.pixels[:2].numpy()})
+    extra_outputs = onnx.ModelProto()
+    extra_outputs.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(exported_model.content + extra_outputs.SerializeToString())
+    values = session.run(names, {"pixels": exported_model.data.test.pixels[:2].numpy()})
     shapes = {layer.outputs[0]: layer.shape for layer in layers}
     assert [value.shape for value in values] == [(2, *shapes[name]) for name in names]
 
 
-def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
-    exported: ExportedModel, layers: tuple[Layer, ...]
+def test_feature_maps_span_first_convolution_to_last_stage(
+    exported_model: ExportedModel, layers: tuple[Layer, ...]
 ) -> None:
-    made = {layer.outputs[0]: layer for layer in layers}
-    maps = [made[name] for name in exported.contract.feature_maps]
+    layers_by_output = {layer.outputs[0]: layer for layer in layers}
+    maps = [layers_by_output[name] for name in exported_model.contract.feature_maps]
     assert [maps[0].name, maps[1].name] == ["features.0", "features.1"]
     assert (maps[0].shape, maps[-1].shape) == ((8, 15, 15), (96, 3, 3))
-    assert maps[-1].name == "features.6"  # the squares: what the head averages
+    assert maps[-1].name == "features.6"  # the squares, which the head averages
     kinds = ("Conv", "Gelu", "MaxPool", "BatchNormalization", "Pow")
     assert len(maps) == sum(layer.kind in kinds for layer in layers)
 
 
-# --- of graphs written by hand -------------------------------------------------------------------
+# --- handwritten graphs --------------------------------------------------------------------------
 
 
-def test_the_table_of_a_small_graph_is_what_was_written() -> None:
+def test_small_graph_has_the_expected_table() -> None:
     table = {layer.kind: layer for layer in build_layer_table(build_model())}
     assert list(table) == ["Transpose", "Cast", "Mul", "Conv", "Relu", "ReduceMean", "Gemm", "Softmax"]
     assert [layer.parameters for layer in table.values()] == [0, 0, 1, 8 * 3 * 3 * 3, 0, 2, 8 * 4 + 4, 0]
@@ -110,7 +114,7 @@ def test_the_table_of_a_small_graph_is_what_was_written() -> None:
 
 
 def build_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
-    """`x`, float32 (batch, 3, height, 8), through `nodes` to `y`; `kernel` is 4 x 3 x 1 x 1."""
+    """Build a graph from `x`, float32 (batch, 3, height, 8), to `y`; `kernel` is 4 x 3 x 1 x 1."""
     return helper.make_model(
         helper.make_graph(
             list(nodes),
@@ -122,31 +126,31 @@ def build_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
     )
 
 
-def test_a_size_that_only_a_run_can_tell_is_null() -> None:
+def test_unknown_size_is_none() -> None:
     (layer,) = build_layer_table(build_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
     assert layer.shape == (4, None, 8)
     assert layer.parameters == 12
 
 
-def test_attributes_are_numbers_and_words() -> None:
+def test_attributes_are_numbers_and_strings() -> None:
     constant = numpy_helper.from_array(np.zeros(2, np.float32))
-    same, leaky, tensor = build_layer_table(
+    conv, leaky_relu, constant_layer = build_layer_table(
         build_graph(
             helper.make_node("Conv", ["x", "kernel"], ["a"], auto_pad="SAME_UPPER", group=1, name="first"),
             helper.make_node("LeakyRelu", ["a"], ["y"], alpha=0.25),
             helper.make_node("Constant", [], ["c"], value=constant),
         )
     )
-    assert (same.name, same.attributes) == ("first", {"auto_pad": "SAME_UPPER", "group": 1})
-    assert leaky.attributes == {"alpha": 0.25}
-    assert tensor.attributes == {}  # a tensor does not fit a table
+    assert (conv.name, conv.attributes) == ("first", {"auto_pad": "SAME_UPPER", "group": 1})
+    assert leaky_relu.attributes == {"alpha": 0.25}
+    assert constant_layer.attributes == {}  # a tensor does not fit a table
 
 
-def test_a_graph_without_convolutions_has_no_feature_maps() -> None:
+def test_graph_without_convolutions_has_no_feature_maps() -> None:
     assert find_feature_maps(build_layer_table(build_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
 
 
-def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
+def test_channels_last_tensors_are_not_feature_maps() -> None:
     """Between two transposes, as ConvNeXt has them, height would be read as channels."""
     graph = build_graph(
         helper.make_node("Conv", ["x", "kernel"], ["a"]),
@@ -158,12 +162,12 @@ def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
     assert find_feature_maps(build_layer_table(graph)) == ("a", "y")
 
 
-def test_what_json_cannot_say_is_left_out() -> None:
+def test_infinite_attribute_is_left_out() -> None:
     node = helper.make_node("Clip", ["x"], ["y"], min=float("-inf"), max=6.0)
     assert build_layer_table(build_graph(node))[0].attributes == {"max": 6.0}
 
 
-def test_notes_of_other_tools_are_no_names() -> None:
+def test_malformed_name_scopes_are_ignored() -> None:
     node = helper.make_node("Relu", ["x"], ["y"], name="mine")
     node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="not a list (")
     assert build_layer_table(build_graph(node))[0].name == "mine"

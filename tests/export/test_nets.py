@@ -21,8 +21,8 @@ LARGE = ("resnet34", "resnet50", "mobilenet_v2")
 """Networks that take ten seconds to export."""
 
 
-def make_warm_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
-    """A network whose batch normalisation is not the identity, as if it had been trained."""
+def make_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
+    """Return a network whose batch normalisation is not the identity, as after a training."""
     torch.manual_seed(0)
     labels = 2 if task is Task.BINARY else 5
     net = Net(NetConfig(task, labels, name, size))
@@ -48,11 +48,11 @@ def make_warm_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
         pytest.param("resnet18", 96, marks=pytest.mark.slow),
     ],
 )
-def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None:
-    net = make_warm_net(name, size)
+def test_exported_graph_agrees_with_the_network(name: str, size: int) -> None:
+    net = make_net(name, size)
     task = list(Task)[len(name) % 3] if size == 16 else Task.MULTICLASS
     if task is not Task.MULTICLASS:
-        net = make_warm_net(name, size, task)
+        net = make_net(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
     geometry, calibration = square_geometry(size), Calibration(1.7, (0.4,) * thresholds, ())

@@ -32,30 +32,32 @@ def open_introspected(model: ImportedModel) -> IntrospectedModel:
     return IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
 
 
-def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> None:
+def test_auto_padding_is_reported_like_explicit_padding(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    worked_out = import_layers(build_vgg(auto_pad=True), tmp_path / "a", LABELS)
-    written = import_layers(build_vgg(), tmp_path / "b", LABELS)
-    assert [layer.window for layer in worked_out] == [layer.window for layer in written]
-    assert [layer.receptive_field for layer in worked_out] == [layer.receptive_field for layer in written]
+    auto_layers = import_layers(build_vgg(auto_pad=True), tmp_path / "a", LABELS)
+    explicit_layers = import_layers(build_vgg(), tmp_path / "b", LABELS)
+    assert [layer.window for layer in auto_layers] == [layer.window for layer in explicit_layers]
+    assert [layer.receptive_field for layer in auto_layers] == [
+        layer.receptive_field for layer in explicit_layers
+    ]
 
 
-def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
+def test_product_and_bias_are_one_layer(tmp_path: Path) -> None:
     model = import_graph(build_classifier(), tmp_path)
-    inside = open_introspected(model)
-    linear = next(layer for layer in inside.layers if layer.kind == "MatMul")
+    introspected = open_introspected(model)
+    linear = next(layer for layer in introspected.layers if layer.kind == "MatMul")
     assert list(linear.weights) == ["weight", "bias"]
-    assert "Add" not in [layer.kind for layer in inside.layers]
+    assert "Add" not in [layer.kind for layer in introspected.layers]
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    given = inside.compute_output(linear.sources[0], pixels).reshape(-1)
-    computed = inside.read_weights(linear.tensor, "weight") @ given + inside.read_weights(
+    inputs = introspected.compute_output(linear.sources[0], pixels).reshape(-1)
+    computed = introspected.read_weights(linear.tensor, "weight") @ inputs + introspected.read_weights(
         linear.tensor, "bias"
     )
-    assert computed == pytest.approx(inside.compute_output(linear.tensor, pixels), abs=1e-4)
+    assert computed == pytest.approx(introspected.compute_output(linear.tensor, pixels), abs=1e-4)
 
 
-def test_what_prepares_the_input_is_not_shown(tmp_path: Path) -> None:
+def test_input_preparation_is_not_shown(tmp_path: Path) -> None:
     for number, model in enumerate((build_classifier(layout="nhwc"), build_classifier(dtype="uint8"))):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -82,33 +84,33 @@ class BranchingNet(nn.Module):
         return result
 
 
-def test_branches_see_what_any_of_them_sees(tmp_path: Path) -> None:
+def test_joined_branches_have_the_union_of_receptive_fields(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = import_layers(export_network(BranchingNet(), 32), tmp_path)
-    by_name = {(layer.name, layer.kind): layer for layer in found}
-    joined = next(layer for layer in found if layer.kind == "Concat")
-    assert joined.receptive_field
-    assert joined.receptive_field.rows == Span(1, -4, 4)
-    assert len(joined.sources) == 2
-    assert by_name["act", "Silu"].shape == (4, 32, 32)
-    deep = by_name["deep", "Conv"]
+    layers = import_layers(export_network(BranchingNet(), 32), tmp_path)
+    layers_by_name = {(layer.name, layer.kind): layer for layer in layers}
+    concat = next(layer for layer in layers if layer.kind == "Concat")
+    assert concat.receptive_field
+    assert concat.receptive_field.rows == Span(1, -4, 4)
+    assert len(concat.sources) == 2
+    assert layers_by_name["act", "Silu"].shape == (4, 32, 32)
+    deep = layers_by_name["deep", "Conv"]
     assert deep.groups == 4
     assert deep.receptive_field
     assert deep.receptive_field.columns == Span(2, -4, 6)
-    assert by_name["last", "HardSwish"].sources == (deep.tensor,)
+    assert layers_by_name["last", "HardSwish"].sources == (deep.tensor,)
 
 
-def test_blocks_of_a_network_fold(tmp_path: Path) -> None:
-    found = import_layers(export_foreign("resnet18"), tmp_path, 7)
-    blocks = list(dict.fromkeys(layer.block for layer in found if layer.block))
+def test_residual_blocks_are_grouped_by_stage(tmp_path: Path) -> None:
+    layers = import_layers(export_foreign("resnet18"), tmp_path, 7)
+    blocks = list(dict.fromkeys(layer.block for layer in layers if layer.block))
     assert blocks == [f"features.layer{stage}" for stage in (1, 2, 3, 4)]
-    assert all(sum(layer.block == block for layer in found) <= 16 for block in blocks)
-    places = [number for number, layer in enumerate(found) if layer.block == blocks[1]]
-    assert places == list(range(places[0], places[-1] + 1))
+    assert all(sum(layer.block == block for layer in layers) <= 16 for block in blocks)
+    indices = [number for number, layer in enumerate(layers) if layer.block == blocks[1]]
+    assert indices == list(range(indices[0], indices[-1] + 1))
 
 
-def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
-    """A reshape whose target is computed from a shape."""
+def test_reshape_with_a_computed_target_is_supported(tmp_path: Path) -> None:
+    """The target of the reshape is computed from a shape."""
     nodes: list[NodeProto] = [
         helper.make_node("Conv", ["image", "kernel"], ["maps"], "conv", kernel_shape=[3, 3]),
         helper.make_node("Shape", ["maps"], ["shape"]),
@@ -134,15 +136,15 @@ def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    inside = open_introspected(import_graph(model, tmp_path))
-    kinds = [layer.kind for layer in inside.layers]
+    introspected = open_introspected(import_graph(model, tmp_path))
+    kinds = [layer.kind for layer in introspected.layers]
     assert [kind for kind in kinds if kind != "Flatten"] == ["Input", "Conv", "Gemm", "Softmax"]
     pixels = np.zeros((16, 16, 3), np.uint8)
-    for layer in inside.layers:
-        assert np.isfinite(inside.compute_output(layer.tensor, pixels)).all()
+    for layer in introspected.layers:
+        assert np.isfinite(introspected.compute_output(layer.tensor, pixels)).all()
 
 
-def test_only_so_much_is_given_at_once() -> None:
+def test_slice_of_rows_is_limited_in_size() -> None:
     values = np.zeros((5, 1 << 20), np.float32)
     assert len(slice_rows(values, 1, 4)) == 4
     with pytest.raises(BadRequest, match="ask for fewer of the 5 with first and count"):

@@ -39,7 +39,9 @@ def main() -> None:
             for _ in range(rounds):
                 for name, content in files.items():
                     times[name].append(_measure_milliseconds(content, geometry))
-            summary = ", ".join(f"{name} {statistics.median(one):.2f} ms" for name, one in times.items())
+            summary = ", ".join(
+                f"{name} {statistics.median(values):.2f} ms" for name, values in times.items()
+            )
             print(f"{size[0]} x {size[1]}, {path}: {summary}")
     started_at = time.thread_time()
     for number in range(100):

@@ -14,7 +14,7 @@ PHONE_SIZE = (4000, 3000)
 
 
 def encode_phone_jpeg(image: Image.Image) -> bytes:
-    """The JPEG."""
+    """Encode an image as a phone does."""
     return encode_image(image, "JPEG", quality=90, subsampling=2)
 
 
@@ -24,7 +24,7 @@ def make_mosaic(
     across: int,
     size: tuple[int, int] = PHONE_SIZE,
 ) -> Image.Image:
-    """`across` x `across` pieces of photographs, some mirrored, side by side."""
+    """Return a picture of `across` x `across` pieces of photographs, some mirrored."""
     whole = Image.new("RGB", size)
     width, height = -(-size[0] // across), -(-size[1] // across)
     for top in range(0, size[1], height):
@@ -41,10 +41,10 @@ def make_mosaic(
 
 
 def make_zone_plate(size: tuple[int, int] = PHONE_SIZE, cycles: float = 0.5) -> Image.Image:
-    """Rings of growing frequency, `cycles` per pixel at the nearer edge; 0.5 is all there can be.
+    """Draw rings of growing frequency, `cycles` per pixel at the nearer edge; 0.5 is the highest frequency.
 
-    Around 128 and not 127.5, where the mean of every fine ring would lie between two levels, and rounding
-    alone would make a difference of one.
+    The mean is 128 and not 127.5: otherwise the mean of every fine ring would lie between two levels, and
+    rounding alone would make a difference of one.
     """
     down, across = np.mgrid[: size[1], : size[0]]
     squared_radius = (across - size[0] / 2) ** 2 + (down - size[1] / 2) ** 2
@@ -53,16 +53,16 @@ def make_zone_plate(size: tuple[int, int] = PHONE_SIZE, cycles: float = 0.5) -> 
 
 
 def extract_detail(image: Image.Image) -> Image.Image:
-    """What is fine in it, around grey of 128: the image less its own blur."""
+    """Return the fine detail of an image around a grey of 128: the image less its own blur."""
     return ImageChops.subtract(image, image.filter(ImageFilter.BoxBlur(12)), offset=128)
 
 
 def add_detail(small: Image.Image, fine: Image.Image, shift: int) -> Image.Image:
-    """A small picture enlarged, with the fine detail of a large one, moved aside, over it."""
+    """Enlarge a small picture and add the fine detail of a large one, moved aside by `shift`."""
     enlarged_image = small.resize(fine.size, Image.Resampling.BICUBIC)
     return ImageChops.add(enlarged_image, ImageChops.offset(fine, shift, 0), offset=-128)
 
 
 def open_photographs(paths: Sequence[Path]) -> list[Image.Image]:
-    """Loaded, RGB."""
+    """Load images as RGB."""
     return [Image.open(path).convert("RGB") for path in paths]

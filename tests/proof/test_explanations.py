@@ -1,4 +1,4 @@
-"""Every explanation belongs to its question, whoever leaves: the short form of `make explanations`."""
+"""Explanations belong to their questions when other clients leave: the short form of `make explanations`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_every_explanation_belongs_to_its_question(workers: str, tmp_path: Path)
         (tmp_path / "log").open("w") as log,
         explanations.start_service(log, FOVEA_WORKERS=workers) as (url, process),
     ):
-        seen = explanations.ask_service(url, process.pid, cams=150, occlusions=4, seed=1)
-    assert seen.failures == []
-    assert seen.restarts == 2
-    assert min(seen.leavers.values()) > 0
-    assert seen.leavers.keys() == {"sending", "waiting", "reading"}
+        results = explanations.ask_service(url, process.pid, cams=150, occlusions=4, seed=1)
+    assert results.failures == []
+    assert results.restarts == 2
+    assert min(results.leavers.values()) > 0
+    assert results.leavers.keys() == {"sending", "waiting", "reading"}

@@ -10,7 +10,7 @@ from fovea.export.importer.batch_axis import BatchPosition, Shape, find_batch_po
 
 
 @pytest.mark.parametrize(
-    ("place", "shape", "result", "wanted"),
+    ("position", "shape", "result", "expected"),
     [
         (BatchPosition(0), (1, 48, 4, 4), (1, 48, 16), BatchPosition(0)),
         (BatchPosition(0), (1, 48, 1, 1), (48,), BatchPosition(0)),
@@ -22,24 +22,24 @@ from fovea.export.importer.batch_axis import BatchPosition, Shape, find_batch_po
         (BatchPosition(0, inner=True), (17, 48), (17, 1, 48), BatchPosition(1)),
         (BatchPosition(0), (3, 17, 16), (1, 3, 17, 16), BatchPosition(0)),
         (BatchPosition(1), (17, 1), (17,), BatchPosition(0, inner=True)),
-        (BatchPosition(1), (6, 1, 5), (3, 10), None),  # no axis begins where the images are
+        (BatchPosition(1), (6, 1, 5), (3, 10), None),  # no axis begins at the images
     ],
 )
-def test_as_much_lies_outside_the_images_after_a_reshape(
-    place: BatchPosition, shape: Shape, result: Shape, wanted: BatchPosition | None
+def test_reshape_moves_the_batch_position(
+    position: BatchPosition, shape: Shape, result: Shape, expected: BatchPosition | None
 ) -> None:
-    assert reshape_position(place, shape, result) == wanted
+    assert reshape_position(position, shape, result) == expected
 
 
 @pytest.mark.parametrize(
-    ("node", "shape", "result", "wanted"),
+    ("node", "shape", "result", "expected"),
     [
         (helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0, 2]), (1, 5, 7), (5, 1, 7), BatchPosition(1)),
         (helper.make_node("Transpose", ["x"], ["y"]), (1, 5, 7), (7, 5, 1), BatchPosition(2)),
         (helper.make_node("Unsqueeze", ["x", "0"], ["y"]), (1, 5), (1, 1, 5), BatchPosition(1)),
         (helper.make_node("Unsqueeze", ["x"], ["y"], axes=[-1]), (1, 5), (1, 5, 1), BatchPosition(0)),
         (helper.make_node("Squeeze", ["x", "2"], ["y"]), (1, 5, 1), (1, 5), BatchPosition(0)),
-        (helper.make_node("Squeeze", ["x", "0"], ["y"]), (1, 5, 1), (5, 1), None),  # of one image alone
+        (helper.make_node("Squeeze", ["x", "0"], ["y"]), (1, 5, 1), (5, 1), None),  # only for one image
         (helper.make_node("Gather", ["x", "0"], ["y"], axis=1), (1, 5, 7), (1, 7), BatchPosition(0)),
         (
             helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0),
@@ -51,9 +51,9 @@ def test_as_much_lies_outside_the_images_after_a_reshape(
         (helper.make_node("Shape", ["x"], ["y"]), (1, 5, 7), (3,), None),
     ],
 )
-def test_the_images_are_followed_from_operator_to_operator(
-    node: NodeProto, shape: Shape, result: Shape, wanted: BatchPosition | None
+def test_operators_move_the_batch_position(
+    node: NodeProto, shape: Shape, result: Shape, expected: BatchPosition | None
 ) -> None:
     constants = {str(number): np.array([number]) for number in range(3)}
-    found = find_batch_positions([node], "x", {"x": shape, "y": result}, constants)
-    assert found.get("y") == wanted
+    positions = find_batch_positions([node], "x", {"x": shape, "y": result}, constants)
+    assert positions.get("y") == expected

@@ -40,8 +40,8 @@ def append_steps(graph: onnx.ModelProto, *steps: Step, kind: int = TensorProto.F
     graph.graph.node[-1].output[0] = last = "end_0"
     for number, (operator, constants, attributes) in enumerate(steps):
         inputs = [last]
-        for place, constant in enumerate(constants):
-            inputs.append(f"end_{number}_constant_{place}")
+        for position, constant in enumerate(constants):
+            inputs.append(f"end_{number}_constant_{position}")
             graph.graph.initializer.append(numpy_helper.from_array(np.array(constant), inputs[-1]))
         last = output if number == len(steps) - 1 else f"end_{number + 1}"
         graph.graph.node.append(helper.make_node(operator, inputs, [last], **attributes))
@@ -84,20 +84,20 @@ SHAPES: dict[str, tuple[Step, ...]] = {
     "folded": (make_step("Reshape", np.array([-1])),),
     "the images last": (make_step("Transpose", perm=[1, 0]), make_step("Unsqueeze", np.array([0]))),
 }
-FREE = {"1, 1, classes", "1, classes, 1", "folded"}
+BATCHABLE_SHAPES = {"1, 1, classes", "1, classes, 1", "folded"}
 
 
 @pytest.mark.parametrize("batch", [1, "N"])
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_is_read_wherever_its_images_are(
+def test_rows_are_read_at_any_position_of_the_batch_axis(
     tmp_path: Path, shape: str, count: int, batch: int | str
 ) -> None:
     """Images run one after the other if the batch is not the first axis."""
     graph = append_steps(build_classifier(count=count, batch=batch, end="softmax"), *SHAPES[shape])
     model = import_graph(graph, tmp_path, count)
     assert model.facts["values"].startswith(f"{count} probabilities that sum to 1")
-    assert (model.engine.batch_limit is None) == (shape in FREE)
+    assert (model.engine.batch_limit is None) == (shape in BATCHABLE_SHAPES)
     assert_agrees(model, softmax(expected_logits(count)))
 
 
@@ -111,14 +111,14 @@ def test_two_labels_without_a_batch_axis_are_not_swapped(tmp_path: Path) -> None
     assert model.contract.labels == ("dark", "bright")
 
 
-def test_an_axis_too_many_is_no_row(tmp_path: Path) -> None:
+def test_output_with_an_extra_axis_is_refused(tmp_path: Path) -> None:
     graph = append_steps(build_classifier(count=6, batch=1), make_step("Reshape", np.array([1, 2, 3])))
     assert_refused(
         tmp_path, r"no output is a row of values for each image \(scores: float32 images x 2 x 3\)", graph, 3
     )
 
 
-def test_a_shape_that_changes_with_the_image_is_no_row(tmp_path: Path) -> None:
+def test_output_with_a_varying_shape_is_refused(tmp_path: Path) -> None:
     graph = append_steps(
         build_classifier(batch=1),
         make_step("Compress", np.array([True]), axis=1),
@@ -146,19 +146,19 @@ def test_a_shape_that_changes_with_the_image_is_no_row(tmp_path: Path) -> None:
         ("rounded to a scale of the batch", (make_step("DynamicQuantizeLinear"),)),
     ],
 )
-def test_answers_that_depend_on_the_batch_are_given_alone(
+def test_batch_dependent_graph_runs_one_image_at_a_time(
     tmp_path: Path, name: str, steps: tuple[Step, ...]
 ) -> None:
     graph = build_classifier()
     if name.startswith("rounded"):
         (pool,) = [node for node in graph.graph.node if node.op_type == "GlobalAveragePool"]
         source, pool.output[0] = pool.output[0], "exact"
-        place = list(graph.graph.node).index(pool) + 1
+        index = list(graph.graph.node).index(pool) + 1
         for node in (
             helper.make_node("DequantizeLinear", ["q", "scale", "zero"], [source]),
             helper.make_node("DynamicQuantizeLinear", ["exact"], ["q", "scale", "zero"]),
         ):
-            graph.graph.node.insert(place, node)
+            graph.graph.node.insert(index, node)
     else:
         append_steps(graph, *steps)
         if name.startswith("less"):
@@ -172,14 +172,14 @@ def test_answers_that_depend_on_the_batch_are_given_alone(
         assert_refused(tmp_path, "no output is a row of values", graph)
         return
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    wanted = [softmax(session.run(None, {"image": prepare_imagenet(one, 18, 16)})[0]) for one in IMAGES]
+    expected = [softmax(session.run(None, {"image": prepare_imagenet(image, 18, 16)})[0]) for image in IMAGES]
     model = import_graph(graph, tmp_path)
     assert model.engine.batch_limit == 1
     assert "images run one after the other" in model.facts["batch"]
-    assert_agrees(model, np.concatenate(wanted), 5e-3 if name.startswith("rounded") else 1e-5)
+    assert_agrees(model, np.concatenate(expected), 5e-3 if name.startswith("rounded") else 1e-5)
 
 
-def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> None:
+def test_two_image_graph_with_one_answer_is_refused(tmp_path: Path) -> None:
     graph = append_steps(
         build_classifier(batch=2, count=2),
         make_step("Gather", np.array([0]), axis=0),
@@ -188,13 +188,15 @@ def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> Non
     assert_refused(tmp_path, "the graph takes exactly 2 images at a time", graph, 2)
 
 
-def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_refuses_outputs_with_too_few_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The comparison finds an output with too few values."""
 
-    def first(_: ReferenceModel, output: Array) -> Array:
+    def select_first(_: ReferenceModel, output: Array) -> Array:
         return output[0] if output.ndim > 1 else output[:1]
 
-    monkeypatch.setattr(ReferenceModel, "_select_image", first)
+    monkeypatch.setattr(ReferenceModel, "_select_image", select_first)
     graph = append_steps(
         build_classifier(count=2, batch=1, end="softmax"), make_step("Squeeze", np.array([0]))
     )
@@ -209,7 +211,7 @@ def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("total", [100.0, 255.0, 1000.0, 0.5])
 @pytest.mark.parametrize("end", ["softmax", "hidden_softmax"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_probabilities_that_sum_to_something_else_are_divided_by_it(
+def test_probabilities_are_divided_by_their_constant_sum(
     tmp_path: Path, end: Any, total: float, dtype: str
 ) -> None:
     graph = build_classifier(end=end, dtype=dtype)
@@ -218,12 +220,11 @@ def test_probabilities_that_sum_to_something_else_are_divided_by_it(
     assert f"5 probabilities times {total:g} (each row sums to that), divided by it" in model.facts["values"]
     assert model.contract.task is Task.MULTICLASS
     assert_agrees(model, softmax(expected_logits()), 1e-5 if dtype == "float32" else 5e-3)
-    assert (
-        find_original_output(model.contract) is None
-    )  # none of ours has the values of the file's own output
+    # no output of the imported model has the values of the original output
+    assert find_original_output(model.contract) is None
 
 
-def test_two_percentages_are_two_labels(tmp_path: Path) -> None:
+def test_two_percentages_are_read_as_two_labels(tmp_path: Path) -> None:
     model = import_graph(
         append_steps(build_classifier(count=2, end="softmax"), make_step("Mul", F32(100))), tmp_path, 2
     )
@@ -231,30 +232,30 @@ def test_two_percentages_are_two_labels(tmp_path: Path) -> None:
     assert_agrees(model, softmax(expected_logits(2)))
 
 
-def test_a_uint8_graph_s_percentages_are_known_too(tmp_path: Path) -> None:
+def test_uint8_graph_percentages_are_recognised(tmp_path: Path) -> None:
     graph = append_steps(build_classifier(dtype="uint8", end="softmax"), make_step("Mul", F32(100)))
     model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=ZERO_ONE))
     assert "times 100" in model.facts["values"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path, dtype: str) -> None:
+def test_nearly_constant_logits_are_not_probabilities(tmp_path: Path, dtype: str) -> None:
     """Logits of similar sum are no probabilities; graphs of uint8 have no extreme images to show it."""
     graph = build_classifier(spread=1e-5, dtype=dtype)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(numpy_helper.from_array(np.array([3, 1, 2, 0.5, 0.7], F32), "bias"))
-    wishes = PreprocessingOptions(preset=ZERO_ONE)
-    assert import_graph(graph, tmp_path, preprocessing=wishes).facts["values"].startswith("5 logits")
+    options = PreprocessingOptions(preset=ZERO_ONE)
+    assert import_graph(graph, tmp_path, preprocessing=options).facts["values"].startswith("5 logits")
 
 
 @pytest.mark.parametrize("total", [1.0, 100.0])
-def test_a_sum_that_extreme_images_change_is_chance(total: float) -> None:
+def test_sum_that_changes_for_extreme_images_means_logits(total: float) -> None:
     rows = total * softmax(np.random.default_rng(0).normal(0, 2, (14, 5)))
-    beyond = np.random.default_rng(1).uniform(0, 1000, (14, 5))
+    extreme_rows = np.random.default_rng(1).uniform(0, 1000, (14, 5))
     dtype = np.dtype(np.float32)
-    assert detect_kind(rows, beyond, dtype) == (ValueKind.LOGITS, 1.0)
+    assert detect_kind(rows, extreme_rows, dtype) == (ValueKind.LOGITS, 1.0)
     assert detect_kind(rows, rows[::-1], dtype) == (ValueKind.PROBABILITIES, total)
-    assert detect_kind(np.log(rows / total), -beyond, dtype) == (ValueKind.LOGITS, 1.0)
+    assert detect_kind(np.log(rows / total), -extreme_rows, dtype) == (ValueKind.LOGITS, 1.0)
 
 
 QUANTIZED = (
@@ -264,7 +265,7 @@ QUANTIZED = (
 
 
 @pytest.mark.parametrize("count", [5, 300])
-def test_a_softmax_that_is_rounded_to_bytes_is_taken_before_the_rounding(tmp_path: Path, count: int) -> None:
+def test_quantized_softmax_is_taken_before_rounding(tmp_path: Path, count: int) -> None:
     """With many labels, most probabilities are rounded to 0 and the sum is far from 1."""
     graph = append_steps(build_classifier(count=count, end="softmax", spread=1), *QUANTIZED)
     model = import_graph(graph, tmp_path, count)
@@ -273,19 +274,19 @@ def test_a_softmax_that_is_rounded_to_bytes_is_taken_before_the_rounding(tmp_pat
     assert_agrees(model, softmax(run_onnx(build_classifier(count=count, spread=1), planes)))
 
 
-def test_sigmoids_that_are_rounded_to_bytes_too(tmp_path: Path) -> None:
+def test_quantized_sigmoids_are_taken_before_rounding(tmp_path: Path) -> None:
     graph = append_steps(build_classifier(end="sigmoid", spread=1), *QUANTIZED)
     model = import_graph(graph, tmp_path, task=Task.MULTILABEL)
     planes = np.concatenate([prepare_imagenet(image, 18, 16) for image in IMAGES])
     assert_agrees(model, sigmoid(run_onnx(build_classifier(spread=1), planes)))
 
 
-def test_a_softmax_with_a_temperature_of_its_own_stays_as_it_is(tmp_path: Path) -> None:
+def test_softmax_with_a_temperature_is_kept(tmp_path: Path) -> None:
     graph = append_steps(build_classifier(), make_step("Div", F32(4)), make_step("Softmax", axis=1))
     assert_agrees(import_graph(graph, tmp_path), softmax(expected_logits() / 4))
 
 
-NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
+REFUSED_OUTPUTS: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
     "sigmoid x 100": (
         lambda: append_steps(build_classifier(end="sigmoid"), make_step("Mul", F32(100))),
         5,
@@ -370,14 +371,14 @@ NEITHER: dict[str, tuple[Callable[[], onnx.ModelProto], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", NEITHER)
-def test_values_that_are_neither_logits_nor_probabilities_are_refused(tmp_path: Path, case: str) -> None:
-    make, labels, message = NEITHER[case]
-    assert_refused(tmp_path, message, make(), labels)
+@pytest.mark.parametrize("case", REFUSED_OUTPUTS)
+def test_other_kinds_of_values_are_refused(tmp_path: Path, case: str) -> None:
+    build, labels, message = REFUSED_OUTPUTS[case]
+    assert_refused(tmp_path, message, build(), labels)
 
 
-def test_what_is_the_same_for_every_image_is_said(tmp_path: Path) -> None:
+def test_constant_output_is_noted_in_the_report(tmp_path: Path) -> None:
     graph = build_classifier(spread=0.0)
     model = import_graph(graph, tmp_path)
     assert model.facts["values"] == "5 logits (measured by running the graph; the same for every image)"
-    assert model.engine.batch_limit == 1  # a row in the wrong place would not be seen
+    assert model.engine.batch_limit == 1  # a misplaced row would not be noticed

@@ -1,4 +1,4 @@
-"""Files of labels."""
+"""Label files."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ LABELS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def label_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("labels") / "labels"
 
 
 @settings(max_examples=60, deadline=None)
 @given(LABELS, st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.integers(0, 3))
-def test_one_a_line_in_any_text_file(
-    file: Path, names: list[str], end: str, marked: bool, blank: int
+def test_one_label_per_line_is_read(
+    label_file: Path, names: list[str], end: str, has_mark: bool, blank_lines: int
 ) -> None:
     """Lines may have a byte order mark, any line ends, and blank lines at the end."""
-    file.write_bytes((end.join(names) + end * blank).encode("utf-8-sig" if marked else "utf-8"))
-    assert read_labels(file).names == tuple(names)
+    label_file.write_bytes((end.join(names) + end * blank_lines).encode("utf-8-sig" if has_mark else "utf-8"))
+    assert read_labels(label_file).names == tuple(names)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,34 +47,36 @@ def test_one_a_line_in_any_text_file(
     st.randoms(use_true_random=False),
     st.sampled_from(["list", "numbers", "keras", "inverse", "config"]),
 )
-def test_every_form_of_json_says_the_same(file: Path, names: list[str], random: object, form: str) -> None:
-    places = list(enumerate(names))
-    random.shuffle(places)  # type: ignore[attr-defined]  # hypothesis has no type for it
+def test_every_json_form_gives_the_same_labels(
+    label_file: Path, names: list[str], random: object, form: str
+) -> None:
+    indexed_names = list(enumerate(names))
+    random.shuffle(indexed_names)  # type: ignore[attr-defined]  # hypothesis has no type for it
     forms = {
         "list": names,
-        "numbers": {str(place): name for place, name in places},
-        "keras": {str(place): [f"n{place:08}", name] for place, name in places},
-        "inverse": {name: place for place, name in places},
-        "config": {"model_type": "vit", "id2label": {str(place): name for place, name in places}},
+        "numbers": {str(index): name for index, name in indexed_names},
+        "keras": {str(index): [f"n{index:08}", name] for index, name in indexed_names},
+        "inverse": {name: index for index, name in indexed_names},
+        "config": {"model_type": "vit", "id2label": {str(index): name for index, name in indexed_names}},
     }
-    file.write_text(json.dumps(forms[form]))
-    labels = read_labels(file)
+    label_file.write_text(json.dumps(forms[form]))
+    labels = read_labels(label_file)
     assert labels.names == tuple(names)
     if form == "keras":
-        assert labels.ids == tuple(f"n{place:08}" for place in range(len(names)))
+        assert labels.ids == tuple(f"n{index:08}" for index in range(len(names)))
 
 
-def test_labels_of_several_outputs_get_their_numbers(file: Path) -> None:
-    """Equal labels get numbers, such as ImageNet's two cranes, the bird and the machine."""
-    file.write_text("tench\ncrane\nmaillot\ncrane\nmaillot\n")
-    labels = read_labels(file)
+def test_duplicate_labels_are_numbered(label_file: Path) -> None:
+    """Equal labels, such as ImageNet's two cranes, the bird and the machine, get numbers."""
+    label_file.write_text("tench\ncrane\nmaillot\ncrane\nmaillot\n")
+    labels = read_labels(label_file)
     assert labels.names == ("tench", "crane (1)", "maillot (2)", "crane (3)", "maillot (4)")
     assert labels.shared_names == ("crane", "maillot")
 
 
-def test_ids_of_wordnet_are_kept_and_known(file: Path) -> None:
-    file.write_text("n01440764 tench, Tinca tinca\nn01443537\tgoldfish\n")
-    labels = read_labels(file)
+def test_wordnet_ids_are_kept_and_parsed(label_file: Path) -> None:
+    label_file.write_text("n01440764 tench, Tinca tinca\nn01443537\tgoldfish\n")
+    labels = read_labels(label_file)
     assert labels.names == ("n01440764 tench, Tinca tinca", "n01443537 goldfish")
     assert labels.ids == ("n01440764", "n01443537")
 
@@ -102,27 +104,27 @@ def test_ids_of_wordnet_are_kept_and_known(file: Path) -> None:
         (b"a\na\na (1)\n", "has duplicate labels, and labels that already end in a number; rename them"),
     ],
 )
-def test_files_that_cannot_be_used(file: Path, content: bytes, message: str) -> None:
-    file.write_bytes(content)
-    with pytest.raises(ImportRefused, match=message) as raised:
-        read_labels(file)
-    assert str(file) in str(raised.value)
+def test_invalid_label_files_are_refused(label_file: Path, content: bytes, message: str) -> None:
+    label_file.write_bytes(content)
+    with pytest.raises(ImportRefused, match=message) as error_info:
+        read_labels(label_file)
+    assert str(label_file) in str(error_info.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_label_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match=r"cannot read the labels .*gone: No such file"):
         read_labels(tmp_path / "gone")
 
 
-# --- more than a label on each line ---------------------------------------------------------------
+# --- lines with more than a label ----------------------------------------------------------------
 
-TENCH = ("tench, Tinca tinca", "goldfish", "great white's")
+COMMA_LABELS = ("tench, Tinca tinca", "goldfish", "great white's")
 """Labels with a comma and an apostrophe."""
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("first_number", [0, 1])
+@pytest.mark.parametrize("byte_order_mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize(
     "form",
@@ -138,24 +140,24 @@ TENCH = ("tench, Tinca tinca", "goldfish", "great white's")
         "{1}\t{0}",
     ],
 )
-def test_numbers_beside_labels_are_their_places(
-    file: Path, form: str, end: str, mark: bytes, first: int, order: tuple[int, ...]
+def test_numbers_beside_labels_set_their_order(
+    label_file: Path, form: str, end: str, byte_order_mark: bytes, first_number: int, order: tuple[int, ...]
 ) -> None:
-    lines = [form.format(place + first, TENCH[place]) for place in order]
-    file.write_bytes(mark + (end.join(lines) + end + end).encode())
-    labels = read_labels(file)
-    assert labels.names == TENCH
-    assert f"in the order of their numbers, {first} to {first + 2}" in labels.notes
+    lines = [form.format(index + first_number, COMMA_LABELS[index]) for index in order]
+    label_file.write_bytes(byte_order_mark + (end.join(lines) + end + end).encode())
+    labels = read_labels(label_file)
+    assert labels.names == COMMA_LABELS
+    assert f"in the order of their numbers, {first_number} to {first_number + 2}" in labels.notes
 
 
-TWELVE = tuple(f"bird {number}x" for number in range(12))
+TWELVE_BIRDS = tuple(f"bird {number}x" for number in range(12))
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
     [
         ("0 tench\n1 goldfish\n", ("tench", "goldfish")),
-        ("\n".join(f"{place + 1} {name}" for place, name in enumerate(TWELVE)), TWELVE),
+        ("\n".join(f"{index + 1} {name}" for index, name in enumerate(TWELVE_BIRDS)), TWELVE_BIRDS),
         ("0,n01440764,tench\n1,n01443537,goldfish", ("tench", "goldfish")),
         ("n01440764,tench\nn01443537,goldfish", ("tench", "goldfish")),
         ("id,label\n1,goldfish\n0,tench\n", ("tench", "goldfish")),
@@ -179,11 +181,9 @@ TWELVE = tuple(f"bird {number}x" for number in range(12))
         ),
     ],
 )
-def test_forms_of_other_tools_are_read_as_they_are_meant(
-    file: Path, text: str, names: tuple[str, ...]
-) -> None:
-    file.write_text(text)
-    assert read_labels(file).names == names
+def test_label_files_of_other_tools_are_read(label_file: Path, text: str, names: tuple[str, ...]) -> None:
+    label_file.write_text(text)
+    assert read_labels(label_file).names == names
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_forms_of_other_tools_are_read_as_they_are_meant(
         ("T-shirt/top", "Ankle boot"),
     ],
 )
-def test_numbers_that_belong_to_labels_stay(file: Path, names: tuple[str, ...]) -> None:
-    file.write_text("\n".join(names))
-    labels = read_labels(file)
+def test_numbers_inside_labels_are_kept(label_file: Path, names: tuple[str, ...]) -> None:
+    label_file.write_text("\n".join(names))
+    labels = read_labels(label_file)
     assert (labels.names, labels.notes) == (names, ())
 
 
@@ -241,16 +241,16 @@ def test_numbers_that_belong_to_labels_stay(file: Path, names: tuple[str, ...]) 
         ("# from the paper\na\nb", "line 1, '# from the paper', looks like a comment"),
     ],
 )
-def test_lines_that_could_be_misread_are_refused(file: Path, content: str, message: str) -> None:
-    file.write_text(content)
-    with pytest.raises(ImportRefused, match=message) as raised:
-        read_labels(file)
-    assert str(file) in str(raised.value)
+def test_lines_that_could_be_misread_are_refused(label_file: Path, content: str, message: str) -> None:
+    label_file.write_text(content)
+    with pytest.raises(ImportRefused, match=message) as error_info:
+        read_labels(label_file)
+    assert str(label_file) in str(error_info.value)
 
 
-def test_labels_that_look_alike_are_named(file: Path) -> None:
-    file.write_text("Cardigan\ncardigan\ncafé\ncafe\u0301\nhot  dog\nhot dog\n")
-    labels = read_labels(file)
+def test_similar_labels_are_noted(label_file: Path) -> None:
+    label_file.write_text("Cardigan\ncardigan\ncafé\ncafe\u0301\nhot  dog\nhot dog\n")
+    labels = read_labels(label_file)
     assert labels.names == ("Cardigan", "cardigan", "café (2)", "café (3)", "hot  dog", "hot dog")
     assert labels.shared_names == ("café",)
     assert labels.notes == (
@@ -259,9 +259,9 @@ def test_labels_that_look_alike_are_named(file: Path) -> None:
     )
 
 
-def test_a_folder_belongs_to_the_label_of_its_very_name(file: Path) -> None:
-    file.write_text("Cardigan\ncardigan\ncafé\n")
-    find = LabelLookup(read_labels(file))
-    assert [find("cardigan"), find("Cardigan"), find("cafe\u0301"), find("CAFÉ")] == [1, 0, 2, 2]
+def test_folder_belongs_to_the_label_with_its_exact_name(label_file: Path) -> None:
+    label_file.write_text("Cardigan\ncardigan\ncafé\n")
+    lookup = LabelLookup(read_labels(label_file))
+    assert [lookup("cardigan"), lookup("Cardigan"), lookup("cafe\u0301"), lookup("CAFÉ")] == [1, 0, 2, 2]
     with pytest.raises(ImportRefused, match="fits several labels: 'Cardigan', 'cardigan'"):
-        find("CARDIGAN")
+        lookup("CARDIGAN")

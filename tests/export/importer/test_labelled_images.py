@@ -27,7 +27,7 @@ from tests.export.classifiers import Array, GraphEnd, build_classifier
 from tests.export.imports import has_no_output, import_graph
 from tests.pictures import encode_image
 
-# --- images and models that understand them ------------------------------------------------------
+# --- images and models ---------------------------------------------------------------------------
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SHADES = {"dark": 30, "middling": 128, "bright": 225}
@@ -35,11 +35,11 @@ SHADES = {"dark": 30, "middling": 128, "bright": 225}
 
 def build_colour_model(dtype: str = "float32") -> onnx.ModelProto:
     """Build a graph with three logits: ten times the mean of each channel."""
-    random = build_classifier(count=3, dtype=dtype)
+    classifier = build_classifier(count=3, dtype=dtype)
     kernel = np.zeros((8, 3, 3, 3), np.float32)
     kernel[range(3), range(3), 1, 1] = 1
     return replace_weights(
-        random, kernel=kernel, matrix=10 * np.eye(8, 3, dtype=np.float32), bias=np.zeros(3, np.float32)
+        classifier, kernel=kernel, matrix=10 * np.eye(8, 3, dtype=np.float32), bias=np.zeros(3, np.float32)
     )
 
 
@@ -80,7 +80,7 @@ def build_shade_model() -> onnx.ModelProto:
 def draw_labelled_images(
     folder: Path, colours: dict[str, tuple[int, int, int]], count: int, *, noise: int = 30
 ) -> Path:
-    """`count` images of each label."""
+    """Write `count` images of each label."""
     random = np.random.default_rng(0)
     for label, colour in colours.items():
         (folder / label).mkdir(parents=True)
@@ -97,13 +97,13 @@ def draw_shade_images(folder: Path, count: int = 6) -> Path:
     )
 
 
-# --- what is measured ----------------------------------------------------------------------------
+# --- measurements --------------------------------------------------------------------------------
 
 
-def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
+def test_accuracy_and_reference_come_from_the_images(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 4)
     for path in (folder / "red").iterdir():
-        path.rename(folder / "green" / f"red-{path.name}")  # a third is wrong
+        path.rename(folder / "green" / f"red-{path.name}")  # a third of the labels is wrong
     model = import_graph(build_colour_model(), tmp_path, ["red", "green", "blue"], check=folder)
     check, contract = model.report.check, model.contract
     assert check is not None
@@ -122,7 +122,7 @@ def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
     ("count", "end", "task"),
     [(1, "logits", None), (2, "softmax", None), (2, "logits", Task.MULTILABEL)],
 )
-def test_models_of_two_labels_are_checked_too(
+def test_models_with_two_labels_are_checked(
     tmp_path: Path, count: int, end: GraphEnd, task: Task | None
 ) -> None:
     """The second value measures green; a single value measures green minus red."""
@@ -162,7 +162,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("prepare", "message"),
     [
         (lambda folder: None, "is not a folder"),
         (lambda folder: folder.mkdir(), "has no sub-folder with images in it"),
@@ -172,22 +172,22 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_folders_that_cannot_be_used(tmp_path: Path, make: object, message: str) -> None:
+def test_invalid_check_folders_are_refused(tmp_path: Path, prepare: object, message: str) -> None:
     folder = tmp_path / "photos"
-    make(folder)  # type: ignore[operator]  # one of the three above
+    prepare(folder)  # type: ignore[operator]  # one of the three above
     with pytest.raises(ImportRefused, match=message):
         import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder)
     assert has_no_output(tmp_path)
 
 
-def test_a_folder_without_a_readable_image(tmp_path: Path) -> None:
+def test_folder_without_readable_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos" / "red").mkdir(parents=True)
     (tmp_path / "photos" / "red" / "a.png").write_bytes(b"none")
     with pytest.raises(ImportRefused, match="none of the 1 images in photos can be read"):
         import_graph(build_colour_model(), tmp_path, list(COLOURS), check=tmp_path / "photos")
 
 
-# --- names ---------------------------------------------------------------------------------------
+# --- folder names --------------------------------------------------------------------------------
 
 KERAS = Labels(
     ("tench", "great_white_shark", "crane (2)", "crane (3)"),
@@ -199,7 +199,7 @@ SYNSETS = Labels(("n01440764 tench, Tinca tinca", "n01484850 great white shark")
 
 
 @pytest.mark.parametrize(
-    ("labels", "folder", "place"),
+    ("labels", "folder", "index"),
     [
         (KERAS, "n01440764", 0),
         (KERAS, "n01440764_tench", 0),
@@ -216,8 +216,8 @@ SYNSETS = Labels(("n01440764 tench, Tinca tinca", "n01484850 great white shark")
         (SYNSETS, "n01440764 tench, Tinca tinca", 0),
     ],
 )
-def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> None:
-    assert LabelLookup(labels)(folder) == place
+def test_folder_names_match_their_labels(labels: Labels, folder: str, index: int) -> None:
+    assert LabelLookup(labels)(folder) == index
 
 
 @pytest.mark.parametrize(
@@ -231,77 +231,81 @@ def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> N
         (PLAIN, "???", "is not a label"),
     ],
 )
-def test_folders_that_no_label_has(labels: Labels, folder: str, message: str) -> None:
-    with pytest.raises(ImportRefused) as raised:
+def test_ambiguous_or_unknown_folder_names_are_refused(labels: Labels, folder: str, message: str) -> None:
+    with pytest.raises(ImportRefused) as error_info:
         LabelLookup(labels)(folder)
-    assert message in str(raised.value)
+    assert message in str(error_info.value)
 
 
-# --- recipes -------------------------------------------------------------------------------------
+# --- alternative preprocessing -------------------------------------------------------------------
 
 
-def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(tmp_path: Path) -> None:
+def test_wrong_preset_is_refused_with_a_better_one(tmp_path: Path) -> None:
     folder = draw_shade_images(tmp_path / "photos")
     options = {"labels": list(SHADES), "check": folder}
     with pytest.raises(
         ImportRefused, match=r"imagenet looks wrong: of 18 images .* with --preset zero-one 100\.0%"
-    ) as raised:
+    ) as error_info:
         import_graph(build_shade_model(), tmp_path, **options)  # type: ignore[arg-type]  # as above
-    assert str(raised.value).endswith("import it with --preset zero-one, or keep this recipe with --force")
+    assert str(error_info.value).endswith(
+        "import it with --preset zero-one, or keep this recipe with --force"
+    )
     assert has_no_output(tmp_path)
-    kept = import_graph(
+    forced_model = import_graph(
         build_shade_model(),
         tmp_path,
         preprocessing=PreprocessingOptions(preset=IMAGENET),
         force=True,
         **options,  # type: ignore[arg-type]
     )
-    assert kept.report.check is not None
-    others = kept.report.check.others
+    assert forced_model.report.check is not None
+    others = forced_model.report.check.others
     assert others["--preset zero-one"][0] == 1.0 > others["own"][0]
-    right = import_graph(
+    correct_model = import_graph(
         build_shade_model(),
         tmp_path,
         preprocessing=PreprocessingOptions(preset=ZERO_ONE),
         **options,  # type: ignore[arg-type]
     )
-    assert right.contract.accuracy is not None
-    assert right.contract.accuracy.top1 == 1
+    assert correct_model.contract.accuracy is not None
+    assert correct_model.contract.accuracy.top1 == 1
 
 
-def test_the_other_order_of_colours_is_tried_too(tmp_path: Path) -> None:
+def test_other_channel_order_is_tried(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 5)
-    wishes = PreprocessingOptions(preset=IMAGENET, bgr=True)
+    options = PreprocessingOptions(preset=IMAGENET, bgr=True)
     with pytest.raises(ImportRefused, match=r"import it with --rgb, or keep this recipe with --force"):
-        import_graph(build_colour_model(), tmp_path, list(COLOURS), preprocessing=wishes, check=folder)
+        import_graph(build_colour_model(), tmp_path, list(COLOURS), preprocessing=options, check=folder)
     assert has_no_output(tmp_path)
     assert import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check is not None
 
 
-def test_graphs_that_normalise_themselves_have_no_other_recipe(tmp_path: Path) -> None:
+def test_uint8_graphs_have_no_alternative_preprocessing(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 3)
     check = import_graph(build_colour_model("uint8"), tmp_path, list(COLOURS), check=folder).report.check
     assert check is not None
     assert list(check.others) == ["own"]
 
 
-def make_scores(right: Sequence[bool], true: Sequence[float]) -> Scores:
-    count = len(right)
+def make_scores(is_correct: Sequence[bool], true_probabilities: Sequence[float]) -> Scores:
+    count = len(is_correct)
     zeros = np.zeros(count, np.float32)
     best = np.zeros(count, np.int64)
-    rank = np.where(right, 0, 1)
-    return Scores(best, zeros, np.array(true, np.float32), rank, zeros, np.zeros((count, 2), np.float32))
+    rank = np.where(is_correct, 0, 1)
+    return Scores(
+        best, zeros, np.array(true_probabilities, np.float32), rank, zeros, np.zeros((count, 2), np.float32)
+    )
 
 
 @pytest.mark.parametrize(
-    ("own", "other", "clear"),
+    ("own", "other", "expected"),
     [
         (make_scores([False] * 20, [0.3] * 20), make_scores([True] * 20, [0.3] * 20), True),
         (
             make_scores([True] * 20, [0.5] * 20),
             make_scores([True] * 20, [0.9] * 20),
             True,
-        ),  # surer of the truth
+        ),  # more probability for the true label
         (make_scores([True] * 20, [0.5] * 20), make_scores([True] * 20, [0.5] * 20), False),
         (
             make_scores([True] * 20, [0.5] * 20),
@@ -317,8 +321,8 @@ def make_scores(right: Sequence[bool], true: Sequence[float]) -> Scores:
         (make_scores([False] * 7, [0.1] * 7), make_scores([True] * 7, [0.9] * 7), False),  # too few
     ],
 )
-def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores, clear: bool) -> None:
-    assert is_clearly_better(other, own) is clear
+def test_clearly_better_needs_a_significant_difference(own: Scores, other: Scores, expected: bool) -> None:
+    assert is_clearly_better(other, own) is expected
 
 
 # --- pixel paths ---------------------------------------------------------------------------------
@@ -326,7 +330,7 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("count", "side", "path", "why"),
+    ("count", "side", "path", "reason"),
     [
         (34, 520, PixelPath.FAST, "102 images are large enough to be decoded smaller)"),
         (
@@ -343,8 +347,8 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
         ),
     ],
 )
-def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
-    tmp_path: Path, count: int, side: int, path: PixelPath, why: str
+def test_fast_path_needs_a_hundred_unchanged_images(
+    tmp_path: Path, count: int, side: int, path: PixelPath, reason: str
 ) -> None:
     folder = tmp_path / "photos"
     for label, colour in COLOURS.items():
@@ -355,20 +359,20 @@ def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
     model = import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder)
     assert model.contract.input.pixel_path is path
     assert model.facts["pixel path"].startswith(f"{path} (fast changes 0 of {3 * count} answers")
-    assert model.facts["pixel path"].endswith(why)
+    assert model.facts["pixel path"].endswith(reason)
     assert model.engine.check_golden_set().images == 8
 
 
-def test_one_changed_answer_is_enough_to_keep_exact_pixels() -> None:
+def test_one_changed_answer_keeps_exact_pixels() -> None:
     exact = make_scores([True] * MIN_FAST_IMAGES, [0.5] * MIN_FAST_IMAGES)
-    changed = exact.top_label.copy()
-    changed[7] = 1
+    changed_labels = exact.top_label.copy()
+    changed_labels[7] = 1
     assert is_lossless(exact, exact, MIN_FAST_IMAGES)
     assert not is_lossless(exact, exact, MIN_FAST_IMAGES - 1)
-    assert not is_lossless(replace(exact, top_label=changed), exact, MIN_FAST_IMAGES)
+    assert not is_lossless(replace(exact, top_label=changed_labels), exact, MIN_FAST_IMAGES)
 
 
-def test_without_images_pixels_are_exact(tmp_path: Path) -> None:
+def test_pixel_path_is_exact_without_check_images(tmp_path: Path) -> None:
     model = import_graph(build_classifier(), tmp_path)
     assert model.contract.input.pixel_path is PixelPath.EXACT
     assert model.facts["pixel path"] == "exact (only --check can show whether fast loses nothing)"

@@ -62,16 +62,16 @@ ZEROS = (0.0, 0.0, 0.0)
         (PreprocessingOptions(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
     ],
 )
-def test_what_the_file_cannot_say_is_asked_for(
+def test_missing_or_invalid_options_are_refused(
     tmp_path: Path, preprocessing: PreprocessingOptions, message: str
 ) -> None:
     assert_refused(tmp_path, message, build_classifier(), preprocessing=preprocessing)
 
 
-@pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
-def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
-    preprocessing = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
-    (option,) = given
+@pytest.mark.parametrize("options", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
+def test_uint8_graphs_refuse_normalisation_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    preprocessing = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **options)
+    (option,) = options
     assert_refused(
         tmp_path,
         f"normalises them itself; leave out --{option}",
@@ -81,14 +81,14 @@ def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä"])
-def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
+def test_invalid_model_names_are_refused(tmp_path: Path, name: str) -> None:
     request = ImportRequest(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", PreprocessingOptions())
     with pytest.raises(ImportRefused, match=r"--name is .*; use letters, digits and"):
         import_model(request)
 
 
 @pytest.mark.parametrize(
-    ("read_one", "message"),
+    ("parse_value", "message"),
     [
         (
             lambda: find_preset("imagnet"),
@@ -104,12 +104,12 @@ def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
         (lambda: parse_size("--size", "1x2x3"), "--size is '1x2x3'"),
     ],
 )
-def test_options_that_cannot_be_read(read_one: Callable[[], object], message: str) -> None:
+def test_malformed_option_values_are_refused(parse_value: Callable[[], object], message: str) -> None:
     with pytest.raises(ImportRefused, match=message):
-        read_one()
+        parse_value()
 
 
-def test_options_as_they_are_written() -> None:
+def test_option_values_are_parsed() -> None:
     assert parse_channel_values("--mean", "0.5") == (0.5, 0.5, 0.5)
     assert parse_channel_values("--mean", "1, -2,3e0") == (1, -2, 3)
     assert parse_number("--scale", "1/255") == 1 / 255

@@ -1,8 +1,8 @@
-"""Each preset on a model of its kind: the model is as good as with its publisher's own pipeline.
+"""Each preset on a model of its kind is as good as the publisher's own pipeline.
 
-The models know the pictures that they were shown, prepared by Pillow and numpy as the publisher does it, on
-the axes and with the last steps that this publisher's files have. What is prepared otherwise is strange to
-them.
+The models know the pictures of this test, prepared by Pillow and numpy as the publisher does it, on the axes
+and with the last steps that this publisher's files have. A picture that is prepared in another way is unknown
+to them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.pictures import encode_image
 
 SIDE = 32
 LABELS = [f"picture {number}" for number in range(12)]
-STRANGE = "none of them"
+UNKNOWN = "none of them"
 NEAR = 0.01
 """Mean squared difference, as a share of the pictures' variance, above which a picture is unknown."""
 SURE = 8.0
@@ -132,12 +132,12 @@ def build_lookup_model(images: Array, publisher: Publisher) -> onnx.ModelProto:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Write a picture for each label; return the pictures by path."""
     folder = tmp_path_factory.mktemp("photos")
-    found: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
     for seed, label in enumerate(LABELS):
         path = folder / label / "photo.png"
         path.parent.mkdir()
-        path.write_bytes(found.setdefault(str(path), encode_image(draw_photo(seed), "PNG")))
-    return found
+        path.write_bytes(images.setdefault(str(path), encode_image(draw_photo(seed), "PNG")))
+    return images
 
 
 def build_model_for(name: str, photos: dict[str, bytes]) -> onnx.ModelProto:
@@ -151,47 +151,45 @@ def test_every_preset_has_a_publisher() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_gives_what_the_publisher_s_pipeline_gives(
+def test_preset_agrees_with_the_publisher_pipeline(
     tmp_path: Path, photos: dict[str, bytes], name: str
 ) -> None:
     graph = build_model_for(name, photos)
     folder = next(iter(map(Path, photos))).parents[1]
     model = import_graph(
-        graph, tmp_path, [*LABELS, STRANGE], PreprocessingOptions(preset=PRESETS[name]), check=folder
+        graph, tmp_path, [*LABELS, UNKNOWN], PreprocessingOptions(preset=PRESETS[name]), check=folder
     )
     assert model.report.check is not None
     assert model.report.check.top1 == 1
-    own = model.report.check.others.pop("own")
-    assert own[1] > 0.9
-    others = {other: true for other, (_, true) in model.report.check.others.items()}
+    own_score = model.report.check.others.pop("own")
+    assert own_score[1] > 0.9
+    others = {other: true_probability for other, (_, true_probability) in model.report.check.others.items()}
     assert len(others) == len(PRESETS)  # the other presets, and the other order of colours
     assert max(others.values()) < 0.5, others
     values = np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]).astype(np.float32)
-    wanted = run_onnx(graph, values.transpose(0, 3, 1, 2) if PUBLISHERS[name].layout == "nchw" else values)
-    assert np.array_equal(wanted.argmax(axis=1), np.arange(len(LABELS)))
-    said = np.concatenate([model(image) for image in photos.values()])
-    assert np.array_equal(said.argmax(axis=1), np.arange(len(LABELS)))
+    expected = run_onnx(graph, values.transpose(0, 3, 1, 2) if PUBLISHERS[name].layout == "nchw" else values)
+    assert np.array_equal(expected.argmax(axis=1), np.arange(len(LABELS)))
+    output = np.concatenate([model(image) for image in photos.values()])
+    assert np.array_equal(output.argmax(axis=1), np.arange(len(LABELS)))
     if PUBLISHERS[name].softmax:
-        assert np.abs(said - wanted).max() <= 1e-5
+        assert np.abs(output - expected).max() <= 1e-5
 
 
-def test_a_mobilenet_of_keras_is_worse_on_stretched_nearest_neighbours(
-    tmp_path: Path, photos: dict[str, bytes]
-) -> None:
-    """`load_img(path, target_size=…)`, which the preset once was: it is refused where images show it."""
+def test_keras_mobilenet_with_nearest_stretch_is_refused(tmp_path: Path, photos: dict[str, bytes]) -> None:
+    """The preset was once `load_img(path, target_size=…)`; labelled images show that it is worse."""
     graph = build_model_for("keras-mobilenet", photos)
     folder = next(iter(map(Path, photos))).parents[1]
-    old = PreprocessingOptions(
+    old_options = PreprocessingOptions(
         preset=PRESETS["keras-mobilenet"], stretch=True, interpolation=Interpolation.NEAREST
     )
     with pytest.raises(ImportRefused, match="import it with --preset keras-mobilenet"):
-        import_graph(graph, tmp_path, [*LABELS, STRANGE], old, check=folder)
+        import_graph(graph, tmp_path, [*LABELS, UNKNOWN], old_options, check=folder)
     values = [stretch_image(image, SIDE, Image.Resampling.NEAREST) / 127.5 - 1 for image in photos.values()]
-    said = run_onnx(graph, np.concatenate(values).astype(np.float32))
-    assert (said.argmax(axis=1) == np.arange(len(LABELS))).mean() < 0.9
+    output = run_onnx(graph, np.concatenate(values).astype(np.float32))
+    assert (output.argmax(axis=1) == np.arange(len(LABELS))).mean() < 0.9
 
 
-def test_an_oblong_input_of_ultralytics_is_stretched_to(tmp_path: Path) -> None:
+def test_zero_one_preset_stretches_to_oblong_inputs(tmp_path: Path) -> None:
     geometry = PreprocessingOptions(preset=PRESETS["zero-one"]).build_geometry(16, 24)
     assert (geometry.resize, geometry.resize_to, geometry.interpolation) == (
         Resize.STRETCH,

@@ -37,12 +37,12 @@ from tests.export.classifiers import (
     run_onnx,
     softmax,
 )
-from tests.export.importer.test_pipeline import IMAGES, largest_difference
+from tests.export.importer.test_pipeline import IMAGES, find_largest_difference
 from tests.export.imports import import_graph
 
 
 def apply_preset(preset: Preset, image: bytes) -> Array:
-    """float32 (1, 16, 16, 3), written out anew."""
+    """Apply a preset, written out independently: float32 (1, 16, 16, 3)."""
     filters = {
         Interpolation.BILINEAR: Image.Resampling.BILINEAR,
         Interpolation.BICUBIC: Image.Resampling.BICUBIC,
@@ -60,17 +60,17 @@ def apply_preset(preset: Preset, image: bytes) -> Array:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_each_preset_is_what_its_source_says(tmp_path: Path, preset: Preset, layout: str) -> None:
+def test_preset_matches_its_source(tmp_path: Path, preset: Preset, layout: str) -> None:
     graph = build_classifier(layout=layout)
     model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=preset))
-    turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
-    wanted = [softmax(run_onnx(graph, apply_preset(preset, image).transpose(turned))) for image in IMAGES]
-    assert largest_difference(model, wanted) <= 1e-5
+    axes = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
+    expected = [softmax(run_onnx(graph, apply_preset(preset, image).transpose(axes))) for image in IMAGES]
+    assert find_largest_difference(model, expected) <= 1e-5
     assert layout in model.facts["layout"]
     assert preset.source in model.facts["normalise"]
 
 
-def test_the_documentation_has_every_preset() -> None:
+def test_documentation_lists_every_preset() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", read_page("importing"), re.MULTILINE)
     assert rows == list(PRESETS)
 
@@ -88,7 +88,7 @@ def test_the_documentation_has_every_preset() -> None:
         ("zero-one", 224, 224),
     ],
 )
-def test_presets_keep_their_proportion_at_other_sizes(preset: str, side: int, resize: int) -> None:
+def test_presets_scale_the_resize_with_the_input(preset: str, side: int, resize: int) -> None:
     assert PreprocessingOptions(preset=PRESETS[preset]).build_geometry(side, side).resize_to == resize
 
 
@@ -102,27 +102,27 @@ CAFFE = PreprocessingOptions(
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_blue_may_come_first_and_values_go_to_255(tmp_path: Path, layout: str) -> None:
+def test_bgr_channels_and_values_up_to_255_are_supported(tmp_path: Path, layout: str) -> None:
     graph = build_classifier(layout=layout, spread=0.02)
     model = import_graph(graph, tmp_path, preprocessing=CAFFE)
-    turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
-    wanted = []
+    axes = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
+    expected = []
     for image in IMAGES:
         values = resize_and_crop(image, 20, 16, Image.Resampling.HAMMING)[..., ::-1] - np.array(
             [103.939, 116.779, 123.68], np.float32
         )
-        wanted.append(softmax(run_onnx(graph, values.transpose(turned))))
-    assert largest_difference(model, wanted) <= 1e-5
+        expected.append(softmax(run_onnx(graph, values.transpose(axes))))
+    assert find_largest_difference(model, expected) <= 1e-5
     assert "BGR" in model.facts["normalise"]
     assert "scale derived from mean and std" in model.facts["normalise"]
 
 
-def test_options_take_the_place_of_the_preset_s(tmp_path: Path) -> None:
-    wishes = PreprocessingOptions(
+def test_options_override_the_preset(tmp_path: Path) -> None:
+    options = PreprocessingOptions(
         preset=PRESETS["imagenet"], mean=(0.1, 0.2, 0.3), interpolation=Interpolation.LANCZOS, resize=17
     )
-    assert wishes.normalization == Normalization(1 / 255, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
-    geometry = wishes.build_geometry(16, 16)
+    assert options.normalization == Normalization(1 / 255, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    geometry = options.build_geometry(16, 16)
     assert (geometry.resize_to, geometry.interpolation) == (17, Interpolation.LANCZOS)
     assert (
         PreprocessingOptions(preset=KERAS_MOBILENET, resize=20).build_geometry(16, 16).resize
@@ -142,7 +142,7 @@ positive = st.floats(0.015625, 128, width=32)
     st.sampled_from([1.0, 1 / 255, 1 / 127.5, 0.1234, 3.0]),
     st.booleans(),
 )
-def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
+def test_normalisation_equals_handwritten_arithmetic(
     mean: tuple[float, float, float], std: tuple[float, float, float], scale: float, bgr: bool
 ) -> None:
     """The arithmetic is equal to the last bit in numpy and in the graph, for both channel orders."""
@@ -150,21 +150,21 @@ def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
     pixels = np.arange(256 * 3, dtype=np.uint8).reshape(1, 16, 16, 3)
     values = (pixels[..., ::-1] if bgr else pixels).astype(np.float32)
     values = values / np.float32(round(1 / scale, 1)) if scale < 0.1 else values * np.float32(scale)
-    wanted = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
-    assert np.array_equal(normalization(pixels), wanted)
-    for layout, turned in ((Layout.NHWC, wanted), (Layout.NCHW, wanted.transpose(0, 3, 1, 2))):
+    expected = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+    assert np.array_equal(normalization(pixels), expected)
+    for layout, expected_input in ((Layout.NHWC, expected), (Layout.NCHW, expected.transpose(0, 3, 1, 2))):
         steps = _NodeBuilder()
-        taken = GraphInput("image", np.dtype(np.float32), layout, 16, 16, None, ())
-        _add_preprocessing(steps, "pixels", taken, normalization)
+        graph_input = GraphInput("image", np.dtype(np.float32), layout, 16, 16, None, ())
+        _add_preprocessing(steps, "pixels", graph_input, normalization)
         graph = helper.make_graph(
             steps.pop_nodes(),
             "first steps",
             [helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, pixels.shape)],
-            [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, turned.shape)],
+            [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, expected_input.shape)],
             steps.constants,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        (said,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
-        assert np.array_equal(said, turned)
+        (output,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
+        assert np.array_equal(output, expected_input)
     assert normalization.with_reversed_channels.with_reversed_channels == normalization
     assert np.array_equal(normalization.with_reversed_channels(pixels)[..., ::-1], normalization(pixels))

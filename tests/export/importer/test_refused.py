@@ -35,45 +35,45 @@ def assert_refused(
 # --- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [0, 1, 20, 200, -1])
-def test_files_that_are_cut_short(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 20, 200, -1])
+def test_truncated_files_are_refused(tmp_path: Path, length: int) -> None:
     assert_refused(
-        tmp_path, "is not an ONNX file, or it is cut short", build_classifier().SerializeToString()[:kept]
+        tmp_path, "is not an ONNX file, or it is cut short", build_classifier().SerializeToString()[:length]
     )
 
 
 @pytest.mark.parametrize(
-    ("start", "what"),
+    ("start", "message"),
     [(b"PK\x03\x04", "as PyTorch and Keras"), (b"\x89HDF\r\n", "HDF5"), (b"\x80\x02}", "pickle")],
 )
-def test_files_of_other_kinds(tmp_path: Path, start: bytes, what: str) -> None:
-    assert_refused(tmp_path, f"{what}.* not ONNX; export the model to ONNX first", start + bytes(100))
+def test_files_of_other_formats_are_refused(tmp_path: Path, start: bytes, message: str) -> None:
+    assert_refused(tmp_path, f"{message}.* not ONNX; export the model to ONNX first", start + bytes(100))
 
 
-def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
+def test_file_above_two_gigabytes_is_refused(tmp_path: Path) -> None:
     """A sparse file takes no space on the disk and is not read."""
     file = tmp_path / "zeros.onnx"
-    with file.open("wb") as hole:
-        hole.truncate(3 << 30)
+    with file.open("wb") as stream:
+        stream.truncate(3 << 30)
     with pytest.raises(ImportRefused, match=r"zeros\.onnx has 3\.2 GB; at most 2 GB fit into one ONNX file"):
         read_model(file)
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_model_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match=r"cannot read .*gone\.onnx: No such file"):
         read_model(tmp_path / "gone.onnx")
     with pytest.raises(ImportRefused, match=r"cannot read .*: Is a directory"):
         read_model(tmp_path)
 
 
-def test_operators_of_others(tmp_path: Path) -> None:
+def test_custom_operators_are_refused(tmp_path: Path) -> None:
     graph = build_classifier()
     graph.graph.node[1].domain = "com.example"
     graph.opset_import.append(helper.make_opsetid("com.example", 1))
     assert_refused(tmp_path, r"operators that ONNX Runtime does not include: com\.example\.Relu;", graph)
 
 
-def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
+def test_custom_operators_inside_a_branch_are_refused(tmp_path: Path) -> None:
     graph = build_classifier()
     value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
     branch = helper.make_graph(
@@ -84,13 +84,13 @@ def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
     assert_refused(tmp_path, r"does not include: mine\.Odd;", graph)
 
 
-def test_graphs_that_onnx_runtime_does_not_load(tmp_path: Path) -> None:
+def test_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
     graph = build_classifier()
     graph.graph.node[0].input[1] = "nowhere"
     assert_refused(tmp_path, "ONNX Runtime cannot load the model: ", graph)
 
 
-def test_operators_that_are_too_old_to_convert(tmp_path: Path) -> None:
+def test_operators_too_old_to_convert_are_refused(tmp_path: Path) -> None:
     assert_refused(
         tmp_path,
         "operators of version 2, which cannot be converted to 13: ",
@@ -117,18 +117,18 @@ def read_matrix(graph: onnx.ModelProto) -> bytes:
 
 
 @pytest.mark.parametrize("entries", [{}, {"offset": 0, "length": 160}, {"offset": 64, "length": 160}])
-def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entries: dict[str, int]) -> None:
-    whole = build_classifier()
+def test_external_weights_are_put_into_the_model_file(tmp_path: Path, entries: dict[str, int]) -> None:
+    graph = build_classifier()
     (tmp_path / "data").mkdir()
     padding = bytes(entries.get("offset", 0))
     (tmp_path / "data" / "weights.bin").write_bytes(
-        padding + read_matrix(whole) + (b"more" if entries else b"")
+        padding + read_matrix(graph) + (b"more" if entries else b"")
     )
     model = import_graph(move_matrix_outside(build_classifier(), "data/weights.bin", **entries), tmp_path)
     (tmp_path / "plain").mkdir()
-    same = import_graph(whole, tmp_path / "plain")
+    plain_model = import_graph(graph, tmp_path / "plain")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    assert np.array_equal(model.engine.run(pixels), same.engine.run(pixels))
+    assert np.array_equal(model.engine.run(pixels), plain_model.engine.run(pixels))
     assert not any(tensor.external_data for tensor in onnx.load(model.path).graph.initializer)
 
 
@@ -136,7 +136,7 @@ def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entr
     "location",
     ["/etc/hostname", "../outside.bin", "data/../../outside.bin", "in/../side.bin", "link.bin", "a\0b"],
 )
-def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
+def test_external_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "outside.bin").write_bytes(read_matrix(build_classifier()))
@@ -165,14 +165,14 @@ def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
         ("short.bin", {"length": 10**12}, "more than 2 GB of weights"),
     ],
 )
-def test_weights_that_are_not_there(
+def test_missing_or_incomplete_weights_are_refused(
     tmp_path: Path, location: str, entries: dict[str, int], message: str
 ) -> None:
     (tmp_path / "short.bin").write_bytes(bytes(100))
     assert_refused(tmp_path, message, move_matrix_outside(build_classifier(), location, **entries))
 
 
-def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_above_two_gigabytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of all weights counts, not each tensor; the test lowers the limit."""
     graph = build_classifier()
     (tmp_path / "weights.bin").write_bytes(read_matrix(graph))
@@ -180,7 +180,7 @@ def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: 
     assert_refused(tmp_path, "more than 2 GB of weights", move_matrix_outside(graph, "weights.bin"))
 
 
-# --- what the graph takes ------------------------------------------------------------------------
+# --- graph inputs --------------------------------------------------------------------------------
 
 
 def build_two_inputs() -> onnx.ModelProto:
@@ -202,7 +202,7 @@ def build_with_type(kind: int) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("build", "message"),
     [
         (build_two_inputs, r"takes 2 inputs \('image', 'phase'\); an image classifier takes one"),
         (
@@ -236,27 +236,29 @@ def build_with_type(kind: int) -> onnx.ModelProto:
         ),
     ],
 )
-def test_inputs_that_are_no_images(tmp_path: Path, make: Callable[[], onnx.ModelProto], message: str) -> None:
-    assert_refused(tmp_path, message, make())
+def test_inputs_that_are_not_images_are_refused(
+    tmp_path: Path, build: Callable[[], onnx.ModelProto], message: str
+) -> None:
+    assert_refused(tmp_path, message, build())
 
 
-def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
+def test_size_that_contradicts_the_graph_is_refused(tmp_path: Path) -> None:
     assert_refused(
         tmp_path, "--size is 20, but the graph takes only any x 3", build_classifier(), size=(20, 20)
     )
 
 
-def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
+def test_layout_that_contradicts_the_shape_is_refused(tmp_path: Path) -> None:
     from fovea.export.importer.graph_input import Layout
 
     assert_refused(tmp_path, "has 16 channels in layout nhwc", build_classifier(), layout=Layout.NHWC)
 
 
-# --- what the graph gives ------------------------------------------------------------------------
+# --- graph outputs -------------------------------------------------------------------------------
 
 
 def build_map_output() -> onnx.ModelProto:
-    """Return the output of a segmentation model."""
+    """Build a graph with the output of a segmentation model."""
     graph = build_classifier()
     map_nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
     map_nodes[-1].output[0] = "scores"
@@ -291,7 +293,7 @@ def build_nan_bias() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "message"),
+    ("build", "options", "message"),
     [
         (
             build_map_output,
@@ -313,10 +315,10 @@ def build_nan_bias() -> onnx.ModelProto:
         (build_nan_bias, {}, "the output 'scores' is not finite for every image"),
     ],
 )
-def test_outputs_that_are_no_labels(
-    tmp_path: Path, make: Callable[[], onnx.ModelProto], options: dict[str, Any], message: str
+def test_unusable_outputs_are_refused(
+    tmp_path: Path, build: Callable[[], onnx.ModelProto], options: dict[str, Any], message: str
 ) -> None:
-    assert_refused(tmp_path, message, make(), **options)
+    assert_refused(tmp_path, message, build(), **options)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_outputs_that_are_no_labels(
         ),
     ],
 )
-def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels: int, message: str) -> None:
+def test_wrong_number_of_labels_is_refused(tmp_path: Path, count: int, labels: int, message: str) -> None:
     assert_refused(tmp_path, message, build_classifier(count=count), labels)
 
 
@@ -368,7 +370,7 @@ def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels:
         ),
     ],
 )
-def test_tasks_that_the_values_contradict(
+def test_task_that_contradicts_the_values_is_refused(
     tmp_path: Path, model: onnx.ModelProto, labels: int, task: Task | None, message: str
 ) -> None:
     assert_refused(tmp_path, message, model, labels, task=task)
@@ -409,7 +411,7 @@ def replace_softmax(graph: onnx.GraphProto) -> None:
 
 
 @pytest.mark.parametrize("change", [shift_mean, swap_axes, replace_softmax])
-def test_a_graph_that_computes_something_else_is_never_written(
+def test_graph_with_wrong_results_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], None]
 ) -> None:
     monkeypatch.setattr(ForeignModel, "wrap", wrap_with_change(change))

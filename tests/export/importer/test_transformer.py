@@ -48,8 +48,10 @@ class TransformerCase:
         ]
 
     def find_layer(self, name: str, kind: str = "") -> LayerView:
-        """The last layer of a module."""
-        return [one for one in self.introspected.layers if one.name == name and kind in ("", one.kind)][-1]
+        """Return the last layer of a module."""
+        return [
+            layer for layer in self.introspected.layers if layer.name == name and kind in ("", layer.kind)
+        ][-1]
 
 
 def make_transformer() -> Vit:
@@ -68,13 +70,13 @@ def open_introspected(graph: onnx.ModelProto, folder: Path) -> IntrospectedModel
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> TransformerCase:
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> TransformerCase:
     net = make_transformer()
     return TransformerCase(net, open_introspected(export_network(net, SIDE), tmp_path_factory.mktemp("vit")))
 
 
 def tokens_to_maps(tokens: Tensor) -> npt.NDArray[np.float32]:
-    """(channels, rows, columns), without the class token."""
+    """Return the tokens as (channels, rows, columns), without the class token."""
     return tokens.detach()[0, 1:].T.reshape(-1, GRID, GRID).numpy()
 
 
@@ -87,122 +89,136 @@ def record_outputs(net: nn.Module, planes: Tensor) -> list[tuple[str, nn.Module,
 
     hooks = [module.register_forward_hook(make_hook(name)) for name, module in net.named_modules()]
     net(planes)
-    for one in hooks:
-        one.remove()
+    for hook in hooks:
+        hook.remove()
     return records
 
 
-def test_every_layer_of_tokens_is_what_torch_has_there(made: TransformerCase) -> None:
+def test_token_layers_equal_torch_outputs(transformer: TransformerCase) -> None:
     compared = set()
-    for name, module, output in record_outputs(made.net, made.planes):
+    for name, module, output in record_outputs(transformer.net, transformer.planes):
         is_layer = isinstance(module, Block) or not list(module.children())
         if is_layer and output.dim() == 3:
-            layer = made.find_layer(name)
+            layer = transformer.find_layer(name)
             assert layer.shape == (output.shape[2], GRID, GRID)
             assert layer.layout
             assert layer.layout.leading_tokens == 1
             difference = np.abs(
-                made.introspected.compute_output(layer.tensor, PIXELS) - tokens_to_maps(output)
+                transformer.introspected.compute_output(layer.tensor, PIXELS) - tokens_to_maps(output)
             )
             assert difference.max() < 1e-4, name
             compared.add(type(module))
     assert compared == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
 
 
-def test_a_value_sees_its_patch_and_after_the_attention_everything(made: TransformerCase) -> None:
-    """By gradients."""
-    net = made.net.double()
+def test_receptive_field_is_one_patch_until_the_attention(transformer: TransformerCase) -> None:
+    """Gradients show the true receptive fields."""
+    net = transformer.net.double()
     planes = torch.rand(1, 3, SIDE, SIDE, dtype=torch.double, requires_grad=True)
-    seen: dict[str, tuple[int, ...]] = {}
+    edges_by_layer: dict[str, tuple[int, ...]] = {}
     for name, _, output in record_outputs(net, planes):
         if output.dim() == 3 and name in ("blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj"):
             (gradient,) = torch.autograd.grad(output[0, 1 + GRID + 2].sum(), planes, retain_graph=True)
             rows, columns = gradient[0].abs().sum(dim=0).nonzero().T
-            seen[name] = tuple(int(edge) for line in (rows, columns) for edge in (line.min(), line.max()))
+            edges_by_layer[name] = tuple(
+                int(edge) for line in (rows, columns) for edge in (line.min(), line.max())
+            )
     net.float()
-    assert seen.pop("blocks.0.attn.proj") == (0, SIDE - 1, 0, SIDE - 1)
-    assert len(seen) == 2
-    for name, edges in seen.items():
-        field = made.find_layer(name).receptive_field
+    assert edges_by_layer.pop("blocks.0.attn.proj") == (0, SIDE - 1, 0, SIDE - 1)
+    assert len(edges_by_layer) == 2
+    for name, edges in edges_by_layer.items():
+        field = transformer.find_layer(name).receptive_field
         assert field
         assert field.rows == field.columns == Span(16, 0, 15)
         assert edges == (16, 31, 32, 47)  # of row 1, column 2
-    behind = made.introspected.layers.index(made.find_layer("blocks.0.attn.qkv")) + 1
-    assert all(layer.receptive_field is None for layer in made.introspected.layers[behind:])
+    index = transformer.introspected.layers.index(transformer.find_layer("blocks.0.attn.qkv")) + 1
+    assert all(layer.receptive_field is None for layer in transformer.introspected.layers[index:])
 
 
-def test_a_linear_layer_of_tokens_adds_up_at_every_place(made: TransformerCase) -> None:
+def test_linear_token_layers_follow_from_their_weights(transformer: TransformerCase) -> None:
     linear = [
-        layer for layer in made.introspected.layers if layer.kind == "MatMul" and "weight" in layer.weights
+        layer
+        for layer in transformer.introspected.layers
+        if layer.kind == "MatMul" and "weight" in layer.weights
     ]
     assert len(linear) == 2 * 4
     for layer in linear:
-        weight, bias = (made.introspected.read_weights(layer.tensor, part) for part in ("weight", "bias"))
-        value = made.introspected.compute_output(layer.tensor, PIXELS)
-        assert layer.is_direct is (layer.name.split(".")[-1] != "proj")  # which reads what heads have made
+        weight, bias = (
+            transformer.introspected.read_weights(layer.tensor, part) for part in ("weight", "bias")
+        )
+        value = transformer.introspected.compute_output(layer.tensor, PIXELS)
+        # the projection reads the outputs of the heads
+        assert layer.is_direct is (layer.name.split(".")[-1] != "proj")
         if layer.is_direct:
-            given = made.introspected.compute_output(layer.sources[0], PIXELS)
-            assert np.einsum("oi,ihw->ohw", weight, given) + bias[:, None, None] == pytest.approx(
+            inputs = transformer.introspected.compute_output(layer.sources[0], PIXELS)
+            assert np.einsum("oi,ihw->ohw", weight, inputs) + bias[:, None, None] == pytest.approx(
                 value, abs=1e-4
             )
 
 
-def test_a_norm_of_tokens_is_told_with_its_numbers(made: TransformerCase) -> None:
-    layer = made.find_layer("blocks.1.norm2", "LayerNormalization")
-    norm = made.net.get_submodule("blocks.1.norm2")
+def test_layer_norm_weights_are_reported(transformer: TransformerCase) -> None:
+    layer = transformer.find_layer("blocks.1.norm2", "LayerNormalization")
+    norm = transformer.net.get_submodule("blocks.1.norm2")
     assert isinstance(norm, nn.LayerNorm)
-    assert made.introspected.read_weights(layer.tensor, "scale") == pytest.approx(
+    assert transformer.introspected.read_weights(layer.tensor, "scale") == pytest.approx(
         norm.weight.detach().numpy()
     )
-    assert made.introspected.read_weights(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
+    assert transformer.introspected.read_weights(layer.tensor, "bias") == pytest.approx(
+        norm.bias.detach().numpy()
+    )
 
 
-def test_all_parameters_are_counted_but_for_what_is_no_layer(made: TransformerCase) -> None:
-    wanted = sum(weight.numel() for weight in made.net.parameters()) - made.net.cls_token.numel()
-    assert sum(layer.parameters for layer in made.introspected.layers) == wanted
+def test_all_parameters_but_the_class_token_are_counted(transformer: TransformerCase) -> None:
+    expected = (
+        sum(weight.numel() for weight in transformer.net.parameters()) - transformer.net.cls_token.numel()
+    )
+    assert sum(layer.parameters for layer in transformer.introspected.layers) == expected
 
 
-def test_what_reads_the_class_token_does_not_read_the_maps(made: TransformerCase) -> None:
+def test_layers_that_do_not_read_the_maps_are_indirect(transformer: TransformerCase) -> None:
     """Layers behind the class token or behind the split into heads do not read the maps."""
-    indirect = [layer for layer in made.introspected.layers if not layer.is_direct]
+    indirect = [layer for layer in transformer.introspected.layers if not layer.is_direct]
     assert [layer.kind for layer in indirect] == 2 * ["Mul", "MatMul", "MatMul", "MatMul"] + ["Gemm"]
-    assert indirect[-1].sources == (made.find_layer("norm").tensor,)
+    assert indirect[-1].sources == (transformer.find_layer("norm").tensor,)
 
 
-def test_an_older_exporter_s_norms_are_layers_too(made: TransformerCase, tmp_path: Path) -> None:
-    """The exporter writes each as nine operators."""
-    older = open_introspected(export_torchscript(make_transformer(), SIDE, opset=16), tmp_path)
-    kinds = [layer.kind for layer in older.layers]
-    assert kinds == [layer.kind for layer in made.introspected.layers]
-    for one, other in zip(older.layers, made.introspected.layers, strict=True):
-        assert (one.shape, one.receptive_field, one.parameters) == (
-            other.shape,
-            other.receptive_field,
-            other.parameters,
-        ), one
+def test_torchscript_norms_are_single_layers(transformer: TransformerCase, tmp_path: Path) -> None:
+    """The older exporter writes each norm as nine operators."""
+    older_model = open_introspected(export_torchscript(make_transformer(), SIDE, opset=16), tmp_path)
+    kinds = [layer.kind for layer in older_model.layers]
+    assert kinds == [layer.kind for layer in transformer.introspected.layers]
+    for older_layer, layer in zip(older_model.layers, transformer.introspected.layers, strict=True):
+        assert (older_layer.shape, older_layer.receptive_field, older_layer.parameters) == (
+            layer.shape,
+            layer.receptive_field,
+            layer.parameters,
+        ), older_layer
         difference = np.abs(
-            older.compute_output(one.tensor, PIXELS) - made.introspected.compute_output(other.tensor, PIXELS)
+            older_model.compute_output(older_layer.tensor, PIXELS)
+            - transformer.introspected.compute_output(layer.tensor, PIXELS)
         )
         assert difference.max() < 1e-4
 
 
-def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
-    inside = open_introspected(build_token_network(), tmp_path)
-    layers = {layer.tensor: layer for layer in inside.layers}
+def test_only_layers_before_token_mixing_see_one_patch(tmp_path: Path) -> None:
+    introspected = open_introspected(build_token_network(), tmp_path)
+    layers = {layer.tensor: layer for layer in introspected.layers}
     patch = ReceptiveField(Span(4, 0, 3), Span(4, 0, 3))
     assert {name for name, layer in layers.items() if layer.receptive_field == patch} == {"maps", "norm"}
     assert layers["mixed"].shape == layers["across"].shape == layers["sum"].shape == (8, 4, 4)
     assert all(layers[name].is_direct for name in ("mixed", "across", "scores of tokens", "attended"))
 
 
-def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path: Path) -> None:
-    inside = open_introspected(build_token_network(), tmp_path)
-    layers = {layer.tensor: layer for layer in inside.layers}
+def test_average_that_includes_the_class_token_is_indirect(tmp_path: Path) -> None:
+    introspected = open_introspected(build_token_network(), tmp_path)
+    layers = {layer.tensor: layer for layer in introspected.layers}
     assert layers["all"].layout == TensorLayout("TC", 8, 4, 4, leading_tokens=1)
     assert not layers["average"].is_direct
-    assert not inside.has_cam
+    assert not introspected.has_cam
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert inside.compute_output("all", pixels) == pytest.approx(inside.compute_output("sum", pixels))
+    assert introspected.compute_output("all", pixels) == pytest.approx(
+        introspected.compute_output("sum", pixels)
+    )
 
 
 class LinearPatchNet(nn.Module):
@@ -221,14 +237,14 @@ class LinearPatchNet(nn.Module):
         return logits
 
 
-def test_patches_need_no_convolution(tmp_path: Path) -> None:
+def test_patches_without_a_convolution_are_recognised(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = LinearPatchNet()
-    inside = open_introspected(export_torchscript(net, SIDE), tmp_path)
+    introspected = open_introspected(export_torchscript(net, SIDE), tmp_path)
     planes = torch.tensor((PIXELS / 255 - IMAGENET_MEAN) / IMAGENET_STD, dtype=torch.float32)
-    found = {name: output for name, _, output in record_outputs(net, planes.permute(2, 0, 1)[None])}
-    layer = next(layer for layer in inside.layers if layer.kind == "Gelu")
-    wanted = found["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
-    assert np.abs(inside.compute_output(layer.tensor, PIXELS) - wanted).max() < 1e-4
+    outputs = {name: output for name, _, output in record_outputs(net, planes.permute(2, 0, 1)[None])}
+    layer = next(layer for layer in introspected.layers if layer.kind == "Gelu")
+    expected = outputs["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
+    assert np.abs(introspected.compute_output(layer.tensor, PIXELS) - expected).max() < 1e-4
     assert layer.receptive_field == ReceptiveField(Span(16, 0, 15), Span(16, 0, 15))
-    assert inside.has_cam
+    assert introspected.has_cam
