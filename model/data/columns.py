@@ -17,8 +17,8 @@ from fovea.model.data.inventory import Part, join_names
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import Columns, ParsedTable
 
-_PATH_NAMES: Final = """path filepath filename file imagepath imagefile imagefilename imagename image
-    imageid imageindex imgpath imgname imgid img picture photo id name"""
+_PATH_NAMES: Final = """path filepath filename fname file imagepath imagefile imagefilename imagename
+    image imageid imageindex imgpath imgname imgid img picture photo id name"""
 _LABEL_NAMES: Final = """label labels class classname classlabel category categories target tag tags breed
     species diagnosis dx findinglabels labelname y classid labelid"""
 _SPLIT_NAMES: Final = "split splits datasplit set subset partition usage phase mode part dataset fold"

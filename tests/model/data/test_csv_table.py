@@ -351,7 +351,7 @@ def test_split_column_accepts_common_spellings(
 
 
 def test_is_valid_column_sets_the_held_out_part(image_folder: Path) -> None:
-    lines = ["fname,label,is_valid".replace("fname", "name")]
+    lines = ["fname,label,is_valid"]
     lines += [f"{row},{number % 5 == 3}" for number, row in enumerate(make_rows())]
     data = load_csv(image_folder, lines)
     assert len(data.train) == 12

@@ -49,8 +49,8 @@ def list_image_bytes(pixels: Pixels) -> list[bytes]:
 
 
 def list_examples(data: Dataset) -> list[tuple[int, bytes]]:
-    """Return label and pixels of all images but the conformal ones, sorted."""
-    parts = (data.train, data.validation, data.test)
+    """Return label and pixels of all images, sorted."""
+    parts = (data.train, data.validation, data.conformal, data.test)
     return sorted(
         pair
         for part in parts

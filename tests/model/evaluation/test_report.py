@@ -210,6 +210,9 @@ def test_ticks_are_few_and_cover_the_values(ends: tuple[float, float]) -> None:
     assert ticks[-1] >= ends[1] - 1e-9
     assert ticks[-1] <= 1 or ends[1] > 1
     assert 3 <= len(ticks) <= 7
+    steps = {f"{step:.1e}"[:3] for step in np.diff(ticks)}
+    assert len(steps) == 1
+    assert steps <= {"1.0", "2.0", "2.5", "5.0"}
 
 
 def test_report_omits_missing_parts_and_counts_hidden_labels(tmp_path: Path) -> None:
