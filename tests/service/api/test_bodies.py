@@ -115,7 +115,8 @@ def test_image_format_is_recognised_in_untyped_part(server: Server, kind: str) -
 
 def test_images_without_file_names_are_all_classified(server: Server, expected_reply: Any) -> None:
     parts = (
-        form_part(IMAGE, NAME_HEADER, b"Content-Type: image/jpeg") + b"\r\n" + form_part(IMAGE, FILE_HEADER) + b"\r\n"
+        form_part(IMAGE, NAME_HEADER, b"Content-Type: image/jpeg") + b"\r\n"
+        + form_part(IMAGE, FILE_HEADER) + b"\r\n"
         + form_part(IMAGE, NAME_HEADER) + FORM_END
     )  # fmt: skip
     results = post_body(server, b"preamble\r\n" + parts, FORM).json()["results"]
