@@ -62,9 +62,8 @@ def test_cached_reply_equals_first_reply(server_and_zoo: tuple[Server, Path], pa
         assert reply.headers["x-request-id"] == str(number)
         assert _stable_headers(reply) == _stable_headers(first_reply)
     assert server.client.head(path).headers["content-length"] == str(len(first_reply.content))
-    assert (
-        server.read_metric("fovea_requests_total", status="200") == count_before + 7
-    )  # with the scrape before
+    # five GET requests, one HEAD request and the first scrape
+    assert server.read_metric("fovea_requests_total", status="200") == count_before + 7
 
 
 def test_cached_reply_honours_etag_and_range(server_and_zoo: tuple[Server, Path]) -> None:

@@ -35,7 +35,7 @@ def zoo_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def sample_images(cifar_test: Path) -> list[Path]:
-    """The same random images in every run."""
+    """Random images, which are the same in every run."""
     return random.Random(1).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
 
 

@@ -57,7 +57,7 @@ def change_status(server: Server, headers: dict[str, str], path: str = UNLOAD) -
 
 FOREIGN_HEADERS = {
     "a form's post": {"Origin": "https://evil.example", "Content-Type": "text/plain"},
-    "with all that a browser says": {
+    "all headers of a browser": {
         "Origin": "https://evil.example",
         "Sec-Fetch-Site": "cross-site",
         "Host": "evil.example",
@@ -80,7 +80,7 @@ FOREIGN_HEADERS = {
         "Content-Type": "application/x-www-form-urlencoded",
     },
     "rebinding": {"Origin": "http://evil.example:PORT", "Host": "evil.example:PORT"},
-    "rebinding, of a site that is told": {
+    "rebinding, with the site marked as its own": {
         "Origin": "https://evil.example",
         "Host": "evil.example",
         "Sec-Fetch-Site": "same-origin",
@@ -92,7 +92,7 @@ FOREIGN_HEADERS = {
         "Host": "127.0.0.1.evil.example",
     },
     "rebinding, without an origin": {"Host": "evil.example", "Sec-Fetch-Mode": "no-cors"},
-    "a host that is said by who is not trusted": {
+    "a forwarded host from an untrusted sender": {
         "Origin": "https://evil.example",
         "X-Forwarded-Host": "evil.example",
     },
@@ -107,14 +107,14 @@ def test_foreign_page_cannot_change_models(managed_server: Server, case: str) ->
 
 ALLOWED_HEADERS: dict[str, dict[str, str]] = {
     "a program": {},
-    "one that sends JSON": {"Content-Type": f"{JSON}; charset=utf-8"},
+    "a program that sends JSON": {"Content-Type": f"{JSON}; charset=utf-8"},
     "curl -d": {"Content-Type": "application/x-www-form-urlencoded"},
     "our own documentation": {
         "Origin": "http://127.0.0.1:PORT",
         "Sec-Fetch-Site": "same-origin",
         "Content-Type": JSON,
     },
-    "by another name for it": {"Origin": "http://localhost:PORT", "Host": "LOCALHOST:PORT"},
+    "by another name of the host": {"Origin": "http://localhost:PORT", "Host": "LOCALHOST:PORT"},
     "over TLS": {"Origin": "https://[::1]", "Host": "[::1]:443"},
     "in a container": {"Host": "fovea:8000", "Origin": "http://fovea:8000"},
     "in a cluster": {

@@ -473,9 +473,7 @@ def test_crash_of_explain_process_fails_one_request(zoo: Path) -> None:
             )
         )
         thread.start()
-        wait_until(
-            lambda: server.read_metric("fovea_requests_in_flight") == 2
-        )  # the explanation and the scrape
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # with the scrape itself
         os.kill(pid, signal.SIGKILL)
         thread.join()
         assert status_and_code(replies[0]) == (500, "internal")

@@ -87,7 +87,7 @@ def test_watcher_keeps_the_version_after_a_rollback(zoo: Path) -> None:
         server.client.post(LOAD, json={"parameters": {"version": "1"}})
         publish_variant(zoo, seed=2)
         publish_variant(zoo, seed=2, name="other")
-        server.wait_for_metric(1, "fovea_model_info", model="other")  # it has looked
+        server.wait_for_metric(1, "fovea_model_info", model="other")  # the watcher has looked
         assert get_served_version(server) == "1"
         server.client.post(LOAD)
         assert get_served_version(server) == "3"
@@ -112,7 +112,7 @@ def test_watcher_does_not_reload_an_unloaded_model(zoo: Path) -> None:
         assert server.client.post(UNLOAD).status_code == 200
         publish_variant(zoo, seed=1)
         publish_variant(zoo, seed=1, name="other")
-        server.wait_for_metric(1, "fovea_model_info", model="other", version="2")  # it has looked
+        server.wait_for_metric(1, "fovea_model_info", model="other", version="2")  # the watcher has looked
         assert get_status(server, "/v1/models/small/classify") == 404
 
 

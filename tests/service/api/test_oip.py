@@ -794,7 +794,7 @@ def test_json_has_its_own_size_limit(oip_server: Server) -> None:
     assert post_infer(oip_server, large_body).status_code == 413
     assert post_infer(oip_server, large_body, b"x").status_code == 413
     assert "FOVEA_JSON_BYTES" in post_infer(oip_server, large_body, b"x").json()["error"]
-    with Wire(oip_server.url) as wire:  # before any of it is read
+    with Wire(oip_server.url) as wire:  # refused before any of the body is read
         wire.send(b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
         assert wire.read_response().status == 413
     pixels = np.zeros((64, 16, 16, 3), np.uint8)

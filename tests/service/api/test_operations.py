@@ -40,10 +40,8 @@ def test_runtime_describes_the_running_service(server: Server) -> None:
 
 def test_runtime_shows_every_memory_dependent_limit(server: Server, small_zoo: Path, tmp_path: Path) -> None:
     """`docs/operations.md` sends people there when a container is small."""
-    default_settings, small_settings = (
-        Settings(models=small_zoo),
-        fit_settings(tmp_path, 300 << 20, models=small_zoo),
-    )
+    default_settings = Settings(models=small_zoo)
+    small_settings = fit_settings(tmp_path, 300 << 20, models=small_zoo)
     changed_limits = {
         name
         for name in Settings.model_fields
@@ -126,12 +124,9 @@ def test_documentation_loads_only_local_files(server: Server) -> None:
     assert linked_paths
     for path in linked_paths:
         assert path.startswith("./docs/swagger/")
-        count_before = server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
+        before = server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
         assert server.client.get(path).status_code == 200
-        assert (
-            server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
-            == count_before + 1
-        )
+        assert server.read_metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
 
 
 def test_documentation_examples_succeed(server: Server) -> None:
@@ -171,7 +166,7 @@ def test_documented_get_requests_succeed(server: Server) -> None:
 
 
 def test_documentation_has_fovea_errors_not_fastapi_errors(server: Server) -> None:
-    for _ in range(2):  # the document is made once and kept
+    for _ in range(2):  # the document is created once and cached
         text = server.client.get("/openapi.json").text
         assert "ValidationError" not in text
         assert "ErrorReply" in text

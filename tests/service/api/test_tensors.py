@@ -274,7 +274,7 @@ def test_tensor_sessions_read_the_model_once(tmp_path: Path) -> None:
     assert len(reads) == 1
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.data())
 def test_truncated_model_is_refused_unless_valid(data: st.DataObject) -> None:
     end = data.draw(st.integers(0, len(SMALL_FILE) - 1))

@@ -173,13 +173,13 @@ def test_warnings_survive_encoding_of_the_batch_report() -> None:
         ImageWarning(WarningCode.HDR, "it is bright"),
     ]
     answers = [
-        Answer("PNG", 1, 2, 0.5, 0.1, *row, ImageTiming(0, 0, 0, 0, 1), warnings=one)
-        for one in (warnings, [])
+        Answer("PNG", 1, 2, 0.5, 0.1, *row, ImageTiming(0, 0, 0, 0, 1), warnings=image_warnings)
+        for image_warnings in (warnings, [])
     ]
     (frame,) = FrameDecoder().feed(BatchReport(answers, [0.0, 0.0], 0.0, 2).to_bytes())
     decoded = BatchReport.from_frame(frame)
     assert isinstance(decoded, BatchReport)
-    assert [one.warnings for one in decoded.answers if isinstance(one, Answer)] == [warnings, []]
+    assert [answer.warnings for answer in decoded.answers if isinstance(answer, Answer)] == [warnings, []]
 
 
 def test_warning_header_is_short() -> None:
