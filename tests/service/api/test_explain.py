@@ -221,18 +221,10 @@ def test_layers_of_imported_network_are_described(explain_server: Server) -> Non
     assert [layer["kind"] for layer in layers] == kinds
     for previous, layer in pairwise(layers):
         assert layer["sources"] == [previous["tensor"]]
-    first_conv = layers[1]
-    assert (first_conv["kernel"], first_conv["stride"], first_conv["padding"]) == (
-        [3, 3],
-        [1, 1],
-        [1, 1, 1, 1],
-    )
-    assert (first_conv["shape"], first_conv["parameters"], first_conv["weights"]) == (
-        [8, 24, 24],
-        224,
-        ["weight", "bias"],
-    )
-    assert first_conv["field"] == {"rows": [1, -1, 1], "columns": [1, -1, 1]}
+    conv = layers[1]
+    assert (conv["kernel"], conv["stride"], conv["padding"]) == ([3, 3], [1, 1], [1, 1, 1, 1])
+    assert (conv["shape"], conv["parameters"], conv["weights"]) == ([8, 24, 24], 224, ["weight", "bias"])
+    assert conv["field"] == {"rows": [1, -1, 1], "columns": [1, -1, 1]}
     assert layers[6]["field"]["rows"] == [2, -4, 5]
     assert layers[10]["field"]["rows"] == [4, -6, 9]
     assert layers[11]["field"] is None

@@ -581,10 +581,10 @@ BAD_REQUESTS: dict[str, tuple[Any, bytes | None, str]] = {
         "must be [N, 3, 16, 16]",
     ),
     "shape of text": (
-        infer_body("image", ["1", 3, 16, 16], "FP32", data=ROW_VALUES),
+        infer_body("image", ["1", 3, 16, 16], "FP32", data=ROW_VALUES),  # type: ignore[list-item]
         None,
         "inputs.0.shape.0",
-    ),  # type: ignore[list-item]
+    ),
     "huge shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32", data=ROW_VALUES), None, f"{HUGE} images"),
     "huge binary shape": (infer_body("image", [HUGE, 3, 16, 16], "FP32"), ROW_BYTES, f"{HUGE} images"),
     "huge BYTES": (infer_body("image", [HUGE], "BYTES"), ONE_IMAGE, f"{HUGE} images"),
