@@ -1,4 +1,4 @@
-"""Bodies that are small and would become large: each is refused for little memory and in little time."""
+"""Small bodies that would become large are refused quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -97,34 +97,34 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def served(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo)) as running:
-        yield running
+def default_server(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        yield server
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
+def test_bomb_is_refused_with_little_memory(default_server: Server, bomb: str) -> None:
     """A request takes at most 200 MB beside its body; without the limits it took ten times as much."""
     protocol, path, body, headers = BOMBS[bomb]
-    status = Path(f"/proc/{served.process.pid}/status")
-    clear = status.with_name("clear_refs")
-    if not os.access(clear, os.W_OK):
+    status = Path(f"/proc/{default_server.process.pid}/status")
+    clear_refs = status.with_name("clear_refs")
+    if not os.access(clear_refs, os.W_OK):
         pytest.skip("this system does not tell a process's peak memory")
-    clear.write_text("5")  # the peak is from here on (proc(5))
-    before = memory_size(status, "VmRSS")
-    reply = served.client.post(path, content=body, headers=headers)
+    clear_refs.write_text("5")  # the peak is from here on (proc(5))
+    size_before = memory_size(status, "VmRSS")
+    reply = default_server.client.post(path, content=body, headers=headers)
     assert error_code(reply, protocol) in ("bad_request", "body_too_large")
     assert len(reply.content) < 2000
-    assert memory_size(status, "VmHWM") - before - len(body) < 200_000_000
+    assert memory_size(status, "VmHWM") - size_before - len(body) < 200_000_000
 
 
-def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
+def test_form_with_too_many_parts_is_refused(default_server: Server) -> None:
     part = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n'
-    for count, said in ((8192, "has no file"), (8193, "more than 8192 parts")):
+    for count, message in ((8192, "has no file"), (8193, "more than 8192 parts")):
         content = part * count + b"--x--\r\n"
-        reply = served.client.post("/predictions/small", content=content, headers=FORM)
+        reply = default_server.client.post("/predictions/small", content=content, headers=FORM)
         assert (reply.status_code, error_code(reply, "torchserve")) == (400, "bad_request")
-        assert said in reply.json()["message"]
+        assert message in reply.json()["message"]
 
 
 def memory_size(status: Path, name: str) -> int:

@@ -40,53 +40,56 @@ PATHS = [
 
 
 @pytest.fixture(scope="module")
-def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+def server_and_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("zoo"))
     add_to_repository(build_model(seed=1), root, name="other")
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small", "FOVEA_WATCH": "0"}
-    with Server(FOVEA_MODELS=str(root), **settings) as running:
-        yield running, root
-    assert "Traceback" not in running.log
+    with Server(FOVEA_MODELS=str(root), **settings) as server:
+        yield server, root
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_kept_answer_is_the_answer(managed: tuple[Server, Path], path: str) -> None:
-    server, _ = managed
-    before = server.read_metric("fovea_requests_total", status="200")
-    first, *others = [server.client.get(path, headers={"X-Request-Id": str(n)}) for n in range(5)]
-    for number, other in enumerate(others, 1):
-        assert other.content == first.content
-        assert other.status_code == first.status_code == 200
-        assert other.headers["x-request-id"] == str(number)
-        assert _stable_headers(other) == _stable_headers(first)
-    assert server.client.head(path).headers["content-length"] == str(len(first.content))
-    assert server.read_metric("fovea_requests_total", status="200") == before + 7  # with the scrape before
+def test_cached_reply_equals_first_reply(server_and_zoo: tuple[Server, Path], path: str) -> None:
+    server, _ = server_and_zoo
+    count_before = server.read_metric("fovea_requests_total", status="200")
+    first_reply, *later_replies = [
+        server.client.get(path, headers={"X-Request-Id": str(n)}) for n in range(5)
+    ]
+    for number, reply in enumerate(later_replies, 1):
+        assert reply.content == first_reply.content
+        assert reply.status_code == first_reply.status_code == 200
+        assert reply.headers["x-request-id"] == str(number)
+        assert _stable_headers(reply) == _stable_headers(first_reply)
+    assert server.client.head(path).headers["content-length"] == str(len(first_reply.content))
+    # five GET requests, one HEAD request and the first scrape
+    assert server.read_metric("fovea_requests_total", status="200") == count_before + 7
 
 
-def test_a_kept_answer_minds_conditions(managed: tuple[Server, Path]) -> None:
-    server, _ = managed
+def test_cached_reply_honours_etag_and_range(server_and_zoo: tuple[Server, Path]) -> None:
+    server, _ = server_and_zoo
     for _ in range(3):
         page = server.client.get("/page/main.js")
-    same = server.client.get("/page/main.js", headers={"If-None-Match": page.headers["etag"]})
-    assert (same.status_code, same.content) == (304, b"")
+    unchanged_reply = server.client.get("/page/main.js", headers={"If-None-Match": page.headers["etag"]})
+    assert (unchanged_reply.status_code, unchanged_reply.content) == (304, b"")
     assert server.client.get("/page/main.js").content == page.content
     assert server.client.get("/page/main.js", headers={"Range": "bytes=0-9"}).content == page.content[:10]
     assert server.client.get("/page/main.js").content == page.content
 
 
 @pytest.mark.long
-def test_a_change_of_the_models_is_seen_at_once(managed: tuple[Server, Path]) -> None:
-    server, root = managed
+def test_model_change_is_visible_at_once(server_and_zoo: tuple[Server, Path]) -> None:
+    server, root = server_and_zoo
 
-    def names(path: str) -> set[str]:
+    def read_names(path: str) -> set[str]:
         return {model["name"] for model in server.client.get(path).json()["models"]}
 
     for version in range(2, 6):
         for _ in range(3):
-            assert names("/v1/models") == {"small", "other"}
+            assert read_names("/v1/models") == {"small", "other"}
             assert server.client.get("/v2/models/other").status_code == 200
         assert server.client.post("/v2/repository/models/other/unload").status_code == 200
-        assert names("/v1/models") == {"small"}
+        assert read_names("/v1/models") == {"small"}
         for path in ("/v2/models/other", "/v1/models/other/contract", "/models/other", "/v1/models/other"):
             assert server.client.get(path).status_code == 404
         add_to_repository(build_model(seed=version), root, name="other", version=str(version))
@@ -96,8 +99,8 @@ def test_a_change_of_the_models_is_seen_at_once(managed: tuple[Server, Path]) ->
         assert str(version) in server.client.get("/v2/models/other").json()["versions"]
 
 
-def test_kept_answers_are_pipelined_in_order(managed: tuple[Server, Path]) -> None:
-    server, _ = managed
+def test_cached_replies_are_pipelined_in_order(server_and_zoo: tuple[Server, Path]) -> None:
+    server, _ = server_and_zoo
     contract = server.client.get("/v1/models/small/contract").content
     models = server.client.get("/v1/models").content
     with Wire(server.url) as wire:
@@ -111,27 +114,27 @@ def test_kept_answers_are_pipelined_in_order(managed: tuple[Server, Path]) -> No
             assert wire.read_response().body == models
 
 
-def test_errors_and_queries_are_not_kept(managed: tuple[Server, Path]) -> None:
-    server, _ = managed
+def test_errors_and_queries_are_not_cached(server_and_zoo: tuple[Server, Path]) -> None:
+    server, _ = server_and_zoo
     for _ in range(3):
         assert server.client.get("/v1/models/none/contract").status_code == 404
-        one = server.client.get("/models", params={"limit": 1}).json()
-        assert len(one["models"]) == 1
+        first_page = server.client.get("/models", params={"limit": 1}).json()
+        assert len(first_page["models"]) == 1
         assert len(server.client.get("/models").json()["models"]) == 2
 
 
-def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server, Path]) -> None:
+def test_concurrent_scrapes_include_the_last_request(server_and_zoo: tuple[Server, Path]) -> None:
     """A client that has its answer finds the request in the next scrape, however many scrapes run."""
-    server, _ = managed
+    server, _ = server_and_zoo
 
-    def ask(_: int) -> bool:
+    def is_request_counted(_: int) -> bool:
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            before = _count_requests(client)
+            count_before = _count_requests(client)
             client.post("/v1/classify", content=make_jpeg())
-            return _count_requests(client) > before
+            return _count_requests(client) > count_before
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, range(24)))
+        assert all(pool.map(is_request_counted, range(24)))
     text = server.client.get(
         "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
     ).text

@@ -1,4 +1,4 @@
-"""`/v1/classify` on a real server: what good requests get, and what bad ones get."""
+"""`/v1/classify` on a real server: replies to good and to bad requests."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def predicted_labels(reply: dict[str, Any]) -> list[str]:
 # --- good requests -------------------------------------------------------------------------------
 
 
-def test_the_answer_is_what_plain_onnx_runtime_says(server: Server, small_zoo: Path) -> None:
+def test_probabilities_equal_those_of_plain_onnx_runtime(server: Server, small_zoo: Path) -> None:
     image = encode_image(draw_picture(50, 40), "PNG")
     session = onnxruntime.InferenceSession(small_zoo / "small" / "1" / "model.onnx")
     pixels = decode_image(image, SMALL_GEOMETRY, max_pixels=10_000).pixels
-    wanted = session.run(["probabilities"], {"pixels": pixels[None]})[0][0]
+    expected = session.run(["probabilities"], {"pixels": pixels[None]})[0][0]
     reply = post_image(server, image, params={"top_k": 0}).json()
     assert reply["model"] == {"name": "small", "version": "1"}
     assert reply["image"] == {"format": "PNG", "width": 50, "height": 40}
-    got = {prediction["index"]: prediction["probability"] for prediction in reply["predictions"]}
-    assert [got[index] for index in range(4)] == pytest.approx(wanted, abs=1e-6)
-    assert predicted_labels(reply) == [("ant", "bee", "cow", "dog")[index] for index in np.argsort(-wanted)]
+    probabilities = {prediction["index"]: prediction["probability"] for prediction in reply["predictions"]}
+    assert [probabilities[index] for index in range(4)] == pytest.approx(expected, abs=1e-6)
+    assert predicted_labels(reply) == [("ant", "bee", "cow", "dog")[index] for index in np.argsort(-expected)]
 
 
-def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> None:
+def test_all_ways_to_send_an_image_get_the_same_reply(server: Server) -> None:
     image = make_jpeg()
     client = server.client
-    wanted = post_image(server, image).json()
-    form = "application/x-www-form-urlencoded"  # what `curl --data-binary` says
+    expected = post_image(server, image).json()
+    form = "application/x-www-form-urlencoded"  # as sent by `curl --data-binary`
     for reply in (
         client.put("/v1/classify", content=image),
         client.put("/v1/classify", content=image, headers={"Content-Type": ""}),
@@ -77,22 +77,22 @@ def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> Non
         client.put("/v1/models/small/versions/1/classify", content=image),
     ):
         assert reply.status_code == 200
-        assert reply.json() == wanted
+        assert reply.json() == expected
 
 
-def test_files_are_found_however_they_are_named(server: Server) -> None:
+def test_all_forms_of_file_names_are_accepted(server: Server) -> None:
     image = make_jpeg()
-    wanted = post_image(server, image).json()
+    expected = post_image(server, image).json()
     for name in (b'filename="a.jpg"', b"filename=a.jpg", b"filename*=UTF-8''caf%C3%A9.jpg", b'filename=""'):
         part = b"--x\r\nContent-Disposition: form-data; name=f; " + name + b"\r\n\r\n" + image + b"\r\n"
-        unchosen = b'--x\r\nContent-Disposition: form-data; name=g; filename=""\r\n\r\n\r\n'
+        empty_file = b'--x\r\nContent-Disposition: form-data; name=g; filename=""\r\n\r\n\r\n'
         field = b"--x\r\nContent-Disposition: form-data; name=note\r\n\r\nhello\r\n"
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
-        reply = post_image(server, unchosen + part + field + b"--x--\r\n", headers=headers)
-        assert reply.json() == wanted
+        reply = post_image(server, empty_file + part + field + b"--x--\r\n", headers=headers)
+        assert reply.json() == expected
 
 
-def test_several_images_keep_their_order_and_their_own_errors(server: Server) -> None:
+def test_several_images_keep_their_order_and_own_errors(server: Server) -> None:
     images = [
         make_jpeg(seed=1),
         b"not an image",
@@ -101,93 +101,103 @@ def test_several_images_keep_their_order_and_their_own_errors(server: Server) ->
         make_jpeg(seed=3),
         make_png_header(50_000, 50_000),
     ]
-    alone = [post_image(server, image).json() for image in images]
-    before = server.read_metric("fovea_errors_total", reason="bad_image")
+    single_replies = [post_image(server, image).json() for image in images]
+    errors_before = server.read_metric("fovea_errors_total", reason="bad_image")
     for reply in (
         server.client.post("/v1/classify", files=[("f", ("x", image)) for image in images]),
         server.client.post("/v1/classify", json={"images": [encode_base64(image) for image in images]}),
     ):
         assert reply.status_code == 200
         results = reply.json()["results"]
-        for single, result in zip(alone, results, strict=True):
-            assert result.get("predictions") == single.get("predictions")
+        for single_reply, result in zip(single_replies, results, strict=True):
+            assert result.get("predictions") == single_reply.get("predictions")
         assert [result.get("error", {}).get("code") for result in results] == [
             None, "unsupported_format", None, "bad_image", None, "too_many_pixels",
         ]  # fmt: skip
-    assert server.read_metric("fovea_errors_total", reason="bad_image") == before + 2
+    assert server.read_metric("fovea_errors_total", reason="bad_image") == errors_before + 2
 
 
-def test_top_k_and_threshold(server: Server) -> None:
+def test_top_k_and_threshold_limit_the_predictions(server: Server) -> None:
     image = make_jpeg()
-    everything = post_image(server, image, params={"top_k": 0}).json()["predictions"]
-    probabilities = [prediction["probability"] for prediction in everything]
+    all_predictions = post_image(server, image, params={"top_k": 0}).json()["predictions"]
+    probabilities = [prediction["probability"] for prediction in all_predictions]
     assert probabilities == sorted(probabilities, reverse=True)
-    assert len(everything) == 4
-    assert post_image(server, image, params={"top_k": 2}).json()["predictions"] == everything[:2]
-    assert post_image(server, image, params={"top_k": 10**6}).json()["predictions"] == everything
-    kept = post_image(server, image, params={"threshold": probabilities[1]}).json()["predictions"]
-    assert kept == everything[:2]
+    assert len(all_predictions) == 4
+    assert post_image(server, image, params={"top_k": 2}).json()["predictions"] == all_predictions[:2]
+    assert post_image(server, image, params={"top_k": 10**6}).json()["predictions"] == all_predictions
+    likely_predictions = post_image(server, image, params={"threshold": probabilities[1]}).json()[
+        "predictions"
+    ]
+    assert likely_predictions == all_predictions[:2]
     assert post_image(server, image, params={"threshold": 1}).json()["predictions"] == []
-    asked = {"images": [encode_base64(image)], "top_k": 1, "threshold": 0}
-    reply = server.client.post("/v1/classify", params={"top_k": 3, "threshold": 1}, json=asked)
-    assert reply.json()["predictions"] == everything[:1]
+    body = {"images": [encode_base64(image)], "top_k": 1, "threshold": 0}
+    reply = server.client.post("/v1/classify", params={"top_k": 3, "threshold": 1}, json=body)
+    assert reply.json()["predictions"] == all_predictions[:1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
-def test_extreme_shapes_are_answered(server: Server, size: tuple[int, int]) -> None:
+def test_extreme_shapes_are_classified(server: Server, size: tuple[int, int]) -> None:
     reply = post_image(server, encode_image(draw_picture(*size), "PNG"))
     assert reply.status_code == 200
     assert (reply.json()["image"]["width"], reply.json()["image"]["height"]) == size
 
 
 @pytest.fixture(scope="module")
-def other_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tasks_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("tasks")
     add_to_repository(build_model(Task.BINARY, ("cat", "dog")), root, "pets")
     add_to_repository(build_model(Task.MULTILABEL, ("sun", "sea", "sand")), root, "beach")
     add_to_repository(build_model(Task.MULTICLASS), root, "animals", "3")
     add_to_repository(build_model(Task.MULTICLASS), root, "animals", "12")
-    with Server(FOVEA_MODELS=str(root)) as running:
-        yield running
+    with Server(FOVEA_MODELS=str(root)) as server:
+        yield server
 
 
-def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server) -> None:
-    pets = other_tasks.client.post("/v1/models/pets/classify", content=make_jpeg()).json()["predictions"]
+def test_binary_and_multilabel_replies_mark_selected_labels(tasks_server: Server) -> None:
+    pets = tasks_server.client.post("/v1/models/pets/classify", content=make_jpeg()).json()["predictions"]
     assert {prediction["label"] for prediction in pets} == {"cat", "dog"}
     assert sum(prediction["probability"] for prediction in pets) == pytest.approx(1)
-    beach = other_tasks.client.post("/v1/models/beach/classify", content=make_jpeg()).json()["predictions"]
+    beach = tasks_server.client.post("/v1/models/beach/classify", content=make_jpeg()).json()["predictions"]
     assert [prediction["selected"] for prediction in beach] == [
         prediction["probability"] >= 0.5 for prediction in beach
     ]
-    assert [one["selected"] for one in pets] == [one["probability"] >= 0.5 for one in pets]
-    animals = other_tasks.client.post("/v1/models/animals/classify", content=make_jpeg()).json()[
+    assert [prediction["selected"] for prediction in pets] == [
+        prediction["probability"] >= 0.5 for prediction in pets
+    ]
+    animals = tasks_server.client.post("/v1/models/animals/classify", content=make_jpeg()).json()[
         "predictions"
     ]
     assert "selected" not in animals[0]
 
 
 @pytest.mark.long
-def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
+def test_selection_uses_thresholds_of_the_model(tmp_path: Path) -> None:
     """The image and the weights are the same; only the contracts differ."""
     pets, beach = (
         build_model(Task.BINARY, ("cat", "dog")),
         build_model(Task.MULTILABEL, ("sun", "sea", "sand")),
     )
-    kinds = {"dogs": (pets, (0.0,)), "cats": (pets, (1.0,)), "beach": (beach, (0.0, 1.0, 0.5))}
-    for name, (graph, thresholds) in kinds.items():
+    models = {"dogs": (pets, (0.0,)), "cats": (pets, (1.0,)), "beach": (beach, (0.0, 1.0, 0.5))}
+    for name, (graph, thresholds) in models.items():
         add_to_repository(
             with_contract(graph, replace(read_contract(graph), thresholds=thresholds)), tmp_path, name
         )
     with Server(FOVEA_MODELS=str(tmp_path)) as server:
         for seed in range(8):
-            said = {
+            replies = {
                 name: server.client.post(f"/v1/models/{name}/classify", content=make_jpeg(seed=seed)).json()
-                for name in kinds
+                for name in models
             }
             for name, label in (("dogs", "dog"), ("cats", "cat")):
-                assert [one["label"] for one in said[name]["predictions"] if one["selected"]] == [label]
-            for one in said["beach"]["predictions"]:
-                assert one["selected"] is (one["probability"] >= kinds["beach"][1][one["index"]])
+                assert [
+                    prediction["label"]
+                    for prediction in replies[name]["predictions"]
+                    if prediction["selected"]
+                ] == [label]
+            for prediction in replies["beach"]["predictions"]:
+                assert prediction["selected"] is (
+                    prediction["probability"] >= models["beach"][1][prediction["index"]]
+                )
 
 
 # --- label sets ----------------------------------------------------------------------------------
@@ -195,8 +205,10 @@ def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
 
 def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, Any]:
     """Return the label set by its definition, from all probabilities of an answer."""
-    quantile = next(one.quantile for one in COVERAGE if one.level == level)
-    set_labels = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
+    quantile = next(entry.quantile for entry in COVERAGE if entry.level == level)
+    set_labels = [
+        prediction["label"] for prediction in predictions if 1 - prediction["probability"] <= quantile
+    ]
     return {
         "level": level,
         "labels": set_labels,
@@ -204,33 +216,33 @@ def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, A
     }
 
 
-@pytest.mark.parametrize("level", [one.level for one in COVERAGE])
-def test_coverage_answers_the_label_set_of_the_stored_quantile(server: Server, level: float) -> None:
+@pytest.mark.parametrize("level", [entry.level for entry in COVERAGE])
+def test_coverage_returns_label_set_of_stored_quantile(server: Server, level: float) -> None:
     for seed in range(12):
         image = make_jpeg(seed=seed)
-        everything = post_image(server, image, params={"top_k": 0}).json()["predictions"]
+        all_predictions = post_image(server, image, params={"top_k": 0}).json()["predictions"]
         reply = post_image(server, image, params={"top_k": 1, "threshold": 1, "coverage": level}).json()
-        assert reply["coverage"] == expected_set(everything, level)
+        assert reply["coverage"] == expected_set(all_predictions, level)
         assert "coverage" not in post_image(server, image).json()
 
 
-def test_sets_that_say_too_little_abstain(server: Server) -> None:
+def test_empty_and_large_label_sets_abstain(server: Server) -> None:
     """The images were chosen so that each kind of set occurs: empty, of one label, and too large."""
-    sets = [
+    label_sets = [
         post_image(server, make_jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
         for seed in range(40)
         for level in (0.5, 0.95)
     ]
-    kinds = {len(one["labels"]): one["abstain"] for one in sets}
-    assert kinds[0] is True
-    assert kinds[1] is False
-    assert kinds[max(kinds)] is (max(kinds) > 2)
-    assert max(kinds) > 2
+    abstain_by_size = {len(label_set["labels"]): label_set["abstain"] for label_set in label_sets}
+    assert abstain_by_size[0] is True
+    assert abstain_by_size[1] is False
+    assert abstain_by_size[max(abstain_by_size)] is (max(abstain_by_size) > 2)
+    assert max(abstain_by_size) > 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
-def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
+def test_set_above_five_or_half_of_all_labels_abstains(tmp_path: Path, count: int, widest: int) -> None:
     """The logits of a black image are the biases, so that no probability is near 0 or 1."""
     graph, black = (
         build_model(labels=[f"label {index}" for index in range(count)]),
@@ -239,35 +251,37 @@ def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, coun
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     pixels = decode_image(black, SMALL_GEOMETRY, max_pixels=10_000).pixels
     probabilities = sorted(session.run(["probabilities"], {"pixels": pixels[None]})[0][0].tolist())[::-1]
-    sets = [Coverage((size + 1) / 100, 1 - probabilities[size - 1] + 1e-6) for size in range(1, count)]
-    add_to_repository(with_contract(graph, replace(read_contract(graph), coverage=tuple(sets))), tmp_path)
+    coverages = [Coverage((size + 1) / 100, 1 - probabilities[size - 1] + 1e-6) for size in range(1, count)]
+    add_to_repository(
+        with_contract(graph, replace(read_contract(graph), coverage=tuple(coverages))), tmp_path
+    )
     with Server(FOVEA_MODELS=str(tmp_path)) as server:
-        for size, one in enumerate(sets, 1):
-            said = post_image(server, black, params={"coverage": one.level}).json()["coverage"]
-            assert (len(said["labels"]), said["abstain"]) == (size, size > widest)
+        for size, coverage in enumerate(coverages, 1):
+            label_set = post_image(server, black, params={"coverage": coverage.level}).json()["coverage"]
+            assert (len(label_set["labels"]), label_set["abstain"]) == (size, size > widest)
 
 
-def test_levels_are_compared_as_numbers_that_came_as_text(server: Server) -> None:
+def test_coverage_levels_are_compared_as_numbers(server: Server) -> None:
     for text in ("0.95", "0.950", "95e-2", "0.9500000000001"):
         reply = server.client.post(f"/v1/classify?coverage={text}", content=make_jpeg())
         assert reply.json()["coverage"]["level"] == 0.95
     for text, bound in (("0", "more than 0.0"), ("1", "less than 1.0")):
-        outside = server.client.post(f"/v1/classify?coverage={text}", content=make_jpeg())
-        assert outside.json()["error"]["message"] == f"coverage: it must be {bound}"
-    near = server.client.post("/v1/classify?coverage=0.9500001", content=make_jpeg())
-    assert near.json()["error"]["message"] == "coverage 0.9500001 is not one of 0.5, 0.9, 0.95"
+        range_reply = server.client.post(f"/v1/classify?coverage={text}", content=make_jpeg())
+        assert range_reply.json()["error"]["message"] == f"coverage: it must be {bound}"
+    level_reply = server.client.post("/v1/classify?coverage=0.9500001", content=make_jpeg())
+    assert level_reply.json()["error"]["message"] == "coverage 0.9500001 is not one of 0.5, 0.9, 0.95"
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_s_coverage_stands_whatever_the_query_says(server: Server, chunked: bool) -> None:
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_coverage_in_body_overrides_the_query(server: Server, is_chunked: bool) -> None:
     content = json.dumps({"images": [encode_base64(make_jpeg())], "coverage": 0.9}).encode()
-    wanted = post_image(server, make_jpeg(), params={"coverage": 0.9}).json()
-    body: Any = iter([content]) if chunked else content
+    expected = post_image(server, make_jpeg(), params={"coverage": 0.9}).json()
+    body: Any = iter([content]) if is_chunked else content
     headers = {"Content-Type": "application/json"}
-    assert post_image(server, body, params={"coverage": 0.91}, headers=headers).json() == wanted
+    assert post_image(server, body, params={"coverage": 0.91}, headers=headers).json() == expected
 
 
-def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> None:
+def test_unknown_coverage_is_refused_before_a_raw_body(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(
             b"PUT /v1/classify?coverage=0.91 HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nstalled"
@@ -275,52 +289,52 @@ def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> 
         assert wire.read_response().status == 400
 
 
-def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(server: Server) -> None:
+def test_each_image_has_its_own_label_set(server: Server) -> None:
     images = [make_jpeg(seed=1), b"not an image", make_jpeg(seed=2)]
-    alone = [post_image(server, image, params={"coverage": 0.9}).json().get("coverage") for image in images]
-    form = server.client.post(
+    single_sets = [
+        post_image(server, image, params={"coverage": 0.9}).json().get("coverage") for image in images
+    ]
+    form_reply = server.client.post(
         "/v1/classify", params={"coverage": 0.9}, files=[("f", ("x", image)) for image in images]
     )
-    asked = {"images": [encode_base64(image) for image in images], "coverage": 0.9}
-    body = server.client.post("/v1/classify", params={"coverage": 0.5}, json=asked)
-    for reply in (form, body):
-        assert [result.get("coverage") for result in reply.json()["results"]] == alone
-    chunked = post_image(server, iter([images[0]]), params={"coverage": 0.9})  # type: ignore[arg-type]  # past the fast path
-    assert chunked.json()["coverage"] == alone[0]
+    json_body = {"images": [encode_base64(image) for image in images], "coverage": 0.9}
+    json_reply = server.client.post("/v1/classify", params={"coverage": 0.5}, json=json_body)
+    for reply in (form_reply, json_reply):
+        assert [result.get("coverage") for result in reply.json()["results"]] == single_sets
+    chunked_reply = post_image(server, iter([images[0]]), params={"coverage": 0.9})  # type: ignore[arg-type]  # past the fast path
+    assert chunked_reply.json()["coverage"] == single_sets[0]
 
 
-@pytest.mark.parametrize("send", ["raw", "json", "chunked"])
-def test_a_coverage_that_the_model_has_not_is_refused_with_those_that_it_has(
-    server: Server, send: str
-) -> None:
+@pytest.mark.parametrize("body_kind", ["raw", "json", "chunked"])
+def test_unknown_coverage_error_lists_the_levels(server: Server, body_kind: str) -> None:
     image = make_jpeg()
-    if send == "json":
+    if body_kind == "json":
         reply = server.client.post("/v1/classify", json={"images": [encode_base64(image)], "coverage": 0.91})
     else:
-        content: Any = image if send == "raw" else iter([image])
+        content: Any = image if body_kind == "raw" else iter([image])
         reply = post_image(server, content, params={"coverage": 0.91})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
     assert reply.json()["error"]["message"] == "coverage 0.91 is not one of 0.5, 0.9, 0.95"
 
 
 @pytest.mark.long
-def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> None:
-    reply = other_tasks.client.post("/v1/models/beach/classify?coverage=0.9", content=make_jpeg())
+def test_model_without_label_sets_names_the_reason(tasks_server: Server, tmp_path: Path) -> None:
+    reply = tasks_server.client.post("/v1/models/beach/classify?coverage=0.9", content=make_jpeg())
     assert reply.status_code == 400
     assert "each label is `selected` or not" in reply.json()["error"]["message"]
     graph = build_model()
     add_to_repository(with_contract(graph, replace(read_contract(graph), coverage=())), tmp_path)
-    with Server(FOVEA_MODELS=str(tmp_path)) as bare:
-        reply = bare.client.post("/v1/classify?coverage=0.9", content=make_jpeg())
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        reply = server.client.post("/v1/classify?coverage=0.9", content=make_jpeg())
     assert reply.status_code == 400
     assert "no label sets were measured for this model" in reply.json()["error"]["message"]
 
 
-# --- which model ---------------------------------------------------------------------------------
+# --- model selection -----------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
+def test_default_file_selects_the_default_model(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path, "first")
     add_to_repository(build_model(Task.BINARY, ("cat", "dog")), tmp_path, "second")
     (tmp_path / "default").write_text("second\n")
@@ -329,24 +343,24 @@ def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="first") as server:
         assert post_image(server, make_jpeg()).json()["model"]["name"] == "first"
     (tmp_path / "default").write_text("third\n")
-    refused = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
-    assert refused.returncode == 2
-    assert f"{tmp_path}/default is 'third'; there are first, second" in refused.stderr
+    result = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
+    assert result.returncode == 2
+    assert f"{tmp_path}/default is 'third'; there are first, second" in result.stderr
 
 
-def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Server) -> None:
-    assert f"{other_tasks.url}/v1/models/animals/classify" in other_tasks.greeting
-    listed = {model["name"]: model for model in other_tasks.client.get("/v1/models").json()["models"]}
-    assert listed["animals"] == {
+def test_newest_version_is_served_and_no_default_is_guessed(tasks_server: Server) -> None:
+    assert f"{tasks_server.url}/v1/models/animals/classify" in tasks_server.greeting
+    models = {model["name"]: model for model in tasks_server.client.get("/v1/models").json()["models"]}
+    assert models["animals"] == {
         "name": "animals", "version": "12", "task": "multiclass", "labels": 4, "default": False,
     }  # fmt: skip
-    reply = other_tasks.client.post("/v1/classify", content=make_jpeg())
+    reply = tasks_server.client.post("/v1/classify", content=make_jpeg())
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
     assert "animals, beach, pets" in reply.json()["error"]["message"]
-    assert other_tasks.client.post("/v1/models/animals/versions/3/classify", content=b"").status_code == 404
+    assert tasks_server.client.post("/v1/models/animals/versions/3/classify", content=b"").status_code == 404
 
 
-def test_json_that_does_not_say_so_is_told_what_is_missing(server: Server) -> None:
+def test_json_without_content_type_gets_a_hint(server: Server) -> None:
     reply = server.client.post("/v1/classify", content=b'{"images": []}')
     assert (reply.status_code, "Content-Type: application/json" in reply.text) == (415, True)
     assert "Content-Type" not in server.client.post("/v1/classify", content=b"hello").text
@@ -354,8 +368,8 @@ def test_json_that_does_not_say_so_is_told_what_is_missing(server: Server) -> No
 
 # --- bad requests --------------------------------------------------------------------------------
 
-FILE = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n'
-BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
+FILE_PART = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n'
+BAD_REQUESTS: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "empty body": ("POST", "/v1/classify", {"content": b""}, 400, "bad_request"),
     "text": ("POST", "/v1/classify", {"content": b"hello"}, 415, "unsupported_format"),
     "zip named .jpg": (
@@ -442,7 +456,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
         "POST",
         "/v1/classify",
         {
-            "content": 2 * (FILE + make_jpeg() + b"\r\n"),
+            "content": 2 * (FILE_PART + make_jpeg() + b"\r\n"),
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
         400,
@@ -484,38 +498,44 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_requests_get_a_clear_error_are_counted_and_harm_nobody(server: Server, case: str) -> None:
-    method, path, options, status, code = BAD[case]
-    before = server.read_metric("fovea_errors_total", reason=code), server.read_metric("fovea_errors_total")
-    answers = server.read_metric("fovea_requests_total", status=str(status))
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_request_gets_an_error_and_is_counted(server: Server, case: str) -> None:
+    method, path, options, status, code = BAD_REQUESTS[case]
+    errors_before = (
+        server.read_metric("fovea_errors_total", reason=code),
+        server.read_metric("fovea_errors_total"),
+    )
+    replies_before = server.read_metric("fovea_requests_total", status=str(status))
     reply = server.client.request(method, path, **options)
     assert reply.status_code == status
     error = reply.json()["error"]
     assert error["code"] == code
     assert error["message"]
     assert error["request_id"] == reply.headers["X-Request-ID"]
-    after = server.read_metric("fovea_errors_total", reason=code), server.read_metric("fovea_errors_total")
-    assert after == (before[0] + 1, before[1] + 1)
-    assert server.read_metric("fovea_requests_total", status=str(status)) == answers + 1
+    errors_after = (
+        server.read_metric("fovea_errors_total", reason=code),
+        server.read_metric("fovea_errors_total"),
+    )
+    assert errors_after == (errors_before[0] + 1, errors_before[1] + 1)
+    assert server.read_metric("fovea_requests_total", status=str(status)) == replies_before + 1
     assert post_image(server, make_jpeg()).status_code == 200
 
 
-def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
-    def message(content: bytes) -> str:
+def test_messages_name_the_limit_and_its_setting(server: Server) -> None:
+    def read_message(content: bytes) -> str:
         return str(post_image(server, content).json()["error"]["message"])
 
-    assert message(make_png_header(50_000, 50_000)) == "image is 50000 x 50000 px; at most 50 MP"
-    assert message(bytes(1_000_001)) == "the body has more than 1000000 bytes (FOVEA_BODY_BYTES)"
+    assert read_message(make_png_header(50_000, 50_000)) == "image is 50000 x 50000 px; at most 50 MP"
+    assert read_message(bytes(1_000_001)) == "the body has more than 1000000 bytes (FOVEA_BODY_BYTES)"
 
 
-def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
+def test_wrong_method_reply_lists_allowed_methods(server: Server) -> None:
     assert server.client.delete("/v1/classify").headers["Allow"] == "POST, PUT"
     assert server.client.post("/metrics").headers["Allow"] == "GET, HEAD"
     assert server.client.post("/docs/swagger/start.js").headers["Allow"] == "GET, HEAD"
 
 
-def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Server) -> None:
+def test_expect_continue_is_refused_for_a_large_body(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(
             b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
@@ -523,24 +543,26 @@ def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Serve
         assert wire.read_response().status == 413
 
 
-def test_a_client_that_leaves_is_counted(server: Server) -> None:
-    before = server.read_metric("fovea_errors_total", reason="client_left")
+def test_disconnected_client_is_counted(server: Server) -> None:
+    count_before = server.read_metric("fovea_errors_total", reason="client_left")
     with Wire(server.url) as wire:
         wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nhalf")
-    counted = (server.read_metric("fovea_errors_total", reason="client_left") for _ in range(1000))
-    assert next(value for value in counted if value != before) == before + 1
+    counts = (server.read_metric("fovea_errors_total", reason="client_left") for _ in range(1000))
+    assert next(count for count in counts if count != count_before) == count_before + 1
 
 
-def test_request_ids_are_taken_when_they_are_sane_and_made_when_not(server: Server) -> None:
-    taken = server.client.get("/health/live", headers={"X-Request-ID": "abc-123"})
-    assert taken.headers["X-Request-ID"] == "abc-123"
-    for insane in ("a b", "x" * 129, ""):
-        made = server.client.get("/health/live", headers={"X-Request-ID": insane}).headers["X-Request-ID"]
-        assert made != insane
-        assert len(made) == 32
+def test_valid_request_id_is_kept_and_invalid_one_replaced(server: Server) -> None:
+    reply = server.client.get("/health/live", headers={"X-Request-ID": "abc-123"})
+    assert reply.headers["X-Request-ID"] == "abc-123"
+    for invalid_id in ("a b", "x" * 129, ""):
+        new_id = server.client.get("/health/live", headers={"X-Request-ID": invalid_id}).headers[
+            "X-Request-ID"
+        ]
+        assert new_id != invalid_id
+        assert len(new_id) == 32
 
 
-def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server) -> None:
+def test_large_declared_body_is_refused_before_it_is_sent(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\nstalled")
         assert wire.read_response().status == 413
@@ -548,38 +570,38 @@ def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server
 
 @pytest.mark.long
 def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo)) as running:
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
         for content in (b"rubbish", b"--x\r\n: \r\n", b"--x"):
-            assert post_image(running, content, headers=headers).status_code == 400
-        post_image(running, encode_image(draw_picture(40, 40), "TIFF")[:-100])
-    model, *told = [json.loads(line)["event"] for line in running.log.splitlines()]
-    assert model.startswith("model small version 1")
-    assert told == ["request"] * 4
+            assert post_image(server, content, headers=headers).status_code == 400
+        post_image(server, encode_image(draw_picture(40, 40), "TIFF")[:-100])
+    first_event, *events = [json.loads(line)["event"] for line in server.log.splitlines()]
+    assert first_event.startswith("model small version 1")
+    assert events == ["request"] * 4
 
 
 # --- limits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as slow:
-        with Wire(slow.url) as wire:
+def test_slow_body_gets_408(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as server:
+        with Wire(server.url) as wire:
             wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n\xff")
             assert wire.read_response().status == 408
-        assert slow.read_metric("fovea_errors_total", reason="body_timeout") == 1
+        assert server.read_metric("fovea_errors_total", reason="body_timeout") == 1
 
 
-def test_more_images_than_there_are_places_for_is_an_immediate_503(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2", FOVEA_REQUEST_IMAGES="2") as narrow:
-        assert post_image(narrow, make_jpeg()).status_code == 200
-        two = {"images": [encode_base64(make_jpeg(2000, 2000))] * 2}
+def test_images_beyond_the_queue_get_503(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2", FOVEA_REQUEST_IMAGES="2") as server:
+        assert post_image(server, make_jpeg()).status_code == 200
+        body = {"images": [encode_base64(make_jpeg(2000, 2000))] * 2}
         with ThreadPoolExecutor(8) as clients:
-            replies = list(clients.map(lambda _: narrow.client.post("/v1/classify", json=two), range(24)))
+            replies = list(clients.map(lambda _: server.client.post("/v1/classify", json=body), range(24)))
         assert {reply.status_code for reply in replies} == {200, 503}
         for reply in replies:
             if reply.status_code == 503:
                 assert reply.json()["error"]["code"] == "overloaded"
                 assert int(reply.headers["Retry-After"]) >= 1
-        assert narrow.read_metric("fovea_images_in_flight") == 0
-        assert post_image(narrow, make_jpeg()).status_code == 200
+        assert server.read_metric("fovea_images_in_flight") == 0
+        assert post_image(server, make_jpeg()).status_code == 200

@@ -29,28 +29,28 @@ ClientScores: TypeAlias = dict[str, float]
 
 @pytest.fixture(scope="module")
 def zoo_server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def chosen(cifar_test: Path) -> list[Path]:
-    """The same random images in every run."""
+def sample_images(cifar_test: Path) -> list[Path]:
+    """Random images, which are the same in every run."""
     return random.Random(1).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
 
 
 @pytest.fixture(scope="module")
-def native(zoo_server: Server, chosen: list[Path]) -> list[ClientScores]:
-    told = []
-    for path in chosen:
+def native_scores(zoo_server: Server, sample_images: list[Path]) -> list[ClientScores]:
+    scores = []
+    for path in sample_images:
         reply = zoo_server.client.post("/v1/classify?top_k=0", content=path.read_bytes()).json()
-        told.append({one["label"]: one["probability"] for one in reply["predictions"]})
-    return told
+        scores.append({prediction["label"]: prediction["probability"] for prediction in reply["predictions"]})
+    return scores
 
 
 def ask_torchserve(server: Server, photo: Path) -> ClientScores:
-    line = [require_tool("curl"), "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
-    scores: ClientScores = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    arguments = [require_tool("curl"), "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
+    scores: ClientScores = json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)
     return scores
 
 
@@ -60,7 +60,7 @@ def ask_tensorflow_predict(server: Server, photo: Path) -> ClientScores:
     labels = server.client.get("/v1/models/cifar10/contract").json()["labels"]
     (probabilities,) = reply.json()["predictions"]
     pairs = zip(labels, probabilities, strict=True)
-    return dict(sorted(pairs, key=lambda one: one[1], reverse=True))
+    return dict(sorted(pairs, key=lambda pair: pair[1], reverse=True))
 
 
 def ask_tensorflow_classify(server: Server, photo: Path) -> ClientScores:
@@ -70,12 +70,15 @@ def ask_tensorflow_classify(server: Server, photo: Path) -> ClientScores:
 
 
 def ask_hugging_face(server: Server, photo: Path) -> ClientScores:
-    return {one.label: one.score for one in InferenceClient(server.url).image_classification(photo, top_k=10)}
+    return {
+        prediction.label: prediction.score
+        for prediction in InferenceClient(server.url).image_classification(photo, top_k=10)
+    }
 
 
 def ask_hugging_face_raw(server: Server, photo: Path) -> ClientScores:
     predictions = InferenceClient(f"{server.url}/models/cifar10").image_classification(photo)
-    return {one.label: one.score for one in predictions}
+    return {prediction.label: prediction.score for prediction in predictions}
 
 
 def ask_triton(server: Server, photo: Path) -> ClientScores:
@@ -89,7 +92,7 @@ def ask_triton(server: Server, photo: Path) -> ClientScores:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "ask_server",
     [
         ask_torchserve,
         ask_tensorflow_predict,
@@ -99,14 +102,14 @@ def ask_triton(server: Server, photo: Path) -> ClientScores:
         ask_triton,
     ],
 )
-def test_a_client_is_told_what_ours_is(
+def test_client_scores_equal_native_scores(
     zoo_server: Server,
-    chosen: list[Path],
-    native: list[ClientScores],
-    ask: Callable[[Server, Path], ClientScores],
+    sample_images: list[Path],
+    native_scores: list[ClientScores],
+    ask_server: Callable[[Server, Path], ClientScores],
 ) -> None:
-    for photo, expected in zip(chosen, native, strict=True):
-        told = ask(zoo_server, photo)
-        assert len(told) in (5, 10)
-        assert list(told) == list(expected)[: len(told)]
-        assert all(abs(told[label] - expected[label]) <= 1e-6 for label in told)
+    for photo, expected in zip(sample_images, native_scores, strict=True):
+        scores = ask_server(zoo_server, photo)
+        assert len(scores) in (5, 10)
+        assert list(scores) == list(expected)[: len(scores)]
+        assert all(abs(scores[label] - expected[label]) <= 1e-6 for label in scores)

@@ -38,7 +38,7 @@ PHOTO = make_jpeg(200, 120)
 SMALL = "/v1/models/small"
 VGG = "/v1/models/vgg"
 LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
-"""An explanation that takes longer than a process has time to stop."""
+"""A request for an explanation that takes longer than a process may take to stop."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(zoo: Path) -> Iterator[Server]:
+def explain_server(zoo: Path) -> Iterator[Server]:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_BODY_BYTES="1000000") as server:
         yield server
 
@@ -96,50 +96,52 @@ def explainer_pids(server: Server) -> set[int]:
 # --- heat maps -----------------------------------------------------------------------------------
 
 
-def test_the_answer_says_what_classify_says(running: Server) -> None:
-    wanted = running.client.post("/v1/classify?top_k=3", content=PHOTO).json()
-    reply = post_explain(running, top_k=3)
-    assert reply["model"] == wanted["model"]
-    assert reply["image"] == wanted["image"]
-    assert [one["label"] for one in reply["predictions"]] == [one["label"] for one in wanted["predictions"]]
-    best = wanted["predictions"][0]
+def test_explanation_agrees_with_classify(explain_server: Server) -> None:
+    expected = explain_server.client.post("/v1/classify?top_k=3", content=PHOTO).json()
+    reply = post_explain(explain_server, top_k=3)
+    assert reply["model"] == expected["model"]
+    assert reply["image"] == expected["image"]
+    assert [prediction["label"] for prediction in reply["predictions"]] == [
+        prediction["label"] for prediction in expected["predictions"]
+    ]
+    best = expected["predictions"][0]
     assert (reply["label"], reply["index"]) == (best["label"], best["index"])
     assert reply["probability"] == pytest.approx(best["probability"], abs=1e-5)
     assert (reply["method"], reply["samples"], reply["note"]) == ("cam", 0, None)
 
 
-def test_the_map_has_the_photos_shape(running: Server) -> None:
-    heatmap = post_explain(running)["heatmap"]
+def test_heatmap_has_the_shape_of_the_photo(explain_server: Server) -> None:
+    heatmap = post_explain(explain_server)["heatmap"]
     values = np.array(heatmap["values"])
     assert values.shape == (heatmap["height"], heatmap["width"]) == (58, 96)
     assert values.min() == 0
     assert values.max() == 1
-    assert not values[:, :18].any()  # what the crop has left out
+    assert not values[:, :18].any()  # outside the crop
     assert not values[:, -18:].any()
 
 
-def test_every_label_can_be_asked_for(running: Server) -> None:
-    maps = {label: post_explain(running, label=label) for label in ("ant", "bee", "cow", "dog")}
+def test_every_label_can_be_explained(explain_server: Server) -> None:
+    maps = {label: post_explain(explain_server, label=label) for label in ("ant", "bee", "cow", "dog")}
     assert {label: reply["label"] for label, reply in maps.items()} == {label: label for label in maps}
     assert len({json.dumps(reply["heatmap"]) for reply in maps.values()}) == 4
 
 
-def test_what_the_model_saw_is_its_very_input(running: Server, zoo: Path) -> None:
+def test_reply_shows_the_exact_model_input(explain_server: Server, zoo: Path) -> None:
     contract = read_contract(onnx.load(zoo / "small" / "1" / "model.onnx"))
-    seen = post_explain(running)["what_the_model_saw"]
-    with Image.open(BytesIO(base64.b64decode(seen["png"]))) as image:
+    model_input = post_explain(explain_server)["what_the_model_saw"]
+    with Image.open(BytesIO(base64.b64decode(model_input["png"]))) as image:
         pixels = np.asarray(image)
     assert (pixels == decode_image(PHOTO, contract.input, max_pixels=10**6).pixels).all()
-    assert (seen["width"], seen["height"]) == (16, 16)
-    assert seen["box"] == pytest.approx([40, 0, 160, 120], abs=5)
-    assert [step["step"] for step in seen["steps"]] == ["decode", "resize", "crop"]
+    assert (model_input["width"], model_input["height"]) == (16, 16)
+    assert model_input["box"] == pytest.approx([40, 0, 160, 120], abs=5)
+    assert [step["step"] for step in model_input["steps"]] == ["decode", "resize", "crop"]
 
 
-def test_the_receipt_tells_of_every_step(running: Server) -> None:
-    turned = draw_picture(120, 200).convert("CMYK")
+def test_reply_lists_the_preprocessing_steps(explain_server: Server) -> None:
+    picture = draw_picture(120, 200).convert("CMYK")
     exif = Image.Exif()
     exif[0x0112] = 6
-    reply = post_explain(running, encode_image(turned, "JPEG", exif=exif))
+    reply = post_explain(explain_server, encode_image(picture, "JPEG", exif=exif))
     steps = {step["step"]: step["text"] for step in reply["what_the_model_saw"]["steps"]}
     assert steps == {
         "decode": "JPEG of 120 x 200 pixels",
@@ -152,40 +154,40 @@ def test_the_receipt_tells_of_every_step(running: Server) -> None:
     assert reply["heatmap"]["width"] > reply["heatmap"]["height"]
 
 
-def test_a_picture_has_the_photos_own_size(running: Server) -> None:
+def test_png_has_the_size_of_the_photo(explain_server: Server) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for content, size in (
         (PHOTO, (200, 120)),
         (encode_image(draw_picture(70, 33), "JPEG", exif=exif), (33, 70)),
     ):
-        reply = running.client.post("/v1/explain?format=png", content=content)
+        reply = explain_server.client.post("/v1/explain?format=png", content=content)
         assert reply.headers["Content-Type"] == "image/png"
         with Image.open(BytesIO(reply.content)) as image:
             assert image.size == size
             assert image.mode == "RGB"
 
 
-def test_a_network_without_maps_is_explained_by_occlusion(running: Server) -> None:
-    one, same, other = (
-        post_explain(running, path=f"{VGG}/explain", samples=64, seed=seed) for seed in (1, 1, 2)
+def test_network_without_cam_is_explained_by_occlusion(explain_server: Server) -> None:
+    reply, same_seed, other_seed = (
+        post_explain(explain_server, path=f"{VGG}/explain", samples=64, seed=seed) for seed in (1, 1, 2)
     )
-    assert (one["method"], one["samples"]) == ("occlusion", 64)
-    assert one["note"].startswith("the network does not end in an average")
-    assert one["heatmap"] == same["heatmap"]
-    assert one["heatmap"] != other["heatmap"]
+    assert (reply["method"], reply["samples"]) == ("occlusion", 64)
+    assert reply["note"].startswith("the network does not end in an average")
+    assert reply["heatmap"] == same_seed["heatmap"]
+    assert reply["heatmap"] != other_seed["heatmap"]
 
 
 @pytest.mark.long
-def test_an_occlusion_ends_by_the_clock(zoo: Path) -> None:
+def test_occlusion_stops_at_the_time_limit(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_SECONDS="0.3") as server:
         reply = post_explain(server, path=f"{VGG}/explain")
     assert reply["samples"] >= 16
     assert reply["samples"] % 16 == 0
 
 
-def test_progress_is_told_line_by_line(running: Server) -> None:
-    reply = running.client.post(f"{VGG}/explain?progress=true&samples=64&seed=1", content=PHOTO)
+def test_progress_is_sent_as_json_lines(explain_server: Server) -> None:
+    reply = explain_server.client.post(f"{VGG}/explain?progress=true&samples=64&seed=1", content=PHOTO)
     assert reply.headers["Content-Type"] == "application/x-ndjson"
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert [line.get("progress") for line in lines] == [0.0, 0.25, 0.5, 0.75, None]
@@ -193,7 +195,7 @@ def test_progress_is_told_line_by_line(running: Server) -> None:
     assert lines[0]["what_the_model_saw"]["width"] == 24
     assert len(lines[0]["predictions"]) == 4
     assert np.array(lines[1]["heatmap"]["values"]).max() == 1
-    assert lines[-1]["result"] == post_explain(running, path=f"{VGG}/explain", samples=64, seed=1)
+    assert lines[-1]["result"] == post_explain(explain_server, path=f"{VGG}/explain", samples=64, seed=1)
 
 
 def test_explanations_are_counted(zoo: Path) -> None:
@@ -208,122 +210,127 @@ def test_explanations_are_counted(zoo: Path) -> None:
 # --- layers --------------------------------------------------------------------------------------
 
 
-def test_layers_of_a_foreign_network(running: Server) -> None:
-    reply = running.client.get(f"{VGG}/versions/1/layers").json()
+def test_layers_of_imported_network_are_described(explain_server: Server) -> None:
+    reply = explain_server.client.get(f"{VGG}/versions/1/layers").json()
     assert (reply["labels"], reply["task"], reply["cam"], reply["reason"]) == (
         list(LABELS), "multiclass", False, None,
     )  # fmt: skip
-    found = reply["layers"]
+    layers = reply["layers"]
     block = ["Conv", "Relu", "Conv", "Relu", "MaxPool"]
     kinds = ["Input", *block, *block, "Flatten", "Gemm", "Relu", "Gemm", "Softmax"]
-    assert [layer["kind"] for layer in found] == kinds
-    for before, layer in pairwise(found):
-        assert layer["sources"] == [before["tensor"]]
-    first = found[1]
-    assert (first["kernel"], first["stride"], first["padding"]) == ([3, 3], [1, 1], [1, 1, 1, 1])
-    assert (first["shape"], first["parameters"], first["weights"]) == ([8, 24, 24], 224, ["weight", "bias"])
-    assert first["field"] == {"rows": [1, -1, 1], "columns": [1, -1, 1]}
-    assert found[6]["field"]["rows"] == [2, -4, 5]
-    assert found[10]["field"]["rows"] == [4, -6, 9]
-    assert found[11]["field"] is None
-    assert reply["parameters"] == sum(layer["parameters"] for layer in found)
+    assert [layer["kind"] for layer in layers] == kinds
+    for previous, layer in pairwise(layers):
+        assert layer["sources"] == [previous["tensor"]]
+    conv = layers[1]
+    assert (conv["kernel"], conv["stride"], conv["padding"]) == ([3, 3], [1, 1], [1, 1, 1, 1])
+    assert (conv["shape"], conv["parameters"], conv["weights"]) == ([8, 24, 24], 224, ["weight", "bias"])
+    assert conv["field"] == {"rows": [1, -1, 1], "columns": [1, -1, 1]}
+    assert layers[6]["field"]["rows"] == [2, -4, 5]
+    assert layers[10]["field"]["rows"] == [4, -6, 9]
+    assert layers[11]["field"] is None
+    assert reply["parameters"] == sum(layer["parameters"] for layer in layers)
 
 
-def test_tokens_are_maps_without_those_that_are_no_place(running: Server) -> None:
+def test_token_maps_leave_out_the_class_token(explain_server: Server) -> None:
     path = "/v1/models/tokens"
-    found = {layer["tensor"]: layer for layer in fetch_layers(running, path)}
-    assert found["maps"]["shape"] == found["all"]["shape"] == [8, 4, 4]
-    assert [found[name]["left_out"] for name in ("maps", "sum", "all", "average")] == [0, 0, 1, 0]
-    assert [name for name, layer in found.items() if not layer["direct"]] == ["average"]
-    assert found["norm"]["field"] == {"rows": [4, 0, 3], "columns": [4, 0, 3]}
-    one, same = (
-        read_array(running.client.post(f"{path}/maps", content=PHOTO, params={"tensor": tensor}))
+    layers = {layer["tensor"]: layer for layer in fetch_layers(explain_server, path)}
+    assert layers["maps"]["shape"] == layers["all"]["shape"] == [8, 4, 4]
+    assert [layers[name]["left_out"] for name in ("maps", "sum", "all", "average")] == [0, 0, 1, 0]
+    assert [name for name, layer in layers.items() if not layer["direct"]] == ["average"]
+    assert layers["norm"]["field"] == {"rows": [4, 0, 3], "columns": [4, 0, 3]}
+    sum_maps, all_maps = (
+        read_array(explain_server.client.post(f"{path}/maps", content=PHOTO, params={"tensor": tensor}))
         for tensor in ("sum", "all")
     )
-    assert one.shape == (8, 4, 4)
-    assert (one == same).all()
+    assert sum_maps.shape == (8, 4, 4)
+    assert (sum_maps == all_maps).all()
 
 
-def test_maps_come_as_they_are_asked_for(running: Server) -> None:
-    relu = fetch_layers(running)[2]
+def test_maps_can_be_requested_in_parts(explain_server: Server) -> None:
+    relu = fetch_layers(explain_server)[2]
     assert relu["kind"] == "Relu"
-    reply = running.client.post(f"{SMALL}/maps", content=PHOTO, params={"tensor": relu["tensor"]})
-    whole = read_array(reply)
-    assert whole.shape == tuple(relu["shape"])
-    assert reply.headers["X-Channels"] == str(len(whole))
-    assert float(reply.headers["X-Lowest"]) == whole.min()
-    assert float(reply.headers["X-Highest"]) == whole.max()
+    reply = explain_server.client.post(f"{SMALL}/maps", content=PHOTO, params={"tensor": relu["tensor"]})
+    all_maps = read_array(reply)
+    assert all_maps.shape == tuple(relu["shape"])
+    assert reply.headers["X-Channels"] == str(len(all_maps))
+    assert float(reply.headers["X-Lowest"]) == all_maps.min()
+    assert float(reply.headers["X-Highest"]) == all_maps.max()
     query = {"tensor": relu["tensor"], "first": 3, "count": 2}
-    part = running.client.post(f"{SMALL}/versions/1/maps", content=PHOTO, params=query)
-    assert (read_array(part) == whole[3:5]).all()
+    part = explain_server.client.post(f"{SMALL}/versions/1/maps", content=PHOTO, params=query)
+    assert (read_array(part) == all_maps[3:5]).all()
     assert part.headers["X-Highest"] == reply.headers["X-Highest"]  # of the whole
 
 
-def test_a_prepared_image_is_the_input_itself(running: Server) -> None:
-    png = base64.b64decode(post_explain(running)["what_the_model_saw"]["png"])
-    conv = fetch_layers(running)[1]["tensor"]
+def test_prepared_image_is_used_without_preprocessing(explain_server: Server) -> None:
+    model_input = base64.b64decode(post_explain(explain_server)["what_the_model_saw"]["png"])
+    conv = fetch_layers(explain_server)[1]["tensor"]
     query = {"tensor": conv}
-    whole = read_array(running.client.post(f"{SMALL}/maps", content=PHOTO, params=query))
-    prepared = running.client.post(f"{SMALL}/maps", content=png, params={**query, "prepared": True})
-    assert (read_array(prepared) == whole).all()
-    other = running.client.post(f"{SMALL}/maps", content=PHOTO, params={**query, "prepared": True})
-    assert status_and_code(other) == (400, "bad_request")
-    assert "16 x 16" in other.text
+    expected = read_array(explain_server.client.post(f"{SMALL}/maps", content=PHOTO, params=query))
+    prepared = explain_server.client.post(
+        f"{SMALL}/maps", content=model_input, params={**query, "prepared": True}
+    )
+    assert (read_array(prepared) == expected).all()
+    unprepared = explain_server.client.post(
+        f"{SMALL}/maps", content=PHOTO, params={**query, "prepared": True}
+    )
+    assert status_and_code(unprepared) == (400, "bad_request")
+    assert "16 x 16" in unprepared.text
 
 
-def test_the_last_layer_is_the_answer(running: Server) -> None:
-    best = post_explain(running, path=f"{VGG}/explain", top_k=0, samples=2)
-    last = fetch_layers(running, VGG)[-1]["tensor"]
-    values = read_array(running.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": last}))
-    by_index = {one["index"]: one["probability"] for one in best["predictions"]}
+def test_last_layer_equals_the_probabilities(explain_server: Server) -> None:
+    reply = post_explain(explain_server, path=f"{VGG}/explain", top_k=0, samples=2)
+    last = fetch_layers(explain_server, VGG)[-1]["tensor"]
+    values = read_array(explain_server.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": last}))
+    by_index = {prediction["index"]: prediction["probability"] for prediction in reply["predictions"]}
     assert values == pytest.approx([by_index[index] for index in range(4)], abs=1e-5)
 
 
-def test_a_linear_layer_adds_up(running: Server) -> None:
-    found = fetch_layers(running, VGG)
-    gemm = found[-2]
-    given, made = (
-        read_array(running.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": tensor}))
+def test_linear_layer_output_follows_from_its_weights(explain_server: Server) -> None:
+    layers = fetch_layers(explain_server, VGG)
+    gemm = layers[-2]
+    layer_input, layer_output = (
+        read_array(explain_server.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": tensor}))
         for tensor in (gemm["sources"][0], gemm["tensor"])
     )
     weights = {
         part: read_array(
-            running.client.get(
+            explain_server.client.get(
                 f"{VGG}/weights", params={"tensor": gemm["tensor"], "part": part, "first": 2, "count": 1}
             )
         )
         for part in ("weight", "bias")
     }
     assert weights["weight"].shape == (1, 32)
-    assert (weights["weight"] @ given + weights["bias"])[0] == pytest.approx(made[2], abs=1e-4)
+    assert (weights["weight"] @ layer_input + weights["bias"])[0] == pytest.approx(layer_output[2], abs=1e-4)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("is_given", [False, True])
-def test_whole_weights_are_given_out_by_a_setting_alone(zoo: Path, is_given: bool) -> None:
-    with Server(FOVEA_MODELS=str(zoo), FOVEA_WEIGHTS=str(is_given).lower()) as server:
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_whole_weights_require_the_setting(zoo: Path, is_allowed: bool) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WEIGHTS=str(is_allowed).lower()) as server:
         conv, gemm = (
-            next(one for one in fetch_layers(server, VGG) if one["kind"] == kind) for kind in ("Conv", "Gemm")
+            next(layer for layer in fetch_layers(server, VGG) if layer["kind"] == kind)
+            for kind in ("Conv", "Gemm")
         )
         for layer in (conv, gemm):
             for query in ({}, {"count": 0}, {"count": 2}, {"first": 1, "count": 0}):
-                asked = {"tensor": layer["tensor"], **query}
-                reply = server.client.get(f"{VGG}/weights", params=asked)
-                if is_given:
+                parameters = {"tensor": layer["tensor"], **query}
+                reply = server.client.get(f"{VGG}/weights", params=parameters)
+                if is_allowed:
                     assert len(read_array(reply)) >= 2
                 else:
                     assert status_and_code(reply) == (403, "forbidden")
                     assert "FOVEA_WEIGHTS" in reply.text
             for part in ({"count": "1"}, {"part": "bias"}, {"first": "1", "count": "1"}):
-                asked = {"tensor": layer["tensor"], **part}
-                reply = server.client.get(f"{VGG}/weights", params=asked)
+                parameters = {"tensor": layer["tensor"], **part}
+                reply = server.client.get(f"{VGG}/weights", params=parameters)
                 assert read_array(reply).size
             last = {"tensor": layer["tensor"], "first": int(reply.headers["X-Channels"]) - 1}
             assert len(read_array(server.client.get(f"{VGG}/weights", params=last))) == 1
 
 
-def test_progress_in_a_picture_is_refused_and_not_passed_over(running: Server) -> None:
-    reply = running.client.post("/v1/explain?format=png&progress=true", content=PHOTO)
+def test_progress_with_png_is_refused(explain_server: Server) -> None:
+    reply = explain_server.client.post("/v1/explain?format=png&progress=true", content=PHOTO)
     assert status_and_code(reply) == (400, "bad_request")
 
 
@@ -331,7 +338,7 @@ def test_progress_in_a_picture_is_refused_and_not_passed_over(running: Server) -
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
         ({"label": "cot"}, "there is no label 'cot'; the nearest is 'cow'"),
         ({"method": "magic"}, "method"),
@@ -342,14 +349,14 @@ def test_progress_in_a_picture_is_refused_and_not_passed_over(running: Server) -
         ({"lable": "cow"}, "lable"),
     ],
 )
-def test_a_bad_question_is_said_to_be_one(running: Server, query: dict[str, Any], said: str) -> None:
-    reply = running.client.post("/v1/explain", content=PHOTO, params=query)
+def test_bad_query_is_refused(explain_server: Server, query: dict[str, Any], message: str) -> None:
+    reply = explain_server.client.post("/v1/explain", content=PHOTO, params=query)
     assert status_and_code(reply) == (400, "bad_request")
-    assert said in reply.json()["error"]["message"]
+    assert message in reply.json()["error"]["message"]
 
 
-def test_a_network_without_maps_refuses_the_method(running: Server) -> None:
-    reply = running.client.post(f"{VGG}/explain?method=cam", content=PHOTO)
+def test_network_without_cam_refuses_method_cam(explain_server: Server) -> None:
+    reply = explain_server.client.post(f"{VGG}/explain?method=cam", content=PHOTO)
     assert status_and_code(reply) == (400, "bad_request")
     assert "method=occlusion" in reply.text
 
@@ -364,12 +371,12 @@ def test_a_network_without_maps_refuses_the_method(running: Server) -> None:
         (b"\xff" * 1_000_001, (413, "body_too_large")),
     ],
 )
-def test_whatever_classify_refuses_is_refused(
-    running: Server, content: bytes, expected: tuple[int, str], query: str
+def test_bad_body_is_refused_as_by_classify(
+    explain_server: Server, content: bytes, expected: tuple[int, str], query: str
 ) -> None:
-    assert status_and_code(running.client.post(f"/v1/explain{query}", content=content)) == expected
+    assert status_and_code(explain_server.client.post(f"/v1/explain{query}", content=content)) == expected
     if not query:
-        assert status_and_code(running.client.post("/v1/classify", content=content)) == expected
+        assert status_and_code(explain_server.client.post("/v1/classify", content=content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -385,32 +392,34 @@ def test_whatever_classify_refuses_is_refused(
         (f"{SMALL}/weights?tensor=conv&part=bias", (404, "not_found")),
     ],
 )
-def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]) -> None:
-    assert status_and_code(running.client.get(path)) == expected
+def test_missing_model_or_bad_query_is_refused(
+    explain_server: Server, path: str, expected: tuple[int, str]
+) -> None:
+    assert status_and_code(explain_server.client.get(path)) == expected
 
 
 @pytest.mark.long
-def test_what_takes_too_much_memory_to_decode_is_refused(zoo: Path) -> None:
-    """This holds for the painted photo too, which is decoded at full size."""
+def test_image_above_the_decode_memory_is_refused(zoo: Path) -> None:
+    """This holds for the heat map drawn over the photo too, which is decoded at full size."""
     photo = draw_picture(1500, 1500)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_DECODE_BYTES="5000000") as server:
         for path in ("/v1/explain", f"{SMALL}/maps?tensor=conv"):
-            large = server.client.post(path, content=encode_image(photo, "PNG"))
-            assert status_and_code(large) == (413, "too_many_pixels")
-            drafted = server.client.post(path, content=encode_image(photo, "JPEG"))
-            assert drafted.status_code == 200
-        painted = server.client.post("/v1/explain?format=png", content=encode_image(photo, "JPEG"))
-        assert status_and_code(painted) == (413, "too_many_pixels")
+            png_reply = server.client.post(path, content=encode_image(photo, "PNG"))
+            assert status_and_code(png_reply) == (413, "too_many_pixels")
+            jpeg_reply = server.client.post(path, content=encode_image(photo, "JPEG"))
+            assert jpeg_reply.status_code == 200
+        painted_reply = server.client.post("/v1/explain?format=png", content=encode_image(photo, "JPEG"))
+        assert status_and_code(painted_reply) == (413, "too_many_pixels")
 
 
-def test_two_images_are_one_too_many(running: Server) -> None:
+def test_two_images_are_refused(explain_server: Server) -> None:
     files = [("a", PHOTO), ("b", PHOTO)]
-    assert status_and_code(running.client.post("/v1/explain", files=files)) == (400, "bad_request")
-    assert running.client.post("/v1/explain", files=files[:1]).status_code == 200
+    assert status_and_code(explain_server.client.post("/v1/explain", files=files)) == (400, "bad_request")
+    assert explain_server.client.post("/v1/explain", files=files[:1]).status_code == 200
 
 
 @pytest.mark.long
-def test_it_can_be_switched_off(zoo: Path) -> None:
+def test_explain_can_be_switched_off(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN="false") as server:
         assert status_and_code(server.client.post("/v1/explain", content=PHOTO)) == (403, "forbidden")
         assert status_and_code(server.client.get(f"{SMALL}/layers")) == (403, "forbidden")
@@ -418,54 +427,54 @@ def test_it_can_be_switched_off(zoo: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path) -> None:
+def test_unopenable_graph_is_explained_by_occlusion(tmp_path: Path) -> None:
     add_to_repository(build_unopenable(), tmp_path / "zoo")
     with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
         assert server.client.post("/v1/classify", content=PHOTO).status_code == 200
         reply = post_explain(server, samples=16)
         assert reply["method"] == "occlusion"
         assert reply["note"]
-        looked = server.client.get(f"{SMALL}/layers").json()
-        assert "cannot load the model" in looked["reason"]
-        maps = server.client.post(f"{SMALL}/maps?tensor=conv", content=PHOTO)
-        assert status_and_code(maps) == (404, "not_found")
-        assert "the layers of this model cannot be read" in maps.text
+        layers_reply = server.client.get(f"{SMALL}/layers").json()
+        assert "cannot load the model" in layers_reply["reason"]
+        maps_reply = server.client.post(f"{SMALL}/maps?tensor=conv", content=PHOTO)
+        assert status_and_code(maps_reply) == (404, "not_found")
+        assert "the layers of this model cannot be read" in maps_reply.text
 
 
 # --- the process ---------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_it_is_started_when_it_is_needed_and_let_go_when_it_is_not(zoo: Path) -> None:
+def test_explain_process_runs_only_while_needed(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_IDLE="0.2") as server:
         server.client.post("/v1/classify", content=PHOTO)
         assert not explainer_pids(server)
         post_explain(server)
         wait_until(lambda: not explainer_pids(server))
-        post_explain(server)  # and it comes again
+        post_explain(server)  # and it is started again
 
 
-def test_its_death_costs_one_explanation(zoo: Path) -> None:
+def test_crash_of_explain_process_fails_one_request(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)
-        outcome: list[httpx.Response] = []
-        asking = threading.Thread(
-            target=lambda: outcome.append(
+        replies: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: replies.append(
                 httpx.post(f"{server.url}{VGG}/explain?samples=8000", content=PHOTO, timeout=60)
             )
         )
-        asking.start()
-        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # that, and this question
+        thread.start()
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # with the scrape itself
         os.kill(pid, signal.SIGKILL)
-        asking.join()
-        assert status_and_code(outcome[0]) == (500, "internal")
+        thread.join()
+        assert status_and_code(replies[0]) == (500, "internal")
         assert post_explain(server)["method"] == "cam"
         assert explainer_pids(server) != {pid}
 
 
 @pytest.mark.long
-def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
+def test_disconnect_stops_the_explanation(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)
@@ -473,13 +482,13 @@ def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
         with Wire(server.url) as wire:
             wire.send(head.encode(), PHOTO)
             wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)
-        assert post_explain(server)["method"] == "cam"  # long before 8,000 images
-        assert explainer_pids(server) == {pid}  # and the same process, with its models
+        assert post_explain(server)["method"] == "cam"  # long before 8,000 images are processed
+        assert explainer_pids(server) == {pid}  # the same process, with its models
         server.wait_for_metric(1, "fovea_errors_total", reason="client_left")
 
 
 @pytest.mark.long
-def test_what_is_late_is_said_to_be_and_the_next_answer_is_its_own(zoo: Path) -> None:
+def test_late_explanation_does_not_affect_the_next(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)
@@ -490,9 +499,9 @@ def test_what_is_late_is_said_to_be_and_the_next_answer_is_its_own(zoo: Path) ->
         assert explainer_pids(server) == {pid}
 
 
-def test_what_is_late_in_the_middle_of_its_lines_ends_with_the_error(running: Server) -> None:
-    post_explain(running, path=f"{VGG}/explain", samples=16)
-    reply = running.client.post(
+def test_late_progress_ends_with_an_error_line(explain_server: Server) -> None:
+    post_explain(explain_server, path=f"{VGG}/explain", samples=16)
+    reply = explain_server.client.post(
         f"{VGG}/explain?progress=true&samples=8000", content=PHOTO, headers={"X-Deadline-Ms": "700"}
     )
     lines = [json.loads(line) for line in reply.text.splitlines()]
@@ -502,33 +511,33 @@ def test_what_is_late_in_the_middle_of_its_lines_ends_with_the_error(running: Se
 
 
 @pytest.mark.slow
-def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
+def test_stuck_explain_process_is_replaced(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)
         os.kill(pid, signal.SIGSTOP)
-        late = server.client.post("/v1/explain", content=PHOTO, headers={"X-Deadline-Ms": "200"})
-        assert status_and_code(late) == (504, "deadline_exceeded")
-        server.client.timeout = 30  # some seconds later, by another one
+        late_reply = server.client.post("/v1/explain", content=PHOTO, headers={"X-Deadline-Ms": "200"})
+        assert status_and_code(late_reply) == (504, "deadline_exceeded")
+        server.client.timeout = 30  # another process answers some seconds later
         assert post_explain(server)["method"] == "cam"
         assert explainer_pids(server) != {pid}
 
 
 @pytest.mark.long
-def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path) -> None:
+def test_layer_request_to_stuck_process_gets_504(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         fetch_layers(server)
         (pid,) = explainer_pids(server)
         os.kill(pid, signal.SIGSTOP)
         for path in ("layers", "weights?tensor=conv"):
-            late = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "200"})
-            assert status_and_code(late) == (504, "deadline_exceeded")
-            wrong = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "soon"})
-            assert status_and_code(wrong) == (400, "bad_request")
+            late_reply = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "200"})
+            assert status_and_code(late_reply) == (504, "deadline_exceeded")
+            bad_reply = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "soon"})
+            assert status_and_code(bad_reply) == (400, "bad_request")
 
 
 @pytest.mark.long
-def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
+def test_crash_of_idle_explain_process_fails_no_request(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)
@@ -538,7 +547,7 @@ def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
 
 
 @pytest.mark.long
-def test_models_come_and_go_in_an_explaining_process(zoo: Path, tmp_path: Path) -> None:
+def test_explain_process_replaces_its_cached_models(zoo: Path, tmp_path: Path) -> None:
     """The process keeps two models; the third replaces the first, which is later sent again."""
     root = tmp_path / "zoo"
     for name in ("a", "b", "c"):
@@ -551,17 +560,17 @@ def test_models_come_and_go_in_an_explaining_process(zoo: Path, tmp_path: Path) 
             assert len(fetch_layers(server, path)) == 6
 
 
-def test_what_is_too_long_is_not_painted(running: Server) -> None:
+def test_very_long_image_is_explained_but_not_painted(explain_server: Server) -> None:
     strip = encode_image(Image.new("RGB", (70_000, 1)), "PNG")
-    assert status_and_code(running.client.post("/v1/explain?format=png", content=strip)) == (
+    assert status_and_code(explain_server.client.post("/v1/explain?format=png", content=strip)) == (
         400,
         "bad_request",
     )
-    assert post_explain(running, strip)["method"] == "cam"
+    assert post_explain(explain_server, strip)["method"] == "cam"
 
 
 @pytest.mark.long
-def test_more_than_a_few_do_not_wait(zoo: Path) -> None:
+def test_too_many_explanations_get_503(zoo: Path) -> None:
     head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
     with Server(FOVEA_MODELS=str(zoo)) as server, ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.url)) for _ in range(8)]
@@ -571,12 +580,14 @@ def test_more_than_a_few_do_not_wait(zoo: Path) -> None:
         reply = server.client.post("/v1/explain", content=PHOTO)
         assert status_and_code(reply) == (503, "overloaded")
         assert int(reply.headers["Retry-After"]) >= 1
-        assert fetch_layers(server)  # and models can be looked into meanwhile
+        assert fetch_layers(server)  # layers can be read meanwhile
 
 
-def test_a_large_picture_comes_whole(running: Server) -> None:
+def test_large_png_is_sent_completely(explain_server: Server) -> None:
     noise = Image.effect_noise((1500, 1000), 60).convert("RGB")
-    reply = running.client.post("/v1/explain?format=png", content=encode_image(noise, "JPEG", quality=50))
+    reply = explain_server.client.post(
+        "/v1/explain?format=png", content=encode_image(noise, "JPEG", quality=50)
+    )
     assert len(reply.content) > 2 << 20
     with Image.open(BytesIO(reply.content)) as image:
         image.load()
@@ -584,7 +595,7 @@ def test_a_large_picture_comes_whole(running: Server) -> None:
 
 
 @pytest.mark.long
-def test_it_ends_with_the_service(zoo: Path) -> None:
+def test_explain_process_ends_with_the_service(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         post_explain(server)
         (pid,) = explainer_pids(server)

@@ -1,4 +1,4 @@
-"""The order in which a request that bypasses ASGI gives back what it holds."""
+"""A request that bypasses ASGI releases its resources in the right order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fovea.service.api.fast_endpoint import FastHandler
 
 
 class RecordingHandler(FastHandler):
-    """A handler that writes down in which order it cancels its jobs and releases its admission."""
+    """A handler that records the order in which it cancels its jobs and releases its admission."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.events: list[str] = []
@@ -32,7 +32,7 @@ class RecordingHandler(FastHandler):
 
 
 def close_handler(*, fails: bool = False) -> list[str]:
-    """Close a handler on an event loop, and return what it did."""
+    """Close a handler on an event loop, and return its events."""
 
     async def close() -> list[str]:
         handler = RecordingHandler(fails=fails)
@@ -43,9 +43,9 @@ def close_handler(*, fails: bool = False) -> list[str]:
     return asyncio.run(close())
 
 
-def test_jobs_are_over_before_their_memory_is_given_back() -> None:
+def test_jobs_are_cancelled_before_memory_is_released() -> None:
     assert close_handler() == ["cancel", "release"]
 
 
-def test_memory_is_given_back_even_when_cancelling_fails() -> None:
+def test_memory_is_released_even_if_cancelling_fails() -> None:
     assert close_handler(fails=True) == ["cancel", "release"]

@@ -69,82 +69,84 @@ def read_or_refuse(header: bytes | None, body: bytes) -> None:
 
 
 @pytest.mark.long
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(REQUEST, st.binary(max_size=300), st.none() | st.integers(-2, 400) | st.binary(max_size=30))
 def test_requests_of_any_values_are_read_or_refused(
-    request: dict[str, Any], behind: bytes, header: int | bytes | None
+    request: dict[str, Any], binary_data: bytes, header: int | bytes | None
 ) -> None:
     try:
-        written = orjson.dumps(request)
+        json_bytes = orjson.dumps(request)
     except orjson.JSONEncodeError:  # half a surrogate pair, which orjson does not read either
         return
-    told = header if isinstance(header, bytes) else str(len(written)).encode()
-    read_or_refuse(told, written + behind)
+    header_bytes = header if isinstance(header, bytes) else str(len(json_bytes)).encode()
+    read_or_refuse(header_bytes, json_bytes + binary_data)
     if isinstance(header, int):
-        read_or_refuse(str(header).encode(), written + behind)
-    read_or_refuse(None, written)
+        read_or_refuse(str(header).encode(), json_bytes + binary_data)
+    read_or_refuse(None, json_bytes)
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.binary(max_size=500), st.none() | st.integers(0, 500))
 def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
     read_or_refuse(None if header is None else str(header).encode(), body)
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=8))
-def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
-    asked = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
-    written = orjson.dumps(asked)
-    found = parse_infer_body(MODEL, str(len(written)).encode(), written + pack_elements(images)).images
-    assert image_contents(found) == images
+def test_packed_images_are_unpacked_unchanged(images: list[bytes]) -> None:
+    request = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
+    json_bytes = orjson.dumps(request)
+    unpacked_images = parse_infer_body(
+        MODEL, str(len(json_bytes)).encode(), json_bytes + pack_elements(images)
+    ).images
+    assert image_contents(unpacked_images) == images
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.data())
-def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
+def test_elements_of_wrong_length_are_refused(data: st.DataObject) -> None:
     """There are several elements, because a single image may come without a length."""
     images = data.draw(st.lists(st.binary(max_size=50), min_size=2, max_size=8))
     content = bytearray(pack_elements(images))
-    place = data.draw(st.integers(0, len(images) - 1))
-    start = sum(4 + len(image) for image in images[:place])
-    length = data.draw(st.integers(0, 2**32 - 1).filter(lambda one: one != len(images[place])))
+    index = data.draw(st.integers(0, len(images) - 1))
+    start = sum(4 + len(image) for image in images[:index])
+    length = data.draw(st.integers(0, 2**32 - 1).filter(lambda value: value != len(images[index])))
     struct.pack_into("<I", content, start, length)
-    one = InferInput(name="image", shape=[len(images)], datatype="BYTES")
+    tensor = InferInput(name="image", shape=[len(images)], datatype="BYTES")
     view = memoryview(bytes(content))
     try:
         rows = ModelInputs(MODEL.tensors).split_rows(
-            [one], BinaryData(view, lambda begin, end: view[begin:end]), SETTINGS
+            [tensor], BinaryData(view, lambda begin, end: view[begin:end]), SETTINGS
         )
     except BadRequest:
         return
     assert sum(4 + len(row.content) for row in rows) == len(content)  # another length happens to fit
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.sampled_from(["pixels", "input"]), st.integers(1, 8), st.booleans())
-def test_rows_are_the_bytes_that_were_sent(name: str, count: int, in_json: bool) -> None:
-    tensor = next(one for one in MODEL.tensors if one.name == name)
+def test_rows_equal_the_sent_bytes(name: str, count: int, is_json: bool) -> None:
+    tensor = next(candidate for candidate in MODEL.tensors if candidate.name == name)
     values = np.arange(count * 12).astype(tensor.dtype)
-    one: dict[str, Any] = {"name": name, "shape": [count, *tensor.shape], "datatype": "UINT8"}
-    one["datatype"] = {"pixels": "UINT8", "input": "FP32"}[name]
-    if in_json:
-        one["data"] = values.reshape(count, *tensor.shape).tolist()
-    written = orjson.dumps({"inputs": [one]})
-    behind = b"" if in_json else values.tobytes()
-    rows = parse_infer_body(MODEL, str(len(written)).encode(), written + behind).images
+    infer_input: dict[str, Any] = {"name": name, "shape": [count, *tensor.shape], "datatype": "UINT8"}
+    infer_input["datatype"] = {"pixels": "UINT8", "input": "FP32"}[name]
+    if is_json:
+        infer_input["data"] = values.reshape(count, *tensor.shape).tolist()
+    json_bytes = orjson.dumps({"inputs": [infer_input]})
+    binary_data = b"" if is_json else values.tobytes()
+    rows = parse_infer_body(MODEL, str(len(json_bytes)).encode(), json_bytes + binary_data).images
     assert b"".join(image_contents(rows)) == values.tobytes()
 
 
 @pytest.mark.parametrize("shape", [[2**40, 3, 2, 2], [2**63, 3, 2, 2], [1, 3, 2**40, 2], [-(2**40), 3, 2, 2]])
 @pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
-def test_a_huge_shape_allocates_nothing(shape: list[int], datatype: str) -> None:
+def test_huge_shape_allocates_little_memory(shape: list[int], datatype: str) -> None:
     shape = shape[:1] if datatype == "BYTES" and shape[0] != 1 else shape
-    written = orjson.dumps({"inputs": [{"name": "input", "shape": shape, "datatype": datatype}]})
-    read_or_refuse(str(len(written)).encode(), written + bytes(48))
+    json_bytes = orjson.dumps({"inputs": [{"name": "input", "shape": shape, "datatype": datatype}]})
+    read_or_refuse(str(len(json_bytes)).encode(), json_bytes + bytes(48))
     tracemalloc.start()
     with pytest.raises(BadRequest):
-        parse_infer_body(MODEL, str(len(written)).encode(), written + bytes(48))
+        parse_infer_body(MODEL, str(len(json_bytes)).encode(), json_bytes + bytes(48))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000

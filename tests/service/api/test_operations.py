@@ -18,19 +18,19 @@ from tests.servers import Server
 from tests.service.runners.test_memory_plan import fit_settings
 
 
-def test_health(server: Server) -> None:
+def test_health_routes_answer_get_and_head(server: Server) -> None:
     assert server.client.get("/health/live").json() == {"status": "live"}
     assert server.client.get("/health/ready").json() == {"status": "ready"}
-    for path in ("/health/live", "/health/ready"):  # as uptime checkers ask
+    for path in ("/health/live", "/health/ready"):  # uptime checkers send HEAD
         assert (server.client.head(path).status_code, server.client.head(path).content) == (200, b"")
 
 
-def test_the_greeting_says_where_it_is_and_what_to_try(server: Server) -> None:
+def test_greeting_shows_the_url_and_a_curl_example(server: Server) -> None:
     assert f"Fovea {__version__} serves small version 1 on cpu at {server.url}" in server.greeting
     assert re.search(rf"curl -T \S+ {server.url}/v1/classify", server.greeting)
 
 
-def test_runtime_says_what_really_runs(server: Server) -> None:
+def test_runtime_describes_the_running_service(server: Server) -> None:
     runtime = server.client.get("/runtime").json()
     assert runtime["models"][0]["provider"] == "cpu"
     assert runtime["models"][0]["golden"]["images"] == 8
@@ -38,28 +38,31 @@ def test_runtime_says_what_really_runs(server: Server) -> None:
     assert runtime["limits"]["body_bytes"] == 1_000_000
 
 
-def test_runtime_shows_every_limit_that_follows_the_memory(
-    server: Server, small_zoo: Path, tmp_path: Path
-) -> None:
+def test_runtime_shows_every_memory_dependent_limit(server: Server, small_zoo: Path, tmp_path: Path) -> None:
     """`docs/operations.md` sends people there when a container is small."""
-    before, after = Settings(models=small_zoo), fit_settings(tmp_path, 300 << 20, models=small_zoo)
-    followed = {name for name in Settings.model_fields if getattr(before, name) != getattr(after, name)}
-    assert {"bodies_bytes", "decode_bytes", "explain_idle"} <= followed
+    default_settings = Settings(models=small_zoo)
+    small_settings = fit_settings(tmp_path, 300 << 20, models=small_zoo)
+    changed_limits = {
+        name
+        for name in Settings.model_fields
+        if getattr(default_settings, name) != getattr(small_settings, name)
+    }
+    assert {"bodies_bytes", "decode_bytes", "explain_idle"} <= changed_limits
     runtime = server.client.get("/runtime").json()
-    assert followed <= runtime["limits"].keys() | runtime["threads"].keys()
+    assert changed_limits <= runtime["limits"].keys() | runtime["threads"].keys()
 
 
-def test_the_contract_is_that_of_the_file(server: Server) -> None:
-    wanted = read_contract(build_model()).to_json()
-    assert server.client.get("/v1/models/small/contract").text == wanted
-    assert server.client.get("/v1/models/small/versions/1/contract").text == wanted
+def test_contract_route_returns_contract_of_the_file(server: Server) -> None:
+    expected = read_contract(build_model()).to_json()
+    assert server.client.get("/v1/models/small/contract").text == expected
+    assert server.client.get("/v1/models/small/versions/1/contract").text == expected
     assert server.client.get("/v1/models/none/contract").status_code == 404
 
 
-def test_a_request_is_counted_once_and_timed_in_every_stage(server: Server) -> None:
+def test_request_is_counted_once_and_timed_in_every_stage(server: Server) -> None:
     stages = ("read", "decode", "queue", "inference", "encode")
 
-    def counts() -> list[float]:
+    def read_counts() -> list[float]:
         return [
             server.read_metric(
                 "fovea_requests_total", route="/v1/models/{name}/classify", model="small", status="200"
@@ -69,9 +72,9 @@ def test_a_request_is_counted_once_and_timed_in_every_stage(server: Server) -> N
             *(server.read_metric("fovea_stage_seconds_count", stage=stage) for stage in stages),
         ]
 
-    before = counts()
+    before = read_counts()
     assert server.client.post("/v1/models/small/classify", content=make_jpeg()).status_code == 200
-    assert [after - earlier for after, earlier in zip(counts(), before, strict=True)] == [1] * 8
+    assert [after - earlier for after, earlier in zip(read_counts(), before, strict=True)] == [1] * 8
     assert server.read_metric("fovea_model_info", model="small", provider="cpu", task="multiclass") == 1
     assert server.read_metric("fovea_model_load_seconds", model="small") > 0
     assert server.read_metric("fovea_requests_in_flight") == 1  # the scrape itself
@@ -79,7 +82,7 @@ def test_a_request_is_counted_once_and_timed_in_every_stage(server: Server) -> N
     assert server.read_metric("fovea_queue_images") == 0
 
 
-def test_labels_are_bounded_whatever_clients_send(server: Server) -> None:
+def test_metric_labels_are_bounded(server: Server) -> None:
     server.client.get("/first/unknown/path")
     series = len(server.client.get("/metrics").text.splitlines())
     for path in ("/a", "/v1/models/x/classify", "/v1/models/y/classify", "/b/c"):
@@ -98,15 +101,15 @@ def test_promtool_accepts_the_metrics(server: Server) -> None:
     server.client.post("/v1/classify", content=make_jpeg())
     server.client.post("/v1/classify", content=b"")
     text = server.client.get("/metrics").text
-    checked = subprocess.run(
+    result = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_openmetrics_is_given_to_who_asks_for_it(server: Server) -> None:
-    asked = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    reply = server.client.get("/metrics", headers=asked)
+def test_openmetrics_format_is_sent_on_request(server: Server) -> None:
+    headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    reply = server.client.get("/metrics", headers=headers)
     assert reply.headers["Content-Type"].startswith("application/openmetrics-text")
     assert reply.text.endswith("# EOF\n")
 
@@ -114,21 +117,21 @@ def test_openmetrics_is_given_to_who_asks_for_it(server: Server) -> None:
 # --- documentation -------------------------------------------------------------------------------
 
 
-def test_the_documentation_loads_nothing_from_elsewhere(server: Server) -> None:
+def test_documentation_loads_only_local_files(server: Server) -> None:
     page = server.client.get("/docs")
     assert page.status_code == 200
-    linked = re.findall(r'(?:href|src)="([^"]+)"', page.text)
-    assert linked
-    for path in linked:
+    linked_paths = re.findall(r'(?:href|src)="([^"]+)"', page.text)
+    assert linked_paths
+    for path in linked_paths:
         assert path.startswith("./docs/swagger/")
         before = server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
         assert server.client.get(path).status_code == 200
         assert server.read_metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
 
 
-def test_the_examples_in_the_documentation_run(server: Server) -> None:
+def test_documentation_examples_succeed(server: Server) -> None:
     document: dict[str, Any] = server.client.get("/openapi.json").json()
-    ran = []
+    tags = []
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
@@ -139,18 +142,21 @@ def test_the_examples_in_the_documentation_run(server: Server) -> None:
             assert reply.status_code == 200, (url, reply.text)
             if "top_k" in body["example"]:
                 assert len(reply.json()["predictions"]) == body["example"]["top_k"]
-            ran.append(operation["tags"][0])
-    assert Counter(ran) == {"classify": 6, "oip": 2, "tensorflow": 4, "huggingface": 3}
+            tags.append(operation["tags"][0])
+    assert Counter(tags) == {"classify": 6, "oip": 2, "tensorflow": 4, "huggingface": 3}
 
 
 def _parameter_examples(operation: dict[str, Any], place: str = "path") -> dict[str, str]:
     """Return the examples of required parameters, and of those that Swagger UI fills in."""
-    parameters = (one for one in operation.get("parameters", ()) if one["in"] == place)
-    values = {one["name"]: one.get("example", one["schema"].get("example")) for one in parameters}
+    parameters = (parameter for parameter in operation.get("parameters", ()) if parameter["in"] == place)
+    values = {
+        parameter["name"]: parameter.get("example", parameter["schema"].get("example"))
+        for parameter in parameters
+    }
     return {name: str(example) for name, example in values.items() if example is not None}
 
 
-def test_every_get_in_the_documentation_can_be_tried_as_it_stands(server: Server) -> None:
+def test_documented_get_requests_succeed(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     for path, operations in document["paths"].items():
         if "get" in operations:
@@ -159,14 +165,14 @@ def test_every_get_in_the_documentation_can_be_tried_as_it_stands(server: Server
             assert reply.status_code == 200, path
 
 
-def test_the_documentation_knows_our_errors_and_not_fastapi_s(server: Server) -> None:
-    for _ in range(2):  # the document is made once and kept
+def test_documentation_has_fovea_errors_not_fastapi_errors(server: Server) -> None:
+    for _ in range(2):  # the document is created once and cached
         text = server.client.get("/openapi.json").text
         assert "ValidationError" not in text
         assert "ErrorReply" in text
 
 
-def test_every_reference_in_the_documentation_resolves(server: Server) -> None:
+def test_schema_references_in_documentation_resolve(server: Server) -> None:
     text = server.client.get("/openapi.json").text
     schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
     references = set(re.findall(r'"\$ref":"([^"]+)"', text))
@@ -176,5 +182,5 @@ def test_every_reference_in_the_documentation_resolves(server: Server) -> None:
 
 def test_operation_ids_are_unique(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
-    ids = [one["operationId"] for path in document["paths"].values() for one in path.values()]
+    ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
     assert len(ids) == len(set(ids))

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete: no other status, no other type, and no 500 in any protocol."""
+"""Replies conform to the OpenAPI document in every protocol, and none has status 500."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ CHECKS = (
     "response_schema_conformance",
     "negative_data_rejection",
 )
-"""Acceptance of all that fits the document is not checked: it cannot describe an image."""
+"""Acceptance of every valid body is not checked, because the document cannot describe an image."""
 
-PRESENT = {"name": ["small", "absent"], "version": ["1", "2"]}
+PATH_VALUES = {"name": ["small", "absent"], "version": ["1", "2"]}
 
 
 @pytest.fixture(scope="module")
-def managed(small_zoo: Path) -> Iterator[Server]:
+def managed_server(small_zoo: Path) -> Iterator[Server]:
     """A server that loads and unloads models on request."""
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true") as running:
-        yield running
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true") as server:
+        yield server
 
 
 def run_schemathesis(server: Server, folder: Path, *options: str) -> str:
-    """Schemathesis, with names of which half exist; a random name would never exist."""
+    """Run Schemathesis with names of which half exist, because a random name would never exist."""
     document = server.client.get("/openapi.json").json()
     for parameter in _list_parameters(document):
         if parameter["in"] == "path":
-            parameter["schema"]["enum"] = PRESENT[parameter["name"]]
+            parameter["schema"]["enum"] = PATH_VALUES[parameter["name"]]
     (folder / "openapi.json").write_text(json.dumps(document))
     checks = ("--url", server.url, "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing")
     output_options = ("--warnings", "off", "--no-color")
@@ -60,17 +60,17 @@ def _list_parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_nothing_comes_that_is_not_documented(server: Server, tmp_path: Path) -> None:
-    said = run_schemathesis(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
+def test_replies_conform_to_the_openapi_document(server: Server, tmp_path: Path) -> None:
+    output = run_schemathesis(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
     count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
-    assert f"Tested: {count}" in said
+    assert f"Tested: {count}" in output
     assert server.read_metric("fovea_errors_total", reason="internal") == 0
 
 
 @pytest.mark.long
-def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
+def test_repository_replies_conform_to_the_openapi_document(managed_server: Server, tmp_path: Path) -> None:
     run_schemathesis(
-        managed,
+        managed_server,
         tmp_path,
         "--max-examples",
         "15",
@@ -78,10 +78,10 @@ def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
         "--include-path-regex",
         "^/v2/repo",
     )
-    assert managed.read_metric("fovea_errors_total", reason="internal") == 0
+    assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0
 
 
 @pytest.mark.slow
-def test_nor_among_many(managed: Server, tmp_path: Path) -> None:
-    run_schemathesis(managed, tmp_path, "--max-examples", "150", "--generation-database", "none")
-    assert managed.read_metric("fovea_errors_total", reason="internal") == 0
+def test_many_random_requests_get_documented_replies(managed_server: Server, tmp_path: Path) -> None:
+    run_schemathesis(managed_server, tmp_path, "--max-examples", "150", "--generation-database", "none")
+    assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0

@@ -33,7 +33,7 @@ CLASSIFY = "/v1/models/small:classify"
 def native_probabilities(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
     """Return the probability of every label, highest first."""
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=picture).json()
-    return {one["label"]: one["probability"] for one in reply["predictions"]}
+    return {prediction["label"]: prediction["probability"] for prediction in reply["predictions"]}
 
 
 def probability_rows(server: Server, *pictures: bytes) -> list[list[float]]:
@@ -56,19 +56,19 @@ def post_json(server: Server, body: Any, path: str = PREDICT) -> requests.Respon
         [{"data": image["b64"]} for image in IMAGES],
     ],
 )
-def test_rows(server: Server, path: str, instances: list[Any]) -> None:
+def test_row_format_returns_predictions(server: Server, path: str, instances: list[Any]) -> None:
     reply = post_json(server, {"signature_name": "serving_default", "instances": instances}, path)
     assert reply.status_code == 200, reply.text
     assert reply.json() == {"predictions": probability_rows(server, *PICTURES)}
 
 
 @pytest.mark.parametrize("inputs", [IMAGES, {"image_bytes": IMAGES}])
-def test_columns(server: Server, inputs: Any) -> None:
+def test_column_format_returns_outputs(server: Server, inputs: Any) -> None:
     assert post_json(server, {"inputs": inputs}).json() == {"outputs": probability_rows(server, *PICTURES)}
 
 
 @pytest.mark.parametrize("inputs", [IMAGE, {"image": IMAGE}])
-def test_a_column_of_one(server: Server, inputs: Any) -> None:
+def test_single_image_in_column_format_is_read(server: Server, inputs: Any) -> None:
     assert post_json(server, {"inputs": inputs}).json() == {"outputs": probability_rows(server, PICTURES[0])}
 
 
@@ -82,7 +82,7 @@ def test_a_column_of_one(server: Server, inputs: Any) -> None:
         {"inputs": {"pixels": [PIXELS, PIXELS]}},
     ],
 )
-def test_numbers_are_what_the_model_takes(server: Server, body: Any) -> None:
+def test_numbers_are_read_as_pixels(server: Server, body: Any) -> None:
     """A PNG of the model's own size becomes the same pixels."""
     file = BytesIO()
     Image.fromarray(np.array(PIXELS, np.uint8)).save(file, "PNG")
@@ -90,47 +90,50 @@ def test_numbers_are_what_the_model_takes(server: Server, body: Any) -> None:
     assert next(iter(post_json(server, body).json().values())) == expected
 
 
-def test_classify(server: Server) -> None:
+def test_classify_returns_labels_and_probabilities(server: Server) -> None:
     reply = post_json(server, {"examples": [{"image": image} for image in IMAGES]}, CLASSIFY)
-    expected = [[[*one] for one in native_probabilities(server, picture).items()] for picture in PICTURES]
+    expected = [[[*pair] for pair in native_probabilities(server, picture).items()] for picture in PICTURES]
     assert reply.json() == {"result": expected}
-    shared = post_json(server, {"context": {"image": IMAGE}, "examples": [{}, {}]}, CLASSIFY)
-    assert shared.json() == {"result": [expected[0], expected[0]]}
+    context_reply = post_json(server, {"context": {"image": IMAGE}, "examples": [{}, {}]}, CLASSIFY)
+    assert context_reply.json() == {"result": [expected[0], expected[0]]}
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tasks_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("tasks")
     add_to_repository(build_model(Task.BINARY, ("no", "yes")), root, "binary")
     add_to_repository(build_model(Task.MULTILABEL), root, "tags")
-    with Server(FOVEA_MODELS=str(root), FOVEA_DEFAULT_MODEL="tags") as running:
-        yield running
+    with Server(FOVEA_MODELS=str(root), FOVEA_DEFAULT_MODEL="tags") as server:
+        yield server
 
 
 @pytest.mark.parametrize("name", ["binary", "tags"])
-def test_other_tasks(tasks: Server, name: str) -> None:
-    reply = post_json(tasks, {"examples": [{"image": IMAGE}]}, f"/v1/models/{name}:classify").json()
-    assert dict(reply["result"][0]) == native_probabilities(tasks, PICTURES[0], name)
+def test_binary_and_multilabel_models_are_classified(tasks_server: Server, name: str) -> None:
+    reply = post_json(tasks_server, {"examples": [{"image": IMAGE}]}, f"/v1/models/{name}:classify").json()
+    assert dict(reply["result"][0]) == native_probabilities(tasks_server, PICTURES[0], name)
 
 
 @pytest.mark.long
-def test_status(tmp_path: Path) -> None:
+def test_status_lists_the_versions(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
     (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MODELS_LOADED="1") as server:
-        reply = requests.get(f"{server.url}/v1/models/small", timeout=30).json()["model_version_status"]
-        assert [(one["version"], one["state"]) for one in reply] == [("1", "AVAILABLE"), ("2", "AVAILABLE")]
-        assert [one["status"]["error_code"] for one in reply] == ["OK", "OK"]
-        assert [bool(one["status"]["error_message"]) for one in reply] == [True, False]
-        told = requests.get(f"{server.url}/v1/models/small", timeout=30).json()
-        assert (told["name"], told["ready"]) == ("small", True)  # what KServe's clients look at
-        one = requests.get(f"{server.url}/v1/models/small/versions/1", timeout=30).json()
-        assert one["model_version_status"] == reply[:1]
+        statuses = requests.get(f"{server.url}/v1/models/small", timeout=30).json()["model_version_status"]
+        assert [(status["version"], status["state"]) for status in statuses] == [
+            ("1", "AVAILABLE"),
+            ("2", "AVAILABLE"),
+        ]
+        assert [status["status"]["error_code"] for status in statuses] == ["OK", "OK"]
+        assert [bool(status["status"]["error_message"]) for status in statuses] == [True, False]
+        model_reply = requests.get(f"{server.url}/v1/models/small", timeout=30).json()
+        assert (model_reply["name"], model_reply["ready"]) == ("small", True)  # read by KServe's clients
+        version_reply = requests.get(f"{server.url}/v1/models/small/versions/1", timeout=30).json()
+        assert version_reply["model_version_status"] == statuses[:1]
         assert requests.get(f"{server.url}/v1/models/small/versions/3", timeout=30).status_code == 404
 
 
-def test_metadata(server: Server) -> None:
+def test_metadata_describes_the_signatures(server: Server) -> None:
     for path in ("/v1/models/small/metadata", "/v1/models/small/versions/1/metadata"):
         reply = requests.get(server.url + path, timeout=30).json()
         assert reply["model_spec"] == {"name": "small", "signature_name": "", "version": "1"}
@@ -138,16 +141,18 @@ def test_metadata(server: Server) -> None:
         assert signature["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
         pixels = reply["metadata"]["signature_def"]["signature_def"]["pixels"]["inputs"]["pixels"]
         assert pixels["dtype"] == "DT_UINT8"
-        assert [one["size"] for one in pixels["tensor_shape"]["dim"]] == ["-1", "16", "16", "3"]
-        sizes = [one["size"] for one in signature["outputs"]["probabilities"]["tensor_shape"]["dim"]]
+        assert [dimension["size"] for dimension in pixels["tensor_shape"]["dim"]] == ["-1", "16", "16", "3"]
+        sizes = [
+            dimension["size"] for dimension in signature["outputs"]["probabilities"]["tensor_shape"]["dim"]
+        ]
         assert sizes == ["-1", "4"]
 
 
-# --- what goes wrong -----------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({}, "either"),
         ([], "the body"),
@@ -188,10 +193,10 @@ def test_metadata(server: Server) -> None:
         ({"inputs": None}, "either"),
     ],
 )
-def test_a_malformed_request_is_told_in_its_own_shape(server: Server, body: Any, said: str) -> None:
+def test_malformed_request_gets_tensorflow_error(server: Server, body: Any, message: str) -> None:
     reply = post_json(server, body)
     assert reply.status_code == 400, reply.text
-    assert said in reply.json()["error"]
+    assert message in reply.json()["error"]
     assert reply.json()["code"] == "bad_request"
     assert reply.json()["request_id"] == reply.headers["x-request-id"]
     assert len(reply.content) < 2000
@@ -200,7 +205,7 @@ def test_a_malformed_request_is_told_in_its_own_shape(server: Server, body: Any,
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"NaN", b'{"instances": [NaN]}', b"\xff\xfe", b'{"inputs": ' + 10_000 * b"["]
 )
-def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
+def test_invalid_json_is_refused(server: Server, body: bytes) -> None:
     reply = requests.post(server.url + PREDICT, data=body, timeout=30)
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
 
@@ -215,7 +220,7 @@ def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
         {"examples": [{"image": 3}]},
     ],
 )
-def test_malformed_examples(server: Server, body: Any) -> None:
+def test_malformed_examples_are_refused(server: Server, body: Any) -> None:
     reply = post_json(server, body, CLASSIFY)
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
 
@@ -223,7 +228,7 @@ def test_malformed_examples(server: Server, body: Any) -> None:
 @pytest.mark.parametrize(
     "path", ["/v1/models/large:predict", "/v1/models/large", "/v1/models/small/versions/9/metadata"]
 )
-def test_an_unknown_model_is_not_found(server: Server, path: str) -> None:
+def test_unknown_model_gets_404(server: Server, path: str) -> None:
     reply = (
         post_json(server, {"instances": IMAGES}, path)
         if path.endswith("predict")
@@ -233,7 +238,7 @@ def test_an_unknown_model_is_not_found(server: Server, path: str) -> None:
     assert "there is no model" in reply.json()["error"] or "has no version" in reply.json()["error"]
 
 
-def test_a_bad_image_has_its_own_status(server: Server) -> None:
+def test_bad_image_gets_its_own_status(server: Server) -> None:
     nonsense = {"b64": base64.b64encode(b"nonsense").decode()}
     reply = post_json(server, {"instances": [IMAGE, nonsense]})
     assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")

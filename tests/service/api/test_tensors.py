@@ -1,4 +1,4 @@
-"""Tensors in place of encoded images: which ones a model takes, and that the answers are the same."""
+"""Models take tensors in place of encoded images, and the answers are the same."""
 
 from __future__ import annotations
 
@@ -99,41 +99,48 @@ def answer_items(model: Predictor, items: list[Item]) -> list[Answer]:
     return answers
 
 
-def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, kind: GraphKind) -> None:
+def test_original_tensor_and_pixels_get_equal_answers(tmp_path: Path, kind: GraphKind) -> None:
     imported = kind.import_model(tmp_path)
     model = load_predictor(imported.path)
     pixels = make_noise(imported, 5)
     values = kind.compute_by_hand(pixels)
-    own, other = imported.engine.tensors
-    assert (other.dtype, other.shape) == (values.dtype, values.shape[1:])
-    assert other.name == kind.options.get("names", ("image",))[0]
+    pixels_input, original_input = imported.engine.tensors
+    assert (original_input.dtype, original_input.shape) == (values.dtype, values.shape[1:])
+    assert original_input.name == kind.options.get("names", ("image",))[0]
     with os.fdopen(os.memfd_create("bodies"), "wb") as bodies:
         bodies.write(b"head" + values.tobytes())
         bodies.flush()
-        stored = load_predictor(imported.path, bodies.fileno())
-        rows = [ImageRequest(SharedRef(4 + one * other.size, other.size), other.name) for one in range(5)]
-        by_place = answer_items(stored, list(rows))
-    by_value = answer_items(
-        model, [ImageRequest(row.tobytes(), other.name, include_logits=True) for row in values]
+        shared_memory_model = load_predictor(imported.path, bodies.fileno())
+        rows = [
+            ImageRequest(SharedRef(4 + index * original_input.size, original_input.size), original_input.name)
+            for index in range(5)
+        ]
+        shared_memory_answers = answer_items(shared_memory_model, list(rows))
+    tensor_answers = answer_items(
+        model, [ImageRequest(row.tobytes(), original_input.name, include_logits=True) for row in values]
     )
-    by_pixels = answer_items(
-        model, [ImageRequest(row.tobytes(), own.name, include_logits=True) for row in pixels]
+    pixel_answers = answer_items(
+        model, [ImageRequest(row.tobytes(), pixels_input.name, include_logits=True) for row in pixels]
     )
-    wanted = imported.engine.run(pixels)
+    expected = imported.engine.run(pixels)
     tolerance = 1e-3 if values.dtype == np.float16 else 1e-6  # other rounding where casts are left out
-    for *answers, reference in zip(by_place, by_value, by_pixels, wanted, strict=True):
-        for one in answers:
-            assert np.asarray(one.probabilities) == pytest.approx(reference, abs=tolerance)
-            assert list(one.ranking) == np.argsort(-reference, kind="stable").tolist()
-            assert one.format == ""
+    for *answers, reference in zip(
+        shared_memory_answers, tensor_answers, pixel_answers, expected, strict=True
+    ):
+        for answer in answers:
+            assert np.asarray(answer.probabilities) == pytest.approx(reference, abs=tolerance)
+            assert list(answer.ranking) == np.argsort(-reference, kind="stable").tolist()
+            assert answer.format == ""
     logits = imported.engine.compute_logits(pixels)
-    for ours, also, theirs in zip(by_value, by_pixels, logits, strict=True):
-        assert ours.logits is not None
-        assert np.asarray(ours.logits) == pytest.approx(theirs, abs=10 * tolerance)
-        assert np.asarray(also.logits) == pytest.approx(theirs, abs=10 * tolerance)
-    assert {answer.logits for answer in by_place} == {None}
-    assert {answer.brightness for answer in by_value} == {None}
-    assert by_pixels[0].brightness == pytest.approx(pixels[0].mean() / 255, abs=1e-6)
+    for tensor_answer, pixel_answer, expected_logits in zip(
+        tensor_answers, pixel_answers, logits, strict=True
+    ):
+        assert tensor_answer.logits is not None
+        assert np.asarray(tensor_answer.logits) == pytest.approx(expected_logits, abs=10 * tolerance)
+        assert np.asarray(pixel_answer.logits) == pytest.approx(expected_logits, abs=10 * tolerance)
+    assert {answer.logits for answer in shared_memory_answers} == {None}
+    assert {answer.brightness for answer in tensor_answers} == {None}
+    assert pixel_answers[0].brightness == pytest.approx(pixels[0].mean() / 255, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", list(Task))
@@ -142,20 +149,22 @@ def test_encoded_images_and_rows_share_a_batch(tmp_path: Path, task: Task) -> No
     (tmp_path / "model.onnx").write_bytes(build_model(task, labels).SerializeToString())
     model = load_predictor(tmp_path / "model.onnx")
     image, row = make_jpeg(), make_noise(model, 1)[0].tobytes()
-    alone = [
-        answer_items(model, [one])[0] for one in (image, ImageRequest(image), ImageRequest(row, "pixels"))
+    single_answers = [
+        answer_items(model, [item])[0] for item in (image, ImageRequest(image), ImageRequest(row, "pixels"))
     ]
-    assert alone[0] == alone[1]._replace(timing=alone[0].timing)
-    together = answer_items(
+    assert single_answers[0] == single_answers[1]._replace(timing=single_answers[0].timing)
+    batch_answers = answer_items(
         model, [image, ImageRequest(row, "pixels", include_logits=True), ImageRequest(image)]
     )
-    for ours, theirs in zip(together, (alone[0], alone[2], alone[0]), strict=True):
-        assert list(ours.probabilities) == pytest.approx(list(theirs.probabilities), abs=1e-6)
-        assert ours.format == theirs.format
-        assert ours.logits is not None and len(ours.logits) == model.contract.logit_count
+    for answer, single_answer in zip(
+        batch_answers, (single_answers[0], single_answers[2], single_answers[0]), strict=True
+    ):
+        assert list(answer.probabilities) == pytest.approx(list(single_answer.probabilities), abs=1e-6)
+        assert answer.format == single_answer.format
+        assert answer.logits is not None and len(answer.logits) == model.contract.logit_count
 
 
-def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
+def test_bad_image_among_rows_fails_only_itself(tmp_path: Path) -> None:
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     model = load_predictor(imported.path)
     row = KINDS["float32 nchw"].compute_by_hand(make_noise(model, 1))[0].tobytes()
@@ -171,7 +180,7 @@ def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: float) -> None:
+def test_row_with_non_finite_result_fails_only_itself(tmp_path: Path, value: float) -> None:
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     model = load_predictor(imported.path)
     values = KINDS["float32 nchw"].compute_by_hand(make_noise(model, 3))
@@ -184,12 +193,12 @@ def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: floa
     assert isinstance(second, BadRequest) and "'image'" in str(second)
 
 
-def test_a_model_of_our_own_takes_pixels_alone() -> None:
+def test_trained_model_takes_only_pixels() -> None:
     assert (PIXELS.name, PIXELS.dtype, PIXELS.shape) == ("pixels", np.dtype(np.uint8), (16, 16, 3))
 
 
 @pytest.mark.parametrize(
-    ("options", "task", "ours"),
+    ("options", "task", "output"),
     [
         ({}, None, "logits"),
         ({"dtype": "float16"}, None, "logits"),
@@ -200,38 +209,40 @@ def test_a_model_of_our_own_takes_pixels_alone() -> None:
         ({"count": 1}, Task.BINARY, "logits"),
     ],
 )
-def test_what_an_imported_file_gave_is_known(
-    tmp_path: Path, options: dict[str, Any], task: Task | None, ours: str | None
+def test_original_output_of_imported_file_is_found(
+    tmp_path: Path, options: dict[str, Any], task: Task | None, output: str | None
 ) -> None:
     """The output is found by its name in the file; it equals one of Fovea's outputs, or none."""
     graph = build_classifier(**options)
     labels = 2 if task is Task.BINARY else 5
     imported = import_graph(graph, tmp_path, labels, task=task)
-    assert find_original_output(imported.contract) == (None if ours is None else ("scores", ours))
-    if ours:
+    assert find_original_output(imported.contract) == (None if output is None else ("scores", output))
+    if output:
         pixels = make_noise(imported, 2)
         values = KINDS["float32 nchw"].compute_by_hand(pixels)
-        given = run_onnx(graph, values.astype(np.float16) if "dtype" in options else values)
+        file_output = run_onnx(graph, values.astype(np.float16) if "dtype" in options else values)
         engine = imported.engine
-        told = engine.compute_logits(pixels) if ours == "logits" else engine.run(pixels)
-        assert told == pytest.approx(given.reshape(told.shape), abs=0.05 if "dtype" in options else 1e-4)
+        engine_output = engine.compute_logits(pixels) if output == "logits" else engine.run(pixels)
+        assert engine_output == pytest.approx(
+            file_output.reshape(engine_output.shape), abs=0.05 if "dtype" in options else 1e-4
+        )
 
 
-def test_a_model_of_our_own_has_its_own_names() -> None:
+def test_trained_model_has_no_original_output() -> None:
     assert find_original_output(read_contract(build_model())) is None
 
 
-def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
+def test_wrong_preprocessing_or_layer_table_is_detected(tmp_path: Path) -> None:
     """The skipped part must be everything between the pixels and the tensor."""
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     graph = onnx.load(imported.path)
-    scale = next(one for one in graph.graph.initializer if one.name.startswith("fovea/div"))
+    scale = next(tensor for tensor in graph.graph.initializer if tensor.name.startswith("fovea/div"))
     scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1.0, np.float32), scale.name))
-    whole = imported.path.read_bytes()
-    engine = Engine(whole, provider="cpu", threads=1, read_bytes=graph.SerializeToString)
+    content = imported.path.read_bytes()
+    engine = Engine(content, provider="cpu", threads=1, read_bytes=graph.SerializeToString)
     with pytest.raises(GoldenError):
         engine.run_tensor(engine.tensors[1], np.zeros((1, 3, 16, 16), np.float32))
-    lying = replace(
+    wrong_contract = replace(
         imported.contract,
         layers=tuple(
             replace(layer, shape=(3, 8, 32)) if layer.outputs[0] == "image" else layer
@@ -239,46 +250,46 @@ def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
         ),
     )
     engine = Engine(
-        with_contract(onnx.load(imported.path), lying).SerializeToString(), provider="cpu", threads=1
+        with_contract(onnx.load(imported.path), wrong_contract).SerializeToString(), provider="cpu", threads=1
     )
     with pytest.raises(ModelError):
         engine.run_tensor(engine.tensors[1], np.zeros((1, 3, 8, 32), np.float32))
 
 
-def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None:
+def test_tensor_sessions_read_the_model_once(tmp_path: Path) -> None:
     """The sessions for a tensor are created on its first use, and kept."""
     imported = KINDS["float32 nchw"].import_model(tmp_path)
-    content, read = imported.path.read_bytes(), []
+    content, reads = imported.path.read_bytes(), []
 
-    def again() -> bytes:
-        read.append(1)
+    def read_content() -> bytes:
+        reads.append(1)
         return content
 
-    engine = Engine(content, provider="cpu", threads=1, wide_threads=2, read_bytes=again)
-    assert not read
+    engine = Engine(content, provider="cpu", threads=1, wide_threads=2, read_bytes=read_content)
+    assert not reads
     values = KINDS["float32 nchw"].compute_by_hand(make_noise(imported, 2))
-    first = engine.run_tensor(engine.tensors[1], values[:1], exclusive=True)[0]
-    both = engine.run_tensor(engine.tensors[1], values)[0]
-    assert first[0] == pytest.approx(both[0], abs=1e-6)
-    assert len(read) == 1
+    single_output = engine.run_tensor(engine.tensors[1], values[:1], exclusive=True)[0]
+    batch_output = engine.run_tensor(engine.tensors[1], values)[0]
+    assert single_output[0] == pytest.approx(batch_output[0], abs=1e-6)
+    assert len(reads) == 1
 
 
-@settings(deadline=None)  # others may be at work too
+@settings(deadline=None)  # other processes may use the CPU
 @given(st.data())
-def test_half_a_file_is_refused_and_never_cut(data: st.DataObject) -> None:
+def test_truncated_model_is_refused_unless_valid(data: st.DataObject) -> None:
     end = data.draw(st.integers(0, len(SMALL_FILE) - 1))
-    for cut in (replace_input, extract_preprocessing):
+    for edit_model in (replace_input, extract_preprocessing):
         try:
-            cut(SMALL_FILE[:end], PIXELS)
+            edit_model(SMALL_FILE[:end], PIXELS)
         except ModelError:
             pass
-        else:  # it ended between two fields
+        else:  # the file ends between two fields
             assert end == 0 or onnx.load_from_string(SMALL_FILE[:end])
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_cut_or_refused(content: bytes) -> None:
+def test_any_bytes_are_edited_or_refused(content: bytes) -> None:
     try:
         assert replace_input(content, PIXELS)
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""TorchServe's protocol: the commands of its README, and the keys that its clients read."""
+"""TorchServe's protocol, with the commands of its README and the keys that its clients read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def native_probabilities(
     server: Server, picture: bytes = PICTURE, path: str = "/v1/classify"
 ) -> dict[str, float]:
     reply = server.client.post(path, content=picture).json()
-    return {one["label"]: one["probability"] for one in reply["predictions"]}
+    return {prediction["label"]: prediction["probability"] for prediction in reply["predictions"]}
 
 
 def run_curl(*arguments: str) -> Any:
@@ -39,7 +39,7 @@ def photo(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
+def test_readme_commands_get_native_probabilities(server: Server, photo: str) -> None:
     expected = native_probabilities(server)
     assert list(run_curl(f"{server.url}/predictions/small", "-T", photo).items()) == list(expected.items())
     assert run_curl("-X", "POST", f"{server.url}/predictions/small", "-T", photo) == expected
@@ -60,54 +60,54 @@ def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
 
 
 @pytest.mark.long
-def test_version_1_0_may_rest(tmp_path: Path) -> None:
+def test_version_1_0_is_loaded_on_request(tmp_path: Path) -> None:
     for number in range(2):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as server:
         assert server.client.post("/predictions/m1/1.0", content=PICTURE).status_code == 200
 
 
-def test_several_files_have_a_map_each(server: Server) -> None:
+def test_several_files_get_one_map_each(server: Server) -> None:
     pictures = [make_jpeg(seed=number) for number in range(3)]
-    reply = server.client.post("/predictions/small", files=[("data", one) for one in pictures])
-    assert reply.json() == [native_probabilities(server, one) for one in pictures]
+    reply = server.client.post("/predictions/small", files=[("data", picture) for picture in pictures])
+    assert reply.json() == [native_probabilities(server, picture) for picture in pictures]
 
 
-def test_five_labels_are_told(tmp_path: Path) -> None:
+def test_reply_has_five_labels(tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(add_to_repository(build_model(labels=LABELS), tmp_path, "many"))) as server:
-        told = server.client.put("/predictions/many", content=PICTURE).json()
-        assert list(told.items()) == list(native_probabilities(server).items())
-        assert len(told) == 5
+        probabilities = server.client.put("/predictions/many", content=PICTURE).json()
+        assert list(probabilities.items()) == list(native_probabilities(server).items())
+        assert len(probabilities) == 5
 
 
 @pytest.mark.long
-def test_several_labels_may_be_true(tmp_path: Path) -> None:
+def test_multilabel_model_returns_native_probabilities(tmp_path: Path) -> None:
     with Server(
         FOVEA_MODELS=str(add_to_repository(build_model(Task.MULTILABEL), tmp_path, "tags"))
     ) as server:
         assert server.client.put("/predictions/tags", content=PICTURE).json() == native_probabilities(server)
 
 
-def test_explanations(server: Server, photo: str) -> None:
+def test_explanation_equals_the_native_heatmap(server: Server, photo: str) -> None:
     """The map is the same as that of the native route."""
-    own = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
-    expected = [own["heatmap"]["values"]]
+    native_reply = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
+    expected = [native_reply["heatmap"]["values"]]
     labels = {"protocol": "torchserve", "route": "/explanations/{name}", "status": "200"}
-    before = server.read_metric("fovea_requests_total", **labels)
+    count_before = server.read_metric("fovea_requests_total", **labels)
     assert run_curl(f"{server.url}/explanations/small", "-T", photo) == expected
     assert run_curl(f"{server.url}/explanations/small/1", "-F", f"data=@{photo}") == expected
-    assert server.read_metric("fovea_requests_total", **labels) == before + 1
+    assert server.read_metric("fovea_requests_total", **labels) == count_before + 1
 
 
 @pytest.mark.long
-def test_explanations_may_be_switched_off(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_EXPLAIN="false") as running:
-        reply = running.client.put("/explanations/small", content=PICTURE)
+def test_explanations_can_be_switched_off(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_EXPLAIN="false") as server:
+        reply = server.client.put("/explanations/small", content=PICTURE)
         assert (reply.status_code, reply.json()["type"]) == (403, "ForbiddenException")
         assert "FOVEA_EXPLAIN" in reply.json()["message"]
 
 
-# --- what goes wrong -----------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,22 +133,27 @@ def test_explanations_may_be_switched_off(small_zoo: Path) -> None:
         ("GET", "/models?next_page_token=-1", b"", 400, "BadRequestException", "bad_request"),
     ],
 )
-def test_errors_have_its_shape(
+def test_errors_have_torchserve_shape(
     server: Server, method: str, path: str, content: bytes, status: int, kind: str, reason: str
 ) -> None:
     reply = server.client.request(method, path, content=content)
-    said = reply.json()
-    assert (reply.status_code, said["code"], said["type"], said["reason"]) == (status, status, kind, reason)
-    assert said["message"]
-    assert said["request_id"] == reply.headers["x-request-id"]
+    error = reply.json()
+    assert (reply.status_code, error["code"], error["type"], error["reason"]) == (
+        status,
+        status,
+        kind,
+        reason,
+    )
+    assert error["message"]
+    assert error["request_id"] == reply.headers["x-request-id"]
 
 
-def test_a_form_without_a_file_is_malformed(server: Server) -> None:
+def test_form_without_a_file_is_refused(server: Server) -> None:
     reply = server.client.post("/predictions/small", files={"data": (None, "text")})
     assert (reply.status_code, reply.json()["reason"]) == (400, "bad_request")
 
 
-def test_one_bad_file_of_several_is_named(server: Server) -> None:
+def test_error_names_the_bad_file(server: Server) -> None:
     files = [("data", PICTURE), ("data", b"nonsense")]
     reply = server.client.post("/predictions/small", files=files)
     assert (reply.status_code, reply.json()["reason"]) == (415, "unsupported_format")
@@ -159,43 +164,49 @@ def test_one_bad_file_of_several_is_named(server: Server) -> None:
 
 
 @pytest.mark.long
-def test_models_come_in_pages(tmp_path: Path) -> None:
+def test_models_are_listed_in_pages(tmp_path: Path) -> None:
     for number in range(3):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="2") as server:
-        first = server.client.get("/models?limit=2").json()
-        assert first["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
-        rest = server.client.get("/models", params={"next_page_token": first["nextPageToken"]}).json()
-        names = [one["modelName"] for one in first["models"] + rest["models"]]
+        first_page = server.client.get("/models?limit=2").json()
+        assert first_page["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
+        second_page = server.client.get(
+            "/models", params={"next_page_token": first_page["nextPageToken"]}
+        ).json()
+        names = [model["modelName"] for model in first_page["models"] + second_page["models"]]
         assert names == ["m0", "m1", "m2"]
-        assert "nextPageToken" not in rest
-        resting = server.client.get("/models/m2").json()[0]
-        assert (resting["modelVersion"], resting["workers"], resting["batchSize"]) == ("1", [], None)
+        assert "nextPageToken" not in second_page
+        unloaded_model = server.client.get("/models/m2").json()[0]
+        assert (unloaded_model["modelVersion"], unloaded_model["workers"], unloaded_model["batchSize"]) == (
+            "1",
+            [],
+            None,
+        )
 
 
 @pytest.mark.long
-def test_a_model_is_described(tmp_path: Path) -> None:
+def test_model_description_lists_its_versions(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
     (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_RUNNERS="2", FOVEA_QUEUE_IMAGES="100") as server:
         latest = server.client.get("/models/small").json()
-        assert [one["modelVersion"] for one in latest] == ["2"]
+        assert [version["modelVersion"] for version in latest] == ["2"]
         assert [worker["status"] for worker in latest[0]["workers"]] == ["READY", "READY"]
         assert latest[0]["jobQueueStatus"] == {"remainingCapacity": 100, "pendingRequests": 0}
         assert latest[0]["modelUrl"] == "small/2/model.onnx"
-        listed = server.client.get("/models").json()["models"]
-        assert listed == [{"modelName": "small", "modelUrl": "small/2/model.onnx"}]
-        every = server.client.get("/models/small/all").json()
-        assert [one["modelVersion"] for one in every] == ["1", "2"]
-        assert server.client.get("/models/small/1").json() == [every[0]]
+        models = server.client.get("/models").json()["models"]
+        assert models == [{"modelName": "small", "modelUrl": "small/2/model.onnx"}]
+        versions = server.client.get("/models/small/all").json()
+        assert [version["modelVersion"] for version in versions] == ["1", "2"]
+        assert server.client.get("/models/small/1").json() == [versions[0]]
         assert server.client.get("/models/small/3").status_code == 404
 
 
 @pytest.mark.long
-def test_a_single_file_is_a_model_too(tmp_path: Path) -> None:
+def test_single_file_is_listed_as_a_model(tmp_path: Path) -> None:
     path = add_to_repository(build_model(), tmp_path) / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path)) as server:
-        listed = [{"modelName": "small", "modelUrl": "model.onnx"}]
-        assert server.client.get("/models").json() == {"models": listed}
+        models = [{"modelName": "small", "modelUrl": "model.onnx"}]
+        assert server.client.get("/models").json() == {"models": models}
         assert server.client.get("/models/small").json()[0]["modelVersion"] == "1"
