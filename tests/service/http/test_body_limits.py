@@ -215,7 +215,8 @@ LARGE_START = CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n"
     ],
     ids=[
         "bodies", "bodies for an unknown path", "chunked bodies", "headers", "small requests",
-        "a body in pieces", "headers that never end", "a header that never ends", "an endless header behind a request",
+        "a body in pieces", "headers that never end", "a header that never ends",
+        "an endless header behind a request",
     ],
 )  # fmt: skip
 def test_pipelined_requests_use_bounded_memory(low_memory_server: Server, head: bytes, piece: bytes) -> None:

@@ -150,9 +150,8 @@ def test_disconnect_during_a_large_body_is_counted(large_server: Server) -> None
     def count_disconnects() -> float:
         return large_server.read_metric("fovea_errors_total", reason="client_left")
 
-    while (
-        before := count_disconnects()
-    ) != count_disconnects():  # clients of another test are still disconnecting
+    # clients of another test may still be disconnecting
+    while (before := count_disconnects()) != count_disconnects():
         pass
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
@@ -174,14 +173,14 @@ def test_concurrent_large_bodies_are_not_mixed_up(large_server: Server) -> None:
             with Wire(large_server.url) as wire:
                 wire.send(classify_request(LARGE_IMAGE)[:400_000])
 
-    def is_answered(number: int) -> bool:
+    def is_answered_correctly(number: int) -> bool:
         reply = large_server.client.post("/v1/classify", content=images[number % 8]).json()
         return bool(reply == expected[number % 8])
 
     with ThreadPoolExecutor(6) as pool:
         disturbance = pool.submit(send_partial_bodies)
         try:
-            assert all(pool.map(is_answered, range(200)))
+            assert all(pool.map(is_answered_correctly, range(200)))
         finally:
             stop.set()
         disturbance.result()
@@ -227,9 +226,8 @@ def test_shared_buffers_are_released(large_server: Server) -> None:
             large_server.wait_for_metric(1, "fovea_requests_in_flight")
         with Wire(large_server.url) as wire:
             wire.send(classify_request(LARGE_IMAGE)[:-1])
-            large_server.wait_for_metric(
-                2, "fovea_requests_in_flight"
-            )  # the request has arrived before the client disconnects
+            # the request has to arrive before the client disconnects
+            large_server.wait_for_metric(2, "fovea_requests_in_flight")
         large_server.wait_for_metric(1, "fovea_requests_in_flight")
     assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE_IMAGE)
 

@@ -26,14 +26,14 @@ CLASSIFY = "/v1/classify"
 NETWORKS = ("10.0.0.0/8", "127.0.0.1", "fd00::/8")
 
 
-def find_client_address(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
+def find_client_address(peer: str, *forwarded_for: str, networks: Sequence[str] = NETWORKS) -> str:
     """Return the client's address according to these headers."""
-    headers = [(b"x-forwarded-for", value.encode("latin-1")) for value in forwarded]
+    headers = [(b"x-forwarded-for", value.encode("latin-1")) for value in forwarded_for]
     return TrustedProxies(networks).resolve_origin(peer, headers).client
 
 
 @pytest.mark.parametrize(
-    ("peer", "forwarded", "expected"),
+    ("peer", "forwarded_for", "expected"),
     [
         ("10.0.0.1", ["203.0.113.7"], "203.0.113.7"),
         ("127.0.0.1", ["203.0.113.7"], "203.0.113.7"),
@@ -60,9 +60,9 @@ def find_client_address(peer: str, *forwarded: str, networks: Sequence[str] = NE
         ("", ["198.51.100.9"], ""),
     ],
 )
-def test_client_is_the_last_untrusted_address(peer: str, forwarded: list[str], expected: str) -> None:
-    assert find_client_address(peer, *forwarded) == expected
-    assert find_client_address(peer, *forwarded, networks=()) == peer.removeprefix("::ffff:")
+def test_client_is_the_last_untrusted_address(peer: str, forwarded_for: list[str], expected: str) -> None:
+    assert find_client_address(peer, *forwarded_for) == expected
+    assert find_client_address(peer, *forwarded_for, networks=()) == peer.removeprefix("::ffff:")
 
 
 def test_public_url_is_taken_only_from_trusted_proxies() -> None:
