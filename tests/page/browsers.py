@@ -21,7 +21,7 @@ BROWSER_ARGUMENTS = (
 
 @contextmanager
 def launch_chromium() -> Iterator[Browser]:
-    """Running inside the `with`; a test is skipped where there is none."""
+    """Run the browser inside the `with` block; skip the test if Chromium is missing."""
     path = require_tool("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=BROWSER_ARGUMENTS)

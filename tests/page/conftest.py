@@ -1,4 +1,4 @@
-"""A real browser, a real server with five models, and a page that must not complain."""
+"""A real browser, a real server with five models, and a page that must log no error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(models: Path) -> Iterator[Server]:
+def page_server(models: Path) -> Iterator[Server]:
     """A service of these models with a short time limit for occlusions."""
     with Server(FOVEA_MODELS=str(models), FOVEA_EXPLAIN_SECONDS="0.3") as server:
         yield server
@@ -95,8 +95,8 @@ def page(tab: Page) -> Iterator[Page]:
 
 
 @pytest.fixture
-def view(page: Page, running: Server) -> View:
+def view(page: Page, page_server: Server) -> View:
     """The opened page."""
-    view = View(page, running)
+    view = View(page, page_server)
     view.open()
     return view

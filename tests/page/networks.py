@@ -1,4 +1,4 @@
-"""Networks as another tool writes them: one of many kinds of layers, one of many layers."""
+"""Networks like those of other tools: one of many kinds of layers, one of many layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_LAYERS = ("columns", "columns.norm")
 
 
 class GraphBuilder:
-    """A graph in the making; each layer reads the one before it."""
+    """An unfinished graph; each layer reads the one before it."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
@@ -25,31 +25,31 @@ class GraphBuilder:
         self.last = "image"
 
     def add(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
-        """One more layer, of these inputs or else of the last one."""
+        """Add a layer that reads these inputs, or else the last layer."""
         node = helper.make_node(kind, [*(inputs or (self.last,))], [name], name=name, **attributes)
         self.nodes.append(node)
         self.last = name
         return name
 
     def add_weight(self, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0) -> str:
-        """Random weights."""
+        """Add random weights."""
         self.weights[name] = self.random.normal(mean, spread, shape).astype(np.float32)
         return name
 
     def add_conv(self, name: str, outputs: int, inputs: int, kernel: int, **attributes: Any) -> str:
-        """A convolution with a bias; `inputs` are those of one group."""
+        """Add a convolution with a bias; `inputs` are those of one group."""
         spread = 1.5 / np.sqrt(inputs * kernel * kernel)
         weight = self.add_weight(f"{name}.weight", outputs, inputs, kernel, kernel, spread=float(spread))
         bias = self.add_weight(f"{name}.bias", outputs, spread=0.1)
         return self.add("Conv", name, self.last, weight, bias, kernel_shape=[kernel, kernel], **attributes)
 
     def add_linear(self, name: str, outputs: int, inputs: int) -> str:
-        """A linear layer with a bias."""
+        """Add a linear layer with a bias."""
         weight = self.add_weight(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
         return self.add("Gemm", name, self.last, weight, self.add_weight(f"{name}.bias", outputs), transB=1)
 
     def build(self) -> onnx.ModelProto:
-        """Whose last layer makes the scores."""
+        """Return the model; its last layer makes the scores."""
         graph = helper.make_graph(
             self.nodes,
             "drawn",
@@ -61,7 +61,7 @@ class GraphBuilder:
 
 
 def build_varied_network() -> onnx.ModelProto:
-    """Many kinds of layers, and two linear ones at the end. All take a normalised image, float32, NCHW."""
+    """Return a network of many kinds of layers; it takes a normalised image, float32, NCHW."""
     net = GraphBuilder()
     net.add_conv("first", 8, 3, 3, pads=[1, 1, 1, 1])
     net.add("Relu", "first.act")
@@ -95,7 +95,7 @@ def build_varied_network() -> onnx.ModelProto:
 
 
 def build_deep_network() -> onnx.ModelProto:
-    """Twelve residual blocks, so many layers that they fold; then an average and a linear layer."""
+    """Return a network of twelve residual blocks, whose layers the page folds, and a linear layer."""
     net = GraphBuilder(1)
     net.add_conv("stem", 4, 3, 3, pads=[1, 1, 1, 1], strides=[2, 2])
     for number in range(12):

@@ -17,11 +17,11 @@ AIRPLANE: Final = ROOT / "samples" / "airplane.jpg"
 WIDTH: Final = 1280
 MARGIN: Final = 16
 HEIGHT: Final = 2200
-"""All of the page, so that nothing scrolls away from under the mouse."""
+"""Height of the whole page, so that nothing scrolls away from under the mouse."""
 
 
 def main() -> None:
-    """Take all of them."""
+    """Take all pictures."""
     with Server(FOVEA_MODELS=str(ROOT / "zoo")) as server, launch_chromium() as browser:
         save_screenshot(browser, server, "page-answer.png", "light", capture_answer)
         save_screenshot(browser, server, "page-layers.png", "dark", capture_layers)
@@ -35,7 +35,7 @@ def save_screenshot(
     theme: Literal["light", "dark"],
     capture: Callable[[View], bytes],
 ) -> None:
-    """Open the page, show something, and write its picture into `docs/`."""
+    """Open the page with three photos, and write a picture of it into `docs/`."""
     context = browser.new_context(
         viewport={"width": WIDTH, "height": HEIGHT},
         color_scheme=theme,
@@ -43,8 +43,8 @@ def save_screenshot(
     )
     view = View(context.new_page(), server)
     view.open()
-    view.client.post("/v1/classify", content=SHIP.read_bytes())  # the first one of a process takes longer
-    for photo in (SHIP, TRUCK, AIRPLANE):  # one by one: the milliseconds are those of a browser at rest
+    view.client.post("/v1/classify", content=SHIP.read_bytes())  # the first request of a process takes longer
+    for photo in (SHIP, TRUCK, AIRPLANE):  # one by one, so that the browser is idle when a time is measured
         view.pick_files(photo)
         expect(view.page.locator("#heat-text")).to_contain_text(f"“{photo.stem}”")
     with Image.open(BytesIO(capture(view))) as picture:
@@ -53,19 +53,19 @@ def save_screenshot(
 
 
 def capture_answer(view: View) -> bytes:
-    """What it looked at, the answer, and what the model saw."""
+    """Return a picture of the photo with its heat map, the answer, and the model's input."""
     return capture_between(view.page, "header.top", "#opened")
 
 
 def capture_layers(view: View) -> bytes:
-    """The network, with the mouse on a map."""
+    """Return a picture of the network, with the mouse on a map."""
     view.column(view.tensor_name("Gelu", 1))
     view.column(view.tensor_name("Conv", 1)).locator(".map").nth(6).hover(position={"x": 30, "y": 22})
     return capture_between(view.page, "#layers", "#network")
 
 
 def capture_convolution(view: View) -> bytes:
-    """The arithmetic of one pixel, where the map that it belongs to has room beside it."""
+    """Return a picture of the arithmetic of one pixel, on a page that is wide enough for its map."""
     view.page.set_viewport_size({"width": 1440, "height": HEIGHT})
     view.inspect_map(view.tensor_name("Conv"), 6)
     area = view.detail.locator(".chooser .area")
@@ -76,8 +76,8 @@ def capture_convolution(view: View) -> bytes:
 
 
 def capture_between(page: Page, first: str, last: str) -> bytes:
-    """From the top of one element to the foot of another."""
-    top, foot = (page.locator(one).bounding_box() for one in (first, last))
+    """Return a picture from the top of one element to the foot of another."""
+    top, foot = (page.locator(selector).bounding_box() for selector in (first, last))
     if top is None or foot is None:
         raise RuntimeError(f"{first} or {last} is not on the page")
     start = max(0, top["y"] - MARGIN)

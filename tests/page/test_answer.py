@@ -1,4 +1,4 @@
-"""Photo in, answer out: what a visitor sees first, compared with the API."""
+"""Photos and their answers on the page, compared with the API."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_heade
 from tests.servers import Server
 
 
-def test_a_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
+def test_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
     content = base64.b64encode(SHIP.read_bytes()).decode()
-    left_to_the_browser = view.page.evaluate(
+    unhandled_events = view.page.evaluate(
         """(content) => {
           const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
           const dataTransfer = new DataTransfer();
@@ -30,23 +30,23 @@ def test_a_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
         }""",
         content,
     )
-    assert left_to_the_browser == []  # or it would leave the page for the photo
+    assert unhandled_events == []  # else the browser would leave the page for the photo
     expect(view.top_label).to_be_visible()
     answer = view.client.post("/v1/classify", content=SHIP.read_bytes(), params={"top_k": 10}).json()
-    best = answer["predictions"][0]
-    assert view.top_label.get_attribute("data-label") == best["label"] == "ship"
-    assert read_number(view.top_label) == pytest.approx(best["probability"], abs=1e-6)
+    top_prediction = answer["predictions"][0]
+    assert view.top_label.get_attribute("data-label") == top_prediction["label"] == "ship"
+    assert read_number(view.top_label) == pytest.approx(top_prediction["probability"], abs=1e-6)
     labels = [bar.get_attribute("data-label") for bar in view.page.locator(".bars li").all()]
-    assert labels == [one["label"] for one in answer["predictions"]]
+    assert labels == [prediction["label"] for prediction in answer["predictions"]]
     assert read_numbers(view.page.locator(".bars li")) == pytest.approx(
-        [one["probability"] for one in answer["predictions"]], abs=1e-6
+        [prediction["probability"] for prediction in answer["predictions"]], abs=1e-6
     )
     expect(view.page.locator("#answer .model")).to_have_text("cifar10, version 3")
     expect(view.page.locator("#answer .calibrated")).to_have_text("calibrated")
     expect(view.page.locator("#said")).to_contain_text("ship")
 
 
-def test_a_pasted_photo_is_answered(view: View) -> None:
+def test_pasted_photo_is_answered(view: View) -> None:
     view.page.evaluate(
         """(content) => {
           const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
@@ -61,19 +61,19 @@ def test_a_pasted_photo_is_answered(view: View) -> None:
 
 
 @pytest.mark.parametrize("label", ["airplane", "ship", "truck"])
-def test_who_has_no_photo_tries_a_sample(view: View, label: str) -> None:
+def test_sample_photo_is_answered(view: View, label: str) -> None:
     view.page.get_by_role("button", name=f"Try the {label}").click()
     expect(view.top_label).to_have_attribute("data-label", label)
     expect(view.page.locator(".samples")).not_to_be_visible()
 
 
-def test_a_sample_that_cannot_be_had_is_said(view: View) -> None:
+def test_unavailable_sample_shows_an_error(view: View) -> None:
     view.page.route("**/samples/ship.jpg", lambda route: route.abort())
     view.page.get_by_role("button", name="Try the ship").click()
     expect(view.page.locator("#fault-text")).to_have_text("The service does not answer; is it still running?")
 
 
-def test_the_camera_takes_a_photo(view: View) -> None:
+def test_camera_takes_a_photo(view: View) -> None:
     view.page.get_by_role("button", name="Use the camera").click()
     view.page.get_by_role("button", name="Take it").click()
     expect(view.top_label).to_be_visible()
@@ -81,7 +81,7 @@ def test_the_camera_takes_a_photo(view: View) -> None:
     expect(view.page.locator("#gallery .name")).to_contain_text("camera")
 
 
-def test_what_is_wrong_with_the_camera_is_said(view: View) -> None:
+def test_missing_camera_shows_an_error(view: View) -> None:
     view.page.evaluate(
         """() => {
           const missing = () => Promise.reject(new DOMException("", "NotFoundError"));
@@ -94,7 +94,7 @@ def test_what_is_wrong_with_the_camera_is_said(view: View) -> None:
     expect(view.page.locator("#camera")).not_to_be_visible()
 
 
-def test_a_camera_that_is_cancelled_before_it_starts_is_switched_off_again(view: View) -> None:
+def test_camera_cancelled_before_its_start_is_switched_off(view: View) -> None:
     view.page.evaluate(
         """() => {
           const stream = document.createElement("canvas").captureStream();
@@ -110,7 +110,7 @@ def test_a_camera_that_is_cancelled_before_it_starts_is_switched_off_again(view:
     expect(view.page.locator("#gallery li")).to_have_count(0)
 
 
-def test_the_milliseconds_add_up(view: View) -> None:
+def test_stage_times_add_up_to_the_total(view: View) -> None:
     view.pick_files(SHIP)
     stages = view.page.locator(".timing .legend li")
     expect(stages).to_have_count(5)
@@ -121,11 +121,11 @@ def test_the_milliseconds_add_up(view: View) -> None:
     assert inference > 0
 
 
-def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -> None:
+def test_gallery_shows_the_label_or_error_of_each_photo(view: View) -> None:
     bomb = make_upload("bomb.png", make_png_header(8_000, 8_000))
     cut = make_upload("cut.jpg", SHIP.read_bytes()[:4000])
     view.pick_files(SHIP, TRUCK, make_upload("notes.txt", b"no image at all"), bomb, cut)
-    for name, words in (
+    for name, text in (
         ("ship.jpg", re.compile(r"^ship 97\.\d%$")),
         ("truck.png", re.compile(r"^truck 99\.\d%$")),
         ("notes.txt", re.compile("not an image of a known format")),
@@ -133,12 +133,12 @@ def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -
         ("cut.jpg", re.compile("truncated|cut|incomplete|damaged")),
     ):
         expect(view.photo_item(name).locator(".name")).to_have_text(name)
-        expect(view.photo_item(name).locator(".told")).to_have_text(words)
+        expect(view.photo_item(name).locator(".told")).to_have_text(text)
     view.photo_item("notes.txt").locator(".open").click()
     refusal = view.page.locator("#answer .refusal")
     expect(refusal).to_contain_text("notes.txt: ")
     expect(refusal).to_contain_text("not an image of a known format")
-    expect(refusal.get_by_role("button")).to_have_count(0)  # it would be refused again
+    expect(refusal.get_by_role("button")).to_have_count(0)  # the file would be refused again
     for part in (".looked", ".saw", "#layers"):
         expect(view.page.locator(part)).not_to_be_visible()
     expect(view.photo_item("notes.txt").locator(".thumb")).to_have_text(".txt")
@@ -147,7 +147,7 @@ def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -
     expect(view.page.locator(".looked")).to_be_visible()
 
 
-def test_photos_that_are_added_later_are_brought_into_view(view: View) -> None:
+def test_later_photos_are_scrolled_into_view(view: View) -> None:
     view.page.set_viewport_size({"width": 700, "height": 900})
     view.pick_files(*(make_upload(f"{number}.txt", b"no image") for number in range(8)))
     view.pick_files(SHIP)
@@ -155,22 +155,22 @@ def test_photos_that_are_added_later_are_brought_into_view(view: View) -> None:
     expect(view.photo_item("0.txt")).not_to_be_in_viewport()
 
 
-def test_an_answer_that_comes_late_does_not_take_the_place_of_another(view: View) -> None:
-    held: list[Route] = []
-    view.page.route("**/classify?*", lambda route: held.append(route), times=1)
+def test_late_answer_does_not_replace_a_newer_one(view: View) -> None:
+    held_routes: list[Route] = []
+    view.page.route("**/classify?*", lambda route: held_routes.append(route), times=1)
     view.pick_files(SHIP)
     expect(view.page.locator("#answer")).to_have_text("Asking …")
     view.pick_files(TRUCK)
     view.page.locator('.bars [data-label="bird"] button').click()
-    told = view.page.locator("#heat-text")
-    expect(told).to_contain_text("“bird”")
-    held[0].continue_()
+    heat_text = view.page.locator("#heat-text")
+    expect(heat_text).to_contain_text("“bird”")
+    held_routes[0].continue_()
     expect(view.photo_item("ship.jpg").locator(".told")).to_contain_text("ship")
     expect(view.top_label).to_have_attribute("data-label", "truck")
-    expect(told).to_contain_text("“bird”")
+    expect(heat_text).to_contain_text("“bird”")
 
 
-def test_a_photo_can_be_removed(view: View) -> None:
+def test_photo_can_be_removed(view: View) -> None:
     view.pick_files(SHIP, TRUCK)
     expect(view.top_label).to_have_attribute("data-label", "ship")
     view.page.get_by_role("button", name="Remove ship.jpg").click()
@@ -182,7 +182,7 @@ def test_a_photo_can_be_removed(view: View) -> None:
     expect(view.page.locator("#opened")).not_to_be_visible()
 
 
-def test_another_model_is_asked_anew(view: View) -> None:
+def test_selecting_a_model_classifies_all_photos_again(view: View) -> None:
     view.pick_files(SHIP, TRUCK)
     expect(view.top_label).to_have_attribute("data-label", "ship")
     view.select_model("small")
@@ -194,14 +194,14 @@ def test_another_model_is_asked_anew(view: View) -> None:
 
 
 @pytest.fixture(scope="module")
-def sparing(models: Path) -> Iterator[Server]:
-    """A service that keeps one model loaded, and explains nothing."""
-    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1", FOVEA_EXPLAIN="false") as running:
-        yield running
+def minimal_server(models: Path) -> Iterator[Server]:
+    """A server that keeps one model loaded, and has no explanations."""
+    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1", FOVEA_EXPLAIN="false") as server:
+        yield server
 
 
-def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, sparing: Server) -> None:
-    view = View(page, sparing)
+def test_resting_model_is_loaded_when_selected(page: Page, minimal_server: Server) -> None:
+    view = View(page, minimal_server)
     view.open()
     view.pick_files(SHIP)
     expect(view.top_label).to_have_attribute("data-label", "ship")
@@ -209,8 +209,8 @@ def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, sparing: Server) 
     expect(page.locator("#answer .model")).to_have_text("small, version 1")
 
 
-def test_explanations_that_are_switched_off_are_said_to_be(page: Page, sparing: Server) -> None:
-    view = View(page, sparing)
+def test_disabled_explanations_are_reported(page: Page, minimal_server: Server) -> None:
+    view = View(page, minimal_server)
     view.open()
     view.pick_files(SHIP)
     expect(view.top_label).to_be_visible()
@@ -219,7 +219,7 @@ def test_explanations_that_are_switched_off_are_said_to_be(page: Page, sparing: 
     expect(page.locator("#layers-text")).to_contain_text("The layers cannot be shown: ")
 
 
-def test_a_graph_that_cannot_be_opened_still_answers_and_has_a_heat_map(view: View) -> None:
+def test_unopenable_graph_still_has_answer_and_heat_map(view: View) -> None:
     view.select_model("closed")
     view.pick_files(SHIP)
     expect(view.top_label).to_be_visible()
@@ -229,7 +229,7 @@ def test_a_graph_that_cannot_be_opened_still_answers_and_has_a_heat_map(view: Vi
     expect(view.page.locator(".column")).to_have_count(0)
 
 
-def test_the_default_model_is_chosen_first(view: View) -> None:
+def test_default_model_is_selected_first(view: View) -> None:
     assert view.page.locator("#model option:checked").text_content() == "cifar10"
     assert view.page.locator("#model option").all_text_contents() == [
         "cifar10",
@@ -240,26 +240,26 @@ def test_the_default_model_is_chosen_first(view: View) -> None:
     ]
 
 
-def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:
+def test_clicked_label_gets_its_own_heat_map(view: View) -> None:
     view.pick_files(SHIP)
-    told = view.page.locator("#heat-text")
-    expect(told).to_contain_text("“ship”: an exact class activation map")
+    heat_text = view.page.locator("#heat-text")
+    expect(heat_text).to_contain_text("“ship”: an exact class activation map")
     heat = view.page.locator("canvas.heat")
     expect(heat).to_be_visible()
-    before = heat.evaluate("(canvas) => canvas.toDataURL()")
-    bird = view.page.locator('.bars [data-label="bird"] button')
-    bird.click()
-    expect(told).to_contain_text("“bird”")
-    expect(bird).to_have_attribute("aria-pressed", "true")
-    expect(bird).to_be_focused()
-    assert heat.evaluate("(canvas) => canvas.toDataURL()") != before
-    answer = view.client.post("/v1/explain", content=SHIP.read_bytes(), params={"label": "bird"}).json()[
+    image_before = heat.evaluate("(canvas) => canvas.toDataURL()")
+    bird_button = view.page.locator('.bars [data-label="bird"] button')
+    bird_button.click()
+    expect(heat_text).to_contain_text("“bird”")
+    expect(bird_button).to_have_attribute("aria-pressed", "true")
+    expect(bird_button).to_be_focused()
+    assert heat.evaluate("(canvas) => canvas.toDataURL()") != image_before
+    heatmap = view.client.post("/v1/explain", content=SHIP.read_bytes(), params={"label": "bird"}).json()[
         "heatmap"
     ]
-    assert heat.evaluate("(canvas) => [canvas.height, canvas.width]") == [answer["height"], answer["width"]]
+    assert heat.evaluate("(canvas) => [canvas.height, canvas.width]") == [heatmap["height"], heatmap["width"]]
 
 
-def test_the_slider_fades_the_heat_map(view: View) -> None:
+def test_slider_fades_the_heat_map(view: View) -> None:
     view.pick_files(SHIP)
     heat = view.page.locator("canvas.heat")
     expect(heat).to_have_css("opacity", "0.55")
@@ -267,43 +267,46 @@ def test_the_slider_fades_the_heat_map(view: View) -> None:
     expect(heat).to_have_css("opacity", "0")
 
 
-def test_where_there_is_no_activation_map_the_occlusion_says_so(view: View) -> None:
+def test_occlusion_explains_the_missing_activation_map(view: View) -> None:
     view.select_model("varied")
     view.pick_files(SHIP)
-    told = view.page.locator("#heat-text")
-    expect(told).to_contain_text(
+    heat_text = view.page.locator("#heat-text")
+    expect(heat_text).to_contain_text(
         re.compile(r"masked photos were classified\. An exact map is not to be had: .+\.$")
     )
     expect(view.page.locator("#heat-progress")).not_to_be_visible()
     expect(view.page.locator("canvas.heat")).to_be_visible()
 
 
-def test_what_the_model_saw_is_the_exact_input(view: View) -> None:
+def test_displayed_model_input_is_exact(view: View) -> None:
     view.pick_files(SHIP)
-    saw = view.page.locator("#saw img")
-    source = saw.get_attribute("src")
+    input_image = view.page.locator("#saw img")
+    source = input_image.get_attribute("src")
     assert source
-    explained = view.client.post("/v1/explain", content=SHIP.read_bytes()).json()["what_the_model_saw"]
-    assert source == f"data:image/png;base64,{explained['png']}"
-    assert Image.open(BytesIO(base64.b64decode(explained["png"]))).size == (32, 32)
+    explanation = view.client.post("/v1/explain", content=SHIP.read_bytes()).json()["what_the_model_saw"]
+    assert source == f"data:image/png;base64,{explanation['png']}"
+    assert Image.open(BytesIO(base64.b64decode(explanation["png"]))).size == (32, 32)
     steps = view.page.locator("#saw .steps li").all_text_contents()
-    assert len(steps) == len(explained["steps"])
-    assert all(step["text"] in shown for step, shown in zip(explained["steps"], steps, strict=True))
+    assert len(steps) == len(explanation["steps"])
+    assert all(
+        step["text"] in displayed_step
+        for step, displayed_step in zip(explanation["steps"], steps, strict=True)
+    )
 
 
-def test_a_turned_photo_lies_under_its_heat_map_as_it_is_seen(view: View) -> None:
+def test_rotated_photo_has_the_shape_of_its_heat_map(view: View) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn it by a quarter
+    exif[0x0112] = 6  # the photo is shown turned by a quarter
     view.pick_files(make_upload("turned.jpg", make_jpeg(120, 60, exif=exif)))
     expect(view.page.locator("canvas.heat")).to_be_visible()
     frame = view.page.locator("#stage .frame").bounding_box()
-    heat = view.page.locator("canvas.heat").evaluate("(canvas) => canvas.width / canvas.height")
+    heat_ratio = view.page.locator("canvas.heat").evaluate("(canvas) => canvas.width / canvas.height")
     assert frame
     assert frame["width"] / frame["height"] == pytest.approx(0.5, abs=0.02)
-    assert heat == pytest.approx(0.5, abs=0.02)
+    assert heat_ratio == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_photo_that_browsers_cannot_show_has_what_the_model_saw_in_its_place(view: View) -> None:
+def test_undisplayable_photo_is_replaced_by_the_model_input(view: View) -> None:
     view.pick_files(make_upload("scan.tif", encode_image(draw_picture(90, 60), "TIFF")))
     expect(view.top_label).to_be_visible()
     expect(view.page.locator("#stage .substitute")).to_be_visible()
@@ -312,8 +315,8 @@ def test_a_photo_that_browsers_cannot_show_has_what_the_model_saw_in_its_place(v
     assert frame["width"] / frame["height"] == pytest.approx(1.5, abs=0.05)
 
 
-def test_what_the_model_saw_lies_right_even_if_it_is_known_before_the_photo(view: View) -> None:
-    """The photo is twice as wide as high, or nothing that a browser can show."""
+def test_model_input_known_before_the_photo_is_aligned(view: View) -> None:
+    """One photo is twice as wide as high, and a browser cannot show the other."""
     view.page.evaluate(
         """async ([wide, unknown]) => {
           const {PhotoFrame} = await import("/page/frame.js");
@@ -334,7 +337,7 @@ def test_what_the_model_saw_lies_right_even_if_it_is_known_before_the_photo(view
     expect(view.page.locator("#wide .seen")).to_have_attribute("style", re.compile(r"width: 50%"))
 
 
-def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> None:
+def test_unreachable_service_shows_an_error_and_a_retry(view: View) -> None:
     def refuse(route: Route) -> None:
         route.abort()
 
@@ -344,10 +347,10 @@ def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> N
     view.page.unroute("**/classify?*")
     view.page.get_by_role("button", name="Ask again").click()
     expect(view.top_label).to_have_attribute("data-label", "ship")
-    expect(view.page.locator("#answer")).to_be_focused()  # the button is gone
+    expect(view.page.locator("#answer")).to_be_focused()  # the button with the focus is gone
 
 
-def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path) -> None:
+def test_deleted_file_shows_a_read_error(view: View, tmp_path: Path) -> None:
     photo = tmp_path / "gone.jpg"
     photo.write_bytes(SHIP.read_bytes())
     view.page.route("**/classify?*", lambda route: route.abort())
@@ -358,18 +361,18 @@ def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the browser cannot read it")
 
 
-def test_an_empty_file_is_said_to_be_empty(view: View, tmp_path: Path) -> None:
+def test_empty_file_shows_an_error(view: View, tmp_path: Path) -> None:
     photo = tmp_path / "empty.jpg"
     photo.touch()
     view.pick_files(photo)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the file is empty")
 
 
-def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Server) -> None:
+def test_failed_model_list_can_be_requested_again(page: Page, page_server: Server) -> None:
     page.route("**/v1/models", lambda route: route.abort())
-    page.goto(running.url)
+    page.goto(page_server.url)
     expect(page.locator("#fault-text")).to_have_text("The service does not answer; is it still running?")
-    View(page, running).pick_files(SHIP)
+    View(page, page_server).pick_files(SHIP)
     page.unroute("**/v1/models")
     page.get_by_role("button", name="Try again").click()
     expect(page.locator("#fault")).not_to_be_visible()
@@ -377,33 +380,34 @@ def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Ser
 
 
 @pytest.mark.long
-def test_the_next_version_is_asked_where_the_last_one_is_gone(page: Page, tmp_path: Path) -> None:
+def test_retry_uses_the_new_version_of_a_replaced_model(page: Page, tmp_path: Path) -> None:
     model = build_model()
     add_to_repository(model, tmp_path)
-    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MANAGEMENT="true", FOVEA_EXPLAIN="false") as running:
-        view = View(page, running)
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MANAGEMENT="true", FOVEA_EXPLAIN="false") as server:
+        view = View(page, server)
         view.open()
         add_to_repository(model, tmp_path, version="2")
-        assert running.client.post("/v2/repository/models/small/load").status_code == 200
+        assert server.client.post("/v2/repository/models/small/load").status_code == 200
         view.pick_files(SHIP)
         expect(page.locator("#answer .refusal")).to_contain_text("no version '1'")
         page.get_by_role("button", name="Ask again").click()
         expect(page.locator("#answer .model")).to_have_text("small, version 2")
 
 
-def test_the_page_cannot_load_anything_from_elsewhere(running: Server) -> None:
+def test_page_has_security_and_caching_headers(page_server: Server) -> None:
     for path in ("/", "/page/main.js", "/page/base.css", "/page/arithmetic/convolution.js"):
-        reply = running.client.get(path)
+        reply = page_server.client.get(path)
         assert reply.status_code == 200
         policy = dict(
-            one.strip().split(" ", 1) for one in reply.headers["Content-Security-Policy"].split(";")
+            directive.strip().split(" ", 1)
+            for directive in reply.headers["Content-Security-Policy"].split(";")
         )
         assert policy["default-src"] == "'none'"
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
         assert reply.headers["X-Content-Type-Options"] == "nosniff"
         assert reply.headers["Referrer-Policy"] == "no-referrer"
         assert reply.headers["Cache-Control"] == "no-cache"
-        again = running.client.get(path, headers={"If-None-Match": reply.headers["ETag"]})
-        assert again.status_code == 304
-    assert running.client.get("/page/../app.py").status_code == 404
-    assert running.client.get("/docs").status_code == 200
+        second_reply = page_server.client.get(path, headers={"If-None-Match": reply.headers["ETag"]})
+        assert second_reply.status_code == 304
+    assert page_server.client.get("/page/../app.py").status_code == 404
+    assert page_server.client.get("/docs").status_code == 200

@@ -1,4 +1,4 @@
-"""The layers: every one is there, and its numbers add up to what the service says."""
+"""The layers on the page: all are shown, and their numbers add up to the values of the service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.wi
 
 
 def assert_adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
-    """The sum that is shown is the value in the map, and that is what the API says."""
+    """Check that the displayed sum is the value in the map, and the value of the API."""
     equation = detail.locator(".equation")
     total, displayed_value = read_number(equation, "total"), read_number(equation, "shown")
     values = view.fetch_maps(tensor)
@@ -34,7 +34,7 @@ def assert_adds_up(view: View, detail: Locator, tensor: str, index: int) -> None
 
 
 def parse_number(text: str) -> float:
-    """A number as the page writes it."""
+    """Return the number that the page writes as this text."""
     return float(text.replace("−", "-"))
 
 
@@ -43,11 +43,11 @@ def test_every_layer_has_a_column(view: View) -> None:
     columns = view.page.locator(".column")
     layers = view.fetch_layers()
     expect(columns).to_have_count(len(layers))
-    shown = [column.get_attribute("data-tensor") for column in columns.all()]
-    assert shown == [layer["tensor"] for layer in layers]
+    shown_tensors = [column.get_attribute("data-tensor") for column in columns.all()]
+    assert shown_tensors == [layer["tensor"] for layer in layers]
 
 
-def test_a_foreign_network_opens_with_all_its_layers(view: View) -> None:
+def test_imported_network_shows_all_its_layers(view: View) -> None:
     view.select_model("varied")
     view.pick_files(SHIP)
     layers = view.fetch_layers()
@@ -61,10 +61,10 @@ def test_a_foreign_network_opens_with_all_its_layers(view: View) -> None:
         expect(view.column(layer["tensor"]).locator(".map").first).to_be_visible()
 
 
-@pytest.mark.parametrize("place", [0, 3])
-def test_a_convolution_adds_up(view: View, place: int) -> None:
+@pytest.mark.parametrize("number", [0, 3])
+def test_convolution_terms_add_up(view: View, number: int) -> None:
     view.pick_files(SHIP)
-    tensor = view.tensor_name("Conv", place)
+    tensor = view.tensor_name("Conv", number)
     detail = view.inspect_map(tensor, 2)
     assert_adds_up(view, detail, tensor, 2)
     summands = detail.locator(".summand:not(.result)")
@@ -73,7 +73,7 @@ def test_a_convolution_adds_up(view: View, place: int) -> None:
     )
     for term in detail.locator(".terms .term").all():
         window, kernel, products = (
-            read_numbers(term.locator(".grid").nth(at).locator("td")) for at in range(3)
+            read_numbers(term.locator(".grid").nth(index).locator("td")) for index in range(3)
         )
         assert products == pytest.approx([x * w for x, w in zip(window, kernel, strict=True)], abs=1e-12)
         assert sum(products) == pytest.approx(read_number(term), abs=1e-12)
@@ -101,7 +101,7 @@ def test_a_convolution_adds_up(view: View, place: int) -> None:
         ),
     ],
 )
-def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
+def test_sum_of_every_layer_is_the_value_of_the_api(view: View, model: str, kinds: set[str]) -> None:
     view.select_model(model)
     view.pick_files(SHIP)
     layers = [layer for layer in view.fetch_layers() if layer["kind"] != "Input"]
@@ -112,7 +112,7 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
 
 
 @pytest.mark.parametrize("tensor", ROW_LAYERS)
-def test_what_is_no_sum_over_maps_is_not_shown_as_one(view: View, tensor: str) -> None:
+def test_row_layers_show_a_value_without_an_equation(view: View, tensor: str) -> None:
     view.select_model("varied")
     view.pick_files(SHIP)
     detail = view.inspect_map(tensor, 1)
@@ -121,7 +121,7 @@ def test_what_is_no_sum_over_maps_is_not_shown_as_one(view: View, tensor: str) -
     assert value == pytest.approx(float(view.fetch_maps(tensor)[1, 2, 2]), abs=1e-5)
 
 
-def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
+def test_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
     values = view.fetch_maps(tensor)
@@ -131,27 +131,27 @@ def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
         assert is_coloured(maps.nth(index), share[index])
 
 
-def test_colours_are_stretched_over_each_map_if_that_is_asked_for(view: View) -> None:
+def test_stretch_button_scales_the_colours_of_each_map(view: View) -> None:
     view.pick_files(SHIP, TRUCK)
     tensor = view.tensor_name("Conv")
     values = view.fetch_maps(tensor)[1]
-    own = values / np.abs(values).max() / 2 + 0.5
+    map_shares = values / np.abs(values).max() / 2 + 0.5
     column = view.column(tensor)
-    stretch = view.page.get_by_role("button", name="Stretch colours")
-    stretch.click()
+    stretch_button = view.page.get_by_role("button", name="Stretch colours")
+    stretch_button.click()
     expect(column.locator(".strip")).to_have_count(0)
     expect(column.locator(".map canvas.pixels")).to_have_count(8)
-    assert is_coloured(column.locator(".map canvas").nth(1), own)
+    assert is_coloured(column.locator(".map canvas").nth(1), map_shares)
     view.photo_item("truck.png").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
-    expect(stretch).to_have_attribute("aria-pressed", "true")
+    expect(stretch_button).to_have_attribute("aria-pressed", "true")
     view.photo_item("ship.jpg").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
     expect(column.locator(".map canvas.pixels")).to_have_count(8)
     expect(column.locator(".strip")).to_have_count(0)
-    stretch.click()
+    stretch_button.click()
     expect(column.locator(".strip")).to_have_count(1)
-    assert not is_coloured(column.locator(".map canvas").nth(1), own)
+    assert not is_coloured(column.locator(".map canvas").nth(1), map_shares)
 
 
 def is_coloured(canvas: Locator, shares: Array) -> bool:
@@ -162,7 +162,7 @@ def is_coloured(canvas: Locator, shares: Array) -> bool:
     return bool(np.abs(pixels - expected).max() <= 8)
 
 
-def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:
+def test_sliding_kernel_computes_the_convolution_of_a_map(view: View) -> None:
     random = np.random.default_rng(0)
     image, kernel = random.normal(size=(7, 9)), random.normal(size=(2, 3))
     padded = np.pad(image, ((1, 0), (2, 1)))  # above and below, left and right
@@ -183,17 +183,17 @@ def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:
     assert computed == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_adds_most_to_a_logit_is_all_of_it_with_the_rest(view: View) -> None:
+def test_ranked_contributions_add_up_to_the_logit(view: View) -> None:
     view.pick_files(SHIP)
     detail = view.inspect_map(view.tensor_name("Gemm"), 3)
     lines = detail.locator(".ranking tbody tr")
-    expect(lines).to_have_count(12)  # ten of 256 inputs, the others, and the bias
+    expect(lines).to_have_count(12)  # ten of 256 inputs, the sum of the others, and the bias
     assert sum(read_numbers(lines)) == pytest.approx(
         read_number(detail.locator(".equation"), "total"), abs=1e-9
     )
 
 
-def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
+def test_softmax_shares_sum_to_one(view: View) -> None:
     view.pick_files(SHIP)
     detail = view.inspect_map(view.tensor_name("Softmax"), 8)
     shares = read_numbers(detail.locator(".ranking tbody tr"))
@@ -202,7 +202,7 @@ def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
     expect(detail.locator(".ranking .chosen th")).to_have_text("ship")
 
 
-def test_padding_counts_as_nothing_and_is_shown_as_such(view: View) -> None:
+def test_padding_is_marked_and_counts_as_zero(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv", 1)
     detail = view.inspect_map(tensor)
@@ -215,7 +215,7 @@ def test_padding_counts_as_nothing_and_is_shown_as_such(view: View) -> None:
     assert read_number(equation, "total") == pytest.approx(read_number(equation, "shown"), abs=1e-4)
 
 
-def test_arrow_keys_walk_over_a_map(view: View) -> None:
+def test_arrow_keys_select_the_next_pixel(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
     detail = view.inspect_map(tensor)
@@ -224,12 +224,12 @@ def test_arrow_keys_walk_over_a_map(view: View) -> None:
     expect(detail.locator(".place")).to_have_text("row 15, column 16")
     value = float(view.fetch_maps(tensor)[0, 15, 16])
     assert read_number(detail.locator(".equation"), "shown") == pytest.approx(value, abs=1e-5)
-    said = view.page.locator("#said")
-    expect(said).to_contain_text("row 15, column 16: ")
-    assert parse_number(said.inner_text().rsplit(" ", 1)[1]) == pytest.approx(value, rel=1e-3)
+    announcement = view.page.locator("#said")
+    expect(announcement).to_contain_text("row 15, column 16: ")
+    assert parse_number(announcement.inner_text().rsplit(" ", 1)[1]) == pytest.approx(value, rel=1e-3)
 
 
-def test_a_click_holds_a_pixel(view: View) -> None:
+def test_click_holds_and_releases_a_pixel(view: View) -> None:
     view.pick_files(SHIP)
     area = view.inspect_map(view.tensor_name("Conv")).locator(".chooser .area")
     area.click(position={"x": 3, "y": 3})
@@ -242,7 +242,7 @@ def test_a_click_holds_a_pixel(view: View) -> None:
     expect(place).not_to_have_text(re.compile("row 0,"))
 
 
-def test_the_kernel_slides_by_itself(view: View) -> None:
+def test_play_button_slides_the_kernel(view: View) -> None:
     view.pick_files(SHIP)
     detail = view.inspect_map(view.tensor_name("Conv"))
     detail.get_by_role("button", name="Play").click()
@@ -251,15 +251,15 @@ def test_the_kernel_slides_by_itself(view: View) -> None:
     expect(detail.get_by_role("button", name="Play")).to_be_visible()
 
 
-def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
+def test_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv", 2)
     view.column(tensor).locator(".map").first.hover(position={"x": 26, "y": 26})
     region = view.page.locator("#lens .input .field")
     expect(region).to_be_visible()
     jump, low, high = view.find_layer(tensor)["field"]["rows"]
-    at = 7  # the middle of 15
-    expected = {"top": max(0, jump * at + low), "bottom": min(32, jump * at + high + 1)}
+    row = 7  # the middle of 15 rows
+    expected = {"top": max(0, jump * row + low), "bottom": min(32, jump * row + high + 1)}
     assert {side: read_number(region, side) for side in expected} == expected
     expect(view.page.locator("#lens .told")).to_have_text(
         re.compile(rf"^Pixel \(7, 7\) is .+ and sees \d+ × {expected['bottom'] - expected['top']} of")
@@ -267,29 +267,29 @@ def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
     value = re.search(r"is (.+) and", view.page.locator("#lens .told").inner_text())
     assert value
     assert parse_number(value[1]) == pytest.approx(float(view.fetch_maps(tensor)[0, 7, 7]), rel=1e-3)
-    photo = view.page.locator("#stage .field").bounding_box()
-    frame = view.page.locator("#stage .frame").bounding_box()
-    assert photo
-    assert frame
-    assert photo["height"] / frame["height"] == pytest.approx(
+    field_box = view.page.locator("#stage .field").bounding_box()
+    frame_box = view.page.locator("#stage .frame").bounding_box()
+    assert field_box
+    assert frame_box
+    assert field_box["height"] / frame_box["height"] == pytest.approx(
         (expected["bottom"] - expected["top"]) / 32, abs=0.03
     )
     view.page.mouse.move(1, 1)
     expect(region).not_to_be_visible()
 
 
-def test_connections_light_up_where_a_map_is_pointed_at(view: View) -> None:
+def test_hovered_map_highlights_its_connections(view: View) -> None:
     view.pick_files(SHIP)
-    strong = view.page.locator(".edges .strong")
+    strong_edges = view.page.locator(".edges .strong")
     column = view.column(view.tensor_name("Conv"))
     column.locator(".map").nth(1).hover()
-    sources = strong.get_attribute("d") or ""
-    assert sources.count("M") == 3 + 1  # from three colours, and to its own activation
+    sources = strong_edges.get_attribute("d") or ""
+    assert sources.count("M") == 3 + 1  # from three colours, and to its activation
     view.column(view.tensor_name("MaxPool")).locator(".map").nth(1).hover()
-    assert (strong.get_attribute("d") or "").count("M") == 2  # from one map, and to one
+    assert (strong_edges.get_attribute("d") or "").count("M") == 2  # from one map, and to one
 
 
-def test_a_column_pages_through_its_maps(view: View) -> None:
+def test_column_pages_through_its_maps(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
     column = view.column(tensor)
@@ -308,13 +308,13 @@ def test_blocks_fold_and_unfold(view: View) -> None:
     columns = view.page.locator(".column")
     view.page.get_by_role("button", name="Fold all", exact=True).click()
     blocks = {layer["block"] for layer in layers if layer["block"]}
-    single = [layer for layer in layers if not layer["block"]]
+    single_layers = [layer for layer in layers if not layer["block"]]
     assert blocks
-    expect(columns).to_have_count(len(blocks) + len(single))
+    expect(columns).to_have_count(len(blocks) + len(single_layers))
     block = sorted(blocks)[0]
     view.page.get_by_role("button", name=f"Block {block}", exact=True).click()
-    size = sum(layer["block"] == block for layer in layers)
-    expect(columns).to_have_count(len(blocks) + len(single) + size - 1)
+    block_size = sum(layer["block"] == block for layer in layers)
+    expect(columns).to_have_count(len(blocks) + len(single_layers) + block_size - 1)
     expect(view.page.get_by_role("button", name=f"Block {block}", exact=True)).to_be_focused()
 
 
@@ -324,31 +324,31 @@ def test_deep_networks_open_folded(view: View) -> None:
     columns = view.page.locator(".column")
     blocks = view.page.locator(".bracket")
     expect(blocks).to_have_count(12)
-    folded = len(view.fetch_layers()) - 2 * 12
-    expect(columns).to_have_count(folded)
-    around = view.page.locator(".edges .around")
-    assert around.get_attribute("d") == ""
+    folded_count = len(view.fetch_layers()) - 2 * 12
+    expect(columns).to_have_count(folded_count)
+    bypass_edges = view.page.locator(".edges .around")
+    assert bypass_edges.get_attribute("d") == ""
     blocks.nth(3).click()
-    expect(columns).to_have_count(folded + 2)
-    assert (around.get_attribute("d") or "").count("M") == 1  # what goes around the convolution
+    expect(columns).to_have_count(folded_count + 2)
+    assert (bypass_edges.get_attribute("d") or "").count("M") == 1  # the edge around the convolution
     tensor = view.tensor_name("Add", 3)
     assert_adds_up(view, view.inspect_map(tensor, 1), tensor, 1)
 
 
-def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:
-    asked: list[str] = []
-    view.page.on("request", lambda request: asked.append(request.url) if "/maps?" in request.url else None)
+def test_maps_are_requested_when_they_come_into_view(view: View) -> None:
+    map_urls: list[str] = []
+    view.page.on("request", lambda request: map_urls.append(request.url) if "/maps?" in request.url else None)
     view.page.set_viewport_size({"width": 800, "height": 900})
     view.pick_files(SHIP)
     view.column(view.tensor_name("Conv"))
     last = view.tensor_name("ReduceMean")
-    assert asked
-    assert not any(f"tensor={last}&" in url for url in asked)
+    assert map_urls
+    assert not any(f"tensor={last}&" in url for url in map_urls)
     view.column(last)
-    assert any(f"tensor={last}&" in url for url in asked)
+    assert any(f"tensor={last}&" in url for url in map_urls)
 
 
-def test_another_photo_closes_the_detail_and_shows_its_own_maps(view: View) -> None:
+def test_another_photo_closes_the_detail_and_shows_its_maps(view: View) -> None:
     view.pick_files(SHIP, TRUCK)
     tensor = view.tensor_name("Conv")
     view.inspect_map(tensor)
@@ -359,34 +359,34 @@ def test_another_photo_closes_the_detail_and_shows_its_own_maps(view: View) -> N
     assert read_number(equation, "shown") == pytest.approx(float(value), abs=1e-5)
 
 
-@pytest.mark.parametrize(("width", "place"), [(1280, "#lens .words"), (700, "#detail .learn")])
-def test_what_a_layer_does_is_told_beside_it(view: View, width: int, place: str) -> None:
+@pytest.mark.parametrize(("width", "selector"), [(1280, "#lens .words"), (700, "#detail .learn")])
+def test_layer_description_is_shown_once(view: View, width: int, selector: str) -> None:
     view.page.set_viewport_size({"width": width, "height": 900})
     view.pick_files(SHIP)
     detail = view.inspect_map(view.tensor_name("BatchNormalization"))
     view.page.mouse.move(1, 1)
-    lessons = view.page.get_by_text("mean and variance as they were in training").filter(visible=True)
-    expect(lessons).to_have_count(1)
-    expect(view.page.locator(place)).to_contain_text("mean and variance as they were in training")
+    descriptions = view.page.get_by_text("mean and variance as they were in training").filter(visible=True)
+    expect(descriptions).to_have_count(1)
+    expect(view.page.locator(selector)).to_contain_text("mean and variance as they were in training")
     expect(detail.locator('[data-fact="parameters"] dd')).to_have_text("256")
 
 
-def test_numbers_are_written_as_their_place_has_room_for(view: View) -> None:
+def test_numbers_have_a_short_and_a_long_form(view: View) -> None:
     values = [0, -0.0004, 0.0041, -0.0123, 3.14159, -250.6, 1234567]
-    written = view.page.evaluate(
+    texts = view.page.evaluate(
         """async (values) => {
           const {brief, figure} = await import("/page/numbers.js");
           return [values.map(brief), values.map((value) => figure(value))];
         }""",
         values,
     )
-    assert written == [
+    assert texts == [
         ["0.00", "0.00", "0.004", "−0.01", "3.1", "−251", "1.2·10⁶"],
         ["0.0000", "−0.0004", "0.0041", "−0.0123", "3.142", "−250.6", "1.23·10⁶"],
     ]
 
 
-def test_the_error_function_is_exact(view: View) -> None:
+def test_error_function_is_exact(view: View) -> None:
     points = [float(x) for x in np.linspace(-7, 7, 141)]
     computed = view.page.evaluate(
         """async (points) => {

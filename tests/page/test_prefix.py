@@ -21,7 +21,7 @@ PREFIX = "/vision"
 
 @contextmanager
 def run_ingress(server: Server, paths: list[str]) -> Iterator[str]:
-    """A proxy that takes the prefix away, as an ingress with a rewrite does; without it all is 404."""
+    """Run a proxy that removes the prefix, like an ingress with a rewrite; other paths are 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -63,24 +63,24 @@ def run_ingress(server: Server, paths: list[str]) -> Iterator[str]:
 
 
 @pytest.fixture(params=["", "127.0.0.1"], ids=["unknown", "trusted"])
-def prefixed(
-    page: Page, running: Server, request: pytest.FixtureRequest
+def proxied_page(
+    page: Page, page_server: Server, request: pytest.FixtureRequest
 ) -> Iterator[tuple[View, str, list[str]]]:
-    """The page behind a proxy that the service does not know, and behind one that it trusts."""
-    asked: list[str] = []
+    """A view, its URL behind a proxy that the service does not know or trusts, and the requested paths."""
+    paths: list[str] = []
     if not request.param:
-        with run_ingress(running, asked) as url:
-            yield View(page, running), url, asked
+        with run_ingress(page_server, paths) as url:
+            yield View(page, page_server), url, paths
         return
     with (
-        Server(FOVEA_TRUSTED_PROXIES=request.param, FOVEA_EXPLAIN_SECONDS="0.3") as trusting,
-        run_ingress(trusting, asked) as url,
+        Server(FOVEA_TRUSTED_PROXIES=request.param, FOVEA_EXPLAIN_SECONDS="0.3") as server,
+        run_ingress(server, paths) as url,
     ):
-        yield View(page, trusting), url, asked
+        yield View(page, server), url, paths
 
 
-def test_the_page_works_below_a_prefix(prefixed: tuple[View, str, list[str]]) -> None:
-    view, url, asked = prefixed
+def test_page_works_below_a_prefix(proxied_page: tuple[View, str, list[str]]) -> None:
+    view, url, paths = proxied_page
     view.page.goto(f"{url}/")
     expect(view.page.locator("#model")).to_be_enabled()
     view.page.locator(".samples img").nth(1).click()
@@ -89,13 +89,13 @@ def test_the_page_works_below_a_prefix(prefixed: tuple[View, str, list[str]]) ->
     view.inspect_map(view.tensor_name("Conv"))
     view.page.get_by_role("link", name="API").click()
     expect(view.page.locator(".opblock").first).to_be_visible()
-    assert asked
-    assert {path for path in asked if not path.startswith(f"{PREFIX}/")} <= {"/favicon.ico"}
+    assert paths
+    assert {path for path in paths if not path.startswith(f"{PREFIX}/")} <= {"/favicon.ico"}
 
 
-@pytest.mark.parametrize("prefixed", [""], indirect=True)
-def test_the_documentation_asks_below_the_prefix(prefixed: tuple[View, str, list[str]]) -> None:
-    view, url, asked = prefixed
+@pytest.mark.parametrize("proxied_page", [""], indirect=True)
+def test_documentation_sends_requests_below_the_prefix(proxied_page: tuple[View, str, list[str]]) -> None:
+    view, url, paths = proxied_page
     for path in ("/docs", "/docs/"):
         view.page.goto(f"{url}{path}")
         block = view.page.locator("#operations-operations-live_health_live_get")
@@ -103,13 +103,13 @@ def test_the_documentation_asks_below_the_prefix(prefixed: tuple[View, str, list
         block.get_by_role("button", name="Try it out").click()
         block.get_by_role("button", name="Execute").click()
         expect(block.locator(".live-responses-table")).to_contain_text('"live"')
-    assert asked.count(f"{PREFIX}/health/live") == 2
+    assert paths.count(f"{PREFIX}/health/live") == 2
 
 
-@pytest.mark.parametrize("prefixed", ["127.0.0.1"], indirect=True)
-def test_a_trusted_proxy_may_leave_out_the_slash(prefixed: tuple[View, str, list[str]]) -> None:
-    """The browser's address ends in the prefix: only the proxy can tell what links must begin with."""
-    view, url, asked = prefixed
+@pytest.mark.parametrize("proxied_page", ["127.0.0.1"], indirect=True)
+def test_page_works_without_a_slash_behind_a_trusted_proxy(proxied_page: tuple[View, str, list[str]]) -> None:
+    """The browser's address ends in the prefix: only the proxy knows the right start of links."""
+    view, url, paths = proxied_page
     view.page.goto(url)
     expect(view.page.locator("#model")).to_be_enabled()
-    assert f"{PREFIX}/page/main.js" in asked
+    assert f"{PREFIX}/page/main.js" in paths

@@ -1,4 +1,4 @@
-"""For everybody: by keyboard alone, on a phone, dark and light, and without faults that axe-core knows."""
+"""Accessibility: keyboard, phones, dark and light themes, and the faults that axe-core knows."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def test_axe_finds_no_serious_fault(view: View) -> None:
 
 
 def find_serious_faults(page: Page) -> list[str]:
-    """What axe-core finds, of the two worst kinds: in light, and of contrast in dark too."""
+    """Return the serious and critical faults that axe-core finds, and those of contrast in dark too."""
     page.emulate_media(color_scheme="light")
     violations = Axe().run(page).response["violations"]
     page.emulate_media(color_scheme="dark")
     violations += Axe().run(page, options={"runOnly": ["color-contrast"]}).response["violations"]
     return [
-        f"{one['id']}: {node['target']}"
-        for one in violations
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
+        f"{violation['id']}: {node['target']}"
+        for violation in violations
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
     ]
 
 
-def test_everything_goes_by_keyboard_alone(view: View) -> None:
+def test_page_is_usable_by_keyboard_alone(view: View) -> None:
     page = view.page
-    # The browser hands over its choosers only some time after the first listener; a key can come before.
+    # The browser reports its file choosers only some time after the first listener; a key can be faster.
     page.on("filechooser", lambda _: None)
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
@@ -67,8 +67,8 @@ def test_everything_goes_by_keyboard_alone(view: View) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     tensor = view.tensor_name("Conv")
-    focused = page.locator(f'.map[data-tensor="{tensor}"][data-index="1"]')
-    expect(focused).to_be_focused()
+    second_map = page.locator(f'.map[data-tensor="{tensor}"][data-index="1"]')
+    expect(second_map).to_be_focused()
     page.keyboard.press("Enter")
     expect(view.detail.locator("h3")).to_be_focused()
     tab_to(page, '[data-go="1"]')
@@ -93,7 +93,7 @@ def tab_to(page: Page, selector: str) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 768])
-def test_it_fits_narrow_screens(view: View, width: int) -> None:
+def test_page_fits_narrow_screens(view: View, width: int) -> None:
     view.page.set_viewport_size({"width": width, "height": 760})
     assert_fits(view.page, width)
     view.pick_files(
@@ -105,50 +105,50 @@ def test_it_fits_narrow_screens(view: View, width: int) -> None:
 
 
 def assert_fits(page: Page, width: int) -> None:
-    """Nothing makes the page scroll sideways."""
+    """Check that the page does not scroll sideways."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_dark_and_light_follow_the_system_until_one_is_chosen(view: View) -> None:
+def test_theme_follows_the_system_until_one_is_chosen(view: View) -> None:
     page = view.page
     page.emulate_media(color_scheme="light")
-    light = background_colour(page)
+    light_colour = read_background_colour(page)
     page.emulate_media(color_scheme="dark")
-    dark = background_colour(page)
-    assert light != dark
+    dark_colour = read_background_colour(page)
+    assert light_colour != dark_colour
     button = page.locator("#theme")
     expect(button).to_have_attribute("aria-label", "Colours: as the system has it")
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: light")
-    assert background_colour(page) == light
+    assert read_background_colour(page) == light_colour
     page.reload()
-    assert background_colour(page) == light
+    assert read_background_colour(page) == light_colour
     button.click()
     page.emulate_media(color_scheme="light")
-    assert background_colour(page) == dark
+    assert read_background_colour(page) == dark_colour
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: light")
     button.click()
     expect(button).to_have_attribute("aria-label", "Colours: as the system has it")
-    button.click()  # the first step changes what is seen, whatever the system has
-    assert background_colour(page) == dark
+    button.click()  # the first click changes the colours, whatever theme the system has
+    assert read_background_colour(page) == dark_colour
 
 
-def background_colour(page: Page) -> str:
+def read_background_colour(page: Page) -> str:
     return str(page.locator("html").evaluate(BACKGROUND))
 
 
-def test_colours_that_say_something_stay_where_others_are_forced(view: View) -> None:
+def test_meaningful_colours_stay_in_forced_colours_mode(view: View) -> None:
     view.pick_files(SHIP)
     view.column(view.tensor_name("Softmax"))
-    parts = [view.page.locator(one).first for one in (".bars .fill", ".stack span", ".swatch")]
+    parts = [view.page.locator(selector).first for selector in (".bars .fill", ".stack span", ".swatch")]
     before = [part.evaluate(BACKGROUND) for part in parts]
     view.page.emulate_media(forced_colors="active")
     assert [part.evaluate(BACKGROUND) for part in parts] == before
 
 
-def test_nothing_jumps_when_the_answer_comes(view: View) -> None:
-    """Cumulative layout shift (web.dev/cls), beyond what follows a click at once: "good" is 0.1 and less."""
+def test_layout_does_not_shift_when_the_answer_arrives(view: View) -> None:
+    """The cumulative layout shift (web.dev/cls) without direct effects of clicks: up to 0.1 is "good"."""
     view.page.evaluate(
         """() => { globalThis.shifts = 0; new PerformanceObserver((list) => {
           for (const one of list.getEntries()) if (!one.hadRecentInput) globalThis.shifts += one.value;
@@ -157,8 +157,8 @@ def test_nothing_jumps_when_the_answer_comes(view: View) -> None:
     view.pick_files(SHIP)
     expect(view.page.locator("#saw .steps li").first).to_be_visible()
     view.column(view.tensor_name("Conv"))
-    opened = view.page.evaluate("globalThis.shifts")
+    opening_shift = view.page.evaluate("globalThis.shifts")
     view.photo_item("ship.jpg").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("activation map")
-    assert view.page.evaluate("globalThis.shifts") - opened < 0.02
-    assert opened < 0.1
+    assert view.page.evaluate("globalThis.shifts") - opening_shift < 0.02
+    assert opening_shift < 0.1

@@ -1,4 +1,4 @@
-"""The page as its visitors use it, and the API that it is compared with."""
+"""The page with the actions of its visitors, and the API that it is compared with."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class View:
             self.page.set_input_files("#files", [str(photo) for photo in photos])
         else:
             files: Sequence[Any] = [
-                one if isinstance(one, dict) else make_upload(one.name, one.read_bytes()) for one in photos
+                photo if isinstance(photo, dict) else make_upload(photo.name, photo.read_bytes())
+                for photo in photos
             ]
             self.page.set_input_files("#files", files)
 
@@ -66,30 +67,30 @@ class View:
 
     @property
     def top_label(self) -> Locator:
-        """The most probable label."""
+        """The element of the most probable label."""
         return self.page.locator(".verdict")
 
     def photo_item(self, name: str) -> Locator:
-        """A photo in the gallery."""
+        """Return the element of a photo in the gallery."""
         return self.page.locator(f'#gallery li[data-photo="{name}"]')
 
     # --- layers ---
 
     def column(self, tensor: str) -> Locator:
-        """The column of a layer, with its values."""
+        """Scroll to the column of a layer, and return it with its values."""
         column = self.page.locator(f'.column[data-tensor="{tensor}"]')
         column.scroll_into_view_if_needed()
         expect(column.locator(".strip")).to_be_attached()
         return column
 
     def inspect_map(self, tensor: str, row: int = 0) -> Locator:
-        """Click a layer's map; gives the detail once it is worked out."""
+        """Click a layer's map, and return the detail once it is computed."""
         self.column(tensor).locator(".map").nth(row).click()
         return self.detail
 
     @property
     def detail(self) -> Locator:
-        """The arithmetic that is shown."""
+        """The element of the displayed arithmetic, once it is computed."""
         expect(self.page.locator("#detail .arithmetic")).to_have_attribute("aria-busy", "false")
         return self.page.locator("#detail")
 
@@ -98,17 +99,17 @@ class View:
         return next(layer for layer in self.fetch_layers() if layer["tensor"] == tensor)
 
     def fetch_layers(self) -> list[dict[str, Any]]:
-        """All of them."""
+        """Return the service's descriptions of all layers."""
         if self.model not in self._layers:
             self._layers[self.model] = self.client.get(f"/v1/models/{self.model}/layers").json()["layers"]
         return self._layers[self.model]
 
     def tensor_name(self, kind: str, number: int = 0) -> str:
-        """The name of what the n-th layer of a kind makes."""
+        """Return the name of the tensor that the n-th layer of a kind makes."""
         return str([layer for layer in self.fetch_layers() if layer["kind"] == kind][number]["tensor"])
 
     def fetch_maps(self, tensor: str, photo: Path = SHIP) -> Array:
-        """All values of a tensor, by the API."""
+        """Return all values of a tensor according to the API."""
         png = self._fetch_input_png(photo)
         query: dict[str, str | int] = {"tensor": tensor, "count": 0, "prepared": "true"}
         reply = self.client.post(f"/v1/models/{self.model}/maps", content=png, params=query)
@@ -117,7 +118,7 @@ class View:
         return array
 
     def _fetch_input_png(self, photo: Path) -> bytes:
-        """The exact input, as PNG."""
+        """Return the exact input as PNG."""
         key = self.model, photo
         if key not in self._inputs:
             path = f"/v1/models/{self.model}/explain"
@@ -127,7 +128,7 @@ class View:
 
 
 def read_number(element: Locator, name: str = "value") -> float:
-    """A number that an element carries with all its digits."""
+    """Return the number that an element carries with all its digits."""
     text = element.get_attribute(f"data-{name}")
     assert text is not None
     return float(text)

@@ -1,4 +1,4 @@
-"""The log of a real server, for each kind of stream."""
+"""The log of a real server in a file, on a terminal, and in a pipe."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def read_request_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def start(small_zoo: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Server, Path]]]:
-    """A server whose log goes to a file."""
-    running: list[Server] = []
+def start_server(small_zoo: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Server, Path]]]:
+    """A function that starts a server, and returns it and the file of its log."""
+    servers: list[Server] = []
 
-    def begin(**settings: str) -> tuple[Server, Path]:
+    def start(**settings: str) -> tuple[Server, Path]:
         path = tmp_path / "log"
         with path.open("w") as file:
             server = Server({"stderr": file}, FOVEA_MODELS=str(small_zoo), **settings)
-            running.append(server.__enter__())
+            servers.append(server.__enter__())
         return server, path
 
-    yield begin
-    for server in running:
+    yield start
+    for server in servers:
         if server.process.poll() is None:
             server.__exit__(None, None, None)
 
@@ -54,36 +54,40 @@ def stop_server(server: Server) -> None:
     server.__exit__(None, None, None)
 
 
-def test_every_request_has_a_line_with_its_ids_model_status_and_stages(start: Any) -> None:
-    server, path = start(FOVEA_BODY_BYTES="100000")
+def test_log_line_has_ids_model_status_and_stages(start_server: Any) -> None:
+    server, path = start_server(FOVEA_BODY_BYTES="100000")
     headers = {"X-Request-Id": "my-own-id", "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
     assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
     assert server.client.post(f"{CLASSIFY}?top_k=2", files=[("a", make_jpeg())] * 3).status_code == 200
-    unreadable = server.client.post(CLASSIFY, content=b"nonsense")
+    unreadable_reply = server.client.post(CLASSIFY, content=b"nonsense")
     assert server.client.get("/nothing").status_code == 404
     stop_server(server)
-    first, several, refused, missing = read_request_lines(path)
-    assert list(first)[:3] == ["timestamp", "level", "event"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", first["timestamp"])
-    wanted = {
+    image_line, form_line, refused_line, missing_line = read_request_lines(path)
+    assert list(image_line)[:3] == ["timestamp", "level", "event"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", image_line["timestamp"])
+    expected = {
         "level": "info", "request_id": "my-own-id", "trace_id": TRACE, "method": "POST", "route": CLASSIFY,
         "model": "small", "version": "1", "status": 200, "images": 1, "batch_images": 1,
     }  # fmt: skip
-    assert first.items() >= wanted.items()
-    assert "reason" not in first
-    assert list(first["stage_seconds"]) == list(STAGES)
-    assert 0 < sum(first["stage_seconds"].values()) <= first["request_seconds"] < 5
-    assert (several["images"], several["status"]) == (3, 200)
-    assert set(several["stage_seconds"]) == set(STAGES)
-    assert (refused["status"], refused["reason"]) == (415, "unsupported_format")
-    assert refused["request_id"] == unreadable.headers["x-request-id"]
-    assert set(refused["stage_seconds"]) == {"read", "queue"}
-    assert (missing["route"], missing["reason"], "model" in missing) == ("unmatched", "not_found", False)
+    assert image_line.items() >= expected.items()
+    assert "reason" not in image_line
+    assert list(image_line["stage_seconds"]) == list(STAGES)
+    assert 0 < sum(image_line["stage_seconds"].values()) <= image_line["request_seconds"] < 5
+    assert (form_line["images"], form_line["status"]) == (3, 200)
+    assert set(form_line["stage_seconds"]) == set(STAGES)
+    assert (refused_line["status"], refused_line["reason"]) == (415, "unsupported_format")
+    assert refused_line["request_id"] == unreadable_reply.headers["x-request-id"]
+    assert set(refused_line["stage_seconds"]) == {"read", "queue"}
+    assert (missing_line["route"], missing_line["reason"], "model" in missing_line) == (
+        "unmatched",
+        "not_found",
+        False,
+    )
 
 
 @pytest.mark.long
-def test_no_body_no_key_and_no_query_is_told(start: Any) -> None:
-    server, path = start(FOVEA_LOG_LEVEL="debug")
+def test_log_contains_no_body_key_or_query(start_server: Any) -> None:
+    server, path = start_server(FOVEA_LOG_LEVEL="debug")
     headers = {"Authorization": f"Bearer {SECRET}", "Cookie": SECRET, "X-Api-Key": SECRET}
     for content in (make_jpeg(), SECRET.encode()):
         server.client.post(f"{CLASSIFY}?key={SECRET}", content=content, headers=headers)
@@ -93,24 +97,31 @@ def test_no_body_no_key_and_no_query_is_told(start: Any) -> None:
     assert SECRET not in path.read_text()
 
 
-def test_a_request_that_is_no_http_or_whose_caller_leaves_is_told_of(start: Any) -> None:
-    server, path = start()
+def test_malformed_and_abandoned_requests_are_logged(start_server: Any) -> None:
+    server, path = start_server()
     with Wire(server.url) as wire:
         wire.send(b"GET nonsense\r\n\r\n")
         assert wire.read_response().status == 400
     with Wire(server.url) as wire:
         wire.send(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # and the one that asks
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # this request and the scrape
     wait_until(lambda: len(read_request_lines(path)) == 2)
-    malformed, left = read_request_lines(path)
-    assert (malformed["status"], malformed["reason"]) == (400, "bad_http")
-    assert (left["status"], left["reason"], left["model"]) == (0, "client_left", "small")
+    malformed_line, abandoned_line = read_request_lines(path)
+    assert (malformed_line["status"], malformed_line["reason"]) == (400, "bad_http")
+    assert (abandoned_line["status"], abandoned_line["reason"], abandoned_line["model"]) == (
+        0,
+        "client_left",
+        "small",
+    )
 
 
 @pytest.mark.long
-def test_an_image_among_others_that_fails_is_told_of(start: Any) -> None:
-    server, path = start()
-    files = [("image", one) for one in (make_jpeg(), b"nonsense", make_jpeg(), b"rubbish", make_jpeg()[:-40])]
+def test_failed_images_of_a_request_are_logged(start_server: Any) -> None:
+    server, path = start_server()
+    files = [
+        ("image", content)
+        for content in (make_jpeg(), b"nonsense", make_jpeg(), b"rubbish", make_jpeg()[:-40])
+    ]
     assert server.client.post(CLASSIFY, files=files).status_code == 200
     assert server.read_metric("fovea_errors_total", reason="unsupported_format") == 2
     stop_server(server)
@@ -119,8 +130,8 @@ def test_an_image_among_others_that_fails_is_told_of(start: Any) -> None:
     assert line["image_errors"] == {"unsupported_format": 2, "bad_image": 1}
 
 
-def test_what_waited_in_vain_says_how_long(start: Any) -> None:
-    server, path = start(FOVEA_RUNNERS="1", FOVEA_BATCH_WAIT_MS="1000")
+def test_missed_deadline_logs_the_queue_time(start_server: Any) -> None:
+    server, path = start_server(FOVEA_RUNNERS="1", FOVEA_BATCH_WAIT_MS="1000")
     assert (
         server.client.post(CLASSIFY, content=make_jpeg(), headers={"X-Deadline-Ms": "50"}).status_code == 504
     )
@@ -132,43 +143,43 @@ def test_what_waited_in_vain_says_how_long(start: Any) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("is_direct", [True, False])
-def test_what_is_cut_at_the_end_is_told_of_once(start: Any, is_direct: bool) -> None:
-    server, path = start(FOVEA_DRAIN_LIMIT="0.2")
+def test_request_cut_off_at_shutdown_is_logged_once(start_server: Any, is_direct: bool) -> None:
+    server, path = start_server(FOVEA_DRAIN_LIMIT="0.2")
     length = b"Content-Length: 1000" if is_direct else b"Transfer-Encoding: chunked"
     with Wire(server.url) as wire:
         wire.send(
             b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nX-Request-Id: my-own-id\r\n", length, b"\r\n\r\n"
         )
-        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # and the one that asks
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # this request and the scrape
         server.process.terminate()
-        answer = wire.read_response()
+        reply = wire.read_response()
     stop_server(server)
-    assert (answer.status, answer.headers["x-request-id"]) == (503, "my-own-id")
-    (line,) = (one for one in read_request_lines(path) if one["route"] != "/metrics")
+    assert (reply.status, reply.headers["x-request-id"]) == (503, "my-own-id")
+    (line,) = (line for line in read_request_lines(path) if line["route"] != "/metrics")
     fields = (line["status"], line["reason"], line["request_id"], line["route"])
     assert fields == (503, "draining", "my-own-id", CLASSIFY)
 
 
-def test_callers_faults_do_not_hide_the_services(start: Any) -> None:
-    server, path = start(FOVEA_LOG_REQUESTS="1", FOVEA_BATCH_WAIT_MS="1000", FOVEA_RUNNERS="1")
+def test_client_errors_do_not_hide_server_errors_in_the_log(start_server: Any) -> None:
+    server, path = start_server(FOVEA_LOG_REQUESTS="1", FOVEA_BATCH_WAIT_MS="1000", FOVEA_RUNNERS="1")
     for _ in range(20):
         server.client.get("/nothing")
-    late = server.client.post(CLASSIFY, content=make_jpeg(), headers={"X-Deadline-Ms": "1"})
+    late_reply = server.client.post(CLASSIFY, content=make_jpeg(), headers={"X-Deadline-Ms": "1"})
     stop_server(server)
-    assert late.status_code == 504
+    assert late_reply.status_code == 504
     assert [line["reason"] for line in read_request_lines(path) if line["status"] >= 500] == [
         "deadline_exceeded"
     ]
 
 
 @pytest.mark.long
-def test_probes_and_scrapes_are_told_of_to_whoever_debugs(start: Any) -> None:
-    server, path = start()
-    for each in ("/health/live", "/health/ready", "/metrics", "/docs"):
-        assert server.client.get(each).status_code == 200
+def test_probes_and_scrapes_are_logged_only_at_debug_level(start_server: Any) -> None:
+    server, path = start_server()
+    for route in ("/health/live", "/health/ready", "/metrics", "/docs"):
+        assert server.client.get(route).status_code == 200
     stop_server(server)
     assert read_request_lines(path) == []
-    server, path = start(FOVEA_LOG_LEVEL="debug")
+    server, path = start_server(FOVEA_LOG_LEVEL="debug")
     server.client.get("/health/live")
     stop_server(server)
     (line,) = read_request_lines(path)
@@ -176,11 +187,11 @@ def test_probes_and_scrapes_are_told_of_to_whoever_debugs(start: Any) -> None:
 
 
 @pytest.mark.long
-def test_of_too_many_some_are_told_of_and_the_others_counted(start: Any) -> None:
-    server, path = start(FOVEA_LOG_REQUESTS="5")
+def test_log_rate_limit_counts_left_out_requests(start_server: Any) -> None:
+    server, path = start_server(FOVEA_LOG_REQUESTS="5")
     for number in range(120):
         server.client.post(CLASSIFY, content=make_jpeg() if number % 2 else b"nonsense")
-    time.sleep(1.1)  # the next second, in which there is room again
+    time.sleep(1.1)  # the limit is per second
     for content in (make_jpeg(), b"nonsense"):
         server.client.post(CLASSIFY, content=content)
     stop_server(server)
@@ -190,17 +201,17 @@ def test_of_too_many_some_are_told_of_and_the_others_counted(start: Any) -> None
         assert len(lines) + sum(line.get("left_out", 0) for line in lines) == 61
 
 
-def test_it_can_be_silent(start: Any) -> None:
-    server, path = start(FOVEA_LOG_REQUESTS="0")
+def test_request_log_can_be_switched_off(start_server: Any) -> None:
+    server, path = start_server(FOVEA_LOG_REQUESTS="0")
     server.client.post(CLASSIFY, content=make_jpeg())
     stop_server(server)
     assert read_request_lines(path) == []
-    assert read_lines(path)  # of the start
+    assert read_lines(path)  # the lines of the start
 
 
 @pytest.mark.long
-def test_every_line_of_all_workers_is_whole(start: Any) -> None:
-    server, path = start(FOVEA_WORKERS="2", FOVEA_RUNNERS="1")
+def test_log_lines_of_two_workers_are_whole(start_server: Any) -> None:
+    server, path = start_server(FOVEA_WORKERS="2", FOVEA_RUNNERS="1")
     for _ in range(10):
         assert httpx.post(f"{server.url}{CLASSIFY}", content=make_jpeg()).status_code == 200
     stop_server(server)
@@ -208,30 +219,30 @@ def test_every_line_of_all_workers_is_whole(start: Any) -> None:
 
 
 @pytest.mark.long
-def test_a_terminal_gets_text(small_zoo: Path) -> None:
-    ours, theirs = pty.openpty()
-    with Server({"stderr": theirs}, FOVEA_MODELS=str(small_zoo)) as server:
+def test_log_on_a_terminal_is_text(small_zoo: Path) -> None:
+    reading_end, terminal = pty.openpty()
+    with Server({"stderr": terminal}, FOVEA_MODELS=str(small_zoo)) as server:
         server.client.post(CLASSIFY, content=make_jpeg(), headers={"X-Request-Id": "my-own-id"})
-        written = ""
-        while "my-own-id" not in written or "encode" not in written:
-            written += os.read(ours, 4096).decode()
-    os.close(theirs)
-    os.close(ours)
-    plain = re.sub(r"\x1b\[[\d;]*m", "", written)
-    (line,) = [line for line in plain.splitlines() if "my-own-id" in line]
+        output = ""
+        while "my-own-id" not in output or "encode" not in output:
+            output += os.read(reading_end, 4096).decode()
+    os.close(terminal)
+    os.close(reading_end)
+    text = re.sub(r"\x1b\[[\d;]*m", "", output)
+    (line,) = [line for line in text.splitlines() if "my-own-id" in line]
     assert re.search(r"\[info +\] request +request_id=my-own-id", line)
     assert re.search(r"status=200 .*inference=\d+\.\dms", line)
 
 
 @pytest.mark.long
-def test_a_log_that_nobody_reads_holds_nobody_up(small_zoo: Path) -> None:
-    read, write = os.pipe()
-    with Server({"stderr": write}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="100000") as server:
-        os.close(write)
+def test_unread_log_blocks_neither_requests_nor_stop(small_zoo: Path) -> None:
+    reading_end, writing_end = os.pipe()
+    with Server({"stderr": writing_end}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="100000") as server:
+        os.close(writing_end)
         content = make_jpeg()
         for _ in range(1500):  # 400 bytes each: the pipe has 64 KiB, and 1,000 lines may wait
             assert server.client.post(CLASSIFY, content=content).status_code == 200
-        stopping = time.monotonic()
+        stop_time = time.monotonic()
     assert server.process.returncode == 0
-    assert time.monotonic() - stopping < 10
-    os.close(read)
+    assert time.monotonic() - stop_time < 10
+    os.close(reading_end)

@@ -20,15 +20,17 @@ from tests.servers import Server, wait_until
 
 pytestmark = pytest.mark.long
 
-BODIES = 1_000_000
-"""Bytes of one body, and of all together."""
+BODY_BYTES = 1_000_000
+"""Limit of one body, and of all bodies together."""
 
-LARGEST = 40 << 20
-"""Bytes by which the service may grow, whatever clients send: its own limit, and what Python keeps."""
+MAX_GROWTH = 40 << 20
+"""Bytes by which the service may grow: its own limit, and memory that Python keeps."""
 
-CHUNKED = CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
+CHUNKED_REQUEST = (
+    CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
+)
 
-TIMES = {"FOVEA_BODY_TIMEOUT": "0.6", "FOVEA_HEADER_TIMEOUT": "30", "FOVEA_KEEP_ALIVE": "30"}
+TIMEOUTS = {"FOVEA_BODY_TIMEOUT": "0.6", "FOVEA_HEADER_TIMEOUT": "30", "FOVEA_KEEP_ALIVE": "30"}
 
 ROUTES = [
     b"POST /v1/classify",
@@ -50,18 +52,18 @@ ROUTES = [
 
 
 @pytest.fixture(scope="module")
-def hurried(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES=str(BODIES), **TIMES) as running:
-        yield running
-    assert "Traceback" not in running.log
+def short_timeout_server(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES=str(BODY_BYTES), **TIMEOUTS) as server:
+        yield server
+    assert "Traceback" not in server.log
 
 
 @pytest.fixture(scope="module")
-def narrow(small_zoo: Path) -> Iterator[Server]:
-    limits = {"FOVEA_BODY_BYTES": str(BODIES), "FOVEA_BODIES_BYTES": str(BODIES)}
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_LOG_LEVEL="warning", **limits) as running:
-        yield running
-    assert "Traceback" not in running.log
+def low_memory_server(small_zoo: Path) -> Iterator[Server]:
+    limits = {"FOVEA_BODY_BYTES": str(BODY_BYTES), "FOVEA_BODIES_BYTES": str(BODY_BYTES)}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_LOG_LEVEL="warning", **limits) as server:
+        yield server
+    assert "Traceback" not in server.log
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -69,13 +71,16 @@ def narrow(small_zoo: Path) -> Iterator[Server]:
 
 @pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
 @pytest.mark.parametrize("framing", [b"Content-Length: 500000", b"Transfer-Encoding: chunked"])
-@pytest.mark.parametrize("drips", [False, True], ids=["stops", "drips"])
-def test_a_body_has_its_time_on_every_route(
-    hurried: Server, route: bytes, framing: bytes, drips: bool
+@pytest.mark.parametrize("is_dripping", [False, True], ids=["stops", "drips"])
+def test_unfinished_body_times_out_on_every_route(
+    short_timeout_server: Server, route: bytes, framing: bytes, is_dripping: bool
 ) -> None:
-    """The client never ends its body. A route that needs none may answer before; then the connection ends."""
-    with Wire(hurried.url) as wire:
-        wire.socket.settimeout(0.05 if drips else 20)
+    """The client never ends its body.
+
+    A route that needs no body may answer earlier; then the connection ends.
+    """
+    with Wire(short_timeout_server.url) as wire:
+        wire.socket.settimeout(0.05 if is_dripping else 20)
         wire.send(b"%b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (route, framing))
         received = b""
         for _ in range(400):
@@ -102,10 +107,10 @@ def test_a_body_has_its_time_on_every_route(
         assert b"\r\nconnection: close\r\n" in received
 
 
-def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Path) -> None:
+def test_body_timeout_pauses_while_earlier_request_is_answered(small_zoo: Path) -> None:
     """The time limit does not run while the service lets the client wait."""
-    with Server(FOVEA_MODELS=str(small_zoo), **TIMES) as running, Wire(running.url) as wire:
-        with stop_runners(running):
+    with Server(FOVEA_MODELS=str(small_zoo), **TIMEOUTS) as server, Wire(server.url) as wire:
+        with stop_runners(server):
             wire.send(classify_request(make_jpeg()), classify_request(make_jpeg(900, 900))[:-1])
             wire.socket.settimeout(1.5)  # more than twice the limit
             with pytest.raises(TimeoutError):
@@ -120,12 +125,12 @@ def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Pa
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
-def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None:
-    with Wire(hurried.url) as wire:
-        wire.send(b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (route, BODIES + 1))
+def test_body_size_is_limited_on_every_route(short_timeout_server: Server, route: bytes) -> None:
+    with Wire(short_timeout_server.url) as wire:
+        wire.send(b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (route, BODY_BYTES + 1))
         answer = wire.read_response()
         assert answer.is_closing
-        assert (answer.status, str(BODIES) in answer.body.decode()) in (
+        assert (answer.status, str(BODY_BYTES) in answer.body.decode()) in (
             (413, True),
             (404, False),
             (403, False),
@@ -134,20 +139,20 @@ def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
-def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) -> None:
+def test_chunked_body_size_is_limited_on_every_route(server: Server, route: bytes) -> None:
     """The limit also holds for a discarded body: the connection ends long before the time limit."""
     piece = b"186a0\r\n" + bytes(100_000) + b"\r\n"
     with Wire(server.url) as wire:
         wire.send(b"%b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % route)
         wire.socket.settimeout(15)
-        sent = 0
+        sent_bytes = 0
         try:
-            while sent < 1 << 30:
+            while sent_bytes < 1 << 30:
                 wire.send(piece)
-                sent += len(piece)
+                sent_bytes += len(piece)
         except OSError:  # the service has closed the connection
             pass
-        assert sent < 1 << 30
+        assert sent_bytes < 1 << 30
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -166,14 +171,14 @@ def stop_runners(server: Server) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def resident_bytes(server: Server) -> int:
-    """Bytes that the service has in memory, without what it shares with its runners."""
+def read_resident_bytes(server: Server) -> int:
+    """Return the bytes that the service has in memory, without memory shared with its runners."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return sum(int(size) << 10 for size in re.findall(r"(?:RssAnon|RssFile):\s+(\d+)", status))
 
 
 def open_flood(server: Server, head: bytes, piece: bytes, *, connections: int) -> list[Wire]:
-    """Connections that have sent `head` and then as many `piece`s as the service took."""
+    """Open connections, and send `head` and then as many `piece`s as the service takes."""
     wires = []
     for _ in range(connections):
         wire = Wire(server.url)
@@ -183,14 +188,14 @@ def open_flood(server: Server, head: bytes, piece: bytes, *, connections: int) -
             wire.send(head)
             while True:
                 wire.send(piece)
-        except OSError:  # it takes no more, or has refused
+        except OSError:  # the service takes no more, or has refused the request
             continue
-    server.client.get("/health/live")  # the service has read what it reads
+    server.client.get("/health/live")  # an answer shows that the service has read the bytes above
     return wires
 
 
-FIRST = classify_request(make_jpeg())
-LARGE = classify_request(bytes(200_000))
+FIRST_REQUEST = classify_request(make_jpeg())
+LARGE_REQUEST = classify_request(bytes(200_000))
 LIVE_START = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 LARGE_START = CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n"
 
@@ -198,53 +203,54 @@ LARGE_START = CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n"
 @pytest.mark.parametrize(
     ("head", "piece"),
     [
-        (FIRST, LARGE),
-        (FIRST, LARGE.replace(b"/v1/classify", b"/nowhere")),
-        (FIRST, CHUNKED),
-        (FIRST, LIVE_START + b"A: " + b"x" * 60_000 + b"\r\n\r\n"),
-        (FIRST, 1000 * LIVE_REQUEST),
-        (FIRST + LIVE_REQUEST + LARGE_START, bytes(100_000)),
+        (FIRST_REQUEST, LARGE_REQUEST),
+        (FIRST_REQUEST, LARGE_REQUEST.replace(b"/v1/classify", b"/nowhere")),
+        (FIRST_REQUEST, CHUNKED_REQUEST),
+        (FIRST_REQUEST, LIVE_START + b"A: " + b"x" * 60_000 + b"\r\n\r\n"),
+        (FIRST_REQUEST, 1000 * LIVE_REQUEST),
+        (FIRST_REQUEST + LIVE_REQUEST + LARGE_START, bytes(100_000)),
         (LIVE_START, 20 * (b"A: " + b"x" * 1000 + b"\r\n")),
         (LIVE_START + b"A: ", b"x" * 20_000),
-        (FIRST + LIVE_START + b"A: ", b"x" * 20_000),
+        (FIRST_REQUEST + LIVE_START + b"A: ", b"x" * 20_000),
     ],
     ids=[
-        "bodies", "bodies for nobody", "chunked bodies", "headers", "small requests", "a body in pieces",
-        "headers that never end", "a header that never ends", "the same behind a request",
+        "bodies", "bodies for an unknown path", "chunked bodies", "headers", "small requests",
+        "a body in pieces", "headers that never end", "a header that never ends",
+        "an endless header behind a request",
     ],
 )  # fmt: skip
-def test_what_clients_pipeline_is_in_the_account(narrow: Server, head: bytes, piece: bytes) -> None:
-    with stop_runners(narrow), ExitStack() as stack:
-        before = resident_bytes(narrow)
-        for wire in open_flood(narrow, head, piece, connections=250):
+def test_pipelined_requests_use_bounded_memory(low_memory_server: Server, head: bytes, piece: bytes) -> None:
+    with stop_runners(low_memory_server), ExitStack() as stack:
+        before = read_resident_bytes(low_memory_server)
+        for wire in open_flood(low_memory_server, head, piece, connections=250):
             stack.enter_context(wire)
-        grown = resident_bytes(narrow) - before
-        assert grown < LARGEST, f"the service has grown by {grown / 1e6:.0f} MB"
-    narrow.wait_for_metric(1, "fovea_requests_in_flight")
-    narrow.wait_for_metric(1, "fovea_connections")
-    assert narrow.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        growth = read_resident_bytes(low_memory_server) - before
+        assert growth < MAX_GROWTH, f"the service has grown by {growth / 1e6:.0f} MB"
+    low_memory_server.wait_for_metric(1, "fovea_requests_in_flight")
+    low_memory_server.wait_for_metric(1, "fovea_connections")
+    assert low_memory_server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
 
 
-def test_who_waits_behind_another_request_is_refused_in_turn_where_memory_ends(narrow: Server) -> None:
+def test_pipelined_requests_beyond_memory_are_refused_in_order(low_memory_server: Server) -> None:
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(narrow.url)) for _ in range(20)]
-        with stop_runners(narrow):
+        wires = [stack.enter_context(Wire(low_memory_server.url)) for _ in range(20)]
+        with stop_runners(low_memory_server):
             for wire in wires:
                 wire.send(classify_request(make_jpeg()), classify_request(bytes(100_000)), LIVE_REQUEST)
-            narrow.client.get("/health/live")
+            low_memory_server.client.get("/health/live")
         assert {wire.read_response().status for wire in wires} == {200}
         codes = [wire.read_response().error_code for wire in wires]
         assert set(codes) == {"unsupported_format", "overloaded"}
-        refused, served = codes.index("overloaded"), codes.index("unsupported_format")
-        assert wires[served].read_response().json == {"status": "live"}
-        assert wires[refused].socket.recv(1) == b""  # it was read no further
+        refused_index, accepted_index = codes.index("overloaded"), codes.index("unsupported_format")
+        assert wires[accepted_index].read_response().json == {"status": "live"}
+        assert wires[refused_index].socket.recv(1) == b""  # nothing after the refused request is read
 
 
-def test_a_client_that_leaves_with_requests_behind_its_first_is_noticed(narrow: Server) -> None:
-    """Nothing is read from its connection then. It is noticed before the answer is there."""
-    before = narrow.read_metric("fovea_errors_total", reason="client_left")
-    with stop_runners(narrow):
-        for behind in (
+def test_disconnect_of_a_pipelining_client_is_noticed(low_memory_server: Server) -> None:
+    """The service reads nothing from the connection then, and still notices the end before it answers."""
+    before = low_memory_server.read_metric("fovea_errors_total", reason="client_left")
+    with stop_runners(low_memory_server):
+        for later_requests in (
             b"",
             LIVE_REQUEST,
             LIVE_REQUEST * 50,
@@ -252,39 +258,40 @@ def test_a_client_that_leaves_with_requests_behind_its_first_is_noticed(narrow: 
             classify_request(bytes(150_000))[:-9],
             LIVE_REQUEST[:20],
         ):
-            with Wire(narrow.url) as wire:
-                wire.send(classify_request(make_jpeg()), behind)
-                narrow.wait_for_metric(2, "fovea_requests_in_flight")
-            narrow.wait_for_metric(1, "fovea_requests_in_flight")
+            with Wire(low_memory_server.url) as wire:
+                wire.send(classify_request(make_jpeg()), later_requests)
+                low_memory_server.wait_for_metric(2, "fovea_requests_in_flight")
+            low_memory_server.wait_for_metric(1, "fovea_requests_in_flight")
             before += 1
-            assert narrow.read_metric("fovea_errors_total", reason="client_left") == before
+            assert low_memory_server.read_metric("fovea_errors_total", reason="client_left") == before
 
 
-def test_a_client_that_half_closes_is_not_taken_for_one_that_leaves(narrow: Server) -> None:
-    """Its end comes while its first request is at work, before or behind what reading has been paused for."""
-    pipelined: list[tuple[bytes, list[int]]] = [
+def test_half_closing_client_gets_all_its_answers(low_memory_server: Server) -> None:
+    """The client closes its side while its first request is at work, with and without paused reading."""
+    cases: list[tuple[bytes, list[int]]] = [
         (b"", [200]),
         (LIVE_REQUEST, [200, 200]),
         (classify_request(bytes(150_000)) + LIVE_REQUEST, [200, 415, 200]),
     ]
-    for behind, expected in pipelined:
-        with Wire(narrow.url) as wire:
-            with stop_runners(narrow):
+    for later_requests, expected in cases:
+        with Wire(low_memory_server.url) as wire:
+            with stop_runners(low_memory_server):
                 wire.send(classify_request(make_jpeg()))
-                narrow.wait_for_metric(2, "fovea_requests_in_flight")
-                wire.send(behind)
+                low_memory_server.wait_for_metric(2, "fovea_requests_in_flight")
+                wire.send(later_requests)
                 wire.socket.shutdown(socket.SHUT_WR)
-                narrow.wait_for_metric(2, "fovea_requests_in_flight")  # it has had its turn, and still waits
+                # the service has seen the end, and the request still waits
+                low_memory_server.wait_for_metric(2, "fovea_requests_in_flight")
             assert [wire.read_response().status for _ in expected] == expected
             assert wire.is_closed()
 
 
-# --- answers that nobody reads -------------------------------------------------------------------
+# --- unread answers ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
-    """A thousand labels, and all of them are asked for sixty images: 4 MB, of which clients read nothing."""
+def test_unread_answers_use_bounded_memory(tmp_path: Path) -> None:
+    """Clients request all of a thousand labels for sixty images, and read nothing of 4 MB."""
     labels = [f"label {number} " + "x" * 40 for number in range(1000)]
     root = add_to_repository(build_model(labels=labels), tmp_path)
     image = make_jpeg()
@@ -297,28 +304,28 @@ def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
     )
     request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
     limits = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "12000000"}
-    with Server(FOVEA_MODELS=str(root), **limits) as running, ExitStack() as stack:
-        with Wire(running.url) as wire:
+    with Server(FOVEA_MODELS=str(root), **limits) as server, ExitStack() as stack:
+        with Wire(server.url) as wire:
             wire.send(request)
             answer = wire.read_response()
         assert answer.status == 200
         assert len(answer.body) > 4_000_000
         wires = []
         for number in range(15):
-            if number == 5:  # the heap is as large as it gets
-                before = resident_bytes(running)
-            wire = stack.enter_context(Wire(running.url))
+            if number == 5:  # the heap has its final size
+                before = read_resident_bytes(server)
+            wire = stack.enter_context(Wire(server.url))
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
             wire.send(request)
-            running.wait_for_metric(number + 2, "fovea_requests_total", route="/v1/classify")
+            server.wait_for_metric(number + 2, "fovea_requests_total", route="/v1/classify")
             wires.append(wire)
-        grown = resident_bytes(running) - before
-        assert grown < 30 << 20, f"10 answers of {len(answer.body) / 1e6:.1f} MB: {grown / 1e6:.0f} MB more"
-        is_whole = wires[-1].read_response().body == answer.body  # the last one had time to read
+        growth = read_resident_bytes(server) - before
+        assert growth < 30 << 20, f"10 answers of {len(answer.body) / 1e6:.1f} MB: {growth / 1e6:.0f} MB more"
+        is_whole = wires[-1].read_response().body == answer.body  # the newest answer is kept
         assert is_whole
         assert _is_cut_off(wires[0])
-        assert running.client.post("/v1/classify", content=image).status_code == 200
-    assert "cut off" in running.log
+        assert server.client.post("/v1/classify", content=image).status_code == 200
+    assert "cut off" in server.log
 
 
 def _is_cut_off(wire: Wire) -> bool:
@@ -329,19 +336,19 @@ def _is_cut_off(wire: Wire) -> bool:
     return False
 
 
-def test_an_answer_that_would_never_fit_is_refused(tmp_path: Path) -> None:
+def test_answer_larger_than_the_memory_limit_is_refused(tmp_path: Path) -> None:
     root = add_to_repository(build_model(labels=[f"label {number}" for number in range(2000)]), tmp_path)
     limits = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "1000000"}
     files = [("f", make_jpeg())] * 8
-    with Server(FOVEA_MODELS=str(root), **limits) as running:
-        refused = running.client.post("/v1/classify?top_k=0", files=files)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_request")
-        message = refused.json()["error"]["message"]
+    with Server(FOVEA_MODELS=str(root), **limits) as server:
+        reply = server.client.post("/v1/classify?top_k=0", files=files)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+        message = reply.json()["error"]["message"]
         assert "16000 labels" in message
         assert "1000000 (FOVEA_BODIES_BYTES)" in message
-        assert running.client.post("/v1/classify?top_k=5", files=files).status_code == 200
-        assert running.client.post("/v1/classify?top_k=0", files=files[:3]).status_code == 200
-        assert running.read_metric("fovea_images_in_flight") == 0
+        assert server.client.post("/v1/classify?top_k=5", files=files).status_code == 200
+        assert server.client.post("/v1/classify?top_k=0", files=files[:3]).status_code == 200
+        assert server.read_metric("fovea_images_in_flight") == 0
 
 
 class _SilentReader:
@@ -354,7 +361,7 @@ class _SilentReader:
         self.is_cut_off = True
 
 
-def test_bodies_come_before_answers_that_nobody_reads() -> None:
+def test_bodies_displace_unread_answers() -> None:
     memory, readers = BodyMemory(100), [_SilentReader() for _ in range(3)]
     for reader in readers:
         memory.reserve_answer(reader, 30)
@@ -371,7 +378,7 @@ def test_bodies_come_before_answers_that_nobody_reads() -> None:
     assert memory.used_bytes == 0
 
 
-def test_the_newest_answer_has_time_to_be_read() -> None:
+def test_newest_unread_answer_is_not_cut_off() -> None:
     memory, readers = BodyMemory(100), [_SilentReader() for _ in range(2)]
     for reader in readers:
         memory.reserve_answer(reader, 150)
@@ -383,15 +390,14 @@ def test_the_newest_answer_has_time_to_be_read() -> None:
     assert memory.used_bytes == 0
 
 
-def test_large_bodies_leave_room_for_small_ones(small_zoo: Path) -> None:
+def test_large_bodies_leave_room_for_small_bodies(small_zoo: Path) -> None:
     limits = {"FOVEA_BODY_BYTES": "4000000", "FOVEA_BODIES_BYTES": "8000000"}
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\n"
-    with Server(FOVEA_MODELS=str(small_zoo), **limits) as running, ExitStack() as stack:
+    with Server(FOVEA_MODELS=str(small_zoo), **limits) as server, ExitStack() as stack:
         for _ in range(2):
-            wire = stack.enter_context(Wire(running.url))
+            wire = stack.enter_context(Wire(server.url))
             wire.send(head, b"x" * 2_900_000)
-            wait_until(
-                wire.is_all_read
-            )  # else the body below could take the room, and the large one is refused
-        wait_until(lambda: running.client.post("/v1/classify", content=b"x" * 2_000_000).status_code == 503)
-        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+            # else the body below could take the memory, and a large one would be refused
+            wait_until(wire.is_all_read)
+        wait_until(lambda: server.client.post("/v1/classify", content=b"x" * 2_000_000).status_code == 503)
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200

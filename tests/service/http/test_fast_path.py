@@ -23,203 +23,217 @@ from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server
 
 RANDOM = np.random.default_rng(0)
-SMALL = make_jpeg()
+SMALL_IMAGE = make_jpeg()
 
 
 def make_noise(side: int) -> bytes:
-    """A PNG of 3 bytes a pixel: no two alike."""
+    """Return a PNG of random pixels, of about 3 bytes each."""
     return encode_image(Image.fromarray(RANDOM.integers(0, 256, (side, side, 3), np.uint8)), "PNG")
 
 
-LARGE = make_noise(500)  # 750 KB: comes in several pieces
-MIDDLE = make_noise(160)  # 77 KB: a shared buffer, and mostly one piece
+LARGE_IMAGE = make_noise(500)  # 750 KB: arrives in several pieces
+MEDIUM_IMAGE = make_noise(160)  # 77 KB: uses a shared buffer, and mostly arrives in one piece
 
 
 @pytest.fixture(scope="module")
 def large_server(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="1", FOVEA_LOG_LEVEL="debug") as running:
-        yield running
-    assert "Traceback" not in running.log
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="1", FOVEA_LOG_LEVEL="debug") as server:
+        yield server
+    assert "Traceback" not in server.log
 
 
 def read_probabilities(reply: object) -> list[float]:
     assert isinstance(reply, dict)
-    return [one["probability"] for one in reply["predictions"]]
+    return [prediction["probability"] for prediction in reply["predictions"]]
 
 
-def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> None:
-    """Raw in one piece and in many, chunked (through ASGI), behind another request, in a form, as JSON."""
+def test_image_gets_the_same_answer_for_every_framing(large_server: Server) -> None:
+    """The framings: one piece, many pieces, chunks (through ASGI), behind another request, and a form."""
     client = large_server.client
-    for image in (SMALL, MIDDLE, LARGE):
-        whole = client.post("/v1/classify", content=image).json()
+    for image in (SMALL_IMAGE, MEDIUM_IMAGE, LARGE_IMAGE):
+        single_reply = client.post("/v1/classify", content=image).json()
         pieces = (image[start : start + 50_000] for start in range(0, len(image), 50_000))
-        chunked = client.post("/v1/classify", content=pieces).json()
+        chunked_reply = client.post("/v1/classify", content=pieces).json()
         with Wire(large_server.url) as wire:
             head, body = classify_request(image).split(b"\r\n\r\n", 1)
             wire.send(head, b"\r\n\r\n", body[:1])
             for start in range(1, len(body), 100_000):
                 wire.send(body[start : start + 100_000])
                 large_server.client.get("/health/live")  # the service has read the piece
-            dripped = wire.read_response().json
+            pieces_reply = wire.read_response().json
         with Wire(large_server.url) as wire:
-            wire.send(classify_request(SMALL), classify_request(image), LIVE_REQUEST)
+            wire.send(classify_request(SMALL_IMAGE), classify_request(image), LIVE_REQUEST)
             wire.read_response()
-            behind = wire.read_response().json
+            pipelined_reply = wire.read_response().json
             assert wire.read_response().status == 200
-        form = client.post("/v1/classify", files=[("a", ("a", image)), ("b", ("b", image))]).json()
-        (first, second) = form["results"]
-        assert whole == chunked == dripped == behind
-        assert read_probabilities(first) == read_probabilities(second) == read_probabilities(whole)
+        form_reply = client.post("/v1/classify", files=[("a", ("a", image)), ("b", ("b", image))]).json()
+        (first, second) = form_reply["results"]
+        assert single_reply == chunked_reply == pieces_reply == pipelined_reply
+        assert read_probabilities(first) == read_probabilities(second) == read_probabilities(single_reply)
 
 
-def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server) -> None:
-    """The parts have all sizes, share one buffer, and contain bytes that look like a boundary."""
-    images = [SMALL, LARGE, MIDDLE, SMALL, LARGE + b"\r\n--xy", SMALL + b"\r\n"]
-    wanted = [large_server.client.post("/v1/classify", content=one).json() for one in images]
+def test_form_images_with_boundary_lookalikes_are_classified(large_server: Server) -> None:
+    """The parts have several sizes, share one buffer, and contain bytes that look like a boundary."""
+    images = [
+        SMALL_IMAGE,
+        LARGE_IMAGE,
+        MEDIUM_IMAGE,
+        SMALL_IMAGE,
+        LARGE_IMAGE + b"\r\n--xy",
+        SMALL_IMAGE + b"\r\n",
+    ]
+    expected = [large_server.client.post("/v1/classify", content=image).json() for image in images]
     files = [("f", (f"{number}.x", image)) for number, image in enumerate(images)]
     tricky = b"\r\n--x\r\n" * 20_000
     files.insert(2, ("f", ("tricky.x", tricky)))
     boundary = {"Content-Type": "multipart/form-data; boundary=xyz"}
     results = large_server.client.post("/v1/classify", files=files, headers=boundary).json()["results"]
     assert results.pop(2)["error"]["code"] == "unsupported_format"
-    assert [read_probabilities(one) for one in results] == [read_probabilities(one) for one in wanted]
+    assert [read_probabilities(result) for result in results] == [
+        read_probabilities(reply) for reply in expected
+    ]
 
 
-def test_a_connection_goes_on_after_a_large_body(large_server: Server) -> None:
+def test_connection_is_reused_after_a_large_body(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
         for _ in range(3):
-            head, body = classify_request(LARGE).split(b"\r\n\r\n", 1)
+            head, body = classify_request(LARGE_IMAGE).split(b"\r\n\r\n", 1)
             wire.send(head + b"\r\n\r\n")
             wire.send(body)
             assert wire.read_response().status == 200
-            wire.send(classify_request(SMALL))
+            wire.send(classify_request(SMALL_IMAGE))
             assert wire.read_response().status == 200
             wire.send(LIVE_REQUEST)
             assert wire.read_response().status == 200
-        wire.send(classify_request(LARGE, b"Connection: close"))
+        wire.send(classify_request(LARGE_IMAGE, b"Connection: close"))
         answer = wire.read_response()
         assert (answer.status, answer.is_closing) == (200, True)
         assert wire.is_closed()
 
 
-def test_what_follows_a_large_body_at_once_is_answered(large_server: Server) -> None:
+def test_requests_right_after_a_large_body_are_answered(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
-        wire.send(classify_request(LARGE)[:-5])
+        wire.send(classify_request(LARGE_IMAGE)[:-5])
         wire.send(
-            classify_request(LARGE)[-5:], classify_request(SMALL), LIVE_REQUEST, classify_request(MIDDLE)
+            classify_request(LARGE_IMAGE)[-5:],
+            classify_request(SMALL_IMAGE),
+            LIVE_REQUEST,
+            classify_request(MEDIUM_IMAGE),
         )
         assert [wire.read_response().status for _ in range(4)] == [200, 200, 200, 200]
 
 
-def test_a_large_body_is_asked_for(large_server: Server) -> None:
+def test_expect_header_of_a_large_body_gets_100_continue(large_server: Server) -> None:
     with Wire(large_server.url) as wire:
-        wire.send(CLASSIFY_HEAD, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
+        wire.send(CLASSIFY_HEAD, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(LARGE_IMAGE))
         assert wire.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        wire.send(LARGE)
+        wire.send(LARGE_IMAGE)
         assert wire.read_response().status == 200
 
 
 @pytest.mark.long
-def test_a_large_body_that_stops_is_408_and_gives_all_back(large_server: Server) -> None:
+def test_stalled_large_body_gets_408_and_is_released(large_server: Server) -> None:
     before = large_server.read_metric("fovea_errors_total", reason="body_timeout")
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
-            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE_IMAGE), LARGE_IMAGE[:part])
             answer = wire.read_response()
             assert (answer.status, answer.error_code) == (408, "body_timeout")
-            wire.send(b"x" * 1000)  # is not taken for a request
+            wire.send(b"x" * 1000)  # these bytes are no request
             assert wire.is_closed()
     assert large_server.read_metric("fovea_errors_total", reason="body_timeout") == before + 3
-    assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
+    assert large_server.client.post("/v1/classify", content=LARGE_IMAGE).status_code == 200
     assert large_server.read_metric("fovea_requests_in_flight") == 1
 
 
-def test_who_leaves_amid_a_large_body_is_counted(large_server: Server) -> None:
-    def count_left() -> float:
+def test_disconnect_during_a_large_body_is_counted(large_server: Server) -> None:
+    def count_disconnects() -> float:
         return large_server.read_metric("fovea_errors_total", reason="client_left")
 
-    while (before := count_left()) != count_left():  # those of another test are still leaving
+    # clients of another test may still be disconnecting
+    while (before := count_disconnects()) != count_disconnects():
         pass
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
-            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE_IMAGE), LARGE_IMAGE[:part])
             large_server.wait_for_metric(2, "fovea_requests_in_flight")
         large_server.wait_for_metric(1, "fovea_requests_in_flight")
-    assert count_left() == before + 3
+    assert count_disconnects() == before + 3
 
 
 @pytest.mark.slow
-def test_no_body_gets_into_the_buffer_of_another(large_server: Server) -> None:
-    """Many clients send at once while others leave half way: each gets the answer to its own image."""
+def test_concurrent_large_bodies_are_not_mixed_up(large_server: Server) -> None:
+    """Many clients send at once while others disconnect half way: each gets the answer to its own image."""
     images = [make_noise(180 + 20 * number) for number in range(8)]
-    wanted = [large_server.client.post("/v1/classify", content=image).json() for image in images]
-    over = threading.Event()
+    expected = [large_server.client.post("/v1/classify", content=image).json() for image in images]
+    stop = threading.Event()
 
-    def disturb() -> None:
-        while not over.is_set():
+    def send_partial_bodies() -> None:
+        while not stop.is_set():
             with Wire(large_server.url) as wire:
-                wire.send(classify_request(LARGE)[:400_000])
+                wire.send(classify_request(LARGE_IMAGE)[:400_000])
 
-    def ask(number: int) -> bool:
+    def is_answered_correctly(number: int) -> bool:
         reply = large_server.client.post("/v1/classify", content=images[number % 8]).json()
-        return bool(reply == wanted[number % 8])
+        return bool(reply == expected[number % 8])
 
     with ThreadPoolExecutor(6) as pool:
-        disturbing = pool.submit(disturb)
+        disturbance = pool.submit(send_partial_bodies)
         try:
-            assert all(pool.map(ask, range(200)))
+            assert all(pool.map(is_answered_correctly, range(200)))
         finally:
-            over.set()
-        disturbing.result()
+            stop.set()
+        disturbance.result()
 
 
 @pytest.mark.long
 def test_more_large_bodies_than_buffers_are_answered(small_zoo: Path) -> None:
     """The requests without a buffer go through ASGI."""
     settings = {"FOVEA_QUEUE_IMAGES": "2", "FOVEA_REQUEST_IMAGES": "2"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        wires = [Wire(running.url) for _ in range(5)]
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        wires = [Wire(server.url) for _ in range(5)]
         for wire in wires:
-            wire.send(classify_request(LARGE)[:-1])
-        running.wait_for_metric(6, "fovea_requests_in_flight")
+            wire.send(classify_request(LARGE_IMAGE)[:-1])
+        server.wait_for_metric(6, "fovea_requests_in_flight")
         for wire in wires:
-            wire.send(classify_request(LARGE)[-1:])
+            wire.send(classify_request(LARGE_IMAGE)[-1:])
             assert wire.read_response().status == 200
             wire.socket.close()
 
 
 def test_shared_buffers_are_released(large_server: Server) -> None:
-    """However a request ends, the next request reuses its buffer, so that one buffer's memory is enough.
+    """The next request reuses the buffer, however a request ends, so one buffer's memory is enough.
 
-    Each request is sent only after the request before it has ended, which is a moment after its reply.
+    Each request is sent only after the one before it has ended, which is a moment after its reply.
     """
     bodies = next(
         path
         for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
         if "fovea-bodies" in str(path.readlink())
     )
-    large_server.wait_for_metric(1, "fovea_requests_in_flight")  # the scrape itself: others have ended
+    large_server.wait_for_metric(1, "fovea_requests_in_flight")  # only the scrape itself is left
     size = bodies.stat().st_size
     os.truncate(bodies, 0)
-    os.truncate(bodies, size)  # what earlier tests have left is gone
+    os.truncate(bodies, size)  # this discards the bytes of earlier tests
     requests: list[tuple[dict[str, Any], int]] = [
-        ({"content": LARGE}, 200),
+        ({"content": LARGE_IMAGE}, 200),
         ({"content": bytes(700_000)}, 415),
-        ({"files": {"f": LARGE}}, 200),
+        ({"files": {"f": LARGE_IMAGE}}, 200),
     ]
     for _ in range(5):
-        for sent, status in requests:
-            assert large_server.client.post("/v1/classify", **sent).status_code == status
+        for arguments, status in requests:
+            assert large_server.client.post("/v1/classify", **arguments).status_code == status
             large_server.wait_for_metric(1, "fovea_requests_in_flight")
         with Wire(large_server.url) as wire:
-            wire.send(classify_request(LARGE)[:-1])
-            large_server.wait_for_metric(2, "fovea_requests_in_flight")  # it has come, before it goes
+            wire.send(classify_request(LARGE_IMAGE)[:-1])
+            # the request has to arrive before the client disconnects
+            large_server.wait_for_metric(2, "fovea_requests_in_flight")
         large_server.wait_for_metric(1, "fovea_requests_in_flight")
-    assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
+    assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE_IMAGE)
 
 
 class _Handler:
-    """A handler of `exchange` that notes whether its buffer is still allocated when it is closed."""
+    """A request handler that records whether its buffer is still allocated when it is closed."""
 
     def __init__(self, bodies: SharedBodies) -> None:
         self.shared_bodies = bodies
@@ -263,7 +277,7 @@ class _Observer:
 @pytest.mark.parametrize(
     "end", [lambda exchange: exchange.answer(b""), lambda exchange: exchange.disconnect()]
 )
-def test_a_job_is_over_before_its_memory_is_released(end: Callable[[Exchange], None]) -> None:
+def test_handler_is_closed_before_its_buffer_is_released(end: Callable[[Exchange], None]) -> None:
     bodies = SharedBodies(1, 1 << 20)
     handler = _Handler(bodies)
     record = RequestRecord("POST", {})
@@ -276,9 +290,9 @@ def test_a_job_is_over_before_its_memory_is_released(end: Callable[[Exchange], N
     bodies.close()
 
 
-def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> None:
+def test_large_request_with_deadline_returns_all_labels(large_server: Server) -> None:
     reply = large_server.client.post(
-        "/v1/classify?top_k=0", content=LARGE, headers={"X-Deadline-Ms": "30000"}
+        "/v1/classify?top_k=0", content=LARGE_IMAGE, headers={"X-Deadline-Ms": "30000"}
     )
     assert reply.status_code == 200
     assert len(reply.json()["predictions"]) == len(
@@ -289,29 +303,29 @@ def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> N
 def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> None:
     names = ("read", "queue", "decode", "inference", "encode")
 
-    def counts() -> list[float]:
+    def read_counts() -> list[float]:
         return [large_server.read_metric("fovea_stage_seconds_count", stage=name) for name in names]
 
-    before = counts()
-    assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
-    assert [after - once for after, once in zip(counts(), before, strict=True)] == [1, 1, 1, 1, 1]
+    before = read_counts()
+    assert large_server.client.post("/v1/classify", content=LARGE_IMAGE).status_code == 200
+    assert [new - old for new, old in zip(read_counts(), before, strict=True)] == [1, 1, 1, 1, 1]
 
 
-def test_pieces_that_the_parser_has_copied_count_too() -> None:
-    """Some versions of it do so with what has looked like a boundary."""
+def test_form_collector_counts_pieces_that_the_parser_copied() -> None:
+    """Some versions of the parser copy bytes that looked like a boundary at first."""
     body = b"head\r\n--x and more\r\n-- tail"
     collector = FormCollector(body)
-    tell = collector.callbacks()
-    tell["on_part_begin"]()
+    callbacks = collector.callbacks()
+    callbacks["on_part_begin"]()
     for event, text in (
         ("on_header_field", b"Content-Disposition"),
         ("on_header_value", b'form-data; name="f"; filename="a"'),
     ):
-        tell[event](text, 0, len(text))
-    tell["on_header_end"]()
-    tell["on_part_data"](b"\r\n--x", 0, 5)
-    tell["on_part_data"](body, 9, 18)
-    tell["on_part_data"](b"\r\n--", 0, 4)
-    tell["on_part_end"]()
+        callbacks[event](text, 0, len(text))
+    callbacks["on_header_end"]()
+    callbacks["on_part_data"](b"\r\n--x", 0, 5)
+    callbacks["on_part_data"](body, 9, 18)
+    callbacks["on_part_data"](b"\r\n--", 0, 4)
+    callbacks["on_part_end"]()
     assert collector.file_ranges == [(4, 22)]
     assert body[4:22] == b"\r\n--x and more\r\n--"

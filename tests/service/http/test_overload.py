@@ -1,4 +1,4 @@
-"""Callers who ask again at once after a refusal: they cost the others little."""
+"""Clients that ask again at once after a refusal cost the others little."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ pytestmark = pytest.mark.long
 CALLERS = 40
 SECONDS = 3.0
 RATE = 200
-"""Refusals a second, and how many come at once before."""
+"""Refusals a second, and the number of refusals that are sent at once before."""
 
 
-def test_refusals_are_spread_out_and_others_are_not_kept_waiting(small_zoo: Path) -> None:
+def test_refusals_are_rate_limited_and_others_are_answered(small_zoo: Path) -> None:
     settings = {"FOVEA_QUEUE_IMAGES": "1", "FOVEA_REQUEST_IMAGES": "1", "FOVEA_LOG_LEVEL": "error"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, ExitStack() as stack:
-        for pid in running.runner_pids:
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, ExitStack() as stack:
+        for pid in server.runner_pids:
             os.kill(pid, signal.SIGSTOP)
             stack.callback(os.kill, pid, signal.SIGCONT)
-        stack.enter_context(Wire(running.url)).send(classify_request(make_jpeg()))
-        running.wait_for_metric(1, "fovea_images_in_flight")
-        refusals = _count_refusals(running, stack)
+        stack.enter_context(Wire(server.url)).send(classify_request(make_jpeg()))
+        server.wait_for_metric(1, "fovea_images_in_flight")
+        refusals = _count_refusals(server, stack)
         assert CALLERS <= refusals <= RATE * (1 + SECONDS) + CALLERS
-        leaver = stack.enter_context(Wire(running.url))
-        leaver.send(classify_request(make_jpeg()))
-        leaver.socket.close()  # its refusal may still wait
-        with Wire(running.url) as wire:
+        closed_wire = stack.enter_context(Wire(server.url))
+        closed_wire.send(classify_request(make_jpeg()))
+        closed_wire.socket.close()  # its refusal may still be delayed
+        with Wire(server.url) as wire:
             wire.send(LIVE_REQUEST)
             assert wire.read_response().status == 200
             wire.send(classify_request(b""))
             assert wire.read_response().error_code == "overloaded"
-        running.wait_for_metric(2, "fovea_requests_in_flight")
-    assert "Traceback" not in running.log
+        server.wait_for_metric(2, "fovea_requests_in_flight")
+    assert "Traceback" not in server.log
 
 
 def _count_refusals(server: Server, stack: ExitStack) -> int:
-    """Return how many refusals all callers have got."""
+    """Return the number of refusals that all clients together have received."""
     request, refusals = classify_request(make_jpeg()), 0
     selector = stack.enter_context(selectors.DefaultSelector())
     for _ in range(CALLERS):

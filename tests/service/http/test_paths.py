@@ -1,4 +1,4 @@
-"""Paths as careless clients write them, and what leads back to them behind a proxy."""
+"""Paths with extra slashes, as careless clients write them, and links that also work behind a proxy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.raw import Wire
 from tests.servers import Server
 from tests.service.api.test_protocols import ASKED, error_code
 
-CARELESS = ("/{}", "{}/", "//{}//", "//{}")
-"""Around a path that begins with a slash."""
+CARELESS_FORMATS = ("/{}", "{}/", "//{}//", "//{}")
+"""Formats for a path that begins with a slash."""
 
 
-def careless_forms(path: str) -> list[str]:
-    return [form.format(path) for form in CARELESS] + [
+def make_careless_paths(path: str) -> list[str]:
+    return [form.format(path) for form in CARELESS_FORMATS] + [
         path.replace("/", "//"),
         path.replace("/", "///") + "/",
     ]
@@ -24,7 +24,7 @@ def careless_forms(path: str) -> list[str]:
 
 @pytest.mark.parametrize("protocol", ASKED)
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_slashes_too_many_change_nothing(server: Server, protocol: str, is_chunked: bool) -> None:
+def test_extra_slashes_do_not_change_a_prediction(server: Server, protocol: str, is_chunked: bool) -> None:
     """This holds with and without ASGI. A redirect would lose the body, or a proxy's scheme and prefix."""
     path, body = ASKED[protocol]
     path = path.format("small")
@@ -33,29 +33,29 @@ def test_slashes_too_many_change_nothing(server: Server, protocol: str, is_chunk
     )
     expected = server.client.send(request).json()
     content, headers = request.content, {"Content-Type": request.headers.get("Content-Type", "")}
-    for other in careless_forms(path):
-        sent: Any = iter([content]) if is_chunked else content
-        reply = server.client.post(f"{server.url}{other}?", content=sent, headers=headers)
-        assert (reply.status_code, reply.json()) == (200, expected), other
+    for careless_path in make_careless_paths(path):
+        payload: Any = iter([content]) if is_chunked else content
+        reply = server.client.post(f"{server.url}{careless_path}?", content=payload, headers=headers)
+        assert (reply.status_code, reply.json()) == (200, expected), careless_path
 
 
-def test_nor_for_what_is_asked_by_get(server: Server) -> None:
-    """Every route of every protocol that needs no parameter but the model's name and version."""
+def test_extra_slashes_do_not_change_get_replies(server: Server) -> None:
+    """The paths are those of every protocol that need no parameter but the model's name and version."""
     document = server.client.get("/openapi.json").json()
     paths = [path for path, operations in document["paths"].items() if "get" in operations]
-    asked = [path.format(name="small", version="1") for path in paths if "weights" not in path]
-    assert len(asked) > 20
-    for path in (*asked, "/docs", "/page/base.css", "/docs/swagger/start.js"):
-        plain = server.client.get(path)
-        assert plain.status_code == 200
-        for other in careless_forms(path):
-            reply = server.client.get(f"{server.url}{other}", follow_redirects=False)
-            assert reply.status_code == 200, other
+    get_paths = [path.format(name="small", version="1") for path in paths if "weights" not in path]
+    assert len(get_paths) > 20
+    for path in (*get_paths, "/docs", "/page/base.css", "/docs/swagger/start.js"):
+        plain_reply = server.client.get(path)
+        assert plain_reply.status_code == 200
+        for careless_path in make_careless_paths(path):
+            reply = server.client.get(f"{server.url}{careless_path}", follow_redirects=False)
+            assert reply.status_code == 200, careless_path
             if path not in ("/metrics", "/docs") and "stats" not in path:
-                assert reply.content == plain.content, other
+                assert reply.content == plain_reply.content, careless_path
 
 
-def test_they_are_counted_as_the_route(server: Server) -> None:
+def test_path_with_extra_slash_is_counted_as_its_route(server: Server) -> None:
     labels = {"route": "/ping", "protocol": "torchserve"}
     before = server.read_metric("fovea_requests_total", **labels)
     server.client.get("/ping/")
@@ -63,13 +63,13 @@ def test_they_are_counted_as_the_route(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/nothing/", "//nothing", "/page", "/page/", "/docs/swagger/"])
-def test_nothing_is_redirected(server: Server, path: str) -> None:
+def test_unknown_path_gets_404_without_a_redirect(server: Server, path: str) -> None:
     reply = server.client.get(f"{server.url}{path}", follow_redirects=False)
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
     assert "location" not in reply.headers
 
 
-def test_an_error_there_has_the_protocol_s_shape(server: Server) -> None:
+def test_errors_on_careless_paths_have_the_protocol_shape(server: Server) -> None:
     reply = server.client.delete(f"{server.url}//predict/")
     assert (reply.status_code, error_code(reply, "huggingface")) == (405, "method_not_allowed")
     reply = server.client.get(f"{server.url}//v2//nothing/")
@@ -84,20 +84,20 @@ def test_an_error_there_has_the_protocol_s_shape(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_no_link_begins_at_the_root_of_the_host(server: Server, path: str) -> None:
-    linked = re.findall(r'(?:href|src)="([^"]+)"', server.client.get(path).text)
-    assert linked
-    assert all(link.startswith(("./", "#")) for link in linked)
+def test_links_are_relative(server: Server, path: str) -> None:
+    links = re.findall(r'(?:href|src)="([^"]+)"', server.client.get(path).text)
+    assert links
+    assert all(link.startswith(("./", "#")) for link in links)
 
 
-def test_the_documentation_s_links_hold_with_a_slash_at_the_end(server: Server) -> None:
+def test_documentation_links_work_with_a_trailing_slash(server: Server) -> None:
     for path in ("/docs", "/docs/"):
         for link in re.findall(r'(?:href|src)="([^"]+)"', server.client.get(path).text):
             assert server.client.get(f"{server.url}{path}").url.join(link).path.startswith("/docs/swagger/")
 
 
-def test_the_document_s_server_is_relative_to_the_document(server: Server) -> None:
+def test_openapi_server_url_is_relative_to_the_document(server: Server) -> None:
     for path in ("/openapi.json", "/openapi.json/"):
         reply = server.client.get(path)
-        (one,) = reply.json()["servers"]
-        assert reply.url.join(one["url"]).path == "/"
+        (entry,) = reply.json()["servers"]
+        assert reply.url.join(entry["url"]).path == "/"

@@ -26,14 +26,14 @@ CLASSIFY = "/v1/classify"
 NETWORKS = ("10.0.0.0/8", "127.0.0.1", "fd00::/8")
 
 
-def client_address(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
-    """The client's address by these headers."""
-    headers = [(b"x-forwarded-for", one.encode("latin-1")) for one in forwarded]
+def find_client_address(peer: str, *forwarded_for: str, networks: Sequence[str] = NETWORKS) -> str:
+    """Return the client's address according to these headers."""
+    headers = [(b"x-forwarded-for", value.encode("latin-1")) for value in forwarded_for]
     return TrustedProxies(networks).resolve_origin(peer, headers).client
 
 
 @pytest.mark.parametrize(
-    ("peer", "forwarded", "expected"),
+    ("peer", "forwarded_for", "expected"),
     [
         ("10.0.0.1", ["203.0.113.7"], "203.0.113.7"),
         ("127.0.0.1", ["203.0.113.7"], "203.0.113.7"),
@@ -60,14 +60,12 @@ def client_address(peer: str, *forwarded: str, networks: Sequence[str] = NETWORK
         ("", ["198.51.100.9"], ""),
     ],
 )
-def test_the_client_is_the_last_whom_no_trusted_proxy_speaks_for(
-    peer: str, forwarded: list[str], expected: str
-) -> None:
-    assert client_address(peer, *forwarded) == expected
-    assert client_address(peer, *forwarded, networks=()) == peer.removeprefix("::ffff:")
+def test_client_is_the_last_untrusted_address(peer: str, forwarded_for: list[str], expected: str) -> None:
+    assert find_client_address(peer, *forwarded_for) == expected
+    assert find_client_address(peer, *forwarded_for, networks=()) == peer.removeprefix("::ffff:")
 
 
-def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
+def test_public_url_is_taken_only_from_trusted_proxies() -> None:
     headers = [
         (b"x-forwarded-prefix", b"/vision/"),
         (b"x-forwarded-proto", b"HTTPS, http"),
@@ -103,7 +101,7 @@ def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
 
 
 @pytest.mark.parametrize("value", ["10.0.0.1/8", "localhost", "10.0.0.0/33", "10.0.0.1,*"])
-def test_what_is_no_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_trusted_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FOVEA_TRUSTED_PROXIES", value)
     with pytest.raises(SettingsError, match=r"FOVEA_TRUSTED_PROXIES is .*such as 10.0.0.0/8,::1"):
         load_settings()
@@ -111,7 +109,7 @@ def test_what_is_no_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: s
 
 # --- the log -------------------------------------------------------------------------------------
 
-FORWARDED = {"X-Forwarded-For": "198.51.100.9, 203.0.113.7"}
+FORWARDED_HEADERS = {"X-Forwarded-For": "198.51.100.9, 203.0.113.7"}
 
 
 def read_request_lines(log: str) -> list[dict[str, Any]]:
@@ -121,13 +119,13 @@ def read_request_lines(log: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("networks", ["", "127.0.0.0/8"])
-def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) -> None:
+def test_log_names_the_client_address(small_zoo: Path, workers: str, networks: str) -> None:
     """This holds for answers with and without ASGI, for refusals, and for input that is not HTTP."""
     settings = {"FOVEA_WORKERS": workers, "FOVEA_TRUSTED_PROXIES": networks, "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for content in (make_jpeg(), iter([make_jpeg()]), b"nonsense"):
-            httpx.post(f"{server.url}{CLASSIFY}", content=content, headers=FORWARDED)
-        httpx.get(f"{server.url}/nothing/", headers=FORWARDED)
+            httpx.post(f"{server.url}{CLASSIFY}", content=content, headers=FORWARDED_HEADERS)
+        httpx.get(f"{server.url}/nothing/", headers=FORWARDED_HEADERS)
         with Wire(server.url) as wire:
             wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n")
             wire.send(b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
@@ -142,18 +140,16 @@ def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) 
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_log_goes_to_standard_output_where_that_is_asked_for(
-    small_zoo: Path, tmp_path: Path, workers: str
-) -> None:
+def test_log_stream_setting_sends_the_log_to_stdout(small_zoo: Path, tmp_path: Path, workers: str) -> None:
     """Standard output has nothing but the log, so that its reader can parse every line as JSON."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0"}
     log = tmp_path / "log"
     with (
         log.open("w") as stdout,
         subprocess.Popen(
             [sys.executable, "-m", "fovea.service"],
-            env={**inherited, **settings, "FOVEA_LOG_STREAM": "stdout", "FOVEA_WORKERS": workers},
+            env={**environment, **settings, "FOVEA_LOG_STREAM": "stdout", "FOVEA_WORKERS": workers},
             cwd=ROOT,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -173,25 +169,25 @@ def test_the_log_goes_to_standard_output_where_that_is_asked_for(
 # --- links ---------------------------------------------------------------------------------------
 
 
-PLACE = {"Prefix": "/vision", "Proto": "https", "Host": "photos.example"}
+PUBLIC_ADDRESS = {"Prefix": "/vision", "Proto": "https", "Host": "photos.example"}
 
 
 @pytest.fixture(scope="module")
-def behind(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_TRUSTED_PROXIES="127.0.0.1") as running:
-        yield running
+def proxied_server(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_TRUSTED_PROXIES="127.0.0.1") as server:
+        yield server
 
 
-def test_links_have_the_prefix_that_a_trusted_proxy_tells(behind: Server, server: Server) -> None:
-    headers = {f"X-Forwarded-{name}": value for name, value in PLACE.items()}
+def test_links_have_the_prefix_of_a_trusted_proxy(proxied_server: Server, server: Server) -> None:
+    headers = {f"X-Forwarded-{name}": value for name, value in PUBLIC_ADDRESS.items()}
     for path in ("/", "/docs", "/docs/"):
-        reply = behind.client.get(path, headers=headers)
-        linked = re.findall(r'(?:href|src)="([^"#]+)"', reply.text)
-        assert linked
-        assert all(link.startswith("/vision/") for link in linked)
+        reply = proxied_server.client.get(path, headers=headers)
+        links = re.findall(r'(?:href|src)="([^"#]+)"', reply.text)
+        assert links
+        assert all(link.startswith("/vision/") for link in links)
         assert re.findall(r'(?:href|src)="(/[^"]*)"', server.client.get(path, headers=headers).text) == []
         policy = "content-security-policy"
         assert reply.headers.get(policy) == server.client.get(path).headers.get(policy)
-    document = behind.client.get("/openapi.json", headers=headers).json()
+    document = proxied_server.client.get("/openapi.json", headers=headers).json()
     assert document["servers"] == [{"url": "https://photos.example/vision"}]
     assert server.client.get("/openapi.json", headers=headers).json()["servers"] == [{"url": "."}]

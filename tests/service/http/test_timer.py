@@ -11,62 +11,62 @@ import pytest
 from fovea.service.http.timer import RateLimiter, Timer
 
 
-def test_the_last_word_counts_and_has_its_time() -> None:
-    async def rings() -> tuple[str, float]:
-        called = asyncio.get_running_loop().create_future()
+def test_last_armed_callback_is_called_after_its_own_delay() -> None:
+    async def run_timer() -> tuple[str, float]:
+        future = asyncio.get_running_loop().create_future()
         timer, started = Timer(asyncio.get_running_loop()), time.monotonic()
-        timer.arm(0.05, lambda: called.set_result("first"))
-        timer.arm(0.2, lambda: called.set_result("second"))
-        word: str = await called
+        timer.arm(0.05, lambda: future.set_result("first"))
+        timer.arm(0.2, lambda: future.set_result("second"))
+        result: str = await future
         assert not timer.is_armed
-        return word, time.monotonic() - started
+        return result, time.monotonic() - started
 
-    word, seconds = asyncio.run(rings())
-    assert word == "second"
+    result, seconds = asyncio.run(run_timer())
+    assert result == "second"
     assert seconds >= 0.2
 
 
-def test_a_sooner_limit_does_not_wait_for_the_later() -> None:
-    async def rings() -> None:
-        called = asyncio.Event()
+def test_earlier_limit_does_not_wait_for_a_later_one() -> None:
+    async def run_timer() -> None:
+        event = asyncio.Event()
         timer = Timer(asyncio.get_running_loop())
-        timer.arm(1000, called.clear)
-        timer.arm(0.01, called.set)
+        timer.arm(1000, event.clear)
+        timer.arm(0.01, event.set)
         async with asyncio.timeout(60):
-            await called.wait()
+            await event.wait()
 
-    asyncio.run(rings())
+    asyncio.run(run_timer())
 
 
 @pytest.mark.parametrize("end", [Timer.disarm, Timer.close])
-def test_what_is_ended_calls_nothing_until_it_is_armed_again(end: Callable[[Timer], None]) -> None:
-    async def rings() -> None:
-        called = asyncio.Event()
+def test_disarmed_timer_calls_nothing_until_it_is_armed_again(end: Callable[[Timer], None]) -> None:
+    async def run_timer() -> None:
+        event = asyncio.Event()
         timer = Timer(asyncio.get_running_loop())
-        timer.arm(0.01, called.set)
+        timer.arm(0.01, event.set)
         assert timer.is_armed
         end(timer)
         assert not timer.is_armed
         await asyncio.sleep(0.1)
-        assert not called.is_set()
-        timer.arm(0.01, called.set)
-        await called.wait()
+        assert not event.is_set()
+        timer.arm(0.01, event.set)
+        await event.wait()
 
-    asyncio.run(rings())
+    asyncio.run(run_timer())
 
 
-def test_what_comes_too_fast_is_spread_out() -> None:
-    pace = RateLimiter(100, burst=10, max_wait=1.0)
-    waits = [pace.next_delay(1000.0) for _ in range(200)]
+def test_rate_limiter_spreads_out_a_burst() -> None:
+    limiter = RateLimiter(100, burst=10, max_wait=1.0)
+    waits = [limiter.next_delay(1000.0) for _ in range(200)]
     assert waits[:10] == [0.0] * 10
     assert waits[10:] == sorted(waits[10:])
     assert waits[19] == pytest.approx(0.1)
     assert waits[-1] == pytest.approx(1.0)
-    assert pace.next_delay(1002.0) == 0.0
-    assert [pace.next_delay(1003.0) for _ in range(9)] == [0.0] * 9
+    assert limiter.next_delay(1002.0) == 0.0
+    assert [limiter.next_delay(1003.0) for _ in range(9)] == [0.0] * 9
 
 
-def test_a_limit_says_how_much_is_left() -> None:
+def test_timer_reports_its_remaining_seconds() -> None:
     async def measure_remaining() -> tuple[float, float]:
         timer = Timer(asyncio.get_running_loop())
         timer.arm(100, lambda: None)

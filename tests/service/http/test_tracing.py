@@ -1,4 +1,4 @@
-"""Traces as a real collector receives them: OTLP over HTTP."""
+"""Traces that a real collector receives, by OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ERROR = 2
 
 
 class Collector:
-    """Keeps the spans that are sent to it."""
+    """A collector that keeps the spans that are sent to it."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -50,7 +50,7 @@ class Collector:
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Nothing."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -62,7 +62,9 @@ class Collector:
 
     def add_spans(self, request: ExportTraceServiceRequest) -> None:
         for resource in request.resource_spans:
-            attributes = {one.key: one.value.string_value for one in resource.resource.attributes}
+            attributes = {
+                attribute.key: attribute.value.string_value for attribute in resource.resource.attributes
+            }
             self.services.add(attributes["service.name"])
             for scope in resource.scope_spans:
                 self.spans += scope.spans
@@ -73,21 +75,20 @@ class Collector:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    instance = Collector()
+    yield instance
+    instance.server.shutdown()
+    instance.server.server_close()
 
 
-def span_attributes(span: Any) -> dict[str, Any]:
+def read_span_attributes(span: Any) -> dict[str, Any]:
     return {
-        one.key: one.value.string_value or one.value.int_value for one in span.attributes
+        attribute.key: attribute.value.string_value or attribute.value.int_value
+        for attribute in span.attributes
     }  # fmt: skip
 
 
-def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
-    collector: Collector, small_zoo: Path
-) -> None:
+def test_request_has_a_span_per_stage_in_the_caller_trace(collector: Collector, small_zoo: Path) -> None:
     before = time.time_ns()
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         headers = {"traceparent": SAMPLED, "tracestate": "vendor=7", "X-Request-Id": "my-own-id"}
@@ -95,29 +96,30 @@ def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
     (request,) = collector.find_spans(f"POST {CLASSIFY}")
     assert (request.trace_id, request.parent_span_id, request.trace_state) == (TRACE, PARENT, "vendor=7")
     assert request.kind == SERVER_KIND
-    assert span_attributes(request) == {
+    assert read_span_attributes(request) == {
         "http.request.method": "POST", "http.route": CLASSIFY, "http.response.status_code": 200,
         "fovea.request_id": "my-own-id", "fovea.images": 1, "fovea.model": "small", "fovea.version": "1",
     }  # fmt: skip
-    inside = [span for span in collector.spans if span.parent_span_id == request.span_id]
-    assert [span.name for span in sorted(inside, key=lambda span: span.start_time_unix_nano)] == list(STAGES)
-    assert {span.trace_id for span in inside} == {TRACE}
-    for span in (request, *inside):
+    child_spans = [span for span in collector.spans if span.parent_span_id == request.span_id]
+    ordered_spans = sorted(child_spans, key=lambda span: span.start_time_unix_nano)
+    assert [span.name for span in ordered_spans] == list(STAGES)
+    assert {span.trace_id for span in child_spans} == {TRACE}
+    for span in (request, *child_spans):
         assert before < request.start_time_unix_nano <= span.start_time_unix_nano
         assert span.start_time_unix_nano < span.end_time_unix_nano <= request.end_time_unix_nano
     assert request.end_time_unix_nano < time.time_ns()
     (inference,) = collector.find_spans("inference")
     expected = {"fovea.model": "small", "fovea.version": "1", "fovea.batch_images": 1}
-    assert span_attributes(inference) == expected
+    assert read_span_attributes(inference) == expected
     (batch,) = collector.find_spans("batch")
-    assert span_attributes(batch) == expected
+    assert read_span_attributes(batch) == expected
     assert batch.parent_span_id == b"" and batch.trace_id != TRACE
     assert [(link.trace_id, link.span_id) for link in batch.links] == [(TRACE, request.span_id)]
     assert [(link.trace_id, link.span_id) for link in inference.links] == [(batch.trace_id, batch.span_id)]
     assert collector.services == {"fovea"}
 
 
-def test_a_batch_has_links_to_all_of_its_requests(collector: Collector, small_zoo: Path) -> None:
+def test_batch_span_links_to_all_of_its_requests(collector: Collector, small_zoo: Path) -> None:
     settings = {
         **collector.settings,
         "FOVEA_RUNNERS": "1",
@@ -125,42 +127,45 @@ def test_a_batch_has_links_to_all_of_its_requests(collector: Collector, small_zo
         "FOVEA_BATCH_MAX": "4",
     }
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(httpx.post, f"{server.url}{CLASSIFY}", content=make_jpeg()) for _ in range(4)]
-        assert [one.result().status_code for one in asking] == [200] * 4
-        several = server.client.post(CLASSIFY, files=[("image", make_jpeg())] * 4)
-        assert several.status_code == 200
+        futures = [pool.submit(httpx.post, f"{server.url}{CLASSIFY}", content=make_jpeg()) for _ in range(4)]
+        assert [future.result().status_code for future in futures] == [200] * 4
+        form_reply = server.client.post(CLASSIFY, files=[("image", make_jpeg())] * 4)
+        assert form_reply.status_code == 200
     requests = {span.span_id: span for span in collector.find_spans(f"POST {CLASSIFY}")}
     batches = collector.find_spans("batch")
     assert len(requests) == 5
-    assert sum(span_attributes(batch)["fovea.batch_images"] for batch in batches) == 8
+    assert sum(read_span_attributes(batch)["fovea.batch_images"] for batch in batches) == 8
     images = {
-        span.span_id: span_attributes(requests[span.parent_span_id])["fovea.images"]
+        span.span_id: read_span_attributes(requests[span.parent_span_id])["fovea.images"]
         for span in collector.find_spans("inference")
     }
-    assert len(images) == sum(len(batch.links) for batch in batches)  # one for each call of each request
+    # one span for each model call of each request
+    assert len(images) == sum(len(batch.links) for batch in batches)
     for batch in batches:
-        linked = {link.span_id for link in batch.links}
-        assert len(linked) == len(batch.links) and linked <= set(requests)
+        linked_ids = {link.span_id for link in batch.links}
+        assert len(linked_ids) == len(batch.links) and linked_ids <= set(requests)
         assert (
-            sum(span_attributes(requests[one])["fovea.images"] for one in linked)
-            >= span_attributes(batch)["fovea.batch_images"]
+            sum(read_span_attributes(requests[span_id])["fovea.images"] for span_id in linked_ids)
+            >= read_span_attributes(batch)["fovea.batch_images"]
         )
-    assert max(len(batch.links) for batch in batches) >= 2  # some did share one
+    assert max(len(batch.links) for batch in batches) >= 2  # at least two requests shared a batch
 
 
 def test_errors_and_refusals_are_traced(collector: Collector, small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="64", **collector.settings) as server:
         server.client.post(CLASSIFY, content=b"nonsense")
-        late = server.client.post(CLASSIFY, content=make_jpeg(2000, 2000), headers={"X-Deadline-Ms": "0.001"})
-        assert late.status_code == 504
-    refused, late_span = collector.find_spans(f"POST {CLASSIFY}")
-    assert span_attributes(refused)["error.type"] == "unsupported_format"
-    assert refused.status.code != ERROR  # the caller's fault is none of ours
+        late_reply = server.client.post(
+            CLASSIFY, content=make_jpeg(2000, 2000), headers={"X-Deadline-Ms": "0.001"}
+        )
+        assert late_reply.status_code == 504
+    refused_span, late_span = collector.find_spans(f"POST {CLASSIFY}")
+    assert read_span_attributes(refused_span)["error.type"] == "unsupported_format"
+    assert refused_span.status.code != ERROR  # a client error is no error of the service
     assert (late_span.status.code, late_span.status.message) == (ERROR, "deadline_exceeded")
     assert collector.find_spans("batch") == []
 
 
-def test_the_standard_variables_say_what_is_kept(
+def test_otel_variables_set_the_sampler_and_service_name(
     collector: Collector, small_zoo: Path, tmp_path: Path
 ) -> None:
     settings = {
@@ -175,13 +180,13 @@ def test_the_standard_variables_say_what_is_kept(
     assert {span.trace_id for span in collector.spans if span.name != "batch"} == {TRACE}
     assert (len(collector.find_spans("batch")), collector.services) == (1, {"photos"})
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    unsampled, sampled = (line["trace_id"] for line in lines if line["event"] == "request")
-    assert sampled == TRACE.hex()
-    assert len(unsampled) == 32 and unsampled != sampled
+    unsampled_id, sampled_id = (line["trace_id"] for line in lines if line["event"] == "request")
+    assert sampled_id == TRACE.hex()
+    assert len(unsampled_id) == 32 and unsampled_id != sampled_id
 
 
 @pytest.mark.parametrize("header", ["", "nonsense", f"00-{32 * '0'}-{PARENT.hex()}-01", "00-ÿ-1-01"])
-def test_a_caller_without_a_trace_gets_one(collector: Collector, small_zoo: Path, header: str) -> None:
+def test_request_without_a_valid_trace_starts_one(collector: Collector, small_zoo: Path, header: str) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         headers = [(b"traceparent", header.encode("latin-1"))]
         assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
@@ -189,26 +194,26 @@ def test_a_caller_without_a_trace_gets_one(collector: Collector, small_zoo: Path
     assert (len(request.trace_id), request.parent_span_id) == (16, b"")
 
 
-def test_a_collector_that_is_not_there_costs_no_answer_and_no_end(small_zoo: Path) -> None:
+def test_missing_collector_delays_neither_answers_nor_stop(small_zoo: Path) -> None:
     settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for _ in range(20):
             assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
-        stopping = time.monotonic()
-    assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
+        stop_time = time.monotonic()
+    assert (server.process.returncode, time.monotonic() - stop_time < 10) == (0, True)
 
 
-def test_a_collector_that_never_answers_costs_no_answer_and_no_end(small_zoo: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+def test_silent_collector_delays_neither_answers_nor_stop(small_zoo: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_socket:
+        endpoint = f"http://127.0.0.1:{silent_socket.getsockname()[1]}"
         settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
         with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
             assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
-            stopping = time.monotonic()
-        assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
+            stop_time = time.monotonic()
+        assert (server.process.returncode, time.monotonic() - stop_time < 10) == (0, True)
 
 
-def test_a_callers_headers_do_not_fill_the_log(collector: Collector, small_zoo: Path) -> None:
+def test_invalid_tracestate_is_not_logged(collector: Collector, small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         for state in ("hunter2 is no member", "x" * 1000, "a=b,a=c"):
             headers = {"traceparent": SAMPLED, "tracestate": state}
@@ -218,7 +223,7 @@ def test_a_callers_headers_do_not_fill_the_log(collector: Collector, small_zoo: 
     assert "hunter2" not in server.log
 
 
-def test_of_many_images_the_longest_stages_have_spans(collector: Collector, small_zoo: Path) -> None:
+def test_request_of_many_images_has_one_span_per_stage(collector: Collector, small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
         assert server.client.post(CLASSIFY, files=[("image", make_jpeg())] * 30).status_code == 200
     assert sorted(span.name for span in collector.spans) == sorted([*STAGES, "batch", f"POST {CLASSIFY}"])
@@ -230,16 +235,16 @@ def test_of_many_images_the_longest_stages_have_spans(collector: Collector, smal
         ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4096"}, "max_export_batch_size"),
     ],
 )
-def test_settings_that_cannot_be_are_one_line(
+def test_invalid_trace_setting_is_a_one_line_error(
     small_zoo: Path, settings: dict[str, str], message: str
 ) -> None:
-    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", **settings)
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert ended.stderr.startswith("fovea: FOVEA_TRACES: ")
-    assert message in ended.stderr
+    result = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", **settings)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("fovea: FOVEA_TRACES: ")
+    assert message in result.stderr
 
 
-def test_workers_trace_too(collector: Collector, small_zoo: Path) -> None:
+def test_two_workers_send_all_their_traces(collector: Collector, small_zoo: Path) -> None:
     settings = {**collector.settings, "FOVEA_WORKERS": "2", "FOVEA_RUNNERS": "1"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for _ in range(6):
@@ -247,18 +252,18 @@ def test_workers_trace_too(collector: Collector, small_zoo: Path) -> None:
     assert len(collector.find_spans(f"POST {CLASSIFY}")) == 6
 
 
-def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_path: Path) -> None:
-    hidden = "import sys; sys.modules['opentelemetry.exporter'] = None"
-    (tmp_path / "sitecustomize.py").write_text(hidden)
-    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
-    assert ended.returncode == 2
-    assert ended.stderr == (
+def test_missing_trace_package_is_named_at_the_start(small_zoo: Path, tmp_path: Path) -> None:
+    patch = "import sys; sys.modules['opentelemetry.exporter'] = None"
+    (tmp_path / "sitecustomize.py").write_text(patch)
+    result = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr == (
         "fovea: FOVEA_TRACES needs the extra `traces`: "
         "the module opentelemetry.exporter.otlp is not installed\n"
     )
 
 
-# --- spans by hand -------------------------------------------------------------------------------
+# --- spans of made-up requests -------------------------------------------------------------------
 
 
 def _make_record(*stages: TimeSpan) -> RequestRecord:
@@ -269,19 +274,19 @@ def _make_record(*stages: TimeSpan) -> RequestRecord:
     return record
 
 
-def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
-    """One of the requests has other images, in later model calls."""
+def test_batch_span_waits_for_the_last_of_its_requests() -> None:
+    """One of the requests has another image, in a later model call."""
     exporter = InMemorySpanExporter()
 
     async def run() -> None:
         tracing = Tracing(exporter)
-        first, both = (
+        first_call, second_call = (
             TimeSpan("inference", 10.0, 0.01, batch_size=2),
             TimeSpan("inference", 20.0, 0.01, batch_size=1),
         )
-        tracing.trace_request(_make_record(first), 0.1)
+        tracing.trace_request(_make_record(first_call), 0.1)
         await asyncio.sleep(0.02)
-        tracing.trace_request(_make_record(first, both), 0.2)
+        tracing.trace_request(_make_record(first_call, second_call), 0.2)
         await asyncio.to_thread(tracing.close)
 
     asyncio.run(run())
@@ -289,8 +294,8 @@ def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
     assert sorted(len(span.links) for span in batches) == [1, 2]
 
 
-def test_a_few_images_have_spans_of_their_own_and_many_have_not() -> None:
-    def decodes(images: int) -> int:
+def test_only_few_images_have_decode_spans_of_their_own() -> None:
+    def count_decode_spans(images: int) -> int:
         exporter = InMemorySpanExporter()
         stages = [TimeSpan("decode", float(image), 0.01) for image in range(images)]
         stages += [TimeSpan("inference", 100.0, 0.01, batch_size=images)] * images
@@ -303,4 +308,4 @@ def test_a_few_images_have_spans_of_their_own_and_many_have_not() -> None:
         asyncio.run(run())
         return sum(span.name == "decode" for span in exporter.get_finished_spans())
 
-    assert [decodes(images) for images in (2, 8, 9, 64)] == [2, 8, 1, 1]
+    assert [count_decode_spans(images) for images in (2, 8, 9, 64)] == [2, 8, 1, 1]

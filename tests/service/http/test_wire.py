@@ -1,4 +1,4 @@
-"""HTTP/1.1 as RFC 9110 and RFC 9112 have it: answers, refusals, and ends of connections."""
+"""HTTP/1.1 according to RFC 9110 and RFC 9112: answers, refusals, and ends of connections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.servers import Server
 
 IMAGE = make_jpeg()
 LAST = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-"""The last request of a connection that goes on until then."""
+"""The last request of a connection that is still open."""
 
 CHUNKED = CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 WHOLE = b"%x\r\n" % len(IMAGE) + IMAGE + b"\r\n0\r\n"
@@ -25,14 +25,14 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 @pytest.fixture(scope="module")
 def wire_server(small_zoo: Path) -> Iterator[Server]:
-    """Answers every case of this module without an error of its own."""
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as running:
-        yield running
-    assert "Traceback" not in running.log
+    """A server that answers every request of this module without an internal error."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as server:
+        yield server
+    assert "Traceback" not in server.log
 
 
 def send_and_read(server: Server, content: bytes, *, half_close: bool = False) -> bytes:
-    """All that the server answers until it closes the connection."""
+    """Return all that the server answers until it closes the connection."""
     with Wire(server.url) as wire:
         wire.send(content)
         if half_close:
@@ -41,7 +41,7 @@ def send_and_read(server: Server, content: bytes, *, half_close: bool = False) -
         try:
             while piece := wire.socket.recv(1 << 16):
                 reply += piece
-        except ConnectionResetError:  # after the answer: it has not read all that was sent
+        except ConnectionResetError:  # after the answer, if the server has not read everything
             pass
         return reply
 
@@ -51,7 +51,7 @@ def read_statuses(reply: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("sent", "expected"),
+    ("content", "expected"),
     [
         # --- framing: RFC 9112, sections 6 and 7 ---
         (CLASSIFY_HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + LAST, [400]),
@@ -153,19 +153,21 @@ def read_statuses(reply: bytes) -> list[int]:
         (CHUNKED + WHOLE + b"Content-Length: 3\r\nTransfer-Encoding: x\r\n\r\n" + LAST, [400]),
     ],
 )  # fmt: skip
-def test_a_request_is_judged_by_the_standard(wire_server: Server, sent: bytes, expected: list[int]) -> None:
-    assert read_statuses(send_and_read(wire_server, sent)) == expected
+def test_request_is_answered_according_to_the_rfcs(
+    wire_server: Server, content: bytes, expected: list[int]
+) -> None:
+    assert read_statuses(send_and_read(wire_server, content)) == expected
 
 
-def test_a_trailer_reaches_neither_its_request_nor_the_next(wire_server: Server) -> None:
+def test_trailers_affect_no_request(wire_server: Server) -> None:
     trailers = b"X-Request-Id: from-a-trailer\r\nContent-Encoding: gzip\r\n\r\n"
-    received = send_and_read(wire_server, CHUNKED + WHOLE + trailers + CHUNKED + WHOLE + b"\r\n" + LAST)
-    assert read_statuses(received) == [200, 200, 200]
-    assert b"from-a-trailer" not in received
+    reply = send_and_read(wire_server, CHUNKED + WHOLE + trailers + CHUNKED + WHOLE + b"\r\n" + LAST)
+    assert read_statuses(reply) == [200, 200, 200]
+    assert b"from-a-trailer" not in reply
 
 
 @pytest.mark.parametrize(
-    ("sent", "expected"),
+    ("content", "expected"),
     [
         (classify_request(IMAGE), [200]),
         (CHUNKED + WHOLE + b"\r\n", [200]),
@@ -179,47 +181,49 @@ def test_a_trailer_reaches_neither_its_request_nor_the_next(wire_server: Server)
         (LIVE_REQUEST[:9], []),
     ],
 )
-def test_a_half_closed_connection_gets_the_answers_to_what_was_whole(
-    wire_server: Server, sent: bytes, expected: list[int]
+def test_half_closed_connection_gets_answers_to_whole_requests(
+    wire_server: Server, content: bytes, expected: list[int]
 ) -> None:
-    received = send_and_read(wire_server, sent, half_close=True)
-    assert read_statuses(received) == expected
-    assert received.count(b"HTTP/1.1") == len(expected)
+    reply = send_and_read(wire_server, content, half_close=True)
+    assert read_statuses(reply) == expected
+    assert reply.count(b"HTTP/1.1") == len(expected)
 
 
 @pytest.mark.long
 def test_http_1_0_is_answered_without_chunks(wire_server: Server) -> None:
-    """An answer of unknown length ends with the connection, and one of known length need not."""
+    """An answer of unknown length ends with the connection; one of known length need not."""
     head = b"POST /v1/explain?method=occlusion&progress=true HTTP/1.0\r\nConnection: keep-alive\r\n"
-    received = send_and_read(wire_server, head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
-    headers, body = received.split(b"\r\n\r\n", 1)
+    reply = send_and_read(wire_server, head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
+    headers, body = reply.split(b"\r\n\r\n", 1)
     assert b"chunked" not in headers
     assert b"connection: close" in headers
     assert body.startswith(b'{"progress"')
     assert b'"result"' in body
     assert body.endswith(b"}\n")
-    kept = b"GET /health/live HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
-    posted = b"POST /v1/classify HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(
-        IMAGE
+    live_request = b"GET /health/live HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
+    classify_head = (
+        b"POST /v1/classify HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(IMAGE)
     )
-    received = send_and_read(wire_server, kept + posted + IMAGE + kept.replace(b"Keep-Alive", b"close"))
-    assert read_statuses(received) == [200, 200, 200]
-    assert received.count(b"connection: keep-alive") == 2
-    assert received.count(b"connection: close") == 1
+    reply = send_and_read(
+        wire_server, live_request + classify_head + IMAGE + live_request.replace(b"Keep-Alive", b"close")
+    )
+    assert read_statuses(reply) == [200, 200, 200]
+    assert reply.count(b"connection: keep-alive") == 2
+    assert reply.count(b"connection: close") == 1
 
 
-def test_a_request_at_fault_behind_another_is_answered_after_it(wire_server: Server) -> None:
-    received = send_and_read(
+def test_bad_pipelined_request_is_answered_in_order(wire_server: Server) -> None:
+    reply = send_and_read(
         wire_server,
         classify_request(IMAGE)
         + LIVE_REQUEST
         + classify_request(IMAGE).replace(b"Host", b"Ghost")
         + LIVE_REQUEST,
     )
-    assert read_statuses(received) == [200, 200, 400]
-    assert b"0 Host headers" in received
+    assert read_statuses(reply) == [200, 200, 400]
+    assert b"0 Host headers" in reply
 
 
-def test_a_broken_body_does_not_cost_those_before_it_their_answers(wire_server: Server) -> None:
-    received = send_and_read(wire_server, classify_request(IMAGE) + CHUNKED + b"3\r\nabcXX" + LIVE_REQUEST)
-    assert read_statuses(received) == [200, 400]
+def test_requests_before_a_broken_body_are_answered(wire_server: Server) -> None:
+    reply = send_and_read(wire_server, classify_request(IMAGE) + CHUNKED + b"3\r\nabcXX" + LIVE_REQUEST)
+    assert read_statuses(reply) == [200, 400]
