@@ -31,7 +31,7 @@ def fit_settings(folder: Path, limit: int | None, **values: Any) -> Settings:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def repository(tmp_path: Path) -> Path:
     """A repository of two models; their latest versions have 8 and 20 MB."""
     for name, version, size in (("a", "2", 8 * MB), ("a", "1", 90 * MB), ("b", "1", 20 * MB)):
         path = tmp_path / name / version / "model.onnx"
