@@ -207,7 +207,7 @@ def test_image_that_hangs_runners_fails(
         assert server.read_metric("fovea_runner_deaths_total") == 2
 
 
-# --- failed restarts --- -------------------------------------------------------------------------
+# --- failed restarts -----------------------------------------------------------------------------
 
 
 @pytest.mark.long
