@@ -398,13 +398,13 @@ if "runners.process" in " ".join(sys.orig_argv):
 
     load = process._Runner._load_model
 
-    def gated(self, wanted):
+    def load_when_released(self, command):
         open({began!r}, "w").close()
         while not os.path.exists({gate!r}):
             time.sleep(0.01)
-        load(self, wanted)
+        load(self, command)
 
-    process._Runner._load_model = gated
+    process._Runner._load_model = load_when_released
 """
 """Code for a runner: create the file `began` when a further load begins; load once the file `gate` exists."""
 
