@@ -1,6 +1,6 @@
 """Measures the memory of decoding: `python -m tests.service.inference.peaks` prints JSON lines.
 
-A process of its own, whose allocator gives everything back at once: MALLOC_MMAP_THRESHOLD_=65536.
+Run it in its own process with MALLOC_MMAP_THRESHOLD_=65536: the allocator then returns all memory at once.
 """
 
 from __future__ import annotations

@@ -19,17 +19,17 @@ from fovea.service.inference.resize import draft_jpeg
 from tests.graphs import SMALL_GEOMETRY
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
-MOST = 50_000_000
+MAX_PIXELS = 50_000_000
 EXACT = replace(SMALL_GEOMETRY, pixel_path=PixelPath.EXACT)
 FAST = replace(SMALL_GEOMETRY, pixel_path=PixelPath.FAST)
 
 
-def _jpeg_with_thumbnail() -> bytes:
+def _make_jpeg_with_thumbnail() -> bytes:
     """Return a JPEG with another JPEG inside its Exif segment."""
-    inside = make_jpeg(32, 24)
-    segment = b"Exif\0\0" + inside
-    whole = make_jpeg(301, 203)
-    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
+    thumbnail = make_jpeg(32, 24)
+    segment = b"Exif\0\0" + thumbnail
+    jpeg = make_jpeg(301, 203)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
 
 
 PICTURE = draw_picture(301, 203)
@@ -38,7 +38,7 @@ IMAGES: dict[str, tuple[str, bytes]] = {
     "jpeg progressive": ("JPEG", encode_image(PICTURE, "JPEG", progressive=True)),
     "jpeg grey": ("JPEG", encode_image(PICTURE.convert("L"), "JPEG")),
     "jpeg cmyk": ("JPEG", encode_image(PICTURE.convert("CMYK"), "JPEG")),
-    "jpeg thumbnail": ("JPEG", _jpeg_with_thumbnail()),
+    "jpeg thumbnail": ("JPEG", _make_jpeg_with_thumbnail()),
     "jpeg fill bytes": ("JPEG", encode_image(PICTURE, "JPEG").replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)),
     "png": ("PNG", encode_image(PICTURE, "PNG")),
     "png alpha": ("PNG", encode_image(PICTURE.convert("RGBA"), "PNG")),
@@ -67,47 +67,49 @@ def test_format_and_size_are_read_without_a_codec(name: str) -> None:
 
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometry: Any) -> None:
+def test_estimated_memory_covers_the_decoder_peak(name: str, geometry: Any) -> None:
     """Small pictures take hardly more than tables, so the numbers are scaled to a larger picture."""
-    kind, content = IMAGES[name]
-    with Image.open(BytesIO(content)) as small:
-        options = {"transparency": 0} if small.mode == "P" and kind == "PNG" else {}
-        options |= {"progressive": True} if "progressive" in small.info else {}
-        large = encode_image(small.resize((1900, 1300)), kind, **options)
-    cost = estimate_cost(large, geometry, max_pixels=MOST)
+    kind, small_content = IMAGES[name]
+    with Image.open(BytesIO(small_content)) as small_image:
+        options = {"transparency": 0} if small_image.mode == "P" and kind == "PNG" else {}
+        options |= {"progressive": True} if "progressive" in small_image.info else {}
+        content = encode_image(small_image.resize((1900, 1300)), kind, **options)
+    cost = estimate_cost(content, geometry, max_pixels=MAX_PIXELS)
     assert cost is not None
-    _, image = _identify_image(large)
-    opened = IMAGE_CLASSES[kind](BytesIO(image))
-    size = opened.size
-    draft_jpeg(opened, geometry)
-    assert cost.memory_bytes >= len(large) + estimate_peak_bytes(opened, size, geometry)
+    _, image = _identify_image(content)
+    opened_image = IMAGE_CLASSES[kind](BytesIO(image))
+    size = opened_image.size
+    draft_jpeg(opened_image, geometry)
+    assert cost.memory_bytes >= len(content) + estimate_peak_bytes(opened_image, size, geometry)
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_header_that_is_cut_off_may_cost_anything(name: str) -> None:
-    assert estimate_cost(IMAGES[name][1][: 9 if name == "gif" else 13], EXACT, max_pixels=MOST) is None
+def test_truncated_header_has_unknown_cost(name: str) -> None:
+    assert estimate_cost(IMAGES[name][1][: 9 if name == "gif" else 13], EXACT, max_pixels=MAX_PIXELS) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"nonsense" * 9, b"RIFF1234WAVEfmt ", b"\x89PNG\r\n"])
-def test_what_is_no_image_is_free(content: bytes) -> None:
-    assert estimate_cost(content, EXACT, max_pixels=MOST) == NO_COST
+def test_non_image_has_no_cost(content: bytes) -> None:
+    assert estimate_cost(content, EXACT, max_pixels=MAX_PIXELS) == NO_COST
 
 
-def test_an_image_above_the_limit_is_free_as_its_header_refuses_it() -> None:
+def test_image_above_the_pixel_limit_has_no_cost() -> None:
     content = encode_image(Image.new("1", (9000, 9000)), "PNG")
-    assert estimate_cost(content, EXACT, max_pixels=MOST) == NO_COST
-    assert estimate_cost(content, EXACT, max_pixels=MOST * 2) != NO_COST
+    assert estimate_cost(content, EXACT, max_pixels=MAX_PIXELS) == NO_COST
+    assert estimate_cost(content, EXACT, max_pixels=MAX_PIXELS * 2) != NO_COST
 
 
-def test_a_small_file_of_many_pixels_is_expensive_and_a_photograph_is_not() -> None:
+def test_small_file_of_many_pixels_is_expensive() -> None:
     giant = encode_image(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)
     photo = make_jpeg(4000, 3000)
-    costly, ordinary = (estimate_cost(one, FAST, max_pixels=MOST) for one in (giant, photo))
-    assert costly is not None
-    assert ordinary is not None
+    giant_cost, photo_cost = (
+        estimate_cost(content, FAST, max_pixels=MAX_PIXELS) for content in (giant, photo)
+    )
+    assert giant_cost is not None
+    assert photo_cost is not None
     assert len(giant) < 10_000
-    assert costly.seconds > 1
-    assert ordinary.seconds < 0.25
+    assert giant_cost.seconds > 1
+    assert photo_cost.seconds < 0.25
 
 
 def test_scans_of_a_progressive_jpeg_are_counted() -> None:
@@ -117,19 +119,19 @@ def test_scans_of_a_progressive_jpeg_are_counted() -> None:
     assert header.scans >= 50
 
 
-def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
-    """A BigTIFF, and a TIFF with pictures in sub-directories as raw files have them, cost the maximum."""
+def test_tiff_with_possible_hidden_pictures_has_unknown_cost() -> None:
+    """This holds for a BigTIFF, and for a TIFF with pictures in sub-directories, like a raw file."""
     tiff = encode_image(PICTURE, "TIFF")
-    assert estimate_cost(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, max_pixels=MOST) is None
+    assert estimate_cost(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, max_pixels=MAX_PIXELS) is None
     with Image.open(BytesIO(tiff)) as image:
-        hidden = encode_image(image, "TIFF", tiffinfo={330: 8})
-    assert estimate_cost(hidden, EXACT, max_pixels=MOST) is None
+        tiff_with_subdirectory = encode_image(image, "TIFF", tiffinfo={330: 8})
+    assert estimate_cost(tiff_with_subdirectory, EXACT, max_pixels=MAX_PIXELS) is None
 
 
-def test_bytes_between_segments_are_passed_over_and_never_one_by_one() -> None:
-    whole = make_jpeg(301, 203)
-    padded = whole[:2] + b"x" * 1000 + whole[2:]
-    header = read_header(padded)
+def test_bytes_between_jpeg_segments_are_skipped() -> None:
+    jpeg = make_jpeg(301, 203)
+    padded_jpeg = jpeg[:2] + b"x" * 1000 + jpeg[2:]
+    header = read_header(padded_jpeg)
     assert header is not None
     assert (header.width, header.height) == (301, 203)
-    assert estimate_cost(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, max_pixels=MOST) is None
+    assert estimate_cost(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, max_pixels=MAX_PIXELS) is None

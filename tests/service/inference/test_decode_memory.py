@@ -35,7 +35,7 @@ EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 50_000_000
 SECONDS = 30
-"""Time limit in seconds, longer than any of these tests takes: a wait that reaches the limit has failed."""
+"""Time limit in seconds, longer than any of these tests takes: a wait that reaches it has failed."""
 
 
 class PeakMemory(DecodeMemory):
@@ -56,37 +56,37 @@ class PeakMemory(DecodeMemory):
 def peaks() -> list[tuple[str, str, int, int]]:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not tell a process its peak memory")
-    threshold = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    ran = subprocess.run(
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    process = subprocess.run(
         [sys.executable, "-m", "tests.service.inference.peaks"],
-        cwd=ROOT, env={**os.environ, **threshold}, capture_output=True, text=True, check=True,
+        cwd=ROOT, env={**os.environ, **thresholds}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
+    return [tuple(json.loads(line)) for line in process.stdout.splitlines()]
 
 
 @pytest.mark.long
-def test_no_decode_takes_more_than_its_header_promised(peaks: list[tuple[str, str, int, int]]) -> None:
+def test_decoding_takes_no_more_than_estimated(peaks: list[tuple[str, str, int, int]]) -> None:
     assert len(peaks) > 60
     assert [peak for peak in peaks if peak[2] > peak[3]] == []
 
 
 @pytest.mark.long
-def test_the_promise_is_not_absurd(peaks: list[tuple[str, str, int, int]]) -> None:
+def test_estimate_is_not_far_above_the_peak(peaks: list[tuple[str, str, int, int]]) -> None:
     """An estimate that is too high keeps images waiting for memory that nobody uses."""
     assert [peak for peak in peaks if peak[3] > 4 * peak[2] + 9_000_000] == []
 
 
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
-def test_every_image_within_the_pixel_limit_fits_by_default(geometry: Geometry) -> None:
+def test_images_within_the_pixel_limit_fit_by_default(geometry: Geometry) -> None:
     limit = Settings(models=ROOT / "zoo").decode_bytes
     side = 7_071
-    small = encode_image(Image.new("RGBA", (1000, 1000)), "WEBP", lossless=True, method=0, quality=0)
+    webp = encode_image(Image.new("RGBA", (1000, 1000)), "WEBP", lossless=True, method=0, quality=0)
     for mode, colour in ((8, 6), (16, 0), (8, 4)):
         header = bytearray(make_png_header(side, side))
         header[24:26] = mode, colour
         header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
         assert estimate_bytes(bytes(header), geometry) <= limit
-    for content in (small, encode_image(Image.new("RGBA", (1000, 1000)), "AVIF", speed=10)):
+    for content in (webp, encode_image(Image.new("RGBA", (1000, 1000)), "AVIF", speed=10)):
         assert 50 * estimate_bytes(content, geometry) <= limit + 100_000_000  # 2 MB of each are not per pixel
     assert estimate_bytes(encode_image(Image.new("L", (1, 50_000)), "PNG"), geometry) < 100_000_000
 
@@ -94,15 +94,15 @@ def test_every_image_within_the_pixel_limit_fits_by_default(geometry: Geometry) 
 # --- the bound -----------------------------------------------------------------------------------
 
 
-def test_two_large_images_do_not_share_a_memory_that_has_room_for_one() -> None:
+def test_large_images_are_decoded_one_at_a_time() -> None:
     content = encode_image(draw_picture(1200, 900), "PNG")
-    alone = estimate_bytes(content, EXACT)
-    memory = PeakMemory(alone * 3 // 2)
-    small = encode_image(draw_picture(64, 64), "PNG")
+    needed_bytes = estimate_bytes(content, EXACT)
+    memory = PeakMemory(needed_bytes * 3 // 2)
+    small_image = encode_image(draw_picture(64, 64), "PNG")
     with ThreadPoolExecutor(4) as pool:
-        done = [pool.submit(_decode_shape, image, memory) for image in 3 * [content, content, small]]
-        assert all(future.result(SECONDS) == (224, 224, 3) for future in done)
-    assert alone <= memory.peak <= memory.limit
+        futures = [pool.submit(_decode_shape, image, memory) for image in 3 * [content, content, small_image]]
+        assert all(future.result(SECONDS) == (224, 224, 3) for future in futures)
+    assert needed_bytes <= memory.peak <= memory.limit
     assert memory.bytes_in_use == 0
 
 
@@ -110,21 +110,23 @@ def _decode_shape(content: bytes, memory: DecodeMemory) -> tuple[int, ...]:
     return decode_image(content, EXACT, max_pixels=MAX_PIXELS, memory=memory).pixels.shape
 
 
-def test_small_ones_pass_beside_a_large_one_while_there_is_room() -> None:
+def test_small_image_fits_beside_a_large_one() -> None:
     memory = DecodeMemory(10)
     with memory.reserve(8), memory.reserve(2):
         assert memory.bytes_in_use == 10
     assert memory.bytes_in_use == 0
 
 
-def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
+def test_small_image_does_not_overtake_a_waiting_large_one() -> None:
     memory, order = DecodeMemory(10), list[str]()
 
-    def take(name: str, size: int) -> None:
+    def reserve_memory(name: str, size: int) -> None:
         with memory.reserve(size):
             order.append(name)
 
-    threads = [threading.Thread(target=take, args=work) for work in (("large", 8), ("small", 2))]
+    threads = [
+        threading.Thread(target=reserve_memory, args=arguments) for arguments in (("large", 8), ("small", 2))
+    ]
     with memory.reserve(5):
         for count, thread in enumerate(threads, 1):
             thread.start()
@@ -136,41 +138,41 @@ def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
     assert memory.bytes_in_use == 0
 
 
-def _wait_for_queue(memory: DecodeMemory, waiting: int) -> None:
-    with memory._condition:  # whoever joins the queue tells the others
-        assert memory._condition.wait_for(lambda: len(memory._queue) == waiting, SECONDS)
+def _wait_for_queue(memory: DecodeMemory, length: int) -> None:
+    with memory._condition:  # a thread that joins the queue notifies the others
+        assert memory._condition.wait_for(lambda: len(memory._queue) == length, SECONDS)
 
 
-def test_an_image_that_could_never_fit_is_refused_with_its_bytes_and_the_setting() -> None:
+def test_image_above_the_memory_limit_is_refused() -> None:
     content, memory = encode_image(draw_picture(1200, 900), "PNG"), DecodeMemory(1_000_000)
-    needed = estimate_bytes(content, EXACT)
+    needed_bytes = estimate_bytes(content, EXACT)
     with pytest.raises(
-        TooManyPixels, match=rf"takes {needed} bytes .* at most 1000000 \(by FOVEA_DECODE_BYTES\)"
+        TooManyPixels, match=rf"takes {needed_bytes} bytes .* at most 1000000 \(by FOVEA_DECODE_BYTES\)"
     ):
         _decode_shape(content, memory)
     assert memory.bytes_in_use == 0
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
-def test_whatever_comes_all_of_it_passes_and_never_too_much(sizes: list[int]) -> None:
+def test_all_reservations_succeed_within_the_limit(sizes: list[int]) -> None:
     memory = PeakMemory(10)
 
-    def take(size: int) -> None:
+    def reserve_memory(size: int) -> None:
         with memory.reserve(size):
             pass
 
     with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(take, size) for size in sizes]:
+        for future in [pool.submit(reserve_memory, size) for size in sizes]:
             future.result(SECONDS)
     assert memory.bytes_in_use == 0
     assert memory.peak <= 10
 
 
-def test_everything_is_given_back_after_errors() -> None:
+def test_memory_is_released_after_errors() -> None:
     memory = DecodeMemory(1 << 30)
-    whole = encode_image(draw_picture(300, 200), "PNG")
+    png = encode_image(draw_picture(300, 200), "PNG")
     for content in (
-        whole[: len(whole) // 2],
+        png[: len(png) // 2],
         make_jpeg(300, 200)[:2000],
         encode_image(Image.new("F", (40, 40)), "TIFF"),
     ):
@@ -179,13 +181,13 @@ def test_everything_is_given_back_after_errors() -> None:
         assert memory.bytes_in_use == 0
 
 
-@pytest.mark.parametrize("kept", [0.5, 1.0], ids=["truncated", "of a mode without a rule"])
-def test_an_error_does_not_keep_what_was_decoded(kept: float) -> None:
+@pytest.mark.parametrize("kept_share", [0.5, 1.0], ids=["truncated", "of a mode without a rule"])
+def test_error_keeps_no_reference_to_the_image(kept_share: float) -> None:
     content = encode_image(Image.new("F", (40, 40)), "TIFF")
-    with pytest.raises(BadImage) as raised:
-        _decode_shape(content[: int(kept * len(content))], DecodeMemory(1 << 30))
+    with pytest.raises(BadImage) as error_info:
+        _decode_shape(content[: int(kept_share * len(content))], DecodeMemory(1 << 30))
     assert [
-        value for frame in _list_frames(raised.value) for value in frame.values() if _is_image(value)
+        value for frame in _list_frames(error_info.value) for value in frame.values() if _is_image(value)
     ] == []
 
 
@@ -203,7 +205,7 @@ def _list_frames(error: BaseException | None) -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.long
-def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) -> None:
+def test_service_refuses_images_above_the_memory_setting(small_zoo: object) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DECODE_BYTES="2000000") as server:
         reply = server.client.post("/v1/classify", content=encode_image(draw_picture(1000, 900), "PNG"))
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_many_pixels")
@@ -213,7 +215,7 @@ def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) 
 
 # --- several processes ---------------------------------------------------------------------------
 
-OTHER = """
+OTHER_PROCESS_CODE = """
 import sys
 from fovea.service.inference.decode_memory import DecodeMemory
 memory = DecodeMemory(800, processes=2, lock_descriptor=int(sys.argv[1]))
@@ -223,70 +225,70 @@ for line in sys.stdin:
 """
 
 
-def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
+def test_large_images_wait_for_other_processes() -> None:
     lock = os.memfd_create("lock")
-    ours = DecodeMemory(800, processes=2, lock_descriptor=lock)
+    memory = DecodeMemory(800, processes=2, lock_descriptor=lock)
     with subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(lock)],
+        [sys.executable, "-c", OTHER_PROCESS_CODE, str(lock)],
         cwd=ROOT, pass_fds=[lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as other:  # fmt: skip
-        if other.stdin is None or other.stdout is None:
+    ) as process:  # fmt: skip
+        if process.stdin is None or process.stdout is None:
             raise RuntimeError("no pipes")
-        assert ours.limit == 600
-        with ours.reserve(600):
-            other.stdin.write("100\n")
-            other.stdin.flush()
-            assert other.stdout.readline() == "held\n"
-            other.stdin.write("101\n")
-            other.stdin.flush()
-            assert select.select([other.stdout], [], [], 0.3)[0] == []
-        assert other.stdout.readline() == "held\n"
-        other.stdin.close()
+        assert memory.limit == 600
+        with memory.reserve(600):
+            process.stdin.write("100\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "held\n"
+            process.stdin.write("101\n")
+            process.stdin.flush()
+            assert select.select([process.stdout], [], [], 0.3)[0] == []
+        assert process.stdout.readline() == "held\n"
+        process.stdin.close()
     os.close(lock)
 
 
-def test_what_a_process_held_is_free_when_it_dies() -> None:
+def test_memory_of_a_dead_process_is_released() -> None:
     lock = os.memfd_create("lock")
-    dies = "import os; from fovea.service.inference.decode_memory import DecodeMemory\n"
-    dies += f"with DecodeMemory(800, processes=2, lock_descriptor={lock}).reserve(500): os._exit(0)"
-    subprocess.run([sys.executable, "-c", dies], cwd=ROOT, pass_fds=[lock], check=True)
+    code = "import os; from fovea.service.inference.decode_memory import DecodeMemory\n"
+    code += f"with DecodeMemory(800, processes=2, lock_descriptor={lock}).reserve(500): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, pass_fds=[lock], check=True)
     with DecodeMemory(800, processes=2, lock_descriptor=lock).reserve(500):
         pass
     os.close(lock)
 
 
-def test_what_a_decoder_keeps_is_given_back_after_small_images() -> None:
-    given_back = 0
+def test_allocator_memory_is_released_after_small_images() -> None:
+    release_count = 0
 
-    def give_back() -> None:
-        nonlocal given_back
-        given_back += 1
+    def count_release() -> None:
+        nonlocal release_count
+        release_count += 1
 
-    memory = DecodeMemory(100 << 20, release_memory=give_back)
+    memory = DecodeMemory(100 << 20, release_memory=count_release)
 
-    def take(size: int, times: int = 1) -> int:
+    def reserve_memory(size: int, times: int = 1) -> int:
         for _ in range(times):
             with memory.reserve(size):
                 pass
-        return given_back
+        return release_count
 
-    assert take(1000, 100) == 0
-    assert take(5 << 20) == 0
-    assert take(1000, 15) == 0
-    assert take(5 << 20) == 0
-    assert take(1000, 15) == 0
-    assert take(1000, 100) == 1
+    assert reserve_memory(1000, 100) == 0
+    assert reserve_memory(5 << 20) == 0
+    assert reserve_memory(1000, 15) == 0
+    assert reserve_memory(5 << 20) == 0
+    assert reserve_memory(1000, 15) == 0
+    assert reserve_memory(1000, 100) == 1
 
 
-_COUNT_GARBAGE = """
+COUNT_GARBAGE_CODE = """
 import gc, signal, sys
 
 def count(*_):
     gc.set_debug(gc.DEBUG_SAVEALL)
     gc.collect()
-    ours = [one for one in gc.garbage if type(one).__module__.startswith("fovea.service")]
-    names = sorted(type(one).__qualname__ for one in ours)
-    print("garbage", len(ours), *names, file=sys.stderr, flush=True)
+    items = [item for item in gc.garbage if type(item).__module__.startswith("fovea.service")]
+    names = sorted(type(item).__qualname__ for item in items)
+    print("garbage", len(items), *names, file=sys.stderr, flush=True)
     gc.set_debug(0)
     gc.garbage.clear()
 
@@ -296,11 +298,11 @@ if "fovea.service" in sys.orig_argv:
 
 
 @pytest.mark.long
-def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_path: Path) -> None:
+def test_requests_leave_no_reference_cycles(small_zoo: Path, tmp_path: Path) -> None:
     """With many connections a full collection blocks the event loop for 30 ms; before it, memory grows."""
-    (tmp_path / "sitecustomize.py").write_text(_COUNT_GARBAGE)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_IMAGE_PIXELS="10000", PYTHONPATH=path) as running:
+    (tmp_path / "sitecustomize.py").write_text(COUNT_GARBAGE_CODE)
+    python_path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_IMAGE_PIXELS="10000", PYTHONPATH=python_path) as server:
         bodies = [
             make_jpeg(),
             make_jpeg(200, 200),
@@ -309,20 +311,20 @@ def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_p
             encode_image(draw_picture(90, 90), "BMP") + bytes(100_000),
         ]
 
-        def ask() -> None:
+        def send_requests() -> None:
             for body in bodies:
-                running.client.post("/v1/classify", content=body)
-                running.client.post("/v1/classify", files={"file": body})
-                running.client.post("/v1/models/none/classify", content=body)
-                with Wire(running.url) as wire:
+                server.client.post("/v1/classify", content=body)
+                server.client.post("/v1/classify", files={"file": body})
+                server.client.post("/v1/models/none/classify", content=body)
+                with Wire(server.url) as wire:
                     wire.send(classify_request(body), classify_request(body)[:-1])
 
-        ask()  # the first round creates objects that stay
-        running.process.send_signal(signal.SIGUSR1)
+        send_requests()  # the first round creates objects that stay
+        server.process.send_signal(signal.SIGUSR1)
         for _ in range(5):
-            ask()
-        running.wait_for_metric(1, "fovea_requests_in_flight")
-        running.process.send_signal(signal.SIGUSR1)
-        running.client.get("/health/live")
-    _, after = re.findall(r"garbage (\d+)", running.log)
-    assert after == "0", running.log
+            send_requests()
+        server.wait_for_metric(1, "fovea_requests_in_flight")
+        server.process.send_signal(signal.SIGUSR1)
+        server.client.get("/health/live")
+    _, garbage_count = re.findall(r"garbage (\d+)", server.log)
+    assert garbage_count == "0", server.log

@@ -30,21 +30,21 @@ REFERENCE = DriftReference(
 # --- the index -----------------------------------------------------------------------------------
 
 
-def test_the_index_is_siddiqi_s_formula() -> None:
+def test_stability_index_matches_the_formula() -> None:
     q, p = (0.5, 0.5), (75.5 / 101, 25.5 / 101)  # half an image more in each bin
-    by_hand = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert stability_index([50, 50], [75, 25]) == pytest.approx(by_hand)
+    expected = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert stability_index([50, 50], [75, 25]) == pytest.approx(expected)
     assert stability_index([50, 50], [75, 25]) == pytest.approx(stability_index([75, 25], [50, 50]))
     assert stability_index([30, 50, 20], [30, 50, 20]) == 0
     assert 1 < stability_index([50, 50, 0], [0, 0, 100]) < 20  # empty bins keep it finite
 
 
 @pytest.mark.parametrize(("images", "window"), [(5000, 1000), (300, 1000), (2000, 100)])
-def test_chance_is_what_samples_of_one_source_differ_by(images: int, window: int) -> None:
+def test_chance_index_is_the_mean_index_of_random_samples(images: int, window: int) -> None:
     random = np.random.default_rng(images)
     shares = [0.1] * 10
     draws = [(random.multinomial(images, shares), random.multinomial(window, shares)) for _ in range(400)]
-    mean = np.mean([stability_index(one.tolist(), other.tolist()) for one, other in draws])
+    mean = np.mean([stability_index(first.tolist(), second.tolist()) for first, second in draws])
     assert mean == pytest.approx(chance_index([images // 10] * 10, [window // 10] * 10), rel=0.1)
 
 
@@ -70,11 +70,12 @@ def test_each_signal_is_compared_in_its_bins() -> None:
     assert indices["label"].chance == pytest.approx(2 * (1 / 100 + 1 / 4))
 
 
-def test_what_has_left_the_window_is_forgotten() -> None:
-    old, new = [(0, 0.1, 0.1)] * 6, [(3, 0.7, 0.5), (2, 0.95, 0.2), (1, 0.3, 0.9), (3, 0.5, 0.3)]
-    assert make_drift(*old, *new).compute_indices() == make_drift(*new).compute_indices()
-    assert not make_drift(*new[:3]).is_full
-    assert make_drift(*new).is_full
+def test_images_outside_the_window_are_forgotten() -> None:
+    old_images = [(0, 0.1, 0.1)] * 6
+    new_images = [(3, 0.7, 0.5), (2, 0.95, 0.2), (1, 0.3, 0.9), (3, 0.5, 0.3)]
+    assert make_drift(*old_images, *new_images).compute_indices() == make_drift(*new_images).compute_indices()
+    assert not make_drift(*new_images[:3]).is_full
+    assert make_drift(*new_images).is_full
 
 
 # --- on a server ---------------------------------------------------------------------------------
@@ -93,47 +94,48 @@ def server(tmp_path: Path) -> Iterator[Server]:
     engine = Engine(graph.SerializeToString(), provider="cpu", threads=1)
     contract = replace(read_contract(graph), reference=measure_reference(engine, examples))
     root = add_to_repository(with_contract(graph, contract), tmp_path)
-    with Server(FOVEA_MODELS=str(root), FOVEA_DRIFT_IMAGES="200", FOVEA_RUNNERS="1") as running:
-        yield running
+    with Server(FOVEA_MODELS=str(root), FOVEA_DRIFT_IMAGES="200", FOVEA_RUNNERS="1") as instance:
+        yield instance
 
 
 def classify_images(server: Server, images: list[bytes]) -> list[str]:
     """Return the most probable label of each image."""
-    best = []
+    labels = []
     for start in range(0, len(images), 50):
-        part = images[start : start + 50]
+        batch = images[start : start + 50]
         reply = server.client.post(
-            "/v1/classify", files=[("image", (f"{len(part)}.jpg", one)) for one in part]
+            "/v1/classify", files=[("image", (f"{len(batch)}.jpg", image)) for image in batch]
         )
         results = reply.json().get("results", [reply.json()])
-        best += [result["predictions"][0]["label"] for result in results]
-    return best
+        labels += [result["predictions"][0]["label"] for result in results]
+    return labels
 
 
-def test_the_gauge_rises_when_the_images_change_and_falls_again(server: Server) -> None:
-    def psi(signal: str) -> float:
+def test_drift_gauge_rises_and_falls_with_the_images(server: Server) -> None:
+    def read_psi(signal: str) -> float:
         return server.read_metric("fovea_drift_psi", model="small", version="1", signal=signal)
 
-    before = server.read_metric("fovea_prediction_confidence_count")
-    best = classify_images(server, make_pictures(199, seed=0))
+    count_before = server.read_metric("fovea_prediction_confidence_count")
+    labels = classify_images(server, make_pictures(199, seed=0))
     assert "fovea_drift_psi{" not in server.client.get("/metrics").text  # the window is not full
-    best += classify_images(server, make_pictures(1, seed=500))
+    labels += classify_images(server, make_pictures(1, seed=500))
     for label in LABELS:
-        assert server.read_metric("fovea_predictions_total", label=label) == best.count(label)
-    assert server.read_metric("fovea_prediction_confidence_count") - before == 200
+        assert server.read_metric("fovea_predictions_total", label=label) == labels.count(label)
+    assert server.read_metric("fovea_prediction_confidence_count") - count_before == 200
     for signal in SIGNALS:
         chance = server.read_metric("fovea_drift_chance_psi", signal=signal)
-        assert 0 < psi(signal) < 3 * chance < 0.5
-    rarest = best.index(min(best, key=best.count))
-    classify_images(server, make_pictures(200, seed=0)[rarest : rarest + 1] * 200)
-    assert all(psi(signal) > 1 for signal in SIGNALS)
+        assert 0 < read_psi(signal) < 3 * chance < 0.5
+    rarest_index = labels.index(min(labels, key=labels.count))
+    classify_images(server, make_pictures(200, seed=0)[rarest_index : rarest_index + 1] * 200)
+    assert all(read_psi(signal) > 1 for signal in SIGNALS)
     classify_images(server, make_pictures(200, seed=1000))
     assert all(
-        psi(signal) < 3 * server.read_metric("fovea_drift_chance_psi", signal=signal) for signal in SIGNALS
+        read_psi(signal) < 3 * server.read_metric("fovea_drift_chance_psi", signal=signal)
+        for signal in SIGNALS
     )
 
 
-def test_what_is_seen_of_images_is_in_histograms(server: Server) -> None:
+def test_image_properties_are_in_histograms(server: Server) -> None:
     classify_images(server, [encode_image(Image.new("RGB", (100, 50), "black"), "PNG")] * 2)
     assert server.read_metric("fovea_image_brightness_bucket", model="small", le="0.1") == 2
     assert server.read_metric("fovea_image_pixels_bucket", side="width", le="64.0") == 0
@@ -142,7 +144,7 @@ def test_what_is_seen_of_images_is_in_histograms(server: Server) -> None:
 
 
 @pytest.mark.long
-def test_a_model_without_a_reference_says_so(tmp_path: Path) -> None:
+def test_model_without_a_reference_is_logged(tmp_path: Path) -> None:
     graph = build_model()
     add_to_repository(with_contract(graph, replace(read_contract(graph), reference=None)), tmp_path)
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DRIFT_IMAGES="100") as server:

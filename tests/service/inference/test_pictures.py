@@ -28,7 +28,7 @@ def decode_default(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
     return decode_image(content, geometry, max_pixels=MAX_PIXELS)
 
 
-def warning_codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
+def list_warning_codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
     return [warning.code for warning in decode_default(content, geometry).warnings]
 
 
@@ -108,7 +108,7 @@ VARIANTS = [("<", False), (">", False), ("<", True)]
 
 @pytest.mark.parametrize(("order", "big"), VARIANTS)
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
-def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geometry: Geometry) -> None:
+def test_picture_in_a_tiff_subdirectory_is_used(order: str, big: bool, geometry: Geometry) -> None:
     marks: list[dict[str, Any]] = [{"t254": (1,)}, {}]
     for mark in marks:
         tiff = TiffBuilder(order, big=big)
@@ -122,39 +122,39 @@ def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geo
 
 
 @pytest.mark.parametrize("mark", [{"t254": (1,)}, {"t255": (2,)}, {}], ids=["reduced", "old", "by size"])
-def test_the_large_picture_behind_a_thumbnail_is_meant(mark: Any) -> None:
+def test_picture_after_a_tiff_thumbnail_is_used(mark: Any) -> None:
     tiff = TiffBuilder()
     large = tiff.add(LARGE)
     content = tiff.build(tiff.add(SMALL, following=large, **mark))
     assert (decode_default(content).width, decode_default(content).height) == (900, 600)
 
 
-def test_the_largest_of_several_below_is_meant() -> None:
+def test_largest_picture_of_the_subdirectories_is_used() -> None:
     tiff = TiffBuilder()
-    places = tuple(tiff.add(draw_picture(*size)) for size in ((320, 240), (900, 600), (640, 480)))
-    assert decode_default(tiff.build(tiff.add(SMALL, t330=places, t254=(1,)))).width == 900
+    offsets = tuple(tiff.add(draw_picture(*size)) for size in ((320, 240), (900, 600), (640, 480)))
+    assert decode_default(tiff.build(tiff.add(SMALL, t330=offsets, t254=(1,)))).width == 900
 
 
-def test_orientation_of_a_thumbnail_is_that_of_its_picture() -> None:
+def test_thumbnail_orientation_applies_to_its_picture() -> None:
     tiff = TiffBuilder()
     large = tiff.add(LARGE)
     content = tiff.build(tiff.add(SMALL, t330=(large,), t254=(1,), t274=(6,)))
     result = decode_default(content)
     assert (result.width, result.height) == (600, 900)
-    turned = encode_image(LARGE.transpose(Image.Transpose.ROTATE_270), "PNG")
-    assert np.array_equal(result.pixels, decode_default(turned).pixels)
+    rotated_png = encode_image(LARGE.transpose(Image.Transpose.ROTATE_270), "PNG")
+    assert np.array_equal(result.pixels, decode_default(rotated_png).pixels)
 
 
-def test_smaller_copies_behind_a_picture_are_no_others() -> None:
+def test_reduced_copies_and_masks_give_no_warning() -> None:
     tiff = TiffBuilder()
     small = tiff.add(SMALL, t254=(1,))
     mask = tiff.add(Image.new("L", (900, 600)), following=small, photometric=4, t254=(4,))
     content = tiff.build(tiff.add(LARGE, following=mask))
     assert decode_default(content).width == 900
-    assert warning_codes(content) == []
+    assert list_warning_codes(content) == []
 
 
-def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
+def test_first_of_several_pages_is_used_with_warning() -> None:
     first, second = draw_picture(400, 300, 1), draw_picture(500, 300, 2)
     content = encode_image(first, "TIFF", save_all=True, append_images=[second, second])
     result = decode_default(content)
@@ -164,11 +164,11 @@ def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
     ]
 
 
-def test_directories_in_a_circle_end() -> None:
-    place = TiffBuilder().add(LARGE, t330=(8, 8, 8))
+def test_circular_directories_are_read_without_a_loop() -> None:
+    offset = TiffBuilder().add(LARGE, t330=(8, 8, 8))
     tiff = TiffBuilder()
-    assert tiff.add(LARGE, following=place, t330=(place, 8, 1 << 30)) == place
-    assert decode_default(tiff.build(place)).width == 900
+    assert tiff.add(LARGE, following=offset, t330=(offset, 8, 1 << 30)) == offset
+    assert decode_default(tiff.build(offset)).width == 900
 
 
 RAWS: dict[str, dict[str, Any]] = {
@@ -181,10 +181,10 @@ RAWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RAWS)
 @pytest.mark.parametrize(("order", "big"), VARIANTS)
-def test_a_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None:
+def test_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None:
     tiff = TiffBuilder(order, big=big)
-    raw = tiff.add(Image.new("L", (900, 600)), **{"photometric": 1, **RAWS[name]})
-    for content in (tiff.build(raw), tiff.build(tiff.add(SMALL, t330=(raw,), t254=(1,)))):
+    raw_offset = tiff.add(Image.new("L", (900, 600)), **{"photometric": 1, **RAWS[name]})
+    for content in (tiff.build(raw_offset), tiff.build(tiff.add(SMALL, t330=(raw_offset,), t254=(1,)))):
         with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
             decode_default(content)
 
@@ -205,7 +205,7 @@ def test_a_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None
         (b"II*\0\x08\0\0\0IIIITwaR", "Phase One IIQ"),
     ],
 )
-def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> None:
+def test_raw_file_is_recognised_by_its_first_bytes(head: bytes, name: str) -> None:
     with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
         decode_default(head + bytes(200))
 
@@ -214,35 +214,35 @@ def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
-def test_an_animation_is_told_of(kind: str) -> None:
+def test_animation_gives_warning(kind: str) -> None:
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
-    assert warning_codes(encode_image(first, kind, save_all=True, append_images=[second])) == [
+    assert list_warning_codes(encode_image(first, kind, save_all=True, append_images=[second])) == [
         WarningCode.SEVERAL_PICTURES
     ]
-    assert warning_codes(encode_image(first, kind)) == []
+    assert list_warning_codes(encode_image(first, kind)) == []
 
 
-def test_a_damaged_second_frame_is_no_matter() -> None:
+def test_damaged_second_frame_is_ignored() -> None:
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
     content = encode_image(first, "GIF", save_all=True, append_images=[second])
-    place = content.rindex(b"\x2c\0\0\0\0")
-    assert decode_default(content[:place] + bytes(30)).pixels[16, 16, 0] > 200
+    offset = content.rindex(b"\x2c\0\0\0\0")
+    assert decode_default(content[:offset] + bytes(30)).pixels[16, 16, 0] > 200
 
 
-def test_pictures_behind_a_jpeg_are_told_of() -> None:
+def test_further_pictures_after_a_jpeg_give_warning() -> None:
     content = encode_image(
         draw_picture(64, 48), "MPO", save_all=True, append_images=[draw_picture(64, 48, 1)]
     )
-    assert warning_codes(content) == [WarningCode.SEVERAL_PICTURES]
+    assert list_warning_codes(content) == [WarningCode.SEVERAL_PICTURES]
 
 
-def test_a_gain_map_is_no_other_picture() -> None:
+def test_gain_map_gives_no_warning() -> None:
     """Phones add a gain map to nearly every photograph."""
     content = encode_image(draw_picture(64, 48), "MPO", save_all=True, append_images=[draw_picture(32, 24)])
-    place = content.rindex(b"\xff\xd8\xff") + 2
+    offset = content.rindex(b"\xff\xd8\xff") + 2
     text = b"http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version='1.0'/>"
-    mark = b"\xff\xe1" + struct.pack(">H", len(text) + 2) + text
-    assert warning_codes(content[:place] + mark + content[place:]) == []
+    segment = b"\xff\xe1" + struct.pack(">H", len(text) + 2) + text
+    assert list_warning_codes(content[:offset] + segment + content[offset:]) == []
 
 
 # --- 16 bits -------------------------------------------------------------------------------------
@@ -264,14 +264,14 @@ def round_to_bytes(pixels: Any) -> Any:
 WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("is_interlaced", [False, True])
 @pytest.mark.parametrize(
     "geometry", [WHOLE, replace(WHOLE, pixel_path=PixelPath.FAST)], ids=["exact", "fast"]
 )
-def test_a_png_of_sixteen_bits_is_rounded(interlaced: bool, geometry: Geometry) -> None:
-    found = make_values()
-    result = decode_default(make_png16(found, interlaced=interlaced), geometry)
-    assert np.array_equal(result.pixels, round_to_bytes(found))
+def test_16_bit_png_is_rounded(is_interlaced: bool, geometry: Geometry) -> None:
+    values = make_values()
+    result = decode_default(make_png16(values, interlaced=is_interlaced), geometry)
+    assert np.array_equal(result.pixels, round_to_bytes(values))
     assert not result.warnings
     grey = make_values(bands=1)
     assert np.array_equal(
@@ -280,19 +280,19 @@ def test_a_png_of_sixteen_bits_is_rounded(interlaced: bool, geometry: Geometry) 
 
 
 @pytest.mark.parametrize("bands", [2, 4])
-def test_alpha_of_sixteen_bits_is_rounded(bands: int) -> None:
-    found = make_values(bands=bands)
-    found[..., -1] = 65535
-    colours = np.repeat(found[..., :1], 3, axis=2) if bands == 2 else found[..., :3]
-    assert np.array_equal(decode_default(make_png16(found), WHOLE).pixels, round_to_bytes(colours))
-    found[..., -1] = 127  # rounded 0
-    assert (decode_default(make_png16(found), WHOLE).pixels == 255).all()
+def test_16_bit_alpha_is_rounded(bands: int) -> None:
+    values = make_values(bands=bands)
+    values[..., -1] = 65535
+    colours = np.repeat(values[..., :1], 3, axis=2) if bands == 2 else values[..., :3]
+    assert np.array_equal(decode_default(make_png16(values), WHOLE).pixels, round_to_bytes(colours))
+    values[..., -1] = 127  # rounded 0
+    assert (decode_default(make_png16(values), WHOLE).pixels == 255).all()
 
 
-def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
-    found = np.full((64, 64, 3), 1000, np.uint16)
-    found[:32] = (1000, 1000, 1001)
-    content = make_png16(found)
+def test_16_bit_transparent_colour_becomes_white() -> None:
+    values = np.full((64, 64, 3), 1000, np.uint16)
+    values[:32] = (1000, 1000, 1001)
+    content = make_png16(values)
     data = b"tRNS" + struct.pack(">3H", 1000, 1000, 1001)
     chunk = struct.pack(">I", 6) + data + struct.pack(">I", zlib.crc32(data))
     pixels = decode_default(content[:33] + chunk + content[33:], WHOLE).pixels
@@ -339,35 +339,35 @@ def make_tiff16(
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compressed: bool) -> None:
-    found = make_values()
-    result = decode_default(make_tiff16(found, order, is_compressed=compressed), WHOLE)
-    assert np.array_equal(result.pixels, round_to_bytes(found))
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_16_bit_tiff_is_rounded(order: str, is_compressed: bool) -> None:
+    values = make_values()
+    result = decode_default(make_tiff16(values, order, is_compressed=is_compressed), WHOLE)
+    assert np.array_equal(result.pixels, round_to_bytes(values))
     assert not result.warnings
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
+def test_16_bit_planes_are_rounded_or_give_warning(order: str) -> None:
     """Pillow by itself reads each byte of an uncompressed plane as a value."""
-    found = make_values()
+    values = make_values()
     assert np.array_equal(
-        decode_default(make_tiff16(found, order, is_compressed=False, planes=3), WHOLE).pixels,
-        round_to_bytes(found),
+        decode_default(make_tiff16(values, order, is_compressed=False, planes=3), WHOLE).pixels,
+        round_to_bytes(values),
     )
-    cut = decode_default(make_tiff16(found, order, is_compressed=True, planes=3), WHOLE)
-    assert np.array_equal(cut.pixels, found >> 8)
-    assert [warning.code for warning in cut.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
-    inks = make_tiff16(make_values(bands=4), order, is_compressed=False, planes=4, photometric=5)
+    result = decode_default(make_tiff16(values, order, is_compressed=True, planes=3), WHOLE)
+    assert np.array_equal(result.pixels, values >> 8)
+    assert [warning.code for warning in result.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
+    cmyk_tiff = make_tiff16(make_values(bands=4), order, is_compressed=False, planes=4, photometric=5)
     with pytest.raises(BadImage, match="CMYK TIFF image of 16 bits"):
-        decode_default(inks, WHOLE)
+        decode_default(cmyk_tiff, WHOLE)
 
 
-def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
+def test_16_bit_grey_with_12_bit_values_gives_warning() -> None:
     grey = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
-    assert warning_codes(encode_image(Image.fromarray(grey), "PNG")) == [WarningCode.SIXTEEN_BITS_DARK]
-    assert warning_codes(encode_image(Image.fromarray(grey * 16), "PNG")) == []
-    assert warning_codes(encode_image(Image.fromarray(grey * 0), "PNG")) == []
+    assert list_warning_codes(encode_image(Image.fromarray(grey), "PNG")) == [WarningCode.SIXTEEN_BITS_DARK]
+    assert list_warning_codes(encode_image(Image.fromarray(grey * 16), "PNG")) == []
+    assert list_warning_codes(encode_image(Image.fromarray(grey * 0), "PNG")) == []
 
 
 # --- transparency and shape ----------------------------------------------------------------------
@@ -381,27 +381,32 @@ def draw_visible_share(colour: tuple[int, int, int], share: float, alpha: int = 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_a_picture_of_which_nothing_is_visible_is_told_of(kind: str) -> None:
+def test_invisible_picture_gives_warning(kind: str) -> None:
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0), kind, **options)) == [
+    assert list_warning_codes(encode_image(draw_visible_share((200, 30, 40), 0), kind, **options)) == [
         WarningCode.INVISIBLE
     ]
-    assert warning_codes(encode_image(draw_visible_share((255, 255, 255), 0.3), kind, **options)) == [
+    assert list_warning_codes(encode_image(draw_visible_share((255, 255, 255), 0.3), kind, **options)) == [
         WarningCode.INVISIBLE
     ]
-    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0.1), kind, **options)) == []
-    assert warning_codes(encode_image(draw_visible_share((200, 30, 40), 0, alpha=200), kind, **options)) == []
+    assert list_warning_codes(encode_image(draw_visible_share((200, 30, 40), 0.1), kind, **options)) == []
+    assert (
+        list_warning_codes(encode_image(draw_visible_share((200, 30, 40), 0, alpha=200), kind, **options))
+        == []
+    )
 
 
-def test_so_is_one_whose_palette_or_key_colour_is_transparent() -> None:
+def test_transparent_palette_or_key_colour_gives_warning() -> None:
     image = Image.new("RGB", (40, 40), (9, 9, 9))
-    assert warning_codes(encode_image(image, "PNG", transparency=(9, 9, 9))) == [WarningCode.INVISIBLE]
-    assert warning_codes(encode_image(image.quantize(4), "GIF", transparency=0)) == [WarningCode.INVISIBLE]
+    assert list_warning_codes(encode_image(image, "PNG", transparency=(9, 9, 9))) == [WarningCode.INVISIBLE]
+    assert list_warning_codes(encode_image(image.quantize(4), "GIF", transparency=0)) == [
+        WarningCode.INVISIBLE
+    ]
 
 
-def test_a_white_picture_that_hides_nothing_is_not() -> None:
-    assert warning_codes(encode_image(Image.new("RGB", (40, 40), "white"), "PNG")) == []
-    assert warning_codes(encode_image(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
+def test_opaque_white_picture_gives_no_warning() -> None:
+    assert list_warning_codes(encode_image(Image.new("RGB", (40, 40), "white"), "PNG")) == []
+    assert list_warning_codes(encode_image(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
 
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
@@ -417,14 +422,14 @@ PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
         ((16, 16), WarningCode.ENLARGED),
     ],
 )
-def test_extreme_shapes_are_told_of(size: tuple[int, int], code: str | None) -> None:
-    assert warning_codes(make_jpeg(*size), PHOTO) == ([code] if code else [])
-    stretched = replace(PHOTO, resize=Resize.STRETCH, resize_to=0)
-    wanted = [WarningCode.STRETCHED] if code == WarningCode.CROPPED else [code] if code else []
-    assert warning_codes(make_jpeg(*size), stretched) == wanted
+def test_extreme_shapes_give_warning(size: tuple[int, int], code: str | None) -> None:
+    assert list_warning_codes(make_jpeg(*size), PHOTO) == ([code] if code else [])
+    stretch_geometry = replace(PHOTO, resize=Resize.STRETCH, resize_to=0)
+    expected = [WarningCode.STRETCHED] if code == WarningCode.CROPPED else [code] if code else []
+    assert list_warning_codes(make_jpeg(*size), stretch_geometry) == expected
 
 
-def test_an_everyday_photograph_has_no_warning() -> None:
+def test_ordinary_photograph_gives_no_warning() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     for content in (
@@ -433,14 +438,14 @@ def test_an_everyday_photograph_has_no_warning() -> None:
         encode_image(draw_picture(99, 88), "PNG"),
     ):
         for geometry in (EXACT, FAST, PHOTO):
-            receipt = DecodeTrace()
-            assert not decode_image(content, geometry, max_pixels=MAX_PIXELS, trace=receipt).warnings
+            trace = DecodeTrace()
+            assert not decode_image(content, geometry, max_pixels=MAX_PIXELS, trace=trace).warnings
 
 
-def test_pillow_agrees_about_the_files_of_these_tests() -> None:
+def test_pillow_reads_the_files_of_these_tests() -> None:
     for order, big in VARIANTS:
         tiff = TiffBuilder(order, big=big)
-        with Image.open(BytesIO(tiff.build(tiff.add(SMALL)))) as opened:
-            assert np.array_equal(np.asarray(opened), np.asarray(SMALL))
-    with Image.open(BytesIO(make_png16(make_values()))) as opened:
-        assert np.array_equal(np.asarray(opened), make_values() >> 8)
+        with Image.open(BytesIO(tiff.build(tiff.add(SMALL)))) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(SMALL))
+    with Image.open(BytesIO(make_png16(make_values()))) as image:
+        assert np.array_equal(np.asarray(image), make_values() >> 8)

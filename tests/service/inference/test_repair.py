@@ -23,7 +23,7 @@ from tests.pictures import draw_picture, encode_image, make_jpeg
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
-TALL = Geometry(32, 32, Resize.SHORTER, 36, Interpolation.BILINEAR, PixelPath.FAST)
+TALL_GEOMETRY = Geometry(32, 32, Resize.SHORTER, 36, Interpolation.BILINEAR, PixelPath.FAST)
 MEMORY = DecodeMemory(1 << 28)
 
 
@@ -35,7 +35,7 @@ def decode_pixels(content: bytes) -> Pixels:
     return decode_default(content).pixels
 
 
-def warning_codes(content: bytes) -> list[str]:
+def list_warning_codes(content: bytes) -> list[str]:
     return [warning.code for warning in decode_default(content).warnings]
 
 
@@ -60,42 +60,42 @@ def encode_kind(kind: str, image: Image.Image) -> bytes:
     return encode_image(image.convert("L") if kind == "grey" else image, "JPEG", **KINDS[kind])
 
 
-@pytest.mark.parametrize("missing", [1, 2])
+@pytest.mark.parametrize("missing_bytes", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
-def test_a_jpeg_without_its_end_marker_is_answered(kind: str, missing: int, geometry: Geometry) -> None:
+def test_jpeg_without_end_marker_is_decoded(kind: str, missing_bytes: int, geometry: Geometry) -> None:
     for image in (make_noise(), draw_picture(601, 455)):
         content = encode_kind(kind, image)
-        result = decode_default(content[:-missing], geometry)
+        result = decode_default(content[:-missing_bytes], geometry)
         assert np.array_equal(result.pixels, decode_default(content, geometry).pixels)
         assert [warning.code for warning in result.warnings] == [WarningCode.END_MISSING]
         assert not decode_default(content, geometry).warnings
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_jpeg_that_lacks_pixels_is_refused(kind: str) -> None:
+def test_truncated_jpeg_is_refused(kind: str) -> None:
     for image in (make_noise(), draw_picture(601, 455)):
         content = encode_kind(kind, image)
-        for kept in (0.2, 0.5, 0.8, 0.95, 0.99):
+        for kept_share in (0.2, 0.5, 0.8, 0.95, 0.99):
             with pytest.raises(BadImage, match="JPEG"):
-                decode_default(content[: int(len(content) * kept)])
+                decode_default(content[: int(len(content) * kept_share)])
 
 
-def test_so_is_one_that_lacks_a_few_bytes() -> None:
-    """Only the last byte of a scan may be filling, so a file that lacks more bytes lacks pixels."""
+def test_jpeg_that_lacks_a_few_bytes_is_refused() -> None:
+    """Only the last byte of a scan may be padding, so a file that lacks more bytes lacks pixels."""
     content = make_jpeg(200, 200, quality=95)
-    for missing in range(4, 40):
+    for missing_bytes in range(4, 40):
         with pytest.raises(BadImage, match="JPEG"):
-            decode_default(content[:-missing])
+            decode_default(content[:-missing_bytes])
 
 
-def test_so_is_one_whose_crop_would_have_all_its_pixels() -> None:
+def test_truncated_jpeg_with_complete_crop_is_refused() -> None:
     content = encode_image(make_noise(100, 600), "JPEG")
     with pytest.raises(BadImage, match="JPEG"):
-        decode_default(content[: int(len(content) * 0.9)], TALL)
+        decode_default(content[: int(len(content) * 0.9)], TALL_GEOMETRY)
 
 
-def test_so_is_one_of_a_single_grey_that_ends_early() -> None:
+def test_truncated_jpeg_of_uniform_grey_is_refused() -> None:
     """The decoder fills missing pixels with the same grey."""
     image = Image.new("L", (400, 400), 128)
     image.paste(0, (0, 300, 400, 400))
@@ -104,18 +104,18 @@ def test_so_is_one_of_a_single_grey_that_ends_early() -> None:
         decode_default(content[: len(content) // 2])
 
 
-def test_so_is_a_progressive_one_that_lacks_whole_scans() -> None:
+def test_progressive_jpeg_without_all_scans_is_refused() -> None:
     content = encode_image(make_noise(), "JPEG", progressive=True)
-    starts = [place for place in range(len(content)) if content[place : place + 2] == b"\xff\xc4"]
+    starts = [offset for offset in range(len(content)) if content[offset : offset + 2] == b"\xff\xc4"]
     for start in starts[2:]:
         with pytest.raises(BadImage, match="JPEG"):
             decode_default(content[:start])
 
 
-def test_a_receipt_tells_of_the_attempt_that_worked() -> None:
-    receipt = DecodeTrace()
-    decode_image(make_jpeg()[:-1], EXACT, max_pixels=10**6, trace=receipt)
-    assert [step for step, _ in receipt.steps].count("decode") == 1
+def test_trace_shows_only_the_successful_attempt() -> None:
+    trace = DecodeTrace()
+    decode_image(make_jpeg()[:-1], EXACT, max_pixels=10**6, trace=trace)
+    assert [step for step, _ in trace.steps].count("decode") == 1
 
 
 def make_segment(code: int, content: bytes) -> bytes:
@@ -134,7 +134,7 @@ def make_segment(code: int, content: bytes) -> bytes:
         (0xFE, bytes(60_000)),
     ],
 )
-def test_metadata_of_a_jpeg_refuses_no_image(code: int, content: bytes) -> None:
+def test_damaged_jpeg_metadata_is_ignored(code: int, content: bytes) -> None:
     plain = make_jpeg()
     assert np.array_equal(
         decode_pixels(plain[:2] + make_segment(code, content) + plain[2:]), decode_pixels(plain)
@@ -145,20 +145,20 @@ def test_metadata_of_a_jpeg_refuses_no_image(code: int, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("progressive", [True, False])
-def test_bytes_behind_an_image_and_in_its_metadata_are_no_scans(progressive: bool) -> None:
+def test_scan_markers_outside_the_image_are_not_counted(progressive: bool) -> None:
     content = encode_image(draw_picture(64, 64), "JPEG", progressive=progressive)
     video = 300 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
     thumbnail = make_segment(0xE1, b"Exif\0\0" + 200 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00")
-    for other in (content + video, content[:2] + thumbnail + content[2:]):
-        assert np.array_equal(decode_pixels(other), decode_pixels(content))
+    for changed_content in (content + video, content[:2] + thumbnail + content[2:]):
+        assert np.array_equal(decode_pixels(changed_content), decode_pixels(content))
 
 
-def test_scans_in_an_image_count_although_an_end_is_hidden_in_a_segment() -> None:
+def test_scans_after_an_end_marker_in_a_segment_are_counted() -> None:
     content = encode_image(draw_picture(64, 64).convert("L"), "JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
-    hidden = make_segment(0xFE, b"\xff\xd9")
+    end_segment = make_segment(0xFE, b"\xff\xd9")
     with pytest.raises(BadImage, match="more than 100 scans"):
-        decode_default(content[:start] + hidden + 150 * content[start:-2] + b"\xff\xd9")
+        decode_default(content[:start] + end_segment + 150 * content[start:-2] + b"\xff\xd9")
 
 
 # --- PNG -----------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ PLAIN = encode_image(draw_picture(60, 40), "PNG")
 TEXT = b"Comment\0"
 BOMB = zlib.compress(bytes(3 << 20), 9)
 
-SOUND = {
+HARMLESS_CHUNKS = {
     "a long text": make_chunk(b"tEXt", TEXT + b"x" * 3_000_000),
     "a long compressed text": make_chunk(b"zTXt", TEXT + b"\0" + BOMB),
     "a long international text": make_chunk(b"iTXt", TEXT + b"\1\0\0\0" + BOMB),
@@ -182,13 +182,13 @@ SOUND = {
     "a short density": make_chunk(b"pHYs", b"\0"),
     "a bad animation": make_chunk(b"acTL", b"\0") + make_chunk(b"fcTL", bytes(26)),
 }
-DAMAGED = {
+DAMAGED_CHUNKS = {
     "a text": make_chunk(b"tEXt", TEXT + b"hello", checksum=1),
     "a time": make_chunk(b"tIME", bytes(7), checksum=1),
     "an unknown": make_chunk(b"abCd", b"hello", checksum=1),
     "an unreadable": make_chunk(b"\xff\xfe\xfd\xfc", b"hello"),
 }
-SHOWN = {
+RELEVANT_CHUNKS = {
     "a gamma": make_chunk(b"gAMA", b"\0"),
     "an orientation": make_chunk(b"eXIf", b"garbage", checksum=1),
     "a profile": make_chunk(b"iCCP", b"name\0\1"),
@@ -196,77 +196,79 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("content", [*SOUND.values(), *DAMAGED.values()], ids=[*SOUND, *DAMAGED])
+@pytest.mark.parametrize(
+    "content", [*HARMLESS_CHUNKS.values(), *DAMAGED_CHUNKS.values()], ids=[*HARMLESS_CHUNKS, *DAMAGED_CHUNKS]
+)
 @pytest.mark.parametrize("where", ["before", "behind"])
-def test_long_or_damaged_metadata_of_a_png_refuses_no_image(content: bytes, where: str) -> None:
-    place = 33 if where == "before" else len(PLAIN) - 12
-    changed = PLAIN[:place] + content + PLAIN[place:]
-    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
-    assert warning_codes(changed) == []
+def test_long_or_damaged_png_metadata_is_ignored(content: bytes, where: str) -> None:
+    offset = 33 if where == "before" else len(PLAIN) - 12
+    modified_png = PLAIN[:offset] + content + PLAIN[offset:]
+    assert np.array_equal(decode_pixels(modified_png), decode_pixels(PLAIN))
+    assert list_warning_codes(modified_png) == []
 
 
-@pytest.mark.parametrize("content", SHOWN.values(), ids=SHOWN)
-def test_damaged_metadata_that_may_matter_is_told_of(content: bytes) -> None:
-    changed = PLAIN[:33] + content + PLAIN[33:]
-    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
-    assert warning_codes(changed) == [WarningCode.METADATA_IGNORED]
+@pytest.mark.parametrize("content", RELEVANT_CHUNKS.values(), ids=RELEVANT_CHUNKS)
+def test_damaged_png_metadata_that_matters_gives_warning(content: bytes) -> None:
+    modified_png = PLAIN[:33] + content + PLAIN[33:]
+    assert np.array_equal(decode_pixels(modified_png), decode_pixels(PLAIN))
+    assert list_warning_codes(modified_png) == [WarningCode.METADATA_IGNORED]
 
 
-def test_a_chunk_whose_length_is_damaged_is_passed_over() -> None:
-    changed = PLAIN[:33] + b"\x7f\xff\xff\xfftEXthello" + PLAIN[33:]
-    assert np.array_equal(decode_pixels(changed), decode_pixels(PLAIN))
+def test_png_chunk_with_damaged_length_is_skipped() -> None:
+    modified_png = PLAIN[:33] + b"\x7f\xff\xff\xfftEXthello" + PLAIN[33:]
+    assert np.array_equal(decode_pixels(modified_png), decode_pixels(PLAIN))
 
 
-def test_sound_metadata_beside_damaged_counts() -> None:
+def test_sound_metadata_beside_damaged_is_applied() -> None:
     """The orientation and the transparency still apply; only a text is damaged."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = draw_picture(60, 40).quantize(8)
     content = encode_image(image, "PNG", exif=exif, transparency=bytes(8))
-    changed = content[:33] + DAMAGED["a text"] + content[33:]
-    assert (decode_default(changed).width, decode_default(changed).height) == (40, 60)
-    assert np.array_equal(decode_pixels(changed), decode_pixels(content))
+    modified_png = content[:33] + DAMAGED_CHUNKS["a text"] + content[33:]
+    assert (decode_default(modified_png).width, decode_default(modified_png).height) == (40, 60)
+    assert np.array_equal(decode_pixels(modified_png), decode_pixels(content))
 
 
-def test_a_png_without_its_end_is_answered_and_without_pixels_refused() -> None:
-    for missing in range(13):
-        assert np.array_equal(decode_pixels(PLAIN[: len(PLAIN) - missing]), decode_pixels(PLAIN))
+def test_png_without_end_is_decoded_and_without_pixels_refused() -> None:
+    for missing_bytes in range(13):
+        assert np.array_equal(decode_pixels(PLAIN[: len(PLAIN) - missing_bytes]), decode_pixels(PLAIN))
     info = PngInfo()
     info.add_text("a", "b")
     content = encode_image(make_noise(), "PNG", pnginfo=info)
-    for kept in (0.3, 0.6, 0.9):
+    for kept_share in (0.3, 0.6, 0.9):
         with pytest.raises(BadImage, match="PNG"):
-            decode_default(content[: int(len(content) * kept)])
+            decode_default(content[: int(len(content) * kept_share)])
 
 
-def test_damage_to_what_pixels_need_is_refused() -> None:
-    header = bytearray(PLAIN)
-    header[30] ^= 1
+def test_damaged_png_header_is_refused() -> None:
+    damaged_png = bytearray(PLAIN)
+    damaged_png[30] ^= 1
     with pytest.raises(BadImage, match="PNG"):
-        decode_default(bytes(header))
+        decode_default(bytes(damaged_png))
 
 
 # --- GIF, WebP, AVIF -----------------------------------------------------------------------------
 
 
-def test_a_gif_without_its_trailer_is_answered() -> None:
+def test_gif_without_trailer_is_decoded() -> None:
     content = encode_image(draw_picture(60, 40).quantize(16), "GIF")
-    for missing in (1, 2):
-        assert np.array_equal(decode_pixels(content[:-missing]), decode_pixels(content))
+    for missing_bytes in (1, 2):
+        assert np.array_equal(decode_pixels(content[:-missing_bytes]), decode_pixels(content))
 
 
 @pytest.mark.parametrize("lossless", [True, False])
-def test_a_webp_that_is_cut_in_its_metadata_is_answered(lossless: bool) -> None:
+def test_webp_truncated_in_its_metadata_is_decoded(lossless: bool) -> None:
     exif = Image.Exif()
     exif[0x010E] = "x" * 500
     content = encode_image(draw_picture(60, 40), "WEBP", exif=exif, xmp=b"y" * 500, lossless=lossless)
-    for missing in (1, 100, 480, 700, 1000):
-        assert np.array_equal(decode_pixels(content[:-missing]), decode_pixels(content))
+    for missing_bytes in (1, 100, 480, 700, 1000):
+        assert np.array_equal(decode_pixels(content[:-missing_bytes]), decode_pixels(content))
     with pytest.raises(BadImage, match="WEBP"):
         decode_default(encode_image(make_noise(), "WEBP")[:-100])
 
 
-def test_a_webp_whose_last_byte_is_missing_and_is_filling_is_answered() -> None:
+def test_webp_without_its_padding_byte_is_decoded() -> None:
     for seed in range(20):
         content = encode_image(draw_picture(60, 40, seed), "WEBP", lossless=True)
         if content[-1] == 0 and int.from_bytes(content[16:20], "little") % 2:
@@ -275,7 +277,7 @@ def test_a_webp_whose_last_byte_is_missing_and_is_filling_is_answered() -> None:
     pytest.fail("none of twenty images has an odd length")
 
 
-def test_damaged_exif_refuses_no_avif() -> None:
+def test_damaged_avif_exif_is_ignored() -> None:
     image = draw_picture(60, 40)
     exif = Image.Exif()
     exif[0x010E] = "a picture"
@@ -290,9 +292,9 @@ def test_damaged_exif_refuses_no_avif() -> None:
 def make_tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **options: str) -> bytes:
     """Return a TIFF with further tags: number, type, count, and four bytes of a value or an offset."""
     content = bytearray(encode_image(image, "TIFF", **options))
-    place = int.from_bytes(content[4:8], "little")
-    count = int.from_bytes(content[place : place + 2], "little")
-    entries = [bytes(content[start : start + 12]) for start in range(place + 2, place + 2 + 12 * count, 12)]
+    offset = int.from_bytes(content[4:8], "little")
+    count = int.from_bytes(content[offset : offset + 2], "little")
+    entries = [bytes(content[start : start + 12]) for start in range(offset + 2, offset + 2 + 12 * count, 12)]
     entries += [struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags]
     entries.sort(key=lambda entry: int.from_bytes(entry[:2], "little"))
     start = len(content)
@@ -316,16 +318,16 @@ def make_tiff(image: Image.Image, tags: list[tuple[int, int, int, bytes]], **opt
         (282, 5, 1, bytes(4)),  # a resolution
     ],
 )
-def test_damaged_tags_refuse_no_tiff(tag: tuple[int, int, int, bytes], compression: str | None) -> None:
+def test_damaged_tiff_tags_are_ignored(tag: tuple[int, int, int, bytes], compression: str | None) -> None:
     image = draw_picture(60, 40)
     content = make_tiff(image, [tag], **({"compression": compression} if compression else {}))
     assert np.array_equal(decode_pixels(content), decode_pixels(encode_image(image, "PNG")))
 
 
-def test_repairs_are_no_way_around_limits() -> None:
+def test_limits_apply_to_repaired_images() -> None:
     content = encode_image(Image.new("RGB", (3000, 3000)), "PNG")
-    damaged = content[:33] + DAMAGED["a text"] + content[33:]
+    damaged_png = content[:33] + DAMAGED_CHUNKS["a text"] + content[33:]
     with pytest.raises(TooManyPixels):
-        decode_image(damaged, EXACT, max_pixels=8_000_000)
+        decode_image(damaged_png, EXACT, max_pixels=8_000_000)
     with pytest.raises(TooManyPixels):
-        decode_image(damaged, EXACT, max_pixels=20_000_000, memory=DecodeMemory(1 << 20))
+        decode_image(damaged_png, EXACT, max_pixels=20_000_000, memory=DecodeMemory(1 << 20))

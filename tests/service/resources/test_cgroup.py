@@ -26,7 +26,7 @@ NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "
 
 
 @pytest.mark.parametrize(
-    ("lines", "files", "wanted"),
+    ("lines", "files", "expected"),
     [
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
         ("0::/\n", {"cpu.max": "max 100000\n"}, None),
@@ -39,14 +39,14 @@ NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "
         ("", {"cpu.max": "50000 100000\n"}, None),
     ],
 )
-def test_the_least_quota_counts(
-    tmp_path: Path, lines: str, files: dict[str, str], wanted: float | None
+def test_cpu_quota_is_the_lowest_of_all_levels(
+    tmp_path: Path, lines: str, files: dict[str, str], expected: float | None
 ) -> None:
-    assert make_cgroup(tmp_path, lines, files).cpu_quota() == wanted
+    assert make_cgroup(tmp_path, lines, files).cpu_quota() == expected
 
 
-def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
-    found = make_cgroup(
+def test_version_2_reports_throttling_and_memory(tmp_path: Path) -> None:
+    cgroup = make_cgroup(
         tmp_path,
         "0::/a/b\n",
         {
@@ -58,12 +58,16 @@ def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
             "memory.max": "9000\n",
         },
     )
-    assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (1.5, 1000, 5000)
-    assert found.memory_working_set_bytes() == 700
+    assert (cgroup.throttled_seconds(), cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (
+        1.5,
+        1000,
+        5000,
+    )
+    assert cgroup.memory_working_set_bytes() == 700
 
 
-def test_so_does_version_1(tmp_path: Path) -> None:
-    found = make_cgroup(
+def test_version_1_reports_throttling_and_memory(tmp_path: Path) -> None:
+    cgroup = make_cgroup(
         tmp_path,
         V1,
         {
@@ -74,15 +78,19 @@ def test_so_does_version_1(tmp_path: Path) -> None:
             "memory/memory.limit_in_bytes": "9223372036854771712\n",
         },
     )
-    assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (2.5, 1000, 5000)
-    assert found.memory_working_set_bytes() == 600
+    assert (cgroup.throttled_seconds(), cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (
+        2.5,
+        1000,
+        5000,
+    )
+    assert cgroup.memory_working_set_bytes() == 600
 
 
-def test_what_is_not_there_is_none(tmp_path: Path) -> None:
-    for found in (
+def test_missing_values_are_none(tmp_path: Path) -> None:
+    for cgroup in (
         make_cgroup(tmp_path / "empty", "0::/\n", {"cpu.stat": "usage_usec 9\n"}),
         make_cgroup(tmp_path / "free", V1, {"memory/y/memory.limit_in_bytes": "9223372036854771712"}),
         Cgroup(tmp_path, tmp_path / "none"),
     ):
-        assert (found.cpu_quota(), found.throttled_seconds()) == (None, None)
-        assert (found.memory_bytes(), found.memory_limit_bytes()) == (None, None)
+        assert (cgroup.cpu_quota(), cgroup.throttled_seconds()) == (None, None)
+        assert (cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (None, None)

@@ -84,7 +84,7 @@ def make_batcher(*runners: Doubler, memory: float = INFINITY) -> Batcher:
 
 
 def run_test(test: Coroutine[None, None, None]) -> None:
-    """Run a test with a time limit: a caller who is never answered must not hang the tests."""
+    """Run a test with a time limit: a caller who is never answered must not block the tests."""
 
     async def run_limited() -> None:
         async with asyncio.timeout(20):
@@ -101,23 +101,23 @@ async def run_ready_callbacks() -> None:
 
 def test_each_caller_gets_its_own_result() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler()
-        batches = make_batcher(runner, Doubler())
-        answers = await asyncio.gather(*(batches.submit(i, ours) for i in range(14, 114)))
+        lane, runner = make_lane(), Doubler()
+        batcher = make_batcher(runner, Doubler())
+        answers = await asyncio.gather(*(batcher.submit(i, lane) for i in range(14, 114)))
         assert answers == [2 * i for i in range(14, 114)]
         assert max(map(len, runner.batches)) == 4
 
     run_test(run())
 
 
-def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
+def test_waiting_items_are_batched_without_delay() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        batches.submit(1, ours)
+        lane, runner = make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        batcher.submit(1, lane)
         await run_ready_callbacks()
         for i in range(2, 9):
-            batches.submit(i, ours)
+            batcher.submit(i, lane)
         for _ in range(3):
             await run_ready_callbacks()
             runner.finish_batch()
@@ -126,93 +126,94 @@ def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
     run_test(run())
 
 
-def test_what_comes_at_once_is_shared_among_the_free() -> None:
+def test_simultaneous_items_are_split_among_free_runners() -> None:
     async def run() -> None:
-        ours, one, other = make_lane(is_shared=True), Doubler(is_automatic=False), Doubler(is_automatic=False)
-        batches = make_batcher(one, other)
+        lane = make_lane(is_shared=True)
+        first_runner, second_runner = Doubler(is_automatic=False), Doubler(is_automatic=False)
+        batcher = make_batcher(first_runner, second_runner)
         for i in range(8):
-            batches.submit(i, ours)
+            batcher.submit(i, lane)
         await run_ready_callbacks()
-        assert (one.batches, other.batches) == ([[0, 1], [4, 5]], [[2, 3], [6], [7]])
+        assert (first_runner.batches, second_runner.batches) == ([[0, 1], [4, 5]], [[2, 3], [6], [7]])
 
     run_test(run())
 
 
-def test_only_what_is_alone_gets_the_wide_runner_to_itself() -> None:
+def test_lone_item_runs_exclusively_on_the_wide_runner() -> None:
     async def run() -> None:
-        ours = make_lane()
-        narrow, wide = Doubler(is_automatic=False), Doubler(is_multi_threaded=True, is_automatic=False)
-        batches = make_batcher(narrow, wide)
-        batches.submit(1, ours)
+        lane, narrow_runner = make_lane(), Doubler(is_automatic=False)
+        wide_runner = Doubler(is_multi_threaded=True, is_automatic=False)
+        batcher = make_batcher(narrow_runner, wide_runner)
+        batcher.submit(1, lane)
         await run_ready_callbacks()
-        batches.submit(2, ours)
+        batcher.submit(2, lane)
         await run_ready_callbacks()
-        assert (wide.exclusive, narrow.exclusive) == ([True], [False])
-        wide.finish_batch()
+        assert (wide_runner.exclusive, narrow_runner.exclusive) == ([True], [False])
+        wide_runner.finish_batch()
         await run_ready_callbacks()
-        batches.submit(3, ours)
+        batcher.submit(3, lane)
         await run_ready_callbacks()
-        assert wide.exclusive == [True, False]
+        assert wide_runner.exclusive == [True, False]
 
     run_test(run())
 
 
 def test_heavy_items_do_not_share_a_batch() -> None:
     async def run() -> None:
-        ours, runner = make_lane(weigh=float, weight_max=10), Doubler()
-        batches = make_batcher(runner)
-        await asyncio.gather(*(batches.submit(i, ours) for i in (1, 2, 3, 9, 50, 1)))
+        lane, runner = make_lane(weigh=float, weight_max=10), Doubler()
+        batcher = make_batcher(runner)
+        await asyncio.gather(*(batcher.submit(i, lane) for i in (1, 2, 3, 9, 50, 1)))
         assert runner.batches == [[1, 2, 3], [9], [50], [1]]
 
     run_test(run())
 
 
-def test_a_caller_who_leaves_costs_nothing_and_harms_no_neighbour() -> None:
+def test_cancelled_item_is_not_run_and_others_are_answered() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        first = batches.submit(1, ours)
+        lane, runner = make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        first_answer = batcher.submit(1, lane)
         await run_ready_callbacks()
-        leaves, stays = batches.submit(2, ours), batches.submit(3, ours)
-        first.cancel()
-        leaves.cancel()
+        cancelled_answer, kept_answer = batcher.submit(2, lane), batcher.submit(3, lane)
+        first_answer.cancel()
+        cancelled_answer.cancel()
         runner.finish_batch()
         await run_ready_callbacks()
         runner.finish_batch()
-        assert await stays == 6
+        assert await kept_answer == 6
         assert runner.batches == [[1], [3]]
 
     run_test(run())
 
 
-def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
+def test_cancelled_items_leave_the_queue_at_once() -> None:
     async def run() -> None:
-        ours, runner = make_lane(1), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        first = batches.submit(1, ours)
+        lane, runner = make_lane(1), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        first_answer = batcher.submit(1, lane)
         await run_ready_callbacks()
-        batches.submit(5, ours)
+        batcher.submit(5, lane)
         await run_ready_callbacks()
-        stays = batches.submit(2, ours)
+        kept_answer = batcher.submit(2, lane)
         for i in range(100):
-            batches.submit(i, ours).cancel()
-        first.cancel()
+            batcher.submit(i, lane).cancel()
+        first_answer.cancel()
         await run_ready_callbacks()
-        assert [job.item for job in ours.jobs] == [2]
+        assert [job.item for job in lane.jobs] == [2]
         for _ in range(3):
             runner.finish_batch()
             await run_ready_callbacks()
-        assert await stays == 4
+        assert await kept_answer == 4
 
     run_test(run())
 
 
-def test_a_runner_has_room_for_one_batch_behind_another() -> None:
+def test_runner_queues_one_batch_behind_another() -> None:
     async def run() -> None:
-        ours, runner = make_lane(2), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
+        lane, runner = make_lane(2), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
         for i in range(8):
-            batches.submit(i, ours)
+            batcher.submit(i, lane)
             await run_ready_callbacks()
         assert runner.batches == [[0], [1], [2], [3]]
         runner.finish_batch()
@@ -221,70 +222,70 @@ def test_a_runner_has_room_for_one_batch_behind_another() -> None:
     run_test(run())
 
 
-def test_heavy_items_take_as_much_room_as_a_batch() -> None:
+def test_heavy_item_counts_as_a_full_batch() -> None:
     async def run() -> None:
-        ours = make_lane(4, weigh=float, weight_max=10.0)
-        one, other = Doubler(is_automatic=False), Doubler(is_automatic=False)
-        batches = make_batcher(one, other)
+        lane = make_lane(4, weigh=float, weight_max=10.0)
+        first_runner, second_runner = Doubler(is_automatic=False), Doubler(is_automatic=False)
+        batcher = make_batcher(first_runner, second_runner)
         for weight in (100, 101, 102, 103, 104, 105):
-            batches.submit(weight, ours)
+            batcher.submit(weight, lane)
         await run_ready_callbacks()
-        assert (one.batches, other.batches) == ([[100], [102]], [[101], [103]])
+        assert (first_runner.batches, second_runner.batches) == ([[100], [102]], [[101], [103]])
 
     run_test(run())
 
 
-def test_what_was_lost_stays_apart() -> None:
+def test_retried_items_are_marked_as_separate() -> None:
     async def run() -> None:
-        ours, dies, other = make_lane(), Doubler(is_automatic=False), Doubler(is_automatic=False)
-        batches = make_batcher(dies)
+        lane, dying_runner, new_runner = make_lane(), Doubler(is_automatic=False), Doubler(is_automatic=False)
+        batcher = make_batcher(dying_runner)
         for i in range(2):
-            batches.submit(i, ours)
+            batcher.submit(i, lane)
         await run_ready_callbacks()
-        batches.remove_runner(dies)
-        dies.die()
-        batches.add_runner(other)
+        batcher.remove_runner(dying_runner)
+        dying_runner.die()
+        batcher.add_runner(new_runner)
         await run_ready_callbacks()
-        assert (dies.separate, other.separate) == ([False], [True, True])
-        assert other.batches == [[0], [1]]
+        assert (dying_runner.separate, new_runner.separate) == ([False], [True, True])
+        assert new_runner.batches == [[0], [1]]
 
     run_test(run())
 
 
-def test_no_item_gets_into_a_log() -> None:
+def test_repr_does_not_show_items() -> None:
     async def run() -> None:
-        ours = make_lane()
-        batches = make_batcher()
-        answer = batches.submit(123_456_789, ours)
+        lane = make_lane()
+        batcher = make_batcher()
+        answer = batcher.submit(123_456_789, lane)
         assert "123456789" not in repr(answer)
-        assert "123456789" not in repr(ours)
+        assert "123456789" not in repr(lane)
 
     run_test(run())
 
 
-def test_a_runner_is_told_of_who_leaves_when_it_has_the_batch() -> None:
+def test_runner_drops_item_cancelled_after_dispatch() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        batches.submit(1, ours)
+        lane, runner = make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        batcher.submit(1, lane)
         await run_ready_callbacks()
-        leaves = batches.submit(2, ours)
+        cancelled_answer = batcher.submit(2, lane)
         await run_ready_callbacks()
-        leaves.cancel()
+        cancelled_answer.cancel()
         await run_ready_callbacks()
         assert runner.dropped == [2]
 
     run_test(run())
 
 
-def test_what_is_past_its_deadline_is_not_worked_on() -> None:
+def test_expired_item_is_not_run() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        batches.submit(1, ours)
+        lane, runner = make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        batcher.submit(1, lane)
         await run_ready_callbacks()
-        batches.submit(2, ours, deadline=time.monotonic())
-        batches.submit(3, ours, deadline=time.monotonic() + 100)
+        batcher.submit(2, lane, deadline=time.monotonic())
+        batcher.submit(3, lane, deadline=time.monotonic() + 100)
         runner.finish_batch()
         await run_ready_callbacks()
         assert runner.batches == [[1], [3]]
@@ -292,87 +293,87 @@ def test_what_is_past_its_deadline_is_not_worked_on() -> None:
     run_test(run())
 
 
-def test_company_is_waited_for_where_it_is_told_to() -> None:
+def test_max_wait_delays_only_incomplete_batches() -> None:
     async def run() -> None:
-        ours, runner = make_lane(max_wait=0.05), Doubler()
-        batches = make_batcher(runner)
-        first = batches.submit(1, ours)
+        lane, runner = make_lane(max_wait=0.05), Doubler()
+        batcher = make_batcher(runner)
+        first_answer = batcher.submit(1, lane)
         await asyncio.sleep(0.01)
-        second = batches.submit(2, ours)
-        assert (await first, await second) == (2, 4)
-        full = [batches.submit(i, ours) for i in range(3, 7)]
+        second_answer = batcher.submit(2, lane)
+        assert (await first_answer, await second_answer) == (2, 4)
+        full_batch = [batcher.submit(i, lane) for i in range(3, 7)]
         await run_ready_callbacks()
-        assert all(answer.done() for answer in full), "a full batch waits for nobody"
+        assert all(answer.done() for answer in full_batch), "a full batch waits for nobody"
         assert runner.batches == [[1, 2], [3, 4, 5, 6]]
 
     run_test(run())
 
 
-def test_one_that_fails_alone_harms_no_neighbour() -> None:
+def test_failed_item_fails_only_its_own_caller() -> None:
     async def run() -> None:
-        ours = make_lane()
-        batches = make_batcher(Doubler())
-        odd, even = batches.submit(7, ours), batches.submit(8, ours)
-        assert await even == 16
+        lane = make_lane()
+        batcher = make_batcher(Doubler())
+        failed_answer, other_answer = batcher.submit(7, lane), batcher.submit(8, lane)
+        assert await other_answer == 16
         with pytest.raises(ValueError, match="odd"):
-            await odd
+            await failed_answer
 
     run_test(run())
 
 
-def test_a_batch_that_raises_reaches_its_callers_alone() -> None:
+def test_failed_batch_does_not_affect_the_next_batch() -> None:
     async def run() -> None:
-        ours = make_lane()
-        batches = make_batcher(Doubler())
+        lane = make_lane()
+        batcher = make_batcher(Doubler())
         with pytest.raises(ArithmeticError, match="thirteen"):
-            await batches.submit(13, ours)
-        assert await batches.submit(4, ours) == 8
+            await batcher.submit(13, lane)
+        assert await batcher.submit(4, lane) == 8
 
     run_test(run())
 
 
-def test_what_a_runner_died_at_runs_once_more_each_by_itself() -> None:
+def test_items_of_a_dead_runner_are_retried_one_by_one() -> None:
     async def run() -> None:
-        ours, runner, next_one = make_lane(), Doubler(is_automatic=False), Doubler()
-        batches = make_batcher(runner)
-        answers = [batches.submit(i, ours) for i in range(4)]
+        lane, runner, next_runner = make_lane(), Doubler(is_automatic=False), Doubler()
+        batcher = make_batcher(runner)
+        answers = [batcher.submit(i, lane) for i in range(4)]
         await run_ready_callbacks()
-        batches.remove_runner(runner)
+        batcher.remove_runner(runner)
         runner.die()
         await run_ready_callbacks()
-        batches.add_runner(next_one)
+        batcher.add_runner(next_runner)
         assert await asyncio.gather(*answers) == [0, 2, 4, 6]
-        assert next_one.batches == [[0], [1], [2], [3]]
+        assert next_runner.batches == [[0], [1], [2], [3]]
 
     run_test(run())
 
 
-def test_what_kills_two_runners_is_given_up() -> None:
+def test_item_that_kills_two_runners_fails() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        killer, stays = batches.submit(1, ours), batches.submit(2, ours)
+        lane, runner = make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        killer_answer, other_answer = batcher.submit(1, lane), batcher.submit(2, lane)
         for _ in range(2):
             await run_ready_callbacks()
             runner.die()
         await run_ready_callbacks()
         with pytest.raises(RunnerLost):
-            await killer
+            await killer_answer
         runner.finish_batch()
-        assert await stays == 4
+        assert await other_answer == 4
 
     run_test(run())
 
 
-def test_lanes_do_not_mix_and_the_one_that_waits_longest_is_next() -> None:
+def test_lanes_are_batched_separately_in_order_of_waiting() -> None:
     async def run() -> None:
-        cats, dogs, runner = make_lane(), make_lane(), Doubler(is_automatic=False)
-        batches = make_batcher(runner)
-        batches.submit(1, dogs)
+        cat_lane, dog_lane, runner = make_lane(), make_lane(), Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        batcher.submit(1, dog_lane)
         await run_ready_callbacks()
         for i in (2, 3, 4):
-            batches.submit(i, dogs)
-            batches.submit(10 * i, cats)
+            batcher.submit(i, dog_lane)
+            batcher.submit(10 * i, cat_lane)
         for _ in range(3):
             runner.finish_batch()
             await run_ready_callbacks()
@@ -381,28 +382,28 @@ def test_lanes_do_not_mix_and_the_one_that_waits_longest_is_next() -> None:
     run_test(run())
 
 
-def test_the_drain_time_grows_with_what_waits() -> None:
+def test_drain_time_is_proportional_to_the_queue() -> None:
     async def run() -> None:
-        ours = make_lane()
-        batches = make_batcher(Doubler())
-        assert batches.drain_seconds(100) == 0
-        await batches.submit(1, ours)
-        assert batches.drain_seconds(200) == pytest.approx(2 * batches.drain_seconds(100))
-        assert batches.drain_seconds(100) > 0
+        lane = make_lane()
+        batcher = make_batcher(Doubler())
+        assert batcher.drain_seconds(100) == 0
+        await batcher.submit(1, lane)
+        assert batcher.drain_seconds(200) == pytest.approx(2 * batcher.drain_seconds(100))
+        assert batcher.drain_seconds(100) > 0
 
     run_test(run())
 
 
-def test_the_queue_is_counted() -> None:
+def test_queue_length_and_time_are_measured() -> None:
     registry = CollectorRegistry()
 
     async def run() -> None:
-        ours = make_lane()
-        batches = Batcher(Metrics(registry))
-        answers = [batches.submit(i, ours) for i in range(5)]
+        lane = make_lane()
+        batcher = Batcher(Metrics(registry))
+        answers = [batcher.submit(i, lane) for i in range(5)]
         await run_ready_callbacks()
         assert registry.get_sample_value("fovea_queue_images") == 5
-        batches.add_runner(Doubler())
+        batcher.add_runner(Doubler())
         await asyncio.gather(*answers)
         await run_ready_callbacks()
 
@@ -411,40 +412,40 @@ def test_the_queue_is_counted() -> None:
     assert registry.get_sample_value("fovea_stage_seconds_count", {"stage": "queue"}) == 5
 
 
-def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
+def test_raising_callback_does_not_affect_other_callers() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler()
-        batches = make_batcher(runner)
-        told: list[object] = []
+        lane, runner = make_lane(), Doubler()
+        batcher = make_batcher(runner)
+        outcomes: list[object] = []
 
         def record_outcome(outcome: object, _job: Job) -> None:
-            told.append(outcome)
+            outcomes.append(outcome)
 
         def raise_error(_outcome: object, _job: Job) -> None:
             raise OSError("the connection has been reset")
 
-        for answered in (record_outcome, raise_error, record_outcome):
-            batches.enqueue(len(told) + 1, ours, answered, deadline=INFINITY)
-        assert await batches.submit(5, ours) == 10
-        assert told == [2, 2]
-        assert await batches.submit(6, ours) == 12
+        for callback in (record_outcome, raise_error, record_outcome):
+            batcher.enqueue(len(outcomes) + 1, lane, callback, deadline=INFINITY)
+        assert await batcher.submit(5, lane) == 10
+        assert outcomes == [2, 2]
+        assert await batcher.submit(6, lane) == 12
 
     run_test(run())
 
 
-def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
+def test_finished_jobs_leave_no_reference_cycles() -> None:
     async def run() -> None:
-        ours, runner = make_lane(), Doubler()
-        batches = make_batcher(runner)
+        lane, runner = make_lane(), Doubler()
+        batcher = make_batcher(runner)
         gc.collect()
         gc.disable()
         try:
-            await asyncio.gather(*(batches.submit(i, ours) for i in (1, 2, 7)), return_exceptions=True)
-            batches.submit(8, ours).cancel()
+            await asyncio.gather(*(batcher.submit(i, lane) for i in (1, 2, 7)), return_exceptions=True)
+            batcher.submit(8, lane).cancel()
             await run_ready_callbacks()
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            assert not [one for one in gc.garbage if isinstance(one, Job | asyncio.Future)]
+            assert not [garbage for garbage in gc.garbage if isinstance(garbage, Job | asyncio.Future)]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
@@ -456,46 +457,46 @@ def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
 # --- exceptions in callbacks, runners and metrics ------------------------------------------------
 
 
-def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are_answered() -> None:
-    def read(outcome: Any, job: Job) -> Any:
+def test_unreadable_outcome_fails_only_its_own_caller() -> None:
+    def read_outcome(outcome: Any, job: Job) -> Any:
         if outcome == 4:
             raise ZeroDivisionError("of a metric")
         return outcome
 
-    async def test() -> None:
-        only = make_lane()
-        made = make_batcher(Doubler())
-        futures = [made.submit(item, only, convert=read) for item in (1, 2, 3)]
+    async def run() -> None:
+        lane = make_lane()
+        batcher = make_batcher(Doubler())
+        futures = [batcher.submit(item, lane, convert=read_outcome) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
         assert isinstance(outcomes[1], ZeroDivisionError)
 
-    run_test(test())
+    run_test(run())
 
 
-def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
-    async def test() -> None:
-        only = make_lane()
-        made = make_batcher(Doubler())
-        heard: list[Any] = []
-        over = asyncio.Event()
+def test_raising_callback_is_called_again_with_the_error() -> None:
+    async def run() -> None:
+        lane = make_lane()
+        batcher = make_batcher(Doubler())
+        outcomes: list[Any] = []
+        error_received = asyncio.Event()
 
         def on_outcome(outcome: Any, job: Job) -> None:
-            heard.append(outcome)
+            outcomes.append(outcome)
             if not isinstance(outcome, Exception):
                 raise ZeroDivisionError("of an answer")
-            over.set()
+            error_received.set()
 
-        made.enqueue(1, only, on_outcome, deadline=INFINITY)
-        await over.wait()
-        assert heard[0] == 2
-        assert isinstance(heard[1], ZeroDivisionError)
+        batcher.enqueue(1, lane, on_outcome, deadline=INFINITY)
+        await error_received.wait()
+        assert outcomes[0] == 2
+        assert isinstance(outcomes[1], ZeroDivisionError)
 
-    run_test(test())
+    run_test(run())
 
 
-def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> None:
-    class Unsendable(Doubler):
+def test_unsendable_batch_fails_only_its_own_caller() -> None:
+    class FailingRunner(Doubler):
         def start_batch(
             self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any
         ) -> DropItem:
@@ -503,141 +504,147 @@ def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> N
                 raise TypeError("no JSON")
             return super().start_batch(lane, items, *rest, **options)
 
-    async def test() -> None:
-        only = make_lane(batch_max=1)
-        made = make_batcher(Unsendable())
-        futures = [made.submit(item, only) for item in (1, 2, 3)]
+    async def run() -> None:
+        lane = make_lane(batch_max=1)
+        batcher = make_batcher(FailingRunner())
+        futures = [batcher.submit(item, lane) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
         assert isinstance(outcomes[1], TypeError)
 
-    run_test(test())
+    run_test(run())
 
 
-def test_metrics_that_raise_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+def test_raising_metrics_do_not_affect_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_error(*_: object) -> None:
         raise OSError("No space left on device")
 
-    async def test() -> None:
-        only = make_lane()
+    async def run() -> None:
+        lane = make_lane()
         metrics = Metrics(CollectorRegistry())
-        made = Batcher(metrics)
-        made.add_runner(Doubler())
-        monkeypatch.setattr(metrics.queue_images, "set", fail)
-        monkeypatch.setattr(metrics.seconds_by_stage["queue"], "observe", fail)
-        assert await made.submit(1, only) == 2
-        assert await made.submit(2, only) == 4
+        batcher = Batcher(metrics)
+        batcher.add_runner(Doubler())
+        monkeypatch.setattr(metrics.queue_images, "set", raise_error)
+        monkeypatch.setattr(metrics.seconds_by_stage["queue"], "observe", raise_error)
+        assert await batcher.submit(1, lane) == 2
+        assert await batcher.submit(2, lane) == 4
 
-    run_test(test())
+    run_test(run())
 
 
 # --- expensive items -----------------------------------------------------------------------------
 
 
-def test_the_most_expensive_items_never_have_all_runners() -> None:
-    async def test() -> None:
-        first, second = Doubler(is_automatic=False), Doubler(is_automatic=False)
-        made = make_batcher(first, second)
-        cheap, costly = make_lane(batch_max=1), make_lane(batch_max=1, level=LEVEL_COUNT - 1)
-        slow = [made.submit(item, costly) for item in (100, 200, 300)]
+def test_most_expensive_items_leave_one_runner_free() -> None:
+    async def run() -> None:
+        first_runner, second_runner = Doubler(is_automatic=False), Doubler(is_automatic=False)
+        batcher = make_batcher(first_runner, second_runner)
+        cheap_lane, costly_lane = make_lane(batch_max=1), make_lane(batch_max=1, level=LEVEL_COUNT - 1)
+        costly_answers = [batcher.submit(item, costly_lane) for item in (100, 200, 300)]
         await run_ready_callbacks()
-        assert sorted(map(len, (first.batches, second.batches))) == [0, 1]
-        busy, free = (first, second) if first.batches else (second, first)
-        quick = [made.submit(item, cheap) for item in (1, 2, 3)]
+        assert sorted(map(len, (first_runner.batches, second_runner.batches))) == [0, 1]
+        busy_runner, free_runner = (
+            (first_runner, second_runner) if first_runner.batches else (second_runner, first_runner)
+        )
+        cheap_answers = [batcher.submit(item, cheap_lane) for item in (1, 2, 3)]
         await run_ready_callbacks()
-        assert free.batches == [[1], [2]]  # and nothing waits behind the expensive one
-        assert busy.separate == [True]
-        busy.finish_batch()
+        assert free_runner.batches == [[1], [2]]  # and nothing waits behind the expensive one
+        assert busy_runner.separate == [True]
+        busy_runner.finish_batch()
         await run_ready_callbacks()
-        assert busy.batches == [[100], [200]]
-        for runner in (free, free, busy, free, busy):
+        assert busy_runner.batches == [[100], [200]]
+        for runner in (free_runner, free_runner, busy_runner, free_runner, busy_runner):
             runner.finish_batch()
             await run_ready_callbacks()
-        assert await asyncio.gather(*quick, *slow) == [2, 4, 6, 200, 400, 600]
+        assert await asyncio.gather(*cheap_answers, *costly_answers) == [2, 4, 6, 200, 400, 600]
 
-    run_test(test())
+    run_test(run())
 
 
-def test_dear_items_have_half_of_the_runners_while_cheaper_ones_come_and_all_when_none_do() -> None:
-    async def test() -> None:
-        cheap, dear = make_lane(batch_max=1), make_lane(batch_max=1, level=1)
+def test_costly_items_use_half_of_the_runners_beside_cheap_ones() -> None:
+    """Costly items use all runners while no cheaper items wait."""
+
+    async def run() -> None:
+        cheap_lane, costly_lane = make_lane(batch_max=1), make_lane(batch_max=1, level=1)
         runners = [Doubler(is_automatic=False) for _ in range(4)]
-        made = make_batcher(*runners)
-        futures = [made.submit(item, dear) for item in range(20, 28)]
+        batcher = make_batcher(*runners)
+        futures = [batcher.submit(item, costly_lane) for item in range(20, 28)]
         await run_ready_callbacks()
         assert [len(runner.batches) for runner in runners] == [2, 2, 2, 2]
 
-        others = [Doubler(is_automatic=False) for _ in range(4)]
-        made = make_batcher(*others)
-        futures += [made.submit(1, cheap)]
-        futures += [made.submit(item, dear) for item in range(30, 38)]
+        other_runners = [Doubler(is_automatic=False) for _ in range(4)]
+        batcher = make_batcher(*other_runners)
+        futures += [batcher.submit(1, cheap_lane)]
+        futures += [batcher.submit(item, costly_lane) for item in range(30, 38)]
         await run_ready_callbacks()
-        having = [one for one in others if any(items[0] >= 30 for items in one.batches)]
-        assert len(having) == 2
-        for runner in [*runners, *others] * 9:
+        costly_runners = [
+            runner for runner in other_runners if any(items[0] >= 30 for items in runner.batches)
+        ]
+        assert len(costly_runners) == 2
+        for runner in [*runners, *other_runners] * 9:
             if runner.is_busy:
                 runner.finish_batch()
                 await run_ready_callbacks()
         answers: list[Any] = [*await asyncio.gather(*futures)]
         assert answers == [*range(40, 56, 2), 2, *range(60, 76, 2)]
 
-    run_test(test())
+    run_test(run())
 
 
-def test_one_runner_takes_all_and_shares_its_time() -> None:
+def test_single_runner_divides_its_time_by_cost_level() -> None:
     """A second of a runner's time costs the most expensive level eight times as much as the cheapest."""
 
-    async def test() -> None:
-        only = Doubler(is_automatic=False)
-        made = make_batcher(only)
-        cheap, costly = make_lane(batch_max=1), make_lane(batch_max=1, level=LEVEL_COUNT - 1)
-        cheap.seconds_per_item = costly.seconds_per_item = 1.0
-        futures = [made.submit(item, cheap) for item in range(16)]
-        futures += [made.submit(100 + item, costly) for item in range(3)]
+    async def run() -> None:
+        runner = Doubler(is_automatic=False)
+        batcher = make_batcher(runner)
+        cheap_lane, costly_lane = make_lane(batch_max=1), make_lane(batch_max=1, level=LEVEL_COUNT - 1)
+        cheap_lane.seconds_per_item = costly_lane.seconds_per_item = 1.0
+        futures = [batcher.submit(item, cheap_lane) for item in range(16)]
+        futures += [batcher.submit(100 + item, costly_lane) for item in range(3)]
         while not all(future.done() for future in futures):
             await run_ready_callbacks()
-            cheap.seconds_per_item = costly.seconds_per_item = 1.0
-            only.finish_batch()
-        order = [items[0] >= 100 for items in only.batches]
-        assert order.index(True) < 8
-        assert 6 <= order[order.index(True) + 1 :].index(True) <= 10
+            cheap_lane.seconds_per_item = costly_lane.seconds_per_item = 1.0
+            runner.finish_batch()
+        costly_flags = [items[0] >= 100 for items in runner.batches]
+        assert costly_flags.index(True) < 8
+        assert 6 <= costly_flags[costly_flags.index(True) + 1 :].index(True) <= 10
 
-    run_test(test())
+    run_test(run())
 
 
-def test_memory_is_reserved_before_a_runner_begins_and_freed_when_it_is_done() -> None:
-    async def test() -> None:
+def test_memory_is_reserved_until_a_batch_is_done() -> None:
+    async def run() -> None:
         runners = [Doubler(is_automatic=False) for _ in range(4)]
-        made = make_batcher(*runners, memory=100)
-        large, small = make_lane(batch_max=1), make_lane(batch_max=1)
-        futures = [made.submit(item, large, memory=60) for item in (1, 2)]
-        futures += [made.submit(10, large, memory=1000)]  # it gets all that there is
-        futures += [made.submit(item, small) for item in (5, 6)]
+        batcher = make_batcher(*runners, memory=100)
+        large_lane, small_lane = make_lane(batch_max=1), make_lane(batch_max=1)
+        futures = [batcher.submit(item, large_lane, memory=60) for item in (1, 2)]
+        futures += [batcher.submit(10, large_lane, memory=1000)]  # it is limited to all of the memory
+        futures += [batcher.submit(item, small_lane) for item in (5, 6)]
         await run_ready_callbacks()
-        begun = [items for runner in runners for items in runner.batches]
-        assert sorted(begun) == [[1], [5], [6]]
+        started_batches = [items for runner in runners for items in runner.batches]
+        assert sorted(started_batches) == [[1], [5], [6]]
         assert sorted(memory for runner in runners for memory in runner.memory) == [0, 0, 60]
-        while busy := [runner for runner in runners if runner.is_busy]:
-            assert sum(runner.reserved for runner in busy) <= 100
-            busy[0].finish_batch()
+        while busy_runners := [runner for runner in runners if runner.is_busy]:
+            assert sum(runner.reserved for runner in busy_runners) <= 100
+            busy_runners[0].finish_batch()
             await run_ready_callbacks()
         assert await asyncio.gather(*futures) == [2, 4, 20, 10, 12]
         assert max(memory for runner in runners for memory in runner.memory) == 100
 
-    run_test(test())
+    run_test(run())
 
 
-def test_who_needs_much_memory_is_not_overtaken_by_who_needs_less() -> None:
-    async def test() -> None:
+def test_large_memory_request_is_not_overtaken() -> None:
+    async def run() -> None:
         runners = [Doubler(is_automatic=False) for _ in range(4)]
-        made = make_batcher(*runners, memory=100)
-        ours, theirs = make_lane(batch_max=1), make_lane(batch_max=1)
-        first = made.submit(1, ours, memory=50)
+        batcher = make_batcher(*runners, memory=100)
+        lane, other_lane = make_lane(batch_max=1), make_lane(batch_max=1)
+        first_answer = batcher.submit(1, lane, memory=50)
         await run_ready_callbacks()
-        ours.virtual_time = theirs.virtual_time = 0.0
-        large = made.submit(2, ours, memory=100)
+        lane.virtual_time = other_lane.virtual_time = 0.0
+        large_answer = batcher.submit(2, lane, memory=100)
         await run_ready_callbacks()
-        less = made.submit(3, theirs, memory=40)
+        small_answer = batcher.submit(3, other_lane, memory=40)
         await run_ready_callbacks()
         assert sum(len(runner.batches) for runner in runners) == 1
         for expected in ([2], [3]):
@@ -645,23 +652,23 @@ def test_who_needs_much_memory_is_not_overtaken_by_who_needs_less() -> None:
             await run_ready_callbacks()
             assert expected in [runner.batches[-1] for runner in runners if runner.batches]
         next(runner for runner in runners if runner.is_busy).finish_batch()
-        assert list(await asyncio.gather(first, large, less)) == [2, 4, 6]
+        assert list(await asyncio.gather(first_answer, large_answer, small_answer)) == [2, 4, 6]
 
-    run_test(test())
+    run_test(run())
 
 
-def test_memory_of_a_dead_runner_is_free_again() -> None:
-    async def test() -> None:
-        dying, other = Doubler(is_automatic=False), Doubler()
-        made = make_batcher(dying, memory=100)
-        ours = make_lane(batch_max=1)
-        future = made.submit(1, ours, memory=100)
+def test_memory_of_a_dead_runner_is_released() -> None:
+    async def run() -> None:
+        dying_runner, new_runner = Doubler(is_automatic=False), Doubler()
+        batcher = make_batcher(dying_runner, memory=100)
+        lane = make_lane(batch_max=1)
+        future = batcher.submit(1, lane, memory=100)
         await run_ready_callbacks()
-        assert dying.memory == [100]
-        made.remove_runner(dying)
-        dying.die()
-        made.add_runner(other)
+        assert dying_runner.memory == [100]
+        batcher.remove_runner(dying_runner)
+        dying_runner.die()
+        batcher.add_runner(new_runner)
         assert await future == 2
-        assert other.memory == [100]
+        assert new_runner.memory == [100]
 
-    run_test(test())
+    run_test(run())

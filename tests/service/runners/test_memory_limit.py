@@ -35,7 +35,7 @@ def zoo(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple[Server, ControlGroup]]:
+def start_limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple[Server, ControlGroup]]:
     """Start a service in a group of `megabytes`; skip the test where no group can be made."""
     with create_limited_group(megabytes * MB) as group:
         if group is None:
@@ -59,51 +59,51 @@ def bodies() -> list[bytes]:
 
 
 @pytest.mark.parametrize("megabytes", [300, 400, 512])
-def test_whatever_is_asked_is_answered_or_refused_and_nobody_is_killed(
+def test_mixed_requests_do_not_exceed_the_memory_limit(
     zoo: Path, bodies: list[bytes], megabytes: int
 ) -> None:
-    with limited_server(zoo, megabytes) as (running, group):
+    with start_limited_server(zoo, megabytes) as (server, group):
         statuses: Counter[int] = Counter()
 
-        def call(number: int) -> None:
-            with httpx.Client(base_url=running.url, timeout=120) as client:
+        def send_requests(number: int) -> None:
+            with httpx.Client(base_url=server.url, timeout=120) as client:
                 for body in (bodies * 2)[number % len(bodies) :][: len(bodies)]:
                     statuses[client.post("/v1/classify", content=body).status_code] += 1
                 statuses[client.post("/v1/explain", content=bodies[-1]).status_code] += 1
 
         with ThreadPoolExecutor(CALLERS) as pool:
-            list(pool.map(call, range(CALLERS)))
+            list(pool.map(send_requests, range(CALLERS)))
         assert set(statuses) <= {200, 413, 503}, statuses
-        assert statuses[200] >= CALLERS  # the small ones at least
+        assert statuses[200] >= CALLERS  # at least the small images
         assert group.kill_count == 0
-        assert running.read_metric("fovea_runner_deaths_total") == 0
+        assert server.read_metric("fovea_runner_deaths_total") == 0
 
 
-def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo: Path) -> None:
+def test_new_version_loads_despite_constant_explain_requests(zoo: Path) -> None:
     """The explaining process has the only memory that a trial could use, and ends for the trial."""
     settings = {"FOVEA_WATCH": "0.1", "FOVEA_RUNNERS": "1"}
-    with limited_server(zoo, 300, **settings) as (running, group):
+    with start_limited_server(zoo, 300, **settings) as (server, group):
         statuses: Counter[int] = Counter()
         is_over = threading.Event()
 
-        def explain() -> None:
-            with httpx.Client(base_url=running.url, timeout=120) as client:
+        def request_explanations() -> None:
+            with httpx.Client(base_url=server.url, timeout=120) as client:
                 while not is_over.is_set():
                     statuses[client.post("/v1/explain", content=make_jpeg()).status_code] += 1
 
-        asking = threading.Thread(target=explain)
-        asking.start()
+        explain_thread = threading.Thread(target=request_explanations)
+        explain_thread.start()
         try:
             wait_until(lambda: statuses[200])
             for seed in (1, 2):
                 version = publish_variant(zoo, seed=seed)
-                wait_until(partial(_is_served, running, version))
+                wait_until(partial(_is_served, server, version))
                 wait_until(partial(_has_more_than, statuses, statuses[200]))
         finally:
             is_over.set()
-            asking.join()
+            explain_thread.join()
         assert set(statuses) <= {200, 503}, statuses
-        assert classify_pictures(running)["model"]["version"] == "3"
+        assert classify_pictures(server)["model"]["version"] == "3"
         assert group.kill_count == 0
 
 
@@ -115,24 +115,24 @@ def _has_more_than(statuses: Counter[int], count: int) -> bool:
     return statuses[200] > count
 
 
-def test_memory_for_inflated_bodies_is_returned_to_the_system(small_zoo: Path) -> None:
+def test_memory_of_inflated_bodies_is_returned(small_zoo: Path) -> None:
     """With its default thresholds, glibc kept 100 to 300 MB: they rise with large blocks (`spawn`)."""
-    packed = gzip.compress(os.urandom(7 * MB), 1)
-    with Server(FOVEA_MODELS=str(small_zoo)) as running:
-        before = _anonymous_bytes(running.process.pid)
+    compressed_body = gzip.compress(os.urandom(7 * MB), 1)
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        bytes_before = _read_anonymous_bytes(server.process.pid)
 
-        def send(_number: int) -> int:
-            with httpx.Client(base_url=running.url, timeout=60) as client:
+        def send_body(_number: int) -> int:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
                 headers = {"Content-Encoding": "gzip"}
-                return client.post("/v1/classify", content=packed, headers=headers).status_code
+                return client.post("/v1/classify", content=compressed_body, headers=headers).status_code
 
         with ThreadPoolExecutor(CALLERS) as pool:
-            assert set(pool.map(send, range(48))) <= {415, 503}
-        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
-        assert _anonymous_bytes(running.process.pid) - before < 32 * MB
+            assert set(pool.map(send_body, range(48))) <= {415, 503}
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        assert _read_anonymous_bytes(server.process.pid) - bytes_before < 32 * MB
 
 
-def _anonymous_bytes(pid: int) -> int:
-    """Bytes of anonymous memory that are resident (proc_pid_status(5))."""
+def _read_anonymous_bytes(pid: int) -> int:
+    """Return the resident bytes of anonymous memory (proc_pid_status(5))."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024

@@ -22,17 +22,19 @@ from tests.pictures import encode_image, make_jpeg
 PLAN = ProcessPlan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
 
-@pytest.mark.parametrize(("first", "most"), [("batch", 3), (1, 1)])
-def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: str | int, most: int) -> None:
+@pytest.mark.parametrize(("batch_dimension", "expected_batch_max"), [("batch", 3), (1, 1)])
+def test_batch_max_respects_the_limit_of_the_graph(
+    tmp_path: Path, batch_dimension: str | int, expected_batch_max: int
+) -> None:
     model = build_model()
-    side = model.graph.input[0].type.tensor_type.shape.dim[0]
-    if isinstance(first, int):
-        side.dim_value = first
+    batch_axis = model.graph.input[0].type.tensor_type.shape.dim[0]
+    if isinstance(batch_dimension, int):
+        batch_axis.dim_value = batch_dimension
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    loaded = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
-    assert loaded.loaded_model.batch_max == most
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    assert predictor.loaded_model.batch_max == expected_batch_max
     images = [make_jpeg(seed=seed) for seed in range(3)]
-    assert all(isinstance(answer, Answer) for answer in loaded.predict_batch(images).answers)
+    assert all(isinstance(answer, Answer) for answer in predictor.predict_batch(images).answers)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +50,12 @@ def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: 
         (Task.MULTICLASS, [1], 0),
     ],
 )
-def test_entropy_is_0_where_sure_and_1_where_all_are_alike(
-    task: Task, row: list[float], entropy: float
-) -> None:
+def test_entropy_is_0_if_certain_and_1_if_uniform(task: Task, row: list[float], entropy: float) -> None:
     assert entropy_of(np.array([row, row], np.float32), task) == pytest.approx([entropy] * 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("row", [[1 / 3] * 3, [0.1] * 10, [1.0000001, 0]])
-def test_entropy_stays_within_0_and_1_where_rounding_leads_outside(row: list[float]) -> None:
+def test_entropy_is_between_zero_and_one(row: list[float]) -> None:
     (entropy,) = entropy_of(np.array([row], np.float32), Task.MULTICLASS)
     assert 0 <= entropy <= 1
 
@@ -66,18 +66,20 @@ def test_brightness_is_the_mean_of_all_values() -> None:
     assert brightness_of(batch) == pytest.approx([0, 1, batch[2].mean() / 255], abs=1e-6)
 
 
-def test_an_answer_that_is_not_finite_is_an_error_and_harms_no_neighbour(tmp_path: Path) -> None:
+def test_non_finite_answer_fails_only_its_own_image(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(build_nan_for_black().SerializeToString())
-    model = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
     black = encode_image(Image.new("RGB", (32, 32)), "PNG")
     (frame,) = FrameDecoder().feed(
-        model.predict_batch([make_jpeg(), black, ImageRequest(make_jpeg(), include_logits=True)]).to_bytes()
+        predictor.predict_batch(
+            [make_jpeg(), black, ImageRequest(make_jpeg(), include_logits=True)]
+        ).to_bytes()
     )
     report = BatchReport.from_frame(frame)
     assert isinstance(report, BatchReport)
     first, second, third = report.answers
     assert isinstance(second, Internal)
     assert "not finite" in str(second)
-    for good in (first, third):
-        assert isinstance(good, Answer)
-        assert np.isfinite(np.asarray(good.probabilities)).all()
+    for answer in (first, third):
+        assert isinstance(answer, Answer)
+        assert np.isfinite(np.asarray(answer.probabilities)).all()

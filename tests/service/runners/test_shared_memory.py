@@ -15,13 +15,13 @@ MB = 1 << 20
 
 
 @pytest.fixture
-def slots() -> Iterator[SharedBodies]:
-    made = SharedBodies(4, 24 * MB)
-    yield made
-    made.close()
+def shared_bodies() -> Iterator[SharedBodies]:
+    bodies = SharedBodies(4, 24 * MB)
+    yield bodies
+    bodies.close()
 
 
-def resident_bytes(bodies: SharedBodies) -> int:
+def count_resident_bytes(bodies: SharedBodies) -> int:
     """Return the number of allocated bytes of the shared memory."""
     return os.fstat(bodies.descriptor).st_blocks * 512
 
@@ -37,47 +37,51 @@ def run_on_loop(action: Callable[[], None]) -> None:
     asyncio.run(run())
 
 
-def test_what_is_written_is_where_a_runner_looks(slots: SharedBodies) -> None:
-    with mmap.mmap(slots.descriptor, 0, prot=mmap.PROT_READ) as runner:
-        taken = [slots.allocate() for _ in range(4)]
-        for number, slot in enumerate(taken):
+def test_written_bytes_are_at_the_referenced_offset(shared_bodies: SharedBodies) -> None:
+    with mmap.mmap(shared_bodies.descriptor, 0, prot=mmap.PROT_READ) as runner:
+        slots = [shared_bodies.allocate() for _ in range(4)]
+        for number, slot in enumerate(slots):
             slot.view(10, 13)[:] = b"%d%d%d" % (number, number, number)
-        for number, slot in enumerate(taken):
-            stored = slot.to_ref(10, 13)
-            assert runner[stored.offset : stored.offset + len(stored)] == b"%d%d%d" % (number, number, number)
+        for number, slot in enumerate(slots):
+            ref = slot.to_ref(10, 13)
+            assert runner[ref.offset : ref.offset + len(ref)] == b"%d%d%d" % (
+                number,
+                number,
+                number,
+            )
 
 
-def test_there_are_so_many_and_the_warmest_is_taken_first(slots: SharedBodies) -> None:
+def test_slots_are_limited_and_reused(shared_bodies: SharedBodies) -> None:
     def run() -> None:
-        taken = [slots.allocate() for _ in range(4)]
-        assert slots.free_count == 0
-        assert len({slot.offset for slot in taken}) == 4
-        taken[2].release(1000)
-        assert slots.free_count == 1
-        assert slots.allocate() is taken[2]
+        slots = [shared_bodies.allocate() for _ in range(4)]
+        assert shared_bodies.free_count == 0
+        assert len({slot.offset for slot in slots}) == 4
+        slots[2].release(1000)
+        assert shared_bodies.free_count == 1
+        assert shared_bodies.allocate() is slots[2]
 
     run_on_loop(run)
 
 
-def test_little_memory_stays_and_much_is_returned(slots: SharedBodies) -> None:
+def test_memory_beyond_32_mb_is_returned(shared_bodies: SharedBodies) -> None:
     """At most about 32 MB stay allocated, whatever the sizes."""
 
-    def use(*sizes: int) -> None:
-        taken = [slots.allocate() for _ in sizes]
-        for slot, size in zip(taken, sizes, strict=True):
+    def fill_slots(*sizes: int) -> None:
+        slots = [shared_bodies.allocate() for _ in sizes]
+        for slot, size in zip(slots, sizes, strict=True):
             slot.view(0, size)[:] = bytes(size)
             slot.view(0, size)[::4096] = b"x" * len(range(0, size, 4096))
-        for slot, size in zip(taken, sizes, strict=True):
+        for slot, size in zip(slots, sizes, strict=True):
             slot.release(size)
 
-    run_on_loop(lambda: use(5 * MB))
-    assert resident_bytes(slots) == 5 * MB
-    run_on_loop(lambda: use(5 * MB + 1, 17 * MB, 23 * MB, 20 * MB))
-    assert 20 * MB < resident_bytes(slots) <= 33 * MB
-    assert slots.free_count == 4
+    run_on_loop(lambda: fill_slots(5 * MB))
+    assert count_resident_bytes(shared_bodies) == 5 * MB
+    run_on_loop(lambda: fill_slots(5 * MB + 1, 17 * MB, 23 * MB, 20 * MB))
+    assert 20 * MB < count_resident_bytes(shared_bodies) <= 33 * MB
+    assert shared_bodies.free_count == 4
 
 
-def test_there_are_fewer_where_they_are_too_large_for_the_address_space() -> None:
-    slots = SharedBodies(1000, 1 << 30)
-    assert slots.free_count == 64
-    slots.close()
+def test_large_slots_are_limited_by_the_address_space() -> None:
+    shared_bodies = SharedBodies(1000, 1 << 30)
+    assert shared_bodies.free_count == 64
+    shared_bodies.close()
