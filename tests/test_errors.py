@@ -55,7 +55,7 @@ def make_error(kind: type[FoveaError]) -> FoveaError:
     return kind(*(positional or ["what was wrong"]), **keywords)
 
 
-def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
+def test_every_error_survives_pickle_and_copy() -> None:
     kinds = list_errors()
     assert {"Overloaded", "Draining", "BodyTimeout", "ImportRefused", "DataError"} <= {
         kind.__name__ for kind in kinds
@@ -63,16 +63,16 @@ def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
     for kind in kinds:
         error = make_error(kind)
         protocols = range(pickle.HIGHEST_PROTOCOL + 1)
-        for other in (
+        for duplicate in (
             *(pickle.loads(pickle.dumps(error, protocol)) for protocol in protocols),  # noqa: S301 - ours
             copy.copy(error),
         ):
-            assert type(other) is kind
-            assert (str(other), other.args, vars(other)) == (str(error), error.args, vars(error))
+            assert type(duplicate) is kind
+            assert (str(duplicate), duplicate.args, vars(duplicate)) == (str(error), error.args, vars(error))
 
 
 @pytest.mark.parametrize("error", [Overloaded("the queue is full", retry_after=1.5), BodyTimeout(30.0)])
-def test_what_an_error_carries_is_carried(error: FoveaError) -> None:
-    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
-    assert str(again) == str(error)
-    assert getattr(again, "retry_after", None) == getattr(error, "retry_after", None)
+def test_pickled_error_keeps_message_and_retry_after(error: FoveaError) -> None:
+    duplicate = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
+    assert str(duplicate) == str(error)
+    assert getattr(duplicate, "retry_after", None) == getattr(error, "retry_after", None)

@@ -27,9 +27,9 @@ MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe
 
 EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "layer_table", "verify"}]
 
-SIDEWAYS = {("resources", "settings")}
+ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-OF_SERVICE = {"errors", "resources", "artifact", "inference"}
+SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference"}
 """Packages of `service` that `model` and `export` may import."""
 
 
@@ -61,40 +61,40 @@ def test_imports_point_downwards(package: str, layers: list[set[str]]) -> None:
         if top == "fovea" and rest[:1] == [package] and len(rest) > 1
         for other in rest[1:2]
         if other in height and other != part
-        if height[other] <= height[part] and (part, other) not in SIDEWAYS
+        if height[other] <= height[part] and (part, other) not in ALLOWED_SIDEWAYS
     ]
     assert upwards == []
     assert height.keys() == {part for part, _ in list_files(package)}
 
 
-def test_the_service_needs_no_training_code() -> None:
+def test_service_imports_no_training_code() -> None:
     forbidden = {"torch", "onnx", "onnxscript", "safetensors"}
-    found = [
+    violations = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
         for _, file in list_files("service")
         for module in list_imports(file)
         if module[0] in forbidden
         or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
     ]
-    assert found == []
+    assert violations == []
 
 
 @pytest.mark.parametrize("package", ["model", "export"])
-def test_training_and_export_use_the_lower_packages_of_the_service_alone(package: str) -> None:
-    found = [
+def test_model_and_export_import_only_lower_service_packages(package: str) -> None:
+    violations = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
         for _, file in list_files(package)
         for module in list_imports(file)
-        if module[:2] == ("fovea", "service") and module[2] not in OF_SERVICE
+        if module[:2] == ("fovea", "service") and module[2] not in SHARED_SERVICE_PACKAGES
     ]
-    assert found == []
+    assert violations == []
 
 
-def test_training_does_not_know_export() -> None:
-    found = [
+def test_model_does_not_import_export() -> None:
+    violations = [
         str(file)
         for _, file in list_files("model")
         for module in list_imports(file)
         if module[:2] == ("fovea", "export")
     ]
-    assert found == []
+    assert violations == []

@@ -20,7 +20,7 @@ from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200
-LEAST = 0.85
+MIN_HIT_SHARE = 0.85
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +44,30 @@ def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
         yield path.parent.name, quarter, content.getvalue()
 
 
-def hit_share(explainer: Explainer, folder: Path, question: ExplanationRequest) -> float:
+def measure_hit_share(explainer: Explainer, folder: Path, request: ExplanationRequest) -> float:
     """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
     labels = explainer.contract.labels
-    total = right = 0
+    count = hits = 0
     for label, quarter, picture in draw_quarters(folder):
         _, prediction = explainer.classify_image(picture)
         if labels[prediction.probabilities.argmax()] == label:
-            heatmap = explainer.explain(picture, question, lambda _: None, lambda *_: None).heatmap
+            heatmap = explainer.explain(picture, request, lambda _: None, lambda *_: None).heatmap
             row, column = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
-            right += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])
-            total += 1
-        if total == CASES:
+            hits += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])
+            count += 1
+        if count == CASES:
             break
-    return right / total
+    return hits / count
 
 
 def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hit_share(explainer, cifar_test, ExplanationRequest(method="cam"))
+    share = measure_hit_share(explainer, cifar_test, ExplanationRequest(method="cam"))
     print(f"class activation maps: {share:.1%} of {CASES}")
-    assert share >= LEAST
+    assert share >= MIN_HIT_SHARE
 
 
 @pytest.mark.slow
 def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hit_share(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
+    share = measure_hit_share(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
     print(f"occlusion, 400 masked images: {share:.1%} of {CASES}")
-    assert share >= LEAST
+    assert share >= MIN_HIT_SHARE

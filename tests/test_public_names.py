@@ -63,7 +63,7 @@ def format_public_names(server: Server) -> str:
     return "".join(f"{name}\n" for name in sorted(names))
 
 
-def test_public_names_are_those_of_the_list(server: Server) -> None:
+def test_public_names_match_the_list(server: Server) -> None:
     assert format_public_names(server).splitlines() == LIST.read_text().splitlines()
 
 
