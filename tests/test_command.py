@@ -1,4 +1,4 @@
-"""The command: `fovea classify`, `fovea serve`, and its help."""
+"""`fovea classify`, `explain`, `serve`, `publish` and `--version` on the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subproce
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
-    """Eight good pictures."""
+    """Return the paths of eight valid pictures."""
     paths = [tmp_path / f"{number}.jpg" for number in range(8)]
     for seed, path in enumerate(paths):
         path.write_bytes(make_jpeg(40 + seed, 60, seed))
@@ -144,7 +144,7 @@ def test_invalid_classify_call_ends_with_one_error_line(
 
 @pytest.fixture
 def album(tmp_path: Path, pictures: list[Path]) -> Path:
-    """A folder of images with meaningless names, files that are not images, and files of systems."""
+    """Return a folder with images without extensions, invalid images, other files and system files."""
     folder = tmp_path / "album"
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "@eaDir").mkdir()
@@ -200,7 +200,7 @@ def test_folder_without_images_is_an_error(small_zoo: Path, tmp_path: Path) -> N
 def test_answers_are_printed_before_all_files_are_read(
     small_zoo: Path, pictures: list[Path], option: list[str]
 ) -> None:
-    """The first answer comes before the second file, a pipe, has content; Ctrl-C leaves valid JSON."""
+    """The second file is a pipe without content. Ctrl-C leaves valid JSON."""
     pipe = pictures[0].parent / "pipe"
     os.mkfifo(pipe)
     environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
@@ -223,7 +223,7 @@ def test_answers_are_printed_before_all_files_are_read(
 
 
 def test_interrupt_waits_until_answer_is_printed() -> None:
-    """Ctrl-C during printing would leave half a JSON document."""
+    """Ctrl-C during printing would leave an incomplete JSON document."""
     steps = []
     with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
@@ -231,7 +231,7 @@ def test_interrupt_waits_until_answer_is_printed() -> None:
     assert steps == ["printed"]
     with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # someone who presses it twice wants the end now
+        signal.raise_signal(signal.SIGINT)  # the second Ctrl-C interrupts at once
         steps.append("printed again")
     assert steps == ["printed"]
     with delay_interrupt():
@@ -295,7 +295,7 @@ def test_invalid_explain_call_ends_with_one_error_line(
     assert not Path("heat.png").exists()
 
 
-# --- the rest ------------------------------------------------------------------------------------
+# --- serve, publish and others -------------------------------------------------------------------
 
 
 @pytest.mark.long

@@ -123,7 +123,7 @@ def test_second_import_adds_version_and_keeps_default(tmp_path: Path, command: C
     add_to_repository(build_model(), tmp_path / "zoo", "first")
     arguments = [*write_import_files(tmp_path), "--preset", "clip", "--stretch"]
     assert command(*arguments) == command(*arguments) == 0
-    assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # it goes on answering
+    assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # the first model stays the default
     assert sorted(path.name for path in (tmp_path / "zoo" / "thing").iterdir()) == ["1", "2"]
     contract = Engine.load(
         tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1
@@ -172,7 +172,9 @@ def test_missing_import_options_are_listed_with_an_example(
     assert "give --scale 1 or --scale 1/255" in message
     paths = {"model.onnx", "labels.txt", "zoo"}
     arguments = [tmp_path / part if part in paths else part for part in example]
-    assert command(*arguments, "--size", "16") == 0  # the example has all but what this graph leaves open
+    assert (
+        command(*arguments, "--size", "16") == 0
+    )  # the example lacks only the size, which this graph leaves open
 
 
 def test_uint8_graph_needs_no_normalisation_options(
@@ -244,11 +246,11 @@ def test_unwritable_repository_ends_with_one_error_line(
     assert "cannot write" in read_error_line(capsys)
 
 
-# --- served --------------------------------------------------------------------------------------
+# --- imported models in the service --------------------------------------------------------------
 
 
 def test_service_answers_match_reference_pipeline(tmp_path: Path, command: Command) -> None:
-    """Several images at once go to a model with a dynamic batch and to a model for single images."""
+    """One request of several images goes to a model with a dynamic batch and to one for single images."""
     assert (
         command(
             *write_import_files(tmp_path, batch=1, shape=[1, 8], end="softmax"),

@@ -1,4 +1,4 @@
-"""The command's `train` and `export`, as they are called."""
+"""`fovea train` and `fovea export` on the command line."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
-    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+    """Limit torch to one thread: with more threads than free cores, OpenMP is fifty times slower."""
     torch.set_num_threads(1)
 
 
 def read_weights(folder: Path) -> bytes:
-    """The tensors of a checkpoint, bit for bit."""
+    """Return the bytes of all tensors of a checkpoint."""
     tensors = checkpoint.load_checkpoint(folder).tensors
     return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
 
@@ -95,7 +95,7 @@ def test_two_labels_are_trained_and_exported_as_binary(
 def test_train_with_export_makes_the_default_model(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train, export, serve: `/v1/classify` answers with the new labels, though another model is there too."""
+    """`/v1/classify` answers with the labels of the exported model, although another model exists."""
     source, zoo = tmp_path / "squares", tmp_path / "zoo"
     draw_images(source / "train", count=24)
     draw_images(source / "test", count=4, seed=1)
@@ -133,7 +133,7 @@ def test_zoo_version_can_be_start_and_teacher(
     capsys.readouterr()
     assert command(*train, "--epochs", 1, "--out", tmp_path / "tuned", "--from", version) == 0
     history = checkpoint.load_checkpoint(tmp_path / "tuned").metadata["progress"]["history"]
-    assert history[0]["validation_accuracy"] >= 0.9  # after one epoch: it knew already
+    assert history[0]["validation_accuracy"] >= 0.9  # after one epoch, because the start was trained
     assert (
         command(
             *train,
@@ -204,7 +204,7 @@ def test_export_measures_accuracy_on_given_data(
     add_to_repository(build_model(), tmp_path / "zoo", "animals")
     out = tmp_path / "zoo" / "squares" / "1"
     assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others [new]") == 0
-    assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # it goes on answering
+    assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # the first model stays the default
     assert "of 2 images (others [new], validation)" in " ".join(capsys.readouterr().out.split())
     contract = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
     assert contract.accuracy is not None
@@ -227,12 +227,15 @@ def test_train_names_and_skips_unreadable_images(
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 EPOCHS = 30
-"""Enough for the run to be going on still when the signal arrives: a second and more."""
+"""Epochs that take over a second, so that the signal arrives during the run."""
 
 
 def run_interrupted(arguments: list[str]) -> tuple[int, str]:
-    """Run `fovea` in a process of its own and press Ctrl-C after its first epoch."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: other sums would round otherwise
+    """Run `fovea` in its own process and interrupt it after the first epoch; return exit code and output."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as in this process: more threads would round sums differently
     with subprocess.Popen(
         [sys.executable, "-m", "fovea", *arguments],
         cwd=ROOT,
@@ -281,12 +284,12 @@ def test_resume_after_ctrl_c_gives_the_same_weights(tmp_path: Path, command: Com
     ]
 
 
-# --- what is refused: one line, exit code 2 ------------------------------------------------------
+# --- refused calls: one error line, exit code 2 --------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `squares` and the `run` of one epoch on them."""
+    """Return a folder with the images `squares` and a `run` of one epoch on them."""
     folder = tmp_path_factory.mktemp("trained")
     draw_images(folder / "squares")
     subprocess.run(
@@ -300,7 +303,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_training_arguments(folder: Path) -> list[str]:
-    """The arguments that `trained` was made with."""
+    """Return the training arguments for the images and the run in `trained_folder`."""
     return f"train --data {folder}/squares --out {folder}/run --size 16 --epochs 1".split()
 
 
@@ -384,7 +387,7 @@ def test_bad_network_or_size_is_refused_before_reading_data(
     assert message in read_error_line(capsys)
 
 
-# --- how data are read, and how long it takes ----------------------------------------------------
+# --- reading of data, and `--minutes` ------------------------------------------------------------
 
 
 def test_train_describes_data_before_first_epoch(
@@ -437,7 +440,7 @@ def test_export_reads_data_as_training_did(tmp_path: Path, command: Command) -> 
 def test_data_folder_with_non_utf8_name_is_trained_and_served(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither the model's facts nor the metrics can hold such a name."""
+    """Neither the contract nor the metrics can hold such a name."""
     folder = draw_images(tmp_path / os.fsdecode(b"sq\xff"), "blue", "red", count=8)
     (folder / "red" / os.fsdecode(b"\xfe.png")).write_text("no image")
     run, zoo = tmp_path / os.fsdecode(b"r\xff"), tmp_path / "zoo"

@@ -1,4 +1,4 @@
-"""Every setting, metric, error and route is in its page of docs/, and no other; no link is broken."""
+"""The pages of docs/ list exactly the settings, metrics, errors and routes, and have no broken link."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_settings_page_shows_the_real_defaults() -> None:
 
 
 def _format_value(value: object) -> str:
-    """As the environment would say it."""
+    """Format a default as an environment variable."""
     if isinstance(value, tuple):
         return ",".join(value)
     if value is None:
@@ -107,7 +107,7 @@ def test_site_contents_list_every_page() -> None:
 
 
 def test_files_and_classes_named_in_pages_exist() -> None:
-    """Walks through the code must not lead to files that have moved, nor to names of yesterday."""
+    """Pages must not name files or classes that were moved or renamed."""
     files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in FOLDERS]
     class_names = {
         name for path in files for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.MULTILINE)
@@ -127,7 +127,7 @@ def test_files_and_classes_named_in_pages_exist() -> None:
 
 
 def test_every_diagram_has_a_file_and_no_other() -> None:
-    """The site shows files that `make diagrams` draws; a file is named by the digest of its text."""
+    """The site shows files that `make diagrams` draws; the name of a file is the digest of its text."""
     program = runpy.run_path(str(DOCS / "draw_diagrams.py"))
     expected_files = {program["diagram_file"](text) for text in program["list_diagrams"]()}
     assert expected_files == {path.name for path in (DOCS / "diagrams").glob("*.svg")}

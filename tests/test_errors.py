@@ -1,4 +1,4 @@
-"""The error tree: every error can be sent to another process and to another thread's copy."""
+"""Errors can be pickled and copied, so that they can be sent to another process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from fovea import bench, export, model, service
 from fovea.service.errors import BodyTimeout, FoveaError, Overloaded
 
 VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
-"""An argument of each type that a constructor takes."""
+"""An argument for each type of constructor parameter."""
 
 
 def list_modules() -> Iterator[str]:
+    """Yield the names of all modules except scripts."""
     for package in (service, export, model, bench):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith(("__main__", "mosec_server", "tutorial")):  # scripts
@@ -27,7 +28,7 @@ def list_modules() -> Iterator[str]:
 
 
 def list_errors() -> list[type[FoveaError]]:
-    """Every class of the project's errors, wherever it is defined."""
+    """Return all error classes of the project, from all modules."""
     for name in list_modules():
         try:
             importlib.import_module(name)
@@ -41,7 +42,7 @@ def list_errors() -> list[type[FoveaError]]:
 
 
 def make_error(kind: type[FoveaError]) -> FoveaError:
-    """An error with a value for each argument that its constructor names."""
+    """Return an error with a value for each parameter of its constructor."""
     positional: list[object] = []
     keywords: dict[str, object] = {}
     for argument in list(signature(kind.__init__).parameters.values())[1:]:

@@ -1,4 +1,4 @@
-"""`make serve` on a machine that lacks something."""
+"""Targets of the Makefile, and the programs that CI installs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_make_serve_names_missing_requirement(tmp_path: Path, missing: str, mess
 def test_make_announces_installation_and_shows_progress(
     tmp_path: Path, target: str, program: str | None
 ) -> None:
-    """With a pip that says what it does, and makes a `fovea` that says so too."""
+    """A fake pip prints a line and writes a `fovea` that prints a line."""
     bin_folder = tmp_path / "venv" / "bin"
     python = tmp_path / "python3"
     python.write_text(
@@ -75,7 +75,7 @@ def test_make_help_names_serve_and_test() -> None:
 
 
 def test_ci_installs_every_program_that_tests_need() -> None:
-    """There a test that is skipped for want of one fails (tests/conftest.py)."""
+    """In CI a test that is skipped because of a missing program fails (tests/conftest.py)."""
     script = (ROOT / ".ci" / "run").read_text()
     assert "export CI=true" in script
     for tool, package in DEBIAN_PACKAGES.items():

@@ -1,4 +1,4 @@
-"""What `docs/migrate.md` shows is what comes: every command of it is run, and every program."""
+"""Every command and program of `docs/migrate.md` is run and writes the output that the page shows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ ADDRESS = "localhost:8000"
 
 
 class Example(NamedTuple):
-    """Something to run, and what it is said to write."""
+    """A command line, and the output that the guide shows for it."""
 
     line: list[str]
     output: str
 
 
 def read_examples() -> Iterator[Example]:
-    """Commands behind `$ `, which may go on after a `|`, with the lines up to the next. Then programs, with
-    the block that follows."""
+    """Yield the commands after `$ ` with the lines below them, then the programs with the block below them.
+
+    A command may continue on the next line after a `|`.
+    """
     for block in re.findall(r"^```console\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
         for command, output in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             yield Example(["bash", "-c", command], output)
@@ -71,7 +73,7 @@ def run_example(server: Server, example: Example) -> str:
 
 
 def split_numbers(text: str) -> tuple[str, list[float]]:
-    """The text without its numbers, request ids and white space; and the numbers."""
+    """Return the text without its numbers, request ids and white space; and the numbers."""
     text = re.sub(r'"request_id":"\w+"', '"request_id":"…"', re.sub(r"\s", "", text))
     number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
     return re.sub(number, "#", text), [float(match) for match in re.findall(number, text)]

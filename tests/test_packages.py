@@ -1,4 +1,4 @@
-"""The order of the packages: imports point downwards only."""
+"""Imports between packages point downwards only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVICE = [
     {"artifact", "resources", "settings"},
     {"allocator", "environment", "errors", "image_warnings", "setting_values", "signals", "validation"},
 ]
-"""From the top down. Packages of one line do not import each other, but for what `SIDEWAYS` lists."""
+"""Layers from the top down. Packages of one layer import each other only as `ALLOWED_SIDEWAYS` lists."""
 
 MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
 
@@ -34,7 +34,7 @@ SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference"}
 
 
 def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
-    """The modules that a file imports, also inside functions: as their parts."""
+    """Yield the modules that a file imports, also inside functions, split at the dots."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (tuple(name.name.split(".")) for name in node.names)
@@ -44,7 +44,7 @@ def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
 
 
 def list_files(package: str) -> Iterator[tuple[str, Path]]:
-    """Every file of a package at the top of the tree, with the part of the package that it belongs to."""
+    """Yield every file of a top-level package, after the subpackage or module to which it belongs."""
     for file in sorted((ROOT / package).rglob("*.py")):
         part = file.relative_to(ROOT / package).with_suffix("").parts[0]
         if part != "__init__":

@@ -1,7 +1,7 @@
-"""The pointing game (Zhang et al., 2016): a heat map's hottest place lies where the object is.
+"""The pointing game (Zhang et al., 2016): the maximum of a heat map lies on the object.
 
-One image of the test set on one quarter of a picture, noise on the other three. Counted are pictures of which
-the model says what the image shows: where it does not see it, it cannot have looked at it.
+A picture has a test image on one quarter and noise on the other three. Only pictures that the model
+classifies correctly are counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def explainer() -> Explainer:
 
 
 def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
-    """The image's label, which quarter it is on, and the picture."""
+    """Yield the label of the image, the number of its quarter, and the picture."""
     random = np.random.default_rng(0)
     for path in random.permutation(np.array(sorted(folder.rglob("*.jpg")))):
         pixels = random.integers(0, 256, (64, 64, 3)).astype(np.uint8)
@@ -45,7 +45,7 @@ def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
 
 
 def measure_hit_share(explainer: Explainer, folder: Path, request: ExplanationRequest) -> float:
-    """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
+    """Return the share of the first `CASES` pictures whose map has its maximum on the correct quarter."""
     labels = explainer.contract.labels
     count = hits = 0
     for label, quarter, picture in draw_quarters(folder):

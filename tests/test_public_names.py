@@ -1,4 +1,4 @@
-"""Every public name, in one list: a change of one shows in the list's difference.
+"""The list of all public names, so that a changed name shows in a diff.
 
 `python -m tests.test_public_names` writes the list again. A changed or removed name needs a line under
 "Changed" in the CHANGELOG, and an error or an alias that names the new one.

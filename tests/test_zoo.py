@@ -1,4 +1,4 @@
-"""The default model: what it claims, and whether it is true."""
+"""The default model: its contract, and measurements of its claims."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def zoo_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def sample_paths(cifar_test: Path) -> list[Path]:
-    """A thousand test images, the same each time."""
+    """Return the paths of a thousand test images, the same in each run."""
     return random.Random(0).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
 
 
 @pytest.fixture(scope="module")
 def answers(zoo_server: Server, sample_paths: list[Path]) -> list[dict[str, Any]]:
-    """What the service says to each of them, with all labels and the set of 95 %."""
+    """Return the answer of the service to each sample, with all labels and the set of 95 %."""
     return classify_paths(zoo_server, sample_paths, top_k=0, coverage=0.95)
 
 
 def classify_paths(server: Server, paths: list[Path], **query: float) -> list[dict[str, Any]]:
-    """Fifty in a request."""
+    """Classify the images in requests of fifty."""
     results: list[dict[str, Any]] = []
     for start in range(0, len(paths), 50):
         files = [("file", (path.name, path.read_bytes())) for path in paths[start : start + 50]]

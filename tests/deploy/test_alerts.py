@@ -1,4 +1,4 @@
-"""Which alerts fire on which series, by promtool; and whether metrics and runbooks are there."""
+"""Alerts fire on the expected series (by promtool), and their metrics and runbook lines exist."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", model="", status
 
 
 def format_series(name: str, **labels: str) -> str:
+    """Return the selector of a series with the labels of the target."""
     return f"{name}{{{', '.join([HERE, *(f'{key}={value!r}' for key, value in labels.items())])}}}"
 
 
 def format_counter(*parts: tuple[int, float]) -> str:
-    """A counter that has risen by so much a minute for so many minutes, part after part."""
+    """Return the promtool values of a counter; each part is a number of minutes and its rise per minute."""
     value, terms = 0.0, ["0"]
     for minutes, step in parts:
         terms.append(f"{value + step:g}+{step:g}x{minutes - 1}")
@@ -63,7 +64,7 @@ CHANGED = {
     result: format_series("fovea_model_changes_total", model="pets", result=result)
     for result in ("refused", "loaded")
 }
-PSI, CHANCE = (format_series(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
+PSI, CHANCE = (format_series(f"fovea_drift_{infix}psi", signal="label") for infix in ("", "chance_"))
 
 BAD_HOUR = {OK: format_counter((420, 1000)), FAILED: format_counter((360, 0), (60, 50))}
 OVER = {OK: format_counter((420, 1000)), FAILED: format_counter((320, 0), (60, 50), (40, 0))}
@@ -169,7 +170,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
 def test_series_fire_exactly_the_expected_alerts(
     tmp_path: Path, series: Mapping[str, str], eval_time: str, alerts: Sequence[str]
 ) -> None:
-    series = {RUNNERS: "2x4320", **series}  # without any there would be an alert
+    series = {RUNNERS: "2x4320", **series}  # without runners, an alert would fire
     expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in alerts]
     promtool_test = {
         "rule_files": [str(RULES)],

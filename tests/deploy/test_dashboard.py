@@ -1,4 +1,4 @@
-"""The dashboard and what provisions it: queries that Prometheus can read, of metrics that there are."""
+"""The dashboard and its provisioning: valid queries of existing metrics."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BY_PANEL = {panel["title"]: [target["expr"] for target in panel["targets"]] for 
 
 
 def _make_rising_series(name: str, more_labels: str, **values: float) -> dict[str, str]:
-    """Counters that rise by so much in each minute, by the end of their names."""
+    """Return counters with their rise per minute; `values` has it for each suffix of the name."""
     return {
         f"{name}_{end.partition('__')[0]}{{{HERE}{more_labels}{_bucket_label(end)}}}": f"0+{value:g}x120"
         for end, value in values.items()
@@ -146,14 +146,14 @@ def test_panel_shows_the_expected_values(
 
 
 def test_integer_histograms_have_no_quantile_queries() -> None:
-    """`histogram_quantile` draws a line through a bucket: 16.7 for images of 32 pixels."""
+    """`histogram_quantile` interpolates inside a bucket: it gives 16.7 for images of 32 pixels."""
     for query in QUERIES:
         if "histogram_quantile" in query:
             assert not re.search(r"fovea_(batch_images|image_pixels|prediction_entropy)_bucket", query)
 
 
 def test_objective_panels_use_the_alert_rules() -> None:
-    """Without explanations, which take seconds by design; and from the rules, where those say the same."""
+    """The panels exclude explanations, which take seconds, and use the recording rules where they exist."""
     (excluded,) = set(re.findall(r'route!~"[^"]+"', RULES.read_text()))
     for title in ("Answered without a 5xx", "Answered within a second", "Burn rate of the error budget"):
         assert all("fovea:" in query for query in BY_PANEL[title])
@@ -164,7 +164,7 @@ def test_objective_panels_use_the_alert_rules() -> None:
 def test_labels_panel_shows_the_ten_most_frequent_labels() -> None:
     top_query, others_query = BY_PANEL["Labels"]
     assert "topk(10," in top_query
-    assert "@ end()" in top_query  # the same ten at every moment
+    assert "@ end()" in top_query  # the same ten labels over the whole range
     assert top_query in others_query
 
 

@@ -1,4 +1,4 @@
-"""What the images are made of: locked versions, and two targets in step."""
+"""Files of the images: lock files, the targets of the Dockerfile, the entry point and the health check."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.servers import ROOT, Server
 
 IMAGE = ROOT / "deploy" / "image"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = [Requirement(one) for one in PROJECT["dependencies"]]
-CUDA = [Requirement(one) for one in PROJECT["optional-dependencies"]["cuda"]]
+RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
+CUDA = [Requirement(line) for line in PROJECT["optional-dependencies"]["cuda"]]
 
 
 def read_lock_file(target: str) -> dict[str, str]:
-    """Versions by name."""
+    """Return the locked version of each package; every entry must have hashes."""
     text = (IMAGE / f"{target}.txt").read_text()
     for entry in re.split(r"\n(?=\S)", text.strip()):
         assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+", entry), entry
@@ -57,7 +57,7 @@ def test_dockerfile_targets_differ_only_in_base_and_provider() -> None:
 
 
 def _read_stage(text: str, target: str) -> list[str]:
-    """Its instructions, with what may differ left out."""
+    """Return the instructions of a stage without the parts that may differ."""
     (lines,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     plain = re.sub(r"^#.*\n|\n(?=\n)|\n\Z", "", lines, flags=re.MULTILINE)
     instructions = plain.replace(f"--from={target}-packages", "--from=packages").replace(

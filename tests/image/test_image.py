@@ -1,4 +1,4 @@
-"""The container image and the Compose file, built and started for real: `make image-test`."""
+"""The container image and the Compose file, built and started by Docker: `make image-test`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ UNWANTED = (
     r"/torch/", r"/onnx/", r"/bin/(gcc|cc|g\+\+|make|clang)$", r"/\.cache/pip", r"/packages/pip/",
     r"/packages/.*/tests?/", r"/app/(model|export|tests)/", r"/weights\.safetensors$",
 )  # fmt: skip
-"""Paths: frameworks, compilers, caches, and what only makes models."""
+"""Paths of frameworks, compilers, caches and code that only makes models."""
 
 
 def read_run_line() -> list[str]:
-    """The README's `docker run`, without the port and what removes the container."""
+    """Return the arguments of the README's `docker run`, without the port and `--rm`."""
     (line,) = re.findall(r"^\$ docker run (.+) fovea$", README, re.MULTILINE)
     words = line.split()
     index = words.index("-p")
@@ -45,7 +45,7 @@ def read_run_line() -> list[str]:
 
 @pytest.fixture
 def container(docker: Docker, image: str, request: pytest.FixtureRequest) -> Iterator[Container]:
-    """The image as the README runs it, on a free port and in 1 GiB; parameters are settings."""
+    """Yield a container as the README runs it, on a free port and in 1 GiB; parameters are settings."""
     settings = [word for setting in getattr(request, "param", ()) for word in ("--env", setting)]
     name = docker(
         "run",
@@ -130,9 +130,9 @@ def test_container_publishes_a_model(docker: Docker, image: str, tmp_path: Path)
 
 
 def test_signal_during_loading_ends_container_without_init(docker: Docker, image: str) -> None:
-    """As in Kubernetes: the service is process 1, for which the kernel drops signals without a handler."""
+    """The service is process 1, as in Kubernetes; the kernel drops its signals that have no handler."""
     words = [word for word in read_run_line() if word != "--init"]
-    name = docker("run", "--detach", *words, "--cpus", "0.2", image)  # it loads for seconds
+    name = docker("run", "--detach", *words, "--cpus", "0.2", image)  # loading takes seconds
     try:
         wait_until(lambda: _handles_sigterm(docker("exec", name, "cat", "/proc/1/status", check=False)))
         start_time = time.monotonic()
@@ -150,7 +150,7 @@ def _handles_sigterm(status: str) -> bool:
 
 
 TRACE_SETTINGS = ["FOVEA_TRACES=true", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9"]
-"""Nobody is there to take them."""
+"""Settings that send traces to an address at which nothing listens."""
 
 
 @pytest.mark.parametrize("container", [TRACE_SETTINGS], indirect=True)
@@ -176,7 +176,7 @@ def test_idle_container_stops_at_once(docker: Docker, container: Container) -> N
 
 @pytest.mark.parametrize("container", [["FOVEA_DRAIN_GRACE=1"]], indirect=True)
 def test_signal_loses_no_request_in_flight(docker: Docker, container: Container) -> None:
-    """Eight callers that reuse their connections, and are answered until they are told to go."""
+    """Eight callers reuse their connections until an answer has `Connection: close`."""
     statuses: list[int] = []
     errors: list[Exception] = []
 
@@ -227,7 +227,7 @@ services:
 
 @pytest.fixture
 def compose(docker: Docker, tmp_path: Path) -> Iterator[list[str]]:
-    """`docker compose` for the project's own file, on free ports, with bases of this machine where needed."""
+    """Yield the `docker compose` arguments for the project's file, with free ports and usable base images."""
     files = [ROOT / "docker-compose.yml", tmp_path / "ports.yml", tmp_path / "bases.yml"]
     files[1].write_text(OVERRIDE)
     files[2].write_text(OWN_BASES if docker.has_own_bases else "services: {}")
@@ -239,7 +239,7 @@ def compose(docker: Docker, tmp_path: Path) -> Iterator[list[str]]:
 
 
 def test_compose_starts_a_service_watched_by_prometheus(docker: Docker, compose: list[str]) -> None:
-    """All but Grafana, whose image is large and whose part is checked without it."""
+    """Grafana is left out: its image is large, and its files are checked without it."""
     assert re.search(r"^\$ docker compose up\b", README, re.MULTILINE)
     start_time = time.monotonic()
     docker(*compose, "up", "--build", "--detach", "--wait", "fovea", "prometheus")

@@ -1,4 +1,4 @@
-"""Faults around the service: clients, deadlines, logs and clocks. Each fault is counted and isolated."""
+"""Faults of clients, deadlines, logs and clocks are counted and isolated."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 @pytest.fixture
 def blocking_image(tmp_path: Path) -> BlockingImage:
+    """Return an image that blocks the runner until it is released."""
     return BlockingImage(tmp_path / "gate")
 
 
 @pytest.fixture
 def blocked_server(small_zoo: Path, tmp_path: Path, blocking_image: BlockingImage) -> Iterator[Server]:
-    """Its one runner is busy until the gate is opened."""
+    """Yield a server whose only runner is busy until the blocking image is released."""
     settings = {
         "FOVEA_RUNNERS": "1",
         "FOVEA_QUEUE_IMAGES": "8",
@@ -82,13 +83,13 @@ def test_distant_deadline_is_accepted(server: Server, value: str) -> None:
 
 @pytest.fixture
 def full_server(blocked_server: Server, blocking_image: BlockingImage) -> Iterator[Server]:
-    """Its queue has no place left."""
+    """Yield a server whose queue is full."""
     with ExitStack() as stack:
         for _ in range(7):
             stack.enter_context(Wire(blocked_server.url)).send(classify_request(PICTURE))
         blocked_server.wait_for_metric(8, "fovea_images_in_flight")
         yield blocked_server
-    blocking_image.release()  # else the runner is waited for
+    blocking_image.release()  # else the shutdown waits for the runner
 
 
 def _is_refused(response: WireResponse) -> bool:
@@ -101,7 +102,7 @@ def test_full_queue_refuses_before_body_and_keeps_connection(full_server: Server
     with Wire(full_server.url) as wire:
         for start in (CLASSIFY_HEAD, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", model_start):
             wire.send(start, b"X-Request-ID: mine\r\nContent-Length: %d\r\n\r\n" % len(PICTURE))
-            answer = wire.read_response()  # the body is not even begun
+            answer = wire.read_response()  # before any byte of the body
             assert _is_refused(answer)
             assert answer.json["error"]["request_id"] == answer.headers["x-request-id"] == "mine"
             assert int(answer.headers["retry-after"]) >= 1
@@ -193,7 +194,7 @@ def test_disconnect_frees_queue_places_without_inference(
 def test_tensor_rows_of_gone_or_late_client_are_not_inferred(
     blocked_server: Server, blocking_image: BlockingImage
 ) -> None:
-    """A place each, until then; above 64 KB the body lies in memory that the runners share."""
+    """Each row occupies a place until then. Bodies above 64 KB lie in memory shared with the runners."""
     header = b'{"inputs": [{"name": "image", "shape": [4], "datatype": "BYTES"}]}'
     images = 4 * (struct.pack("<I", len(PICTURE) + 20_000) + PICTURE + bytes(20_000))
     head = (
@@ -239,6 +240,7 @@ def test_total_body_memory_is_bounded_and_released(small_zoo: Path) -> None:
 
 @pytest.fixture(scope="module")
 def short_timeout_server(small_zoo: Path) -> Iterator[Server]:
+    """Yield a server that waits only 0.5 s for a body."""
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.5") as server:
         yield server
 
@@ -248,7 +250,7 @@ def _send_half(wire: Wire) -> None:
 
 
 def _send_byte_by_byte(wire: Wire) -> None:
-    """One after the other, for longer than is waited for."""
+    """Send single bytes for longer than the body timeout."""
     _send_half(wire)
     wire.socket.settimeout(0.05)
     for byte in PICTURE[100:200]:
@@ -332,7 +334,7 @@ def test_unwritable_log_does_not_disturb_service(
 ) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers, **make_poison_environment(tmp_path)}
     with Server(make_stderr(), FOVEA_MODELS=str(small_zoo), **settings) as server:
-        for _ in range(20):  # each is a trace in the runner's log and one in the service's
+        for _ in range(20):  # each writes a traceback to the log of the runner and of the service
             reply = server.client.post("/v1/classify", content=b"POISON raise")
             assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         reply = server.client.post("/v1/classify", content=b"POISON exit")

@@ -1,4 +1,4 @@
-"""Nothing that takes over 2 ms of processor time runs on the event loop, whatever is asked of it."""
+"""No request runs for over 2 ms of processor time on the event loop."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tests.graphs import add_to_repository, build_model, read_contract, with_con
 from tests.pictures import encode_image, make_jpeg
 from tests.servers import ROOT, Server, wait_until
 
-pytestmark = pytest.mark.slow  # what measures coverage holds the loop itself
+pytestmark = pytest.mark.slow  # the measurement of coverage blocks the loop itself
 
 BLOCKED_MESSAGE: Final = "the event loop was blocked for"
 ROUNDS: Final = 3
 FIRST_REQUEST_MS: Final = 12.0
-"""Milliseconds that the first request of its kind may hold it."""
+"""Milliseconds for which the first request of its kind may block the loop."""
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1800, 1900, 3), dtype=np.uint8)
 LARGE = encode_image(Image.fromarray(NOISE), "PNG", compress_level=0)
-"""10 MB."""
+"""A PNG of 10 MB."""
 
 SendRequest = Callable[[httpx.Client], httpx.Response]
 
@@ -87,7 +87,7 @@ WORST_REQUESTS: Final[dict[str, SendRequest]] = {
 
 @pytest.fixture(scope="module")
 def server_and_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A server that names offenders in a file, of a model with 1000 labels, all of them in its sets."""
+    """Yield a server that logs blocking callbacks, and its log. Its model has sets of 1000 labels."""
     graph = build_model(labels=[f"label {index}" for index in range(1000)])
     graph = with_contract(graph, replace(read_contract(graph), coverage=(Coverage(0.9, 1.0),)))
     zoo = add_to_repository(graph, tmp_path_factory.mktemp("zoo"))
@@ -101,7 +101,7 @@ def server_and_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[S
 
 @pytest.mark.parametrize("name", WORST_REQUESTS)
 def test_request_does_not_block_event_loop(server_and_log: tuple[Server, Path], name: str) -> None:
-    """A neighbour on the machine may slow one round down, and the first touch of new memory the first."""
+    """Other load may slow down one round, and first use of new memory the first round."""
     server, log = server_and_log
     blocks = []
     for _ in range(1 + ROUNDS):
@@ -111,12 +111,12 @@ def test_request_does_not_block_event_loop(server_and_log: tuple[Server, Path], 
         wait_until(partial(_is_logged, log, before))
         blocks.append(re.findall(rf"{BLOCKED_MESSAGE} (\S+) ms (.*)", log.read_text()[before:]))
     assert not all(blocks[1:]), blocks
-    if not name.startswith("the page"):  # the first file imports what reads files
+    if not name.startswith("the page"):  # the first file imports the module that reads files
         assert all(float(ms) < FIRST_REQUEST_MS for ms, _ in blocks[0]), blocks
 
 
 def _is_logged(log: Path, start: int) -> bool:
-    """The request to `/health/live` has its line, so what came before it has."""
+    """Return whether the log has the line of `/health/live`, and so of the requests before it."""
     return '"/health/live"' in log.read_text()[start:]
 
 

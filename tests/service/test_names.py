@@ -1,4 +1,4 @@
-"""The log, the traces, the metrics, the dashboard and the documents speak of the same things."""
+"""The log, the metrics, the dashboard and the documentation use the same names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG_ONLY_FIELDS = {
     "peer",
     "warnings",
 }
-"""What no metric can hold, or none has to."""
+"""Fields that no metric has or needs."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def observed_names(
 
 
 def read_documented_fields() -> set[str]:
+    """Return the log fields in the tables of the page on logging."""
     section = read_page("logging").split("## The log")[1].split("\n## ")[0]
     return {
         name

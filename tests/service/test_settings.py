@@ -111,7 +111,7 @@ def test_missing_default_repository_error_names_setting(
 def test_kubernetes_service_variables_are_ignored(
     monkeypatch: pytest.MonkeyPatch, service: str, address: str
 ) -> None:
-    """As in its documentation, "Discovering services"; of a Service with a named port."""
+    """The names are those of the Kubernetes documentation, "Discovering services", with a named port."""
     url = f"tcp://{address}:8000" if "." in address else f"tcp://[{address}]:8000"
     settings = load_from_variables(
         monkeypatch,

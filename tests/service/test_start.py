@@ -1,4 +1,4 @@
-"""How the process starts, fails to start, and ends."""
+"""Start, failed start and end of the process."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _open_broken_pipe() -> int:
 
 
 def _open_full_pipe() -> int:
-    """A pipe that has no room left, and that nobody reads."""
+    """Return the write end of a full pipe that is never read."""
     _, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -157,7 +157,7 @@ def test_unwritable_greeting_does_not_disturb_service(
     descriptor = open_stdout()
     with socket.socket() as reservation:
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reservation.bind(("127.0.0.1", 0))  # nobody else gets it, and the service may bind it too
+        reservation.bind(("127.0.0.1", 0))  # reserves the port, and the service may bind it too
         port = reservation.getsockname()[1]
         settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": str(port), "FOVEA_DRAIN_GRACE": "0"}
         process = subprocess.Popen(
@@ -229,7 +229,7 @@ def test_signal_ends_service_cleanly(small_zoo: Path, signal_number: int) -> Non
 
 @pytest.mark.long
 def test_internal_error_is_500_with_details_only_in_log(small_zoo: Path, tmp_path: Path) -> None:
-    """The runner raises, because the test replaces ONNX Runtime by a broken one."""
+    """The test replaces a method of ONNX Runtime, so that the runner raises."""
     (tmp_path / "sitecustomize.py").write_text(
         "import onnxruntime\n"
         "real = onnxruntime.InferenceSession.run\n"
@@ -258,7 +258,7 @@ def test_internal_error_is_500_with_details_only_in_log(small_zoo: Path, tmp_pat
 
 
 def test_onnx_runtime_writes_no_telemetry_files(tmp_path: Path) -> None:
-    """Its telemetry, where it is on, begins with files in the user's cache."""
+    """ONNX Runtime's telemetry, if enabled, creates files in the user's cache."""
     subprocess.run(
         [sys.executable, "-c", "import fovea.service.inference.engine"],
         cwd=ROOT,
@@ -279,7 +279,7 @@ def test_service_imports_without_training_packages() -> None:
 
 
 def test_service_process_does_not_import_onnx_runtime() -> None:
-    """Runners and trials do: it would take 40 MB more, and half a second of each start."""
+    """Only runners and trials load it: it takes 40 MB, and half a second of each start."""
     code = "import sys, fovea.service.app; print([name for name in sys.modules if 'onnxruntime' in name])"
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The shutdown: work that is still accepted, refused and finished."""
+"""Shutdown of the service: accepted, refused and finished work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _wait_until_refused(server: Server) -> httpx.Response:
 
 
 def _send_request_start(server: Server, wire: Wire) -> bytes:
-    """Begin a request and have it accepted; what is still to be sent of it."""
+    """Send the start of a request and wait until it is accepted; return the rest of its body."""
     picture = make_jpeg()
     wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
     while server.read_metric("fovea_requests_in_flight") != 2:  # this one and the scrape
@@ -57,7 +57,7 @@ def test_grace_time_is_not_ready_but_accepts_requests(small_zoo: Path) -> None:
         wire.send(classify_request(make_jpeg()))
         answer = wire.read_response()
         assert (answer.status, answer.is_closing) == (200, True)
-        server.process.send_signal(signal.SIGTERM)  # hurries
+        server.process.send_signal(signal.SIGTERM)  # ends the grace time
         assert server.process.wait(timeout=20) == 0
 
 
@@ -176,12 +176,12 @@ def test_shutdown_resets_no_connection(small_zoo: Path, clients: int) -> None:
         assert server.process.wait(timeout=20) == 0
 
 
-# --- before it is ready --------------------------------------------------------------------------
+# --- signals during loading ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def slow_environment(small_zoo: Path, tmp_path: Path) -> dict[str, str]:
-    """The environment of a service that takes a minute to load, and says by a file `begun` that it does."""
+    """Return the environment of a service that creates the file `begun` and then loads for a minute."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pathlib, sys, time\n"
         "class Slow:\n"
@@ -206,7 +206,7 @@ def test_signal_during_loading_ends_service_at_once(
     )  # fmt: skip
     wait_until((tmp_path / "begun").exists)
     process.send_signal(signal_number)
-    _, error_output = process.communicate(timeout=20)  # a third of what the start would take
+    _, error_output = process.communicate(timeout=20)  # a third of the loading time
     assert process.returncode == (0 if workers == "2" else -signal_number)
     assert error_output == ""
 
@@ -233,7 +233,7 @@ def test_signal_during_loading_ends_process_1(slow_environment: dict[str, str], 
 def test_sighup_rescans_repository_and_other_signals_are_ignored(tmp_path: Path, workers: str) -> None:
     root = add_to_repository(build_model(), tmp_path / "zoo")
     settings = {"FOVEA_WORKERS": workers, "FOVEA_WATCH": "0"}
-    popen_arguments = {"start_new_session": True}  # as a daemon has it
+    popen_arguments = {"start_new_session": True}  # as for a daemon
     with Server(popen_arguments, FOVEA_MODELS=str(root), **settings) as server:
         shutil.copytree(root / "small" / "1", root / "small" / "2")
         for signal_number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGRTMIN, signal.SIGHUP):
@@ -261,7 +261,7 @@ def test_closed_terminal_ends_service(small_zoo: Path) -> None:
         assert server.process.wait(timeout=20) == 0
 
 
-# --- how long it takes ---------------------------------------------------------------------------
+# --- time of a shutdown --------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -284,7 +284,7 @@ def test_stop_with_hung_runners_ends_in_time(small_zoo: Path, workers: str) -> N
         start_time = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(timeout=20)
-        assert time.monotonic() - start_time < 0.5 + 2.5 + 1.0  # the last for a busy machine
+        assert time.monotonic() - start_time < 0.5 + 2.5 + 1.0  # 1 s for a busy machine
         wait_until(lambda: not any(is_running(pid) for pid in runners))
 
 
