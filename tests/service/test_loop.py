@@ -62,7 +62,7 @@ WORST_REQUESTS: Final[dict[str, SendRequest]] = {
     "33 MB, chunked": lambda client: client.post("/v1/classify", content=iter([b"x" * 1_000_000] * 33)),
     "16 MB multipart": _make_classify(**_form_files(LARGE, LARGE[:6_000_000])),
     "16 MB JSON": _make_classify(
-        json={"images": [{"b64": _encode_base64(one)} for one in (LARGE, LARGE[:2_000_000])]}
+        json={"images": [{"b64": _encode_base64(image)} for image in (LARGE, LARGE[:2_000_000])]}
     ),
     "16 MB of bad JSON": _make_classify(**_json_body(b'{"images": [' + b"[" * 16_000_000)),
     "64 images": _make_classify(**_form_files(*[make_jpeg()] * 64)),
