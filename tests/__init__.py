@@ -1,3 +1,3 @@
-"""Tests. The service comes first: it says how ONNX Runtime is to be imported."""
+"""Tests. The service is imported first, because it determines how ONNX Runtime is imported."""
 
 import fovea.service  # noqa: F401

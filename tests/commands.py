@@ -1,4 +1,4 @@
-"""The command in this process, and its error line."""
+"""Run the command in this process, and read its error line."""
 
 from __future__ import annotations
 

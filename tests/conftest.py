@@ -1,4 +1,4 @@
-"""What the tests share: where the test data lie, small models, and a real server."""
+"""Shared fixtures: the folder of test data, a small model, and a real server."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of test data; the test is skipped if there is none."""
+    """Return the folder of test data; skip the test if there is none."""
     folder = ROOT / os.environ.get("TEST_DATA", "data")
     if not (folder / "cifar10-jpeg.tar.gz").exists():
         pytest.skip(f"no test data at {folder}; TEST_DATA names another place")
@@ -65,7 +65,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def cifar_test(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<label>/*.jpg`: the test images of CIFAR-10 (JPEG files)."""
+    """Return the folder of the CIFAR-10 test images, `<label>/*.jpg`."""
     folder = tmp_path_factory.mktemp("cifar10")
     with tarfile.open(test_data / "cifar10-jpeg.tar.gz") as archive:
         members = [member for member in archive if member.name.startswith("cifar10/test/")]
@@ -75,7 +75,7 @@ def cifar_test(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def photographs(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Forty photographs of about 500 x 375."""
+    """Return the paths of forty photographs of about 500 x 375 pixels."""
     folder = tmp_path_factory.mktemp("photographs")
     with tarfile.open(test_data / "photos.tar") as archive:
         archive.extractall(folder, filter="data")
@@ -84,18 +84,18 @@ def photographs(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="session")
 def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with one small model, called `small`."""
+    """Return a repository with one small model, called `small`."""
     return add_to_repository(build_model(), tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="session")
 def server(small_zoo: Path) -> Iterator[Server]:
-    """A real server of the small model, shared by all tests of a process."""
+    """Yield a real server of the small model, shared by all tests of a process."""
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as instance:
         yield instance
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """A function that runs `fovea` in this process and returns its exit code."""
+    """Return a function that runs `fovea` in this process and returns its exit code."""
     return make_command(monkeypatch)

@@ -1,4 +1,4 @@
-"""The pages of the documentation that describe Fovea as it is: README.md and docs/, without the decisions."""
+"""The pages that describe the current state of Fovea: README.md and docs/, without the decisions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def make_external_weight(location: str) -> Callable[[Path], None]:
 
     def write(path: Path) -> None:
         model = build_model()
-        kernel = next(one for one in model.graph.initializer if one.name == "kernel")
+        kernel = next(tensor for tensor in model.graph.initializer if tensor.name == "kernel")
         content = bytes(kernel.raw_data)
         kernel.ClearField("raw_data")
         kernel.data_location = TensorProto.EXTERNAL

@@ -1,4 +1,4 @@
-"""ICC profiles for the tests, made by hand, and the colours that they mean by the book."""
+"""Hand-made ICC profiles for the tests, and the reference conversions of their colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = npt.NDArray[np.float64]
 SRGB_FROM_P3 = np.array(
     [[1.2249402, -0.2249402, 0.0], [-0.0420570, 1.0420570, 0.0], [-0.0196376, -0.0786361, 1.0982735]]
 )
-"""Linear light (CSS Color Module Level 4, 10.2)."""
+"""Matrix from linear Display P3 to linear sRGB (CSS Color Module Level 4, 10.2)."""
 
 P3_COLORANTS = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
 """XYZ, in Apple's Display P3 profile, of red, green and blue, adapted to D50."""
@@ -42,7 +42,7 @@ def p3_to_srgb(rgb: npt.ArrayLike) -> Array:
 
 def display_p3_profile() -> bytes:
     """Return the profile of most phones' photographs."""
-    curve = struct.pack(">4s4xI1024H", b"curv", 1024, *(round(65535 * one) for one in _srgb_curve(1024)))
+    curve = struct.pack(">4s4xI1024H", b"curv", 1024, *(round(65535 * value) for value in _srgb_curve(1024)))
     colorants = zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(_pack_xyz, P3_COLORANTS), strict=True)
     curves = [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
     return build_profile(b"mntr", b"RGB ", b"XYZ ", [(b"wtpt", _pack_xyz(D50)), *colorants, *curves])

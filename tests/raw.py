@@ -1,4 +1,4 @@
-"""HTTP by hand: for requests that no client library would send."""
+"""HTTP over raw sockets, for requests that no client library sends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIVE_REQUEST = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Wire:
-    """One TCP connection to a server."""
+    """A TCP connection to a server."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -80,7 +80,7 @@ class WireResponse:
 
     @property
     def error_code(self) -> str:
-        """Code of the error."""
+        """Return the error code of the body."""
         return str(self.json["error"]["code"])
 
     @property

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, on a free port."""
+"""A real server in its own process, on a free port."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Server(AbstractContextManager["Server"]):
 
     @property
     def runner_pids(self) -> set[int]:
-        """Process ids of the service's runners."""
+        """Return the process ids of the service's runners."""
         return self.child_pids("runners.process")
 
     def child_pids(self, module: str) -> set[int]:

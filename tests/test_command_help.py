@@ -42,7 +42,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_a_mistake_is_one_sentence_in_our_words(
+def test_usage_error_is_one_sentence(
     small_zoo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: str
 ) -> None:
     monkeypatch.setenv("FOVEA_MODELS", str(small_zoo))
@@ -51,8 +51,8 @@ def test_a_mistake_is_one_sentence_in_our_words(
 
 
 @pytest.mark.parametrize("value", ["x!", "-1", "1e300"])
-def test_no_setting_s_error_is_a_library_s(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    refused = 0
+def test_setting_errors_contain_no_library_wording(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    error_count = 0
     for name in Settings.model_fields:
         with monkeypatch.context() as context:
             context.setenv(f"FOVEA_{name.upper()}", value)
@@ -61,8 +61,8 @@ def test_no_setting_s_error_is_a_library_s(monkeypatch: pytest.MonkeyPatch, valu
             except SettingsError as error:
                 assert str(error).startswith((f"FOVEA_{name.upper()} is {value!r}: ", "FOVEA_"))
                 assert not re.search(r"[Ii]nput|parse|valid|instance|union", str(error)), str(error)
-                refused += 1
-    assert refused > 20
+                error_count += 1
+    assert error_count > 20
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -70,26 +70,26 @@ def test_help_is_plain_and_has_an_example(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert make_command(monkeypatch)(name, "--help") == 0
-    shown = capsys.readouterr().out
-    example = re.search(rf"^  Example: fovea {name} \S.*$", shown, re.MULTILINE)
+    help_text = capsys.readouterr().out
+    example = re.search(rf"^  Example: fovea {name} \S.*$", help_text, re.MULTILINE)
     assert example is not None
-    assert shown.isascii() or "│" not in shown
-    assert not re.search(r"<(list|str|int|path|float|bool)", shown)
-    assert "TEXT" in shown or "PATH" in shown or name == "doctor"
+    assert help_text.isascii() or "│" not in help_text
+    assert not re.search(r"<(list|str|int|path|float|bool)", help_text)
+    assert "TEXT" in help_text or "PATH" in help_text or name == "doctor"
 
 
-def test_every_example_names_options_that_exist(
+def test_examples_use_existing_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, example in COMMANDS.items():
         make_command(monkeypatch)(name, "--help")
-        shown = capsys.readouterr().out
+        help_text = capsys.readouterr().out
         for option in re.findall(r"--[a-z-]+", example):
-            assert option in shown, example
+            assert option in help_text, example
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:
-    shown = run_fovea("--help", zoo=small_zoo).stdout
+    help_text = run_fovea("--help", zoo=small_zoo).stdout
     for command in ("serve", "classify", "train", "export", "import"):
-        assert command in shown
+        assert command in help_text
         assert run_fovea(command, "--help", zoo=small_zoo).returncode == 0

@@ -39,14 +39,14 @@ def write_import_files(folder: Path, labels: list[str] | None = None, **options:
     return ["import", folder / "foreign.onnx", *arguments]
 
 
-def test_what_was_read_told_and_assumed_is_shown_line_by_line(
+def test_import_output_lists_every_fact_of_the_model(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = [*write_import_files(tmp_path, batch=1, shape=[1, 8]), "--preset", "imagenet"]
-    assert command(*called) == 0
-    shown = capsys.readouterr().out
-    facts = dict(line.split("  ", 1) for line in shown.splitlines() if "  " in line)
-    assert {name: said.strip() for name, said in facts.items()} == {
+    arguments = [*write_import_files(tmp_path, batch=1, shape=[1, 8]), "--preset", "imagenet"]
+    assert command(*arguments) == 0
+    output = capsys.readouterr().out
+    facts = dict(line.split("  ", 1) for line in output.splitlines() if "  " in line)
+    assert {name: value.strip() for name, value in facts.items()} == {
         "input": "image: float32, 1 x 3 x 16 x 16",
         "layout": "nchw (three channels on axis 1)",
         "size": "16 x 16 (the graph's own)",
@@ -67,20 +67,20 @@ def test_what_was_read_told_and_assumed_is_shown_line_by_line(
         "batch 3: ",
         "golden set: 8 images, logits to ",
     ):
-        assert line in shown
-    assert f"wrote {tmp_path / 'zoo' / 'thing' / '1' / 'model.onnx'}, " in shown
-    assert shown.endswith(f"next: fovea serve --models {tmp_path / 'zoo'}\n")
+        assert line in output
+    assert f"wrote {tmp_path / 'zoo' / 'thing' / '1' / 'model.onnx'}, " in output
+    assert output.endswith(f"next: fovea serve --models {tmp_path / 'zoo'}\n")
     contract = Engine.load(
         tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1
     ).contract
-    assert contract.training.command == "fovea " + " ".join(map(str, called))
+    assert contract.training.command == "fovea " + " ".join(map(str, arguments))
 
 
-def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> None:
-    called = write_import_files(
+def test_import_options_reach_the_model(tmp_path: Path, command: Command) -> None:
+    arguments = write_import_files(
         tmp_path, layout="nhwc", size=None, count=4, end="sigmoid", labels=make_labels(4)
     )
-    called += [
+    arguments += [
         "--mean",
         "1,2,3",
         "--std",
@@ -93,7 +93,7 @@ def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> Non
         "--crop",
         "24x20",
     ]
-    called += [
+    arguments += [
         "--interpolation",
         "lanczos",
         "--task",
@@ -104,7 +104,7 @@ def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> Non
         "scores",
         "--default",
     ]
-    assert command(*called) == 0
+    assert command(*arguments) == 0
     engine = Engine.load(tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1)
     geometry = engine.contract.input
     assert (geometry.height, geometry.width, geometry.resize_to) == (24, 20, 40)
@@ -113,17 +113,17 @@ def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> Non
     assert (tmp_path / "zoo" / "default").read_text() == "thing\n"
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 20, 3), dtype=np.uint8)
     values = (pixels[..., ::-1] / 2 - np.array([1, 2, 3])) / np.array([4, 5, 6])
-    wanted = run_onnx(
+    expected = run_onnx(
         build_classifier(layout="nhwc", size=None, count=4, end="sigmoid"), values.astype(np.float32)
     )
-    assert np.abs(engine.run(pixels) - wanted).max() <= 1e-5
+    assert np.abs(engine.run(pixels) - expected).max() <= 1e-5
 
 
-def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
+def test_second_import_adds_version_and_keeps_default(tmp_path: Path, command: Command) -> None:
     add_to_repository(build_model(), tmp_path / "zoo", "first")
-    called = [*write_import_files(tmp_path), "--preset", "clip", "--stretch"]
-    assert command(*called) == command(*called) == 0
-    assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # it goes on answering
+    arguments = [*write_import_files(tmp_path), "--preset", "clip", "--stretch"]
+    assert command(*arguments) == command(*arguments) == 0
+    assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # the first model stays the default
     assert sorted(path.name for path in (tmp_path / "zoo" / "thing").iterdir()) == ["1", "2"]
     contract = Engine.load(
         tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1
@@ -142,7 +142,7 @@ def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
         (["--preset", "clip", "--check", "nowhere"], "--check nowhere is not a folder"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+def test_invalid_import_call_ends_with_one_error_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert command(*write_import_files(tmp_path), *arguments) == 2
@@ -150,30 +150,34 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert not (tmp_path / "zoo").exists()
 
 
-def test_all_that_is_missing_is_told_at_once_with_an_example(
+def test_missing_import_options_are_listed_with_an_example(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("import") == 2
-    said = read_error_line(capsys)
-    assert said.startswith(
+    message = read_error_line(capsys)
+    assert message.startswith(
         "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; the file does not say how"
     )
     for part in ("--preset (imagenet, keras-mobilenet", "--mean and --std", "one of --resize and --stretch"):
-        assert part in said
-    example = said.partition("; such as: fovea ")[2].split()
+        assert part in message
+    example = message.partition("; such as: fovea ")[2].split()
     assert example[:2] == ["import", "model.onnx"]
     (tmp_path / "model.onnx").write_bytes(build_classifier(size=None).SerializeToString())
     (tmp_path / "labels.txt").write_text("\n".join(make_labels(5)))
     assert command("import", tmp_path / "model.onnx", "--name", "thing", "--mean", "0", "--std", "1") == 2
-    said = read_error_line(capsys)
-    assert "needs --labels, --out; the input 'image', any x 3 x any x any, takes images of any size" in said
-    assert "give --scale 1 or --scale 1/255" in said
+    message = read_error_line(capsys)
+    assert (
+        "needs --labels, --out; the input 'image', any x 3 x any x any, takes images of any size" in message
+    )
+    assert "give --scale 1 or --scale 1/255" in message
     paths = {"model.onnx", "labels.txt", "zoo"}
-    called = [tmp_path / part if part in paths else part for part in example]
-    assert command(*called, "--size", "16") == 0  # the example has all but what this graph leaves open
+    arguments = [tmp_path / part if part in paths else part for part in example]
+    assert (
+        command(*arguments, "--size", "16") == 0
+    )  # the example lacks only the size, which this graph leaves open
 
 
-def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
+def test_uint8_graph_needs_no_normalisation_options(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*write_import_files(tmp_path, dtype="uint8")) == 2
@@ -189,64 +193,64 @@ def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
         (b"", "has 0 labels"),
     ],
 )
-def test_labels_that_cannot_be_read_are_one_line(
+def test_unreadable_labels_end_with_one_error_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], labels: bytes, message: str
 ) -> None:
-    called = write_import_files(tmp_path)
+    arguments = write_import_files(tmp_path)
     (tmp_path / "labels.txt").write_bytes(labels)
-    assert command(*called, "--preset", "clip") == 2
+    assert command(*arguments, "--preset", "clip") == 2
     assert message in read_error_line(capsys)
 
 
-def test_what_was_done_to_labels_and_values_is_shown(
+def test_changes_to_labels_and_values_are_shown(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = write_import_files(tmp_path, count=3, end="softmax")
+    arguments = write_import_files(tmp_path, count=3, end="softmax")
     (tmp_path / "foreign.onnx").write_bytes(
         append_steps(
             build_classifier(count=3, end="softmax"), make_step("Mul", np.float32(100))
         ).SerializeToString()
     )
     (tmp_path / "labels.txt").write_text("id,label\n2,cat\n0,Cat\n1,dog\n")
-    assert command(*called, "--preset", "clip") == 0
-    shown = capsys.readouterr().out
-    assert "values      3 probabilities times 100 (each row sums to that), divided by it" in shown
+    assert command(*arguments, "--preset", "clip") == 0
+    output = capsys.readouterr().out
+    assert "values      3 probabilities times 100 (each row sums to that), divided by it" in output
     assert (
         "labels      3, from 'Cat' to 'cat'; from the column 'label'; in the order of 'id'; 'Cat' and 'cat'"
-        in shown
+        in output
     )
 
 
-def test_a_check_is_shown_with_what_it_compared(
+def test_check_output_lists_presets_and_unreadable_files(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = write_import_files(tmp_path, list(COLOURS))
+    arguments = write_import_files(tmp_path, list(COLOURS))
     (tmp_path / "foreign.onnx").write_bytes(build_colour_model().SerializeToString())
     photos = draw_labelled_images(tmp_path / "photos", COLOURS, 3)
     (photos / "red" / "broken.png").write_bytes(b"broken")
     Path(os.fsdecode(os.fsencode(photos) + b"/red/\xff.png")).write_bytes(b"none")
-    assert command(*called, "--preset", "imagenet", "--check", photos) == 0
-    shown = capsys.readouterr().out
-    assert "top-1 100.00%, top-5 100.00% of 9 images (photos)" in shown
-    assert "  --preset zero-one         top-1 " in shown
-    assert f"2 files cannot be read, and were left out:\n  {photos / 'red' / 'broken.png'}: " in shown
-    assert f"{photos / 'red'}/?.png: " in shown
+    assert command(*arguments, "--preset", "imagenet", "--check", photos) == 0
+    output = capsys.readouterr().out
+    assert "top-1 100.00%, top-5 100.00% of 9 images (photos)" in output
+    assert "  --preset zero-one         top-1 " in output
+    assert f"2 files cannot be read, and were left out:\n  {photos / 'red' / 'broken.png'}: " in output
+    assert f"{photos / 'red'}/?.png: " in output
 
 
-def test_disk_that_cannot_be_written_to_is_one_line(
+def test_unwritable_repository_ends_with_one_error_line(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = write_import_files(tmp_path)
+    arguments = write_import_files(tmp_path)
     (tmp_path / "zoo").write_text("a file")
-    assert command(*called, "--preset", "clip") == 2
+    assert command(*arguments, "--preset", "clip") == 2
     assert "cannot write" in read_error_line(capsys)
 
 
-# --- served --------------------------------------------------------------------------------------
+# --- imported models in the service --------------------------------------------------------------
 
 
-def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, command: Command) -> None:
-    """Several images at once go to a model with a dynamic batch and to a model for single images."""
+def test_service_answers_match_reference_pipeline(tmp_path: Path, command: Command) -> None:
+    """One request of several images goes to a model with a dynamic batch and to one for single images."""
     assert (
         command(
             *write_import_files(tmp_path, batch=1, shape=[1, 8], end="softmax"),
@@ -257,21 +261,30 @@ def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, com
         == 0
     )
     (tmp_path / "foreign.onnx").write_bytes(build_batch_mean(1).SerializeToString())
-    again = ["import", tmp_path / "foreign.onnx", "--labels", tmp_path / "labels.txt", "--name", "single"]
-    assert command(*again, "--out", tmp_path / "zoo", "--preset", "imagenet") == 0
+    second_import = [
+        "import",
+        tmp_path / "foreign.onnx",
+        "--labels",
+        tmp_path / "labels.txt",
+        "--name",
+        "single",
+    ]
+    assert command(*second_import, "--out", tmp_path / "zoo", "--preset", "imagenet") == 0
     graphs = {"thing": build_classifier(batch=1, shape=[1, 8], end="softmax"), "single": build_batch_mean(1)}
     with Server(FOVEA_MODELS=str(tmp_path / "zoo"), FOVEA_BATCH_MAX="4") as server:
         for model, graph in graphs.items():
             path = f"/v1/models/{model}/classify"
             reply = server.client.post(
-                path, params={"top_k": 0}, files=[("f", one) for one in IMAGES.items()]
+                path, params={"top_k": 0}, files=[("f", item) for item in IMAGES.items()]
             )
             for result, image in zip(reply.json()["results"], IMAGES.values(), strict=True):
-                wanted = run_onnx(graph, prepare_imagenet(image, 18, 16))[0]
-                wanted = wanted if model == "thing" else softmax(wanted)
-                answered = sorted(result["predictions"], key=lambda one: one["index"])
-                assert [one["label"] for one in answered] == make_labels(5)
-                assert np.abs(np.array([one["probability"] for one in answered]) - wanted).max() <= 1e-5
+                expected = run_onnx(graph, prepare_imagenet(image, 18, 16))[0]
+                expected = expected if model == "thing" else softmax(expected)
+                predictions = sorted(result["predictions"], key=lambda item: item["index"])
+                assert [item["label"] for item in predictions] == make_labels(5)
+                assert (
+                    np.abs(np.array([item["probability"] for item in predictions]) - expected).max() <= 1e-5
+                )
         contract = server.client.get("/v1/models/single/contract").json()
         assert (
             json.loads((tmp_path / "zoo" / "single" / "1" / "report.json").read_text())["model"]

@@ -1,4 +1,4 @@
-"""The command's `train` and `export`, as they are called."""
+"""`fovea train` and `fovea export` on the command line."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
-    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+    """Limit torch to one thread: with more threads than free cores, OpenMP is fifty times slower."""
     torch.set_num_threads(1)
 
 
 def read_weights(folder: Path) -> bytes:
-    """The tensors of a checkpoint, bit for bit."""
+    """Return the bytes of all tensors of a checkpoint."""
     tensors = checkpoint.load_checkpoint(folder).tensors
     return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
 
@@ -48,7 +48,7 @@ def read_weights(folder: Path) -> bytes:
 # --- train, then export --------------------------------------------------------------------------
 
 
-def test_two_labels_are_trained_exported_and_served(
+def test_two_labels_are_trained_and_exported_as_binary(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, run, out = tmp_path / "squares", tmp_path / "run", tmp_path / "zoo" / "blue-or-red" / "3"
@@ -56,30 +56,32 @@ def test_two_labels_are_trained_exported_and_served(
     draw_images(source / "test", "blue", "red", count=6, seed=1)
     train = ["train", "--data", source, "--out", run, "--size", 16, "--epochs", 24]
     assert command(*train) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "squares: 2 labels, 28 images to train on, 4 held out, 12 to test" in said
-    assert "epoch 24/24" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "squares: 2 labels, 28 images to train on, 4 held out, 12 to test" in output
+    assert "epoch 24/24" in output
     assert command("export", run, "--out", out) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for line in ("batch 1: logits agree to", "batch 64: logits agree to", "golden set: 8 images"):
-        assert line in said
-    assert f"wrote {out / 'model.onnx'}" in said
+        assert line in output
+    assert f"wrote {out / 'model.onnx'}" in output
 
     engine = Engine.load(out / "model.onnx", provider="cpu", threads=1)
     assert engine.check_golden_set().images == 8
-    contract, about = engine.contract, checkpoint.load_checkpoint(run).metadata
+    contract, metadata = engine.contract, checkpoint.load_checkpoint(run).metadata
     assert (contract.name, contract.version, contract.labels) == ("blue-or-red", "3", ("blue", "red"))
     assert (contract.task, len(contract.thresholds)) == (Task.BINARY, 1)
-    assert contract.training == Training("squares", 28, about["commit"], "fovea " + " ".join(map(str, train)))
+    assert contract.training == Training(
+        "squares", 28, metadata["commit"], "fovea " + " ".join(map(str, train))
+    )
     data = load_dataset(source, size=16, validation=0.1, seed=0)
-    figures = about["measured"]
-    measured = figures["accuracy"]
+    measurement = metadata["measured"]
+    accuracy = measurement["accuracy"]
     assert contract.accuracy is not None
-    assert contract.accuracy.ece == pytest.approx(figures["ece"], abs=1e-4)
-    assert contract.accuracy == Accuracy("squares, test", 12, measured, contract.accuracy.ece)
-    assert len(data.test) == figures["images"] == 12
-    assert f"accuracy {measured:.2%} of 12 images (squares, test)" in said
-    assert json.loads((out / "report.json").read_text())["accuracy"]["top1"] == measured >= 0.95
+    assert contract.accuracy.ece == pytest.approx(measurement["ece"], abs=1e-4)
+    assert contract.accuracy == Accuracy("squares, test", 12, accuracy, contract.accuracy.ece)
+    assert len(data.test) == measurement["images"] == 12
+    assert f"accuracy {accuracy:.2%} of 12 images (squares, test)" in output
+    assert json.loads((out / "report.json").read_text())["accuracy"]["top1"] == accuracy >= 0.95
 
     for index, label in enumerate(contract.labels):
         for file in sorted((source / "test" / label).iterdir()):
@@ -90,10 +92,10 @@ def test_two_labels_are_trained_exported_and_served(
             assert probabilities[index] > 0.5
 
 
-def test_a_folder_becomes_the_default_model_by_one_command(
+def test_train_with_export_makes_the_default_model(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Train, export, serve: `/v1/classify` answers with the new labels, though another model is there too."""
+    """`/v1/classify` answers with the labels of the exported model, although another model exists."""
     source, zoo = tmp_path / "squares", tmp_path / "zoo"
     draw_images(source / "train", count=24)
     draw_images(source / "test", count=4, seed=1)
@@ -109,8 +111,8 @@ def test_a_folder_becomes_the_default_model_by_one_command(
             assert reply["model"] == {"name": "squares", "version": "1"}
             assert reply["predictions"][0]["label"] == label
             assert label in reply["coverage"]["labels"]
-    again = ["train", "--data", tmp_path / "nowhere", "--export", zoo / "squares" / "1"]
-    assert command(*again) == 2  # before anything is read
+    second_train = ["train", "--data", tmp_path / "nowhere", "--export", zoo / "squares" / "1"]
+    assert command(*second_train) == 2  # before anything is read
     assert f"already holds a model; the next free version is {zoo / 'squares' / '2'}" in read_error_line(
         capsys
     )
@@ -121,7 +123,7 @@ def test_a_folder_becomes_the_default_model_by_one_command(
     assert (zoo / "default").read_text() == "third\n"
 
 
-def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
+def test_zoo_version_can_be_start_and_teacher(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_images(tmp_path / "squares", count=24)
@@ -131,7 +133,7 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
     capsys.readouterr()
     assert command(*train, "--epochs", 1, "--out", tmp_path / "tuned", "--from", version) == 0
     history = checkpoint.load_checkpoint(tmp_path / "tuned").metadata["progress"]["history"]
-    assert history[0]["validation_accuracy"] >= 0.9  # after one epoch: it knew already
+    assert history[0]["validation_accuracy"] >= 0.9  # after one epoch, because the start was trained
     assert (
         command(
             *train,
@@ -146,37 +148,37 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
         )
         == 0
     )
-    about = checkpoint.load_checkpoint(tmp_path / "pupil").metadata
+    metadata = checkpoint.load_checkpoint(tmp_path / "pupil").metadata
     digests = [sha256((run / WEIGHTS_FILE).read_bytes()).hexdigest() for run in (version, tmp_path / "tuned")]
-    assert (about["start"]["teachers"].split(), about["recipe"]["teaching"]) == (digests, 0.8)
+    assert (metadata["start"]["teachers"].split(), metadata["recipe"]["teaching"]) == (digests, 0.8)
     capsys.readouterr()
-    resumed = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
-    assert command(*resumed) == 2
+    resume = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
+    assert command(*resume) == 2
     assert "holds a run with another " in read_error_line(capsys)
     draw_images(tmp_path / "others", "green", "red", count=4)
-    others = ["train", "--data", tmp_path / "others", "--size", 16, "--out", tmp_path / "x"]
-    assert command(*others, "--teacher", version) == 2
+    other_train = ["train", "--data", tmp_path / "others", "--size", 16, "--out", tmp_path / "x"]
+    assert command(*other_train, "--teacher", version) == 2
     assert f"the teacher in {version} has another set of labels: " in read_error_line(capsys)
-    assert command(*others, "--from", version, "--net", "resnet18") == 2
+    assert command(*other_train, "--from", version, "--net", "resnet18") == 2
     assert "does not fit resnet18 at 16 px: features.conv1.weight is missing" in read_error_line(capsys)
 
 
-def test_events_for_tensorboard_are_written_when_asked_for(tmp_path: Path, command: Command) -> None:
+def test_tensorboard_option_writes_events(tmp_path: Path, command: Command) -> None:
     draw_images(tmp_path / "squares")
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--epochs", 2]
     assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     history = checkpoint.load_checkpoint(tmp_path / "run").metadata["progress"]["history"]
-    written = events.Scalars("loss")
-    assert [(event.step, event.value) for event in written] == [
+    loss_events = events.Scalars("loss")
+    assert [(event.step, event.value) for event in loss_events] == [
         (epoch["epoch"], pytest.approx(epoch["loss"])) for epoch in history
     ]
     assert command(*train, "--out", tmp_path / "plain") == 0
     assert not (tmp_path / "plain" / "tensorboard").exists()
 
 
-def test_without_tensorboard_it_says_what_to_install(
+def test_missing_tensorboard_error_names_the_package(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -186,12 +188,12 @@ def test_without_tensorboard_it_says_what_to_install(
     assert "--tensorboard needs the package: pip install tensorboard" in read_error_line(capsys)
 
 
-def test_every_network_is_offered_in_the_help(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_help_lists_every_network(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("train", "--help") == 0
     assert set(NETS) <= set(re.findall(r"[a-z0-9_]+", capsys.readouterr().out))
 
 
-def test_export_takes_other_images_to_verify_on(
+def test_export_measures_accuracy_on_given_data(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_images(tmp_path / "squares", "green", "red")
@@ -202,35 +204,38 @@ def test_export_takes_other_images_to_verify_on(
     add_to_repository(build_model(), tmp_path / "zoo", "animals")
     out = tmp_path / "zoo" / "squares" / "1"
     assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others [new]") == 0
-    assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # it goes on answering
+    assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # the first model stays the default
     assert "of 2 images (others [new], validation)" in " ".join(capsys.readouterr().out.split())
-    stated = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
-    assert stated.accuracy is not None
-    assert (stated.accuracy.data, stated.accuracy.images) == ("others [new], validation", 2)
-    assert stated.training.data == "squares"
+    contract = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
+    assert contract.accuracy is not None
+    assert (contract.accuracy.data, contract.accuracy.images) == ("others [new], validation", 2)
+    assert contract.training.data == "squares"
 
 
-def test_unreadable_images_are_named_and_the_rest_is_trained_on(
+def test_train_names_and_skips_unreadable_images(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = draw_images(tmp_path / "my [red] squares")
     (folder / "red" / "[blue].png").write_text("not an image")
     train = ["train", "--data", folder, "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
     assert command(*train) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "skipped red/[blue].png: the bytes are not an image" in said
-    assert "my [red] squares: 3 labels, 12 images to train on, 3 held out, 0 to test" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "skipped red/[blue].png: the bytes are not an image" in output
+    assert "my [red] squares: 3 labels, 12 images to train on, 3 held out, 0 to test" in output
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 EPOCHS = 30
-"""Enough for the run to be going on still when the signal arrives: a second and more."""
+"""Epochs that take over a second, so that the signal arrives during the run."""
 
 
 def run_interrupted(arguments: list[str]) -> tuple[int, str]:
-    """Run `fovea` in a process of its own and press Ctrl-C after its first epoch."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: other sums would round otherwise
+    """Run `fovea` in its own process and interrupt it after the first epoch; return exit code and output."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as in this process: more threads would round sums differently
     with subprocess.Popen(
         [sys.executable, "-m", "fovea", *arguments],
         cwd=ROOT,
@@ -251,27 +256,25 @@ def run_interrupted(arguments: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, command: Command
-) -> None:
+def test_resume_after_ctrl_c_gives_the_same_weights(tmp_path: Path, command: Command) -> None:
     source = draw_images(tmp_path / "squares", "blue", "red", count=4)
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    resumed_run, uninterrupted_run = tmp_path / "broken", tmp_path / "unbroken"
     train = ["train", "--data", str(source), "--size", "16", "--epochs", str(EPOCHS)]
-    code, said = run_interrupted([*train, "--out", str(broken)])
+    code, output = run_interrupted([*train, "--out", str(resumed_run)])
     assert code == 130
-    stopped = checkpoint.load_checkpoint(broken)
-    step = stopped.metadata["progress"]["step"]
+    stopped_checkpoint = checkpoint.load_checkpoint(resumed_run)
+    step = stopped_checkpoint.metadata["progress"]["step"]
     assert 1 <= step < EPOCHS
-    assert f"stopped at step {step}; --resume continues from there" in said
-    assert "Traceback" not in said
+    assert f"stopped at step {step}; --resume continues from there" in output
+    assert "Traceback" not in output
     data = load_dataset(source, size=16, validation=0.1, seed=0)
-    assert 0 <= measure_accuracy(stopped.build_net(), data.validation) <= 1
+    assert 0 <= measure_accuracy(stopped_checkpoint.build_net(), data.validation) <= 1
 
-    assert command(*train, "--out", broken, "--resume") == 0
-    assert command(*train, "--out", unbroken) == 0
-    assert read_weights(broken) == read_weights(unbroken)
-    assert checkpoint.load_checkpoint(broken).metadata["progress"]["step"] == EPOCHS
-    assert sorted(path.name for path in broken.iterdir()) == [
+    assert command(*train, "--out", resumed_run, "--resume") == 0
+    assert command(*train, "--out", uninterrupted_run) == 0
+    assert read_weights(resumed_run) == read_weights(uninterrupted_run)
+    assert checkpoint.load_checkpoint(resumed_run).metadata["progress"]["step"] == EPOCHS
+    assert sorted(path.name for path in resumed_run.iterdir()) == [
         "index.json",
         "pixels.u8",
         "report.html",
@@ -281,16 +284,16 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     ]
 
 
-# --- what is refused: one line, exit code 2 ------------------------------------------------------
+# --- refused calls: one error line, exit code 2 --------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `squares` and the `run` of one epoch on them."""
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the images `squares` and a `run` of one epoch on them."""
     folder = tmp_path_factory.mktemp("trained")
     draw_images(folder / "squares")
     subprocess.run(
-        [sys.executable, "-m", "fovea", *training_arguments(folder)],
+        [sys.executable, "-m", "fovea", *make_training_arguments(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         check=True,
@@ -299,30 +302,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training_arguments(folder: Path) -> list[str]:
-    """The arguments that `trained` was made with."""
+def make_training_arguments(folder: Path) -> list[str]:
+    """Return the training arguments for the images and the run in `trained_folder`."""
     return f"train --data {folder}/squares --out {folder}/run --size 16 --epochs 1".split()
 
 
-def test_another_run_is_not_overwritten(
-    trained: Path, command: Command, capsys: pytest.CaptureFixture[str]
+def test_train_does_not_overwrite_an_existing_run(
+    trained_folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (trained / "run" / WEIGHTS_FILE).read_bytes()
-    assert command(*training_arguments(trained)) == 2
+    before = (trained_folder / "run" / WEIGHTS_FILE).read_bytes()
+    assert command(*make_training_arguments(trained_folder)) == 2
     assert "holds a run already; pass --resume to continue it, or another --out" in read_error_line(capsys)
-    assert (trained / "run" / WEIGHTS_FILE).read_bytes() == before
+    assert (trained_folder / "run" / WEIGHTS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [["--epochs", "2"], ["--seed", "1"], ["--validation", "0.3"]])
 def test_resume_with_another_recipe_is_refused(
-    trained: Path, command: Command, capsys: pytest.CaptureFixture[str], change: list[str]
+    trained_folder: Path, command: Command, capsys: pytest.CaptureFixture[str], change: list[str]
 ) -> None:
-    assert command(*training_arguments(trained), *change, "--resume") == 2
+    assert command(*make_training_arguments(trained_folder), *change, "--resume") == 2
     assert "holds a run with another " in read_error_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["", "red, green and blue\n" * 100])
-def test_data_that_cannot_be_used_are_refused(
+def test_unusable_data_file_is_refused(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     (tmp_path / "set.tar").write_text(content)
@@ -331,12 +334,12 @@ def test_data_that_cannot_be_used_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seed", str(2**32)], ["--validation", "0.9"]])
-def test_options_have_bounds(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str]
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seed", str(2**32)], ["--validation", "0.9"]])
+def test_options_outside_their_bounds_are_refused(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    assert command("train", "--data", tmp_path, "--out", tmp_path / "run", *wrong) == 2
-    assert f"'{wrong[0]}'" in capsys.readouterr().err
+    assert command("train", "--data", tmp_path, "--out", tmp_path / "run", *arguments) == 2
+    assert f"'{arguments[0]}'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -347,11 +350,11 @@ def test_export_without_a_checkpoint_is_refused(
     assert "`fovea train --out" in read_error_line(capsys)
 
 
-def test_export_to_a_folder_without_name_and_version_is_refused(
-    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+def test_export_path_without_name_and_version_is_refused(
+    trained_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in ("squares", "my squares/1", ".squares/1", "squares/new"):
-        assert command("export", trained / "run", "--out", tmp_path / place) == 2
+        assert command("export", trained_folder / "run", "--out", tmp_path / place) == 2
         assert (
             "cannot hold a model: the path must end in <name>/<number>, such as zoo/pets/1"
             in read_error_line(capsys)
@@ -360,34 +363,34 @@ def test_export_to_a_folder_without_name_and_version_is_refused(
 
 
 def test_export_with_data_of_other_labels_is_refused(
-    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    trained_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_images(tmp_path / "other", "blue", "red")
     out = tmp_path / "zoo" / "squares" / "1"
-    assert command("export", trained / "run", "--out", out, "--data", tmp_path / "other") == 2
+    assert command("export", trained_folder / "run", "--out", out, "--data", tmp_path / "other") == 2
     assert "the checkpoint has labels" in read_error_line(capsys)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("arguments", "message"),
     [
         (["--size", "15"], "size 15 px: the networks take 16 to 384"),
         (["--size", "385"], "size 385 px: the networks take 16 to 384"),
         (["--net", "vgg"], "there is no network 'vgg'; choose one of cnn"),
     ],
 )
-def test_a_network_that_there_is_not_is_refused_before_anything_is_read(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str], sentence: str
+def test_bad_network_or_size_is_refused_before_reading_data(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert command("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", *wrong) == 2
-    assert sentence in read_error_line(capsys)
+    assert command("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", *arguments) == 2
+    assert message in read_error_line(capsys)
 
 
-# --- how data are read, and how long it takes ----------------------------------------------------
+# --- reading of data, and `--minutes` ------------------------------------------------------------
 
 
-def test_a_data_set_is_described_before_it_is_trained_on(
+def test_train_describes_data_before_first_epoch(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, run = tmp_path / "squares", tmp_path / "run"
@@ -398,7 +401,7 @@ def test_a_data_set_is_described_before_it_is_trained_on(
     (source / "valid" / "@eaDir").mkdir()
     (source / "valid" / "@eaDir" / "0.png").write_text("no image")
     assert command("train", "--data", source, "--out", run, "--size", 16, "--epochs", 1) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for line in (
         "squares: 3 labels, 24 images to train on, 12 held out, 6 to test",
         "45 files found: 42 images used, 1 unreadable, 2 left out",
@@ -407,8 +410,8 @@ def test_a_data_set_is_described_before_it_is_trained_on(
         "left out 1 file *.txt: the bytes are not an image of a known format (Training/red/notes.txt)",
         "left out 1 file in @eaDir/: a hidden file or a system file (valid/@eaDir/0.png)",
     ):
-        assert line in said
-        assert said.index(line) < said.index("epoch 1/1")
+        assert line in output
+        assert output.index(line) < output.index("epoch 1/1")
     assert (run / "left-out.txt").read_text().splitlines() == [
         "Training/red/broken.png: the bytes are not an image of a known format; send one of "
         f"{', '.join(supported_formats())}",
@@ -422,9 +425,9 @@ def test_a_data_set_is_described_before_it_is_trained_on(
     assert (inventory["found"], [group["files"] for group in inventory["left_out"]]) == (45, [1, 1])
 
 
-def test_export_reads_the_data_as_training_did(tmp_path: Path, command: Command) -> None:
+def test_export_reads_data_as_training_did(tmp_path: Path, command: Command) -> None:
     folder = draw_images(tmp_path / "squares", "Cat", "cat", "dog", colours=("red", "red", "blue"), count=6)
-    lines = [f"{label}/{n}.png,{label}" for label in ("Cat", "cat", "dog") for n in range(6)]
+    lines = [f"{label}/{number}.png,{label}" for label in ("Cat", "cat", "dog") for number in range(6)]
     (folder / "set.csv").write_text("\n".join(["where,what", *lines]))
     train = ["train", "--data", folder / "set.csv", "--size", 16, "--epochs", 1]
     choices = ["--path-column", "where", "--label-column", "what", "--label-case", "merge"]
@@ -434,10 +437,10 @@ def test_export_reads_the_data_as_training_did(tmp_path: Path, command: Command)
     assert contract.labels == ("cat", "dog")
 
 
-def test_a_folder_that_is_no_utf_8_is_trained_on_and_served(
+def test_data_folder_with_non_utf8_name_is_trained_and_served(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither the model's facts nor the metrics can hold such a name."""
+    """Neither the contract nor the metrics can hold such a name."""
     folder = draw_images(tmp_path / os.fsdecode(b"sq\xff"), "blue", "red", count=8)
     (folder / "red" / os.fsdecode(b"\xfe.png")).write_text("no image")
     run, zoo = tmp_path / os.fsdecode(b"r\xff"), tmp_path / "zoo"
@@ -453,19 +456,19 @@ def test_a_folder_that_is_no_utf_8_is_trained_on_and_served(
         assert 'label="blue"' in server.client.get("/metrics").text
 
 
-def test_a_run_of_some_minutes_keeps_its_epochs_when_it_is_resumed(
+def test_resumed_minutes_run_keeps_its_epochs(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_images(tmp_path / "squares")
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--out", tmp_path / "run"]
     assert command(*train, "--minutes", 0.1) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     recipe = checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"]
     noun = "epoch" if recipe["epochs"] == 1 else "epochs"
-    assert f"6 seconds: {recipe['epochs']} {noun} of " in said
+    assert f"6 seconds: {recipe['epochs']} {noun} of " in output
     before = read_weights(tmp_path / "run")
-    for more in ([], ["--minutes", 5]):
-        assert command(*train, *more, "--resume") == 0
+    for options in ([], ["--minutes", 5]):
+        assert command(*train, *options, "--resume") == 0
         assert checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"] == recipe
         assert read_weights(tmp_path / "run") == before
     assert command(*train, "--minutes", 5, "--epochs", 2, "--resume") == 2

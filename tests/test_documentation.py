@@ -1,4 +1,4 @@
-"""Every setting, metric, error and route is in its page of docs/, and no other; no link is broken."""
+"""The pages of docs/ list exactly the settings, metrics, errors and routes, and have no broken link."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FOREIGN_CLASSES = {"BeforeValidator", "MobileNetV2ImageProcessor", "NoDecode"}
 FOLDERS = ("service", "model", "export", "bench", "tests", "fovea")
 
 
-def test_every_setting_is_documented_and_no_other() -> None:
-    real = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
-    assert set(re.findall(rf"`({ENVIRONMENT_PREFIX}[A-Z_]+)`", SETTINGS)) == real
-    assert set(re.findall(rf"^\| `({ENVIRONMENT_PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == real
+def test_settings_page_lists_exactly_the_settings() -> None:
+    names = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    assert set(re.findall(rf"`({ENVIRONMENT_PREFIX}[A-Z_]+)`", SETTINGS)) == names
+    assert set(re.findall(rf"^\| `({ENVIRONMENT_PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == names
     for path in list_pages():
-        assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", path.read_text())) <= real, path
+        assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", path.read_text())) <= names, path
 
 
-def test_defaults_in_the_table_are_the_real_ones() -> None:
+def test_settings_page_shows_the_real_defaults() -> None:
     rows = dict(re.findall(rf"^\| `{ENVIRONMENT_PREFIX}([A-Z_]+)` \|([^|]*)\|", SETTINGS, re.MULTILINE))
     for name, field in Settings.model_fields.items():
         default = rows[name.upper()].strip().strip("`").replace(" ", "")
@@ -40,7 +40,7 @@ def test_defaults_in_the_table_are_the_real_ones() -> None:
 
 
 def _format_value(value: object) -> str:
-    """As the environment would say it."""
+    """Format a default as an environment variable."""
     if isinstance(value, tuple):
         return ",".join(value)
     if value is None:
@@ -48,18 +48,18 @@ def _format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def test_every_metric_is_documented_and_no_other() -> None:
+def test_metrics_page_lists_exactly_the_metrics() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
     suffix = {"counter": "_total"}
-    real = {metric.name + suffix.get(metric.type, "") for metric in registry.collect()}
-    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", read_page("metrics"), re.MULTILINE)) == real
+    names = {metric.name + suffix.get(metric.type, "") for metric in registry.collect()}
+    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", read_page("metrics"), re.MULTILINE)) == names
 
 
-def test_every_error_code_is_documented_with_its_status() -> None:
-    errors = read_page("errors")
+def test_errors_page_lists_every_code_with_its_status() -> None:
+    page = read_page("errors")
     for error in _leaf_errors(RequestError):
-        assert re.search(rf"^\| {error.status} \|.*`{error.code}`", errors, re.MULTILINE), error.code
+        assert re.search(rf"^\| {error.status} \|.*`{error.code}`", page, re.MULTILINE), error.code
 
 
 def _leaf_errors(error: type[RequestError]) -> Iterator[type[RequestError]]:
@@ -69,11 +69,11 @@ def _leaf_errors(error: type[RequestError]) -> Iterator[type[RequestError]]:
         yield from _leaf_errors(subclass)
 
 
-def test_every_route_is_documented(server: Server) -> None:
-    api = read_page("http-api")
+def test_http_api_page_lists_every_route(server: Server) -> None:
+    page = read_page("http-api")
     for path in server.client.get("/openapi.json").json()["paths"]:
-        plain = path.replace("/versions/{version}", "").replace("/{version}", "")
-        assert f"{plain}`" in api, path
+        documented_path = path.replace("/versions/{version}", "").replace("/{version}", "")
+        assert f"{documented_path}`" in page, path
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -81,7 +81,7 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("path", list_pages(), ids=lambda path: path.stem)
-def test_every_link_within_the_documentation_leads_somewhere(path: Path) -> None:
+def test_links_between_pages_have_existing_targets(path: Path) -> None:
     for link in LINK.findall(CODE.sub("", path.read_text())):
         if "://" in link:
             continue
@@ -99,36 +99,36 @@ def _heading_anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_page_is_in_the_contents_of_the_site() -> None:
+def test_site_contents_list_every_page() -> None:
     blocks = re.findall(r"^```{toctree}\n(.*?)^```", read_page("index"), re.MULTILINE | re.DOTALL)
     entries = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
     for path in DOCS.glob("*.md"):
         assert path.stem == "index" or any(path.match(f"{entry}.md") for entry in entries), path
 
 
-def test_every_file_and_class_that_a_page_names_exists() -> None:
-    """Walks through the code must not lead to files that have moved, nor to names of yesterday."""
+def test_files_and_classes_named_in_pages_exist() -> None:
+    """Pages must not name files or classes that were moved or renamed."""
     files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in FOLDERS]
-    names = {
+    class_names = {
         name for path in files for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.MULTILINE)
     }
     missing = []
     for page in [*list_pages(), ROOT / "CONTRIBUTING.md"]:
-        for quoted in re.findall(r"`([^`\n]+)`", page.read_text()):
-            if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.\w+", quoted):
-                is_known = (ROOT / quoted).exists()
-            elif re.fullmatch(r"(?:[A-Z][a-z0-9]+){2,}", quoted):  # a class, or an alert
-                is_known = quoted in names | FOREIGN_CLASSES or quoted.startswith("Fovea")
+        for quote in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.\w+", quote):
+                is_known = (ROOT / quote).exists()
+            elif re.fullmatch(r"(?:[A-Z][a-z0-9]+){2,}", quote):  # a class, or an alert
+                is_known = quote in class_names | FOREIGN_CLASSES or quote.startswith("Fovea")
             else:
                 continue
             if not is_known:
-                missing.append(f"{page.relative_to(ROOT)}: {quoted}")
+                missing.append(f"{page.relative_to(ROOT)}: {quote}")
     assert missing == []
 
 
-def test_every_diagram_is_drawn() -> None:
-    """The site shows files that `make diagrams` draws; a file is named by the digest of its text."""
+def test_every_diagram_has_a_file_and_no_other() -> None:
+    """The site shows files that `make diagrams` draws; the name of a file is the digest of its text."""
     program = runpy.run_path(str(DOCS / "draw_diagrams.py"))
-    drawn = {program["diagram_file"](text) for text in program["list_diagrams"]()}
-    assert drawn == {path.name for path in (DOCS / "diagrams").glob("*.svg")}
-    assert len(drawn) >= 3
+    expected_files = {program["diagram_file"](text) for text in program["list_diagrams"]()}
+    assert expected_files == {path.name for path in (DOCS / "diagrams").glob("*.svg")}
+    assert len(expected_files) >= 3

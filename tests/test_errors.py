@@ -1,4 +1,4 @@
-"""The error tree: every error can be sent to another process and to another thread's copy."""
+"""Errors can be pickled and copied, so that they can be sent to another process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from fovea import bench, export, model, service
 from fovea.service.errors import BodyTimeout, FoveaError, Overloaded
 
 VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
-"""An argument of each type that a constructor takes."""
+"""An argument for each type of constructor parameter."""
 
 
 def list_modules() -> Iterator[str]:
+    """Yield the names of all modules except scripts."""
     for package in (service, export, model, bench):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith(("__main__", "mosec_server", "tutorial")):  # scripts
@@ -27,7 +28,7 @@ def list_modules() -> Iterator[str]:
 
 
 def list_errors() -> list[type[FoveaError]]:
-    """Every class of the project's errors, wherever it is defined."""
+    """Return all error classes of the project, from all modules."""
     for name in list_modules():
         try:
             importlib.import_module(name)
@@ -41,7 +42,7 @@ def list_errors() -> list[type[FoveaError]]:
 
 
 def make_error(kind: type[FoveaError]) -> FoveaError:
-    """An error with a value for each argument that its constructor names."""
+    """Return an error with a value for each parameter of its constructor."""
     positional: list[object] = []
     keywords: dict[str, object] = {}
     for argument in list(signature(kind.__init__).parameters.values())[1:]:
@@ -55,7 +56,7 @@ def make_error(kind: type[FoveaError]) -> FoveaError:
     return kind(*(positional or ["what was wrong"]), **keywords)
 
 
-def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
+def test_every_error_survives_pickle_and_copy() -> None:
     kinds = list_errors()
     assert {"Overloaded", "Draining", "BodyTimeout", "ImportRefused", "DataError"} <= {
         kind.__name__ for kind in kinds
@@ -63,16 +64,16 @@ def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
     for kind in kinds:
         error = make_error(kind)
         protocols = range(pickle.HIGHEST_PROTOCOL + 1)
-        for other in (
+        for duplicate in (
             *(pickle.loads(pickle.dumps(error, protocol)) for protocol in protocols),  # noqa: S301 - ours
             copy.copy(error),
         ):
-            assert type(other) is kind
-            assert (str(other), other.args, vars(other)) == (str(error), error.args, vars(error))
+            assert type(duplicate) is kind
+            assert (str(duplicate), duplicate.args, vars(duplicate)) == (str(error), error.args, vars(error))
 
 
 @pytest.mark.parametrize("error", [Overloaded("the queue is full", retry_after=1.5), BodyTimeout(30.0)])
-def test_what_an_error_carries_is_carried(error: FoveaError) -> None:
-    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
-    assert str(again) == str(error)
-    assert getattr(again, "retry_after", None) == getattr(error, "retry_after", None)
+def test_pickled_error_keeps_message_and_retry_after(error: FoveaError) -> None:
+    duplicate = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
+    assert str(duplicate) == str(error)
+    assert getattr(duplicate, "retry_after", None) == getattr(error, "retry_after", None)

@@ -1,4 +1,4 @@
-"""`make serve` on a machine that lacks something."""
+"""Targets of the Makefile, and the programs that CI installs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tools import DEBIAN_PACKAGES
 
 
 @pytest.mark.parametrize(
-    ("missing", "sentence"),
+    ("missing", "message"),
     [
         ("ensurepip", "Fovea needs Python's venv module: apt-get install python3-venv"),
         (
@@ -23,25 +23,25 @@ from tests.tools import DEBIAN_PACKAGES
         ),
     ],
 )
-def test_what_is_missing_is_one_sentence(tmp_path: Path, missing: str, sentence: str) -> None:
+def test_make_serve_names_missing_requirement(tmp_path: Path, missing: str, message: str) -> None:
     python = tmp_path / "python3"
     python.write_text(f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    ended = subprocess.run(
+    process = subprocess.run(
         ["make", "--no-print-directory", "serve", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.returncode != 0
-    assert ended.stdout == f"{sentence}\n"
+    assert process.returncode != 0
+    assert process.stdout == f"{message}\n"
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize(("target", "ready"), [("serve", "fovea"), ("setup", None)])
-def test_installing_is_announced_and_its_progress_shown(
-    tmp_path: Path, target: str, ready: str | None
+@pytest.mark.parametrize(("target", "program"), [("serve", "fovea"), ("setup", None)])
+def test_make_announces_installation_and_shows_progress(
+    tmp_path: Path, target: str, program: str | None
 ) -> None:
-    """With a pip that says what it does, and makes a `fovea` that says so too."""
-    made = tmp_path / "venv" / "bin"
+    """A fake pip prints a line and writes a `fovea` that prints a line."""
+    bin_folder = tmp_path / "venv" / "bin"
     python = tmp_path / "python3"
     python.write_text(
         "#!/bin/sh\n"
@@ -56,26 +56,26 @@ def test_installing_is_announced_and_its_progress_shown(
     python.chmod(0o755)
     pip.chmod(0o755)
     command = ["make", "--no-print-directory", target, f"VENV={tmp_path / 'venv'}", f"PYTHON={python}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    first, second, third, *rest = ended.stdout.splitlines()
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    first, second, third, *remaining_lines = process.stdout.splitlines()
     assert first == f"Making {tmp_path / 'venv'}, a place of its own for what Fovea needs"
     assert second.startswith("Installing ")
     assert "once, for" in second
     assert third == "Collecting numpy"
-    assert rest == (["fovea serves"] if ready else [])
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "Installing" not in again
-    assert (made / "fovea").exists()
+    assert remaining_lines == (["fovea serves"] if program else [])
+    second_output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "Installing" not in second_output
+    assert (bin_folder / "fovea").exists()
 
 
-def test_help_names_the_two_commands() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"serve", "test"} <= {line.split()[0] for line in shown.splitlines()}
+def test_make_help_names_serve_and_test() -> None:
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"serve", "test"} <= {line.split()[0] for line in output.splitlines()}
 
 
 def test_ci_installs_every_program_that_tests_need() -> None:
-    """There a test that is skipped for want of one fails (tests/conftest.py)."""
+    """In CI a test that is skipped because of a missing program fails (tests/conftest.py)."""
     script = (ROOT / ".ci" / "run").read_text()
     assert "export CI=true" in script
     for tool, package in DEBIAN_PACKAGES.items():
@@ -84,13 +84,13 @@ def test_ci_installs_every_program_that_tests_need() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
-def test_a_missing_program_skips_a_test_and_fails_it_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
+def test_missing_program_skips_test_and_fails_it_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
     (tmp_path / "python").symlink_to(sys.executable)  # the only program
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider",
          "tests/deploy/test_alerts.py::test_promtool_accepts_the_configuration"],
         cwd=ROOT, env={**os.environ, "PATH": str(tmp_path), "CI": ci},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert outcome in ended.stdout
-    assert "promtool is missing: on Debian, apt-get install prometheus" in ended.stdout
+    assert outcome in process.stdout
+    assert "promtool is missing: on Debian, apt-get install prometheus" in process.stdout

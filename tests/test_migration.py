@@ -1,4 +1,4 @@
-"""What `docs/migrate.md` shows is what comes: every command of it is run, and every program."""
+"""Every command and program of `docs/migrate.md` is run and writes the output that the page shows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ ADDRESS = "localhost:8000"
 
 
 class Example(NamedTuple):
-    """Something to run, and what it is said to write."""
+    """A command line, and the output that the guide shows for it."""
 
     line: list[str]
     output: str
 
 
 def read_examples() -> Iterator[Example]:
-    """Commands behind `$ `, which may go on after a `|`, with the lines up to the next. Then programs, with
-    the block that follows."""
+    """Yield the commands after `$ ` with the lines below them, then the programs with the block below them.
+
+    A command may continue on the next line after a `|`.
+    """
     for block in re.findall(r"^```console\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
         for command, output in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             yield Example(["bash", "-c", command], output)
@@ -39,26 +41,26 @@ def read_examples() -> Iterator[Example]:
 
 @pytest.fixture(scope="module")
 def zoo_server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+    with Server() as server:
+        yield server
 
 
-def test_there_are_examples() -> None:
+def test_every_example_of_the_guide_is_read() -> None:
     programs = [example for example in read_examples() if example.line[0] != "bash"]
     assert (len(list(read_examples())), len(programs)) == (GUIDE.count("\n$ ") + GUIDE.count("```text"), 2)
 
 
 @pytest.mark.parametrize("example", list(read_examples()))
-def test_what_is_shown_is_what_comes(zoo_server: Server, example: Example) -> None:
+def test_guide_example_writes_the_documented_output(zoo_server: Server, example: Example) -> None:
     if "curl" in example.line[-1]:
         require_tool("curl")
-    words, numbers = split_numbers(example.output)
-    said_words, said_numbers = split_numbers(run_example(zoo_server, example))
-    assert said_words == words
-    assert said_numbers == pytest.approx(numbers, abs=1e-3)
+    expected_words, expected_numbers = split_numbers(example.output)
+    actual_words, actual_numbers = split_numbers(run_example(zoo_server, example))
+    assert actual_words == expected_words
+    assert actual_numbers == pytest.approx(expected_numbers, abs=1e-3)
 
 
-def test_the_settings_are_real() -> None:
+def test_guide_names_only_existing_settings() -> None:
     assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", GUIDE)) <= {
         ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields
     }
@@ -71,7 +73,7 @@ def run_example(server: Server, example: Example) -> str:
 
 
 def split_numbers(text: str) -> tuple[str, list[float]]:
-    """The text without its numbers, request ids and white space; and the numbers."""
+    """Return the text without its numbers, request ids and white space; and the numbers."""
     text = re.sub(r'"request_id":"\w+"', '"request_id":"…"', re.sub(r"\s", "", text))
     number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-    return re.sub(number, "#", text), [float(one) for one in re.findall(number, text)]
+    return re.sub(number, "#", text), [float(match) for match in re.findall(number, text)]

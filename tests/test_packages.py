@@ -1,4 +1,4 @@
-"""The order of the packages: imports point downwards only."""
+"""Imports between packages point downwards only."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SERVICE = [
     {"artifact", "resources", "settings"},
     {"allocator", "environment", "errors", "image_warnings", "setting_values", "signals", "validation"},
 ]
-"""From the top down. Packages of one line do not import each other, but for what `SIDEWAYS` lists."""
+"""Layers from the top down. Packages of one layer import each other only as `ALLOWED_SIDEWAYS` lists."""
 
 MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
 
 EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "layer_table", "verify"}]
 
-SIDEWAYS = {("resources", "settings")}
+ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-OF_SERVICE = {"errors", "resources", "artifact", "inference"}
+SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference"}
 """Packages of `service` that `model` and `export` may import."""
 
 
 def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
-    """The modules that a file imports, also inside functions: as their parts."""
+    """Yield the modules that a file imports, also inside functions, split at the dots."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (tuple(name.name.split(".")) for name in node.names)
@@ -44,7 +44,7 @@ def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
 
 
 def list_files(package: str) -> Iterator[tuple[str, Path]]:
-    """Every file of a package at the top of the tree, with the part of the package that it belongs to."""
+    """Yield every file of a top-level package, after the subpackage or module to which it belongs."""
     for file in sorted((ROOT / package).rglob("*.py")):
         part = file.relative_to(ROOT / package).with_suffix("").parts[0]
         if part != "__init__":
@@ -61,40 +61,40 @@ def test_imports_point_downwards(package: str, layers: list[set[str]]) -> None:
         if top == "fovea" and rest[:1] == [package] and len(rest) > 1
         for other in rest[1:2]
         if other in height and other != part
-        if height[other] <= height[part] and (part, other) not in SIDEWAYS
+        if height[other] <= height[part] and (part, other) not in ALLOWED_SIDEWAYS
     ]
     assert upwards == []
     assert height.keys() == {part for part, _ in list_files(package)}
 
 
-def test_the_service_needs_no_training_code() -> None:
+def test_service_imports_no_training_code() -> None:
     forbidden = {"torch", "onnx", "onnxscript", "safetensors"}
-    found = [
+    violations = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
         for _, file in list_files("service")
         for module in list_imports(file)
         if module[0] in forbidden
         or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
     ]
-    assert found == []
+    assert violations == []
 
 
 @pytest.mark.parametrize("package", ["model", "export"])
-def test_training_and_export_use_the_lower_packages_of_the_service_alone(package: str) -> None:
-    found = [
+def test_model_and_export_import_only_lower_service_packages(package: str) -> None:
+    violations = [
         f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
         for _, file in list_files(package)
         for module in list_imports(file)
-        if module[:2] == ("fovea", "service") and module[2] not in OF_SERVICE
+        if module[:2] == ("fovea", "service") and module[2] not in SHARED_SERVICE_PACKAGES
     ]
-    assert found == []
+    assert violations == []
 
 
-def test_training_does_not_know_export() -> None:
-    found = [
+def test_model_does_not_import_export() -> None:
+    violations = [
         str(file)
         for _, file in list_files("model")
         for module in list_imports(file)
         if module[:2] == ("fovea", "export")
     ]
-    assert found == []
+    assert violations == []

@@ -1,7 +1,7 @@
-"""The pointing game (Zhang et al., 2016): a heat map's hottest place lies where the object is.
+"""The pointing game (Zhang et al., 2016): the maximum of a heat map lies on the object.
 
-One image of the test set on one quarter of a picture, noise on the other three. Counted are pictures of which
-the model says what the image shows: where it does not see it, it cannot have looked at it.
+A picture has a test image on one quarter and noise on the other three. Only pictures that the model
+classifies correctly are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200
-LEAST = 0.85
+MIN_HIT_SHARE = 0.85
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def explainer() -> Explainer:
 
 
 def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
-    """The image's label, which quarter it is on, and the picture."""
+    """Yield the label of the image, the number of its quarter, and the picture."""
     random = np.random.default_rng(0)
     for path in random.permutation(np.array(sorted(folder.rglob("*.jpg")))):
         pixels = random.integers(0, 256, (64, 64, 3)).astype(np.uint8)
@@ -44,30 +44,30 @@ def draw_quarters(folder: Path) -> Iterator[tuple[str, int, bytes]]:
         yield path.parent.name, quarter, content.getvalue()
 
 
-def hit_share(explainer: Explainer, folder: Path, question: ExplanationRequest) -> float:
-    """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
+def measure_hit_share(explainer: Explainer, folder: Path, request: ExplanationRequest) -> float:
+    """Return the share of the first `CASES` pictures whose map has its maximum on the correct quarter."""
     labels = explainer.contract.labels
-    total = right = 0
+    count = hits = 0
     for label, quarter, picture in draw_quarters(folder):
         _, prediction = explainer.classify_image(picture)
         if labels[prediction.probabilities.argmax()] == label:
-            heatmap = explainer.explain(picture, question, lambda _: None, lambda *_: None).heatmap
+            heatmap = explainer.explain(picture, request, lambda _: None, lambda *_: None).heatmap
             row, column = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
-            right += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])
-            total += 1
-        if total == CASES:
+            hits += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])
+            count += 1
+        if count == CASES:
             break
-    return right / total
+    return hits / count
 
 
 def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hit_share(explainer, cifar_test, ExplanationRequest(method="cam"))
+    share = measure_hit_share(explainer, cifar_test, ExplanationRequest(method="cam"))
     print(f"class activation maps: {share:.1%} of {CASES}")
-    assert share >= LEAST
+    assert share >= MIN_HIT_SHARE
 
 
 @pytest.mark.slow
 def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hit_share(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
+    share = measure_hit_share(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
     print(f"occlusion, 400 masked images: {share:.1%} of {CASES}")
-    assert share >= LEAST
+    assert share >= MIN_HIT_SHARE

@@ -1,4 +1,4 @@
-"""Every public name, in one list: a change of one shows in the list's difference.
+"""The list of all public names, so that a changed name shows in a diff.
 
 `python -m tests.test_public_names` writes the list again. A changed or removed name needs a line under
 "Changed" in the CHANGELOG, and an error or an alias that names the new one.
@@ -63,7 +63,7 @@ def format_public_names(server: Server) -> str:
     return "".join(f"{name}\n" for name in sorted(names))
 
 
-def test_public_names_are_those_of_the_list(server: Server) -> None:
+def test_public_names_match_the_list(server: Server) -> None:
     assert format_public_names(server).splitlines() == LIST.read_text().splitlines()
 
 

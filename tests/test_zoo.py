@@ -1,4 +1,4 @@
-"""The default model: what it claims, and whether it is true."""
+"""The default model: its contract, and measurements of its claims."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def zoo_server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def chosen(cifar_test: Path) -> list[Path]:
-    """A thousand test images, the same each time."""
+def sample_paths(cifar_test: Path) -> list[Path]:
+    """Return the paths of a thousand test images, the same in each run."""
     return random.Random(0).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
 
 
 @pytest.fixture(scope="module")
-def answers(zoo_server: Server, chosen: list[Path]) -> list[dict[str, Any]]:
-    """What the service says to each of them, with all labels and the set of 95 %."""
-    return classify_paths(zoo_server, chosen, top_k=0, coverage=0.95)
+def answers(zoo_server: Server, sample_paths: list[Path]) -> list[dict[str, Any]]:
+    """Return the answer of the service to each sample, with all labels and the set of 95 %."""
+    return classify_paths(zoo_server, sample_paths, top_k=0, coverage=0.95)
 
 
 def classify_paths(server: Server, paths: list[Path], **query: float) -> list[dict[str, Any]]:
-    """Fifty in a request."""
+    """Classify the images in requests of fifty."""
     results: list[dict[str, Any]] = []
     for start in range(0, len(paths), 50):
         files = [("file", (path.name, path.read_bytes())) for path in paths[start : start + 50]]
@@ -55,7 +55,7 @@ def classify_paths(server: Server, paths: list[Path], **query: float) -> list[di
     return results
 
 
-def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
+def test_default_contract_states_training_and_accuracy(engine: Engine) -> None:
     contract = engine.contract
     assert DEFAULT_MODEL.stat().st_size <= 12_000_000
     assert (contract.name, contract.version, contract.task) == ("cifar10", "3", Task.MULTICLASS)
@@ -69,11 +69,11 @@ def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
     assert contract.accuracy.ece <= 0.015
 
 
-def test_this_host_is_proven(engine: Engine) -> None:
+def test_golden_set_passes_on_this_host(engine: Engine) -> None:
     assert engine.check_golden_set().images == 8
 
 
-def test_the_report_beside_it_agrees(engine: Engine) -> None:
+def test_report_file_agrees_with_contract(engine: Engine) -> None:
     report = json.loads(DEFAULT_MODEL.with_name("report.json").read_text())
     assert report["bytes"] == DEFAULT_MODEL.stat().st_size
     assert engine.contract.accuracy is not None
@@ -83,40 +83,43 @@ def test_the_report_beside_it_agrees(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("sample", "label"), [("airplane.jpg", "airplane"), ("ship.jpg", "ship"), ("truck.png", "truck")]
 )
-def test_the_samples_are_classified_right(zoo_server: Server, sample: str, label: str) -> None:
+def test_samples_are_classified_correctly(zoo_server: Server, sample: str, label: str) -> None:
     content = (ROOT / "samples" / sample).read_bytes()
     best = zoo_server.client.put("/v1/classify", content=content).json()["predictions"][0]
     assert best["label"] == label
     assert best["probability"] > 0.9
 
 
-def test_the_accuracy_over_http_is_that_of_the_contract(
-    engine: Engine, chosen: list[Path], answers: list[dict[str, Any]]
+def test_http_accuracy_matches_contract(
+    engine: Engine, sample_paths: list[Path], answers: list[dict[str, Any]]
 ) -> None:
-    right = sum(
+    correct = sum(
         answer["predictions"][0]["label"] == path.parent.name
-        for path, answer in zip(chosen, answers, strict=True)
+        for path, answer in zip(sample_paths, answers, strict=True)
     )
     assert engine.contract.accuracy is not None
-    claimed = engine.contract.accuracy.top1
-    deviation = (claimed * (1 - claimed) / IMAGES) ** 0.5  # of a binomial proportion
-    assert abs(right / IMAGES - claimed) < 3 * deviation
+    accuracy = engine.contract.accuracy.top1
+    deviation = (accuracy * (1 - accuracy) / IMAGES) ** 0.5  # of a binomial proportion
+    assert abs(correct / IMAGES - accuracy) < 3 * deviation
 
 
-def test_sets_hold_the_true_label_as_often_as_they_say(
-    chosen: list[Path], answers: list[dict[str, Any]]
+def test_sets_hold_true_label_at_their_coverage_rate(
+    sample_paths: list[Path], answers: list[dict[str, Any]]
 ) -> None:
-    inside = sum(
-        path.parent.name in answer["coverage"]["labels"] for path, answer in zip(chosen, answers, strict=True)
+    covered = sum(
+        path.parent.name in answer["coverage"]["labels"]
+        for path, answer in zip(sample_paths, answers, strict=True)
     )
-    assert abs(inside / IMAGES - 0.95) < 0.01 + 3 * (0.95 * 0.05 / IMAGES) ** 0.5
+    assert abs(covered / IMAGES - 0.95) < 0.01 + 3 * (0.95 * 0.05 / IMAGES) ** 0.5
 
 
-def test_test_images_are_no_drift_and_one_label_s_are(chosen: list[Path], cifar_test: Path) -> None:
+def test_drift_is_low_for_test_images_and_high_for_one_label(
+    sample_paths: list[Path], cifar_test: Path
+) -> None:
     """The window holds a thousand images."""
     with Server() as server:
 
-        def send(paths: list[Path]) -> dict[str, tuple[float, float]]:
+        def measure_drift(paths: list[Path]) -> dict[str, tuple[float, float]]:
             classify_paths(server, paths)
             return {
                 signal: (
@@ -126,19 +129,19 @@ def test_test_images_are_no_drift_and_one_label_s_are(chosen: list[Path], cifar_
                 for signal in SIGNALS
             }
 
-        assert all(0 < psi < 3 * chance < 0.1 for psi, chance in send(chosen).values())
-        assert send(sorted((cifar_test / "cat").iterdir())[:IMAGES])["label"][0] > 1
+        assert all(0 < psi < 3 * chance < 0.1 for psi, chance in measure_drift(sample_paths).values())
+        assert measure_drift(sorted((cifar_test / "cat").iterdir())[:IMAGES])["label"][0] > 1
 
 
-def test_the_command_gives_the_same_answers_as_the_service(
-    chosen: list[Path], answers: list[dict[str, Any]]
+def test_command_and_service_give_the_same_answers(
+    sample_paths: list[Path], answers: list[dict[str, Any]]
 ) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "fovea", "classify", *chosen, "--json", "--top-k", "0"],
+    process = subprocess.run(
+        [sys.executable, "-m", "fovea", "classify", *sample_paths, "--json", "--top-k", "0"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for result, answer in zip(json.loads(ended.stdout)["results"], answers, strict=True):
-        here = {label["label"]: label["probability"] for label in result["predictions"]}
-        there = {label["label"]: label["probability"] for label in answer["predictions"]}
-        assert list(here) == list(there)
-        assert here == pytest.approx(there, abs=1e-6)
+    for result, answer in zip(json.loads(process.stdout)["results"], answers, strict=True):
+        command_probabilities = {label["label"]: label["probability"] for label in result["predictions"]}
+        service_probabilities = {label["label"]: label["probability"] for label in answer["predictions"]}
+        assert list(command_probabilities) == list(service_probabilities)
+        assert command_probabilities == pytest.approx(service_probabilities, abs=1e-6)

@@ -1,4 +1,4 @@
-"""A network of tokens, as another tool would write it."""
+"""A token-mixing network, as another tool writes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABELS = ("oak", "elm", "fir", "yew", "ash")
 
 
 def build_token_network() -> onnx.ModelProto:
-    """Tokens that are mixed across places, as an MLP-Mixer does, and one before them."""
+    """Return a graph that mixes tokens across positions, as an MLP-Mixer does, and prepends one token."""
     node, random = helper.make_node, np.random.default_rng(0)
     weights: dict[str, npt.NDArray[Any]] = {
         "kernel": random.normal(0, 0.4, (8, 3, 4, 4)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""A network as others write it: VGG-like, with a flatten and two linear layers, made with `onnx.helper`."""
+"""A VGG-like network with a flatten and two linear layers, as other tools write it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ LABELS = ("cat", "dog", "owl", "fox")
 
 
 def build_vgg(*, auto_pad: bool = False) -> onnx.ModelProto:
-    """float32 (N, 3, 24, 24) to 4 logits: two convolutions and a pool, twice over, then 32 and 4 values."""
+    """Return a graph from float32 (N, 3, 24, 24) to 4 logits.
+
+    Two blocks of two convolutions and a pool are followed by linear layers of 32 and 4 values.
+    """
     random = np.random.default_rng(7)
     weights: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
     nodes: list[onnx.NodeProto] = []
@@ -21,9 +24,9 @@ def build_vgg(*, auto_pad: bool = False) -> onnx.ModelProto:
     def add_layer(kind: str, source: str, *shapes: tuple[int, ...], **attributes: Any) -> str:
         name = f"{kind.lower()}{len(nodes)}"
         names = [f"{name}.{part}" for part, _ in zip(("weight", "bias"), shapes, strict=False)]
-        for one, shape in zip(names, shapes, strict=True):
+        for weight_name, shape in zip(names, shapes, strict=True):
             scale = (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.1
-            weights[one] = random.normal(0, scale, shape).astype(np.float32)
+            weights[weight_name] = random.normal(0, scale, shape).astype(np.float32)
         nodes.append(helper.make_node(kind, [source, *names], [name], name, **attributes))
         return name
 

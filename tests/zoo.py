@@ -1,4 +1,4 @@
-"""Models that tests publish in a repository, and a service's answers by them."""
+"""Publish models in a repository, and read the answers of a service."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def publish_variant(zoo: Path, seed: int, name: str = "small", **options: Any) -
 
 
 def classify_pictures(server: Server, *pictures: bytes, name: str = "small") -> dict[str, Any]:
+    """Classify the pictures, or the first test picture, and return the JSON of the answer."""
     files = [("image", picture) for picture in pictures or PICTURES[:1]]
     reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", files=files)
     assert reply.status_code == 200, reply.text
@@ -35,6 +36,7 @@ def classify_pictures(server: Server, *pictures: bytes, name: str = "small") -> 
 
 
 def get_served_version(server: Server, name: str = "small") -> str:
+    """Return the version of the model that answers."""
     return str(classify_pictures(server, name=name)["model"]["version"])
 
 

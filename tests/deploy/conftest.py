@@ -1,4 +1,4 @@
-"""What the tests of `deploy/` share."""
+"""Shared parts of the tests of `deploy/`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fovea.service.observability.metrics import Metrics
 needs_promtool = pytest.mark.needs("promtool")
 
 EXTERNAL_METRICS = {
-    "up",  # Prometheus's own
+    "up",  # defined by Prometheus
     "process_cpu_seconds_total",
     "process_resident_memory_bytes",
     "process_start_time_seconds",

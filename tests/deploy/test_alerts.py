@@ -1,4 +1,4 @@
-"""Which alerts fire on which series, by promtool; and whether metrics and runbooks are there."""
+"""Alerts fire on the expected series (by promtool), and their metrics and runbook lines exist."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", model="", status
 
 
 def format_series(name: str, **labels: str) -> str:
+    """Return the selector of a series with the labels of the target."""
     return f"{name}{{{', '.join([HERE, *(f'{key}={value!r}' for key, value in labels.items())])}}}"
 
 
-def rising_counter(*parts: tuple[int, float]) -> str:
-    """A counter that has risen by so much a minute for so many minutes, part after part."""
+def format_counter(*parts: tuple[int, float]) -> str:
+    """Return the promtool values of a counter; each part is a number of minutes and its rise per minute."""
     value, terms = 0.0, ["0"]
     for minutes, step in parts:
         terms.append(f"{value + step:g}+{step:g}x{minutes - 1}")
@@ -63,59 +64,59 @@ CHANGED = {
     result: format_series("fovea_model_changes_total", model="pets", result=result)
     for result in ("refused", "loaded")
 }
-PSI, CHANCE = (format_series(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
+PSI, CHANCE = (format_series(f"fovea_drift_{infix}psi", signal="label") for infix in ("", "chance_"))
 
-BAD_HOUR = {OK: rising_counter((420, 1000)), FAILED: rising_counter((360, 0), (60, 50))}
-OVER = {OK: rising_counter((420, 1000)), FAILED: rising_counter((320, 0), (60, 50), (40, 0))}
-BAD_MINUTES = {OK: rising_counter((4320, 1000)), FAILED: rising_counter((4300, 0), (20, 50))}
-SLOW_HOUR = {ALL: rising_counter((420, 1000)), QUICK: rising_counter((360, 1000), (60, 700))}
+BAD_HOUR = {OK: format_counter((420, 1000)), FAILED: format_counter((360, 0), (60, 50))}
+OVER = {OK: format_counter((420, 1000)), FAILED: format_counter((320, 0), (60, 50), (40, 0))}
+BAD_MINUTES = {OK: format_counter((4320, 1000)), FAILED: format_counter((4300, 0), (20, 50))}
+SLOW_HOUR = {ALL: format_counter((420, 1000)), QUICK: format_counter((360, 1000), (60, 700))}
 
 EXPLAINED = OK.replace("classify", "explain").replace("200", "503")
 EXPLAINED_SECONDS = ALL.replace("classify", "explain")
-BAD_EXPLANATIONS = {EXPLAINED: rising_counter((420, 1000)), EXPLAINED_SECONDS: rising_counter((420, 1000))}
+BAD_EXPLANATIONS = {EXPLAINED: format_counter((420, 1000)), EXPLAINED_SECONDS: format_counter((420, 1000))}
 
 CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a bad hour", BAD_HOUR, "420m", AVAILABILITY),
     ("a bad hour, over for 40 minutes", OVER, "420m", AVAILABILITY[1:]),
     (
         "two in a thousand fail for three days",
-        {OK: rising_counter((4320, 998)), FAILED: rising_counter((4320, 2))},
+        {OK: format_counter((4320, 998)), FAILED: format_counter((4320, 2))},
         "4320m",
         AVAILABILITY[1:],
     ),
     (
         "one in two thousand fails",
-        {OK: rising_counter((4320, 1999)), FAILED: rising_counter((4320, 1))},
+        {OK: format_counter((4320, 1999)), FAILED: format_counter((4320, 1))},
         "4320m",
         [],
     ),
     (
         "one of three bad minutes",
-        {OK: rising_counter((420, 1000)), FAILED: rising_counter((400, 0), (1, 10), (19, 0))},
+        {OK: format_counter((420, 1000)), FAILED: format_counter((400, 0), (1, 10), (19, 0))},
         "420m",
         [],
     ),
     ("twenty bad minutes, which the long windows do not feel", BAD_MINUTES, "4320m", AVAILABILITY[:1]),
     (
         "a bad hour in which many leave",
-        {**BAD_HOUR, LEFT: rising_counter((420, 10_000))},
+        {**BAD_HOUR, LEFT: format_counter((420, 10_000))},
         "420m",
         AVAILABILITY,
     ),
-    ("bad input", {OK: rising_counter((120, 10)), REFUSED: rising_counter((120, 1000))}, "120m", []),
-    ("clients leave", {OK: rising_counter((120, 10)), LEFT: rising_counter((120, 1000))}, "120m", []),
+    ("bad input", {OK: format_counter((120, 10)), REFUSED: format_counter((120, 1000))}, "120m", []),
+    ("clients leave", {OK: format_counter((120, 10)), LEFT: format_counter((120, 1000))}, "120m", []),
     (
         "probes during a start",
-        {OK: rising_counter((120, 10)), PROBED: rising_counter((120, 1000))},
+        {OK: format_counter((120, 10)), PROBED: format_counter((120, 1000))},
         "120m",
         [],
     ),
-    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: rising_counter((420, 1000))}, "420m", []),
-    ("nobody asks", {OK: rising_counter((120, 0)), FAILED: rising_counter((120, 0))}, "120m", []),
+    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: format_counter((420, 1000))}, "420m", []),
+    ("nobody asks", {OK: format_counter((120, 0)), FAILED: format_counter((120, 0))}, "120m", []),
     ("a slow hour", SLOW_HOUR, "420m", LATENCY),
     (
         "one in two hundred is slow",
-        {ALL: rising_counter((4320, 1000)), QUICK: rising_counter((4320, 995))},
+        {ALL: format_counter((4320, 1000)), QUICK: format_counter((4320, 995))},
         "4320m",
         [],
     ),
@@ -132,7 +133,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
     ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "12m", []),
     ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
-    ("callers' errors", {BAD_IMAGE: rising_counter((20, 9))}, "15m", []),
+    ("callers' errors", {BAD_IMAGE: format_counter((20, 9))}, "15m", []),
     ("a bug of yesterday", {INTERNAL: "0x10 1x60"}, "60m", []),
     ("on the CPU", {FALLBACK: "1x20"}, "15m", ["FoveaProviderFallback"]),
     ("on the CPU since this scrape", {FALLBACK: "0x9 1x20"}, "10m", []),
@@ -164,16 +165,16 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
 @pytest.mark.long
 @needs_promtool
 @pytest.mark.parametrize(
-    ("series", "at", "fire"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+    ("series", "eval_time", "alerts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-def test_these_alerts_fire_and_no_others(
-    tmp_path: Path, series: Mapping[str, str], at: str, fire: Sequence[str]
+def test_series_fire_exactly_the_expected_alerts(
+    tmp_path: Path, series: Mapping[str, str], eval_time: str, alerts: Sequence[str]
 ) -> None:
-    series = {RUNNERS: "2x4320", **series}  # without any there would be an alert
-    expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fire]
-    test = {
+    series = {RUNNERS: "2x4320", **series}  # without runners, an alert would fire
+    expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in alerts]
+    promtool_test = {
         "rule_files": [str(RULES)],
-        "evaluation_interval": "30m" if at == "4320m" else "1m",
+        "evaluation_interval": "30m" if eval_time == "4320m" else "1m",
         "tests": [
             {
                 "interval": "1m",
@@ -181,25 +182,25 @@ def test_these_alerts_fire_and_no_others(
                 "promql_expr_test": [
                     {
                         "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
-                        "eval_time": at,
+                        "eval_time": eval_time,
                         "exp_samples": expected,
                     }
                 ],
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    ended = subprocess.run(
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(promtool_test))
+    process = subprocess.run(
         ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_each_alert_is_seen_to_fire() -> None:
-    assert {name for *_, fire in CASES for name in fire} == ALERTS.keys()
+def test_every_alert_fires_in_some_case() -> None:
+    assert {name for *_, alerts in CASES for name in alerts} == ALERTS.keys()
 
 
-def test_each_alert_has_a_line_in_the_runbook() -> None:
+def test_runbook_has_a_line_for_every_alert() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text()
     assert set(re.findall(r"^\| `(Fovea\w+)` \|", operations, re.MULTILINE)) == ALERTS.keys()
     for rule in ALERTS.values():
@@ -207,10 +208,10 @@ def test_each_alert_has_a_line_in_the_runbook() -> None:
         assert re.search(rf"^#+ {heading}$", (ROOT / page).read_text(), re.MULTILINE | re.IGNORECASE)
 
 
-def test_rules_speak_of_metrics_that_there_are() -> None:
-    named = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", "\n".join(EXPRESSIONS)))
-    assert named
-    assert named <= list_metric_names()
+def test_rules_name_only_existing_metrics() -> None:
+    names = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", "\n".join(EXPRESSIONS)))
+    assert names
+    assert names <= list_metric_names()
 
 
 @needs_promtool

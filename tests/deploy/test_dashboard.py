@@ -1,4 +1,4 @@
-"""The dashboard and what provisions it: queries that Prometheus can read, of metrics that there are."""
+"""The dashboard and its provisioning: valid queries of existing metrics."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ def test_every_query_is_valid(tmp_path: Path) -> None:
         {"record": f"query:{number}", "expr": fill_variables(query)} for number, query in enumerate(QUERIES)
     ]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
-    ended = subprocess.run(
+    process = subprocess.run(
         ["promtool", "check", "rules", "rules.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stderr
+    assert process.returncode == 0, process.stderr
     assert len(QUERIES) > 20
 
 
-def test_every_query_names_a_metric_that_there_is() -> None:
+def test_queries_name_only_existing_metrics() -> None:
     recorded = set(re.findall(r"record: (\S+)", RULES.read_text()))
-    real = list_metric_names() | recorded
+    existing_metrics = list_metric_names() | recorded
     for query in QUERIES:
-        named = set(re.findall(r"\b(?:fovea|process)_\w+|\bfovea:\S+?(?=\{)|\bup\b", query))
-        assert named, query
-        assert named <= real, query
+        names = set(re.findall(r"\b(?:fovea|process)_\w+|\bfovea:\S+?(?=\{)|\bup\b", query))
+        assert names, query
+        assert names <= existing_metrics, query
 
 
 @pytest.mark.parametrize(
-    ("metric", "narrowed"),
+    ("metric", "selector"),
     [
         ("fovea_requests_total", 'model!=""'),
         ("fovea_requests_total", 'status=~"[45].."'),
         ("fovea_request_seconds_bucket", 'model!=""'),
     ],
 )
-def test_requests_errors_and_times_are_told_by_protocol(metric: str, narrowed: str) -> None:
-    grouped = [query for query in QUERIES if re.search(r"by \([^)]*\bprotocol\b", query)]
-    assert any(f"{metric}{{" in query and narrowed in query for query in grouped)
+def test_dashboard_groups_metric_by_protocol(metric: str, selector: str) -> None:
+    queries = [query for query in QUERIES if re.search(r"by \([^)]*\bprotocol\b", query)]
+    assert any(f"{metric}{{" in query and selector in query for query in queries)
 
 
-def test_what_the_system_tells_is_really_there(server: Server) -> None:
+def test_process_metrics_are_exported(server: Server) -> None:
     text = server.client.get("/metrics").text
     for name in EXTERNAL_METRICS:
         if name.startswith("process"):
@@ -76,10 +76,10 @@ HERE = 'job="fovea", instance="fovea:8000"'
 BY_PANEL = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in PANELS}
 
 
-def _rising_series(name: str, more: str, **values: float) -> dict[str, str]:
-    """Counters that rise by so much in each minute, by the end of their names."""
+def _make_rising_series(name: str, more_labels: str, **values: float) -> dict[str, str]:
+    """Return counters with their rise per minute; `values` has it for each suffix of the name."""
     return {
-        f"{name}_{end.partition('__')[0]}{{{HERE}{more}{_bucket_label(end)}}}": f"0+{value:g}x120"
+        f"{name}_{end.partition('__')[0]}{{{HERE}{more_labels}{_bucket_label(end)}}}": f"0+{value:g}x120"
         for end, value in values.items()
     }
 
@@ -89,14 +89,14 @@ def _bucket_label(end: str) -> str:
     return f', le="{edge}"' if edge else ""
 
 
-OF_32 = {
+IMAGES_OF_32_PIXELS = {
     name: values
     for side in ("width", "height")
-    for name, values in _rising_series(
+    for name, values in _make_rising_series(
         "fovea_image_pixels", f', side="{side}"', bucket__32=60, bucket__64=60, sum=1920, count=60
     ).items()
 }
-OF_10, OF_10_LOST = (
+CLASSIFICATIONS, FAILED_EXPLANATIONS = (
     f'fovea_requests_total{{{HERE}, route="/v1/{route}", model="pets", status="{status}"}}'
     for route, status in (("classify", "200"), ("explain", "503"))
 )
@@ -106,22 +106,29 @@ OF_10, OF_10_LOST = (
 @pytest.mark.parametrize(
     ("title", "series", "expected"),
     [
-        ("Size of the images", OF_32, [{"side": "width"}, {"side": "height"}, 32.0]),
-        ("Answered without a 5xx", {OF_10: "0+10x120", OF_10_LOST: "0+10x120"}, [{"job": "fovea"}, 1.0]),
-        ("Answered without a 5xx", {OF_10: "0+10x120"}, [{"job": "fovea"}, 1.0]),
+        ("Size of the images", IMAGES_OF_32_PIXELS, [{"side": "width"}, {"side": "height"}, 32.0]),
+        (
+            "Answered without a 5xx",
+            {CLASSIFICATIONS: "0+10x120", FAILED_EXPLANATIONS: "0+10x120"},
+            [{"job": "fovea"}, 1.0],
+        ),
+        ("Answered without a 5xx", {CLASSIFICATIONS: "0+10x120"}, [{"job": "fovea"}, 1.0]),
     ],
     ids=["images of 32 pixels", "explanations do not count", "nothing has failed yet"],
 )
-def test_a_panel_shows_what_was_counted(
+def test_panel_shows_the_expected_values(
     tmp_path: Path, title: str, series: dict[str, str], expected: list[Any]
 ) -> None:
     *labels, value = expected
     samples = [
-        {"labels": "{" + ", ".join(f'{name}="{word}"' for name, word in one.items()) + "}", "value": value}
-        for one in labels
+        {
+            "labels": "{" + ", ".join(f'{name}="{text}"' for name, text in label_values.items()) + "}",
+            "value": value,
+        }
+        for label_values in labels
     ]
     query = fill_variables(BY_PANEL[title][0]).replace("[1m]", "[5m]")
-    test = {
+    promtool_test = {
         "rule_files": [str(RULES)],
         "tests": [
             {
@@ -131,22 +138,22 @@ def test_a_panel_shows_what_was_counted(
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    ended = subprocess.run(
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(promtool_test))
+    process = subprocess.run(
         ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_no_quantile_is_made_up_inside_a_bucket_of_whole_numbers() -> None:
-    """`histogram_quantile` draws a line through a bucket: 16.7 for images of 32 pixels."""
+def test_integer_histograms_have_no_quantile_queries() -> None:
+    """`histogram_quantile` interpolates inside a bucket: it gives 16.7 for images of 32 pixels."""
     for query in QUERIES:
         if "histogram_quantile" in query:
             assert not re.search(r"fovea_(batch_images|image_pixels|prediction_entropy)_bucket", query)
 
 
-def test_objectives_are_drawn_as_they_are_alerted() -> None:
-    """Without explanations, which take seconds by design; and from the rules, where those say the same."""
+def test_objective_panels_use_the_alert_rules() -> None:
+    """The panels exclude explanations, which take seconds, and use the recording rules where they exist."""
     (excluded,) = set(re.findall(r'route!~"[^"]+"', RULES.read_text()))
     for title in ("Answered without a 5xx", "Answered within a second", "Burn rate of the error budget"):
         assert all("fovea:" in query for query in BY_PANEL[title])
@@ -154,19 +161,19 @@ def test_objectives_are_drawn_as_they_are_alerted() -> None:
         assert all(excluded in query for query in BY_PANEL[title])
 
 
-def test_the_labels_are_few_however_many_there_are() -> None:
-    top, others = BY_PANEL["Labels"]
-    assert "topk(10," in top
-    assert "@ end()" in top  # the same ten at every moment
-    assert top in others
+def test_labels_panel_shows_the_ten_most_frequent_labels() -> None:
+    top_query, others_query = BY_PANEL["Labels"]
+    assert "topk(10," in top_query
+    assert "@ end()" in top_query  # the same ten labels over the whole range
+    assert top_query in others_query
 
 
-def test_memory_is_compared_with_the_limit_of_what_the_limit_is_of() -> None:
+def test_memory_panel_prefers_container_memory() -> None:
     assert "process_resident" not in BY_PANEL["Memory"][0]
     assert all("unless" in query for query in BY_PANEL["Memory"] if "process_resident" in query)
 
 
-def test_no_variable_is_unknown() -> None:
+def test_queries_use_exactly_the_known_variables() -> None:
     known = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {
         "__rate_interval",
         "__range",
@@ -174,21 +181,28 @@ def test_no_variable_is_unknown() -> None:
     assert {name for query in QUERIES for name in re.findall(r"\$(\w+)", query)} == known
 
 
-def test_it_is_read_from_top_to_bottom_and_nothing_overlaps() -> None:
+def test_dashboard_rows_are_in_order_and_no_panels_overlap() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    questions = ["Are users served?", "Where does the time go?", "What is full?", "What did the model say?"]
-    assert rows == questions
-    taken: set[tuple[int, int]] = set()
+    expected_rows = [
+        "Are users served?",
+        "Where does the time go?",
+        "What is full?",
+        "What did the model say?",
+    ]
+    assert rows == expected_rows
+    occupied_cells: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
-        at = panel["gridPos"]
-        assert at["x"] + at["w"] <= 24
-        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
-        assert not cells & taken, panel["title"]
-        taken |= cells
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24
+        cells = {
+            (position["x"] + x, position["y"] + y) for x in range(position["w"]) for y in range(position["h"])
+        }
+        assert not cells & occupied_cells, panel["title"]
+        occupied_cells |= cells
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_what_provisions_it_fits_together() -> None:
+def test_provisioning_files_agree_with_each_other() -> None:
     sources, providers = (
         yaml.safe_load((GRAFANA / "provisioning" / name).read_text())
         for name in ("datasources/prometheus.yml", "dashboards/fovea.yml")
@@ -201,12 +215,12 @@ def test_what_provisions_it_fits_together() -> None:
     host = re.fullmatch(r"http://(\w+):9090", source["url"])
     assert host is not None
     assert host[1] in services
-    mounted = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
-    assert mounted["./deploy/grafana/dashboards"] == provider["options"]["path"]
-    assert mounted["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    mounts = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
 
 
-def test_every_service_is_pinned_bounded_and_waited_for() -> None:
+def test_compose_services_are_pinned_limited_and_awaited() -> None:
     assert COMPOSE["services"].keys() == {"fovea", "prometheus", "grafana"}
     for name, service in COMPOSE["services"].items():
         assert re.search(r":(v?\d+\.\d+\.\d+|latest)$", service["image"])
@@ -215,8 +229,8 @@ def test_every_service_is_pinned_bounded_and_waited_for() -> None:
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["cpus"], service["mem_limit"]
-        for needed in service.get("depends_on", {}).values():
-            assert needed == {"condition": "service_healthy"}
+        for dependency in service.get("depends_on", {}).values():
+            assert dependency == {"condition": "service_healthy"}
         for port in service["ports"]:
             assert port == "8000:8000" or port.startswith("127.0.0.1:")
     for name in ("prometheus", "grafana"):

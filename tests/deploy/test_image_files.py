@@ -1,4 +1,4 @@
-"""What the images are made of: locked versions, and two targets in step."""
+"""Files of the images: lock files, the targets of the Dockerfile, the entry point and the health check."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.servers import ROOT, Server
 
 IMAGE = ROOT / "deploy" / "image"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = [Requirement(one) for one in PROJECT["dependencies"]]
-CUDA = [Requirement(one) for one in PROJECT["optional-dependencies"]["cuda"]]
+RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
+CUDA = [Requirement(line) for line in PROJECT["optional-dependencies"]["cuda"]]
 
 
 def read_lock_file(target: str) -> dict[str, str]:
-    """Versions by name."""
+    """Return the locked version of each package; every entry must have hashes."""
     text = (IMAGE / f"{target}.txt").read_text()
     for entry in re.split(r"\n(?=\S)", text.strip()):
         assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+", entry), entry
@@ -32,28 +32,32 @@ def read_lock_file(target: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_the_lock_has_all_that_the_service_needs_as_it_needs_it(target: str) -> None:
+def test_lock_file_satisfies_service_requirements(target: str) -> None:
     versions = read_lock_file(target)
-    needed = [one for one in RUNTIME if one.name != "onnxruntime"] + CUDA if target == "cuda" else RUNTIME
-    for requirement in needed:
+    requirements = (
+        [requirement for requirement in RUNTIME if requirement.name != "onnxruntime"] + CUDA
+        if target == "cuda"
+        else RUNTIME
+    )
+    for requirement in requirements:
         assert requirement.specifier.contains(versions[requirement.name]), requirement.name
 
 
-def test_both_targets_have_the_same_packages() -> None:
+def test_lock_files_have_the_same_packages() -> None:
     cpu, cuda = read_lock_file("cpu"), read_lock_file("cuda")
     assert cpu.pop("onnxruntime")
     assert cuda.pop("onnxruntime-gpu")
     assert cpu == cuda
 
 
-def test_both_targets_are_the_same_but_for_base_and_provider() -> None:
+def test_dockerfile_targets_differ_only_in_base_and_provider() -> None:
     text = (ROOT / "Dockerfile").read_text()
     cpu, cuda = (_read_stage(text, target) for target in ("cpu", "cuda"))
     assert [line for line in cuda if "apt-get" not in line] == cpu
 
 
 def _read_stage(text: str, target: str) -> list[str]:
-    """Its instructions, with what may differ left out."""
+    """Return the instructions of a stage without the parts that may differ."""
     (lines,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     plain = re.sub(r"^#.*\n|\n(?=\n)|\n\Z", "", lines, flags=re.MULTILINE)
     instructions = plain.replace(f"--from={target}-packages", "--from=packages").replace(
@@ -69,37 +73,37 @@ ENTRY = [sys.executable, str(IMAGE / "serve")]
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "words", [[], ["--workers", "1"], ["serve"], ["fovea", "serve", "--host", "127.0.0.1"]]
+    "arguments", [[], ["--workers", "1"], ["serve"], ["fovea", "serve", "--host", "127.0.0.1"]]
 )
-def test_without_a_command_it_serves(small_zoo: Path, words: list[str]) -> None:
+def test_entrypoint_serves_by_default(small_zoo: Path, arguments: list[str]) -> None:
     settings = {"FOVEA_MODELS": str(small_zoo), "PYTHONPATH": str(ROOT)}
-    with Server({"args": [*ENTRY, *words]}, **settings) as running:
-        assert running.client.get("/health/ready").status_code == 200
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=20) == 0
+    with Server({"args": [*ENTRY, *arguments]}, **settings) as server:
+        assert server.client.get("/health/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
 
 
-def test_it_publishes(tmp_path: Path) -> None:
-    made = add_to_repository(build_model(), tmp_path / "made") / "small" / "1" / "model.onnx"
-    root = tmp_path / "zoo"
-    root.mkdir()
-    ended = _run_entrypoint("publish", str(made), "--models", str(root))
-    assert (ended.returncode, ended.stdout) == (0, f"published {root}/small/1/model.onnx\n")
+def test_entrypoint_publishes_a_model(tmp_path: Path) -> None:
+    model_path = add_to_repository(build_model(), tmp_path / "made") / "small" / "1" / "model.onnx"
+    repository = tmp_path / "zoo"
+    repository.mkdir()
+    process = _run_entrypoint("publish", str(model_path), "--models", str(repository))
+    assert (process.returncode, process.stdout) == (0, f"published {repository}/small/1/model.onnx\n")
 
 
-def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> None:
+def test_entrypoint_without_training_code_reports_one_line(tmp_path: Path) -> None:
     (tmp_path / "fovea").mkdir()
     for name in ("__init__.py", "cli.py", "commands", "service"):
         (tmp_path / "fovea" / name).symlink_to(ROOT / "fovea" / name)
     shutil.copy(IMAGE / "serve", tmp_path)
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-S", tmp_path / "serve", "train"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if "site-packages" in p)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     hint = "run the command in a checkout of the repository"
-    assert ended.stderr == f"fovea: this installation contains only the service; {hint}\n"
-    assert ended.returncode == 2
+    assert process.stderr == f"fovea: this installation contains only the service; {hint}\n"
+    assert process.returncode == 2
 
 
 def _run_entrypoint(*words: str) -> subprocess.CompletedProcess[str]:
@@ -119,15 +123,15 @@ def _run_entrypoint(*words: str) -> subprocess.CompletedProcess[str]:
         ("::", {"fovea_port": "{port}", "fovea_host": "::"}),
     ],
 )
-def test_the_health_check_asks_where_the_service_listens(
+def test_health_check_uses_the_configured_address(
     small_zoo: Path, host: str, variables: dict[str, str]
 ) -> None:
-    def healthy(port: str) -> bool:
+    def is_healthy(port: str) -> bool:
         environment = {name: value.format(port=port) for name, value in variables.items()}
         check = [sys.executable, "-IS", str(IMAGE / "healthy.py")]
         return not subprocess.run(check, env=environment, capture_output=True, check=False).returncode
 
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST=host) as running:
-        port = running.url.rsplit(":", 1)[1]
-        assert healthy(port)
-    assert not healthy(port)
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST=host) as server:
+        port = server.url.rsplit(":", 1)[1]
+        assert is_healthy(port)
+    assert not is_healthy(port)

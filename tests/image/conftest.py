@@ -1,4 +1,4 @@
-"""A Docker to build and run with: the user's own, or one from `CONTAINER_TOOLS`, which needs no registry."""
+"""Docker for the tests: the user's own, or one from `CONTAINER_TOOLS`, which needs no registry."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.servers import wait_until
 
 BASE_IMAGE = "python:3.12-slim"
 BASE_CONTEXT = f"{BASE_IMAGE}=docker-image://local/python-with-ca"
-"""Where there is no registry: the base image with this machine's certificates."""
+"""The base image with this machine's certificates, for machines without a registry."""
 
 
 @dataclass(frozen=True)
 class Docker:
-    """The command, and what a build needs where bases are not from a registry."""
+    """The `docker` command, with build arguments for base images that are not from a registry."""
 
     environment: dict[str, str]
     has_own_bases: bool
@@ -38,18 +38,18 @@ class Docker:
         return result.stdout + result.stderr if not check else result.stdout.strip()
 
     def build(self, *arguments: str) -> str:
-        """`docker build`; its output."""
+        """Run `docker build`; return its output."""
         bases = ["--network=host", "--build-context", BASE_CONTEXT] if self.has_own_bases else []
         return self("build", *bases, *arguments)
 
     def inspect(self, name: str, template: str) -> str:
-        """One fact of an image or a container."""
+        """Return a property of an image or a container."""
         return self("inspect", "--format", template, name)
 
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Docker]:
-    """Ends the whole run, as failed, where there is no Docker to be had, and says so."""
+    """Yield Docker; if there is none, end the whole run as failed."""
     if _is_docker_available(dict(os.environ)):
         yield Docker(dict(os.environ), has_own_bases=False)
         return
@@ -102,7 +102,7 @@ def _read_prometheus_version() -> str:
 
 @pytest.fixture(scope="session")
 def image(docker: Docker) -> str:
-    """The image, built by the README's line."""
+    """Build the image by the command of the README; return its name."""
     line = re.search(r"^\$ docker (build .+) \.$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert line is not None
     started_at = time.monotonic()
@@ -116,7 +116,7 @@ def image(docker: Docker) -> str:
 
 
 class Container:
-    """A container of the service, from the moment that it is healthy."""
+    """A healthy container of the service."""
 
     def __init__(self, docker: Docker, name: str) -> None:
         self.docker = docker

@@ -1,4 +1,4 @@
-"""Faults around the service: clients, deadlines, logs and clocks. Each fault is counted and isolated."""
+"""Faults of clients, deadlines, logs and clocks are counted and isolated."""
 
 from __future__ import annotations
 
@@ -27,50 +27,53 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> BlockingImage:
+def blocking_image(tmp_path: Path) -> BlockingImage:
+    """Return an image that blocks the runner until it is released."""
     return BlockingImage(tmp_path / "gate")
 
 
 @pytest.fixture
-def gated(small_zoo: Path, tmp_path: Path, gate: BlockingImage) -> Iterator[Server]:
-    """Its one runner is busy until the gate is opened."""
+def blocked_server(small_zoo: Path, tmp_path: Path, blocking_image: BlockingImage) -> Iterator[Server]:
+    """Yield a server whose only runner is busy until the blocking image is released."""
     settings = {
         "FOVEA_RUNNERS": "1",
         "FOVEA_QUEUE_IMAGES": "8",
         "FOVEA_REQUEST_IMAGES": "4",
         **make_poison_environment(tmp_path),
     }
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
-        wire.send(classify_request(gate.image))
-        running.wait_for_metric(1, "fovea_images_in_flight")
-        yield running
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, Wire(server.url) as wire:
+        wire.send(classify_request(blocking_image.image))
+        server.wait_for_metric(1, "fovea_images_in_flight")
+        yield server
 
 
 # --- deadlines -----------------------------------------------------------------------------------
 
 
-def test_what_is_late_in_the_queue_is_504_and_costs_no_inference(gated: Server, gate: BlockingImage) -> None:
-    with Wire(gated.url) as late:
-        late.send(classify_request(PICTURE, b"X-Deadline-Ms: 200"))
-        answer = late.read_response()
+def test_request_late_in_queue_gets_504_without_inference(
+    blocked_server: Server, blocking_image: BlockingImage
+) -> None:
+    with Wire(blocked_server.url) as wire:
+        wire.send(classify_request(PICTURE, b"X-Deadline-Ms: 200"))
+        answer = wire.read_response()
         assert (answer.status, answer.error_code) == (504, "deadline_exceeded")
         assert "0.2 s (X-Deadline-Ms)" in answer.json["error"]["message"]
-    assert gated.read_metric("fovea_images_in_flight") == 1
-    gate.release()
-    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.read_metric("fovea_batch_images_sum") == 1
-    assert gated.read_metric("fovea_errors_total", reason="deadline_exceeded") == 1
+    assert blocked_server.read_metric("fovea_images_in_flight") == 1
+    blocking_image.release()
+    assert blocked_server.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert blocked_server.read_metric("fovea_batch_images_sum") == 1
+    assert blocked_server.read_metric("fovea_errors_total", reason="deadline_exceeded") == 1
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-5", "nan", "inf", ""])
-def test_a_deadline_that_is_none_is_refused(server: Server, value: str) -> None:
+def test_invalid_deadline_header_is_refused(server: Server, value: str) -> None:
     reply = server.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": value})
     assert reply.json()["error"]["code"] == "bad_request"
     assert "X-Deadline-Ms" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("value", ["60000", "59999.5", "6e4"])
-def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
+def test_distant_deadline_is_accepted(server: Server, value: str) -> None:
     reply = server.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": value})
     assert reply.status_code == 200
 
@@ -79,50 +82,52 @@ def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
 
 
 @pytest.fixture
-def full(gated: Server, gate: BlockingImage) -> Iterator[Server]:
-    """Its queue has no place left."""
+def full_server(blocked_server: Server, blocking_image: BlockingImage) -> Iterator[Server]:
+    """Yield a server whose queue is full."""
     with ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(Wire(gated.url)).send(classify_request(PICTURE))
-        gated.wait_for_metric(8, "fovea_images_in_flight")
-        yield gated
-    gate.release()  # else the runner is waited for
+            stack.enter_context(Wire(blocked_server.url)).send(classify_request(PICTURE))
+        blocked_server.wait_for_metric(8, "fovea_images_in_flight")
+        yield blocked_server
+    blocking_image.release()  # else the shutdown waits for the runner
 
 
-def _is_refused(answer: WireResponse) -> bool:
-    return (answer.status, answer.error_code, answer.is_closing) == (503, "overloaded", False)
+def _is_refused(response: WireResponse) -> bool:
+    return (response.status, response.error_code, response.is_closing) == (503, "overloaded", False)
 
 
-def test_a_full_queue_refuses_by_the_headers_and_the_connection_goes_on(full: Server) -> None:
-    (model,) = full.client.get("/v1/models").json()["models"]
-    named = b"POST /v1/models/%s/classify HTTP/1.1\r\nHost: x\r\n" % model["name"].encode()
-    with Wire(full.url) as wire:
-        for start in (CLASSIFY_HEAD, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", named):
+def test_full_queue_refuses_before_body_and_keeps_connection(full_server: Server) -> None:
+    (model,) = full_server.client.get("/v1/models").json()["models"]
+    model_start = b"POST /v1/models/%s/classify HTTP/1.1\r\nHost: x\r\n" % model["name"].encode()
+    with Wire(full_server.url) as wire:
+        for start in (CLASSIFY_HEAD, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", model_start):
             wire.send(start, b"X-Request-ID: mine\r\nContent-Length: %d\r\n\r\n" % len(PICTURE))
-            answer = wire.read_response()  # the body is not even begun
+            answer = wire.read_response()  # before any byte of the body
             assert _is_refused(answer)
             assert answer.json["error"]["request_id"] == answer.headers["x-request-id"] == "mine"
             assert int(answer.headers["retry-after"]) >= 1
             wire.send(PICTURE)
         wire.send(LIVE_REQUEST)
         assert wire.read_response().status == 200
-    assert full.read_metric("fovea_requests_total", model=model["name"], status="503") == 3
-    assert full.read_metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
-    assert full.read_metric("fovea_request_seconds_count", route="/v1/classify") == 2
-    assert full.read_metric("fovea_errors_total", reason="overloaded") == 3
-    assert full.read_metric("fovea_requests_in_flight") == 9  # the scrape is one
+    assert full_server.read_metric("fovea_requests_total", model=model["name"], status="503") == 3
+    assert (
+        full_server.read_metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
+    )
+    assert full_server.read_metric("fovea_request_seconds_count", route="/v1/classify") == 2
+    assert full_server.read_metric("fovea_errors_total", reason="overloaded") == 3
+    assert full_server.read_metric("fovea_requests_in_flight") == 9  # the scrape is one
 
 
-def test_a_full_queue_sends_no_100_continue(full: Server) -> None:
-    with Wire(full.url) as wire:
+def test_full_queue_sends_no_100_continue(full_server: Server) -> None:
+    with Wire(full_server.url) as wire:
         wire.send(CLASSIFY_HEAD, b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n")
         assert _is_refused(wire.read_response())
 
 
-def test_a_full_queue_refuses_pipelined_requests_in_their_order(full: Server) -> None:
-    ids = [b"X-Request-ID: %d" % number for number in range(20)]
-    with Wire(full.url) as wire:
-        wire.send(LIVE_REQUEST, *(classify_request(PICTURE, one) for one in ids), LIVE_REQUEST)
+def test_full_queue_refuses_pipelined_requests_in_order(full_server: Server) -> None:
+    id_headers = [b"X-Request-ID: %d" % number for number in range(20)]
+    with Wire(full_server.url) as wire:
+        wire.send(LIVE_REQUEST, *(classify_request(PICTURE, header) for header in id_headers), LIVE_REQUEST)
         assert wire.read_response().status == 200
         for number in range(20):
             answer = wire.read_response()
@@ -131,32 +136,32 @@ def test_a_full_queue_refuses_pipelined_requests_in_their_order(full: Server) ->
         assert wire.read_response().status == 200
 
 
-def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> None:
+def test_full_queue_still_reports_other_errors(full_server: Server) -> None:
     for path, status in (("/v1/models/none/classify", 404), ("/nowhere", 404)):
-        assert full.client.post(path, content=PICTURE).status_code == status
-    assert full.client.get("/v1/classify").status_code == 405
-    with Wire(full.url) as wire:
+        assert full_server.client.post(path, content=PICTURE).status_code == status
+    assert full_server.client.get("/v1/classify").status_code == 405
+    with Wire(full_server.url) as wire:
         wire.send(classify_request(PICTURE), b"nonsense\r\n\r\n")
         answer = wire.read_response()
         assert _is_refused(answer)
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
         assert wire.is_closed()
-    assert full.read_metric("fovea_errors_total", reason="bad_http") == 1
+    assert full_server.read_metric("fovea_errors_total", reason="bad_http") == 1
 
 
-def test_a_body_that_turns_into_nonsense_has_one_answer(full: Server) -> None:
-    with Wire(full.url) as wire:
+def test_full_queue_answers_invalid_chunked_body_once(full_server: Server) -> None:
+    with Wire(full_server.url) as wire:
         wire.send(CLASSIFY_HEAD, b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n")
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
         assert wire.is_closed()
-    assert full.read_metric("fovea_requests_total", status="400") == 1
-    assert full.read_metric("fovea_requests_total", status="0") == 0
+    assert full_server.read_metric("fovea_requests_total", status="400") == 1
+    assert full_server.read_metric("fovea_requests_total", status="0") == 0
 
 
-def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:
-    with Wire(full.url) as wire:
+def test_full_queue_closes_connection_on_request(full_server: Server) -> None:
+    with Wire(full_server.url) as wire:
         wire.send(classify_request(PICTURE, b"Connection: close"))
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (503, "overloaded", True)
@@ -166,71 +171,78 @@ def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:
 # --- clients -------------------------------------------------------------------------------------
 
 
-def test_who_leaves_gives_the_place_back_and_costs_no_inference(gated: Server, gate: BlockingImage) -> None:
+def test_disconnect_frees_queue_places_without_inference(
+    blocked_server: Server, blocking_image: BlockingImage
+) -> None:
     for round_ in range(1, 4):
         with ExitStack() as stack:
-            wires = [stack.enter_context(Wire(gated.url)) for _ in range(7)]
+            wires = [stack.enter_context(Wire(blocked_server.url)) for _ in range(7)]
             for wire in wires:
                 wire.send(classify_request(PICTURE))
-            gated.wait_for_metric(7, "fovea_queue_images")
-            full = gated.client.post("/v1/classify", content=PICTURE)
-            assert (full.status_code, full.json()["error"]["code"]) == (503, "overloaded")
-        gated.wait_for_metric(1, "fovea_images_in_flight")
-        gated.wait_for_metric(0, "fovea_queue_images")
-        assert gated.read_metric("fovea_errors_total", reason="client_left") == 7 * round_
-        assert gated.read_metric("fovea_requests_total", status="0") == 7 * round_
-    gate.release()
-    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.read_metric("fovea_batch_images_sum") == 1
+            blocked_server.wait_for_metric(7, "fovea_queue_images")
+            refusal = blocked_server.client.post("/v1/classify", content=PICTURE)
+            assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "overloaded")
+        blocked_server.wait_for_metric(1, "fovea_images_in_flight")
+        blocked_server.wait_for_metric(0, "fovea_queue_images")
+        assert blocked_server.read_metric("fovea_errors_total", reason="client_left") == 7 * round_
+        assert blocked_server.read_metric("fovea_requests_total", status="0") == 7 * round_
+    blocking_image.release()
+    assert blocked_server.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert blocked_server.read_metric("fovea_batch_images_sum") == 1
 
 
-def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: BlockingImage) -> None:
-    """A place each, until then; above 64 KB the body lies in memory that the runners share."""
-    asked = b'{"inputs": [{"name": "image", "shape": [4], "datatype": "BYTES"}]}'
+def test_tensor_rows_of_gone_or_late_client_are_not_inferred(
+    blocked_server: Server, blocking_image: BlockingImage
+) -> None:
+    """Each row occupies a place until then. Bodies above 64 KB lie in memory shared with the runners."""
+    header = b'{"inputs": [{"name": "image", "shape": [4], "datatype": "BYTES"}]}'
     images = 4 * (struct.pack("<I", len(PICTURE) + 20_000) + PICTURE + bytes(20_000))
     head = (
         b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
-        % len(asked)
+        % len(header)
     )
-    head += b"Content-Length: %d\r\n" % (len(asked) + len(images))
-    with Wire(gated.url) as leaving:
-        leaving.send(head, b"\r\n", asked, images)
-        gated.wait_for_metric(5, "fovea_images_in_flight")
-    gated.wait_for_metric(1, "fovea_images_in_flight")
-    with Wire(gated.url) as late:
-        late.send(head, b"X-Deadline-Ms: 200\r\n\r\n", asked, images)
-        answer = late.read_response()
+    head += b"Content-Length: %d\r\n" % (len(header) + len(images))
+    with Wire(blocked_server.url) as wire:
+        wire.send(head, b"\r\n", header, images)
+        blocked_server.wait_for_metric(5, "fovea_images_in_flight")
+    blocked_server.wait_for_metric(1, "fovea_images_in_flight")
+    with Wire(blocked_server.url) as late_wire:
+        late_wire.send(head, b"X-Deadline-Ms: 200\r\n\r\n", header, images)
+        answer = late_wire.read_response()
     assert (answer.status, answer.json["code"]) == (504, "deadline_exceeded")
-    gated.wait_for_metric(1, "fovea_images_in_flight")
-    gate.release()
-    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
-    assert gated.read_metric("fovea_batch_images_sum") == 1
-    assert gated.read_metric("fovea_errors_total", reason="client_left") == 1
+    blocked_server.wait_for_metric(1, "fovea_images_in_flight")
+    blocking_image.release()
+    assert blocked_server.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert blocked_server.read_metric("fovea_batch_images_sum") == 1
+    assert blocked_server.read_metric("fovea_errors_total", reason="client_left") == 1
 
 
 @pytest.mark.long
-def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> None:
+def test_total_body_memory_is_bounded_and_released(small_zoo: Path) -> None:
     settings = {"FOVEA_BODY_BYTES": "200000", "FOVEA_BODIES_BYTES": "500000"}
-    half, rest = b"x" * 120_000, b"x" * 1_000
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        for refused in (4, 8, 12):
+    first_part, last_part = b"x" * 120_000, b"x" * 1_000
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for refusals in (4, 8, 12):
             with ExitStack() as stack:
-                wires = [stack.enter_context(Wire(running.url)) for _ in range(8)]
+                wires = [stack.enter_context(Wire(server.url)) for _ in range(8)]
                 for wire in wires:
-                    wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(half + rest), half)
-                running.wait_for_metric(refused, "fovea_errors_total", reason="overloaded")
+                    wire.send(
+                        CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(first_part + last_part), first_part
+                    )
+                server.wait_for_metric(refusals, "fovea_errors_total", reason="overloaded")
                 for wire in wires:
-                    wire.send(rest)
+                    wire.send(last_part)
                 codes = sorted(wire.read_response().error_code for wire in wires)
                 assert codes == ["overloaded"] * 4 + ["unsupported_format"] * 4
-        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        assert running.read_metric("fovea_errors_total", reason="overloaded") == 12
+        assert server.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert server.read_metric("fovea_errors_total", reason="overloaded") == 12
 
 
 @pytest.fixture(scope="module")
-def hasty(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.5") as running:
-        yield running
+def short_timeout_server(small_zoo: Path) -> Iterator[Server]:
+    """Yield a server that waits only 0.5 s for a body."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.5") as server:
+        yield server
 
 
 def _send_half(wire: Wire) -> None:
@@ -238,7 +250,7 @@ def _send_half(wire: Wire) -> None:
 
 
 def _send_byte_by_byte(wire: Wire) -> None:
-    """One after the other, for longer than is waited for."""
+    """Send single bytes for longer than the body timeout."""
     _send_half(wire)
     wire.socket.settimeout(0.05)
     for byte in PICTURE[100:200]:
@@ -276,17 +288,22 @@ def _close_connection(wire: Wire) -> None:
     ],
 )
 def test_every_bad_client_is_counted_by_reason(
-    hasty: Server, reason: str, misbehave: Callable[[Wire], None]
+    short_timeout_server: Server, reason: str, misbehave: Callable[[Wire], None]
 ) -> None:
-    before = hasty.read_metric("fovea_errors_total"), hasty.read_metric("fovea_errors_total", reason=reason)
-    with Wire(hasty.url) as wire:
+    before = (
+        short_timeout_server.read_metric("fovea_errors_total"),
+        short_timeout_server.read_metric("fovea_errors_total", reason=reason),
+    )
+    with Wire(short_timeout_server.url) as wire:
         misbehave(wire)
         if reason != "client_left":
             assert wire.read_response().error_code == reason
-        wait_until(lambda: hasty.read_metric("fovea_errors_total", reason=reason) == before[1] + 1)
-    assert hasty.read_metric("fovea_errors_total") == before[0] + 1
-    assert hasty.read_metric("fovea_requests_in_flight") == 1
-    assert hasty.read_metric("fovea_images_in_flight") == 0
+        wait_until(
+            lambda: short_timeout_server.read_metric("fovea_errors_total", reason=reason) == before[1] + 1
+        )
+    assert short_timeout_server.read_metric("fovea_errors_total") == before[0] + 1
+    assert short_timeout_server.read_metric("fovea_requests_in_flight") == 1
+    assert short_timeout_server.read_metric("fovea_images_in_flight") == 0
 
 
 # --- logs ----------------------------------------------------------------------------------------
@@ -310,27 +327,27 @@ def _closed_stderr() -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stderr", [_full_stderr, _broken_stderr, _closed_stderr])
+@pytest.mark.parametrize("make_stderr", [_full_stderr, _broken_stderr, _closed_stderr])
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_log_that_cannot_be_written_harms_nothing(
-    small_zoo: Path, tmp_path: Path, stderr: Callable[[], dict[str, Any]], workers: str
+def test_unwritable_log_does_not_disturb_service(
+    small_zoo: Path, tmp_path: Path, make_stderr: Callable[[], dict[str, Any]], workers: str
 ) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers, **make_poison_environment(tmp_path)}
-    with Server(stderr(), FOVEA_MODELS=str(small_zoo), **settings) as running:
-        for _ in range(20):  # each is a trace in the runner's log and one in the service's
-            reply = running.client.post("/v1/classify", content=b"POISON raise")
+    with Server(make_stderr(), FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for _ in range(20):  # each writes a traceback to the log of the runner and of the service
+            reply = server.client.post("/v1/classify", content=b"POISON raise")
             assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
-        reply = running.client.post("/v1/classify", content=b"POISON exit")
+        reply = server.client.post("/v1/classify", content=b"POISON exit")
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
-        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=20) == 0
+        assert server.client.post("/v1/classify", content=PICTURE).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
 
 
 @pytest.mark.long
-def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
-    with Server(_closed_stderr(), FOVEA_MODELS=str(small_zoo)) as running:
-        for pid in (running.process.pid, *running.runner_pids):
+def test_closed_stderr_becomes_dev_null(small_zoo: Path) -> None:
+    with Server(_closed_stderr(), FOVEA_MODELS=str(small_zoo)) as server:
+        for pid in (server.process.pid, *server.runner_pids):
             assert Path(f"/proc/{pid}/fd/2").readlink() == Path(os.devnull)
 
 
@@ -339,39 +356,41 @@ def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs("faketime")
-def test_the_clock_may_jump(small_zoo: Path, tmp_path: Path) -> None:
+def test_clock_jumps_do_not_disturb_service(small_zoo: Path, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    faked = {
+    faketime_environment = {
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
     limits = {"FOVEA_BATCH_TIMEOUT": "5", "FOVEA_HEADER_TIMEOUT": "5", "FOVEA_BODY_TIMEOUT": "5"}
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DEADLINE_MS="5000", **faked, **limits) as running:
+    with Server(
+        FOVEA_MODELS=str(small_zoo), FOVEA_DEADLINE_MS="5000", **faketime_environment, **limits
+    ) as server:
         for jump in ("+86400", "-86400", "+3153600000", "+0"):
-            with Wire(running.url) as wire:
+            with Wire(server.url) as wire:
                 wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
-                before = _read_date(running)
+                before = _read_date(server)
                 clock.write_text(jump)
-                wait_until(lambda before=before: abs((_read_date(running) - before).total_seconds()) > 3600)  # type: ignore[misc]
+                wait_until(lambda before=before: abs((_read_date(server) - before).total_seconds()) > 3600)  # type: ignore[misc]
                 wire.send(PICTURE[100:])
                 assert wire.read_response().status == 200
-        seconds = running.read_metric("fovea_request_seconds_sum")
+        seconds = server.read_metric("fovea_request_seconds_sum")
         assert 0 < seconds < 60
-        assert running.read_metric("fovea_stage_seconds_sum", stage="queue") >= 0
-        assert running.read_metric("fovea_errors_total") == 0
-        assert running.read_metric("fovea_runner_deaths_total") == 0
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=20) == 0
+        assert server.read_metric("fovea_stage_seconds_sum", stage="queue") >= 0
+        assert server.read_metric("fovea_errors_total") == 0
+        assert server.read_metric("fovea_runner_deaths_total") == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
 
 
 def _read_date(server: Server) -> Any:
     return parsedate_to_datetime(server.client.get("/health/live").headers["Date"])
 
 
-def test_the_wall_clock_is_read_only_for_dates_that_are_shown() -> None:
+def test_wall_clock_is_read_only_for_displayed_dates() -> None:
     uses = [
         (path.relative_to(ROOT / "service").parts[0], use[0])
         for path in (ROOT / "service").rglob("*.py")

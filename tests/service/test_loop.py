@@ -1,4 +1,4 @@
-"""Nothing that takes over 2 ms of processor time runs on the event loop, whatever is asked of it."""
+"""No request runs for over 2 ms of processor time on the event loop."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.graphs import add_to_repository, build_model, read_contract, with_con
 from tests.pictures import encode_image, make_jpeg
 from tests.servers import ROOT, Server, wait_until
 
-pytestmark = pytest.mark.slow  # what measures coverage holds the loop itself
+pytestmark = pytest.mark.slow  # the measurement of coverage blocks the loop itself
 
-HELD: Final = "the event loop was blocked for"
+BLOCKED_MESSAGE: Final = "the event loop was blocked for"
 ROUNDS: Final = 3
-COLD: Final = 12.0
-"""Milliseconds that the first request of its kind may hold it."""
+FIRST_REQUEST_MS: Final = 12.0
+"""Milliseconds for which the first request of its kind may block the loop."""
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1800, 1900, 3), dtype=np.uint8)
 LARGE = encode_image(Image.fromarray(NOISE), "PNG", compress_level=0)
-"""10 MB."""
+"""A PNG of 10 MB."""
 
-Ask = Callable[[httpx.Client], httpx.Response]
+SendRequest = Callable[[httpx.Client], httpx.Response]
 
 
 def _form_files(*images: bytes) -> dict[str, Any]:
@@ -48,21 +48,21 @@ def _encode_base64(image: bytes) -> str:
     return base64.b64encode(image).decode()
 
 
-def _make_classify(query: str = "", **body: Any) -> Ask:
+def _make_classify(query: str = "", **body: Any) -> SendRequest:
     return lambda client: client.post(f"/v1/classify{query}", **body)
 
 
-def _make_get(path: str, **headers: str) -> Ask:
+def _make_get(path: str, **headers: str) -> SendRequest:
     return lambda client: client.get(path, headers=headers)
 
 
-WORST: Final[dict[str, Ask]] = {
+WORST_REQUESTS: Final[dict[str, SendRequest]] = {
     "10 MB": _make_classify(content=LARGE),
     "30 MB of rubbish": _make_classify(content=b"\xff\xd8\xff" + b"x" * 30_000_000),
     "33 MB, chunked": lambda client: client.post("/v1/classify", content=iter([b"x" * 1_000_000] * 33)),
     "16 MB multipart": _make_classify(**_form_files(LARGE, LARGE[:6_000_000])),
     "16 MB JSON": _make_classify(
-        json={"images": [{"b64": _encode_base64(one)} for one in (LARGE, LARGE[:2_000_000])]}
+        json={"images": [{"b64": _encode_base64(image)} for image in (LARGE, LARGE[:2_000_000])]}
     ),
     "16 MB of bad JSON": _make_classify(**_json_body(b'{"images": [' + b"[" * 16_000_000)),
     "64 images": _make_classify(**_form_files(*[make_jpeg()] * 64)),
@@ -86,41 +86,41 @@ WORST: Final[dict[str, Ask]] = {
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A server that names offenders in a file, of a model with 1000 labels, all of them in its sets."""
+def server_and_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """Yield a server that logs blocking callbacks, and its log. Its model has sets of 1000 labels."""
     graph = build_model(labels=[f"label {index}" for index in range(1000)])
     graph = with_contract(graph, replace(read_contract(graph), coverage=(Coverage(0.9, 1.0),)))
     zoo = add_to_repository(graph, tmp_path_factory.mktemp("zoo"))
     log = tmp_path_factory.mktemp("log") / "log"
     with (
         log.open("w") as stderr,
-        Server({"stderr": stderr}, FOVEA_MODELS=str(zoo), FOVEA_LOG_LEVEL="debug") as running,
+        Server({"stderr": stderr}, FOVEA_MODELS=str(zoo), FOVEA_LOG_LEVEL="debug") as server,
     ):
-        yield running, log
+        yield server, log
 
 
-@pytest.mark.parametrize("name", WORST)
-def test_the_event_loop_stays_free(watched: tuple[Server, Path], name: str) -> None:
-    """A neighbour on the machine may slow one round down, and the first touch of new memory the first."""
-    running, log = watched
-    held = []
+@pytest.mark.parametrize("name", WORST_REQUESTS)
+def test_request_does_not_block_event_loop(server_and_log: tuple[Server, Path], name: str) -> None:
+    """Other load may slow down one round, and first use of new memory the first round."""
+    server, log = server_and_log
+    blocks = []
     for _ in range(1 + ROUNDS):
         before = len(log.read_text())
-        WORST[name](running.client)
-        running.client.get("/health/live")
+        WORST_REQUESTS[name](server.client)
+        server.client.get("/health/live")
         wait_until(partial(_is_logged, log, before))
-        held.append(re.findall(rf"{HELD} (\S+) ms (.*)", log.read_text()[before:]))
-    assert not all(held[1:]), held
-    if not name.startswith("the page"):  # the first file imports what reads files
-        assert all(float(ms) < COLD for ms, _ in held[0]), held
+        blocks.append(re.findall(rf"{BLOCKED_MESSAGE} (\S+) ms (.*)", log.read_text()[before:]))
+    assert not all(blocks[1:]), blocks
+    if not name.startswith("the page"):  # the first file imports the module that reads files
+        assert all(float(ms) < FIRST_REQUEST_MS for ms, _ in blocks[0]), blocks
 
 
 def _is_logged(log: Path, start: int) -> bool:
-    """The request to `/health/live` has its line, so what came before it has."""
+    """Return whether the log has the line of `/health/live`, and so of the requests before it."""
     return '"/health/live"' in log.read_text()[start:]
 
 
-def test_who_holds_it_is_named() -> None:
+def test_blocking_callback_is_named_in_log() -> None:
     program = (
         "import asyncio, logging, time\n"
         "from fovea.service.observability import slow_callbacks\n"
@@ -139,10 +139,10 @@ def test_who_holds_it_is_named() -> None:
         "slow_callbacks.log_slow_callbacks()\n"
         "asyncio.run(main())\n"
     )
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    lines = [line for line in ended.stderr.splitlines() if "busy" in line or "spin" in line]
-    assert re.match(rf"{HELD} \d\.\d ms by <Task .*coro=<busy\(\)", lines[0])
-    assert re.match(rf"{HELD} \d\.\d ms by <function spin", lines[1])
-    assert "idle" not in ended.stderr
+    lines = [line for line in process.stderr.splitlines() if "busy" in line or "spin" in line]
+    assert re.match(rf"{BLOCKED_MESSAGE} \d\.\d ms by <Task .*coro=<busy\(\)", lines[0])
+    assert re.match(rf"{BLOCKED_MESSAGE} \d\.\d ms by <function spin", lines[1])
+    assert "idle" not in process.stderr

@@ -1,4 +1,4 @@
-"""The log, the traces, the metrics, the dashboard and the documents speak of the same things."""
+"""The log, the metrics, the dashboard and the documentation use the same names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.documents import list_pages, read_page
 from tests.pictures import make_jpeg
 from tests.servers import METRIC_SAMPLE, Server
 
-OF_THE_LOG_ALONE = {
+LOG_ONLY_FIELDS = {
     "timestamp",
     "level",
     "event",
@@ -28,7 +28,7 @@ OF_THE_LOG_ALONE = {
     "peer",
     "warnings",
 }
-"""What no metric can hold, or none has to."""
+"""Fields that no metric has or needs."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def observed_names(
     return metrics, fields
 
 
-def documented_fields() -> set[str]:
+def read_documented_fields() -> set[str]:
+    """Return the log fields in the tables of the page on logging."""
     section = read_page("logging").split("## The log")[1].split("\n## ")[0]
     return {
         name
@@ -65,27 +66,27 @@ def documented_fields() -> set[str]:
     }
 
 
-def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
+def test_log_fields_are_metrics_or_labels(
     observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
     metrics, fields = observed_names
     labels = set().union(*metrics.values())
-    for field in fields - OF_THE_LOG_ALONE:
+    for field in fields - LOG_ONLY_FIELDS:
         assert f"fovea_{field}" in metrics or field in labels, field
     assert metrics["fovea_requests"] == {"protocol", "route", "model", "status"} <= fields
     assert metrics["fovea_errors"] <= fields
 
 
-def test_the_page_on_logging_has_every_field_and_no_other(
+def test_logging_page_lists_exactly_the_log_fields(
     observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
     _, fields = observed_names
-    assert fields - {"timestamp", "level", "event"} <= documented_fields()
-    unneeded = {"left_out", "image_errors", "peer", "warnings"}
-    assert documented_fields() - fields <= unneeded
+    assert fields - {"timestamp", "level", "event"} <= read_documented_fields()
+    optional_fields = {"left_out", "image_errors", "peer", "warnings"}
+    assert read_documented_fields() - fields <= optional_fields
 
 
-def test_stages_have_one_name_everywhere(server: Server) -> None:
+def test_stages_have_the_same_names_everywhere(server: Server) -> None:
     text = server.client.get("/metrics").text
     assert set(re.findall(r'fovea_stage_seconds_count\{stage="(\w+)"', text)) == set(STAGES)
     dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text()
@@ -94,7 +95,7 @@ def test_stages_have_one_name_everywhere(server: Server) -> None:
         assert all(f"`{stage}`" in read_page(name) for stage in STAGES), name
 
 
-def test_what_the_dashboard_groups_by_is_a_label(
+def test_dashboard_groups_only_by_existing_labels(
     observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
     metrics, _ = observed_names
@@ -103,15 +104,15 @@ def test_what_the_dashboard_groups_by_is_a_label(
     groups = [group for query in queries for group in re.findall(r"by \(([^)]*)\) \(\w+\((fovea_\w+)", query)]
     assert len(groups) > 10
     for labels, name in groups:
-        real = metrics.get(re.sub(r"_(total|bucket|sum|count)$", "", name))
-        assert real is None or set(labels.split(", ")) <= real, (labels, name)
+        existing_labels = metrics.get(re.sub(r"_(total|bucket|sum|count)$", "", name))
+        assert existing_labels is None or set(labels.split(", ")) <= existing_labels, (labels, name)
 
 
-def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
+def test_metrics_named_in_docs_and_deployment_exist(
     observed_names: tuple[dict[str, set[str]], set[str]],
 ) -> None:
     metrics, _ = observed_names
-    later = {
+    conditional_metrics = {
         "fovea_drift_psi", "fovea_drift_chance_psi",  # once the window is full
         "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",  # once a version was tried
         "fovea_container_throttled_seconds", "fovea_container_memory_bytes",
@@ -121,10 +122,13 @@ def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
     }  # fmt: skip
     deployed = (ROOT / "deploy/alerts.yml", ROOT / "deploy/grafana/dashboards/fovea.json")
     for path in (*list_pages(), *deployed):
-        named = re.findall(r"\bfovea_[a-z_]+[a-z]\b", path.read_text())
-        for name in named:
-            assert re.sub(r"_(total|bucket|sum|count)$", "", name) in metrics.keys() | later, (path, name)
-    documented = read_page("metrics")
+        names = re.findall(r"\bfovea_[a-z_]+[a-z]\b", path.read_text())
+        for name in names:
+            assert re.sub(r"_(total|bucket|sum|count)$", "", name) in metrics.keys() | conditional_metrics, (
+                path,
+                name,
+            )
+    metrics_page = read_page("metrics")
     for name in metrics:
         if name.startswith("fovea_"):
-            assert re.search(rf"`{name}(_total)?`", documented), name
+            assert re.search(rf"`{name}(_total)?`", metrics_page), name

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("FOVEA_") or name == "PORT":
             monkeypatch.delenv(name)
@@ -34,7 +34,7 @@ def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("zoo"))
 
 
-def test_values_come_from_the_environment_and_overrides_before_them(
+def test_overrides_take_precedence_over_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     variables = {"FOVEA_PORT": "8001", "FOVEA_HOST": "0.0.0.0", "FOVEA_BODY_TIMEOUT": "2.5"}  # noqa: S104
@@ -43,7 +43,7 @@ def test_values_come_from_the_environment_and_overrides_before_them(
     assert load_settings(port=9000).port == 9000
 
 
-def test_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_from_variables(monkeypatch, FOVEA_DEFAULT_MODEL="", FOVEA_PORT="")
     assert (settings.default_model, settings.port) == (None, 8000)
 
@@ -52,12 +52,12 @@ def test_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "nearest"),
     [("FOVEA_PROT", "FOVEA_PORT"), ("FOVEA_MODLES", "FOVEA_MODELS"), ("FOVEA_BODY_BYTE", "FOVEA_BODY_BYTES")],
 )  # fmt: skip
-def test_an_unknown_name_is_an_error_that_names_the_nearest(
+def test_unknown_setting_error_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
 ) -> None:
-    with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean FOVEA_") as raised:
+    with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean FOVEA_") as error_info:
         load_from_variables(monkeypatch, **{name: "1"})
-    assert str(raised.value).endswith(f"{nearest}?")
+    assert str(error_info.value).endswith(f"{nearest}?")
 
 
 @pytest.mark.parametrize(
@@ -74,31 +74,33 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(
         ("FOVEA_IMAGE_PIXELS", "178956971", "178956970"),
     ],
 )
-def test_a_bad_value_is_one_line_with_name_value_and_reason(
+def test_bad_value_error_has_name_value_and_reason(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
 ) -> None:
-    with pytest.raises(SettingsError, match=rf"^{name} is .*{value}.*: .*({reason})") as raised:
+    with pytest.raises(SettingsError, match=rf"^{name} is .*{value}.*: .*({reason})") as error_info:
         load_from_variables(monkeypatch, **{name: value})
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error_info.value)
 
 
-def test_names_count_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_names_are_case_insensitive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_from_variables(monkeypatch, fovea_port="8002").port == 8002
     with pytest.raises(SettingsError, match="unknown setting fovea_prot; did you mean FOVEA_PORT"):
         load_from_variables(monkeypatch, fovea_prot="1")
 
 
-def test_a_request_that_no_queue_could_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_limit_above_queue_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES"):
         load_from_variables(monkeypatch, FOVEA_QUEUE_IMAGES="10")
 
 
-def test_pillow_s_own_limit_is_beyond_ours() -> None:
+def test_pixel_limit_accepts_twice_the_limit_of_pillow() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
     Settings(models=Path("zoo"), image_pixels=2 * Image.MAX_IMAGE_PIXELS)
 
 
-def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_default_repository_error_names_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "zoo").rmdir()
     with pytest.raises(SettingsError, match="FOVEA_MODELS"):
         load_from_variables(monkeypatch)
@@ -106,10 +108,10 @@ def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("service", ["FOVEA", "FOVEA_CANARY", "FOVEA_GRPC", "FOVEA_HTTP_PORT", "FOVEA_V2"])
 @pytest.mark.parametrize("address", ["10.0.0.1", "fd00::1"])
-def test_what_kubernetes_injects_for_any_service_is_ignored(
+def test_kubernetes_service_variables_are_ignored(
     monkeypatch: pytest.MonkeyPatch, service: str, address: str
 ) -> None:
-    """As in its documentation, "Discovering services"; of a Service with a named port."""
+    """The names are those of the Kubernetes documentation, "Discovering services", with a named port."""
     url = f"tcp://{address}:8000" if "." in address else f"tcp://[{address}]:8000"
     settings = load_from_variables(
         monkeypatch,
@@ -138,14 +140,14 @@ def test_what_kubernetes_injects_for_any_service_is_ignored(
         ("FOVEA_PROT", "tcp://10.0.0.1:8000", "FOVEA_PORT"),
     ],
 )
-def test_what_only_looks_like_kubernetes_is_an_error(
+def test_variable_similar_to_kubernetes_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, nearest: str
 ) -> None:
     with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean {nearest}\?"):
         load_from_variables(monkeypatch, **{name: value})
 
 
-def test_port_is_heard_where_fovea_port_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_variable_is_used_without_fovea_port(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_from_variables(monkeypatch, PORT="8080").port == 8080
     assert load_from_variables(monkeypatch, FOVEA_PORT="").port == 8080
     assert load_from_variables(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
@@ -153,7 +155,7 @@ def test_port_is_heard_where_fovea_port_is_not_set(monkeypatch: pytest.MonkeyPat
     assert load_settings(port=9001).port == 9001
 
 
-def test_a_bad_port_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_port_error_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"^PORT is 'high': "):
         load_from_variables(monkeypatch, PORT="high")
     with pytest.raises(SettingsError, match=r"^FOVEA_PORT is 'low': "):
@@ -168,6 +170,6 @@ def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
         load_from_variables(monkeypatch).port = 1  # type: ignore[misc]
 
 
-def test_every_setting_has_a_sentence() -> None:
+def test_every_setting_has_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description and field.description.endswith("."), name

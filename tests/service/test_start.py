@@ -1,4 +1,4 @@
-"""How the process starts, fails to start, and ends."""
+"""Start, failed start and end of the process."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def _fix_batch(path: Path) -> None:
         (_falsify_golden, "a logit is off by 1"),
     ],
 )
-def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
+def test_damaged_model_ends_with_one_error_line(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(add_to_repository(build_model(), tmp_path) / "small" / "1" / "model.onnx")
-    ended = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
-    _assert_one_line(ended, message)
+    process = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
+    _assert_one_line(process, message)
 
 
 @pytest.mark.parametrize(
@@ -81,15 +81,15 @@ def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
         ({"FOVEA_PROVIDER": "cuda"}, "FOVEA_PROVIDER is cuda"),
     ],
 )
-def test_a_bad_setting_is_one_line_and_exit_code_2(
+def test_bad_setting_ends_with_one_error_line(
     small_zoo: Path, settings: dict[str, str], message: str
 ) -> None:
     _assert_one_line(run_service(**{"FOVEA_MODELS": str(small_zoo), **settings}), message)
 
 
-def test_a_port_that_is_taken_is_one_line_and_exit_code_2(small_zoo: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+def test_occupied_port_ends_with_one_error_line(small_zoo: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         _assert_one_line(run_service(FOVEA_MODELS=str(small_zoo), FOVEA_PORT=port), f"127.0.0.1:{port}")
 
 
@@ -102,7 +102,7 @@ def _assert_one_line(result: subprocess.CompletedProcess[str], message: str) -> 
 
 
 @pytest.mark.long
-def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> None:
+def test_lost_race_for_port_ends_with_one_error_line(small_zoo: Path) -> None:
     """Both processes may bind before either listens. Here the second binds before the first listens."""
     code = (
         "import socket, sys\n"
@@ -118,12 +118,12 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
         "app_module.create_app = late\n"
         "sys.exit(root.main(port=socket_of_other.getsockname()[1], log_level='error'))\n"
     )
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FOVEA_MODELS": str(small_zoo)},
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    _assert_one_line(ended, "cannot listen: Address already in use")
+    _assert_one_line(process, "cannot listen: Address already in use")
 
 
 def _open_full() -> int:
@@ -137,7 +137,7 @@ def _open_broken_pipe() -> int:
 
 
 def _open_full_pipe() -> int:
-    """A pipe that has no room left, and that nobody reads."""
+    """Return the write end of a full pipe that is never read."""
     _, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -149,16 +149,16 @@ def _open_full_pipe() -> int:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stdout", [_open_full, _open_broken_pipe, _open_full_pipe])
+@pytest.mark.parametrize("open_stdout", [_open_full, _open_broken_pipe, _open_full_pipe])
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_greeting_that_cannot_be_written_harms_nothing(
-    small_zoo: Path, stdout: Callable[[], int], workers: str
+def test_unwritable_greeting_does_not_disturb_service(
+    small_zoo: Path, open_stdout: Callable[[], int], workers: str
 ) -> None:
-    descriptor = stdout()
-    with socket.socket() as ours:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        ours.bind(("127.0.0.1", 0))  # nobody else gets it, and the service may bind it too
-        port = ours.getsockname()[1]
+    descriptor = open_stdout()
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))  # reserves the port, and the service may bind it too
+        port = reservation.getsockname()[1]
         settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": str(port), "FOVEA_DRAIN_GRACE": "0"}
         process = subprocess.Popen(
             [sys.executable, "-m", "fovea.service"], env={**os.environ, **settings, "FOVEA_WORKERS": workers},
@@ -181,55 +181,55 @@ def _is_ready(port: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("stderr", [_open_full, _open_broken_pipe, _open_full_pipe])
-def test_a_reason_that_cannot_be_written_changes_no_exit_code(stderr: Callable[[], int]) -> None:
-    descriptor = stderr()
-    ended = subprocess.run(
+@pytest.mark.parametrize("open_stderr", [_open_full, _open_broken_pipe, _open_full_pipe])
+def test_unwritable_error_line_keeps_exit_code_2(open_stderr: Callable[[], int]) -> None:
+    descriptor = open_stderr()
+    process = subprocess.run(
         [sys.executable, "-m", "fovea.service"], env={**os.environ, "FOVEA_PORT": "high"}, cwd=ROOT,
         stderr=descriptor, timeout=60, check=False,
     )  # fmt: skip
     os.close(descriptor)
-    assert ended.returncode == 2
+    assert process.returncode == 2
 
 
 @pytest.mark.long
-def test_ipv6_is_greeted_with_a_url_that_works(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST="::1") as running:
-        assert running.url.startswith("http://[::1]:")
-        assert running.client.get("/health/ready").status_code == 200
+def test_ipv6_greeting_has_a_working_url(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST="::1") as server:
+        assert server.url.startswith("http://[::1]:")
+        assert server.client.get("/health/ready").status_code == 200
 
 
-def test_a_single_file_is_a_repository_of_one(small_zoo: Path) -> None:
+def test_model_file_is_served_as_a_repository(small_zoo: Path) -> None:
     path = small_zoo / "small" / "1" / "model.onnx"
-    with Server(FOVEA_MODELS=str(path)) as single:
-        assert single.client.get("/v1/models").json()["models"][0]["name"] == "small"
+    with Server(FOVEA_MODELS=str(path)) as server:
+        assert server.client.get("/v1/models").json()["models"][0]["name"] == "small"
 
 
 @pytest.mark.long
-def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
+def test_version_folder_without_model_file_is_not_served(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path)
     (tmp_path / "small" / "2").mkdir()
     (tmp_path / "small" / "latest").mkdir()
     (tmp_path / "README").write_text("not a model")
-    with Server(FOVEA_MODELS=str(tmp_path)) as running:
-        assert running.client.get("/v1/models").json()["models"][0]["version"] == "1"
-    assert "small/2 has no model.onnx and is not served" in running.log
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        assert server.client.get("/v1/models").json()["models"][0]["version"] == "1"
+    assert "small/2 has no model.onnx and is not served" in server.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(small_zoo: Path, number: int) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo)) as running:
-        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
-        running.process.send_signal(number)
-        assert running.process.wait(timeout=20) == 0
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_service_cleanly(small_zoo: Path, signal_number: int) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        server.process.send_signal(signal_number)
+        assert server.process.wait(timeout=20) == 0
         with pytest.raises(httpx.TransportError):
-            running.client.get("/health/live")
-    assert "Traceback" not in running.log
+            server.client.get("/health/live")
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.long
-def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, tmp_path: Path) -> None:
-    """The runner raises, because the test replaces ONNX Runtime by a broken one."""
+def test_internal_error_is_500_with_details_only_in_log(small_zoo: Path, tmp_path: Path) -> None:
+    """The test replaces a method of ONNX Runtime, so that the runner raises."""
     (tmp_path / "sitecustomize.py").write_text(
         "import onnxruntime\n"
         "real = onnxruntime.InferenceSession.run\n"
@@ -244,21 +244,21 @@ def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, 
     from tests.pictures import encode_image
 
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with Server(FOVEA_MODELS=str(small_zoo), PYTHONPATH=path) as running:
-        fatal = encode_image(Image.new("RGB", (16, 16), (7, 7, 7)), "PNG")
-        reply = running.client.post("/v1/classify", content=fatal)
+    with Server(FOVEA_MODELS=str(small_zoo), PYTHONPATH=path) as server:
+        image = encode_image(Image.new("RGB", (16, 16), (7, 7, 7)), "PNG")
+        reply = server.client.post("/v1/classify", content=image)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert "secret" not in reply.text
-        assert running.read_metric("fovea_errors_total", reason="internal") == 1
-        assert running.read_metric("fovea_requests_in_flight") == 1
-        assert running.read_metric("fovea_images_in_flight") == 0
-        assert running.client.post("/v1/classify", content=make_jpeg()).status_code == 200
-    assert "secret detail" in running.log
-    assert reply.headers["X-Request-ID"] in running.log
+        assert server.read_metric("fovea_errors_total", reason="internal") == 1
+        assert server.read_metric("fovea_requests_in_flight") == 1
+        assert server.read_metric("fovea_images_in_flight") == 0
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+    assert "secret detail" in server.log
+    assert reply.headers["X-Request-ID"] in server.log
 
 
-def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
-    """Its telemetry, where it is on, begins with files in the user's cache."""
+def test_onnx_runtime_writes_no_telemetry_files(tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry, if enabled, creates files in the user's cache."""
     subprocess.run(
         [sys.executable, "-c", "import fovea.service.inference.engine"],
         cwd=ROOT,
@@ -268,7 +268,7 @@ def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> None:
+def test_service_imports_without_training_packages() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'fovea.model', 'fovea.export'):\n"
@@ -278,8 +278,10 @@ def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> Non
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_service_itself_does_not_load_onnx_runtime() -> None:
-    """Runners and trials do: it would take 40 MB more, and half a second of each start."""
+def test_service_process_does_not_import_onnx_runtime() -> None:
+    """Only runners and trials load it: it takes 40 MB, and half a second of each start."""
     code = "import sys, fovea.service.app; print([name for name in sys.modules if 'onnxruntime' in name])"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout == "[]\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "[]\n"
