@@ -106,11 +106,16 @@ def test_site_contents_list_every_page() -> None:
         assert path.stem == "index" or any(path.match(f"{entry}.md") for entry in entries), path
 
 
-def test_files_and_classes_named_in_pages_exist() -> None:
-    """Pages must not name files or classes that were moved or renamed."""
+def test_files_classes_and_tests_named_in_pages_exist() -> None:
+    """Pages must not name what was moved or renamed."""
     files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in FOLDERS]
     class_names = {
         name for path in files for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.MULTILINE)
+    }
+    test_names = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     missing = []
     for page in [*list_pages(), ROOT / "CONTRIBUTING.md"]:
@@ -119,6 +124,8 @@ def test_files_and_classes_named_in_pages_exist() -> None:
                 is_known = (ROOT / quote).exists()
             elif re.fullmatch(r"(?:[A-Z][a-z0-9]+){2,}", quote):  # a class, or an alert
                 is_known = quote in class_names | FOREIGN_CLASSES or quote.startswith("Fovea")
+            elif re.fullmatch(r"test_\w+", quote):
+                is_known = quote in test_names
             else:
                 continue
             if not is_known:

@@ -223,7 +223,7 @@ def _choose_parts(images: _ReadableImages, labels: Sequence[str], fraction: floa
     """Choose the part of each image; `fraction` of the training images is held out if no part is named."""
     raw_data = images.raw_data
     by_part = {part: np.flatnonzero([file.part is part for file in images.files]) for part in Part}
-    train_pool, validation_pool, test_row_format_returns_predictions = (by_part[part] for part in Part)
+    train_pool, validation_pool, test_rows = (by_part[part] for part in Part)
     has_validation = any(file.part is Part.VALIDATION for file in raw_data.files)
     if has_validation and not len(validation_pool):
         raise DataError(f"no validation image of {raw_data.name} can be read")
@@ -240,7 +240,7 @@ def _choose_parts(images: _ReadableImages, labels: Sequence[str], fraction: floa
         train_rows, validation_rows, conformal_rows = (
             pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
         )
-    return _Parts(train_rows, validation_rows, conformal_rows, test_row_format_returns_predictions, has_validation)
+    return _Parts(train_rows, validation_rows, conformal_rows, test_rows, has_validation)
 
 
 def _find_warnings(images: _ReadableImages, labels: Sequence[str], parts: _Parts) -> Iterator[str]:
@@ -270,11 +270,11 @@ def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) 
 
 
 def _describe_copies(
-    images: _ReadableImages, train_rows: RowIndices, held_out_rows: RowIndices, test_row_format_returns_predictions: RowIndices
+    images: _ReadableImages, train_rows: RowIndices, held_out_rows: RowIndices, test_rows: RowIndices
 ) -> list[str]:
     image_hashes, names = images.image_hashes, images.examples.names
     return [
         *find_contradictions(image_hashes, images.label_indices, names),
         *find_leaks(image_hashes, train_rows, held_out_rows, "held-out", names),
-        *find_leaks(image_hashes, train_rows, test_row_format_returns_predictions, "test", names),
+        *find_leaks(image_hashes, train_rows, test_rows, "test", names),
     ]
