@@ -185,7 +185,7 @@ def test_refusal_outlasts_restart_until_file_changes(zoo: Path, workers: str) ->
     record = json.loads((zoo / "small" / "2" / "trial.json").read_text())
     assert record["accepted"] is False
     assert "would get another label" in record["reason"]
-    with run_server(zoo, FOVEA_WORKERS=workers) as restarted_server:  # without a limit of flips
+    with run_server(zoo, FOVEA_WORKERS=workers) as restarted_server:  # with the default limit of flips
         assert get_served_version(restarted_server) == "1"
         assert "would get another label" in fetch_refusals(restarted_server)["small", "2"]
         onnx.save(build_model(seed=2), zoo / "small" / "fresh.onnx")

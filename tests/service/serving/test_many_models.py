@@ -106,7 +106,7 @@ def test_concurrent_requests_to_models_in_turn_all_succeed(zoo: Path) -> None:
         assert server.read_metric("fovea_images_in_flight") == 0
 
 
-def test_the_latest_version_answers_even_if_an_older_one_is_loaded(zoo: Path) -> None:
+def test_latest_version_answers_if_an_older_one_is_loaded(zoo: Path) -> None:
     publish_variant(zoo, seed=7, name="ants")
     (zoo / "ants" / "config.toml").write_text('versions = ["1", "2"]\n')
     with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEFAULT_MODEL="ants") as server:

@@ -121,8 +121,8 @@ def test_requests_are_counted_once_despite_worker_deaths(two_worker_server: Serv
     with Wire(two_worker_server.url) as wire:
         for round_ in range(1, 4):
             pid = two_worker_server.client.get("/runtime").json()["pid"]
-            other = next(iter(_list_worker_pids(two_worker_server) - {pid}))
-            _kill_worker(two_worker_server, other)
+            other_pid = next(iter(_list_worker_pids(two_worker_server) - {pid}))
+            _kill_worker(two_worker_server, other_pid)
             assert read_counts() == [21 + 10 * (round_ - 1)] * 4
             send_requests(10)
             assert read_counts() == [21 + 10 * round_] * 4
