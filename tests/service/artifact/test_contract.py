@@ -20,7 +20,7 @@ def document() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("task", Task)
-def test_json_and_back_changes_nothing(task: Task) -> None:
+def test_json_round_trip_preserves_contract(task: Task) -> None:
     labels = ("no", "yes") if task is Task.BINARY else ("a", "b", "c")
     contract = read_contract(build_model(task, labels))
     assert Contract.from_json(contract.to_json()) == contract
@@ -81,13 +81,13 @@ def _make_setter(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_make_setter("layers.0.attributes.perm", {"a": 1}), r"attributes\.perm"),
     ],
 )
-def test_what_is_not_exactly_a_contract_is_refused(
+def test_invalid_contract_is_refused(
     document: dict[str, Any], change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    changed = json.loads(json.dumps(document))
-    change(changed)
+    changed_document = json.loads(json.dumps(document))
+    change(changed_document)
     with pytest.raises(ContractError, match=message):
-        Contract.from_json(json.dumps(changed))
+        Contract.from_json(json.dumps(changed_document))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_is_not_exactly_a_contract_is_refused(
         (Task.MULTILABEL, _make_setter("coverage", [{"level": 0.5, "quantile": 0.5}]), "multilabel has none"),
     ],
 )
-def test_each_task_has_its_own_thresholds(
+def test_fields_that_do_not_fit_the_task_are_refused(
     task: Task, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     document = json.loads(read_contract(build_model(task, ("cat", "dog"))).to_json())
@@ -110,12 +110,12 @@ def test_each_task_has_its_own_thresholds(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"temperature": NaN}'])
-def test_other_json_is_refused(text: str) -> None:
+def test_json_that_is_no_contract_is_refused(text: str) -> None:
     with pytest.raises(ContractError):
         Contract.from_json(text)
 
 
-def test_numbers_that_are_not_finite_are_refused(document: dict[str, Any]) -> None:
+def test_non_finite_numbers_are_refused(document: dict[str, Any]) -> None:
     text = json.dumps({**document, "temperature": float("inf")})
     with pytest.raises(ContractError, match="finite"):
         Contract.from_json(text)

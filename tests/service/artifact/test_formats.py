@@ -1,6 +1,6 @@
 """Versions of the contract: old files stay readable, and no field changes without a new version.
 
-`python -m tests.service.artifact.test_formats` writes the files of a version that is new.
+`python -m tests.service.artifact.test_formats` writes the files of a new version.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ VERSIONS = range(1, FORMAT_VERSION + 1)
 
 
 def describe_type(kind: Any) -> str:
-    """A type as it is in JSON, without the names of our classes: these may change."""
+    """Describe a type as in JSON, without the names of our classes, because these may change."""
     if dataclasses.is_dataclass(kind):
         fields = typing.get_type_hints(kind).items()
         return "{" + ", ".join(f"{name}: {describe_type(field)}" for name, field in fields) + "}"
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return " | ".join(map(repr, map(str, kind)))
     if inner := typing.get_args(kind):
-        kinds = ", ".join(describe_type(one) for one in inner if one is not Ellipsis)
+        kinds = ", ".join(describe_type(part) for part in inner if part is not Ellipsis)
         return f"{getattr(typing.get_origin(kind), '__name__', kind)}[{kinds}]"
     return str(kind.__name__)
 
 
 def describe_fields() -> str:
-    """The fields of the contract with their types, one a line."""
+    """Return the fields of the contract with their types, one per line."""
     fields = typing.get_type_hints(Contract).items()
     return "".join(f"{name}: {describe_type(field)}\n" for name, field in fields)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_file_of_every_version_is_served(version: int) -> None:
+def test_file_of_every_format_version_is_served(version: int) -> None:
     path = FORMATS / f"{version}.onnx"
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(metadata[contract_module.METADATA_KEY])["format"] == version
@@ -56,17 +56,17 @@ def test_a_file_of_every_version_is_served(version: int) -> None:
     assert engine.check_golden_set().images == 8
 
 
-def test_a_change_of_a_field_needs_a_new_version() -> None:
-    """A new field or type: raise `FORMAT_VERSION`, add a step to `_UPGRADES`, and run this module."""
+def test_changed_field_requires_new_format_version() -> None:
+    """After a change of fields: raise `FORMAT_VERSION`, add a step to `_UPGRADES`, and run this module."""
     assert describe_fields() == (FORMATS / f"{FORMAT_VERSION}.txt").read_text()
 
 
-def test_there_is_a_step_from_every_version_to_the_next() -> None:
+def test_every_old_format_version_has_an_upgrade_step() -> None:
     assert sorted(contract_module._UPGRADES) == list(VERSIONS)[:-1]
 
 
-def test_an_old_document_is_upgraded_and_a_newer_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here version 2 has given `temperature` another name, and 3 has its square root."""
+def test_old_document_is_upgraded_and_newer_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this test, version 2 has given `temperature` another name, and 3 has its square root."""
     document = json.loads(read_contract(build_model()).to_json())
     document["softness"] = document.pop("temperature") ** 2
     upgrades = {

@@ -1,4 +1,4 @@
-"""The model versions that a repository on disk wants to be served."""
+"""Model versions that a repository on disk asks the service to serve."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def _write_model(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"model")
 
 
-def _version_numbers(versions: tuple[ModelVersion, ...]) -> list[str | None]:
-    return [one.version for one in versions]
+def _list_versions(versions: tuple[ModelVersion, ...]) -> list[str | None]:
+    return [model.version for model in versions]
 
 
-def test_the_latest_version_by_number_is_served(zoo: Path) -> None:
-    assert _version_numbers(scan_repository(zoo).versions_by_model["pets"]) == ["10"]
+def test_highest_version_number_is_served(zoo: Path) -> None:
+    assert _list_versions(scan_repository(zoo).versions_by_model["pets"]) == ["10"]
 
 
-def test_its_config_may_ask_for_others_side_by_side(zoo: Path) -> None:
+def test_config_can_select_several_versions(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10", "2"]\nbatch_max = 3\n')
-    found = scan_repository(zoo).versions_by_model["pets"]
-    assert _version_numbers(found) == ["2", "10"]
-    assert {one.config.batch_max for one in found} == {3}
+    versions = scan_repository(zoo).versions_by_model["pets"]
+    assert _list_versions(versions) == ["2", "10"]
+    assert {version.config.batch_max for version in versions} == {3}
 
 
-def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
+def test_requested_version_overrides_config(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10"]\n')
-    assert _version_numbers(find_versions(zoo, "pets", "1")) == ["1"]
+    assert _list_versions(find_versions(zoo, "pets", "1")) == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -67,31 +67,31 @@ def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
         ("\xff", "config.toml is not TOML"),
     ],
 )
-def test_a_bad_config_is_a_sentence(zoo: Path, config: str, message: str) -> None:
+def test_bad_config_is_reported_with_its_reason(zoo: Path, config: str, message: str) -> None:
     (zoo / "pets" / "config.toml").write_bytes(config.encode("latin-1"))
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ModelError) as error:
         scan_repository(zoo)
-    assert message in str(raised.value)
+    assert message in str(error.value)
 
 
-def test_what_is_no_model_is_left_out(zoo: Path) -> None:
+def test_other_files_and_folders_are_ignored(zoo: Path) -> None:
     (zoo / "pets" / "11").mkdir()
     (zoo / "pets" / ".12").mkdir()
     (zoo / "pets" / "latest").mkdir()
     (zoo / "notes.txt").touch()
     _write_model(zoo / ".hidden" / "1")
     (zoo / "empty").mkdir()
-    shelf = scan_repository(zoo).versions_by_model
-    assert list(shelf) == ["pets"]
-    assert _version_numbers(shelf["pets"]) == ["10"]
+    versions_by_model = scan_repository(zoo).versions_by_model
+    assert list(versions_by_model) == ["pets"]
+    assert _list_versions(versions_by_model["pets"]) == ["10"]
 
 
-def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
+def test_file_is_a_repository_of_one_model(zoo: Path) -> None:
     path = zoo / "pets" / "2" / "model.onnx"
     assert scan_repository(path) == ServingState({None: (ModelVersion.from_path(path, None, None),)}, None)
 
 
-def test_a_file_that_changes_is_another(zoo: Path) -> None:
+def test_changed_file_has_another_fingerprint(zoo: Path) -> None:
     path = zoo / "pets" / "10" / "model.onnx"
     first = fingerprint_of(path)
     assert fingerprint_of(path) == first
@@ -100,28 +100,28 @@ def test_a_file_that_changes_is_another(zoo: Path) -> None:
     path.write_bytes(b"longer than before")
     os.utime(path, ns=(1, 1))
     third = fingerprint_of(path)
-    fresh = path.with_name("fresh")
-    fresh.write_bytes(path.read_bytes())
-    os.utime(fresh, ns=(1, 1))
-    fresh.replace(path)
+    replacement = path.with_name("fresh")
+    replacement.write_bytes(path.read_bytes())
+    os.utime(replacement, ns=(1, 1))
+    replacement.replace(path)
     assert len({first, second, third, fingerprint_of(path)}) == 4
 
 
-def test_a_shelf_is_the_same_in_another_process(zoo: Path) -> None:
+def test_serving_state_survives_json_round_trip(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["1", "2"]\nqueue_images = 5\nthreads = 2\n')
     assert ServingState.from_json(scan_repository(zoo).to_json()) == scan_repository(zoo)
 
 
-@pytest.mark.parametrize("what", ["nowhere", "pets/1"])
-def test_no_repository_is_a_sentence(zoo: Path, what: str) -> None:
+@pytest.mark.parametrize("path", ["nowhere", "pets/1"])
+def test_invalid_repository_is_reported(zoo: Path, path: str) -> None:
     with pytest.raises(ModelError, match=r"cannot read the repository|has no <name>/<version>/model.onnx"):
-        scan_repository(zoo / what)
+        scan_repository(zoo / path)
 
 
-# --- the default ---------------------------------------------------------------------------------
+# --- default model -------------------------------------------------------------------------------
 
 
-def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo: Path) -> None:
+def test_default_is_the_only_or_the_named_model(zoo: Path) -> None:
     assert scan_repository(zoo).default_model == "pets"
     _write_model(zoo / "birds" / "1")
     assert scan_repository(zoo).default_model is None
@@ -135,13 +135,13 @@ def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo:
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"fish", "is 'fish'; there are pets"), (b"\xff", "cannot read")]
 )
-def test_a_default_that_is_none_of_them_is_refused(zoo: Path, content: bytes, reason: str) -> None:
+def test_invalid_default_model_is_refused(zoo: Path, content: bytes, reason: str) -> None:
     (zoo / "default").write_bytes(content)
     with pytest.raises(ModelError, match=f"default {reason}|{reason} .*default"):
         scan_repository(zoo)
 
 
-def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Path) -> None:
+def test_only_a_single_model_is_recorded_as_default(zoo: Path) -> None:
     record_default_model(zoo / "nowhere")
     record_default_model(zoo)
     assert (zoo / "default").read_text() == "pets\n"

@@ -1,4 +1,4 @@
-"""The colour scales of heat maps and feature maps: how they were made, and what they promise.
+"""The colour scales of heat maps and feature maps: their recipe and their properties.
 
 python -m tests.service.explain.test_colours > service/web/page/colours.json
 """
@@ -41,7 +41,7 @@ TO_RGB = np.array(
 )
 
 # Machado, Oliveira and Fernandes, 2009, severity 1.0, on linear RGB
-BLIND = {
+COLOUR_BLINDNESS = {
     "protanopia": np.array(
         [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
     ),
@@ -59,10 +59,10 @@ def make_scale(name: str) -> list[list[int]]:
     lightness, chroma, hue = np.array(ANCHORS[name], float).T
     angle = np.radians(hue)
     anchors = np.stack([lightness, chroma * np.cos(angle), chroma * np.sin(angle)], axis=1)
-    fine = _smooth_path(anchors)
-    along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(fine, axis=0), axis=1))])
-    even = np.linspace(0, along[-1], 256)
-    path = np.stack([np.interp(even, along, axis) for axis in fine.T], axis=1)
+    smooth_path = _smooth_path(anchors)
+    distances = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(smooth_path, axis=0), axis=1))])
+    even_distances = np.linspace(0, distances[-1], 256)
+    path = np.stack([np.interp(even_distances, distances, axis) for axis in smooth_path.T], axis=1)
     rgb: list[list[int]] = np.rint(255 * _linear_to_srgb(_lab_to_linear(path))).astype(int).tolist()
     return rgb
 
@@ -96,17 +96,17 @@ def _linear_to_lab(linear: Array) -> Array:
 
 
 def read_scale(name: str) -> Array:
-    """Linear RGB, 0 … 1."""
+    """Return the colours of a scale as linear RGB, 0 … 1."""
     return _srgb_to_linear(np.array(json.loads(FILE.read_text())[name]) / 255)
 
 
 @pytest.mark.parametrize("name", ["heat", "signed"])
-def test_the_file_is_what_the_recipe_makes(name: str) -> None:
+def test_file_equals_generated_scales(name: str) -> None:
     assert json.loads(FILE.read_text())[name] == make_scale(name)
 
 
 @pytest.mark.parametrize("name", ["heat", "signed"])
-def test_equal_steps_look_equal(name: str) -> None:
+def test_equal_steps_are_perceptually_even(name: str) -> None:
     lab = _linear_to_lab(read_scale(name))[::8]
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
     if name == "signed":
@@ -115,16 +115,16 @@ def test_equal_steps_look_equal(name: str) -> None:
     assert steps.min() > 0.6 * steps.mean()
 
 
-@pytest.mark.parametrize("eye", BLIND)
-def test_whoever_is_colour_blind_can_tell_them_apart(eye: str) -> None:
-    heat = _linear_to_lab(read_scale("heat") @ BLIND[eye].T)
+@pytest.mark.parametrize("deficiency", COLOUR_BLINDNESS)
+def test_colours_stay_distinct_for_colour_blindness(deficiency: str) -> None:
+    heat = _linear_to_lab(read_scale("heat") @ COLOUR_BLINDNESS[deficiency].T)
     assert (np.diff(heat[::8, 0]) > 0.01).all()  # from dark to light
-    signed = _linear_to_lab(read_scale("signed") @ BLIND[eye].T)
+    signed = _linear_to_lab(read_scale("signed") @ COLOUR_BLINDNESS[deficiency].T)
     assert np.linalg.norm(signed[0] - signed[-1]) > 0.15
     assert np.linalg.norm(signed[64] - signed[192]) > 0.1
 
 
-def test_nothing_is_lighter_than_zero() -> None:
+def test_zero_is_lightest_colour_of_signed_scale() -> None:
     lightness = _linear_to_lab(read_scale("signed"))[:, 0]
     assert np.abs(np.argmax(lightness) - 127.5) < 12
     assert lightness[0] < 0.55

@@ -41,7 +41,7 @@ _SIZE = 3 << 20
 _NOISE = bytes(range(101, 122))
 
 
-def _explained_colour(server: Server, colour: tuple[int, int, int]) -> tuple[int, ...]:
+def _read_explained_colour(server: Server, colour: tuple[int, int, int]) -> tuple[int, ...]:
     reply = server.client.post("/v1/explain", content=encode_image(Image.new("RGB", (64, 64), colour), "PNG"))
     assert reply.status_code == 200, reply.text
     png = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
@@ -54,109 +54,109 @@ def _explained_colour(server: Server, colour: tuple[int, int, int]) -> tuple[int
 @pytest.mark.parametrize(
     "tail",
     [
-        struct.pack("<II", 13, 0) + b"{}".ljust(13),  # a message of its own
-        struct.pack("<II", 200, 100 << 20) + b"x" * 13,  # the head of an endless one
+        struct.pack("<II", 13, 0) + b"{}".ljust(13),  # a complete message
+        struct.pack("<II", 200, 100 << 20) + b"x" * 13,  # the head of an endless message
         _NOISE,
     ],
     ids=["message", "endless", "noise"],
 )
-def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
-    small_zoo: Path, tail: bytes
-) -> None:
+def test_aborted_upload_changes_no_later_answer(small_zoo: Path, tail: bytes) -> None:
     """The explaining process is stopped, so its socket is full when the deadline ends the request."""
     body = b"\x89PNG\r\n\x1a\n".ljust(_SIZE - len(tail), b"\0") + tail
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
-        assert _explained_colour(server, (255, 255, 255)) == (255, 255, 255)
+        assert _read_explained_colour(server, (255, 255, 255)) == (255, 255, 255)
         (pid,) = server.child_pids("explain.process")
         os.kill(pid, signal.SIGSTOP)
-        late = server.client.post("/v1/explain", content=body, headers={"X-Deadline-Ms": "300"})
-        assert late.status_code == 504
+        late_reply = server.client.post("/v1/explain", content=body, headers={"X-Deadline-Ms": "300"})
+        assert late_reply.status_code == 504
         os.kill(pid, signal.SIGCONT)
         for colour in COLOURS.values():
-            assert _explained_colour(server, colour) == colour
+            assert _read_explained_colour(server, colour) == colour
 
 
-def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: Path) -> None:
+def test_model_file_stays_open_until_process_has_read_it(tmp_path: Path) -> None:
     """The caller has left and the model is unloaded before the process begins with the request."""
     for name in ("small", "other"):
         add_to_repository(build_model(), tmp_path / "zoo", name)
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small"}
     with Server(FOVEA_MODELS=str(tmp_path / "zoo"), **settings) as server:
-        assert _explained_colour(server, COLOURS["red"]) == COLOURS["red"]
+        assert _read_explained_colour(server, COLOURS["red"]) == COLOURS["red"]
         (pid,) = server.child_pids("explain.process")
         os.kill(pid, signal.SIGSTOP)
         body = encode_image(Image.new("RGB", (64, 64)), "PNG")
-        late = server.client.post("/v1/models/other/explain", content=body, headers={"X-Deadline-Ms": "300"})
-        assert late.status_code == 504
+        late_reply = server.client.post(
+            "/v1/models/other/explain", content=body, headers={"X-Deadline-Ms": "300"}
+        )
+        assert late_reply.status_code == 504
         assert server.client.post("/v2/repository/models/other/unload").status_code == 200
         os.kill(pid, signal.SIGCONT)
-        assert _explained_colour(server, COLOURS["blue"]) == COLOURS["blue"]
+        assert _read_explained_colour(server, COLOURS["blue"]) == COLOURS["blue"]
         assert server.child_pids("explain.process") == {pid}
     assert "could not be answered" not in server.log
 
 
-# --- the explainer's stream, with the test in the place of the process ---------------------------
+# --- the explainer's stream, with the test as the process ----------------------------------------
 
 
 async def _run_exchange(
     model: LiveModel, serve_peer: Callable[[socket.socket], None], use_process: Callable[[_Process], Any]
 ) -> Any:
     """Run `use_process` on a process whose end of the socket `serve_peer` has, in a thread."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.settimeout(60)
-    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    process = _Process(bystander, *await asyncio.open_connection(sock=ours))
+    local_end, peer_end = socket.socketpair()
+    local_end.setblocking(False)
+    peer_end.settimeout(60)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = _Process(child, *await asyncio.open_connection(sock=local_end))
     try:
-        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, theirs))
+        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, peer_end))
         outcome = await use_process(process)
         await peer_task
         return outcome
     finally:
-        theirs.close()
+        peer_end.close()
         process.kill()
-        bystander.communicate()
+        child.communicate()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("isolated") / "zoo")
     path = root / "small" / "1" / "model.onnx"
-    found = ModelVersion.from_path(path, "small", "1")
+    version = ModelVersion.from_path(path, "small", "1")
     plan = ProcessPlan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
-    loaded = LoadedModel(read_contract(build_model()).to_json(), "cpu", 4, 1e6, 0.1, {})
+    loaded_model = LoadedModel(read_contract(build_model()).to_json(), "cpu", 4, 1e6, 0.1, {})
     return LiveModel.from_load_result(
-        found, LoadCommand(1, str(path), str(path), found.fingerprint, plan), loaded, Settings()
+        version, LoadCommand(1, str(path), str(path), version.fingerprint, plan), loaded_model, Settings()
     )
 
 
-def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None:
+def test_stop_is_never_sent_within_an_image(model: LiveModel) -> None:
     image = b"x" * (20 * MAX_PIECE_BYTES)
-    uploading = threading.Event()
+    upload_started = threading.Event()
 
-    def play(end: socket.socket) -> None:
-        assert uploading.wait(60)  # `stop` was called, and most of the image was not read yet
+    def serve_peer(peer: socket.socket) -> None:
+        assert upload_started.wait(60)  # `stop` was called, and most of the image was not read yet
         for expected in ({"number": 1}, {"stop": 1}, {"number": 2}):
-            frame = receive_message(end)
+            frame = receive_message(peer)
             assert frame is not None
             values, content = frame
             assert expected.items() <= values.items()
             assert bytes(content) == (image if "number" in expected else b"")
             if "number" in expected:
-                send_message(end, {"number": expected["number"], "stopped": True})
+                send_message(peer, {"number": expected["number"], "stopped": True})
 
     async def work(process: _Process) -> list[ExplainerReply]:
         async def stop() -> None:
             process.stop()
-            uploading.set()
+            upload_started.set()
 
-        stopping = asyncio.create_task(stop())
-        first = await process.send_request(model, {"ask": "explain"}, image, lambda part: None)
-        await stopping
-        process.stop()  # too late: nothing is asked now
-        return [first, await process.send_request(model, {"ask": "explain"}, image, lambda part: None)]
+        stop_task = asyncio.create_task(stop())
+        first_reply = await process.send_request(model, {"ask": "explain"}, image, lambda part: None)
+        await stop_task
+        process.stop()  # too late: no request is open
+        return [first_reply, await process.send_request(model, {"ask": "explain"}, image, lambda part: None)]
 
-    replies = asyncio.run(_run_exchange(model, play, work))
+    replies = asyncio.run(_run_exchange(model, serve_peer, work))
     assert [reply.values for reply in replies] == [{"stopped": True}] * 2
 
 
@@ -165,27 +165,27 @@ def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None
     [{"number": 2}, {"number": 0, "part": True}, {}, []],
     ids=["next", "part_of_another", "none", "no_object"],
 )
-def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) -> None:
-    def play(end: socket.socket) -> None:
-        receive_message(end)
-        send_message(end, reply)
+def test_reply_to_another_request_is_refused(model: LiveModel, reply: Any) -> None:
+    def serve_peer(peer: socket.socket) -> None:
+        receive_message(peer)
+        send_message(peer, reply)
 
     parts: list[Any] = []
 
     async def work(process: _Process) -> str:
         with pytest.raises(Exception, match=r"^a reply that") as refusal:
             await process.send_request(model, {"ask": "explain"}, b"", parts.append)
-        assert process.is_busy  # so nobody may use it any more
+        assert process.is_busy  # so that it is not used again
         return type(refusal.value).__name__
 
-    assert asyncio.run(_run_exchange(model, play, work)) == "_ProtocolError"
+    assert asyncio.run(_run_exchange(model, serve_peer, work)) == "_ProtocolError"
     assert not parts
 
 
 # --- the runners' stream -------------------------------------------------------------------------
 
 
-def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+def test_runner_that_answers_wrong_batch_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
     """The next runner answers the other images of the batch."""
     gate = BlockingImage(tmp_path / "gate")
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1", **make_poison_environment(tmp_path)}

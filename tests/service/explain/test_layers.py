@@ -21,8 +21,8 @@ def describe_rows(*rows: LayerRow) -> dict[str, LayerView]:
     return {layer.tensor: layer for layer in describe_layers(contract_with_layers(*rows), {}, {})}
 
 
-def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
-    found = describe_rows(
+def test_shuffled_channels_are_not_direct() -> None:
+    views = describe_rows(
         PLANES,
         MAPS,
         ("Reshape", "maps shape", "split", (2, 4, 4, 2), {}),
@@ -33,16 +33,16 @@ def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
         ("Mul", "maps /act/sigmoid", "/act/silu", (8, 4, 2), {}),
         ("Relu", "maps", "straight", (8, 4, 2), {}),
     )
-    assert found["/act/silu"].kind == "Silu"
-    assert not found["/act/silu"].is_direct
-    assert found["relu"].sources == found["straight"].sources == ("maps",)
-    assert found["straight"].is_direct
-    assert not found["relu"].is_direct
-    assert found["relu"].receptive_field is None
+    assert views["/act/silu"].kind == "Silu"
+    assert not views["/act/silu"].is_direct
+    assert views["relu"].sources == views["straight"].sources == ("maps",)
+    assert views["straight"].is_direct
+    assert not views["relu"].is_direct
+    assert views["relu"].receptive_field is None
 
 
-def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
-    found = describe_rows(
+def test_transposed_scores_are_not_direct() -> None:
+    views = describe_rows(
         PLANES,
         MAPS,
         ("Reshape", "maps shape", "heads", (2, 8, 4), {}),
@@ -51,87 +51,87 @@ def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
         ("Softmax", "other", "softmax", (2, 4, 4), {}),
         ("Softmax", "scores", "straight", (2, 4, 4), {}),
     )
-    assert found["straight"].is_direct
-    assert not found["softmax"].is_direct
+    assert views["straight"].is_direct
+    assert not views["softmax"].is_direct
 
 
-def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
-    found = describe_rows(
+def test_flatten_is_direct_only_for_channels_first() -> None:
+    views = describe_rows(
         PLANES,
         MAPS,
         ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
         ("Flatten", "maps", "one", (64,), {}),
         ("Flatten", "last", "other", (64,), {}),
     )
-    assert found["one"].kind == found["other"].kind == "Flatten"
-    assert found["one"].is_direct
-    assert not found["other"].is_direct
+    assert views["one"].kind == views["other"].kind == "Flatten"
+    assert views["one"].is_direct
+    assert not views["other"].is_direct
 
 
-def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
+def test_only_mean_over_channels_is_layer_normalization() -> None:
     """The average is written as several operators in one module."""
 
-    def norm(mean: tuple[int, ...]) -> list[str]:
+    def list_kinds(mean_shape: tuple[int, ...]) -> list[str]:
         rows: list[LayerRow] = [
-            ("ReduceMean", "maps", "/norm/mean", mean, {}),
+            ("ReduceMean", "maps", "/norm/mean", mean_shape, {}),
             ("Sub", "maps /norm/mean", "/norm/apart", (8, 4, 2), {}),
             ("Pow", "/norm/apart two", "/norm/square", (8, 4, 2), {}),
-            ("ReduceMean", "/norm/square", "/norm/variance", mean, {}),
-            ("Sqrt", "/norm/variance", "/norm/spread", mean, {}),
+            ("ReduceMean", "/norm/square", "/norm/variance", mean_shape, {}),
+            ("Sqrt", "/norm/variance", "/norm/spread", mean_shape, {}),
             ("Div", "/norm/apart /norm/spread", "/norm/made", (8, 4, 2), {}),
         ]
         return [layer.kind for layer in describe_rows(PLANES, MAPS, *rows).values()]
 
-    assert norm((1, 4, 2)) == ["Input", "Conv", "LayerNormalization"]
-    assert len(norm((8, 1, 1))) == len(norm((2, 4, 2))) == 2 + 6
+    assert list_kinds((1, 4, 2)) == ["Input", "Conv", "LayerNormalization"]
+    assert len(list_kinds((8, 1, 1))) == len(list_kinds((2, 4, 2))) == 2 + 6
 
 
-def test_a_gate_with_a_factor_is_no_silu() -> None:
+def test_gate_with_a_factor_is_not_silu() -> None:
     """CLIP uses x · sigmoid(1.702 x)."""
     sigmoid: LayerRow = ("Sigmoid", "maps", "/act/sigmoid", (8, 4, 2), {})
-    scaled: LayerRow = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
+    scaled_maps: LayerRow = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
     scaled_sigmoid: LayerRow = ("Sigmoid", "/act/scaled", "/act/sigmoid", (8, 4, 2), {})
-    gated: LayerRow = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
-    assert describe_rows(PLANES, MAPS, sigmoid, gated)["/act/gated"].kind == "Silu"
-    assert describe_rows(PLANES, MAPS, scaled, scaled_sigmoid, gated)["/act/gated"].kind == "Mul"
-    shared: LayerRow = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
-    found = describe_rows(PLANES, MAPS, sigmoid, gated, shared)
-    assert found.keys() >= set(found["shared"].sources) == {"/act/sigmoid"}
+    product: LayerRow = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
+    assert describe_rows(PLANES, MAPS, sigmoid, product)["/act/gated"].kind == "Silu"
+    assert describe_rows(PLANES, MAPS, scaled_maps, scaled_sigmoid, product)["/act/gated"].kind == "Mul"
+    shared_relu: LayerRow = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
+    views = describe_rows(PLANES, MAPS, sigmoid, product, shared_relu)
+    assert views.keys() >= set(views["shared"].sources) == {"/act/sigmoid"}
 
 
-def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
-    found = describe_rows(
+def test_padding_moves_receptive_field_of_channels_last() -> None:
+    views = describe_rows(
         PLANES,
         MAPS,
         ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
         ("Pad", "last", "padded", (5, 4, 8), {"pads": (0, 1, 2, 0, 0, 0, 0, 0)}),
     )
-    before, behind = found["maps"].receptive_field, found["padded"].receptive_field
-    assert before
-    assert behind
-    assert behind.rows == Span(1, before.rows.low - 1, before.rows.high - 1)
-    assert behind.columns == Span(1, before.columns.low - 2, before.columns.high - 2)
+    maps_field, padded_field = views["maps"].receptive_field, views["padded"].receptive_field
+    assert maps_field
+    assert padded_field
+    assert padded_field.rows == Span(1, maps_field.rows.low - 1, maps_field.rows.high - 1)
+    assert padded_field.columns == Span(1, maps_field.columns.low - 2, maps_field.columns.high - 2)
 
 
-def test_the_bounds_of_a_clip_may_be_attributes() -> None:
+def test_clip_bounds_can_be_attributes() -> None:
     """They are attributes before opset 11."""
-    found = describe_rows(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
-    assert found["clip"].constants == {"min": 0, "max": 6}
+    views = describe_rows(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
+    assert views["clip"].constants == {"min": 0, "max": 6}
 
 
-def test_one_value_for_each_map_is_not_flattened() -> None:
+def test_flatten_of_one_value_per_map_is_left_out() -> None:
     for shape, axes in (((8, 1, 1), (2, 3)), ((1, 1, 8), (1, 2))):
-        last: LayerRow = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
-        found = describe_rows(
+        transpose: LayerRow = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
+        views = describe_rows(
             PLANES,
             MAPS,
-            *([last] if axes == (1, 2) else []),
+            *([transpose] if axes == (1, 2) else []),
             ("ReduceMean", "turned" if axes == (1, 2) else "maps", "mean", shape, {"axes": axes}),
             ("Flatten", "mean", "flat", (8,), {}),
             ("Gemm", "flat weight", "scores", (5,), {}),
         )
-        assert "flat" not in found
-        assert found["scores"].is_direct
+        assert "flat" not in views
+        assert views["scores"].is_direct
 
 
 TOKENS: LayerRow = ("Reshape", "maps shape", "rows", (8, 8), {})
@@ -155,32 +155,30 @@ PRODUCT: LayerRow = ("MatMul", "rows weight", "product", (8, 8), {})
         ),
     ],
 )
-def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(
-    rows: list[LayerRow], kinds: list[str]
-) -> None:
+def test_sum_is_bias_only_if_product_has_no_other_use(rows: list[LayerRow], kinds: list[str]) -> None:
     layers = describe_layers(contract_with_layers(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
     assert [layer.kind for layer in layers[2:]] == kinds
     assert {source for layer in layers for source in layer.sources} <= {layer.tensor for layer in layers}
 
 
-def test_a_slope_is_a_parameter() -> None:
+def test_prelu_slope_is_a_parameter() -> None:
     contract = contract_with_layers(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
     layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
     assert describe_layers(replace(contract, layers=layers), {}, {})[-1].parameters == 1
 
 
-def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
-    found = describe_rows(
+def test_resized_input_has_no_receptive_field() -> None:
+    views = describe_rows(
         PLANES,
         ("Resize", "planes sizes", "small", (3, 8, 8), {}),
         ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
     )
-    assert found["small"].kind == "Input"
-    assert found["small"].receptive_field is None
-    assert found["conv"].receptive_field is None
+    assert views["small"].kind == "Input"
+    assert views["small"].receptive_field is None
+    assert views["conv"].receptive_field is None
 
 
-def test_what_is_left_out_is_not_made_of_the_image() -> None:
+def test_omitted_inputs_and_outputs_are_ignored() -> None:
     """ONNX gives omitted inputs and outputs of a node the empty name."""
     contract = contract_with_layers(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
     planes, maps, clip = contract.layers

@@ -37,7 +37,7 @@ def run_occlusion(
     )
 
 
-def test_the_hottest_place_is_what_the_score_looks_at() -> None:
+def test_hottest_place_is_the_one_the_score_depends_on() -> None:
     heat = run_occlusion(make_score(slice(3, 9), slice(22, 30)))[-1].heatmap
     assert heat.shape == (24, 36)
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
@@ -46,45 +46,45 @@ def test_the_hottest_place_is_what_the_score_looks_at() -> None:
     assert heat.max() > 4 * abs(heat[12:, :18]).max()
 
 
-def test_what_speaks_against_is_negative() -> None:
+def test_area_that_lowers_the_score_is_negative() -> None:
     heat = run_occlusion(make_score(slice(3, 9), slice(22, 30), sign=-1))[-1].heatmap
     row, column = np.unravel_index(int(heat.argmin()), heat.shape)
     assert 3 <= row < 9
     assert 22 <= column < 30
 
 
-def test_a_score_that_looks_nowhere_has_a_flat_map() -> None:
+def test_constant_score_has_flat_heatmap() -> None:
     heat = run_occlusion(lambda batch: np.full(len(batch), 1e6, np.float32))[-1].heatmap
     assert np.abs(heat).max() < 1e-3
 
 
-def test_the_same_seed_gives_the_same_map_and_another_one_another() -> None:
+def test_seed_determines_heatmap() -> None:
     score = make_score(slice(3, 9), slice(22, 30))
-    one, same, other = (run_occlusion(score, seed=seed)[-1].heatmap for seed in (1, 1, 2))
-    assert (one == same).all()
-    assert (one != other).any()
+    first, second, other_seed = (run_occlusion(score, seed=seed)[-1].heatmap for seed in (1, 1, 2))
+    assert (first == second).all()
+    assert (first != other_seed).any()
 
 
-def test_samples_and_progress_are_told() -> None:
+def test_steps_report_samples_and_progress() -> None:
     steps = run_occlusion(make_score(slice(3, 9), slice(22, 30)), samples=40)
     assert [step.samples for step in steps] == [16, 32, 48]
     assert [step.progress for step in steps] == pytest.approx([0.4, 0.8, 1.0])
 
 
-def test_it_ends_by_the_clock_or_where_more_is_of_no_use() -> None:
+def test_occlusion_ends_at_time_or_sample_limit() -> None:
     score = make_score(slice(3, 9), slice(22, 30))
-    by_clock = run_occlusion(score, samples=0, seconds=0.05)
-    assert by_clock[-1].progress == 1
-    assert by_clock[-1].samples < MAX_SAMPLES
+    steps = run_occlusion(score, samples=0, seconds=0.05)
+    assert steps[-1].progress == 1
+    assert steps[-1].samples < MAX_SAMPLES
     assert run_occlusion(score, samples=0, seconds=600.0)[-1].samples == MAX_SAMPLES
 
 
-def test_more_masks_come_closer() -> None:
+def test_more_samples_reduce_variation() -> None:
     score = make_score(slice(3, 9), slice(22, 30))
-    few, many = (
+    deviation_of_few, deviation_of_many = (
         np.std(
             [run_occlusion(score, seed=seed, samples=samples)[-1].heatmap for seed in range(8)], axis=0
         ).mean()
         for samples in (16, 256)
     )
-    assert many < few / 2
+    assert deviation_of_many < deviation_of_few / 2

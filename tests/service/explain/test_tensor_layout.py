@@ -22,15 +22,15 @@ def layouts_of_rows(*rows: LayerRow) -> dict[str, TensorLayout]:
     return find_layouts(contract_with_layers(*rows))
 
 
-def test_pixels_have_their_channels_last_and_convolutions_first() -> None:
-    found = layouts_of_rows(PLANES, PATCHES)
-    assert found["pixels"] == TensorLayout("HWC", 3, 16, 16)
-    assert found["planes"] == TensorLayout("CHW", 3, 16, 16)
-    assert found["patches"] == TensorLayout("CHW", 7, 4, 2)
+def test_pixels_are_channels_last_and_convolutions_first() -> None:
+    layouts = layouts_of_rows(PLANES, PATCHES)
+    assert layouts["pixels"] == TensorLayout("HWC", 3, 16, 16)
+    assert layouts["planes"] == TensorLayout("CHW", 3, 16, 16)
+    assert layouts["patches"] == TensorLayout("CHW", 7, 4, 2)
 
 
-def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() -> None:
-    found = layouts_of_rows(
+def test_token_layout_survives_class_token_and_attention() -> None:
+    layouts = layouts_of_rows(
         PLANES,
         PATCHES,
         ROWS,
@@ -43,15 +43,15 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
         ("Transpose", "mixed", "back", (9, 3, 4), {"perm": (0, 2, 1, 3)}),
         ("Reshape", "back shape", "flat", (9, 12), {}),
     )
-    assert found["rows"].axes == "CT"
-    assert found["tokens"] == TensorLayout("TC", 7, 4, 2)
-    assert found["all"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
-    assert found["keys"] == found["flat"] == TensorLayout("TC", 12, 4, 2, leading_tokens=1)
-    assert not {"heads", "first", "mixed", "back"} & found.keys()
+    assert layouts["rows"].axes == "CT"
+    assert layouts["tokens"] == TensorLayout("TC", 7, 4, 2)
+    assert layouts["all"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
+    assert layouts["keys"] == layouts["flat"] == TensorLayout("TC", 12, 4, 2, leading_tokens=1)
+    assert not {"heads", "first", "mixed", "back"} & layouts.keys()
 
 
 @pytest.mark.parametrize(
-    ("row", "leading"),
+    ("row", "leading_tokens"),
     [
         (("Concat", "class registers tokens", "all", (13, 7), {"axis": 1}), 5),
         (("Concat", "class tokens", "all", (None, 7), {"axis": 1}), None),
@@ -60,26 +60,28 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
         (("Reshape", "tokens shape", "all", (9, 7), {}), None),
     ],
 )
-def test_tokens_before_the_others_are_counted(row: LayerRow, leading: int | None) -> None:
+def test_leading_tokens_are_counted(row: LayerRow, leading_tokens: int | None) -> None:
     """If the number of leading tokens is uncertain, there are no maps."""
-    found = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, row)
-    assert (found["all"].leading_tokens if "all" in found else None) == leading
+    layouts = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, row)
+    assert (layouts["all"].leading_tokens if "all" in layouts else None) == leading_tokens
 
 
-def test_a_size_that_the_table_lacks_is_told_by_the_next_layer() -> None:
-    joined: LayerRow = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
-    found = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, joined, ("Add", "all places", "sum", (9, 7), {}))
-    assert found["sum"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
+def test_missing_size_is_taken_from_the_next_layer() -> None:
+    concat: LayerRow = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
+    layouts = layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, concat, ("Add", "all places", "sum", (9, 7), {}))
+    assert layouts["sum"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
 
 
-def test_tokens_without_the_leading_ones_are_places_alone() -> None:
-    sliced: LayerRow = ("Slice", "all from to", "cut", (8, 7), {})
-    assert layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == TensorLayout("TC", 7, 4, 2)
+def test_slice_can_remove_leading_tokens() -> None:
+    token_slice: LayerRow = ("Slice", "all from to", "cut", (8, 7), {})
+    assert layouts_of_rows(PLANES, PATCHES, ROWS, TOKENS, CLASS, token_slice)["cut"] == TensorLayout(
+        "TC", 7, 4, 2
+    )
 
 
-def test_windows_of_an_image_are_no_image() -> None:
+def test_image_windows_have_no_layout() -> None:
     """A Swin transformer puts its windows beside each other in the batch."""
-    found = layouts_of_rows(
+    layouts = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Transpose", "patches", "last", (4, 2, 7), {"perm": (0, 2, 3, 1)}),
@@ -89,14 +91,14 @@ def test_windows_of_an_image_are_no_image() -> None:
         ("Reshape", "windows shape", "whole", (4, 2, 7), {}),
         ("Add", "whole last", "sum", (4, 2, 7), {}),
     )
-    assert not {"split", "apart", "windows", "whole"} & found.keys()
-    assert found["last"] == found["sum"] == TensorLayout("HWC", 7, 4, 2)
+    assert not {"split", "apart", "windows", "whole"} & layouts.keys()
+    assert layouts["last"] == layouts["sum"] == TensorLayout("HWC", 7, 4, 2)
 
 
-def test_only_a_reshape_makes_other_axes() -> None:
+def test_only_known_reshapes_change_axes() -> None:
     """This holds for any sizes. If both orders fit, the channels stay first or last."""
     square: LayerRow = ("Conv", "planes kernel", "square", (8, 4, 2), {})
-    found = layouts_of_rows(
+    layouts = layouts_of_rows(
         PLANES,
         square,
         ("Einsum", "square weight", "einsum", (4, 2, 8), {}),
@@ -104,24 +106,24 @@ def test_only_a_reshape_makes_other_axes() -> None:
         ("Reshape", "square shape", "heads", (2, 4, 8), {}),
         ("Transpose", "heads", "turned", (2, 8, 4), {"perm": (0, 1, 3, 2)}),
     )
-    assert found["rows"].axes == "CT"
-    assert not {"einsum", "heads", "turned"} & found.keys()
+    assert layouts["rows"].axes == "CT"
+    assert not {"einsum", "heads", "turned"} & layouts.keys()
 
 
-def test_places_in_another_order_are_no_image() -> None:
+def test_tokens_in_window_order_have_no_layout() -> None:
     """There are as many tokens as places, but ordered window by window."""
-    found = layouts_of_rows(
+    layouts = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Reshape", "patches shape", "split", (7, 2, 2, 2, 1), {}),
         ("Transpose", "split", "apart", (2, 2, 2, 1, 7), {"perm": (0, 2, 4, 3, 5, 1)}),
         ("Reshape", "apart shape", "windows", (8, 7), {}),
     )
-    assert not {"split", "apart", "windows"} & found.keys()
+    assert not {"split", "apart", "windows"} & layouts.keys()
 
 
-def test_patches_are_places() -> None:
-    found = layouts_of_rows(
+def test_reshaped_patches_are_tokens() -> None:
+    layouts = layouts_of_rows(
         PLANES,
         ("Reshape", "planes shape", "split", (3, 4, 4, 2, 8), {}),
         ("Transpose", "split", "apart", (4, 2, 4, 8, 3), {"perm": (0, 2, 4, 3, 5, 1)}),
@@ -129,55 +131,57 @@ def test_patches_are_places() -> None:
         ("Reshape", "apart shape", "pixels of patches", (8, 32, 3), {}),
         ("MatMul", "patches weight", "product", (8, 7), {}),
     )
-    assert found["patches"] == TensorLayout("TC", 96, 4, 2)
-    assert found["product"] == TensorLayout("TC", 7, 4, 2)
-    assert not {"split", "apart", "pixels of patches"} & found.keys()
+    assert layouts["patches"] == TensorLayout("TC", 96, 4, 2)
+    assert layouts["product"] == TensorLayout("TC", 7, 4, 2)
+    assert not {"split", "apart", "pixels of patches"} & layouts.keys()
 
 
 @pytest.mark.parametrize(
-    ("cut", "tokens"),
+    ("split_shape", "token_shape"),
     [((4, 4, 4, 4, 3), (16, 3)), ((32, 8, 3), (256, 3)), ((4, 4, 4, 4, 3), (4, 4, 48))],
 )
-def test_what_is_no_patch_is_no_place(cut: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+def test_splits_other_than_patches_have_no_layout(
+    split_shape: tuple[int, ...], token_shape: tuple[int, ...]
+) -> None:
     """The cases are windows beside each other in the batch, rows longer than the image's, and more axes."""
-    split: LayerRow = ("Reshape", "planes shape", "split", cut, {})
-    assert layouts_of_rows(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
+    split: LayerRow = ("Reshape", "planes shape", "split", split_shape, {})
+    assert layouts_of_rows(PLANES, split, ("Reshape", "split shape", "tokens", token_shape, {})).keys() == {
         "pixels",
         "planes",
     }
 
 
-def test_channels_may_be_cut_into_groups() -> None:
-    found = layouts_of_rows(
+def test_channel_groups_keep_the_layout() -> None:
+    layouts = layouts_of_rows(
         PLANES,
         PATCHES,
         ("Reshape", "patches shape", "groups", (1, 7, 4, 2), {}),
         ("Transpose", "groups", "turned", (7, 1, 4, 2), {"perm": (0, 2, 1, 3, 4)}),
         ("Reshape", "turned shape", "whole", (7, 4, 2), {}),
     )
-    assert found["whole"] == found["patches"]
+    assert layouts["whole"] == layouts["patches"]
 
 
-def test_a_gate_does_not_make_maps_small() -> None:
-    found = layouts_of_rows(
+def test_gate_does_not_shrink_maps() -> None:
+    layouts = layouts_of_rows(
         PLANES,
         PATCHES,
         ("GlobalAveragePool", "patches", "mean", (7, 1, 1), {}),
         ("Sigmoid", "mean", "gate", (7, 1, 1), {}),
         ("Mul", "gate patches", "gated", (7, 4, 2), {}),
     )
-    assert found["gate"] == TensorLayout("CHW", 7, 1, 1)
-    assert found["gated"] == TensorLayout("CHW", 7, 4, 2)
+    assert layouts["gate"] == TensorLayout("CHW", 7, 1, 1)
+    assert layouts["gated"] == TensorLayout("CHW", 7, 4, 2)
 
 
 @pytest.mark.parametrize(
-    ("axes", "leading", "shape"),
+    ("axes", "leading_tokens", "shape"),
     [("CHW", 0, (5, 3, 2)), ("HWC", 0, (3, 2, 5)), ("TC", 0, (6, 5)), ("TC", 4, (10, 5)), ("CT", 1, (5, 7))],
 )
-def test_maps_have_each_value_at_its_place(axes: str, leading: int, shape: Sequence[int]) -> None:
+def test_to_maps_puts_each_value_at_its_place(axes: str, leading_tokens: int, shape: Sequence[int]) -> None:
     values = np.random.default_rng(0).normal(size=(2, *shape))
-    maps = TensorLayout(axes, 5, 3, 2, leading).to_maps(values)
+    maps = TensorLayout(axes, 5, 3, 2, leading_tokens).to_maps(values)
     assert maps.shape == (2, 5, 3, 2)
     for image, channel, row, column in np.ndindex(maps.shape):
-        place = {"C": channel, "H": row, "W": column, "T": leading + 2 * row + column}
-        assert maps[image, channel, row, column] == values[(image, *(place[axis] for axis in axes))]
+        indices = {"C": channel, "H": row, "W": column, "T": leading_tokens + 2 * row + column}
+        assert maps[image, channel, row, column] == values[(image, *(indices[axis] for axis in axes))]

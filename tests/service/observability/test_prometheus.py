@@ -43,7 +43,8 @@ class Prometheus:
         """Return the current values by labels."""
         reply = httpx.get(f"{self._url}/api/v1/query", params={"query": query}).json()
         return {
-            tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in reply["data"]["result"]
+            tuple(sorted(sample["metric"].items())): float(sample["value"][1])
+            for sample in reply["data"]["result"]
         }
 
     def wait_for_scrape(self) -> None:
@@ -130,7 +131,7 @@ def post_misspelt(client: httpx.Client) -> httpx.Response:
 
 def post_mixed(client: httpx.Client) -> httpx.Response:
     images = [GOOD, b"no image", make_jpeg(seed=1), GOOD[:300], make_jpeg(seed=2)]
-    return client.post(CLASSIFY, files=[("image", (str(place), one)) for place, one in enumerate(images)])
+    return client.post(CLASSIFY, files=[("image", (str(index), image)) for index, image in enumerate(images)])
 
 
 def post_json(client: httpx.Client) -> httpx.Response:
@@ -190,38 +191,38 @@ IMAGES_BY_LABEL = "sum by (label) (fovea_predictions_total)"
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_counters_are_what_clients_have_seen(small_zoo: Path, tmp_path: Path, workers: int) -> None:
-    seen = ClientCounts()
+def test_counters_equal_answers_that_clients_received(small_zoo: Path, tmp_path: Path, workers: int) -> None:
+    client_counts = ClientCounts()
     with make_server(small_zoo, workers) as server, run_prometheus(server, tmp_path) as prometheus:
-        with run_callers(server, seen):
+        with run_callers(server, client_counts):
             pass
-        assert seen.statuses.total() == REQUESTS
-        assert len(seen.statuses) == 5
+        assert client_counts.statuses.total() == REQUESTS
+        assert len(client_counts.statuses) == 5
         prometheus.wait_for_scrape()
-        assert prometheus.query_counts(REQUESTS_BY_STATUS, "status") == seen.statuses
-        assert prometheus.query_counts(ERRORS_BY_REASON, "reason") == seen.errors
-        assert prometheus.query_counts(IMAGES_BY_LABEL, "label") == seen.labels
+        assert prometheus.query_counts(REQUESTS_BY_STATUS, "status") == client_counts.statuses
+        assert prometheus.query_counts(ERRORS_BY_REASON, "reason") == client_counts.errors
+        assert prometheus.query_counts(IMAGES_BY_LABEL, "label") == client_counts.labels
         for query in ("sum(fovea_images_total)", "sum(fovea_prediction_confidence_count)"):
-            assert list(prometheus.query(query).values()) == [seen.labels.total()]
-        timed = prometheus.query(f'sum(fovea_request_seconds_count{{route="{CLASSIFY}"}})')
-        assert list(timed.values()) == [REQUESTS]
+            assert list(prometheus.query(query).values()) == [client_counts.labels.total()]
+        duration_counts = prometheus.query(f'sum(fovea_request_seconds_count{{route="{CLASSIFY}"}})')
+        assert list(duration_counts.values()) == [REQUESTS]
 
 
-def test_a_killed_worker_takes_no_more_with_it_than_it_had_in_flight(small_zoo: Path, tmp_path: Path) -> None:
-    seen = ClientCounts()
+def test_killed_worker_miscounts_only_requests_in_flight(small_zoo: Path, tmp_path: Path) -> None:
+    client_counts = ClientCounts()
     with make_server(small_zoo, 3) as server, run_prometheus(server, tmp_path) as prometheus:
         supervisor = server.process.pid
         workers = list(map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()))
-        with run_callers(server, seen):
-            wait_until(lambda: seen.statuses.total() > REQUESTS // 4)
+        with run_callers(server, client_counts):
+            wait_until(lambda: client_counts.statuses.total() > REQUESTS // 4)
             os.kill(workers[1], signal.SIGKILL)
-        assert seen.statuses.total() + seen.lost == REQUESTS
-        assert seen.lost <= CALLERS
+        assert client_counts.statuses.total() + client_counts.lost == REQUESTS
+        assert client_counts.lost <= CALLERS
         wait_until(lambda: server.read_metric("fovea_model_info") == 1)
         prometheus.wait_for_scrape()
-        counted = prometheus.query_counts(REQUESTS_BY_STATUS, "status")
-        for status, count in seen.statuses.items():
-            assert count <= counted[status] <= count + seen.lost
-        assert 0 <= sum(counted.values()) - seen.statuses.total() <= seen.lost
-        images = sum(prometheus.query("sum(fovea_images_total)").values())
-        assert 0 <= images - seen.labels.total() <= 5 * seen.lost
+        scraped_counts = prometheus.query_counts(REQUESTS_BY_STATUS, "status")
+        for status, count in client_counts.statuses.items():
+            assert count <= scraped_counts[status] <= count + client_counts.lost
+        assert 0 <= sum(scraped_counts.values()) - client_counts.statuses.total() <= client_counts.lost
+        scraped_images = sum(prometheus.query("sum(fovea_images_total)").values())
+        assert 0 <= scraped_images - client_counts.labels.total() <= 5 * client_counts.lost

@@ -18,26 +18,26 @@ from tests.graphs import add_to_repository, build_model
 from tests.zoo import publish_variant
 
 
-def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path: Path) -> None:
+def test_aborted_change_leaves_nothing_in_service_or_runner(tmp_path: Path) -> None:
     zoo = add_to_repository(build_model(), tmp_path / "zoo")
     classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
 
     async def work() -> None:
         await classifier.start()
-        steward = ModelManager(classifier)
+        manager = ModelManager(classifier)
         try:
             publish_variant(zoo, seed=1)
-            preparing = asyncio.create_task(steward.prepare("small", find_versions(zoo, "small")))
-            while not steward._load_lock.locked():
-                await asyncio.sleep(0.001)  # the trial is under way
-            steward.abort("small")
+            preparation = asyncio.create_task(manager.prepare("small", find_versions(zoo, "small")))
+            while not manager._load_lock.locked():
+                await asyncio.sleep(0.001)  # until the trial has begun
+            manager.abort("small")
             with pytest.raises(Interrupted, match="given up"):
-                await preparing
-            (link,) = classifier.runners._connections.values()
-            assert list(link.models) == [model.load.model_id for model in classifier.registry.models]
+                await preparation
+            (connection,) = classifier.runners._connections.values()
+            assert list(connection.models) == [model.load.model_id for model in classifier.registry.models]
             assert len(classifier._pinned_files) == 1, "the new version's file is still open"
         finally:
-            steward.close()
+            manager.close()
             await classifier.close()
 
     asyncio.run(work())

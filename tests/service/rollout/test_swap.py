@@ -26,7 +26,7 @@ from tests.zoo import PICTURES, classify_pictures, get_served_version, get_statu
 
 pytestmark = pytest.mark.long
 
-WATCHED = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0"}
+WATCH_SETTINGS = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0"}
 CALLERS = 4
 
 
@@ -37,7 +37,7 @@ def zoo(tmp_path: Path) -> Path:
 
 @contextmanager
 def run_server(zoo: Path, **settings: str) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(zoo), **{**WATCHED, **settings}) as server:
+    with Server(FOVEA_MODELS=str(zoo), **{**WATCH_SETTINGS, **settings}) as server:
         yield server
 
 
@@ -66,7 +66,7 @@ def run_logged_server(zoo: Path, **settings: str) -> Iterator[tuple[Server, list
             reader.join()
 
 
-# --- a model comes -------------------------------------------------------------------------------
+# --- a new model ---------------------------------------------------------------------------------
 
 
 def ask_workers(server: Server, request: Callable[[httpx.Client], Any]) -> set[Any]:
@@ -76,7 +76,7 @@ def ask_workers(server: Server, request: Callable[[httpx.Client], Any]) -> set[A
         return {request(client) for client in clients}
 
 
-def default_names(server: Server) -> set[str]:
+def read_default_names(server: Server) -> set[str]:
     """Return the name of the default model, or an empty name if there is none."""
 
     def ask_default(client: httpx.Client) -> str:
@@ -86,185 +86,183 @@ def default_names(server: Server) -> set[str]:
     return ask_workers(server, ask_default)
 
 
-def worker_pids(server: Server) -> set[int]:
-    return ask_workers(server, lambda one: one.get("/runtime").json()["pid"])
+def read_worker_pids(server: Server) -> set[int]:
+    return ask_workers(server, lambda client: client.get("/runtime").json()["pid"])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_second_model_takes_nothing_from_the_first(zoo: Path, workers: str) -> None:
+def test_second_model_does_not_change_the_default(zoo: Path, workers: str) -> None:
     """The first model stays the default until the repository changes it, also for a later worker."""
-    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (running, log):
+    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (server, log):
         add_to_repository(build_model(), zoo, "later")
-        wait_until(lambda: get_status(running, "/v1/models/later/classify") == 200)
-        assert default_names(running) == {"small"}
+        wait_until(lambda: get_status(server, "/v1/models/later/classify") == 200)
+        assert read_default_names(server) == {"small"}
         (zoo / "default").write_text("nowhere\n")
-        wait_for_log(running, log, f"{zoo}/default is 'nowhere', which is not served")
-        assert default_names(running) == {"small"}
+        wait_for_log(server, log, f"{zoo}/default is 'nowhere', which is not served")
+        assert read_default_names(server) == {"small"}
         (zoo / "default").write_text("later\n")
-        wait_until(lambda: default_names(running) == {"later"})
+        wait_until(lambda: read_default_names(server) == {"later"})
         (zoo / "default").unlink()
         if workers == "2":
-            killed = worker_pids(running).pop()
-            os.kill(killed, signal.SIGKILL)
-            wait_until(lambda: len(worker_pids(running) - {killed}) == 2)
-        assert default_names(running) == {"later"}
+            killed_pid = read_worker_pids(server).pop()
+            os.kill(killed_pid, signal.SIGKILL)
+            wait_until(lambda: len(read_worker_pids(server) - {killed_pid}) == 2)
+        assert read_default_names(server) == {"later"}
         shutil.rmtree(zoo / "later")
-        wait_until(lambda: default_names(running) == {"small"})
+        wait_until(lambda: read_default_names(server) == {"small"})
 
 
-# --- a version comes -----------------------------------------------------------------------------
+# --- a new version -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_version_that_appears_is_served_and_the_old_one_unloaded(zoo: Path, workers: str) -> None:
-    with run_server(zoo, FOVEA_WORKERS=workers) as running:
+def test_new_version_replaces_old_one(zoo: Path, workers: str) -> None:
+    with run_server(zoo, FOVEA_WORKERS=workers) as server:
         for picture in PICTURES:
-            classify_pictures(running, picture)
+            classify_pictures(server, picture)
         version = publish_variant(zoo, seed=1)
-        wait_for_version(running, version)
-        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
-        running.wait_for_metric(int(workers), "fovea_model_changes_total", model="small", result="loaded")
-        assert running.read_metric("fovea_model_info", model="small", version="2") == 1
-        assert get_status(running, "/v1/models/small/versions/1/classify") == 404
-        expected = classify_pictures(running, *PICTURES)["results"]
-    with run_server(zoo) as fresh:
-        assert classify_pictures(fresh, *PICTURES)["results"] == expected
+        wait_for_version(server, version)
+        server.wait_for_metric(0, "fovea_model_info", model="small", version="1")
+        server.wait_for_metric(int(workers), "fovea_model_changes_total", model="small", result="loaded")
+        assert server.read_metric("fovea_model_info", model="small", version="2") == 1
+        assert get_status(server, "/v1/models/small/versions/1/classify") == 404
+        expected = classify_pictures(server, *PICTURES)["results"]
+    with run_server(zoo) as fresh_server:
+        assert classify_pictures(fresh_server, *PICTURES)["results"] == expected
 
 
-def test_the_new_version_is_compared_on_the_last_images(zoo: Path) -> None:
-    with run_logged_server(zoo) as (running, log):
+def test_new_version_is_compared_on_recent_images(zoo: Path) -> None:
+    with run_logged_server(zoo) as (server, log):
         for picture in PICTURES:
-            classify_pictures(running, picture)
+            classify_pictures(server, picture)
         publish_variant(zoo, seed=0)
-        wait_for_version(running, "2")
-        assert running.read_metric("fovea_swap_flip_ratio", model="small") == 0
-        before = {
-            answer: classify_pictures(running, PICTURES[answer])["predictions"][0]["label"]
-            for answer in range(4)
+        wait_for_version(server, "2")
+        assert server.read_metric("fovea_swap_flip_ratio", model="small") == 0
+        old_labels = {
+            index: classify_pictures(server, PICTURES[index])["predictions"][0]["label"] for index in range(4)
         }
         publish_variant(zoo, seed=1)
-        wait_for_version(running, "3")
-        after = {
-            answer: classify_pictures(running, PICTURES[answer])["predictions"][0]["label"]
-            for answer in range(4)
+        wait_for_version(server, "3")
+        new_labels = {
+            index: classify_pictures(server, PICTURES[index])["predictions"][0]["label"] for index in range(4)
         }
-        flipped = sum(before[answer] != after[answer] for answer in before)
-        assert flipped > 0
-        assert 0 < running.read_metric("fovea_swap_flip_ratio", model="small") <= 1
-        assert 0.1 < running.read_metric("fovea_swap_slowdown_ratio", model="small") < 10
+        flip_count = sum(old_labels[index] != new_labels[index] for index in old_labels)
+        assert flip_count > 0
+        assert 0 < server.read_metric("fovea_swap_flip_ratio", model="small") <= 1
+        assert 0.1 < server.read_metric("fovea_swap_slowdown_ratio", model="small") < 10
     assert any("of the last" in line and "another label than version 1" in line for line in log)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_version_that_flips_too_many_labels_is_refused(zoo: Path, workers: str) -> None:
-    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0.2", FOVEA_WORKERS=workers) as (running, log):
+def test_version_with_too_many_flips_is_refused(zoo: Path, workers: str) -> None:
+    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0.2", FOVEA_WORKERS=workers) as (server, log):
         for picture in PICTURES * 5:
-            classify_pictures(running, picture)
+            classify_pictures(server, picture)
         publish_variant(zoo, seed=1)
-        wait_for_log(running, log, "would get another label")
-        assert get_served_version(running) == "1"
-        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") >= 1
+        wait_for_log(server, log, "would get another label")
+        assert get_served_version(server) == "1"
+        assert server.read_metric("fovea_model_changes_total", model="small", result="refused") >= 1
         publish_variant(zoo, seed=0)
-        wait_for_version(running, "3")
-        refused = running.read_metric("fovea_model_changes_total", model="small", result="refused")
-        assert 1 <= refused <= int(workers), "once, and not at each look"
+        wait_for_version(server, "3")
+        refusal_count = server.read_metric("fovea_model_changes_total", model="small", result="refused")
+        assert 1 <= refusal_count <= int(workers), "once, and not at each look"
 
 
-def test_a_version_that_is_too_slow_is_refused(zoo: Path) -> None:
-    with run_logged_server(zoo, FOVEA_SWAP_SLOWDOWN="0.01") as (running, log):
-        classify_pictures(running)
+def test_too_slow_version_is_refused(zoo: Path) -> None:
+    with run_logged_server(zoo, FOVEA_SWAP_SLOWDOWN="0.01") as (server, log):
+        classify_pictures(server)
         publish_variant(zoo, seed=0)
-        wait_for_log(running, log, "times as long; at most 0.01 (FOVEA_SWAP_SLOWDOWN)")
-        assert get_served_version(running) == "1"
+        wait_for_log(server, log, "times as long; at most 0.01 (FOVEA_SWAP_SLOWDOWN)")
+        assert get_served_version(server) == "1"
 
 
-def test_no_image_is_kept_if_none_is_to_be(zoo: Path) -> None:
-    with run_server(zoo, FOVEA_REPLAY_IMAGES="0", FOVEA_SWAP_FLIPS="0") as running:
+def test_version_is_accepted_without_recent_images(zoo: Path) -> None:
+    with run_server(zoo, FOVEA_REPLAY_IMAGES="0", FOVEA_SWAP_FLIPS="0") as server:
         for picture in PICTURES:
-            classify_pictures(running, picture)
+            classify_pictures(server, picture)
         publish_variant(zoo, seed=1)
-        wait_for_version(running, "2")
+        wait_for_version(server, "2")
 
 
-# --- and goes ------------------------------------------------------------------------------------
+# --- removed versions ----------------------------------------------------------------------------
 
 
-def test_a_version_that_is_removed_gives_way_to_the_one_before(zoo: Path) -> None:
+def test_removed_version_falls_back_to_previous_one(zoo: Path) -> None:
     publish_variant(zoo, seed=1)
-    with run_server(zoo) as running:
-        assert get_served_version(running) == "2"
+    with run_server(zoo) as server:
+        assert get_served_version(server) == "2"
         shutil.rmtree(zoo / "small" / "2")
-        wait_for_version(running, "1")
+        wait_for_version(server, "1")
 
 
-def test_a_config_rolls_back_and_forth(zoo: Path) -> None:
+def test_config_rolls_version_back_and_forward(zoo: Path) -> None:
     publish_variant(zoo, seed=1)
-    with run_server(zoo) as running:
+    with run_server(zoo) as server:
         (zoo / "small" / "config.toml").write_text('versions = ["1"]\n')
-        wait_for_version(running, "1")
+        wait_for_version(server, "1")
         (zoo / "small" / "config.toml").write_text('versions = ["1", "2"]\n')
-        wait_for_version(running, "2")
-        assert get_status(running, "/v1/models/small/versions/1/classify") == 200
+        wait_for_version(server, "2")
+        assert get_status(server, "/v1/models/small/versions/1/classify") == 200
         (zoo / "small" / "config.toml").unlink()
-        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
+        server.wait_for_metric(0, "fovea_model_info", model="small", version="1")
 
 
-def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothing(
+def test_removed_folder_ends_model_but_lost_repository_does_not(
     zoo: Path,
 ) -> None:
     publish_variant(zoo, seed=1, name="other")
-    with run_logged_server(zoo) as (running, log):
-        assert classify_pictures(running, name="other")
+    with run_logged_server(zoo) as (server, log):
+        assert classify_pictures(server, name="other")
         shutil.rmtree(zoo / "other")
-        wait_until(lambda: get_status(running, "/v1/models/other/classify") == 404)
+        wait_until(lambda: get_status(server, "/v1/models/other/classify") == 404)
         (zoo / "small").rename(zoo.with_name("kept"))
-        wait_for_log(running, log, "is empty; the served models stay")
+        wait_for_log(server, log, "is empty; the served models stay")
         zoo.with_name("kept").rename(zoo / "small")
         zoo.rename(zoo.with_name("away"))
-        wait_for_log(running, log, "cannot read the repository")
-        assert get_served_version(running) == "1"
+        wait_for_log(server, log, "cannot read the repository")
+        assert get_served_version(server) == "1"
         zoo.with_name("away").rename(zoo)
         publish_variant(zoo, seed=2)
-        wait_for_version(running, "2")
+        wait_for_version(server, "2")
 
 
-def test_a_file_that_is_replaced_is_another_version_of_itself(zoo: Path) -> None:
-    with run_server(zoo) as running:
-        before = classify_pictures(running, *PICTURES)["results"]
-        fresh = zoo.parent / "fresh.onnx"
-        onnx.save(build_model(seed=3), fresh)
-        fresh.replace(zoo / "small" / "1" / "model.onnx")
-        wait_until(lambda: classify_pictures(running, *PICTURES)["results"] != before)
-        assert running.read_metric("fovea_model_info", model="small", version="1") == 1
+def test_replaced_file_is_loaded_under_same_version(zoo: Path) -> None:
+    with run_server(zoo) as server:
+        old_results = classify_pictures(server, *PICTURES)["results"]
+        new_path = zoo.parent / "fresh.onnx"
+        onnx.save(build_model(seed=3), new_path)
+        new_path.replace(zoo / "small" / "1" / "model.onnx")
+        wait_until(lambda: classify_pictures(server, *PICTURES)["results"] != old_results)
+        assert server.read_metric("fovea_model_info", model="small", version="1") == 1
 
 
-# --- what must not be served ---------------------------------------------------------------------
+# --- files that must not be served ---------------------------------------------------------------
 
 
-def test_half_a_file_is_never_loaded(zoo: Path) -> None:
+def test_incomplete_file_is_never_loaded(zoo: Path) -> None:
     """The file is written in pieces, with pauses longer than the time between two scans."""
     content = build_model(seed=1).SerializeToString()
-    with run_logged_server(zoo) as (running, log):
+    with run_logged_server(zoo) as (server, log):
         (zoo / "small" / "2").mkdir()
         with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
             for start in range(0, len(content), len(content) // 3):
                 file.write(content[start : start + len(content) // 3])
                 time.sleep(0.5)
-                assert get_served_version(running) in ("1", "2")
-        wait_for_version(running, "2")
+                assert get_served_version(server) in ("1", "2")
+        wait_for_version(server, "2")
     assert not any("Traceback" in line for line in log)
 
 
-def test_a_file_that_grows_is_not_tried_before_it_has_settled(zoo: Path) -> None:
+def test_growing_file_is_not_tried_until_it_is_stable(zoo: Path) -> None:
     content = build_model(seed=1).SerializeToString()
-    with run_server(zoo) as running:
+    with run_server(zoo) as server:
         (zoo / "small" / "2").mkdir()
         with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
             for start in range(0, len(content), len(content) // 50):
                 file.write(content[start : start + len(content) // 50])
                 time.sleep(0.02)
-        wait_for_version(running, "2")
-        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
+        wait_for_version(server, "2")
+        assert server.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
 
 
 HOSTILE = {
@@ -284,28 +282,28 @@ HOSTILE = {
 }
 
 
-def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
+def test_hostile_files_are_refused_without_harm(zoo: Path) -> None:
     limits = {"FOVEA_TRIAL_SECONDS": "1", "FOVEA_MANAGEMENT": "true"}
-    with run_server(zoo, **limits) as running:
-        classify_pictures(running)
-        runners = running.runner_pids
+    with run_server(zoo, **limits) as server:
+        classify_pictures(server)
+        runner_pids = server.runner_pids
         for number, (name, (write, message)) in enumerate(HOSTILE.items(), 2):
             folder = zoo / "small" / str(number)
             folder.mkdir()
             write(folder / "model.onnx")
-            reply = running.client.post("/v2/repository/models/small/load")
+            reply = server.client.post("/v2/repository/models/small/load")
             assert (reply.status_code, reply.json()["code"]) == (409, "swap_refused"), name
             assert message in reply.json()["error"], name
             assert "\n" not in reply.json()["error"]
-            assert get_served_version(running) == "1"
+            assert get_served_version(server) == "1"
             shutil.rmtree(folder)
-        assert runners == running.runner_pids
-        assert running.read_metric("fovea_runner_deaths_total") == 0
+        assert runner_pids == server.runner_pids
+        assert server.read_metric("fovea_runner_deaths_total") == 0
         publish_variant(zoo, seed=1)
-        wait_for_version(running, "2")
+        wait_for_version(server, "2")
 
 
-DYING = """
+DYING_RUNNER_CODE = """
 import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv):
@@ -313,96 +311,98 @@ if "runners.process" in " ".join(sys.orig_argv):
 
     load = process._Runner._load_model
 
-    def dying(self, wanted):
+    def die_once(self, command):
         try:
             os.mkdir({once!r})
         except FileExistsError:
-            load(self, wanted)
+            load(self, command)
         else:
             os._exit(9)
 
-    process._Runner._load_model = dying
+    process._Runner._load_model = die_once
 """
 
 
 @pytest.mark.parametrize(("workers", "runners"), [("1", "1"), ("1", "2"), ("2", "2")])
-def test_a_runner_that_dies_meanwhile_costs_no_change(
+def test_runner_death_during_load_does_not_stop_change(
     zoo: Path, tmp_path: Path, workers: str, runners: str
 ) -> None:
     """The other runners load the model, and so does the replacement."""
-    (tmp_path / "sitecustomize.py").write_text(DYING.format(once=str(tmp_path / "once")))
+    (tmp_path / "sitecustomize.py").write_text(DYING_RUNNER_CODE.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     settings = {"PYTHONPATH": paths, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
-    with run_logged_server(zoo, **settings) as (running, log):
+    with run_logged_server(zoo, **settings) as (server, log):
         publish_variant(zoo, seed=1)
-        wait_for_version(running, "2")
-        running.wait_for_metric(0, "fovea_model_info", model="small", version="1")
-        assert running.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
-        running.wait_for_metric(int(workers) * int(runners), "fovea_runners")
-        assert {get_served_version(running) for _ in range(8)} == {"2"}
+        wait_for_version(server, "2")
+        server.wait_for_metric(0, "fovea_model_info", model="small", version="1")
+        assert server.read_metric("fovea_model_changes_total", model="small", result="refused") == 0
+        server.wait_for_metric(int(workers) * int(runners), "fovea_runners")
+        assert {get_served_version(server) for _ in range(8)} == {"2"}
     assert any("died while it loaded the model" in line for line in log)
     assert not any("stays as it is" in line for line in log)
 
 
-KILLER = DYING.replace("os.mkdir({once!r})", "os.mkdir(os.path.join({once!r}, str(os.getpid())))")
-"""Code for runners that kills each runner which loads another model."""
+KILLED_RUNNERS_CODE = DYING_RUNNER_CODE.replace(
+    "os.mkdir({once!r})", "os.mkdir(os.path.join({once!r}, str(os.getpid())))"
+)
+"""Code for runners that ends each runner when it loads another model."""
 
 
-def test_a_model_that_kills_runners_is_given_up_and_the_old_version_answers(
-    zoo: Path, tmp_path: Path
-) -> None:
+def test_model_that_kills_runners_leaves_old_version_served(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "once").mkdir()
-    (tmp_path / "sitecustomize.py").write_text(KILLER.format(once=str(tmp_path / "once")))
+    (tmp_path / "sitecustomize.py").write_text(KILLED_RUNNERS_CODE.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with run_logged_server(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (running, log):
+    with run_logged_server(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (server, log):
         publish_variant(zoo, seed=1)
-        wait_for_log(running, log, "model small stays as it is: runner")
-        running.wait_for_metric(2, "fovea_runners")
-        assert get_served_version(running) == "1"
+        wait_for_log(server, log, "model small stays as it is: runner")
+        server.wait_for_metric(2, "fovea_runners")
+        assert get_served_version(server) == "1"
 
 
-def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(zoo: Path) -> None:
+def test_new_runner_loads_served_file_not_refused_one(zoo: Path) -> None:
     """The refused file replaces the old one by a rename; a new runner still loads the served file."""
-    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (running, log):
-        before = classify_pictures(running, *PICTURES)["results"]
-        fresh = zoo.parent / "fresh.onnx"
-        onnx.save(build_model(seed=3), fresh)
-        fresh.replace(zoo / "small" / "1" / "model.onnx")
-        wait_for_log(running, log, "would get another label")
-        (pid,) = running.runner_pids
+    with run_logged_server(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (server, log):
+        old_results = classify_pictures(server, *PICTURES)["results"]
+        new_path = zoo.parent / "fresh.onnx"
+        onnx.save(build_model(seed=3), new_path)
+        new_path.replace(zoo / "small" / "1" / "model.onnx")
+        wait_for_log(server, log, "would get another label")
+        (pid,) = server.runner_pids
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: running.runner_pids and running.runner_pids != {pid})
-        assert classify_pictures(running, *PICTURES)["results"] == before
+        wait_until(lambda: server.runner_pids and server.runner_pids != {pid})
+        assert classify_pictures(server, *PICTURES)["results"] == old_results
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_a_refusal_may_be_as_long_as_it_likes(zoo: Path, workers: str) -> None:
+def test_long_refusal_message_does_not_block_next_version(zoo: Path, workers: str) -> None:
     """A library quotes the content of a hostile file; messages between workers have a size limit."""
     model = build_model()
     model.graph.node[3].domain = "x" * 70_000
     model.opset_import.append(onnx.helper.make_opsetid("x" * 70_000, 1))
-    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (running, log):
+    with run_logged_server(zoo, FOVEA_WORKERS=workers) as (server, log):
         (zoo / "small" / "2").mkdir()
         onnx.save(model, zoo / "small" / "2" / "model.onnx")
-        wait_for_log(running, log, "stays as it is")
+        wait_for_log(server, log, "stays as it is")
         publish_variant(zoo, seed=1)
-        wait_for_version(running, "3")
+        wait_for_version(server, "3")
 
 
 @pytest.mark.slow
-def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
-    with run_server(zoo, FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as running:
+def test_metric_series_of_unloaded_versions_are_limited(zoo: Path) -> None:
+    with run_server(zoo, FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as server:
         for _ in range(25):
             publish_variant(zoo, seed=0)
-            assert running.client.post("/v2/repository/models/small/load").status_code == 200
-        shown = set(re.findall(r'model="small",.*version="(\d+)"', running.client.get("/metrics").text))
-    assert shown == {str(version) for version in range(6, 27)}
+            assert server.client.post("/v2/repository/models/small/load").status_code == 200
+        shown_versions = set(
+            re.findall(r'model="small",.*version="(\d+)"', server.client.get("/metrics").text)
+        )
+    assert shown_versions == {str(version) for version in range(6, 27)}
 
 
 # --- under load ----------------------------------------------------------------------------------
 
 
-def answers_by_version(zoo: Path, seeds: int) -> dict[str, list[Any]]:
+def read_answers_by_version(zoo: Path, seeds: int) -> dict[str, list[Any]]:
     """Return each version's answers to the pictures, from an idle service."""
     answers = {}
     for version in range(1, seeds + 1):
@@ -440,15 +440,15 @@ def send_load(
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_no_request_is_lost_or_mixed_while_versions_change(zoo: Path, workers: str) -> None:
     publish_variant(zoo, seed=1)
-    right = answers_by_version(zoo, 2)
-    enough = threading.Event()
-    with run_server(zoo, FOVEA_WORKERS=workers) as running, ThreadPoolExecutor(CALLERS) as pool:
-        callers = [pool.submit(send_load, running.url, right, enough) for _ in range(CALLERS)]
+    expected_answers = read_answers_by_version(zoo, 2)
+    stop = threading.Event()
+    with run_server(zoo, FOVEA_WORKERS=workers) as server, ThreadPoolExecutor(CALLERS) as pool:
+        callers = [pool.submit(send_load, server.url, expected_answers, stop) for _ in range(CALLERS)]
         try:
             for version in ("1", "2", "1"):
                 (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')
-                wait_for_version(running, version)
+                wait_for_version(server, version)
         finally:
-            enough.set()
-        seen = sum((caller.result()[0] for caller in callers), Counter[str]())
-    assert set(seen) == {"1", "2"}, seen
+            stop.set()
+        outcomes = sum((caller.result()[0] for caller in callers), Counter[str]())
+    assert set(outcomes) == {"1", "2"}, outcomes

@@ -19,7 +19,7 @@ from tests.pictures import make_jpeg
 
 
 class NoBytes:
-    """An image that has a length and nothing else: its header cannot be read, nor can it be sent."""
+    """An image with only a length, so that its header cannot be read and it cannot be sent."""
 
     def __len__(self) -> int:
         return 100
@@ -36,13 +36,13 @@ async def classify(classifier: Classifier, *images: Item) -> list[Any]:
     return list(await classifier.classify_images(images, model, on_answer=lambda *_: None))
 
 
-def test_images_before_one_that_cannot_be_queued_are_not_left_in_the_queue(classifier: Classifier) -> None:
+def test_failed_queueing_leaves_no_images_in_the_queue(classifier: Classifier) -> None:
     async def work() -> None:
         await classifier.start()
         try:
-            bad: Any = NoBytes()
+            bad_image: Any = NoBytes()
             with pytest.raises(TypeError):
-                await classify(classifier, make_jpeg(), bad)
+                await classify(classifier, make_jpeg(), bad_image)
             assert classifier._batcher.count_waiting(0) == 0
             (answer,) = await classify(classifier, make_jpeg())
             assert isinstance(answer, Classification)
@@ -52,17 +52,19 @@ def test_images_before_one_that_cannot_be_queued_are_not_left_in_the_queue(class
     asyncio.run(work())
 
 
-def test_a_batch_that_cannot_be_encoded_costs_no_runner(classifier: Classifier) -> None:
+def test_unencodable_batch_does_not_end_its_runner(classifier: Classifier) -> None:
     async def work() -> None:
         await classifier.start()
         try:
-            (pid,) = [link.process.pid for link in classifier.runners._connections.values()]
-            bad = ImageRequest(NoBytes(), tensor_name="pixels")  # type: ignore[arg-type]
+            (pid,) = [connection.process.pid for connection in classifier.runners._connections.values()]
+            bad_image = ImageRequest(NoBytes(), tensor_name="pixels")  # type: ignore[arg-type]
             with pytest.raises(Exception, match="bytes-like"):
-                await classify(classifier, bad)
+                await classify(classifier, bad_image)
             (answer,) = await classify(classifier, make_jpeg())
             assert isinstance(answer, Classification)
-            assert [link.process.pid for link in classifier.runners._connections.values()] == [pid]
+            assert [connection.process.pid for connection in classifier.runners._connections.values()] == [
+                pid
+            ]
         finally:
             await classifier.close()
 

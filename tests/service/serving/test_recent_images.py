@@ -11,48 +11,48 @@ def copy_body(ref: SharedRef) -> bytes:
     return b"stored at %d" % ref.offset
 
 
-def test_the_last_ones_are_kept_and_no_more_than_told() -> None:
-    replay = RecentImages(4, copy_body)
+def test_latest_images_are_kept_up_to_the_limit() -> None:
+    recent_images = RecentImages(4, copy_body)
     for number in range(3):
-        replay.add_image(b"%d" % number)
-    assert replay.images == [b"0", b"1", b"2"]
+        recent_images.add_image(b"%d" % number)
+    assert recent_images.images == [b"0", b"1", b"2"]
     for number in range(3, 9):
-        replay.add_image(b"%d" % number)
-    assert replay.images == [b"1", b"2", b"3", b"4"], "when it is full, one in a while is enough"
-    replay._next_time = 0.0
-    replay.add_image(b"9")
-    assert replay.images == [b"2", b"3", b"4", b"9"]
+        recent_images.add_image(b"%d" % number)
+    assert recent_images.images == [b"1", b"2", b"3", b"4"], "when it is full, one in a while is enough"
+    recent_images._next_time = 0.0
+    recent_images.add_image(b"9")
+    assert recent_images.images == [b"2", b"3", b"4", b"9"]
 
 
-def test_they_take_sixteen_megabytes_and_none_takes_four() -> None:
-    replay = RecentImages(64, copy_body)
-    replay.add_image(bytes((4 << 20) + 1))
-    assert replay.images == []
+def test_images_are_limited_in_size_and_in_total_size() -> None:
+    recent_images = RecentImages(64, copy_body)
+    recent_images.add_image(bytes((4 << 20) + 1))
+    assert recent_images.images == []
     for _ in range(20):
-        replay._next_time = 0.0
-        replay.add_image(bytes(3 << 20))
-    assert len(replay.images) == 5
+        recent_images._next_time = 0.0
+        recent_images.add_image(bytes(3 << 20))
+    assert len(recent_images.images) == 5
 
 
-def test_they_are_copies_wherever_they_lie() -> None:
+def test_kept_images_are_copies() -> None:
     content = bytearray(b"sent")
-    replay = RecentImages(4, copy_body)
-    replay.add_image(memoryview(content))
-    replay.add_image(SharedRef(7, 3))
+    recent_images = RecentImages(4, copy_body)
+    recent_images.add_image(memoryview(content))
+    recent_images.add_image(SharedRef(7, 3))
     content[:] = b"gone"
-    assert replay.images == [b"sent", b"stored at 7"]
+    assert recent_images.images == [b"sent", b"stored at 7"]
 
 
-def test_none_are_kept_if_told_so() -> None:
-    replay = RecentImages(0, copy_body)
-    replay.add_image(b"image")
-    assert replay.images == []
+def test_limit_of_zero_keeps_no_images() -> None:
+    recent_images = RecentImages(0, copy_body)
+    recent_images.add_image(b"image")
+    assert recent_images.images == []
 
 
 def test_rows_of_tensors_are_not_kept() -> None:
     """The next version may accept other tensors."""
-    replay = RecentImages(4, copy_body)
-    replay.add_image(ImageRequest(b"row", "pixels"))
-    replay.add_image(ImageRequest(b"image", include_logits=True))
-    replay.add_image(ImageRequest(SharedRef(7, 3)))
-    assert replay.images == [b"image", b"stored at 7"]
+    recent_images = RecentImages(4, copy_body)
+    recent_images.add_image(ImageRequest(b"row", "pixels"))
+    recent_images.add_image(ImageRequest(b"image", include_logits=True))
+    recent_images.add_image(ImageRequest(SharedRef(7, 3)))
+    assert recent_images.images == [b"image", b"stored at 7"]

@@ -1,4 +1,4 @@
-"""Two instances behind Debian's HAProxy, restarted one after the other under load: nobody notices."""
+"""Two instances behind Debian's HAProxy are restarted in turn under load without a failed request."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def haproxy() -> str:
 
 
 @contextmanager
-def _run_haproxy(haproxy: str, one: int, two: int, folder: Path) -> Iterator[str]:
-    """HAProxy before two ports; its URL."""
+def _run_haproxy(haproxy: str, first_port: int, second_port: int, folder: Path) -> Iterator[str]:
+    """Run HAProxy in front of two ports and yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as public:
         config = folder / "haproxy.cfg"
-        config.write_text(CONFIG.format(file=public.fileno(), one=one, two=two))
+        config.write_text(CONFIG.format(file=public.fileno(), one=first_port, two=second_port))
         process = subprocess.Popen([haproxy, "-db", "-f", str(config)], pass_fds=[public.fileno()])
         try:
             yield f"http://127.0.0.1:{public.getsockname()[1]}"
@@ -83,10 +83,10 @@ def _wait_until_up(url: str, name: str) -> None:
 def _restart_server(server: Server, stack: ExitStack, settings: dict[str, str]) -> Server:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=30) == 0
-    return stack.enter_context(Server(**settings, FOVEA_PORT=str(_server_port(server))))
+    return stack.enter_context(Server(**settings, FOVEA_PORT=str(_get_port(server))))
 
 
-def _server_port(server: Server) -> int:
+def _get_port(server: Server) -> int:
     return int(server.url.rsplit(":", 1)[1])
 
 
@@ -96,19 +96,23 @@ def test_no_request_fails_in_a_rolling_restart(
     haproxy: str, small_zoo: Path, tmp_path: Path, workers: str
 ) -> None:
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_DRAIN_GRACE": "2", "FOVEA_WORKERS": workers}
-    enough = threading.Event()
+    stop = threading.Event()
     with ExitStack() as stack:
-        one, two = (stack.enter_context(Server(**settings)) for _ in range(2))
-        url = stack.enter_context(_run_haproxy(haproxy, _server_port(one), _server_port(two), tmp_path))
+        first_server, second_server = (stack.enter_context(Server(**settings)) for _ in range(2))
+        url = stack.enter_context(
+            _run_haproxy(haproxy, _get_port(first_server), _get_port(second_server), tmp_path)
+        )
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
-        stack.callback(enough.set)
-        clients: list[Future[Counter[str]]] = [pool.submit(_send_load, url, enough) for _ in range(CLIENTS)]
-        for name, running in (("one", one), ("two", two)):
-            again = _restart_server(running, stack, settings)
+        stack.callback(stop.set)
+        clients: list[Future[Counter[str]]] = [pool.submit(_send_load, url, stop) for _ in range(CLIENTS)]
+        for name, server in (("one", first_server), ("two", second_server)):
+            restarted_server = _restart_server(server, stack, settings)
             _wait_until_up(url, name)
-            while again.read_metric("fovea_requests_total", route="/v1/classify", status="200") < 20:
+            while (
+                restarted_server.read_metric("fovea_requests_total", route="/v1/classify", status="200") < 20
+            ):
                 pass
-        enough.set()
-        seen = sum((client.result() for client in clients), Counter[str]())
-    assert set(seen) == {"200"}, seen
-    assert seen["200"] > 100
+        stop.set()
+        outcomes = sum((client.result() for client in clients), Counter[str]())
+    assert set(outcomes) == {"200"}, outcomes
+    assert outcomes["200"] > 100

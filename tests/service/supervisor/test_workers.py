@@ -1,4 +1,4 @@
-"""Several workers behind one port: even, replaced when they die, and counted as one."""
+"""Several workers share one port, are replaced when they die, and are counted as one service."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture
-def pair(small_zoo: Path) -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as running:
-        yield running
+def two_worker_server(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as server:
+        yield server
 
 
 def _list_children(pid: int) -> list[int]:
@@ -38,24 +38,24 @@ def _list_children(pid: int) -> list[int]:
     return [int(child) for path in tasks for child in path.read_text().split()]
 
 
-def _answering_pid(wire: Wire) -> int:
+def _read_answering_pid(wire: Wire) -> int:
     wire.send(RUNTIME)
     return int(wire.read_response().json["pid"])
 
 
-def _worker_pids(server: Server) -> set[int]:
+def _list_worker_pids(server: Server) -> set[int]:
     pid = server.process.pid
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _kill_worker(server: Server, pid: int) -> None:
     """Kill a worker, and wait until another answers in its place."""
-    before = _worker_pids(server)
+    old_pids = _list_worker_pids(server)
     os.kill(pid, signal.SIGKILL)
     while True:
         with ExitStack() as stack:
-            pids = {_answering_pid(stack.enter_context(Wire(server.url))) for _ in range(4)}
-        if len(pids - {pid}) == 2 and pids - before:
+            pids = {_read_answering_pid(stack.enter_context(Wire(server.url))) for _ in range(4)}
+        if len(pids - {pid}) == 2 and pids - old_pids:
             return
 
 
@@ -64,7 +64,7 @@ def _list_open_files(pid: int) -> list[Path]:
 
 
 def _list_metric_files(pid: int) -> dict[str, list[Path]]:
-    """The memory files of the metrics that a process has open, by name."""
+    """Return the memory files of metrics that a process has open, by name."""
     files: dict[str, list[Path]] = {}
     for path in _list_open_files(pid):
         try:
@@ -76,70 +76,73 @@ def _list_metric_files(pid: int) -> dict[str, list[Path]]:
     return files
 
 
-def test_a_connection_goes_to_the_worker_with_the_fewest(pair: Server) -> None:
+def test_connection_goes_to_worker_with_fewest_connections(two_worker_server: Server) -> None:
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(pair.url)) for _ in range(8)]
-        pids = [_answering_pid(wire) for wire in wires]
-        assert Counter(pids) == dict.fromkeys(_worker_pids(pair), 4)
+        wires = [stack.enter_context(Wire(two_worker_server.url)) for _ in range(8)]
+        pids = [_read_answering_pid(wire) for wire in wires]
+        assert Counter(pids) == dict.fromkeys(_list_worker_pids(two_worker_server), 4)
         for wire, pid in zip(wires, pids, strict=True):
             if pid == pids[0]:
                 wire.socket.close()
 
-        def come_where_four_have_left() -> bool:
-            time.sleep(0.1)  # for the supervisor to hear of those who left
-            with ExitStack() as further:
-                return {_answering_pid(further.enter_context(Wire(pair.url))) for _ in range(4)} == {pids[0]}
+        def are_new_connections_on_freed_worker() -> bool:
+            time.sleep(0.1)  # gives the supervisor time to see the closed connections
+            with ExitStack() as new_wires:
+                return {
+                    _read_answering_pid(new_wires.enter_context(Wire(two_worker_server.url)))
+                    for _ in range(4)
+                } == {pids[0]}
 
-        wait_until(come_where_four_have_left)
-
-
-def test_the_processors_are_shared_out(pair: Server, server: Server) -> None:
-    alone = server.client.get("/runtime").json()
-    shared = pair.client.get("/runtime").json()
-    assert (alone["workers"], shared["workers"]) == (1, 2)
-    assert shared["threads"]["cpus"] == alone["threads"]["cpus"] / 2
+        wait_until(are_new_connections_on_freed_worker)
 
 
-def test_every_request_is_counted_once_whoever_dies(pair: Server) -> None:
+def test_workers_share_the_processors(two_worker_server: Server, server: Server) -> None:
+    single_runtime = server.client.get("/runtime").json()
+    shared_runtime = two_worker_server.client.get("/runtime").json()
+    assert (single_runtime["workers"], shared_runtime["workers"]) == (1, 2)
+    assert shared_runtime["threads"]["cpus"] == single_runtime["threads"]["cpus"] / 2
+
+
+def test_requests_are_counted_once_despite_worker_deaths(two_worker_server: Server) -> None:
     def send_requests(times: int) -> None:
         for _ in range(times):
-            assert httpx.post(f"{pair.url}/v1/classify", content=make_jpeg()).status_code == 200
+            assert httpx.post(f"{two_worker_server.url}/v1/classify", content=make_jpeg()).status_code == 200
 
-    def counts() -> list[float]:
+    def read_counts() -> list[float]:
         return [
-            pair.read_metric("fovea_requests_total", route="/v1/classify", status="200"),
-            pair.read_metric("fovea_request_seconds_count", route="/v1/classify"),
-            pair.read_metric("fovea_stage_seconds_bucket", stage="decode", le="+Inf"),
-            pair.read_metric("fovea_images_total"),
+            two_worker_server.read_metric("fovea_requests_total", route="/v1/classify", status="200"),
+            two_worker_server.read_metric("fovea_request_seconds_count", route="/v1/classify"),
+            two_worker_server.read_metric("fovea_stage_seconds_bucket", stage="decode", le="+Inf"),
+            two_worker_server.read_metric("fovea_images_total"),
         ]
 
     send_requests(21)
-    assert counts() == [21] * 4
-    with Wire(pair.url) as wire:
+    assert read_counts() == [21] * 4
+    with Wire(two_worker_server.url) as wire:
         for round_ in range(1, 4):
-            pid = pair.client.get("/runtime").json()["pid"]
-            other = next(iter(_worker_pids(pair) - {pid}))
-            _kill_worker(pair, other)
-            assert counts() == [21 + 10 * (round_ - 1)] * 4
+            pid = two_worker_server.client.get("/runtime").json()["pid"]
+            other_pid = next(iter(_list_worker_pids(two_worker_server) - {pid}))
+            _kill_worker(two_worker_server, other_pid)
+            assert read_counts() == [21 + 10 * (round_ - 1)] * 4
             send_requests(10)
-            assert counts() == [21 + 10 * round_] * 4
+            assert read_counts() == [21 + 10 * round_] * 4
         wire.socket.close()
-    assert pair.read_metric("fovea_requests_in_flight") == 1
-    assert pair.read_metric("fovea_model_info") == 1
-    assert pair.read_metric("process_cpu_seconds_total") > 0
-    assert pair.read_metric("process_resident_memory_bytes") > 50e6
+    assert two_worker_server.read_metric("fovea_requests_in_flight") == 1
+    assert two_worker_server.read_metric("fovea_model_info") == 1
+    assert two_worker_server.read_metric("process_cpu_seconds_total") > 0
+    assert two_worker_server.read_metric("process_resident_memory_bytes") > 50e6
 
 
-def test_only_the_requests_of_the_dead_are_lost(pair: Server) -> None:
+def test_worker_death_loses_only_its_own_requests(two_worker_server: Server) -> None:
     picture = make_jpeg()
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(pair.url)) for _ in range(8)]
-        pids = [_answering_pid(wire) for wire in wires]
+        wires = [stack.enter_context(Wire(two_worker_server.url)) for _ in range(8)]
+        pids = [_read_answering_pid(wire) for wire in wires]
         for wire in wires:
             wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while pair.read_metric("fovea_requests_in_flight") != 9:
+        while two_worker_server.read_metric("fovea_requests_in_flight") != 9:
             pass
-        _kill_worker(pair, pids[0])
+        _kill_worker(two_worker_server, pids[0])
         for wire, pid in zip(wires, pids, strict=True):
             if pid == pids[0]:
                 with pytest.raises((EOFError, ConnectionError)):
@@ -148,64 +151,68 @@ def test_only_the_requests_of_the_dead_are_lost(pair: Server) -> None:
             else:
                 wire.send(picture[10:])
                 assert wire.read_response().status == 200
-    pair.__exit__(None, None, None)
-    assert "was ended by signal 9; it is replaced" in pair.log
+    two_worker_server.__exit__(None, None, None)
+    assert "was ended by signal 9; it is replaced" in two_worker_server.log
 
 
-def test_files_of_the_dead_do_not_pile_up(pair: Server) -> None:
-    pid = pair.process.pid
-    before = len(_list_open_files(pid))
+def test_files_of_dead_workers_are_closed(two_worker_server: Server) -> None:
+    pid = two_worker_server.process.pid
+    open_file_count = len(_list_open_files(pid))
     for _ in range(3):
-        _kill_worker(pair, next(iter(_worker_pids(pair))))
-    wait_until(lambda: len(_list_open_files(pid)) <= before)
+        _kill_worker(two_worker_server, next(iter(_list_worker_pids(two_worker_server))))
+    wait_until(lambda: len(_list_open_files(pid)) <= open_file_count)
 
 
-def test_nothing_of_the_metrics_lies_in_a_file_system(small_zoo: Path, tmp_path: Path) -> None:
-    """No full, small, read-only or swept folder can take them away, nor end a worker by SIGBUS."""
+def test_metrics_are_kept_in_memory_files(small_zoo: Path, tmp_path: Path) -> None:
+    """A full, small, read-only or cleaned folder can neither remove metrics nor end a worker by SIGBUS."""
     environment = {"TMPDIR": str(tmp_path / "missing"), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", **environment) as running:
-        httpx.post(f"{running.url}/v1/classify", content=make_jpeg())
-        assert running.read_metric("fovea_images_total") == 1
-        for pid in (running.process.pid, *_worker_pids(running)):
-            writable = [
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", **environment) as server:
+        httpx.post(f"{server.url}/v1/classify", content=make_jpeg())
+        assert server.read_metric("fovea_images_total") == 1
+        for pid in (server.process.pid, *_list_worker_pids(server)):
+            shared_mappings = [
                 line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " rw-s " in line
             ]
-            assert all("/memfd:" in line for line in writable)
+            assert all("/memfd:" in line for line in shared_mappings)
             assert {"fovea-counter", "fovea-histogram"} <= _list_metric_files(pid).keys()
 
 
-def test_a_worker_with_damaged_metrics_is_replaced(pair: Server) -> None:
-    httpx.post(f"{pair.url}/v1/classify", content=make_jpeg())
-    for pid in list(_worker_pids(pair)):
+def test_a_worker_with_damaged_metrics_is_replaced(two_worker_server: Server) -> None:
+    httpx.post(f"{two_worker_server.url}/v1/classify", content=make_jpeg())
+    for pid in list(_list_worker_pids(two_worker_server)):
         for name in ("fovea-counter", "fovea-histogram"):
             with _list_metric_files(pid)[name][0].open("r+b") as file:
                 file.seek(8)
                 file.write(b"\xff" * 4096)
-        _kill_worker(pair, pid)
-    httpx.post(f"{pair.url}/v1/classify", content=make_jpeg())
-    assert pair.read_metric("fovea_images_total") == 1
-    assert pair.read_metric("fovea_worker_deaths_total", reason="signal") == 2
-    assert pair.read_metric("fovea_workers") == pair.read_metric("fovea_workers_expected") == 2
-    pair.__exit__(None, None, None)
-    assert "the metrics of one worker cannot be read" in pair.log
+        _kill_worker(two_worker_server, pid)
+    httpx.post(f"{two_worker_server.url}/v1/classify", content=make_jpeg())
+    assert two_worker_server.read_metric("fovea_images_total") == 1
+    assert two_worker_server.read_metric("fovea_worker_deaths_total", reason="signal") == 2
+    assert (
+        two_worker_server.read_metric("fovea_workers")
+        == two_worker_server.read_metric("fovea_workers_expected")
+        == 2
+    )
+    two_worker_server.__exit__(None, None, None)
+    assert "the metrics of one worker cannot be read" in two_worker_server.log
 
 
-def test_a_worker_that_cannot_be_started_is_tried_again(pair: Server) -> None:
-    pid, workers = pair.process.pid, _worker_pids(pair)
+def test_a_worker_that_cannot_be_started_is_tried_again(two_worker_server: Server) -> None:
+    pid, workers = two_worker_server.process.pid, _list_worker_pids(two_worker_server)
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_list_open_files(pid)) + 1, hard))
     first, second = workers
     os.kill(first, signal.SIGKILL)
-    while "a worker cannot be started" not in _read_log_line(pair):
+    while "a worker cannot be started" not in _read_log_line(two_worker_server):
         pass
-    assert _worker_pids(pair) == {second}
+    assert _list_worker_pids(two_worker_server) == {second}
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-    wait_until(lambda: len(_worker_pids(pair)) == 2)
-    pair.wait_for_metric(2, "fovea_workers")
+    wait_until(lambda: len(_list_worker_pids(two_worker_server)) == 2)
+    two_worker_server.wait_for_metric(2, "fovea_workers")
 
 
 def _read_log_line(server: Server) -> str:
-    """The next line of its log; fails after a minute without one."""
+    """Return the next line of the server's log; fail after a minute without one."""
     assert server.process.stderr is not None
     alarm = threading.Timer(60, server.process.kill)
     alarm.start()
@@ -217,7 +224,7 @@ def _read_log_line(server: Server) -> str:
     return line
 
 
-def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+def test_worker_with_invalid_message_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
     trigger = tmp_path / "now"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, socket, sys, threading, time\n"
@@ -231,61 +238,61 @@ def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path
         "    threading.Thread(target=say, daemon=True).start()\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path) as running:
-        before = _worker_pids(running)
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path) as server:
+        old_pids = _list_worker_pids(server)
         trigger.touch()
-        wait_until(lambda: len(_worker_pids(running) - before) == 2)
-        running.wait_for_metric(2, "fovea_workers")
-        assert httpx.post(f"{running.url}/v1/classify", content=make_jpeg()).status_code == 200
-    assert "is killed, because its message is invalid" in running.log
+        wait_until(lambda: len(_list_worker_pids(server) - old_pids) == 2)
+        server.wait_for_metric(2, "fovea_workers")
+        assert httpx.post(f"{server.url}/v1/classify", content=make_jpeg()).status_code == 200
+    assert "is killed, because its message is invalid" in server.log
 
 
-def test_both_stop_in_order(small_zoo: Path) -> None:
+def test_workers_answer_open_requests_before_they_stop(small_zoo: Path) -> None:
     settings = {"FOVEA_WORKERS": "2", "FOVEA_DRAIN_GRACE": "600"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, ExitStack() as stack:
-        wires = [stack.enter_context(Wire(running.url)) for _ in range(4)]
-        assert len({_answering_pid(wire) for wire in wires}) == 2
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.url)) for _ in range(4)]
+        assert len({_read_answering_pid(wire) for wire in wires}) == 2
         picture = make_jpeg()
         for wire in wires:
             wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while running.read_metric("fovea_requests_in_flight") != 5:
+        while server.read_metric("fovea_requests_in_flight") != 5:
             pass
-        running.process.send_signal(signal.SIGTERM)
-        for _ in range(2):  # one each
-            while httpx.get(f"{running.url}/health/ready").status_code == 200:
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # one for each worker
+            while httpx.get(f"{server.url}/health/ready").status_code == 200:
                 pass
-        assert httpx.post(f"{running.url}/v1/classify", content=picture).status_code == 200
-        running.process.send_signal(signal.SIGTERM)
-        while httpx.post(f"{running.url}/v1/classify", content=picture).status_code == 200:
+        assert httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200:
             pass
         for wire in wires:
             wire.send(picture[10:])
             assert wire.read_response().status == 200
-        assert running.process.wait(timeout=20) == 0
-    assert "is replaced" not in running.log
+        assert server.process.wait(timeout=20) == 0
+    assert "is replaced" not in server.log
 
 
-def test_a_signal_to_the_whole_group_counts_once(small_zoo: Path) -> None:
-    """As a terminal's Ctrl-C and systemd's stop: workers get it too."""
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as running, Wire(running.url) as wire:
+def test_signal_to_process_group_counts_once(small_zoo: Path) -> None:
+    """A terminal's Ctrl-C and systemd's stop reach the workers too."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as server, Wire(server.url) as wire:
         picture = make_jpeg()
         wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while running.read_metric("fovea_requests_in_flight") != 2:
+        while server.read_metric("fovea_requests_in_flight") != 2:
             pass
-        for pid in (*_worker_pids(running), running.process.pid):
+        for pid in (*_list_worker_pids(server), server.process.pid):
             os.kill(pid, signal.SIGINT)
-        while httpx.post(f"{running.url}/v1/classify", content=picture).status_code == 200:
+        while httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200:
             pass
         wire.send(picture[10:])
         assert wire.read_response().status == 200
-        assert running.process.wait(timeout=20) == 0
-    assert "cancelled" not in running.log
+        assert server.process.wait(timeout=20) == 0
+    assert "cancelled" not in server.log
 
 
-def test_workers_do_not_outlive_their_supervisor(pair: Server) -> None:
-    workers = _worker_pids(pair)
-    pair.process.kill()
-    pair.process.wait()
+def test_workers_do_not_outlive_their_supervisor(two_worker_server: Server) -> None:
+    workers = _list_worker_pids(two_worker_server)
+    two_worker_server.process.kill()
+    two_worker_server.process.wait()
     for pid in workers:
         while _is_running(pid):
             pass
@@ -298,173 +305,174 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
-    """The runners of a worker that was killed become its children: nobody else waits for them."""
-    alone = {"args": [*require_namespaces(), sys.executable, "-m", "fovea.service"]}
-    with Server(alone, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as running:
-        (supervisor,) = _worker_pids(running)
+def test_process_1_leaves_no_zombies(small_zoo: Path) -> None:
+    """The runners of a killed worker become children of process 1, which must wait for them."""
+    popen_arguments = {"args": [*require_namespaces(), sys.executable, "-m", "fovea.service"]}
+    with Server(popen_arguments, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as server:
+        (supervisor,) = _list_worker_pids(server)
         first, second = _list_children(supervisor)
         (orphan,) = _list_children(first)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: not Path(f"/proc/{orphan}").exists())
         wait_until(lambda: len(set(_list_children(supervisor)) - {first, second}) == 1)
         os.kill(supervisor, signal.SIGTERM)
-        assert running.process.wait(timeout=20) == 0
-    assert "was ended by signal 9; it is replaced" in running.log
+        assert server.process.wait(timeout=20) == 0
+    assert "was ended by signal 9; it is replaced" in server.log
 
 
-def test_workers_that_cannot_start_are_one_line_and_exit_code_2(small_zoo: Path) -> None:
-    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_DEFAULT_MODEL="other")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "fovea: FOVEA_DEFAULT_MODEL is 'other'; there are small\n"
+def test_failed_start_prints_one_line_and_exits_with_2(small_zoo: Path) -> None:
+    result = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_DEFAULT_MODEL="other")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "fovea: FOVEA_DEFAULT_MODEL is 'other'; there are small\n"
 
 
-def test_a_worker_that_crashes_at_its_start_ends_it(small_zoo: Path, tmp_path: Path) -> None:
+def test_worker_crash_at_start_ends_the_service(small_zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, os\nif '--worker' in sys.orig_argv: os._exit(3)\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "fovea: a worker ended with exit code 3 while it started\n"
+    result = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "fovea: a worker ended with exit code 3 while it started\n"
 
 
 @pytest.mark.needs("promtool")
-def test_promtool_accepts_the_metrics_of_workers(pair: Server) -> None:
-    pair.client.post("/v1/classify", content=make_jpeg())
-    text = pair.client.get("/metrics").text
-    checked = subprocess.run(
+def test_promtool_accepts_the_metrics_of_workers(two_worker_server: Server) -> None:
+    two_worker_server.client.post("/v1/classify", content=make_jpeg())
+    text = two_worker_server.client.get("/metrics").text
+    result = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_the_same_metrics_as_of_one_process(pair: Server, server: Server) -> None:
-    def names(instance: Server) -> set[str]:
+def test_workers_export_same_metrics_as_one_process(two_worker_server: Server, server: Server) -> None:
+    def read_metric_names(instance: Server) -> set[str]:
         assert instance.client.post("/v1/models/small/classify", content=make_jpeg()).status_code == 200
         assert instance.client.post("/v1/models/small/classify").status_code == 400
         lines = instance.client.get("/metrics").text.splitlines()
         return {line.split()[2] for line in lines if line.startswith("# TYPE fovea_")}
 
-    of_later = {  # of workers nothing is told that has no value
+    later_metrics = {  # several workers do not export gauges without a value
         "fovea_drift_psi", "fovea_drift_chance_psi", "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",
         "fovea_versions_refused",
     }  # fmt: skip
-    assert names(pair) == names(server) - of_later
+    assert read_metric_names(two_worker_server) == read_metric_names(server) - later_metrics
 
 
-@pytest.mark.parametrize("starved", [1, 2])
-def test_a_worker_without_file_descriptors_loses_no_connection_and_no_capacity(
-    small_zoo: Path, starved: int
-) -> None:
-    """The kernel drops a descriptor that a process has no room for: the supervisor has it still."""
+@pytest.mark.parametrize("starved_count", [1, 2])
+def test_worker_without_descriptors_loses_no_connections(small_zoo: Path, starved_count: int) -> None:
+    """The kernel drops a descriptor that a process has no room for, but the supervisor still has it."""
     settings = {"FOVEA_WORKERS": "2", "FOVEA_CONNECTIONS": "40"}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
-        assert running.client.get("/health/live").status_code == 200
-        running.client.close()
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        assert server.client.get("/health/live").status_code == 200
+        server.client.close()
         limits = {}
-        for pid in list(_worker_pids(running))[:starved]:
+        for pid in list(_list_worker_pids(server))[:starved_count]:
             limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_list_open_files(pid)) + 4, limits[pid][1]))
         with ExitStack() as stack:
-            wires = [stack.enter_context(Wire(running.url)) for _ in range(30)]
+            wires = [stack.enter_context(Wire(server.url)) for _ in range(30)]
             for wire in wires:
                 wire.send(LIVE_REQUEST)
-            while "has no file descriptor left" not in _read_log_line(running):
+            while "has no file descriptor left" not in _read_log_line(server):
                 pass
-            if starved == 1:
+            if starved_count == 1:
                 for wire in wires:
                     assert wire.read_response().status == 200
             for pid, limit in limits.items():
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
-            if starved == 2:
+            if starved_count == 2:
                 for wire in wires:
                     assert wire.read_response().status == 200
-        with ExitStack() as stack:  # as many as before
-            wires = [stack.enter_context(Wire(running.url)) for _ in range(40)]
+        with ExitStack() as stack:  # the capacity is restored
+            wires = [stack.enter_context(Wire(server.url)) for _ in range(40)]
             for wire in wires:
                 wire.send(LIVE_REQUEST)
             for wire in wires:
                 assert wire.read_response().status == 200
-        with httpx.Client(base_url=running.url) as running.client:
-            assert running.read_metric("fovea_connections_starved_total") >= 1
+        with httpx.Client(base_url=server.url) as server.client:
+            assert server.read_metric("fovea_connections_starved_total") >= 1
 
 
-def test_a_worker_that_is_stopped_gets_no_more_connections_and_is_replaced(pair: Server) -> None:
+def test_stopped_worker_gets_no_connections_and_is_replaced(two_worker_server: Server) -> None:
     def ask_pids(count: int) -> set[int]:
         with ExitStack() as stack:
-            wires = [stack.enter_context(Wire(pair.url)) for _ in range(count)]
+            wires = [stack.enter_context(Wire(two_worker_server.url)) for _ in range(count)]
             for wire in wires:
                 wire.send(RUNTIME)
             return {int(wire.read_response().json["pid"]) for wire in wires}
 
-    pair.client.close()
-    with Wire(pair.url) as own, Wire(pair.url) as held:
-        other, stopped = _answering_pid(own), _answering_pid(held)
-        assert _worker_pids(pair) == {other, stopped}
-        os.kill(stopped, signal.SIGSTOP)
+    two_worker_server.client.close()
+    with Wire(two_worker_server.url) as live_wire, Wire(two_worker_server.url) as stopped_wire:
+        live_pid, stopped_pid = _read_answering_pid(live_wire), _read_answering_pid(stopped_wire)
+        assert _list_worker_pids(two_worker_server) == {live_pid, stopped_pid}
+        os.kill(stopped_pid, signal.SIGSTOP)
         metrics = b""
         while b"\nfovea_workers 1.0\n" not in metrics:
-            own.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            metrics = own.read_response().body
-        assert ask_pids(20) == {other}  # at once, while the stopped one is still there
-        assert stopped in _worker_pids(pair)
-        wait_until(lambda: stopped not in _worker_pids(pair))
+            live_wire.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            metrics = live_wire.read_response().body
+        assert ask_pids(20) == {live_pid}  # at once, while the stopped worker still exists
+        assert stopped_pid in _list_worker_pids(two_worker_server)
+        wait_until(lambda: stopped_pid not in _list_worker_pids(two_worker_server))
         with pytest.raises((EOFError, ConnectionError)):
-            held.read_response()
+            stopped_wire.read_response()
     wait_until(lambda: len(ask_pids(4)) == 2)
-    with httpx.Client(base_url=pair.url) as pair.client:
-        assert pair.read_metric("fovea_worker_deaths_total", reason="hung") == 1
-        assert pair.read_metric("fovea_workers") == 2
-    pair.__exit__(None, None, None)
-    assert f"worker {stopped} has sent no message for 2 s, and gets no more connections" in pair.log
-    assert f"worker {stopped} has sent no message for 10 s, and is killed" in pair.log
-    assert "was killed because it sent no messages; it is replaced" in pair.log
+    with httpx.Client(base_url=two_worker_server.url) as two_worker_server.client:
+        assert two_worker_server.read_metric("fovea_worker_deaths_total", reason="hung") == 1
+        assert two_worker_server.read_metric("fovea_workers") == 2
+    two_worker_server.__exit__(None, None, None)
+    assert (
+        f"worker {stopped_pid} has sent no message for 2 s, and gets no more connections"
+        in two_worker_server.log
+    )
+    assert f"worker {stopped_pid} has sent no message for 10 s, and is killed" in two_worker_server.log
+    assert "was killed because it sent no messages; it is replaced" in two_worker_server.log
 
 
-def test_a_worker_that_is_stopped_for_a_moment_goes_on(pair: Server) -> None:
-    stopped = next(iter(_worker_pids(pair)))
-    os.kill(stopped, signal.SIGSTOP)
-    while "gets no more connections" not in _read_log_line(pair):
+def test_briefly_stopped_worker_is_kept(two_worker_server: Server) -> None:
+    stopped_pid = next(iter(_list_worker_pids(two_worker_server)))
+    os.kill(stopped_pid, signal.SIGSTOP)
+    while "gets no more connections" not in _read_log_line(two_worker_server):
         pass
-    os.kill(stopped, signal.SIGCONT)
-    while "sends messages again" not in _read_log_line(pair):
+    os.kill(stopped_pid, signal.SIGCONT)
+    while "sends messages again" not in _read_log_line(two_worker_server):
         pass
-    pair.wait_for_metric(2, "fovea_workers")
-    assert stopped in _worker_pids(pair)
+    two_worker_server.wait_for_metric(2, "fovea_workers")
+    assert stopped_pid in _list_worker_pids(two_worker_server)
 
 
 @pytest.mark.slow
-def test_a_supervisor_that_was_stopped_blames_no_worker(pair: Server) -> None:
-    workers = _worker_pids(pair)
-    os.kill(pair.process.pid, signal.SIGSTOP)
-    with Wire(pair.url) as wire:  # the kernel takes it
+def test_stopped_supervisor_replaces_no_worker(two_worker_server: Server) -> None:
+    workers = _list_worker_pids(two_worker_server)
+    os.kill(two_worker_server.process.pid, signal.SIGSTOP)
+    with Wire(two_worker_server.url) as wire:  # the kernel accepts the connection
         wire.socket.settimeout(11)
         wire.send(RUNTIME)
         with pytest.raises(TimeoutError):
             wire.read_response()
-        os.kill(pair.process.pid, signal.SIGCONT)
+        os.kill(two_worker_server.process.pid, signal.SIGCONT)
         wire.socket.settimeout(30)
         assert wire.read_response().status == 200
-    assert _worker_pids(pair) == workers
-    pair.__exit__(None, None, None)
-    assert "has sent no message" not in pair.log
+    assert _list_worker_pids(two_worker_server) == workers
+    two_worker_server.__exit__(None, None, None)
+    assert "has sent no message" not in two_worker_server.log
 
 
-def test_a_connection_waits_for_a_worker_when_all_have_died(pair: Server) -> None:
-    for pid in _worker_pids(pair):
+def test_a_connection_waits_for_a_worker_when_all_have_died(two_worker_server: Server) -> None:
+    for pid in _list_worker_pids(two_worker_server):
         os.kill(pid, signal.SIGKILL)
-    with Wire(pair.url) as wire:
+    with Wire(two_worker_server.url) as wire:
         wire.send(classify_request(make_jpeg()), LIVE_REQUEST)
         assert wire.read_response().status == 200
 
 
-def test_a_connection_that_a_worker_has_not_taken_goes_to_another(pair: Server) -> None:
-    stopped, other = _worker_pids(pair)
-    os.kill(stopped, signal.SIGSTOP)
+def test_connection_not_taken_by_worker_goes_to_another(two_worker_server: Server) -> None:
+    stopped_pid, live_pid = _list_worker_pids(two_worker_server)
+    os.kill(stopped_pid, signal.SIGSTOP)
     with ExitStack() as stack:
-        wires = [stack.enter_context(Wire(pair.url)) for _ in range(4)]
+        wires = [stack.enter_context(Wire(two_worker_server.url)) for _ in range(4)]
         for wire in wires:
             wire.send(RUNTIME)
-        os.kill(stopped, signal.SIGKILL)
-        assert {int(wire.read_response().json["pid"]) for wire in wires} & {other}
+        os.kill(stopped_pid, signal.SIGKILL)
+        assert {int(wire.read_response().json["pid"]) for wire in wires} & {live_pid}
