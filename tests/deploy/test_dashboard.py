@@ -228,7 +228,8 @@ def test_compose_services_are_pinned_limited_and_awaited() -> None:
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service["cpus"], service["mem_limit"]
+        assert service["cpus"]
+        assert service["mem_limit"]
         for dependency in service.get("depends_on", {}).values():
             assert dependency == {"condition": "service_healthy"}
         for port in service["ports"]:

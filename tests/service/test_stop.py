@@ -169,8 +169,9 @@ def test_shutdown_resets_no_connection(small_zoo: Path, clients: int) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_GRACE="0.5") as server:
         with ThreadPoolExecutor(clients) as pool:
             futures = [pool.submit(send_requests, server.url) for _ in range(clients)]
-            while server.read_metric("fovea_requests_total", route="/v1/classify", status="200") < 100:
-                pass
+            wait_until(
+                lambda: server.read_metric("fovea_requests_total", route="/v1/classify", status="200") >= 100
+            )
             server.process.send_signal(signal.SIGTERM)
             assert set().union(*(future.result() for future in futures)) <= {200, 503}
         assert server.process.wait(timeout=20) == 0
@@ -279,8 +280,7 @@ def test_stop_with_hung_runners_ends_in_time(small_zoo: Path, workers: str) -> N
         for pid in runners:
             os.kill(pid, signal.SIGSTOP)
         wire.send(classify_request(make_jpeg()))
-        while server.read_metric("fovea_images_in_flight") != 1:
-            pass
+        wait_until(lambda: server.read_metric("fovea_images_in_flight") == 1)
         start_time = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(timeout=20)

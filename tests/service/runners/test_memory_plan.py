@@ -137,14 +137,6 @@ def test_spare_memory_is_used_before_decode_memory() -> None:
     assert free_bytes == [95]
 
 
-def _has_no_memory(size: int) -> bool:
-    return False
-
-
-def _refuse_release(size: int) -> None:
-    raise AssertionError(size)
-
-
 def test_trial_claims_memory_held_by_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "_CHECK_SECONDS", 60.0)
     spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=lambda size: False, release=lambda size: None)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import Server, run_service, wait_until
+from tests.servers import Server, is_running, list_children, run_service, wait_until
 from tests.tools import require_namespaces
 
 pytestmark = pytest.mark.long
@@ -31,11 +31,6 @@ RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 def two_worker_server(small_zoo: Path) -> Iterator[Server]:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as server:
         yield server
-
-
-def _list_children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def _read_answering_pid(wire: Wire) -> int:
@@ -140,8 +135,7 @@ def test_worker_death_loses_only_its_own_requests(two_worker_server: Server) -> 
         pids = [_read_answering_pid(wire) for wire in wires]
         for wire in wires:
             wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while two_worker_server.read_metric("fovea_requests_in_flight") != 9:
-            pass
+        wait_until(lambda: two_worker_server.read_metric("fovea_requests_in_flight") == 9)
         _kill_worker(two_worker_server, pids[0])
         for wire, pid in zip(wires, pids, strict=True):
             if pid == pids[0]:
@@ -203,8 +197,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(two_worker_server: Serve
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_list_open_files(pid)) + 1, hard))
     first, second = workers
     os.kill(first, signal.SIGKILL)
-    while "a worker cannot be started" not in _read_log_line(two_worker_server):
-        pass
+    wait_until(lambda: "a worker cannot be started" in _read_log_line(two_worker_server))
     assert _list_worker_pids(two_worker_server) == {second}
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     wait_until(lambda: len(_list_worker_pids(two_worker_server)) == 2)
@@ -255,16 +248,13 @@ def test_workers_answer_open_requests_before_they_stop(small_zoo: Path) -> None:
         picture = make_jpeg()
         for wire in wires:
             wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while server.read_metric("fovea_requests_in_flight") != 5:
-            pass
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 5)
         server.process.send_signal(signal.SIGTERM)
         for _ in range(2):  # one for each worker
-            while httpx.get(f"{server.url}/health/ready").status_code == 200:
-                pass
+            wait_until(lambda: httpx.get(f"{server.url}/health/ready").status_code != 200)
         assert httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200
         server.process.send_signal(signal.SIGTERM)
-        while httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200:
-            pass
+        wait_until(lambda: httpx.post(f"{server.url}/v1/classify", content=picture).status_code != 200)
         for wire in wires:
             wire.send(picture[10:])
             assert wire.read_response().status == 200
@@ -277,12 +267,10 @@ def test_signal_to_process_group_counts_once(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as server, Wire(server.url) as wire:
         picture = make_jpeg()
         wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(picture), picture[:10])
-        while server.read_metric("fovea_requests_in_flight") != 2:
-            pass
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)
         for pid in (*_list_worker_pids(server), server.process.pid):
             os.kill(pid, signal.SIGINT)
-        while httpx.post(f"{server.url}/v1/classify", content=picture).status_code == 200:
-            pass
+        wait_until(lambda: httpx.post(f"{server.url}/v1/classify", content=picture).status_code != 200)
         wire.send(picture[10:])
         assert wire.read_response().status == 200
         assert server.process.wait(timeout=20) == 0
@@ -293,16 +281,7 @@ def test_workers_do_not_outlive_their_supervisor(two_worker_server: Server) -> N
     workers = _list_worker_pids(two_worker_server)
     two_worker_server.process.kill()
     two_worker_server.process.wait()
-    for pid in workers:
-        while _is_running(pid):
-            pass
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 def test_process_1_leaves_no_zombies(small_zoo: Path) -> None:
@@ -310,11 +289,11 @@ def test_process_1_leaves_no_zombies(small_zoo: Path) -> None:
     popen_arguments = {"args": [*require_namespaces(), sys.executable, "-m", "fovea.service"]}
     with Server(popen_arguments, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as server:
         (supervisor,) = _list_worker_pids(server)
-        first, second = _list_children(supervisor)
-        (orphan,) = _list_children(first)
+        first, second = list_children(supervisor)
+        (orphan,) = list_children(first)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: not Path(f"/proc/{orphan}").exists())
-        wait_until(lambda: len(set(_list_children(supervisor)) - {first, second}) == 1)
+        wait_until(lambda: len(list_children(supervisor) - {first, second}) == 1)
         os.kill(supervisor, signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
     assert "was ended by signal 9; it is replaced" in server.log
@@ -375,8 +354,7 @@ def test_worker_without_descriptors_loses_no_connections(small_zoo: Path, starve
             wires = [stack.enter_context(Wire(server.url)) for _ in range(30)]
             for wire in wires:
                 wire.send(LIVE_REQUEST)
-            while "has no file descriptor left" not in _read_log_line(server):
-                pass
+            wait_until(lambda: "has no file descriptor left" in _read_log_line(server))
             if starved_count == 1:
                 for wire in wires:
                     assert wire.read_response().status == 200
@@ -433,11 +411,9 @@ def test_stopped_worker_gets_no_connections_and_is_replaced(two_worker_server: S
 def test_briefly_stopped_worker_is_kept(two_worker_server: Server) -> None:
     stopped_pid = next(iter(_list_worker_pids(two_worker_server)))
     os.kill(stopped_pid, signal.SIGSTOP)
-    while "gets no more connections" not in _read_log_line(two_worker_server):
-        pass
+    wait_until(lambda: "gets no more connections" in _read_log_line(two_worker_server))
     os.kill(stopped_pid, signal.SIGCONT)
-    while "sends messages again" not in _read_log_line(two_worker_server):
-        pass
+    wait_until(lambda: "sends messages again" in _read_log_line(two_worker_server))
     two_worker_server.wait_for_metric(2, "fovea_workers")
     assert stopped_pid in _list_worker_pids(two_worker_server)
 
