@@ -257,7 +257,7 @@ def test_constant_channel_gives_finite_weights(tmp_path: Path, data: Dataset) ->
 
 # --- killed runs -----------------------------------------------------------------------------------
 
-KILLED_RUN_EPOCHS = 250
+KILLED_RUN_EPOCHS = 120
 """Number of epochs that take some seconds."""
 
 
