@@ -255,7 +255,7 @@ def run_interrupted(arguments: list[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_after_ctrl_c_gives_the_same_weights(tmp_path: Path, command: Command) -> None:
     source = draw_images(tmp_path / "squares", "blue", "red", count=4)
     resumed_run, uninterrupted_run = tmp_path / "broken", tmp_path / "unbroken"

@@ -68,7 +68,7 @@ def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_t
     assert share >= MIN_HIT_SHARE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
     request = ExplanationRequest(method="occlusion", samples=400)
     share = measure_hit_share(explainer, cifar_test, request, OCCLUSION_CASES)

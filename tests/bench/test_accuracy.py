@@ -12,7 +12,7 @@ from fovea.model.networks.checkpoint import WEIGHTS_FILE
 from tests.training import draw_images
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_table_row_is_trained_once_per_seed_and_formatted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -426,7 +426,7 @@ def test_unsupported_hub_weights_are_not_downloaded(tmp_path: Path) -> None:
     assert "hf:timm/vit has weights of 'vit'; supported are resnet18" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unreachable_hub_gives_a_one_line_error(tmp_path: Path) -> None:
     assert read_in_process(tmp_path, "http://127.0.0.1:9", "hf:timm/resnet18.a1_in1k") == [
         "cannot download config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "

@@ -261,7 +261,7 @@ KILLED_RUN_EPOCHS = 120
 """Number of epochs that take some seconds."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL comes at five moments, which may be while a file is written."""
     source = draw_images(tmp_path / "squares", "blue", "red", count=6)

@@ -59,7 +59,7 @@ def _list_parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from operation.get("parameters", ())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_replies_conform_to_the_openapi_document(server: Server, tmp_path: Path) -> None:
     output = run_schemathesis(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
     count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
@@ -81,7 +81,7 @@ def test_repository_replies_conform_to_the_openapi_document(managed_server: Serv
     assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_random_requests_get_documented_replies(managed_server: Server, tmp_path: Path) -> None:
     run_schemathesis(managed_server, tmp_path, "--max-examples", "60", "--generation-database", "none")
     assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0
