@@ -184,7 +184,7 @@ class _Parts:
     conformal: RowIndices
     test: RowIndices
     has_validation: bool
-    """Whether the data set names its own images for validation."""
+    """True if the data set names its own images for validation."""
 
     @property
     def held_out(self) -> RowIndices:
