@@ -6,7 +6,9 @@ its own arena (mallopt(3)). A service that had inflated some large bodies kept 7
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import threading
 from contextlib import suppress
 from typing import Final
 
@@ -40,3 +42,30 @@ def trim_heap() -> None:
     """Return all free memory inside the arenas to the system, which takes milliseconds."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class DelayedTrim:
+    """Trims the heap one second after large content was released. Call `schedule` on the event loop.
+
+    Content of many MB often consists of blocks below the threshold, such as the pieces in which a compressed
+    body arrives. Free blocks between blocks in use stay in the process until its heap is trimmed: 20 to 46 MB
+    after six clients had sent compressed bodies of 7 MB. Trimming 50 MB takes 3 ms of a processor.
+    """
+
+    def __init__(self) -> None:
+        """Have nothing scheduled."""
+        self._is_scheduled = False
+
+    def schedule(self) -> None:
+        """Trim the heap in one second, unless that is scheduled already."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_later(_TRIM_DELAY_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        self._is_scheduled = False
+        # The thread keeps the milliseconds of system calls off the event loop.
+        threading.Thread(target=trim_heap, name="trim", daemon=True).start()
+
+
+_TRIM_DELAY_SECONDS: Final = 1.0

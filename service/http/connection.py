@@ -250,6 +250,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 # The buffer is shared with other connections: its content is valid only until this method
                 # returns.
                 self._receive(self._buffer[:nbytes])
+            elif not self._is_lingering:
+                self.flow.pause_reading()  # `_linger` discards the rest, after the answer
 
     def _receive(self, data: memoryview) -> None:
         """Parse received bytes, refuse invalid input, and set the time limit that applies next."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
+
+from fovea.service.allocator import DelayedTrim
+
+_LARGE_BYTES: Final = 1 << 20
+"""Size in bytes from which the memory of a body is worth returning to the system."""
 
 
 class SlowReader(Protocol):
@@ -27,6 +32,7 @@ class BodyMemory:
         self.limit = limit
         self._body_bytes = 0
         self._answer_bytes = 0
+        self._trim = DelayedTrim()
         self._answer_sizes: dict[SlowReader, int] = {}
         """Size of each connection's unread answer in bytes, longest wait first."""
 
@@ -49,8 +55,10 @@ class BodyMemory:
         return True
 
     def release(self, size: int) -> None:
-        """Release `size` bytes of bodies."""
+        """Release `size` bytes of bodies. After a large body the process returns its memory to the system."""
         self._body_bytes -= size
+        if size > _LARGE_BYTES:
+            self._trim.schedule()
 
     def reserve_answer(self, reader: SlowReader, size: int) -> None:
         """Account for an unread answer of `size` bytes until `release_answer`.

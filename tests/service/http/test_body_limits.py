@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,10 +25,6 @@ BODY_BYTES = 1_000_000
 
 MAX_GROWTH = 40 << 20
 """Bytes by which the service may grow: its own limit, and memory that Python keeps."""
-
-CHUNKED_REQUEST = (
-    CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
-)
 
 TIMEOUTS = {"FOVEA_BODY_TIMEOUT": "0.6", "FOVEA_HEADER_TIMEOUT": "30", "FOVEA_KEEP_ALIVE": "30"}
 
@@ -197,6 +193,8 @@ def open_flood(server: Server, head: bytes, piece: bytes, *, connections: int) -
 FIRST_REQUEST = classify_request(make_jpeg())
 LARGE_REQUEST = classify_request(bytes(200_000))
 LIVE_START = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+CHUNKED_START = CLASSIFY_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED_REQUEST = CHUNKED_START + b"30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
 LARGE_START = CLASSIFY_HEAD + b"Content-Length: 900000\r\n\r\n"
 
 
@@ -229,6 +227,35 @@ def test_pipelined_requests_use_bounded_memory(low_memory_server: Server, head: 
     low_memory_server.wait_for_metric(1, "fovea_requests_in_flight")
     low_memory_server.wait_for_metric(1, "fovea_connections")
     assert low_memory_server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "statuses"),
+    [
+        (LIVE_START + b"A: ", b"x" * 20_000, [200]),
+        (LIVE_START, 20 * (b"A: " + b"x" * 1000 + b"\r\n"), [200]),
+        (b"nonsense\r\n\r\n", b"x" * 20_000, [200]),
+        (CHUNKED_START, b"186a0\r\n" + bytes(100_000) + b"\r\n", [200, 413]),
+    ],
+    ids=["a header that never ends", "headers that never end", "nonsense", "a chunked body that never ends"],
+)
+def test_nothing_is_read_behind_a_refused_pipelined_request(
+    low_memory_server: Server, start: bytes, piece: bytes, statuses: list[int]
+) -> None:
+    """The service read and dropped gigabytes a second while an earlier request was being answered."""
+    with Wire(low_memory_server.url) as wire:
+        with stop_runners(low_memory_server):
+            wire.send(FIRST_REQUEST, start)
+            wire.socket.settimeout(0.5)
+            sent_bytes = 0
+            with suppress(TimeoutError):
+                while sent_bytes < 1 << 28:
+                    wire.send(piece)
+                    sent_bytes += len(piece)
+            assert sent_bytes < 1 << 28
+        wire.socket.settimeout(30)
+        assert [wire.read_response().status for _ in statuses] == statuses
+        assert wire.is_closed()
 
 
 def test_pipelined_requests_beyond_memory_are_refused_in_order(low_memory_server: Server) -> None:

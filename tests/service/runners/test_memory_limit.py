@@ -116,7 +116,7 @@ def _has_more_than(statuses: Counter[int], count: int) -> bool:
 
 
 def test_memory_of_inflated_bodies_is_returned(small_zoo: Path) -> None:
-    """With its default thresholds, glibc kept 100 to 300 MB: they rise with large blocks (`spawn`)."""
+    """glibc kept 100 to 300 MB with its default thresholds, and 46 MB before its heap was trimmed."""
     compressed_body = gzip.compress(os.urandom(7 * MB), 1)
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         bytes_before = _read_anonymous_bytes(server.process.pid)
@@ -129,7 +129,7 @@ def test_memory_of_inflated_bodies_is_returned(small_zoo: Path) -> None:
         with ThreadPoolExecutor(CALLERS) as pool:
             assert set(pool.map(send_body, range(48))) <= {415, 503}
         assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
-        assert _read_anonymous_bytes(server.process.pid) - bytes_before < 32 * MB
+        wait_until(lambda: _read_anonymous_bytes(server.process.pid) - bytes_before < 8 * MB)
 
 
 def _read_anonymous_bytes(pid: int) -> int:
