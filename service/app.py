@@ -17,14 +17,12 @@ from fovea.service import __version__
 from fovea.service.api import huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
-from fovea.service.api.fast_endpoint import FastRouter
-from fovea.service.api.fast_middleware import FastPathMiddleware
 from fovea.service.api.native import explain
 from fovea.service.api.native import routes as native
-from fovea.service.api.native.classify import ClassifyEndpoint
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader
+from fovea.service.api.router import Router
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import StartError, to_one_line
@@ -138,14 +136,13 @@ def create_app(
         lifespan=lifespan,
     )
     services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
-    classify = _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
-    cached_replies = CachedReplies(classifier.registry, observer)
+    _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
+    router = Router(app, services, CachedReplies(classifier.registry, observer))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
-    # `ObserverMiddleware` comes next, so that it also counts what `FastPathMiddleware` answers.
-    asgi = FastPathMiddleware(app, classify, cached_replies)
+    # `ObserverMiddleware` comes next, so that it also counts what the router answers.
     return Application(
-        asgi=HeadMiddleware(ObserverMiddleware(asgi, observer=observer), observer),
-        fast_app=FastRouter(app, services, classify, cached_replies),
+        asgi=HeadMiddleware(ObserverMiddleware(router, observer=observer), observer),
+        fast_app=router,
         classifier=classifier,
         manager=model_manager,
         watcher=watcher,
@@ -160,9 +157,9 @@ def _add_routes(
     protocols: ApiProtocols,
     model_loader: ModelLoader,
     exposed_registry: CollectorRegistry,
-) -> ClassifyEndpoint:
-    """Add every route and the error handlers; return the native classification endpoint."""
-    classify = native.add_routes(app, services)
+) -> None:
+    """Add every route and the error handlers."""
+    native.add_routes(app, services)
     explain.add_routes(app, services)
     with protocols.register_routes(app.routes, oip.PROTOCOL):
         management.add_routes(app, services.classifier, model_loader)
@@ -174,7 +171,6 @@ def _add_routes(
     openapi.add_routes(app, services.classifier, _WEB_FOLDER)
     page.add_routes(app, _WEB_FOLDER)
     add_error_handlers(app, services.observer)
-    return classify
 
 
 def _create_tracing(settings: Settings) -> Tracing | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -184,11 +184,6 @@ def is_json(content_type: bytes) -> bool:
     return parse_media_type(content_type) == b"application/json"
 
 
-def is_form(content_type: bytes) -> bool:
-    """Return True if the content type is a form, which may have files."""
-    return parse_media_type(content_type) == b"multipart/form-data"
-
-
 class RawBody:
     """A whole body that can be taken once.
 
@@ -206,19 +201,15 @@ class RawBody:
         return body or b""
 
     def to_image(self) -> Image:
-        """Return the body as one raw image.
-
-        Raises `BadRequest` if the body is empty.
-        """
-        if not self.size:
-            raise BadRequest("the body is empty; send an image")
-        body = self.take_content()
-        return body.to_ref(0, self.size) if isinstance(body, SharedBuffer) else body
+        """Return the body as one raw image. Raises `BadRequest` if the body is empty."""
+        return to_image(self.take_content(), self.size)
 
 
-def check_images(images: Sequence[object], settings: Settings) -> None:
-    """Raise `BadRequest` if a request has too many images."""
-    check_image_count(len(images), settings)
+def to_image(body: bytes | SharedBuffer, size: int) -> Image:
+    """Return a body of `size` bytes as one raw image. Raises `BadRequest` if the body is empty."""
+    if not size:
+        raise BadRequest("the body is empty; send an image")
+    return body.to_ref(0, size) if isinstance(body, SharedBuffer) else body
 
 
 def check_image_count(count: int, settings: Settings) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from fovea.service.api.bodies import ParsedBody, RawBody, check_images, parse_media_type
+from fovea.service.api.bodies import ParsedBody, RawBody, check_image_count, parse_media_type
 from fovea.service.api.forms import parse_form
 from fovea.service.api.json_bodies import parse_json_body
 from fovea.service.runners.shared_memory import SharedBuffer
@@ -36,7 +36,7 @@ async def parse_body(content_type: bytes, raw_body: RawBody, settings: Settings)
     parsed_body = await asyncio.to_thread(
         lambda: parser(raw_body.take_content(), raw_body.size, content_type)
     )
-    check_images(parsed_body.images, settings)
+    check_image_count(len(parsed_body.images), settings)
     return parsed_body
 
 

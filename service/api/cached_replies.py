@@ -8,7 +8,7 @@ cached reply bypasses ASGI (`service.http.fast_path`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -93,9 +93,7 @@ class CachedReplies:
         reply = self._replies.get(url)
         if reply is None or reply.registry_changes != self._registry.change_count:
             return None
-        if not _CONDITIONAL_HEADERS.isdisjoint(headers) or any(
-            name.startswith(b"x-forwarded") for name in headers
-        ):
+        if not _is_unconditional(headers):
             return None
         now = time.monotonic()
         if now > self._refresh_times[url]:
@@ -127,11 +125,9 @@ class CachedReplies:
         await app(scope, receive, capture_and_send)
 
     def _store_reply(self, scope: Scope, start: Message, pieces: list[bytes] | None, changes: int) -> None:
-        names = {name.lower() for name, _ in scope["headers"]}
-        is_unconditional = names.isdisjoint(_CONDITIONAL_HEADERS) and not any(
-            name.startswith(b"x-forwarded") for name in names
-        )
-        if pieces is None or start.get("status") != 200 or scope.get("query_string") or not is_unconditional:
+        if pieces is None or start.get("status") != 200 or scope.get("query_string"):
+            return
+        if not _is_unconditional({name.lower() for name, _ in scope["headers"]}):
             return
         record = self._observer.resolve_record(scope)
         if record.route not in _CACHEABLE_ROUTES or changes != self._registry.change_count:
@@ -157,6 +153,13 @@ class CachedReplies:
     def _drop_reply(self, url: bytes) -> None:
         if (old := self._replies.pop(url, None)) is not None:
             self._total_bytes -= len(old.content)
+
+
+def _is_unconditional(header_names: Collection[bytes]) -> bool:
+    """Return True if no header of a request can change the reply."""
+    return _CONDITIONAL_HEADERS.isdisjoint(header_names) and not any(
+        name.startswith(b"x-forwarded") for name in header_names
+    )
 
 
 class CachedReplyHandler:

@@ -1,301 +1,317 @@
-"""Base classes for protocol adapters.
-
-An adapter parses the request and renders the response; admission, limits and metrics are handled by
-`Services`.
-"""
+"""The one endpoint of all classification routes, over ASGI and without it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from inspect import Parameter, Signature
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any
 
-import orjson
-from fastapi import FastAPI, Query
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
-from starlette.datastructures import QueryParams
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from fovea.service.api import bodies
-from fovea.service.api.options import refuse_native_options
-from fovea.service.api.reply_schemas import build_error_responses
-from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, make_deadline_error
+from fovea.service.api.adapter import (
+    InferenceRequest,
+    ParsedRequest,
+    ProtocolAdapter,
+    Reply,
+    ReplyFormat,
+)
+from fovea.service.api.asgi_endpoint import AsgiEndpoint, RouteMatch
+from fovea.service.api.services import (
+    MAX_INLINE_LABELS,
+    Services,
+    make_deadline_error,
+    parse_time_limit,
+)
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http.api_protocol import ApiProtocol
-from fovea.service.http.fast_path import Headers
-from fovea.service.http.observer import Observer, render_error
-from fovea.service.http.request_context import get_record
+from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
-from fovea.service.runners.batch_messages import Item
-from fovea.service.runners.lane import INFINITY
+from fovea.service.runners.lane import INFINITY, Job
+from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel
-from fovea.service.settings import Settings
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A complete HTTP reply."""
-
-    content: bytes
-    headers: Mapping[str, str] = field(default_factory=dict)
-    media_type: str = "application/json"
-
-    @classmethod
-    def from_value(cls, value: Any) -> Reply:
-        """Return a reply with plain values as JSON; NaN becomes null, because JSON has no NaN."""
-        return cls(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
-
-
-@dataclass(frozen=True)
-class InferenceRequest:
-    """A classification request with its whole body."""
-
-    body: bodies.RawBody
-    headers: Headers
-    query: QueryParams
-    model: LiveModel
-    settings: Settings
-
-    @property
-    def content_type(self) -> bytes:
-        """Content type, empty if there is none."""
-        return self.headers.get(b"content-type", b"")
-
-
-class ParsedRequest(NamedTuple):
-    """A parsed request: the images, and a function that renders their results in the same order."""
-
-    images: list[Item]
-    render_reply: Callable[[Sequence[Classification]], Reply]
-    labels_per_image: int
-    """Number of labels per image in the reply; a reply with many labels is rendered in a thread."""
-    time_limit: float | None = None
-    """Time limit for the answer in seconds, if the body sets one."""
-
-
-class ProtocolAdapter(ABC):
-    """A parser of the bodies of one route."""
-
-    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
-        """Return the size limit of the body."""
-        return bodies.body_limit(settings)
-
-    @abstractmethod
-    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        """Parse a request; slow work belongs into a thread.
-
-        Raises `RequestError`.
-        """
-
-
-_BINARY_SCHEMA: Final = {"type": "string", "format": "binary"}
-
-_NO_CONTENT: Final[Mapping[str, Any]] = {}
-
-RAW_IMAGE_CONTENT: Final[Mapping[str, Any]] = {"application/octet-stream": {"schema": _BINARY_SCHEMA}}
-"""OpenAPI content of a body that is a raw image."""
-
-
-def build_form_content(field_name: str) -> Mapping[str, Any]:
-    """Return the OpenAPI content of a form with files in this field; other field names work too."""
-    files = {
-        "type": "object",
-        "properties": {field_name: {"type": "array", "items": _BINARY_SCHEMA}},
-        "required": [field_name],
-    }
-    return {"multipart/form-data": {"schema": files}}
-
-
-class ProtocolRoutes:
-    """A builder of the classification routes of one protocol."""
-
-    def __init__(
-        self, app: FastAPI, services: Services, protocol: ApiProtocol, error_type: type[BaseModel]
-    ) -> None:
-        """Create the builder; `error_type` is the type of the protocol's errors in the OpenAPI document."""
-        self._app = app
-        self._services = services
-        self._protocol = protocol
-        self._error_type = error_type
-
-    def add_endpoint(
-        self,
-        path: str,
-        adapter: ProtocolAdapter,
-        *,
-        summary: str,
-        reply_type: Any,
-        body_type: type[BaseModel] | None = None,
-        content: Mapping[str, Any] = _NO_CONTENT,
-        query_type: type[BaseModel] | None = None,
-        methods: Sequence[str] = ("POST",),
-        make_example: Callable[[str], Any] | None = None,
-    ) -> None:
-        """Answer requests to `path`, which may contain `{name}` and `{version}` of the model.
-
-        The other parameters are for the OpenAPI document only: `reply_type` is the type of a successful
-        reply, `body_type` of a JSON body and `query_type` of the query; `content` are other bodies by media
-        type. `make_example` makes a working JSON body from a base64 image.
-        """
-        if make_example:
-            content = {"application/json": {"example": make_example(self._services.example_image)}, **content}
-        for method in methods:
-            self._app.add_api_route(
-                path,
-                build_signature(path, body_type, query_type),
-                methods=[method],
-                tags=[self._protocol.name],
-                operation_id=build_operation_id(self._protocol.name, path, method),
-                summary=summary,
-                response_model=reply_type,
-                responses=build_error_responses(self._error_type),
-                openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
-            )
-            # FastAPI has documented the route. From here on the endpoint answers it, without FastAPI.
-            route = self._app.routes[-1]
-            if isinstance(route, APIRoute):
-                route.app = Endpoint(self._services, adapter, self._protocol)
-
-
-class AsgiEndpoint(ABC):
-    """The ASGI application of a route that bypasses FastAPI.
-
-    FastAPI's own error handling would treat a client that disconnects as a bug.
-    """
-
-    @abstractmethod
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
-
-
-def list_bypass_routes(app: FastAPI) -> list[APIRoute]:
-    """Return all routes that bypass FastAPI."""
-    return [
-        route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, AsgiEndpoint)
-    ]
-
-
-def build_signature(
-    path: str, body_type: type[BaseModel] | None, query_type: type[BaseModel] | None
-) -> Callable[..., None]:
-    """Return a function whose signature FastAPI reads for the OpenAPI document; it is never called."""
-
-    def stub() -> None: ...
-
-    parameter_types: dict[str, Any] = {name: str for name in ("name", "version") if f"{{{name}}}" in path}
-    if body_type:
-        parameter_types["body"] = body_type
-    if query_type:
-        parameter_types["query"] = Annotated[query_type, Query()]
-    stub.__signature__ = Signature(  # type: ignore[attr-defined]
-        [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in parameter_types.items()]
-    )
-    return stub
-
-
-def build_operation_id(tag: str, path: str, method: str) -> str:
-    """Return the id of an operation in the OpenAPI document."""
-    words = "".join(letter if letter.isalnum() else " " for letter in path).split()
-    return "_".join([tag, *words, method.lower()])
 
 
 class Endpoint(AsgiEndpoint):
-    """The ASGI application of a classification route."""
+    """The application of a classification route of any protocol."""
 
     def __init__(self, services: Services, adapter: ProtocolAdapter, protocol: ApiProtocol) -> None:
-        self._services = services
-        self.adapter = adapter
-        self.protocol = protocol
+        super().__init__(services, protocol)
+        self._adapter = adapter
+        self._json_limit = bodies.json_limit(services.settings)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            reply = await self._handle_asgi(scope, receive)
-        except RequestError as error:
-            await render_error(scope, error, self._services.observer)(scope, receive, send)
-            return
-        response = Response(reply.content, headers=dict(reply.headers), media_type=reply.media_type)
-        await response(scope, receive, send)
+    def parse_options(self, query: bytes) -> Any:
+        """Parse the query of a URL. Raises `BadRequest`."""
+        return self._adapter.parse_options(query)
 
-    async def _handle_asgi(self, scope: Scope, receive: Receive) -> Reply:
-        """Answer a request over ASGI.
+    def body_limit(self, headers: Headers) -> bodies.BodyLimit:
+        """Return the size limit of the body."""
+        return self._json_limit if self._adapter.is_json_body(headers) else self._body_limit
 
-        Raises `RequestError`, or `ClientDisconnect`.
-        """
-        services, record = self._services, get_record(scope)
-        address = ModelAddress(**scope["path_params"])
-        model = services.admit(*address, record)
-        headers = dict(scope["headers"])
-        query = QueryParams(scope["query_string"])
+    # --- without ASGI ---
 
-        async def handle_body(raw_body: bodies.RawBody, admission: Admission, deadline: float) -> Reply:
-            request = InferenceRequest(raw_body, headers, query, admission.model, services.settings)
-            return await self.handle_request(request, admission, deadline, record)
-
-        limit = self.adapter.body_limit(headers, services.settings)
-        return await services.run(scope, receive, address, model, limit, handle_body)
-
-    async def handle_request(
-        self, request: InferenceRequest, admission: Admission, deadline: float, record: RequestRecord
-    ) -> Reply:
-        """Answer a request with its whole body.
+    def open_request(
+        self, exchange: Exchange, route_match: RouteMatch, headers: Headers
+    ) -> FastHandler | None:
+        """Accept a request, or return None if its model must be loaded first.
 
         Raises `RequestError`.
         """
-        refuse_native_options(request.query)
-        parsed_request = await self.adapter.parse_request(request)
-        admission.reserve_images(len(parsed_request.images))
-        if (label_count := len(parsed_request.images) * parsed_request.labels_per_image) > MAX_INLINE_LABELS:
-            admission.reserve_answer(label_count)
-        own_deadline = (
-            record.started_at + parsed_request.time_limit if parsed_request.time_limit else INFINITY
+        services, record = self.services, exchange.record
+        record.route, record.protocol = route_match.route.path, self.protocol
+        model = services.admit(*route_match.address, record)
+        if isinstance(model, ModelVersion):
+            return None
+        if route_match.refusal:
+            raise route_match.refusal
+        raw_format = self._adapter.choose_raw_format(route_match.options, headers, model)
+        time_limit = parse_time_limit(headers, services.settings)
+        limit = self._body_limit if raw_format is not None else self.body_limit(headers)
+        limit.check(exchange.content_length)
+        services.classifier.check_capacity(model)
+        return FastHandler(self, exchange, route_match.options, headers, model, raw_format, time_limit)
+
+    # --- with the whole body ---
+
+    async def answer_body(
+        self, request: InferenceRequest, admission: Admission, deadline: float, send: Send
+    ) -> Response:
+        """Return the response to an ASGI request with its whole body. Raises `RequestError`."""
+        reply = await self.handle_request(request, admission, deadline)
+        return Response(reply.content, headers=dict(reply.headers), media_type=reply.media_type)
+
+    async def handle_request(self, request: InferenceRequest, admission: Admission, deadline: float) -> Reply:
+        """Answer a request with its whole body. Raises `RequestError`."""
+        model, record = request.model, request.record
+        reply_format = self._adapter.choose_raw_format(request.options, request.headers, model)
+        images, reply_format, time_limit = (
+            await self._adapter.parse_request(request)
+            if reply_format is None
+            else ParsedRequest([request.body.to_image()], reply_format)
         )
+        self.reserve_images(admission, len(images), reply_format)
+        own_deadline = record.started_at + time_limit if time_limit else INFINITY
         try:
-            async with asyncio.timeout_at(own_deadline) if parsed_request.time_limit else nullcontext():
-                outcomes = await self._services.classifier.classify_images(
-                    parsed_request.images,
-                    request.model,
-                    deadline=min(deadline, own_deadline),
-                    on_answer=record.add_image,
+            async with asyncio.timeout_at(own_deadline) if time_limit else nullcontext():
+                outcomes = await self.services.classifier.classify_images(
+                    images, model, deadline=min(deadline, own_deadline), on_answer=record.add_image
                 )
         except TimeoutError:
-            raise make_deadline_error(parsed_request.time_limit) from None
+            raise make_deadline_error(time_limit) from None
         # All jobs are over, so that the images are not needed any more.
-        bodies.release_images(parsed_request.images)
-        results = _require_results(outcomes, self._services.observer, record)
+        bodies.release_images(images)
+        self._check_outcomes(outcomes, record)
+        if len(outcomes) * reply_format.labels_per_image <= MAX_INLINE_LABELS:
+            return self.render_reply(outcomes, model, reply_format, record)
+        return await asyncio.to_thread(self.render_reply, outcomes, model, reply_format, record)
+
+    def reserve_images(self, admission: Admission, count: int, reply_format: ReplyFormat) -> None:
+        """Reserve the places of `count` images, and the memory of a long reply.
+
+        Raises `RequestError`.
+        """
+        admission.reserve_images(count)
+        if (label_count := count * reply_format.labels_per_image) > MAX_INLINE_LABELS:
+            admission.reserve_answer(label_count)
+
+    def _check_outcomes(
+        self, outcomes: Sequence[Classification | RequestError], record: RequestRecord
+    ) -> None:
+        """Count the errors of single images, and raise the first one if it is the answer to the request."""
+        errors = [(number, one) for number, one in enumerate(outcomes) if isinstance(one, RequestError)]
+        if len(outcomes) > 1 and self._adapter.reports_each_image:
+            answer = None
+        else:  # the answer to the request is counted when it is rendered
+            answer = errors.pop(0) if errors else None
+        for _, error in errors:
+            self.services.observer.record_image_failure(record, error.code)
+        if answer:
+            number, error = answer
+            if len(outcomes) > 1:
+                error.args = (f"image {number}: {error}",)
+            raise error
+
+    def render_reply(
+        self, outcomes: Sequence[Any], model: LiveModel, reply_format: ReplyFormat, record: RequestRecord
+    ) -> Reply:
+        """Render the outcomes of a request's images; called in a thread if there are many labels."""
         started_at = time.monotonic()
-        if parsed_request.labels_per_image * len(results) <= MAX_INLINE_LABELS:
-            reply = parsed_request.render_reply(results)
-        else:
-            reply = await asyncio.to_thread(parsed_request.render_reply, results)
-        self._services.end_stage("encode", started_at, record)
-        if headers := create_warning_headers([one.answer.warnings for one in results]):
-            reply = replace(reply, headers={**reply.headers, **headers})
+        reply = reply_format.render(outcomes, model, record)
+        self.services.end_stage("encode", started_at, record)
+        if not self._adapter.reports_each_image and (
+            headers := create_warning_headers([one.answer.warnings for one in outcomes])
+        ):
+            return reply._replace(headers={**reply.headers, **headers})
         return reply
 
 
-def _require_results(
-    outcomes: Sequence[Classification | RequestError], observer: Observer, record: RequestRecord
-) -> Sequence[Classification]:
-    """Return the results of all images, or raise the first error.
+class FastHandler:
+    """The handler of a request that bypasses ASGI (`service.http.fast_path.RequestHandler`)."""
 
-    Only the native protocol can report an error beside the results of other images.
-    """
-    results = [one for one in outcomes if isinstance(one, Classification)]
-    errors = [(number, one) for number, one in enumerate(outcomes) if isinstance(one, RequestError)]
-    for _, error in errors[1:]:
-        observer.record_image_failure(record, error.code)
-    if errors:
-        number, error = errors[0]
-        if len(outcomes) > 1:
-            error.args = (f"image {number}: {error}",)
-        raise error
-    return results
+    __slots__ = (
+        "_admission",
+        "_deadline",
+        "_endpoint",
+        "_exchange",
+        "_headers",
+        "_job",
+        "_model",
+        "_options",
+        "_raw_format",
+        "_started_at",
+        "_task",
+        "_time_limit",
+        "_timer",
+    )
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        exchange: Exchange,
+        options: Any,
+        headers: Headers,
+        model: LiveModel,
+        raw_format: ReplyFormat | None,
+        time_limit: float | None,
+    ) -> None:
+        """Start the deadline, `time_limit` seconds from now.
+
+        `raw_format` is the format of the reply to a raw image, or None if the body must be parsed.
+        """
+        self._endpoint = endpoint
+        self._exchange = exchange
+        self._options = options
+        self._headers = headers
+        self._model = model
+        self._raw_format = raw_format
+        self._time_limit = time_limit
+        self._admission = Admission(endpoint.services.classifier, model)
+        self._started_at = time.monotonic()
+        self._deadline = self._started_at + time_limit if time_limit else INFINITY
+        self._job: Job | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer = (
+            asyncio.get_running_loop().call_later(time_limit, self._on_deadline) if time_limit else None
+        )
+
+    def count_bytes(self, size: int) -> None:
+        """Reserve memory for `size` bytes of the body, as they arrive.
+
+        Raises `Overloaded`.
+        """
+        self._admission.reserve_bytes(size)
+
+    def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
+        """Process the whole body: the bytes, or the first `size` bytes of the shared buffer.
+
+        A raw image is put into the queue at once; any other body is parsed in a task. `Exchange` calls this
+        once, on the event loop, after all bytes were counted. The shared buffer stays valid until `close`
+        returns. Raises `RequestError`.
+        """
+        endpoint, record = self._endpoint, self._exchange.record
+        endpoint.services.end_stage("read", self._started_at, record)
+        if self._raw_format is None:
+            raw_body, settings = bodies.RawBody(body, size), endpoint.services.settings
+            request = InferenceRequest(raw_body, self._headers, self._options, self._model, settings, record)
+            self._run(endpoint.handle_request, request, self._admission, self._deadline)
+            return
+        image = bodies.to_image(body, size)
+        endpoint.reserve_images(self._admission, 1, self._raw_format)
+        # The batcher calls `_on_outcome` on the event loop when a runner has answered, never before
+        # `submit_image` returns: `_job` is set by then. No task is needed.
+        self._job = endpoint.services.classifier.submit_image(
+            image, self._model, self._on_outcome, deadline=self._deadline, on_answer=record.add_image
+        )
+
+    def _on_outcome(self, outcome: Classification | RequestError | Exception) -> None:
+        """Answer the request with the outcome of its raw image.
+
+        The batcher calls this once, on the event loop, and not after `close`. The job is over by then, so
+        that the answer may close this handler and give the image's memory back.
+        """
+        if isinstance(outcome, RequestError):
+            self._exchange.refuse(outcome)
+            return
+        render_reply, raw_format = self._endpoint.render_reply, self._raw_format
+        try:
+            if not isinstance(outcome, Classification):
+                raise outcome
+            assert raw_format is not None  # noqa: S101 - only raw images have a job of their own
+            if raw_format.labels_per_image > MAX_INLINE_LABELS:
+                arguments = [outcome], self._model, raw_format, self._exchange.record
+                self._run(asyncio.to_thread, render_reply, *arguments)
+                return
+            reply = render_reply([outcome], self._model, raw_format, self._exchange.record)
+        except Exception:
+            self._exchange.fail()
+        else:
+            self._exchange.answer(*reply)
+
+    def close(self) -> None:
+        """Stop the work, then release everything that the request holds.
+
+        `Exchange` calls this once, on the event loop, when the request is answered, refused, or abandoned by
+        its client. It gives the body's shared buffer back right after this method returns.
+
+        Invariant: a request's jobs are over before its memory is given back, both the shared buffer and the
+        admission. A job is over when it has left the queue, or when its result will be ignored. The order
+        matters:
+
+        * A job that is still queued could otherwise read the next request's body from the shared buffer, and
+          return its labels to this request's client.
+        * Releasing the admission gives this request's places and bytes to others, and may release the model.
+          Places of images that still wait must not be given away, and a model must not be unloaded under a
+          job.
+        """
+        try:
+            self._cancel_jobs()
+        finally:  # the reservation must end even if cancelling fails, or its places are lost for ever
+            self._admission.release()
+
+    def _cancel_jobs(self) -> None:
+        """Cancel the deadline and all work, so that every job is over when this method returns."""
+        if self._timer:
+            self._timer.cancel()
+        if self._task:
+            # `cancel` reaches the futures of `Classifier.classify_images` at once, and they cancel their
+            # jobs. The task itself ends in the next round of the event loop, and submits nothing before.
+            self._task.cancel()
+            assert self._task.done() or self._task.cancelling()  # noqa: S101 - no input is checked here
+        if job := self._job:
+            self._job = None  # breaks the reference cycle with this handler
+            if not job.is_over:
+                self._exchange.record.add_queue_time(job)
+            self._endpoint.services.classifier.cancel(job)
+            assert job.is_over  # noqa: S101 - the invariant of `close`, not a check of input
+
+    def _run(self, make_reply: Callable[..., Coroutine[Any, Any, Reply]], *arguments: object) -> None:
+        """Run `make_reply` in a task on the event loop, and answer with its result."""
+        self._task = asyncio.get_running_loop().create_task(self._answer(make_reply, *arguments))
+
+    async def _answer(
+        self, make_reply: Callable[..., Coroutine[Any, Any, Reply]], *arguments: object
+    ) -> None:
+        # Clear `_task` before each answer: answering calls `close`, which would cancel the task that is
+        # answering. All jobs of the task are over here, because `make_reply` has awaited them.
+        try:
+            reply = await make_reply(*arguments)
+        except RequestError as error:
+            self._task = None
+            self._exchange.refuse(error)
+        except Exception:
+            self._task = None
+            self._exchange.fail()
+        else:
+            self._task = None
+            self._exchange.answer(*reply)
+
+    def _on_deadline(self) -> None:
+        # The event loop calls this unless `close` came first. Refusing calls `close`, which ends the work.
+        self._exchange.refuse(make_deadline_error(self._time_limit))

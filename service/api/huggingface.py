@@ -8,7 +8,7 @@ GET /health                         → Ok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +17,21 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
 from fovea.service.api.base64_text import from_base64
-from fovea.service.api.endpoint import (
-    RAW_IMAGE_CONTENT,
-    InferenceRequest,
-    ParsedRequest,
-    ProtocolAdapter,
-    ProtocolRoutes,
-    Reply,
-)
 from fovea.service.api.json_bodies import parse_json, validate_json
+from fovea.service.api.protocol_routes import RAW_IMAGE_CONTENT, ProtocolRoutes
 from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.batch_messages import Image, ImageRequest, Item
+from fovea.service.http.request_record import RequestRecord
+from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.serving.classifier import Classification
-from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
+from fovea.service.serving.registry import LiveModel
+from fovea.service.settings import MAX_REQUEST_IMAGES
 
 PROTOCOL: Final = ApiProtocol("huggingface", render_flat_error)
 
@@ -101,47 +97,48 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 
 class _ClassifyAdapter(ProtocolAdapter):
-    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
-        is_json = bodies.is_json(headers.get(b"content-type", b""))
-        return bodies.json_limit(settings) if is_json else bodies.body_limit(settings)
+    def choose_raw_format(self, options: None, headers: Headers, model: LiveModel) -> _ScoresFormat | None:
+        return (
+            None if self.is_json_body(headers) else _choose_format(PipelineParameters(), model, is_one=True)
+        )
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        if not bodies.is_json(request.content_type):
-            return _create_request([request.body.to_image()], PipelineParameters(), request, is_one=True)
-
         def convert_value(value: Any) -> ParsedRequest:
             pipeline_request = validate_json(PipelineRequest, value)
-            is_one = isinstance(pipeline_request.inputs, str)
-            texts = (
-                [pipeline_request.inputs]
-                if isinstance(pipeline_request.inputs, str)
-                else pipeline_request.inputs
-            )
-            bodies.check_images(texts, request.settings)
+            inputs, parameters = pipeline_request.inputs, pipeline_request.parameters or PipelineParameters()
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            bodies.check_image_count(len(texts), request.settings)
             images = [from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
-            return _create_request(
-                images, pipeline_request.parameters or PipelineParameters(), request, is_one=is_one
+            scores_format = _choose_format(parameters, request.model, is_one=isinstance(inputs, str))
+            needs_logits = scores_format.function not in _OWN_FUNCTIONS[request.model.contract.task]
+            return ParsedRequest(
+                [ImageRequest(image, include_logits=True) if needs_logits else image for image in images],
+                scores_format,
             )
 
         return await parse_json(request.body, convert_value)
 
 
-def _create_request(
-    images: Sequence[Image], parameters: PipelineParameters, request: InferenceRequest, *, is_one: bool
-) -> ParsedRequest:
-    contract = request.model.contract
+class _ScoresFormat(NamedTuple):
+    """The content of a reply: the best labels and their scores for each image."""
+
+    labels_per_image: int
+    function: str
+    """Function that turns logits into scores."""
+    is_one: bool
+    """True if the reply is the list of one image, False if the reply is a list of such lists."""
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        scores = [_render_scores(one, self.function, self.labels_per_image) for one in results]
+        return Reply.from_value(scores[0] if self.is_one else scores)
+
+
+def _choose_format(parameters: PipelineParameters, model: LiveModel, *, is_one: bool) -> _ScoresFormat:
+    contract = model.contract
     top_k = min(parameters.top_k or _DEFAULT_TOP_K, len(contract.labels))
     function = parameters.function_to_apply or _OWN_FUNCTIONS[contract.task][0]
-    needs_logits = function not in _OWN_FUNCTIONS[contract.task]
-
-    def render_reply(results: Sequence[Classification]) -> Reply:
-        scores = [_render_scores(one, function, top_k) for one in results]
-        return Reply.from_value(scores[0] if is_one else scores)
-
-    items: list[Item] = [
-        ImageRequest(image, include_logits=True) if needs_logits else image for image in images
-    ]
-    return ParsedRequest(items, render_reply, top_k)
+    return _ScoresFormat(top_k, function, is_one)
 
 
 _OWN_FUNCTIONS: Final = {

@@ -168,21 +168,18 @@ class LoadRequest(BaseModel):
     parameters: LoadParameters = LoadParameters()
 
 
-def build_request_body(example_image: str) -> dict[str, Any]:
+def build_request_content(example_image: str) -> dict[str, Any]:
     """Return the three forms of a request body; `example_image` is a base64 image for the example request."""
     binary = {"type": "string", "format": "binary"}
     return {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": _COMPONENT_REF.format(model="ClassifyRequest")},
-                "example": {"images": [{"b64": example_image}], "top_k": 3},
-            },
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
-            },
-            "application/octet-stream": {"schema": binary},
+        "application/json": {
+            "schema": {"$ref": _COMPONENT_REF.format(model="ClassifyRequest")},
+            "example": {"images": [{"b64": example_image}], "top_k": 3},
         },
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
+        },
+        "application/octet-stream": {"schema": binary},
     }
 
 

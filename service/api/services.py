@@ -1,23 +1,15 @@
-"""The steps that all protocols share: admitting a request, reading the body, cancelling, and timing."""
+"""The services that all endpoints share: models, admission, time limits and stage times."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
-
-from fovea.service.api import bodies
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
-from fovea.service.http.request_context import RequestContext, get_context, get_record
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.lane import INFINITY
@@ -25,8 +17,6 @@ from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-
-_T = TypeVar("_T")
 
 MAX_INLINE_LABELS: Final = 200
 """Maximum number of labels that the event loop renders in one reply. Each label takes 2 to 10 us, including
@@ -110,47 +100,7 @@ class Services:
         record.model, record.version = model.name, model.version
         model.last_used = record.started_at
 
-    async def run(
-        self,
-        scope: Scope,
-        receive: Receive,
-        address: ModelAddress,
-        model: LiveModel | ModelVersion,
-        limit: bodies.BodyLimit,
-        handle_body: Callable[[bodies.RawBody, Admission, float], Awaitable[_T]],
-    ) -> _T:
-        """Read the body of an admitted request, and process the body with `handle_body`.
-
-        `handle_body` is called once, on the event loop, with the body, the request's admission (which has the
-        model) and the deadline in seconds of the monotonic clock. It is cancelled when the deadline passes or
-        the client disconnects. The admission is released after `handle_body` has ended, so that its jobs are
-        over by then.
-
-        Raises `RequestError`, or `ClientDisconnect`.
-        """
-        context = get_context(scope)
-        if context.has_disconnected:
-            raise ClientDisconnect
-        record = get_record(scope)
-        headers = dict(scope["headers"])
-        time_limit = parse_time_limit(headers, self.settings)
-        deadline = record.started_at + time_limit if time_limit else INFINITY
-        try:
-            async with asyncio.timeout_at(deadline) if time_limit else nullcontext():
-                bodies.check_length(headers, limit)
-                with await self._create_admission(address, model, record) as admission:
-                    raw_body = await bodies.read_body(receive, self.settings, admission.reserve_bytes, limit)
-                    encoding = headers.get(b"content-encoding", b"identity")
-                    raw_body = await bodies.decompress_body(
-                        raw_body, encoding, limit, admission.reserve_bytes
-                    )
-                    self.end_stage("read", record.started_at, record)
-                    with _DisconnectGuard(context):
-                        return await handle_body(raw_body, admission, deadline)
-        except TimeoutError:
-            raise make_deadline_error(time_limit) from None
-
-    async def _create_admission(
+    async def create_admission(
         self, address: ModelAddress, model: LiveModel | ModelVersion, record: RequestRecord
     ) -> Admission:
         """Return the admission of a request, and load its model first if necessary.
@@ -199,36 +149,3 @@ def parse_time_limit(headers: Headers, settings: Settings) -> float | None:
 def make_deadline_error(limit: float | None) -> DeadlineExceeded:
     """Return the error for a request that was not answered within `limit` seconds."""
     return DeadlineExceeded(f"the request was not answered within {limit or 0:g} s (X-Deadline-Ms)")
-
-
-class _DisconnectGuard:
-    """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
-
-    The connection sets `has_disconnected` and calls `on_disconnect`, on the event loop that also runs the
-    task. Waiting for ASGI's `receive` instead would need a task for each request.
-    """
-
-    __slots__ = ("_context", "_has_disconnected", "_task")
-
-    def __init__(self, context: RequestContext) -> None:
-        self._context = context
-        self._has_disconnected = False
-
-    def __enter__(self) -> None:
-        if self._context.has_disconnected:
-            raise ClientDisconnect
-        self._task = asyncio.current_task()
-        self._context.on_disconnect = self._cancel_task
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._context.on_disconnect = None
-        if self._has_disconnected and kind is asyncio.CancelledError and self._task:
-            self._task.uncancel()
-            raise ClientDisconnect
-
-    def _cancel_task(self) -> None:
-        # The connection calls this on the event loop, while the task is suspended. `__exit__` turns the
-        # cancellation into `ClientDisconnect`; cancellations by others, such as a deadline, pass through.
-        if self._task:
-            self._has_disconnected = True
-            self._task.cancel()

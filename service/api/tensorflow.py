@@ -22,9 +22,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
 from fovea.service.api.base64_text import from_base64
-from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, ProtocolRoutes, Reply
 from fovea.service.api.json_bodies import parse_json, validate_json
+from fovea.service.api.protocol_routes import ProtocolRoutes
 from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.request_schemas import StrictModel
 from fovea.service.api.services import Services
@@ -34,6 +35,7 @@ from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import rank_labels
@@ -229,8 +231,8 @@ def _render_tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
 class _JsonAdapter(ProtocolAdapter):
     """A parser of JSON bodies; the content type is ignored, because clients often send none."""
 
-    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
-        return bodies.json_limit(settings)
+    def is_json_body(self, headers: Headers) -> bool:
+        return True
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         return await parse_json(request.body, lambda value: self.convert_value(value, request))
@@ -253,17 +255,13 @@ class _PredictAdapter(_JsonAdapter):
         else:
             key, rows = "outputs", _parse_columns(predict_request.inputs, request)
         items = _to_items(rows, predict_request.signature_name, request)
-
-        def render_reply(results: Sequence[Classification]) -> Reply:
-            return Reply.from_value({key: [one.answer.probabilities.tolist() for one in results]})
-
-        return ParsedRequest(items, render_reply, len(request.model.contract.labels))
+        return ParsedRequest(items, _ProbabilitiesFormat(len(request.model.contract.labels), key))
 
 
 class _ClassifyAdapter(_JsonAdapter):
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
         classification_request = validate_json(ClassificationRequest, value)
-        bodies.check_images(classification_request.examples, request.settings)
+        bodies.check_image_count(len(classification_request.examples), request.settings)
         examples = [
             {**(classification_request.context or {}), **example}
             for example in classification_request.examples
@@ -271,15 +269,32 @@ class _ClassifyAdapter(_JsonAdapter):
         items = _to_items(
             _parse_rows(examples, "examples", request), classification_request.signature_name, request
         )
-
-        def render_reply(results: Sequence[Classification]) -> Reply:
-            return Reply.from_value({"result": [_rank_labels(one) for one in results]})
-
-        return ParsedRequest(items, render_reply, len(request.model.contract.labels))
+        return ParsedRequest(items, _LabelsFormat(len(request.model.contract.labels)))
 
 
-def _rank_labels(result: Classification) -> list[tuple[str, float]]:
-    return [(one.label, one.probability) for one in rank_labels(result, top_k=0)]
+class _ProbabilitiesFormat(NamedTuple):
+    """The content of a reply: the probabilities of all labels of each image."""
+
+    labels_per_image: int
+    key: str
+    """Name of the list of results."""
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        return Reply.from_value({self.key: [one.answer.probabilities.tolist() for one in results]})
+
+
+class _LabelsFormat(NamedTuple):
+    """The content of a reply: all labels of each image with their probabilities."""
+
+    labels_per_image: int
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        rankings = [rank_labels(one, top_k=0) for one in results]
+        return Reply.from_value(
+            {"result": [[(one.label, one.probability) for one in labels] for labels in rankings]}
+        )
 
 
 class _Row(NamedTuple):
@@ -293,7 +308,7 @@ class _Row(NamedTuple):
 
 
 def _parse_rows(values: list[Any], location: str, request: InferenceRequest) -> list[_Row]:
-    bodies.check_images(values, request.settings)
+    bodies.check_image_count(len(values), request.settings)
     return [_parse_row(value, f"{location}.{index}") for index, value in enumerate(values)]
 
 
@@ -312,7 +327,7 @@ def _parse_columns(inputs: Any, request: InferenceRequest) -> list[_Row]:
     row = _parse_row(inputs, "inputs")
     if not isinstance(row.value, list):
         return [row]
-    bodies.check_images(row.value, request.settings)
+    bodies.check_image_count(len(row.value), request.settings)
     return [_Row(f"{row.location}.{index}", row.name, value) for index, value in enumerate(row.value)]
 
 

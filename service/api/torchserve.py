@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import orjson
 from fastapi import FastAPI, Query
@@ -20,21 +20,19 @@ from pydantic import BaseModel
 from starlette.types import Send
 
 from fovea.service.api import bodies
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
 from fovea.service.api.base64_text import from_base64
-from fovea.service.api.body_parser import parse_body
-from fovea.service.api.endpoint import (
-    RAW_IMAGE_CONTENT,
-    InferenceRequest,
-    ParsedRequest,
-    ProtocolAdapter,
-    ProtocolRoutes,
-    Reply,
-    build_form_content,
-)
+from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
 from fovea.service.api.native.explanation_replies import parse_warnings
 from fovea.service.api.options import refuse_options
+from fovea.service.api.protocol_routes import (
+    RAW_IMAGE_CONTENT,
+    ProtocolRoutes,
+    add_endpoint_route,
+    build_form_content,
+)
 from fovea.service.api.reply_schemas import build_error_responses
 from fovea.service.api.request_schemas import ExplainOptions
 from fovea.service.api.services import Services
@@ -42,6 +40,7 @@ from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.serving.classifier import Classification
@@ -245,15 +244,13 @@ def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str
         "model": Attributions,
     }
     for path in ("/explanations/{name}", "/explanations/{name}/{version}"):
-        explain.add_image_endpoint(
+        add_endpoint_route(
             app,
-            services,
             path,
-            AnyQuery,
-            explain_image,
-            protocol=PROTOCOL.name,
-            parse=_parse_explain_body,
+            explain.ImageEndpoint(services, PROTOCOL, AnyQuery, explain_image, _parse_explain_body),
             content={**RAW_IMAGE_CONTENT, **build_form_content("data"), **_JSON_CONTENT},
+            query_type=AnyQuery,
+            response_model=None,
             tags=[PROTOCOL.name],
             summary="Explain an answer",
             responses={200: success, 403: forbidden, **errors},
@@ -261,22 +258,29 @@ def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str
 
 
 class _PredictAdapter(ProtocolAdapter):
-    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
-        is_json = bodies.is_json(headers.get(b"content-type", b""))
-        return bodies.json_limit(settings) if is_json else bodies.body_limit(settings)
+    def choose_raw_format(self, options: None, headers: Headers, model: LiveModel) -> _LabelsFormat | None:
+        return None if needs_parsing(headers.get(b"content-type", b"")) else _LabelsFormat()
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         images, is_enveloped = await _parse_images(request.content_type, request.body, request.settings)
+        return ParsedRequest(list[Item](images), _LabelsFormat(is_enveloped=is_enveloped))
 
-        def render_reply(results: Sequence[Classification]) -> Reply:
-            probabilities = [
-                {one.label: one.probability for one in rank_labels(image, top_k=_TOP_K)} for image in results
-            ]
-            if is_enveloped:
-                return Reply.from_value({"predictions": probabilities})
-            return Reply.from_value(probabilities[0] if len(probabilities) == 1 else probabilities)
 
-        return ParsedRequest(list[Item](images), render_reply, _TOP_K)
+class _LabelsFormat(NamedTuple):
+    """The content of a reply: the probability of the best labels of each image."""
+
+    labels_per_image: int = _TOP_K
+    is_enveloped: bool = False
+    """True if the results are in TorchServe's JSON envelope."""
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        probabilities = [
+            {one.label: one.probability for one in rank_labels(image, top_k=_TOP_K)} for image in results
+        ]
+        if self.is_enveloped:
+            return Reply.from_value({"predictions": probabilities})
+        return Reply.from_value(probabilities[0] if len(probabilities) == 1 else probabilities)
 
 
 async def _parse_images(
@@ -288,8 +292,6 @@ async def _parse_images(
     """
     if bodies.is_json(content_type):
         return await parse_json(raw_body, lambda value: _images_from_json(value, settings))
-    if not bodies.is_form(content_type):
-        return [raw_body.to_image()], False
     parsed_body = await parse_body(content_type, raw_body, settings)
     refuse_options(parsed_body.options)
     return parsed_body.images, False
@@ -315,7 +317,7 @@ def _images_from_json(value: Any, settings: Settings) -> tuple[list[Image], bool
     instances = value["instances"]
     if len(value) > 1 or not isinstance(instances, list) or not instances:
         raise BadRequest('the body must be {"instances": […]}, with one image or more')
-    bodies.check_images(instances, settings)
+    bodies.check_image_count(len(instances), settings)
     return [_image_from_value(one, f"instances.{place}") for place, one in enumerate(instances)], True
 
 

@@ -25,7 +25,7 @@ class RequestContext:
     origin: Origin | None = None
     """Client and address of the request; None until `Observer.prepare_scope` has run."""
     target: Any = None
-    """Target that `FastPathMiddleware` has already found, so that the endpoint need not search again."""
+    """Match of the router (`service.api.asgi_endpoint.RouteMatch`), for the endpoint that answers."""
     refusal: RequestError | None = None
     """Error with which the application must answer. The connection sets it instead of delivering the body."""
     sent_error: RequestError | None = None

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+import orjson
+
 from fovea.service.api import bodies
+from fovea.service.api.adapter import Reply
 from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import RequestError
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, rank_labels
@@ -25,10 +29,27 @@ class ReplyOptions(NamedTuple):
     top_k: int
     threshold: float | None = None
     coverage: Coverage | None = None
-    label_set_cost: int = 0
-    """Cost of the label set, in predictions."""
+    labels_per_image: int = 0
+    """Time to render the reply to one image, in predictions; the label set counts too."""
     timing: bool = False
     """True if the reply contains the stage times."""
+
+    def render(
+        self, results: Sequence[Classification | RequestError], model: LiveModel, record: RequestRecord
+    ) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`).
+
+        Several images get `results`, which may contain errors.
+        """
+        reply: dict[str, Any] = {"model": render_model_name(model)}
+        if len(results) == 1:
+            reply |= render_outcome(results[0], self)
+        else:
+            # Render the results one after the other: as plain values they take four times as much memory.
+            reply["results"] = [orjson.Fragment(orjson.dumps(render_outcome(one, self))) for one in results]
+        if self.timing:
+            reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest_stages().items()}
+        return Reply(orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: LiveModel) -> ReplyOptions:
@@ -42,9 +63,10 @@ def resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: Li
     label_count = len(model.contract.labels)
     top_k = min(top_k or label_count, label_count)
     if level is None:
-        return ReplyOptions(top_k, threshold, timing=options.timing)
+        return ReplyOptions(top_k, threshold, None, top_k, options.timing)
     coverage = find_coverage(model.contract, level)
-    return ReplyOptions(top_k, threshold, coverage, label_count // _SET_LABELS_PER_PREDICTION, options.timing)
+    cost = top_k + label_count // _SET_LABELS_PER_PREDICTION
+    return ReplyOptions(top_k, threshold, coverage, cost, options.timing)
 
 
 def render_model_name(model: LiveModel) -> dict[str, str]:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final, TypeAlias
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
+from fovea.service.api.adapter import InferenceRequest
+from fovea.service.api.asgi_endpoint import AsgiEndpoint
 from fovea.service.api.body_parser import parse_body
-from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
 from fovea.service.api.native.classification_replies import render_model_name
 from fovea.service.api.native.explanation_replies import (
     NDJSON,
@@ -31,12 +31,13 @@ from fovea.service.api.native.explanation_replies import (
     send_line,
 )
 from fovea.service.api.options import parse_query, refuse_options
+from fovea.service.api.protocol_routes import RAW_IMAGE_CONTENT, add_endpoint_route
 from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersReply, build_error_responses
 from fovea.service.api.request_schemas import ExplainOptions, MapsOptions, WeightsOptions
-from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
+from fovea.service.api.services import Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
-from fovea.service.http.observer import render_error
+from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.serving.admission import Admission
@@ -59,7 +60,7 @@ _MATRIX_PART: Final = "weight"
 
 _MODEL_PATHS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
-_BINARY_CONTENT: Final = {"schema": {"type": "string", "format": "binary"}}
+_BINARY_CONTENT: Final = RAW_IMAGE_CONTENT["application/octet-stream"]
 
 _EXPLAIN_RESPONSE: Final = {
     "model": ExplainReply,
@@ -76,26 +77,25 @@ def add_routes(app: FastAPI, services: Services) -> None:
     forbidden = {"description": "Explanations or whole weights are switched off.", "model": ErrorReply}
     error_responses: dict[int | str, dict[str, Any]] = {403: forbidden, **build_error_responses(ErrorReply)}
 
-    def add_route(
-        path: str,
-        query_type: type[BaseModel],
-        respond: Responder,
-        summary: str,
-        success_response: dict[str, Any],
-    ) -> None:
-        route_options: dict[str, Any] = {
-            "tags": ["explain"],
-            "summary": summary,
-            "responses": {200: success_response, **error_responses},
-        }
-        add_image_endpoint(app, services, path, query_type, respond, protocol="native", **route_options)
+    def add_route(path: str, query_type: type[BaseModel], respond: Responder, **route_options: Any) -> None:
+        add_endpoint_route(
+            app,
+            path,
+            ImageEndpoint(services, NATIVE, query_type, respond),
+            content=RAW_IMAGE_CONTENT,
+            query_type=query_type,
+            response_model=None,
+            tags=["explain"],
+            **route_options,
+        )
 
     for path in ("/v1/explain", *(f"{model}/explain" for model in _MODEL_PATHS)):
-        add_route(path, ExplainOptions, handlers.explain, "Explain an answer", _EXPLAIN_RESPONSE)
+        responses = {200: _EXPLAIN_RESPONSE, **error_responses}
+        add_route(path, ExplainOptions, handlers.explain, summary="Explain an answer", responses=responses)
     for model in _MODEL_PATHS:
-        add_route(
-            f"{model}/maps", MapsOptions, handlers.get_maps, "Output of a layer for an image", _ARRAY_RESPONSE
-        )
+        responses = {200: _ARRAY_RESPONSE, **error_responses}
+        summary = "Output of a layer for an image"
+        add_route(f"{model}/maps", MapsOptions, handlers.get_maps, summary=summary, responses=responses)
 
     model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
     layers_options: dict[str, Any] = {
@@ -134,86 +134,50 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return await handlers.get_weights(request.scope, name, version, query)
 
 
-def add_image_endpoint(
-    app: FastAPI,
-    services: Services,
-    path: str,
-    query_type: type[BaseModel],
-    respond: Responder,
-    *,
-    protocol: str,
-    parse: BodyParser = parse_body,
-    content: Mapping[str, Any] = RAW_IMAGE_CONTENT,
-    **route_options: Any,
-) -> None:
-    """Add a route that takes an image.
-
-    `route_options` and `content`, the types of the body, are for the OpenAPI document only.
-    """
-    for method in ("POST", "PUT"):
-        app.add_api_route(
-            path,
-            build_signature(path, None, query_type),
-            methods=[method],
-            operation_id=build_operation_id(protocol, path, method),
-            response_model=None,
-            openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
-            **route_options,
-        )
-        route = app.routes[-1]
-        if isinstance(route, APIRoute):
-            route.app = _ImageEndpoint(services, query_type, respond, parse)
-
-
-class _ImageEndpoint(AsgiEndpoint):
-    """The ASGI application of a route that takes one image."""
+class ImageEndpoint(AsgiEndpoint):
+    """The application of a route that takes one image, over ASGI only."""
 
     def __init__(
-        self, services: Services, query_type: type[BaseModel], respond: Responder, parse: BodyParser
+        self,
+        services: Services,
+        protocol: ApiProtocol,
+        query_type: type[BaseModel],
+        respond: Responder,
+        parse: BodyParser = parse_body,
     ) -> None:
-        self._services = services
+        super().__init__(services, protocol)
         self._query_type = query_type
         self._respond = respond
         self._parse = parse
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def parse_options(self, query: bytes) -> BaseModel:
+        return parse_query(self._query_type, query)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        _require_enabled(self.services)
+        return await super().answer(scope, receive, send)
+
+    async def refuse(self, scope: Scope, error: RequestError, send: Send) -> Response | None:
         record = get_record(scope)
-        response: Response | None
-        try:
-            response = await self._handle_request(scope, receive, send)
-        except RequestError as error:
-            if record.status:  # the response has started, so that the error becomes its last line
-                self._services.observer.record_failure(record, error.code)
-                await send_line(send, {"error": error.to_dict()}, more=False)
-                return
-            response = render_error(scope, error, self._services.observer)
-        if response:
-            await response(scope, receive, send)
+        if not record.status:
+            return await super().refuse(scope, error, send)
+        # The response has started, so that the error becomes its last line.
+        self.services.observer.record_failure(record, error.code)
+        await send_line(send, {"error": error.to_dict()}, more=False)
+        return None
 
-    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
-        services = self._services
-        _require_enabled(services)
-        address = ModelAddress(**scope["path_params"])
-        model = services.admit(*address, get_record(scope))
-        query = parse_query(self._query_type, scope["query_string"])
-        content_type = dict(scope["headers"]).get(b"content-type", b"")
-
-        async def handle_body(
-            raw_body: bodies.RawBody, admission: Admission, _deadline: float
-        ) -> Response | None:
-            parsed_body = await self._parse(content_type, raw_body, services.settings)
-            refuse_options(parsed_body.options, self._query_type.model_fields)
-            if len(parsed_body.images) != 1:
-                raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
-            (image,) = parsed_body.images
-            if not isinstance(image, bytes | memoryview):
-                raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
-            options = query.model_copy(update=parsed_body.options)
-            return await self._respond(admission.model, options, bytes(image), send)
-
-        return await services.run(
-            scope, receive, address, model, bodies.body_limit(services.settings), handle_body
-        )
+    async def answer_body(
+        self, request: InferenceRequest, admission: Admission, deadline: float, send: Send
+    ) -> Response | None:
+        parsed_body = await self._parse(request.content_type, request.body, request.settings)
+        refuse_options(parsed_body.options, self._query_type.model_fields)
+        if len(parsed_body.images) != 1:
+            raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
+        (image,) = parsed_body.images
+        if not isinstance(image, bytes | memoryview):
+            raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
+        options = request.options.model_copy(update=parsed_body.options)
+        return await self._respond(request.model, options, bytes(image), send)
 
 
 async def explain_label(
@@ -357,21 +321,13 @@ class _ExplainHandlers:
         seconds = parse_time_limit(dict(scope["headers"]), self._services.settings)
         try:
             async with asyncio.timeout(seconds):
-                return await self._ask_loaded_model(name, version, request)
+                model = await self._services.get_model(name, version)
+                # At once: no `await` may come between, in which the model could be unloaded.
+                with Admission(self._services.classifier, model):
+                    model.last_used = time.monotonic()
+                    return model, await self._services.layer_explainer.send_request(model, request)
         except TimeoutError:
             raise make_deadline_error(seconds) from None
-
-    async def _ask_loaded_model(
-        self, name: str, version: str | None, request: dict[str, Any]
-    ) -> tuple[LiveModel, ExplainerReply]:
-        """Ask about a model, and keep the model loaded meanwhile."""
-        model = await self._services.get_model(name, version)
-        model.acquire()  # at once: no `await` may come between, in which the model could be unloaded
-        model.last_used = time.monotonic()
-        try:
-            return model, await self._services.layer_explainer.send_request(model, request)
-        finally:
-            model.release()
 
 
 def _require_enabled(services: Services) -> None:

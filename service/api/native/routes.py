@@ -2,57 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any, Final
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 
-from fovea.service.api.native.classify import ClassifyEndpoint
+from fovea.service.api import bodies
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter
+from fovea.service.api.body_parser import needs_parsing, parse_body
+from fovea.service.api.endpoint import Endpoint
+from fovea.service.api.native.classification_replies import ReplyOptions, resolve_options
+from fovea.service.api.options import parse_query
+from fovea.service.api.protocol_routes import add_endpoint_route
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, ModelList
-from fovea.service.api.request_schemas import ClassifyOptions, build_request_body
+from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
 from fovea.service.api.services import Services
+from fovea.service.http.api_protocol import NATIVE
+from fovea.service.http.fast_path import Headers
+from fovea.service.runners.batch_messages import Item
+from fovea.service.serving.registry import LiveModel
+
+_CLASSIFY_ROUTES: Final = {
+    "default": ("/v1/classify", "the default model"),
+    "name": ("/v1/models/{name}/classify", "the newest version of a model"),
+    "version": ("/v1/models/{name}/versions/{version}/classify", "one version of a model"),
+}
+"""Path of each classification route, and the model that answers, by the end of the operation's id."""
+
+_EMPTY_BODY: Final = bodies.ParsedBody([])
+"""Body without options of its own."""
 
 
-def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
-    """Add the native routes, and return the application that answers classifications without FastAPI."""
+class _ClassifyAdapter(ProtocolAdapter):
+    reports_each_image = True
+
+    def parse_options(self, query: bytes) -> ClassifyOptions:
+        return parse_query(ClassifyOptions, query)
+
+    def is_json_body(self, headers: Headers) -> bool:
+        return False  # pydantic parses the JSON
+
+    def choose_raw_format(
+        self, options: ClassifyOptions, headers: Headers, model: LiveModel
+    ) -> ReplyOptions | None:
+        is_structured = needs_parsing(headers.get(b"content-type", b""))
+        return None if is_structured else resolve_options(options, _EMPTY_BODY, model)
+
+    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
+        parsed_body = await parse_body(request.content_type, request.body, request.settings)
+        reply_options = resolve_options(request.options, parsed_body, request.model)
+        return ParsedRequest(list[Item](parsed_body.images), reply_options)
+
+
+def add_routes(app: FastAPI, services: Services) -> None:
+    """Add the native routes."""
     classifier = services.classifier
-    body_documentation = build_request_body(services.example_image)
-
-    # FastAPI reads these signatures for the OpenAPI document, and never calls them: `ClassifyEndpoint`
-    # replaces the application of each route below, and answers the requests.
-    def by_default(options: Annotated[ClassifyOptions, Query()]) -> None:
-        """Classify one image or several with the default model."""
-
-    def by_name(name: str, options: Annotated[ClassifyOptions, Query()]) -> None:
-        """Classify one image or several with the newest version of a model."""
-
-    def by_version(name: str, version: str, options: Annotated[ClassifyOptions, Query()]) -> None:
-        """Classify one image or several with one version of a model."""
-
-    for path, signature in (
-        ("/v1/classify", by_default),
-        ("/v1/models/{name}/classify", by_name),
-        ("/v1/models/{name}/versions/{version}/classify", by_version),
-    ):
-        for method in ("POST", "PUT"):
-            app.add_api_route(
-                path,
-                signature,
-                methods=[method],
-                tags=["classify"],
-                operation_id=f"classify_{signature.__name__}_{method.lower()}",
-                summary="Classify images",
-                response_model=None,
-                responses=CLASSIFY_RESPONSES,
-                openapi_extra={"requestBody": body_documentation},
-            )
-    classify_routes = [
-        route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags
-    ]
-    endpoint = ClassifyEndpoint(services, classify_routes)
-    for route in classify_routes:
-        route.app = endpoint
+    endpoint = Endpoint(services, _ClassifyAdapter(), NATIVE)
+    for suffix, (path, model) in _CLASSIFY_ROUTES.items():
+        add_endpoint_route(
+            app,
+            path,
+            endpoint,
+            content=build_request_content(services.example_image),
+            operation=f"classify_by_{suffix}",
+            query_type=ClassifyOptions,
+            tags=["classify"],
+            summary="Classify images",
+            description=f"Classify one image or several with {model}.",
+            response_model=None,
+            responses=CLASSIFY_RESPONSES,
+        )
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
@@ -97,5 +116,3 @@ def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
     async def contract_of_version(name: str, version: str) -> Response:
         """Return the contract of one version of a model."""
         return await get_contract(name, version)
-
-    return endpoint

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
 from fovea.service.api.json_bodies import parse_json, validate_json
 from fovea.service.api.oip.schemas import InferOutput, InferRequest
 from fovea.service.api.options import check_spelling
@@ -30,12 +30,12 @@ from fovea.service.api.tensors import (
 from fovea.service.artifact.inputs import find_original_output
 from fovea.service.errors import BadRequest
 from fovea.service.http.fast_path import Headers
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import format_warnings
 from fovea.service.runners.batch_messages import Image, ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel
-from fovea.service.settings import Settings
 
 _JSON_LENGTH_HEADER: Final = "inference-header-content-length"
 
@@ -66,10 +66,9 @@ def list_outputs(model: LiveModel) -> dict[str, OutputKind]:
 class InferAdapter(ProtocolAdapter):
     """The parser of inference requests, in pure JSON or with binary tensors after the JSON."""
 
-    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
-        """Return the size limit; without the binary extension the whole body is JSON."""
-        is_binary = _JSON_LENGTH_HEADER.encode() in headers
-        return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
+    def is_json_body(self, headers: Headers) -> bool:
+        """Return True if the whole body is JSON: the request does not use the binary extension."""
+        return _JSON_LENGTH_HEADER.encode() not in headers
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         body, size = request.body.take_content(), request.body.size
@@ -148,16 +147,9 @@ def _parse_infer_request(value: Any, request: InferenceRequest, binary_data: Bin
         else row.content
         for row in rows
     ]
-
-    def render_reply(results: Sequence[Classification]) -> Reply:
-        warnings = format_warnings([one.answer.warnings for one in results])
-        return _build_reply(
-            infer_request.id, request.model, [output.render(results) for output in outputs], warnings
-        )
-
     labels = sum(output.top_k or output.width // _VALUES_PER_LABEL for output in outputs)
     microseconds = read_parameter(parameters, "timeout", 0)  # 0 means no limit, as in Triton
-    return ParsedRequest(images, render_reply, labels, microseconds / 1e6 or None)
+    return ParsedRequest(images, _InferFormat(labels, infer_request.id, outputs), microseconds / 1e6 or None)
 
 
 def _check_spelling(value: dict[str, Any]) -> None:
@@ -217,17 +209,24 @@ def _resolve_outputs(
     return outputs
 
 
-def _build_reply(
-    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]], warnings: str
-) -> Reply:
-    value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
-    if request_id is not None:
-        value["id"] = request_id
-    if warnings:
-        value["parameters"] = {"warnings": warnings}
-    value["outputs"] = [head for head, _ in outputs]
-    json_content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not any("parameters" in head for head, _ in outputs):
-        return Reply(json_content)
-    content = b"".join([json_content, *(content for _, content in outputs)])
-    return Reply(content, {_JSON_LENGTH_HEADER: str(len(json_content))}, "application/octet-stream")
+class _InferFormat(NamedTuple):
+    """The content of a reply: the requested outputs."""
+
+    labels_per_image: int
+    request_id: str | None
+    outputs: Sequence[_Output]
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+        if self.request_id is not None:
+            value["id"] = self.request_id
+        if warnings := format_warnings([one.answer.warnings for one in results]):
+            value["parameters"] = {"warnings": warnings}
+        outputs = [output.render(results) for output in self.outputs]
+        value["outputs"] = [head for head, _ in outputs]
+        json_content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+        if not any("parameters" in head for head, _ in outputs):
+            return Reply(json_content)
+        content = b"".join([json_content, *(content for _, content in outputs)])
+        return Reply(content, {_JSON_LENGTH_HEADER: str(len(json_content))}, "application/octet-stream")

@@ -17,7 +17,6 @@ from typing import Any, Final
 from fastapi import FastAPI
 
 from fovea.service import __version__
-from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, ProtocolRoutes
 from fovea.service.api.oip.infer import FLOAT_DATATYPE, InferAdapter, list_outputs
 from fovea.service.api.oip.schemas import (
     Alternatives,
@@ -30,6 +29,7 @@ from fovea.service.api.oip.schemas import (
     ServerReady,
     TensorMetadata,
 )
+from fovea.service.api.protocol_routes import RAW_IMAGE_CONTENT, ProtocolRoutes
 from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, ENCODED_DATATYPE, ModelInputs

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.datastructures import QueryParams
 
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest
 from fovea.service.api.bodies import RawBody
-from fovea.service.api.endpoint import InferenceRequest, ParsedRequest
 from fovea.service.api.oip.infer import InferAdapter
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
@@ -51,7 +51,9 @@ def make_model() -> LiveModel:
 def parse_infer_body(model: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
     """Return the parsed request. Raises `RequestError`."""
     headers = {} if header is None else {b"inference-header-content-length": header}
-    request = InferenceRequest(RawBody(body, len(body)), headers, QueryParams(), model, SETTINGS)
+    request = InferenceRequest(
+        RawBody(body, len(body)), headers, None, model, SETTINGS, RequestRecord("POST", headers)
+    )
     return asyncio.run(InferAdapter().parse_request(request))
 
 
