@@ -19,10 +19,12 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from fovea.service.api.endpoint import FastHandler
+from fovea.service.api.router import MAX_CACHED_URL_BYTES, MAX_CACHED_URLS, Router
 from fovea.service.app import Application, create_app
 from fovea.service.http.fast_path import Exchange
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.settings import Settings
+from tests.graphs import add_to_repository, build_model
 from tests.pictures import encode_image, make_jpeg
 from tests.servers import ROOT, Server
 
@@ -154,6 +156,18 @@ def test_bad_options_are_refused_after_an_unknown_model(server: Server, is_chunk
         assert send_request(server, request, is_chunked=is_chunked)[0] == status
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_long_reply_counts_towards_the_body_memory(tmp_path: Path, is_chunked: bool) -> None:
+    add_to_repository(build_model(labels=[f"label {number}" for number in range(1000)]), tmp_path)
+    limits = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
+    with Server(FOVEA_MODELS=str(tmp_path), **limits) as server:
+        for query, status in (("top_k=700", 200), ("top_k=0", 400)):
+            request = build_request(f"/v1/classify?{query}", content=IMAGE)
+            reply = send_request(server, request, is_chunked=is_chunked)
+            assert reply[0] == status, reply
+        assert "an answer with 1000 labels" in reply[1]
+
+
 # --- a protocol of its own ------------------------------------------------------------------------
 
 
@@ -231,6 +245,27 @@ def test_raw_image_of_any_protocol_takes_no_task(application: Application) -> No
             await application.classifier.close()
 
     asyncio.run(classify_images())
+
+
+def test_router_caches_a_limited_number_of_short_good_urls(application: Application) -> None:
+    router = application.fast_app
+    assert isinstance(router, Router)
+
+    def is_cached(url: bytes) -> bool:
+        route_match = router.find_match(b"POST", url)
+        assert route_match is not None
+        assert (route_match.route.path, route_match.address.name) == ("/models/{name}", "small")
+        return router.find_match(b"POST", url) is route_match
+
+    assert is_cached(b"/models/small?key=1")
+    assert not is_cached(b"/models/small?top_k=1"), "the options are bad"
+    assert not is_cached(b"/models/small?key=" + MAX_CACHED_URL_BYTES * b"1")
+    first_match = router.find_match(b"POST", b"/models/small")
+    for number in range(MAX_CACHED_URLS):
+        assert is_cached(b"/models/small?key=%d" % number)
+    assert router.find_match(b"POST", b"/models/small") is not first_match, "the cache has been emptied"
+    for method, url in ((b"GET", b"/models/small"), (b"POST", b"/nothing"), (b"POST", b"http://[")):
+        assert router.find_match(method, url) is None
 
 
 class RecordingHandler(FastHandler):
