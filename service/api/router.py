@@ -32,10 +32,9 @@ MAX_CACHED_URL_BYTES: Final = 256
 
 
 class Router:
-    """ASGI middleware around FastAPI, and the application of requests that bypass ASGI.
+    """ASGI middleware around FastAPI, and the `FastApp` of requests that bypass ASGI.
 
-    Both ways find a request's endpoint, model and options by its method and URL, in one cache
-    (`service.http.fast_path.FastApp`).
+    Both paths find the endpoint, the model and the options of a request by its method and URL, in one cache.
     """
 
     def __init__(self, app: FastAPI, services: Services, cached_replies: CachedReplies) -> None:
