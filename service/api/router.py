@@ -20,7 +20,6 @@ from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.services import ModelAddress, Services
 from fovea.service.errors import RequestError
 from fovea.service.http.fast_path import Exchange, Headers, RequestHandler
-from fovea.service.http.observer import render_error
 from fovea.service.http.paths import normalize_path
 from fovea.service.http.request_context import get_context
 
@@ -41,7 +40,6 @@ class Router:
         """Create the router after all routes were added to `app`."""
         self.shared_bodies = services.classifier.shared_bodies
         self._app = app
-        self._observer = services.observer
         self._cached_replies = cached_replies
         self._routes = [
             (route, route.app)
@@ -111,8 +109,6 @@ class Router:
         if scope["type"] != "http":
             return self._app
         context = get_context(scope)
-        if refusal := context.refusal:
-            return render_error(scope, refusal, self._observer)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):

@@ -105,15 +105,8 @@ class ResponseWriter(Protocol):
         """Refuse a request that was not admitted: at once, or later if there are too many refusals."""
 
 
-class _NullEvent:
-    """Stand-in for the event that uvicorn's protocol sets for an ASGI application. Nothing waits for it."""
-
-    def set(self) -> None:
-        """Do nothing."""
-
-
 class Exchange:
-    """One request, from its headers to its answer. It replaces uvicorn's request-response cycle."""
+    """One request, from its headers to its answer."""
 
     __slots__ = (
         "_chunks",
@@ -131,7 +124,10 @@ class Exchange:
         "shared_buffer",
     )  # fmt: skip
 
-    message_event = _NullEvent()
+    kept_bytes = 0
+    """Number of bytes that the connection accounts for: none, because the handler does."""
+    is_full = False
+    """False because reading never waits for the handler."""
 
     def __init__(
         self, writer: ResponseWriter, observer: Observer, record: RequestRecord, content_length: int
@@ -198,22 +194,24 @@ class Exchange:
             error, self._error = self._error, None
             self._writer.refuse_with_delay(self, error)
 
-    def receive_body(self, data: bytes) -> None:
-        """Store a piece of the body. A rejected or finished request discards the rest of its body."""
+    def receive_body(self, data: memoryview | bytes) -> None:
+        """Store a copy of a piece of the body. A rejected or finished request discards the rest."""
         if self._handler is None:
             return
         if self.shared_buffer:
             self.shared_buffer.view(self.received_bytes, self.received_bytes + len(data))[:] = data
         else:
-            self._chunks.append(data)
+            self._chunks.append(bytes(data))
         self.count_bytes(len(data))
 
-    def get_buffer(self, shared_buffer: SharedBuffer) -> memoryview:
-        """Return the part of the shared buffer that the next bytes of the body belong to.
+    def get_buffer(self) -> memoryview | None:
+        """Return the part of the shared buffer for the next bytes; None if the body needs no shared buffer.
 
         The kernel writes into this part, and the connection then reports the bytes with `count_bytes`.
         """
-        return shared_buffer.view(
+        if self.shared_buffer is None:
+            return None
+        return self.shared_buffer.view(
             self.received_bytes, min(self.received_bytes + _MAX_READ_BYTES, self.content_length)
         )
 

@@ -26,8 +26,6 @@ class RequestContext:
     """Client and address of the request; None until `Observer.prepare_scope` has run."""
     target: Any = None
     """Match of the router (`service.api.asgi_endpoint.RouteMatch`), for the endpoint that answers."""
-    refusal: RequestError | None = None
-    """Error with which the application must answer. The connection sets it instead of delivering the body."""
     sent_error: RequestError | None = None
     """Error with which the connection has answered in place of the application."""
     has_disconnected: bool = False

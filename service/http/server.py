@@ -13,10 +13,9 @@ from typing import Any, Final
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.server import ServerState
 
 from fovea.service.errors import Draining, StartError
-from fovea.service.http.connection import Connection
+from fovea.service.http.connection import Connection, ServerContext
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
@@ -73,11 +72,9 @@ class Server:
             asgi, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
+        self._asgi = asgi
         self._fast_app = fast_app
         self._body_memory = body_memory
-        self._refusal_limiter = RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY)
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self._server_state = ServerState()
         self._open_count = 0
         self._connect_tasks: set[asyncio.Task[object]] = set()
         self._stop_event = asyncio.Event()
@@ -97,7 +94,7 @@ class Server:
             raise StartError("the application did not start")
         self._loop = asyncio.get_running_loop()
         self._source = source
-        self._hangups = HangUpWatcher(self._loop)
+        self._context = self._create_context()
         date_task = self._loop.create_task(self._update_date())
         try:
             # Connections may arrive from here on. `on_listening` follows, because it announces the service.
@@ -107,7 +104,7 @@ class Server:
             await self._drain()
         finally:
             date_task.cancel()
-            self._hangups.close()
+            self._context.hangups.close()
             await self._lifespan.shutdown()
 
     def handle_signal(self, number: int) -> None:
@@ -145,21 +142,22 @@ class Server:
             client_socket.close()
             self._on_connection_lost()
 
-    def _create_connection(self) -> Connection:
-        return Connection(
-            self._config,
-            self._server_state,
-            self._lifespan.state,
+    def _create_context(self) -> ServerContext:
+        return ServerContext(
+            asgi=self._asgi,
+            asgi_state=self._lifespan.state,
+            fast_app=self._fast_app,
             settings=self._settings,
             lifecycle=self._lifecycle,
             observer=self._observer,
-            fast_app=self._fast_app,
             body_memory=self._body_memory,
-            hangups=self._hangups,
-            refusal_limiter=self._refusal_limiter,
-            buffer=self._buffer,
-            on_lost=self._on_connection_lost,
+            hangups=HangUpWatcher(self._loop),
+            refusal_limiter=RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY),
+            buffer=bytearray(_BUFFER_BYTES),
         )
+
+    def _create_connection(self) -> Connection:
+        return Connection(self._context, self._on_connection_lost)
 
     def _on_connection_lost(self) -> None:
         """Report that a connection is closed, to the server and to the source.
@@ -172,14 +170,10 @@ class Server:
             self._no_connections_event.set()
         self._source.report_closed()
 
-    @property
-    def _connections(self) -> list[Connection]:
-        return [one for one in self._server_state.connections if isinstance(one, Connection)]
-
     async def _update_date(self) -> None:
         """Update the Date header every second."""
         while True:
-            self._server_state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+            self._context.date_line = f"date: {formatdate(time.time(), usegmt=True)}\r\n".encode()
             await asyncio.sleep(1)
 
     # --- the end ---
@@ -188,20 +182,20 @@ class Server:
         """Shut down in order: drain, refuse new work, finish accepted work, close the connections."""
         grace, limit = self._settings.drain_grace, self._settings.drain_limit
         self._lifecycle.phase = Phase.DRAINING
-        for connection in self._connections:
+        for connection in list(self._context.connections):
             connection.close_after_answer()
         await _wait_for_event(grace, self._skip_grace_event)
         self._skip_grace_event.set()
         self._lifecycle.phase = Phase.REFUSING
-        answer_futures = (connection.get_answer_future() for connection in self._connections)
+        answer_futures = (connection.get_answer_future() for connection in list(self._context.connections))
         all_finished = await self._finish_requests(
-            {*self._server_state.tasks, *filter(None, answer_futures)}, limit
+            {*self._context.tasks, *filter(None, answer_futures)}, limit
         )
         # Stop the source only now: until here, new requests are answered or refused with 503.
         await self._source.stop()
         if self._connect_tasks:
             await asyncio.wait(self._connect_tasks)
-        for connection in self._connections:
+        for connection in list(self._context.connections):
             # Connections that were still being set up have arrived by now.
             connection.close_if_idle()
         if self._open_count and all_finished:
@@ -228,13 +222,13 @@ class Server:
     async def _cancel_requests(self) -> None:
         """Answer the unfinished requests with an error, then cancel their tasks."""
         error = Draining("the service has stopped before this request was finished", retry_after=1.0)
-        lost_count = sum(connection.close_now(error) for connection in self._connections)
+        lost_count = sum(connection.close_now(error) for connection in list(self._context.connections))
         if lost_count:
             log.warning("cancelled %d requests that were not finished in time", lost_count)
-        for task in self._server_state.tasks:
+        for task in self._context.tasks:
             task.cancel()
-        if self._server_state.tasks:
-            await asyncio.wait(set(self._server_state.tasks), timeout=_CANCEL_TIMEOUT)
+        if self._context.tasks:
+            await asyncio.wait(set(self._context.tasks), timeout=_CANCEL_TIMEOUT)
         if self._open_count:
             await _wait_for_event(_CANCEL_TIMEOUT, self._no_connections_event)
 

@@ -17,12 +17,14 @@ class Timer:
     that arming and disarming cost next to nothing.
     """
 
-    __slots__ = ("_handle", "_loop", "_pending_call")
+    __slots__ = ("_handle", "_loop", "_paused_call", "_pending_call")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handle: asyncio.TimerHandle | None = None
         self._pending_call: tuple[float, Callable[[], None]] | None = None
+        self._paused_call: tuple[float, Callable[[], None]] | None = None
+        """Remaining time in seconds and function of a call that is paused."""
 
     @property
     def is_armed(self) -> bool:
@@ -42,13 +44,25 @@ class Timer:
             self._handle = self._loop.call_at(due_time, self._fire)
         self._pending_call = due_time, callback
 
+    def pause(self) -> None:
+        """Stop the time of the pending call until `resume`."""
+        if self._pending_call:
+            self._paused_call = self.remaining, self._pending_call[1]
+            self._pending_call = None
+
+    def resume(self) -> None:
+        """Arm the timer again with the time that was left at `pause`, unless it was disarmed meanwhile."""
+        if self._paused_call:
+            self.arm(*self._paused_call)
+            self._paused_call = None
+
     def disarm(self) -> None:
-        """Cancel the pending call."""
-        self._pending_call = None
+        """Cancel the pending or paused call."""
+        self._pending_call = self._paused_call = None
 
     def close(self) -> None:
-        """Cancel the pending call and release the asyncio handle with its references."""
-        self._pending_call = None
+        """Cancel the call and release the asyncio handle with its references."""
+        self._pending_call = self._paused_call = None
         if self._handle:
             self._handle.cancel()
             self._handle = None

@@ -153,15 +153,12 @@ def test_oversized_headers_get_431(server: Server, oversized_request: bytes) -> 
     assert server.read_metric("fovea_errors_total", reason="header_too_large") == before + 1
 
 
-def test_pipelined_requests_of_a_connection_are_limited(server: Server) -> None:
-    before = server.read_metric("fovea_errors_total", reason="overloaded")
+def test_every_pipelined_request_is_answered(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(LIVE_REQUEST * 1000)
-        answers = [wire.read_response() for _ in range(101)]  # one at work, and a hundred waiting
-        assert {answer.status for answer in answers} == {200}
-        assert [answer.is_closing for answer in answers].index(True) == 100
-        assert wire.is_closed()
-    assert server.read_metric("fovea_errors_total", reason="overloaded") == before + 1
+        answers = [wire.read_response() for _ in range(1000)]
+    assert {answer.status for answer in answers} == {200}
+    assert not any(answer.is_closing for answer in answers)
 
 
 def test_requests_before_a_malformed_one_are_answered(server: Server) -> None:
@@ -169,6 +166,7 @@ def test_requests_before_a_malformed_one_are_answered(server: Server) -> None:
         wire.send(classify_request(make_jpeg()), LIVE_REQUEST, b"nonsense\r\n\r\n")
         assert "predictions" in wire.read_response().json
         assert wire.read_response().json == {"status": "live"}
+        assert wire.read_response().error_code == "bad_http"
         assert wire.is_closed()
 
 
@@ -291,15 +289,11 @@ def _read_cpu_seconds(server: Server) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def test_pipelined_bad_requests_are_limited(server: Server) -> None:
-    """Each is answered at once, so thousands in one packet would delay all other connections."""
+def test_pipelined_requests_do_not_delay_other_connections(server: Server) -> None:
+    """Each is refused at once, so thousands in one packet could keep the event loop from all others."""
+    before = server.read_metric("fovea_errors_total", reason="bad_request")
     with Wire(server.url) as wire:
         wire.send(5000 * classify_request(b""))
-        codes = []
-        try:
-            while True:
-                codes.append(wire.read_response().error_code)
-        except (EOFError, ConnectionResetError):
-            pass
-    assert codes[0] == "bad_request"
-    assert len(codes) <= 102
+        assert server.read_metric("fovea_errors_total", reason="bad_request") < before + 5000
+        assert {wire.read_response().error_code for _ in range(5000)} == {"bad_request"}
+    assert server.read_metric("fovea_errors_total", reason="bad_request") == before + 5000
