@@ -108,13 +108,7 @@ class RequestParser:
         stop = self._find_stop(data, start, end)
         self._pieces = []
         self.pending_bytes += stop - start
-        try:
-            self._parser.feed_data(view[start:stop])
-        except httptools.HttpParserUpgrade:
-            self._ignore_upgrade()
-        except httptools.HttpParserError as error:
-            # httptools wraps exceptions of the callbacks; the context is the original exception.
-            raise _to_request_error(error.__context__) from None
+        self._feed_httptools(view[start:stop])
         if self.pending_bytes > MAX_HEADER_BYTES:
             raise _create_too_large_error()
         self.body = b"".join(self._pieces)
@@ -125,6 +119,19 @@ class RequestParser:
         """Count `size` more bytes of a body with a Content-Length, which may have bypassed the parser."""
         self.body_bytes += size
         self.is_complete = not self.missing_bytes
+
+    def _feed_httptools(self, data: bytes | memoryview) -> None:
+        """Feed httptools. Raises `BadHttp` or `HeaderTooLarge`."""
+        offers_upgrade = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            offers_upgrade = True
+        except httptools.HttpParserError as error:
+            # httptools wraps exceptions of the callbacks; the context is the original exception.
+            raise _to_request_error(error.__context__) from None
+        if offers_upgrade:  # outside of `except`, which would replace that context
+            self._ignore_upgrade()
 
     def _find_stop(self, data: bytes | bytearray, start: int, end: int) -> int:
         """Return the position behind the next empty line, or `end`."""
@@ -159,7 +166,7 @@ class RequestParser:
         lines = [name + b": " + value + b"\r\n" for name, value in self._headers if name != b"upgrade"]
         self._parser = httptools.HttpRequestParser(self)
         self._clear()
-        self._parser.feed_data(start + b"".join(lines) + b"\r\n")
+        self._feed_httptools(start + b"".join(lines) + b"\r\n")
 
     # --- httptools' calls ---
 

@@ -124,6 +124,11 @@ def test_head_and_trailers_have_a_size_limit(stream: bytes) -> None:
             parse_stream(pieces)
 
 
+def test_head_with_an_upgrade_offer_is_checked() -> None:
+    with pytest.raises(BadHttp, match="0 Host headers"):
+        parse_stream([b"GET / HTTP/1.1\r\n" + UPGRADE + b"\r\n"])
+
+
 def test_connect_is_refused() -> None:
     with pytest.raises(BadHttp, match="no proxy"):
         parse_stream([b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n"])
