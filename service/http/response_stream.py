@@ -9,8 +9,10 @@ from typing import Final
 
 from fovea.service.resources.body_memory import BodyMemory, SlowReader
 
+_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+
 STATUS_LINES: Final = {
-    status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus
+    status: b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b"")) for status in range(100, 600)
 }
 """Status lines by status."""
 
