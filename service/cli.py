@@ -20,7 +20,8 @@ from rich.text import Text
 from fovea.service.api.native.classification_replies import ReplyOptions, render_model_name, render_outcome
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
-from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
+from fovea.service.explain.explainer import Explainer, Explanation, SeenInput
+from fovea.service.explain.messages import ExplanationRequest, Method
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.explain.explainer import Explainer, ExplanationRequest
+from fovea.service.explain.explainer import Explainer
+from fovea.service.explain.messages import ExplanationRequest
 from fovea.service.inference.engine import Engine
 from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,7 @@ from fovea.service.explain.heatmap import (
     draw_overlay,
 )
 from fovea.service.explain.layers import find_receptive_field
+from fovea.service.explain.messages import ExplanationRequest
 from fovea.service.explain.occlusion import OcclusionStep, occlude_image
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
@@ -40,29 +41,11 @@ from fovea.service.inference.preprocess import decode_image, decode_upright
 from fovea.service.inference.session import open_session, run_outputs
 from fovea.service.runners.load_messages import ProcessPlan
 
-Method: TypeAlias = Literal["auto", "cam", "occlusion"]
-
 _BATCH_SIZE: Final = 16
 """Number of masked images in one model call, which is also the step of a progress bar."""
 
 _MAX_GRID_SIDE: Final = 96
 """Longest side of a heat map that is returned as numbers."""
-
-
-@dataclass(frozen=True)
-class ExplanationRequest:
-    """Request for an explanation: the label to explain, and the method."""
-
-    method: Method = "auto"
-    label: int | None = None
-    """Index of the label in the contract; None means the most probable label."""
-    seed: int = 0
-    samples: int = 0
-    """Number of masked images of an occlusion; 0 means as many as the time allows."""
-    seconds: float = 4.0
-    """Time limit of an occlusion in seconds, if `samples` is 0."""
-    picture: bool = False
-    """True for a PNG of the photo under its heat map instead of numbers."""
 
 
 @dataclass(frozen=True)
