@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Generic
 
@@ -26,7 +26,7 @@ from fovea.service.runners.frame_stream import FrameStream
 from fovea.service.runners.frames import Frame, FrameError
 from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS
 from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
-from fovea.service.runners.messages import Failure
+from fovea.service.runners.messages import Failure, NumberedMessage
 from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ _STOP_TIMEOUT: Final = 5.0
 """Seconds that the process has to stop after its caller has left."""
 
 
+_REPLIES: Final[dict[str, type[NumberedMessage]]] = {
+    one.kind: one for one in (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
+}
+
+
 @dataclass(frozen=True)
 class ExplainerAnswer(Generic[Result]):
     """The answer to a question."""
@@ -51,14 +56,23 @@ class ExplainerAnswer(Generic[Result]):
     the event loop."""
 
 
-@dataclass
-class _PendingRequest:
-    """A question that has been asked and not yet answered."""
+@dataclass(eq=False)
+class PendingQuestion(Generic[Result]):
+    """A question of a caller, and the answer as far as it has arrived."""
 
+    model: LiveModel
+    question: Question[Result]
+    image: bytes = b""
+    on_progress: Callable[[HeatmapProgress], None] = lambda progress: None
     has_begun: bool = False
     """True once the question holds the lock of the process."""
     is_abandoned: bool = False
     """True once the caller has left."""
+    number: int = 0
+    """Number of the request; 0 before it is sent."""
+    content_size: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+    result: asyncio.Future[Result] = field(default_factory=asyncio.Future)
 
 
 class ExplainerClient:
@@ -96,54 +110,45 @@ class ExplainerClient:
         """
         if self._waiting_count >= _MAX_WAITING:
             raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
-        pending_request = _PendingRequest()
+        pending = PendingQuestion(model, question, image, on_progress)
         self._waiting_count += 1
         # The model's file must stay open as long as the process may read it, even if the caller leaves.
         # `_finish_request` releases the model.
         model.acquire()
-        task = asyncio.create_task(
-            self._run_exclusively(pending_request, model, question, image, on_progress)
-        )
+        task = asyncio.create_task(self._run_exclusively(pending))
         task.add_done_callback(partial(self._finish_request, model))
         # The task is shielded: the process may still work on the question of a caller that has left, and no
         # other question may reach it before its reply. `_leave` stops the task in order.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._leave(pending_request, task)
+            self._leave(pending, task)
             raise
 
-    async def _run_exclusively(
-        self,
-        pending_request: _PendingRequest,
-        model: LiveModel,
-        question: Question[Result],
-        image: bytes,
-        on_progress: Callable[[HeatmapProgress], None],
-    ) -> ExplainerAnswer[Result]:
+    async def _run_exclusively(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
         """Wait for the lock, and send the question to the process.
 
         The lock belongs to this task and not to the caller, who may leave at any time.
         """
         async with self._lock:
-            pending_request.has_begun = True
+            pending.has_begun = True
             self._cancel_idle_timer()
             try:
-                return await self._request_answer(pending_request, model, question, image, on_progress)
+                return await self._request_answer(pending)
             finally:
                 if self._memory and self._memory.is_claimed:
                     self.close()
                 else:
                     self._idle_timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
-    def _leave(self, pending_request: _PendingRequest, task: asyncio.Task[Any]) -> None:
+    def _leave(self, pending: PendingQuestion[Any], task: asyncio.Task[Any]) -> None:
         """Stop working for a caller that has left.
 
         A question that waits is cancelled. A question in progress is stopped, and the process is killed after
         `_STOP_TIMEOUT` seconds if it has not stopped.
         """
-        pending_request.is_abandoned = True
-        if not pending_request.has_begun:
+        pending.is_abandoned = True
+        if not pending.has_begun:
             task.cancel()
         elif self._connection and not task.done():
             self._connection.stop_request()
@@ -160,27 +165,20 @@ class ExplainerClient:
         if not task.cancelled():
             task.exception()  # marks the exception as retrieved, because the caller may have left
 
-    async def _request_answer(
-        self,
-        pending_request: _PendingRequest,
-        model: LiveModel,
-        question: Question[Result],
-        image: bytes,
-        on_progress: Callable[[HeatmapProgress], None],
-    ) -> ExplainerAnswer[Result]:
+    async def _request_answer(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
         try:
             if self._connection and self._connection.has_ended:  # while nobody asked
                 self.close()
             if self._connection is None:
-                self._reserve(model)
+                self._reserve(pending.model)
                 connection = ExplainerConnection(
                     ChildProcess("explain.process"), self._memory.decode_bytes if self._memory else None
                 )
                 await connection.connect()
                 self._connection = connection
-            if pending_request.is_abandoned:  # the caller left while the process started
+            if pending.is_abandoned:  # the caller left while the process started
                 raise asyncio.CancelledError
-            return await self._connection.send_request(model, question, image, on_progress)
+            return await self._connection.send_request(pending)
         except (OSError, EOFError, FrameError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
@@ -247,7 +245,7 @@ class ExplainerConnection(FrameStream):
         super().__init__(process)
         self._decode_bytes = decode_bytes
         self._last_number = 0
-        self._pending: _PendingReply | None = None
+        self._pending: PendingQuestion[Any] | None = None
         self._loaded_model_ids: list[int] = []
         """Ids of the models that the process has loaded and whose contracts it has, in the order of their
         last use."""
@@ -262,13 +260,7 @@ class ExplainerConnection(FrameStream):
         """True if the process has ended, also if the event loop does not know yet."""
         return self.is_lost or self.process.has_exited
 
-    async def send_request(
-        self,
-        model: LiveModel,
-        question: Question[Result],
-        image: bytes,
-        on_progress: Callable[[HeatmapProgress], None],
-    ) -> ExplainerAnswer[Result]:
+    async def send_request(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
         """Send a question and wait for its reply; `on_progress` gets the steps before it.
 
         Raises `EOFError` if the process ends, `TimeoutError` if it neither reads nor writes for
@@ -277,18 +269,19 @@ class ExplainerConnection(FrameStream):
         """
         if self.is_lost:
             raise EOFError("the process has ended")
-        self._last_number += 1
-        request = self._create_request(model, question)
+        self._last_number = pending.number = self._last_number + 1
+        pieces = self._create_request(pending).to_pieces([pending.image])
         # Before the message is sent: the reply, or the loss of the process, must find the future.
-        pending = self._pending = _PendingReply(self._last_number, question.result_type, on_progress)
+        self._pending = pending
         self._start_watchdog(_SILENCE_TIMEOUT)
-        self.send(request.to_pieces([image]))
+        self.send(pieces)
         # This wait ends: the final reply, the watchdog or the loss of the process sets the future.
         return ExplainerAnswer(await pending.result, pending.pieces)
 
-    def _create_request(self, model: LiveModel, question: Question[Any]) -> ExplainerRequest:
+    def _create_request(self, pending: PendingQuestion[Any]) -> ExplainerRequest:
         # The process drops the least recently used model in the same way as `_loaded_model_ids`, so that both
         # sides agree on which contracts the process has.
+        model, question = pending.model, pending.question
         load, model_id = model.load, model.load.model_id
         contract = None if model_id in self._loaded_model_ids else model.load_result.contract_json
         if self._decode_bytes is not None:
@@ -296,13 +289,12 @@ class ExplainerConnection(FrameStream):
         self._loaded_model_ids = [*(one for one in self._loaded_model_ids if one != model_id), model_id][
             -MAX_EXPLAINER_MODELS:
         ]
-        return ExplainerRequest(self._last_number, load, contract, question)  # type: ignore[arg-type]  # all are listed
+        return ExplainerRequest(pending.number, load, contract, question)  # type: ignore[arg-type]  # all are listed
 
     def stop_request(self) -> None:
         """Tell the process that nobody waits for the answer any more."""
         if self._pending:
-            self._pending.is_stopped = True
-            self.send(StopCommand(self._last_number).to_pieces())
+            self.send(StopCommand(self._pending.number).to_pieces())
 
     def resume_writing(self) -> None:
         """Continue writing. The process has read, so that it is alive."""
@@ -315,78 +307,47 @@ class ExplainerConnection(FrameStream):
             self._start_watchdog(_SILENCE_TIMEOUT)
 
     def _handle_frame(self, frame: Frame) -> None:
-        kinds = (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
-        kind = next((one for one in kinds if one.kind == frame.kind), ExplainerReply)
-        message = kind.from_frame(frame)
+        message = _REPLIES.get(frame.kind, ExplainerReply).from_frame(frame)
         pending = self._pending
         if pending is None or message.number != pending.number:
-            expected = f"question {pending.number}" if pending else "nothing"
-            raise FrameError(f"answered question {message.number} instead of {expected}")
+            current = f"question {pending.number}" if pending else "nothing"
+            raise FrameError(f"answered question {message.number} instead of {current}")
         match message:
             case HeatmapProgress():
                 pending.on_progress(message)
             case ContentPart():
-                pending.add_content(frame.content)
-            case ExplainerReply():
-                pending.check_reply(message)
-                self._finish(pending, message.result)
-            case Refusal():
-                self._finish(pending, error_from_dict({"code": message.code, "message": message.message}))
-            case Failure():
-                log.error("a question could not be answered: %s\n%s", message.reason, message.trace)
-                self._finish(pending, Internal("internal error; the log has it"))
+                pending.content_size += len(frame.content)
+                if pending.content_size > MAX_CONTENT_BYTES:
+                    raise FrameError(f"sent more than {MAX_CONTENT_BYTES} bytes")
+                pending.pieces.append(bytes(frame.content))
+            case ExplainerReply(_, result, content_size):
+                expected = pending.question.result_type
+                if not isinstance(result, expected) and not (result is None and pending.is_abandoned):
+                    raise FrameError(f"sent a {type(result).__name__} instead of {expected.__name__}")
+                if content_size != pending.content_size:
+                    raise FrameError(f"sent {pending.content_size} bytes instead of {content_size}")
+                self._finish(result)
+            case Refusal(_, code, text):
+                self._finish(error_from_dict({"code": code, "message": text}))
+            case Failure(_, reason, _, trace):
+                log.error("a question could not be answered: %s\n%s", reason, trace)
+                self._finish(Internal("internal error; the log has it"))
         self._extend_watchdog()
 
-    def _finish(self, pending: _PendingReply, outcome: Any) -> None:
-        self._pending = None
-        pending.set_outcome(outcome)
+    def _finish(self, outcome: Any) -> None:
+        """Give the outcome to the waiting task, unless that was cancelled."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.result.done():
+            return
+        if isinstance(outcome, Exception):
+            pending.result.set_exception(outcome)
+        else:
+            pending.result.set_result(outcome)
 
     def _handle_fault(self, error: FrameError | TimeoutError) -> None:
-        if self._pending:
-            self._pending.set_outcome(error)  # whoever waits writes the reason to the log
-        else:
+        if self._pending is None:  # otherwise the waiting task writes to the log
             log.error("the explaining process is given up: %s", repr(error))
+        self._finish(error)
 
     def _handle_lost(self, _watched_seconds: float) -> None:
-        if self._pending:
-            self._pending.set_outcome(EOFError("the process has ended"))
-
-
-class _PendingReply:
-    """The reply to a question, as far as it has arrived."""
-
-    def __init__(
-        self, number: int, result_type: type, on_progress: Callable[[HeatmapProgress], None]
-    ) -> None:
-        self.number = number
-        self.on_progress = on_progress
-        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.is_stopped = False
-        """True if the process was told that nobody waits: the reply may have no result."""
-        self.pieces: list[bytes] = []
-        self._result_type = result_type
-        self._content_size = 0
-
-    def add_content(self, content: memoryview) -> None:
-        """Add the next piece of the content. Raises `FrameError` if it is too long."""
-        self._content_size += len(content)
-        if self._content_size > MAX_CONTENT_BYTES:
-            raise FrameError(f"sent more than {MAX_CONTENT_BYTES} bytes")
-        self.pieces.append(bytes(content))
-
-    def check_reply(self, reply: ExplainerReply) -> None:
-        """Raise `FrameError` if a reply does not answer the question, or its content is not complete."""
-        is_answer = isinstance(reply.result, self._result_type)
-        if not is_answer and not (self.is_stopped and reply.result is None):
-            raise FrameError(f"sent a {type(reply.result).__name__} instead of {self._result_type.__name__}")
-        if reply.content_size != self._content_size:
-            raise FrameError(f"sent {self._content_size} bytes instead of {reply.content_size}")
-
-    def set_outcome(self, outcome: Any) -> None:
-        """Set the result or the exception, unless nobody waits any more."""
-        if self.result.done():
-            return
-        if isinstance(outcome, BaseException):
-            self.result.set_exception(outcome)
-        else:
-            self.result.set_result(outcome)
+        self._finish(EOFError("the process has ended"))

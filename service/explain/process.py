@@ -11,7 +11,6 @@ the process: the stream is out of step, and no later reply could be trusted.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import socket
 from collections import OrderedDict
@@ -24,7 +23,7 @@ import numpy as np
 
 from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
-from fovea.service.explain.explainer import Explainer, SeenInput
+from fovea.service.explain.explainer import Explainer
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import describe_layers
@@ -36,15 +35,12 @@ from fovea.service.explain.messages import (
     HeatmapProgress,
     HeatmapResult,
     HeatmapValues,
-    InputPicture,
     LayerDescription,
     LayersQuestion,
     LayersResult,
     MapsQuestion,
     MapsResult,
     ModelInput,
-    Photo,
-    PreprocessingStep,
     Refusal,
     StopCommand,
     WeightsQuestion,
@@ -189,10 +185,10 @@ class _RequestHandler:
 
         # `Explainer.explain` calls both functions on this thread, between two model calls. Partial replies
         # are therefore never sent while the final reply is written.
-        def on_start(seen_input: SeenInput) -> None:
-            inputs.append(_render_input(seen_input))
+        def on_start(model_input: ModelInput) -> None:
+            inputs.append(model_input)
             if question.has_progress:
-                self._send(HeatmapProgress(self._request_number, 0.0, 0, None, inputs[0]))
+                self._send(HeatmapProgress(self._request_number, 0.0, 0, None, model_input))
 
         def on_step(step: OcclusionStep, compute_heatmap: Callable[[], Floats]) -> None:
             if self._is_stopped():
@@ -253,20 +249,6 @@ class _RequestHandler:
         except BlockingIOError:
             return False
         return True
-
-
-def _render_input(seen_input: SeenInput) -> ModelInput:
-    """Return the model's input as the service needs it."""
-    height, width = seen_input.region.input_size
-    picture = InputPicture(
-        width,
-        height,
-        base64.b64encode(seen_input.png).decode(),
-        seen_input.region.box,
-        [PreprocessingStep(step, text) for step, text in seen_input.steps],
-    )
-    photo = Photo(seen_input.format, *seen_input.region.photo_size)
-    return ModelInput(seen_input.probabilities.tolist(), photo, seen_input.warnings, picture)
 
 
 def _render_heatmap(heatmap: Floats) -> HeatmapValues:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -38,9 +37,15 @@ _EXIT_SECONDS: Final = 5.0
 """Seconds that a process has to exit after its socket is closed, or after SIGKILL."""
 
 _PROCESS_CODE: Final = (
-    "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
+    "import signal, sys; sys.path[:] = {path!r}; "
+    "[signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]; "
+    "import fovea.service.{module} as process; process.main{arguments}"
 )
-"""Code for the new interpreter. It uses the same module path as this process."""
+"""Code for the new interpreter. It uses the same module path as this process.
+
+SIGINT and SIGTERM may reach all processes of a container. The service ends its children itself, by closing
+the sockets.
+"""
 
 
 class ChildProcess:
@@ -158,10 +163,6 @@ def prepare_child(
     `niceness` is relative to the service. The kernel's out-of-memory killer selects an expendable process
     first. The kernel enforces the limits of memory and processor time from now on.
     """
-    # Such signals may reach all processes of a container. The service ends its children itself, by closing
-    # the sockets.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     os.nice(niceness)
     if is_expendable:
         with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.explain import client
-from fovea.service.explain.client import ExplainerAnswer, ExplainerConnection
+from fovea.service.explain.client import ExplainerAnswer, ExplainerConnection, PendingQuestion
 from fovea.service.explain.messages import (
     ContentPart,
     ExplainerReply,
@@ -38,6 +38,7 @@ from fovea.service.runners.messages import Failure, NumberedMessage
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model, read_contract
+from tests.peers import replace_peer
 from tests.pictures import encode_image, make_jpeg
 from tests.poison import WRONG_NUMBER_IMAGE, BlockingImage, make_poison_environment
 from tests.raw import Wire, classify_request
@@ -110,30 +111,21 @@ def test_model_file_stays_open_until_process_has_read_it(tmp_path: Path) -> None
 # --- the explainer's stream, with the test as the process ----------------------------------------
 
 
-class _PeerProcess(ChildProcess):
-    """A child that does nothing, with a socket whose other end the test has."""
-
-    def __init__(self) -> None:
-        super().__init__("explain.process")
-        self.socket.close()
-        self.socket, self.peer = socket.socketpair()
-        self.peer.settimeout(60)
-
-
 async def _run_exchange(
     serve_peer: Callable[[socket.socket], None], use_connection: Callable[[ExplainerConnection], Any]
 ) -> Any:
     """Run `use_connection` on a process whose end of the socket `serve_peer` has, in a thread."""
-    process = _PeerProcess()
+    process = ChildProcess("explain.process")
+    peer = replace_peer(process)
     connection = ExplainerConnection(process)
     await connection.connect()
     try:
-        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, process.peer))
+        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, peer))
         outcome = await use_connection(connection)
         await peer_task
         return outcome
     finally:
-        process.peer.close()
+        peer.close()
         connection.give_up()
         process.wait_exit()
 
@@ -184,12 +176,12 @@ def test_stop_is_never_sent_within_an_image(model: LiveModel) -> None:
             upload_started.set()
 
         stop_task = asyncio.create_task(stop())
-        first_answer = await connection.send_request(model, LayersQuestion(), image, lambda progress: None)
+        first_answer = await connection.send_request(PendingQuestion(model, LayersQuestion(), image))
         await stop_task
         connection.stop_request()  # too late: no request is open
         return [
             first_answer,
-            await connection.send_request(model, LayersQuestion(), image, lambda progress: None),
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), image)),
         ]
 
     answers = asyncio.run(_run_exchange(serve_peer, work))
@@ -210,9 +202,7 @@ def test_cancelled_request_is_written_to_its_end(model: LiveModel) -> None:
         assert bytes(frame.content) == image
 
     async def work(connection: ExplainerConnection) -> None:
-        task = asyncio.create_task(
-            connection.send_request(model, LayersQuestion(), image, lambda progress: None)
-        )
+        task = asyncio.create_task(connection.send_request(PendingQuestion(model, LayersQuestion(), image)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -262,11 +252,11 @@ def test_wrong_reply_ends_the_process(model: LiveModel, name: str) -> None:
 
     async def work(connection: ExplainerConnection) -> None:
         with pytest.raises((FrameError, EOFError), match=message):
-            await connection.send_request(model, LayersQuestion(), b"", steps.append)
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), b"", steps.append))
         assert connection.is_lost
         with pytest.raises(EOFError):  # a further request fails at once
-            await connection.send_request(model, LayersQuestion(), b"", steps.append)
-        assert connection.process.wait_exit() is not None or not content
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), b"", steps.append))
+        assert not content or connection.process.wait_exit() == -signal.SIGKILL
 
     asyncio.run(_run_exchange(serve_peer, work))
     assert steps == [_PROGRESS]
@@ -287,7 +277,7 @@ def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.Monkey
     async def work(connection: ExplainerConnection) -> float:
         started_at = time.monotonic()
         with pytest.raises(TimeoutError):
-            await connection.send_request(model, LayersQuestion(), b"", lambda progress: None)
+            await connection.send_request(PendingQuestion(model, LayersQuestion()))
         has_ended.set()
         assert connection.is_lost
         return time.monotonic() - started_at
