@@ -21,8 +21,6 @@ _SITECUSTOMIZE: Final = """
 import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv):
-    from dataclasses import replace
-
     from fovea.service.runners import predictor
     from fovea.service.runners import batch_messages
 
@@ -31,7 +29,7 @@ if "runners.process" in " ".join(sys.orig_argv):
     misnumbered = []
 
     def write_report(report):
-        return write(replace(report, number=report.number + len(misnumbered)))
+        return write(report._replace(number=report.number + len(misnumbered)))
 
     batch_messages.BatchReport.to_bytes = write_report
 

@@ -42,7 +42,7 @@ _STOP_TIMEOUT: Final = 5.0
 
 
 _REPLIES: Final[dict[str, type[NumberedMessage]]] = {
-    one.kind: one for one in (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
+    one.__name__: one for one in (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
 }
 
 

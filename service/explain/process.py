@@ -79,7 +79,7 @@ def main(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as service, disconnects:
         handler = _RequestHandler(service)
         while frame := receive_frame(service):
-            if frame.kind == StopCommand.kind:
+            if frame.kind == StopCommand.__name__:
                 StopCommand.from_frame(frame)  # it crossed the final reply
                 if frame.content:
                     raise FrameError("sent a StopCommand with content")

@@ -5,15 +5,15 @@
     service → runner    DropCommand: the caller of an image in a batch has left
 
 BatchReport and Failure repeat the number of their Batch. A runner gets no batches before it has replied to
-its Setup (`service.runners.load_messages`). Batches and reports are encoded by hand, because they are on the
-way of every image.
+its Setup (`service.runners.load_messages`). Batches and reports are on the way of every image. They are named
+tuples and encoded by hand, which is faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fovea.service.errors import RequestError, error_from_dict
 from fovea.service.image_warnings import ImageWarning
@@ -50,16 +50,13 @@ def weight_of(item: Item) -> int:
     return len(item)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Images for one model.
 
     The bytes of an image are either part of the message or lie in shared memory (`SharedRef`). Bytes in
     shared memory must be complete before the batch is sent: the message is the only signal that they can be
     read.
     """
-
-    kind: ClassVar[str] = "Batch"
 
     number: int
     """Sequence number among the requests to one runner."""
@@ -96,7 +93,7 @@ class Batch:
             "separate": self.separate,
             "memory": self.reserved_bytes,
         }
-        return encode_frame(self.kind, values, inline_contents)
+        return encode_frame(type(self).__name__, values, inline_contents)
 
     @classmethod
     def from_frame(cls, frame: Frame) -> Batch:
@@ -189,11 +186,8 @@ class Answer(NamedTuple):
     """Warnings about the conversion of the image to pixels."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchReport:
+class BatchReport(NamedTuple):
     """Reply to a `Batch`: an answer or an error for each image, in order, and durations in seconds."""
-
-    kind: ClassVar[str] = "BatchReport"
 
     answers: Sequence[Answer | RequestError]
     decode_seconds: Sequence[float]
@@ -227,7 +221,7 @@ class BatchReport:
             "number": self.number,
             "logits": sum(map(len, logits)),
         }
-        return b"".join(encode_frame(self.kind, values, [*parts, *logits]))
+        return b"".join(encode_frame(type(self).__name__, values, [*parts, *logits]))
 
     @classmethod
     def from_frame(cls, frame: Frame) -> BatchReport:

@@ -116,7 +116,7 @@ class ChildProcess:
             frame = None
         if frame is None:
             return None
-        reply: Reply | Failure = (Failure if frame.kind == Failure.kind else kind).from_frame(frame)
+        reply: Reply | Failure = (Failure if frame.kind == Failure.__name__ else kind).from_frame(frame)
         if reply.number != number:
             raise FrameError(f"answered request {reply.number} instead of {number}")
         return reply

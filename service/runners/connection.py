@@ -209,9 +209,9 @@ class RunnerConnection(FrameStream):
 
         A runner that answers another request is killed, because its answers cannot be trusted.
         """
-        if frame.kind == BatchReport.kind:
+        if frame.kind == BatchReport.__name__:
             self._handle_batch_reply(BatchReport.from_frame(frame))
-        elif frame.kind == LoadReply.kind:
+        elif frame.kind == LoadReply.__name__:
             self._handle_load_reply(LoadReply.from_frame(frame))
         else:
             failure = Failure.from_frame(frame)

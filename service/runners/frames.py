@@ -86,7 +86,8 @@ def receive_frame(
     lengths = _receive_exactly(connection, _LENGTHS.size, deadline)
     if lengths is None:
         return None
-    header_size, content_size = _unpack_lengths(lengths, 0, max_bytes)
+    header_size, content_size = _LENGTHS.unpack(lengths)
+    _check_size(header_size + content_size, max_bytes)
     body = _receive_exactly(connection, header_size + content_size, deadline)
     return None if body is None else _parse_body(body, header_size)
 
@@ -115,12 +116,9 @@ def set_time_limit(connection: socket.socket, deadline: float) -> None:
     connection.settimeout(seconds)
 
 
-def _unpack_lengths(data: bytes | memoryview, start: int, max_bytes: int) -> tuple[int, int]:
-    """Return the sizes of header and content. Raises `FrameError`."""
-    header_size, content_size = _LENGTHS.unpack_from(data, start)
-    if header_size + content_size > max_bytes:
-        raise FrameError(f"sent a message of {header_size + content_size} bytes; the limit is {max_bytes}")
-    return header_size, content_size
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise FrameError(f"sent a message of {size} bytes; the limit is {max_bytes}")
 
 
 def _parse_body(body: memoryview, header_size: int) -> Frame:
@@ -159,9 +157,10 @@ class FrameDecoder:
         data = b"".join(self._pieces)
         start, self._needed_bytes = 0, _LENGTHS.size
         while len(data) - start >= _LENGTHS.size:
-            header_size, content_size = _unpack_lengths(data, start, self._max_bytes)
+            header_size, content_size = _LENGTHS.unpack_from(data, start)
             end = start + _LENGTHS.size + header_size + content_size
             if len(data) < end:
+                _check_size(header_size + content_size, self._max_bytes)
                 self._needed_bytes = end - start
                 break
             yield _parse_body(memoryview(data)[start + _LENGTHS.size : end], header_size)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Final, Literal, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from fovea.service.errors import GoldenError, ModelError, to_one_line
 from fovea.service.runners.frames import BytesLike, Frame, FrameError, encode_frame
@@ -25,14 +25,9 @@ _TypeForm: TypeAlias = Any
 class Message:
     """A message whose fields are sent as JSON. Further bytes can be sent behind it (`Frame.content`)."""
 
-    kind: ClassVar[str]
-
-    def __init_subclass__(cls) -> None:
-        cls.kind = cls.__name__
-
     def to_pieces(self, contents: Sequence[BytesLike] = ()) -> Iterator[memoryview]:
         """Yield the pieces of the encoded message. See `frames.encode_frame`."""
-        return encode_frame(self.kind, self, contents)
+        return encode_frame(type(self).__name__, self, contents)
 
     def to_bytes(self) -> bytes:
         """Return the encoded message."""
@@ -41,7 +36,7 @@ class Message:
     @classmethod
     def from_frame(cls, frame: Frame) -> Self:
         """Decode a received message. Raises `FrameError` if it is another message or a field is wrong."""
-        if frame.kind != cls.kind:
+        if frame.kind != cls.__name__:
             raise FrameError(f"sent an unexpected message {frame.kind[:40]!r}")
         message: Self = check_value(cls, frame.values)
         return message

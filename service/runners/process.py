@@ -131,12 +131,12 @@ class _Runner:
             while data := _receive_bytes(self._connection, wait=not batches):
                 for frame in decoder.feed(data):
                     match frame.kind:
-                        case Batch.kind:
+                        case Batch.__name__:
                             batches.append(Batch.from_frame(frame))
-                        case DropCommand.kind:
+                        case DropCommand.__name__:
                             drop = DropCommand.from_frame(frame)
                             drops.add((drop.batch_number, drop.image_index))
-                        case LoadRequest.kind:
+                        case LoadRequest.__name__:
                             request = LoadRequest.from_frame(frame)
                             # Before the thread starts: an `UnloadCommand` that follows must find the id.
                             self._loading_ids.add(request.load.model_id)
