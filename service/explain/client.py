@@ -270,7 +270,8 @@ class ExplainerConnection(FrameStream):
         if self.is_lost:
             raise EOFError("the process has ended")
         self._last_number = pending.number = self._last_number + 1
-        pieces = self._create_request(pending).to_pieces([pending.image])
+        # Encode before anything is recorded: a question that cannot be encoded gets no reply.
+        pieces = list(self._create_request(pending).to_pieces([pending.image]))
         # Before the message is sent: the reply, or the loss of the process, must find the future.
         self._pending = pending
         self._start_watchdog(_SILENCE_TIMEOUT)
