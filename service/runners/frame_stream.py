@@ -122,9 +122,6 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
         try:
             # Copy the bytes: the transport fills the buffer again, while answers keep views of their frames.
             for frame in self._decoder.feed(bytes(self._buffer[:nbytes])):
-                # Check before each frame: the frame before may have made `_handle_frame` give up the process.
-                if self.is_lost:
-                    return
                 self._handle_frame(frame)
         except FrameError as error:
             self._fail(error)

@@ -229,6 +229,7 @@ _WRONG_REPLIES = {
         b"".join([*ContentPart(1).to_pieces([b"xy"]), _make_reply(1).to_bytes()]),
         "sent 2 bytes instead of 0",
     ),
+    "endless content": (b"".join(ContentPart(1).to_pieces([b"x" * 999])), "sent more than 998 bytes"),
     "request": (StopCommand(1).to_bytes(), "sent an unexpected message 'StopCommand'"),
     "extra field": (
         b"".join(encode_frame("Refusal", {"number": 1, "code": "", "message": "", "more": 1})),
@@ -239,7 +240,8 @@ _WRONG_REPLIES = {
 
 
 @pytest.mark.parametrize("name", _WRONG_REPLIES)
-def test_wrong_reply_ends_the_process(model: LiveModel, name: str) -> None:
+def test_wrong_reply_ends_the_process(model: LiveModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(client, "MAX_CONTENT_BYTES", 998)
     content, message = _WRONG_REPLIES[name]
 
     def serve_peer(peer: socket.socket) -> None:
@@ -262,14 +264,15 @@ def test_wrong_reply_ends_the_process(model: LiveModel, name: str) -> None:
     assert steps == [_PROGRESS]
 
 
-def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message and each read of the process extends the time limit."""
+@pytest.mark.parametrize("steps", [0, 4])
+def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Each message of the process extends the time limit."""
     monkeypatch.setattr(client, "_SILENCE_TIMEOUT", 0.5)
     has_ended = threading.Event()
 
     def serve_peer(peer: socket.socket) -> None:
         receive_frame(peer)
-        for _ in range(4):
+        for _ in range(steps):
             peer.sendall(_PROGRESS.to_bytes())
             assert not has_ended.wait(0.25)
         assert has_ended.wait(60)
@@ -282,7 +285,7 @@ def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.Monkey
         assert connection.is_lost
         return time.monotonic() - started_at
 
-    assert 1.2 < asyncio.run(_run_exchange(serve_peer, work)) < 30
+    assert 0.25 * steps + 0.2 < asyncio.run(_run_exchange(serve_peer, work)) < 30
 
 
 # --- the runners' stream -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -240,6 +241,24 @@ def test_announced_bytes_take_no_memory_before_they_arrive() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KB
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "[",
+        '["StopCommand"]',
+        '["StopCommand",[]]',
+        '[1,{"number":1}]',
+        '"ab"',
+        '{"a":1,"b":2}',
+        "[" * 9999,
+    ],
+)
+def test_header_of_another_form_is_refused(header: str) -> None:
+    with pytest.raises(FrameError, match="sent a header that"):
+        list(FrameDecoder().feed(struct.pack("<II", len(header), 0) + header.encode()))
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -274,6 +293,25 @@ def test_message_without_a_field_is_refused(message: Message) -> None:
         del frame.values[name]
         with pytest.raises(FrameError):
             type(message).from_frame(frame)
+
+
+@pytest.mark.parametrize(
+    ("message", "name", "value"),
+    [
+        (SetupReply(0, [], "", [], []), "formats", ["PNG", 3]),
+        (ShadowTestRequest(0, LOAD, None, [], False), "image_sizes", [1, "2"]),
+        (HeatmapProgress(1, 0.5, 16, HEATMAP, None), "heatmap", {"height": 1, "width": 1, "values": [["x"]]}),
+        (LoadReply(1, MODEL), "model", {**vars(MODEL), "golden_differences": {"logits": "x"}}),
+        (LoadReply(1, MODEL), "model", {**vars(MODEL), "provider": "tpu"}),
+        (DropCommand(1, 1), "image_index", True),
+    ],
+)
+def test_wrong_value_within_a_field_is_refused(message: Message, name: str, value: Any) -> None:
+    (frame,) = decode_pieces([encode(message)])
+    assert type(message).from_frame(frame) == message
+    frame.values[name] = value
+    with pytest.raises(FrameError, match=r"^sent a"):
+        type(message).from_frame(frame)
 
 
 def test_other_message_is_refused() -> None:
