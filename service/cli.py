@@ -20,7 +20,8 @@ from rich.text import Text
 from fovea.service.api.native.classification_replies import ReplyOptions, render_model_name, render_outcome
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
-from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
+from fovea.service.explain.explainer import Explainer, Explanation
+from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
@@ -199,15 +200,15 @@ def explain_file(
         seconds=settings.explain_seconds,
         picture=True,
     )
-    seen_input, explanation = _explain_with_progress(explainer, file.read_bytes(), question)
+    model_input, explanation = _explain_with_progress(explainer, file.read_bytes(), question)
     try:
         out.write_bytes(explanation.picture)
     except OSError as error:
         raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
-    for warning in seen_input.warnings:
+    for warning in model_input.warnings:
         print(f"{warning.code}: {warning.text}")
     label_name = live_model.contract.labels[explanation.label]
-    probability = seen_input.probabilities[explanation.label]
+    probability = model_input.probabilities[explanation.label]
     print(f"{label_name}  {probability:.1%}  {_describe_method(explanation)}")
     print(f"wrote {_printable_name(out)}")
     return 0
@@ -215,18 +216,18 @@ def explain_file(
 
 def _explain_with_progress(
     explainer: Explainer, image: bytes, question: ExplanationRequest
-) -> tuple[SeenInput, Explanation]:
-    seen_inputs: list[SeenInput] = []
+) -> tuple[ModelInput, Explanation]:
+    model_inputs: list[ModelInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("masking parts of the image", total=1.0, visible=False)
         explanation = explainer.explain(
             image,
             question,
-            seen_inputs.append,
+            model_inputs.append,
             lambda step, _: bar.update(task, completed=step.progress, visible=True),
         )
-    return seen_inputs[0], explanation
+    return model_inputs[0], explanation
 
 
 def _describe_method(explanation: Explanation) -> str:

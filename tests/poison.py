@@ -29,7 +29,7 @@ if "runners.process" in " ".join(sys.orig_argv):
     misnumbered = []
 
     def write_report(report):
-        return write(report._replace(batch_number=report.batch_number + len(misnumbered)))
+        return write(report._replace(number=report.number + len(misnumbered)))
 
     batch_messages.BatchReport.to_bytes = write_report
 

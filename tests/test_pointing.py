@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.explain.explainer import Explainer, ExplanationRequest
+from fovea.service.explain.explainer import Explainer
+from fovea.service.explain.messages import ExplanationRequest
 from fovea.service.inference.engine import Engine
 from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
@@ -50,8 +51,8 @@ def measure_hit_share(explainer: Explainer, folder: Path, request: ExplanationRe
     labels = explainer.contract.labels
     count = hits = 0
     for label, quarter, picture in draw_quarters(folder):
-        _, prediction = explainer.classify_image(picture)
-        if labels[prediction.probabilities.argmax()] == label:
+        _, _, prediction = explainer.classify_image(picture)
+        if labels[np.argmax(prediction.probabilities)] == label:
             heatmap = explainer.explain(picture, request, lambda _: None, lambda *_: None).heatmap
             row, column = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
             hits += quarter == 2 * (2 * row >= heatmap.shape[0]) + (2 * column >= heatmap.shape[1])

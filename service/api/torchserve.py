@@ -25,7 +25,6 @@ from fovea.service.api.base64_text import from_base64
 from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.json_bodies import parse_json
 from fovea.service.api.native import explain
-from fovea.service.api.native.explanation_replies import parse_warnings
 from fovea.service.api.options import refuse_options
 from fovea.service.api.protocol_routes import (
     RAW_IMAGE_CONTENT,
@@ -233,9 +232,9 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str, dict[str, Any]]) -> None:
     async def explain_image(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
-        reply = await explain.explain_label(services, model, ExplainOptions(), image)
-        content = orjson.dumps([reply.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        headers = create_warning_headers([parse_warnings(reply.values)])
+        answer = await explain.explain_label(services, model, ExplainOptions(), image)
+        content = orjson.dumps([answer.result.heatmap.values], option=orjson.OPT_APPEND_NEWLINE)
+        headers = create_warning_headers([answer.result.input.warnings])
         return Response(content, headers=headers, media_type="application/json")
 
     forbidden = {"description": "Explanations are switched off.", "model": TorchServeError}

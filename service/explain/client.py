@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
-import struct
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, NamedTuple
-
-import orjson
+from typing import Any, Final, Generic
 
 from fovea.service.errors import Internal, Overloaded, error_from_dict
-from fovea.service.runners import spawn
-from fovea.service.runners.frames import MAX_PIECE_BYTES
-from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, Failure
+from fovea.service.explain.messages import (
+    MAX_CONTENT_BYTES,
+    ContentPart,
+    ExplainerReply,
+    ExplainerRequest,
+    HeatmapProgress,
+    Question,
+    Refusal,
+    Result,
+    StopCommand,
+)
+from fovea.service.runners.child_process import ChildProcess
+from fovea.service.runners.frame_stream import FrameStream
+from fovea.service.runners.frames import Frame, FrameError
+from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS
 from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
+from fovea.service.runners.messages import Failure, NumberedMessage
 from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
@@ -33,30 +40,39 @@ _SILENCE_TIMEOUT: Final = 60.0
 _STOP_TIMEOUT: Final = 5.0
 """Seconds that the process has to stop after its caller has left."""
 
-_LENGTHS: Final = struct.Struct("<II")
+
+_REPLIES: Final[dict[str, type[NumberedMessage]]] = {
+    one.__name__: one for one in (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
+}
 
 
-class ExplainerReply(NamedTuple):
-    """A reply of the explaining process."""
+@dataclass(frozen=True)
+class ExplainerAnswer(Generic[Result]):
+    """The answer to a question."""
 
-    values: dict[str, Any]
+    result: Result
     pieces: Sequence[bytes]
-    """Binary part of the reply, a picture or an array. It comes in pieces because copying all of it would
-    block the event loop."""
+    """Content of the reply, a picture or an array. It comes in pieces because copying all of it would block
+    the event loop."""
 
 
-class _ProtocolError(Exception):
-    """The process sent a message that does not answer the current question."""
+@dataclass(eq=False)
+class PendingQuestion(Generic[Result]):
+    """A question of a caller, and the answer as far as it has arrived."""
 
-
-@dataclass
-class _PendingRequest:
-    """A question that has been asked and not yet answered."""
-
+    model: LiveModel
+    question: Question[Result]
+    image: bytes = b""
+    on_progress: Callable[[HeatmapProgress], None] = lambda progress: None
     has_begun: bool = False
     """True once the question holds the lock of the process."""
     is_abandoned: bool = False
     """True once the caller has left."""
+    number: int = 0
+    """Number of the request; 0 before it is sent."""
+    content_size: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+    result: asyncio.Future[Result] = field(default_factory=asyncio.Future)
 
 
 class ExplainerClient:
@@ -74,7 +90,7 @@ class ExplainerClient:
         """Function that returns the reserved memory of the process."""
         self._lock = asyncio.Lock()
         self._waiting_count = 0
-        self._process: _Process | None = None
+        self._connection: ExplainerConnection | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         if memory:
             memory.add_claim_callback(self._end_if_idle)
@@ -82,109 +98,95 @@ class ExplainerClient:
     async def send_request(
         self,
         model: LiveModel,
-        request: dict[str, Any],
+        question: Question[Result],
         image: bytes = b"",
-        on_part: Callable[[dict[str, Any]], None] = lambda part: None,
-    ) -> ExplainerReply:
-        """Ask a question about a model and wait for the answer; `on_part` gets the partial answers.
+        on_progress: Callable[[HeatmapProgress], None] = lambda progress: None,
+    ) -> ExplainerAnswer[Result]:
+        """Ask a question about a model and wait for the answer; `on_progress` gets the steps before it.
 
         Raises `RequestError`: an error of the image or the question, `Overloaded` if too many questions wait
         or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process gets
-        a `stop` message.
+        a `StopCommand`.
         """
         if self._waiting_count >= _MAX_WAITING:
             raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
-        pending_request = _PendingRequest()
+        pending = PendingQuestion(model, question, image, on_progress)
         self._waiting_count += 1
         # The model's file must stay open as long as the process may read it, even if the caller leaves.
         # `_finish_request` releases the model.
         model.acquire()
-        task = asyncio.create_task(self._run_exclusively(pending_request, model, request, image, on_part))
+        task = asyncio.create_task(self._run_exclusively(pending))
         task.add_done_callback(partial(self._finish_request, model))
-        # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
-        # `_leave` stops the task in order.
+        # The task is shielded: the process may still work on the question of a caller that has left, and no
+        # other question may reach it before its reply. `_leave` stops the task in order.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._leave(pending_request, task)
+            self._leave(pending, task)
             raise
 
-    async def _run_exclusively(
-        self,
-        pending_request: _PendingRequest,
-        model: LiveModel,
-        request: dict[str, Any],
-        image: bytes,
-        on_part: Callable[[dict[str, Any]], None],
-    ) -> ExplainerReply:
+    async def _run_exclusively(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
         """Wait for the lock, and send the question to the process.
 
         The lock belongs to this task and not to the caller, who may leave at any time.
         """
         async with self._lock:
-            pending_request.has_begun = True
+            pending.has_begun = True
             self._cancel_idle_timer()
             try:
-                return await self._request_reply(pending_request, model, request, image, on_part)
+                return await self._request_answer(pending)
             finally:
                 if self._memory and self._memory.is_claimed:
                     self.close()
                 else:
                     self._idle_timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
-    def _leave(self, pending_request: _PendingRequest, task: asyncio.Task[ExplainerReply]) -> None:
+    def _leave(self, pending: PendingQuestion[Any], task: asyncio.Task[Any]) -> None:
         """Stop working for a caller that has left.
 
         A question that waits is cancelled. A question in progress is stopped, and the process is killed after
         `_STOP_TIMEOUT` seconds if it has not stopped.
         """
-        pending_request.is_abandoned = True
-        if not pending_request.has_begun:
+        pending.is_abandoned = True
+        if not pending.has_begun:
             task.cancel()
-        elif self._process and not task.done():
-            self._process.stop()
+        elif self._connection and not task.done():
+            self._connection.stop_request()
             loop = asyncio.get_running_loop()
             loop.call_later(
-                _STOP_TIMEOUT, lambda process: None if task.done() else process.kill(), self._process
+                _STOP_TIMEOUT,
+                lambda connection: None if task.done() else connection.give_up(),
+                self._connection,
             )
 
-    def _finish_request(self, model: LiveModel, task: asyncio.Task[ExplainerReply]) -> None:
+    def _finish_request(self, model: LiveModel, task: asyncio.Task[Any]) -> None:
         self._waiting_count -= 1
         model.release()
         if not task.cancelled():
             task.exception()  # marks the exception as retrieved, because the caller may have left
 
-    async def _request_reply(
-        self,
-        pending_request: _PendingRequest,
-        model: LiveModel,
-        request: dict[str, Any],
-        image: bytes,
-        on_part: Callable[[dict[str, Any]], None],
-    ) -> ExplainerReply:
+    async def _request_answer(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
         try:
-            if self._process and self._process.is_over:  # the process ended while nobody asked
+            if self._connection and self._connection.has_ended:  # while nobody asked
                 self.close()
-            if self._process is None:
-                self._reserve(model)
-                self._process = await _Process.start(self._memory.decode_bytes if self._memory else None)
-            if pending_request.is_abandoned:  # the caller left while the process started
+            if self._connection is None:
+                self._reserve(pending.model)
+                connection = ExplainerConnection(
+                    ChildProcess("explain.process"), self._memory.decode_bytes if self._memory else None
+                )
+                await connection.connect()
+                self._connection = connection
+            if pending.is_abandoned:  # the caller left while the process started
                 raise asyncio.CancelledError
-            reply = await self._process.send_request(model, request, image, on_part)
-        except (OSError, EOFError, TimeoutError, ValueError, _ProtocolError) as error:
+            return await self._connection.send_request(pending)
+        except (OSError, EOFError, FrameError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
             raise Internal("the process that explains died, or said nothing for too long") from None
-        except BaseException:  # the stream may end in the middle of a frame, so that nobody else may use it
-            if self._process and self._process.is_busy:
+        except BaseException:  # its reply may still come, so that nobody else may use the process
+            if self._connection and self._connection.is_busy:
                 self.close()
             raise
-        if "error" in reply.values:
-            raise error_from_dict(reply.values["error"])
-        if failure := Failure.from_dict(reply.values):
-            log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
-            raise Internal("internal error; the log has it")
-        return reply
 
     def _reserve(self, model: LiveModel) -> None:
         """Reserve the memory that the process will need.
@@ -204,7 +206,7 @@ class ExplainerClient:
 
     def _end_if_idle(self) -> None:
         """End the process, unless it is answering: `_run_exclusively` then ends it after the answer."""
-        if self._process and not self._lock.locked():
+        if self._connection and not self._lock.locked():
             self.close()
 
     def _cancel_idle_timer(self) -> None:
@@ -216,155 +218,137 @@ class ExplainerClient:
         """End the process, and release its memory reservation."""
         self._cancel_idle_timer()
         # Both fields are cleared first, so that a second call does nothing.
-        process, self._process = self._process, None
+        connection, self._connection = self._connection, None
         give_back, self._give_back = self._give_back, None
         try:
-            if process:
-                process.kill()
+            if connection:
+                connection.give_up()
+                asyncio.get_running_loop().run_in_executor(None, connection.process.wait_exit)
         finally:
             if give_back:
                 give_back()
 
 
-class _Process:
-    """One process and its socket.
+class ExplainerConnection(FrameStream):
+    """The stream to one explaining process, which answers one question at a time.
 
-    Only `send_request` and `stop` write to the socket, and never while the other one writes, so that no frame
-    is interrupted by another frame. Questions are numbered, and every reply repeats the number of its
-    question. A reply with another number, or a reply that cannot be read, raises an error. The caller must
-    then end the process, because replies can no longer be matched to questions.
+    A reply that does not belong to the question raises an error, and the process is killed: replies can no
+    longer be matched to questions.
     """
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        decode_bytes: int | None = None,
-    ) -> None:
-        """Wrap a started process.
+    def __init__(self, process: ChildProcess, decode_bytes: int | None = None) -> None:
+        """Prepare the stream to a started process.
 
         `decode_bytes` is the memory limit for decoding an image; None means the limit of all runners
         together.
         """
-        self._process = process
+        super().__init__(process)
         self._decode_bytes = decode_bytes
-        self._reader = reader
-        self._writer = writer
-        self._request_number = 0
-        """Number of the last question."""
-        self._is_sending = False
-        """True until the last question is completely written."""
-        self._is_stop_due = False
-        """True if `stop` must be sent after the question is completely written."""
-        self.is_busy = False
-        """True from the start of a question until its final reply."""
+        self._last_number = 0
+        self._pending: PendingQuestion[Any] | None = None
         self._loaded_model_ids: list[int] = []
         """Ids of the models that the process has loaded and whose contracts it has, in the order of their
         last use."""
 
-    @classmethod
-    async def start(cls, decode_bytes: int | None) -> _Process:
-        """Start the process.
+    @property
+    def is_busy(self) -> bool:
+        """True from the start of a question until its final reply."""
+        return self._pending is not None
 
-        Raises `OSError`.
+    @property
+    def has_ended(self) -> bool:
+        """True if the process has ended, also if the event loop does not know yet."""
+        return self.is_lost or self.process.has_exited
+
+    async def send_request(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
+        """Send a question and wait for its reply; `on_progress` gets the steps before it.
+
+        Raises `EOFError` if the process ends, `TimeoutError` if it neither reads nor writes for
+        `_SILENCE_TIMEOUT` seconds, `FrameError` if the reply does not belong to this question, and
+        `RequestError` if the process refuses the question.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = spawn.start_process("explain.process", [theirs.fileno()])
-        ours.setblocking(False)
-        return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
+        if self.is_lost:
+            raise EOFError("the process has ended")
+        self._last_number = pending.number = self._last_number + 1
+        # Encode before anything is recorded: a question that cannot be encoded gets no reply.
+        pieces = list(self._create_request(pending).to_pieces([pending.image]))
+        # Before the message is sent: the reply, or the loss of the process, must find the future.
+        self._pending = pending
+        self._start_watchdog(_SILENCE_TIMEOUT)
+        self.send(pieces)
+        # This wait ends: the final reply, the watchdog or the loss of the process sets the future.
+        return ExplainerAnswer(await pending.result, pending.pieces)
 
-    async def send_request(
-        self,
-        model: LiveModel,
-        request: dict[str, Any],
-        image: bytes,
-        on_part: Callable[[dict[str, Any]], None],
-    ) -> ExplainerReply:
-        """Send a question and wait for its reply; `on_part` gets the partial replies.
-
-        Raises `EOFError` or `OSError` if the process ends, `TimeoutError` if it neither reads nor writes for
-        `_SILENCE_TIMEOUT` seconds, and `ValueError` or `_ProtocolError` if the reply does not belong to this
-        question.
-        """
-        self._request_number += 1
-        self.is_busy = self._is_sending = True
-        self._is_stop_due = False
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(None) as timeout:
-
-            def extend() -> None:
-                timeout.reschedule(loop.time() + _SILENCE_TIMEOUT)
-
-            await self._write_request(model, request, image, extend)
-            # Partial replies come until the final one. Each reply proves that the process is alive.
-            while True:
-                extend()
-                reply = await self._receive_reply()
-                if reply.values.pop("number", None) != self._request_number:
-                    raise _ProtocolError(f"a reply that does not belong to question {self._request_number}")
-                if not reply.values.pop("part", False):
-                    self.is_busy = False
-                    return reply
-                on_part(reply.values)
-        raise TimeoutError
-
-    async def _write_request(
-        self, model: LiveModel, request: dict[str, Any], image: bytes, extend: Callable[[], None]
-    ) -> None:
-        """Write the whole frame; `extend` restarts the time limit after each piece."""
+    def _create_request(self, pending: PendingQuestion[Any]) -> ExplainerRequest:
         # The process drops the least recently used model in the same way as `_loaded_model_ids`, so that both
         # sides agree on which contracts the process has.
-        model_id = model.load.model_id
+        model, question = pending.model, pending.question
+        load, model_id = model.load, model.load.model_id
         contract = None if model_id in self._loaded_model_ids else model.load_result.contract_json
-        load = model.load
         if self._decode_bytes is not None:
             load = replace(load, plan=replace(load.plan, decode_bytes=self._decode_bytes))
-        values = {**request, "number": self._request_number, "load": asdict(load), "contract": contract}
-        self._write_header(values, len(image))
-        for start in range(0, len(image), MAX_PIECE_BYTES):
-            extend()
-            self._writer.write(image[start : start + MAX_PIECE_BYTES])
-            await self._writer.drain()
         self._loaded_model_ids = [*(one for one in self._loaded_model_ids if one != model_id), model_id][
             -MAX_EXPLAINER_MODELS:
         ]
-        self._is_sending = False
-        if self._is_stop_due:
-            self._write_header({"stop": self._request_number}, 0)
+        return ExplainerRequest(pending.number, load, contract, question)  # type: ignore[arg-type]  # all are listed
 
-    @property
-    def is_over(self) -> bool:
-        """Return True if the process has ended by itself."""
-        return self._process.poll() is not None
+    def stop_request(self) -> None:
+        """Tell the process that nobody waits for the answer any more."""
+        if self._pending:
+            self.send(StopCommand(self._pending.number).to_pieces())
 
-    def stop(self) -> None:
-        """Tell the process that nobody waits for the answer any more.
+    def resume_writing(self) -> None:
+        """Continue writing. The process has read, so that it is alive."""
+        self._extend_watchdog()
+        super().resume_writing()
 
-        If the question is not completely written yet, `stop` is sent after it.
-        """
-        if self._is_sending:
-            self._is_stop_due = True
-        elif self.is_busy:
-            self._write_header({"stop": self._request_number}, 0)
+    def _extend_watchdog(self) -> None:
+        self._stop_watchdog()
+        if self.is_busy:
+            self._start_watchdog(_SILENCE_TIMEOUT)
 
-    def _write_header(self, values: dict[str, Any], payload: int) -> None:
-        """Write the head of a frame; the caller writes the `payload` bytes that follow."""
-        header = orjson.dumps(values)
-        self._writer.write(_LENGTHS.pack(len(header), payload) + header)
+    def _handle_frame(self, frame: Frame) -> None:
+        message = _REPLIES.get(frame.kind, ExplainerReply).from_frame(frame)
+        pending = self._pending
+        if pending is None or message.number != pending.number:
+            current = f"question {pending.number}" if pending else "nothing"
+            raise FrameError(f"answered question {message.number} instead of {current}")
+        match message:
+            case HeatmapProgress():
+                pending.on_progress(message)
+            case ContentPart():
+                pending.content_size += len(frame.content)
+                if pending.content_size > MAX_CONTENT_BYTES:
+                    raise FrameError(f"sent more than {MAX_CONTENT_BYTES} bytes")
+                pending.pieces.append(bytes(frame.content))
+            case ExplainerReply(_, result, content_size):
+                expected = pending.question.result_type
+                if not isinstance(result, expected) and not (result is None and pending.is_abandoned):
+                    raise FrameError(f"sent a {type(result).__name__} instead of {expected.__name__}")
+                if content_size != pending.content_size:
+                    raise FrameError(f"sent {pending.content_size} bytes instead of {content_size}")
+                self._finish(result)
+            case Refusal(_, code, text):
+                self._finish(error_from_dict({"code": code, "message": text}))
+            case Failure(_, reason, _, trace):
+                log.error("a question could not be answered: %s\n%s", reason, trace)
+                self._finish(Internal("internal error; the log has it"))
+        self._extend_watchdog()
 
-    async def _receive_reply(self) -> ExplainerReply:
-        header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
-        values = orjson.loads(await self._reader.readexactly(header))
-        if not isinstance(values, dict):
-            raise _ProtocolError("a reply that is not an object")
-        sizes = (min(MAX_PIECE_BYTES, payload - start) for start in range(0, payload, MAX_PIECE_BYTES))
-        return ExplainerReply(values, [await self._reader.readexactly(size) for size in sizes])
+    def _finish(self, outcome: Any) -> None:
+        """Give the outcome to the waiting task, unless that was cancelled."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.result.done():
+            return
+        if isinstance(outcome, Exception):
+            pending.result.set_exception(outcome)
+        else:
+            pending.result.set_result(outcome)
 
-    def kill(self) -> None:
-        """Kill the process."""
-        self._process.kill()
-        self._writer.transport.abort()
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+    def _handle_fault(self, error: FrameError | TimeoutError) -> None:
+        if self._pending is None:  # otherwise the waiting task writes to the log
+            log.error("the explaining process is given up: %s", repr(error))
+        self._finish(error)
+
+    def _handle_lost(self, _watched_seconds: float) -> None:
+        self._finish(EOFError("the process has ended"))

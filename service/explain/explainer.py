@@ -6,11 +6,12 @@ The maps are computed with plain ONNX Runtime, without gradients. The code runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -30,8 +31,14 @@ from fovea.service.explain.heatmap import (
     draw_overlay,
 )
 from fovea.service.explain.layers import find_receptive_field
+from fovea.service.explain.messages import (
+    ExplanationRequest,
+    InputPicture,
+    ModelInput,
+    Photo,
+    PreprocessingStep,
+)
 from fovea.service.explain.occlusion import OcclusionStep, occlude_image
-from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.engine import Floats
@@ -40,45 +47,11 @@ from fovea.service.inference.preprocess import decode_image, decode_upright
 from fovea.service.inference.session import open_session, run_outputs
 from fovea.service.runners.load_messages import ProcessPlan
 
-Method: TypeAlias = Literal["auto", "cam", "occlusion"]
-
 _BATCH_SIZE: Final = 16
 """Number of masked images in one model call, which is also the step of a progress bar."""
 
 _MAX_GRID_SIDE: Final = 96
 """Longest side of a heat map that is returned as numbers."""
-
-
-@dataclass(frozen=True)
-class ExplanationRequest:
-    """Request for an explanation: the label to explain, and the method."""
-
-    method: Method = "auto"
-    label: int | None = None
-    """Index of the label in the contract; None means the most probable label."""
-    seed: int = 0
-    samples: int = 0
-    """Number of masked images of an occlusion; 0 means as many as the time allows."""
-    seconds: float = 4.0
-    """Time limit of an occlusion in seconds, if `samples` is 0."""
-    picture: bool = False
-    """True for a PNG of the photo under its heat map instead of numbers."""
-
-
-@dataclass(frozen=True)
-class SeenInput:
-    """The model's input, and the answer to it."""
-
-    format: str
-    region: InputRegion
-    png: bytes
-    """Exact input of the model as a PNG."""
-    steps: list[tuple[str, str]]
-    """Names and descriptions of the preprocessing steps, as in `DecodeTrace.steps`."""
-    probabilities: Floats
-    """Probabilities, float32 (labels,)."""
-    warnings: Sequence[ImageWarning] = ()
-    """Warnings about the preprocessing."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +96,8 @@ class Explainer:
             self._cam = to_one_line(error)
             self._session = open_session(model, plan.provider, plan.max_threads)
 
-    def classify_image(self, image: bytes) -> tuple[Pixels, SeenInput]:
-        """Decode an image and classify it.
+    def classify_image(self, image: bytes) -> tuple[Pixels, InputRegion, ModelInput]:
+        """Decode an image and classify it. Return the pixels, their region of the photo, and the answer.
 
         Raises the errors of `decode_image`.
         """
@@ -141,21 +114,18 @@ class Explainer:
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
         region = InputRegion((decoded_image.width, decoded_image.height), trace.crop_box, pixels.shape[:2])
-        seen_input = SeenInput(
-            decoded_image.format,
-            region,
-            _encode_png(pixels),
-            trace.steps,
-            probabilities,
-            warnings=decoded_image.warnings,
-        )
-        return pixels, seen_input
+        height, width = region.input_size
+        steps = [PreprocessingStep(*step) for step in trace.steps]
+        picture = InputPicture(width, height, _encode_png(pixels), region.box, steps)
+        photo = Photo(decoded_image.format, *region.photo_size)
+        model_input = ModelInput(probabilities.tolist(), photo, decoded_image.warnings, picture)
+        return pixels, region, model_input
 
     def explain(
         self,
         image: bytes,
         request: ExplanationRequest,
-        on_start: Callable[[SeenInput], None],
+        on_start: Callable[[ModelInput], None],
         on_step: Callable[[OcclusionStep, Callable[[], Floats]], None],
     ) -> Explanation:
         """Explain one image.
@@ -169,22 +139,22 @@ class Explainer:
         """
         if request.method == "cam":
             self._require_cam()
-        pixels, seen_input = self.classify_image(image)
-        if request.picture and max(seen_input.region.photo_size) > MAX_PHOTO_SIDE:
+        pixels, region, model_input = self.classify_image(image)
+        if request.picture and max(region.photo_size) > MAX_PHOTO_SIDE:
             raise BadRequest(
-                f"the photo has a side of {max(seen_input.region.photo_size)} pixels; a picture may have at "
+                f"the photo has a side of {max(region.photo_size)} pixels; a picture may have at "
                 f"most {MAX_PHOTO_SIDE}; ask for format=json"
             )
-        on_start(seen_input)
-        label = int(seen_input.probabilities.argmax()) if request.label is None else request.label
-        grid = compute_grid_size(seen_input.region.photo_size, _MAX_GRID_SIDE)
+        on_start(model_input)
+        label = int(np.argmax(model_input.probabilities)) if request.label is None else request.label
+        grid = compute_grid_size(region.photo_size, _MAX_GRID_SIDE)
         samples = 0
         note = None
         if isinstance(self._cam, str) or request.method == "occlusion":
             for step in self._run_occlusion(pixels, label, request):
                 heatmap = self._create_even_heatmap(step.heatmap)
                 samples = step.samples
-                on_step(step, partial(heatmap.project_to_grid, seen_input.region, grid))
+                on_step(step, partial(heatmap.project_to_grid, region, grid))
             note = self._cam if isinstance(self._cam, str) else None
         else:
             heatmap = Heatmap(self.compute_class_map(pixels, label), *self._centres)
@@ -193,11 +163,9 @@ class Explainer:
         picture = b""
         if request.picture:
             photo = decode_upright(image, max_pixels=self._image_pixels, memory=self._memory)
-            picture = draw_overlay(photo, heatmap, seen_input.region)
+            picture = draw_overlay(photo, heatmap, region)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
-        return Explanation(
-            label, method, note, samples, heatmap.project_to_grid(seen_input.region, grid), picture
-        )
+        return Explanation(label, method, note, samples, heatmap.project_to_grid(region, grid), picture)
 
     @property
     def has_cam(self) -> bool:
@@ -259,7 +227,8 @@ class Explainer:
         return [np.asarray(values, np.float32) for values in run_outputs(self._session, names, batch)]
 
 
-def _encode_png(pixels: Pixels) -> bytes:
+def _encode_png(pixels: Pixels) -> str:
+    """Return a PNG as base64."""
     content = BytesIO()
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
-    return content.getvalue()
+    return b64encode(content.getvalue()).decode()

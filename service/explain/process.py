@@ -5,49 +5,62 @@ It has the lowest priority, and if it is killed, only one explanation is lost. T
 one computes heat maps, the other reads layers, so that requests for layers need not wait for the end of an
 occlusion.
 
-    service → process    a request: JSON with its `number`, its kind in `ask`, and an image
-    process → service    partial replies, marked `part`; then the final reply, or `error` or `failure`
-    service → process    `stop` and the request's number, if the caller has left before the final reply
-
-Every reply repeats the number of its request. A message that is neither a request nor a `stop` ends the
-process: the stream is out of step, and no later reply could be trusted.
+`service.explain.messages` holds the messages. A message that is neither a request nor a `StopCommand` ends
+the process: the stream is out of step, and no later reply could be trusted.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import os
-import signal
 import socket
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
 from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
-from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenInput
+from fovea.service.explain.explainer import Explainer
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import describe_layers
+from fovea.service.explain.messages import (
+    ContentPart,
+    ExplainerReply,
+    ExplainerRequest,
+    ExplanationRequest,
+    HeatmapProgress,
+    HeatmapResult,
+    HeatmapValues,
+    LayerDescription,
+    LayersQuestion,
+    LayersResult,
+    MapsQuestion,
+    MapsResult,
+    ModelInput,
+    Refusal,
+    StopCommand,
+    WeightsQuestion,
+    WeightsResult,
+)
 from fovea.service.explain.occlusion import OcclusionStep
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
-from fovea.service.runners.frames import receive_message, send_message
-from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, Failure, LoadCommand
+from fovea.service.runners.child_process import prepare_child
+from fovea.service.runners.frames import MAX_PIECE_BYTES, FrameError, receive_frame
+from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS, LoadCommand
+from fovea.service.runners.messages import Failure, NumberedMessage
 
 _NICE: Final = 19
 """Niceness, the highest there is; runners have 5. Four callers on two processors got 295 requests per second
 beside an occlusion with niceness 10, 627 with 19, and 745 without an occlusion."""
 
-_Reply: TypeAlias = tuple[dict[str, Any], bytes]
-"""JSON values and binary content of a reply."""
+_Answer: TypeAlias = tuple[HeatmapResult | MapsResult | WeightsResult | LayersResult, bytes]
+"""Result and content of a reply."""
 
 
 class _StopRequested(Exception):
@@ -60,22 +73,18 @@ def main(descriptor: int) -> None:
     The process has one thread, which answers one request after another. `ExplainerClient` in the service
     sends the next request only after the final reply to the request before.
     """
-    # Signals go to the whole process group; the service ends this process itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICE)
-    with contextlib.suppress(OSError):  # when memory runs out, the system kills this process first
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    prepare_child(_NICE, is_expendable=True)
     configure_pillow()
     disconnects = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=descriptor) as service, disconnects:
         handler = _RequestHandler(service)
-        while frame := receive_message(service):
-            values, content = frame
-            if "stop" not in values:  # a `stop` that arrives here crossed the final reply
-                handler.handle_request(values, bytes(content))
-            elif content:
-                raise ValueError(f"a `stop` message has {len(content)} bytes of content; it must have none")
+        while frame := receive_frame(service):
+            if frame.kind == StopCommand.__name__:
+                StopCommand.from_frame(frame)  # it crossed the final reply
+                if frame.content:
+                    raise FrameError("sent a StopCommand with content")
+            else:
+                handler.handle_request(ExplainerRequest.from_frame(frame), bytes(frame.content))
 
 
 class _RequestHandler:
@@ -88,31 +97,42 @@ class _RequestHandler:
         self._contracts: dict[int, Contract] = {}
         self._models: OrderedDict[int, Explainer | IntrospectedModel | ModelError] = OrderedDict()
 
-    def handle_request(self, request: dict[str, Any], image: bytes) -> None:
-        """Answer one request, and send any error as the reply.
-
-        Raises `KeyError` if the message is not a request.
-        """
-        self._request_number = request["number"]
-        values: dict[str, Any]
-        content = b""
+    def handle_request(self, request: ExplainerRequest, image: bytes) -> None:
+        """Answer one request, and send any error as the reply."""
+        number = self._request_number = request.number
+        reply: ExplainerReply | Refusal | Failure
         try:
-            load = LoadCommand.from_dict(request["load"])
             # The service sends a contract only with the first request for a model, and counts like
             # `_get_model` which models were dropped since.
-            if request["contract"] is not None:
-                self._contracts[load.model_id] = Contract.from_json(request["contract"])
-            values, content = getattr(self, f"_{request['ask']}")(load, request, image)
+            if request.contract_json is not None:
+                self._contracts[request.load.model_id] = Contract.from_json(request.contract_json)
+            result, content = self._answer(request, image)
+            for start in range(0, len(content), MAX_PIECE_BYTES):
+                self._send(ContentPart(number), content[start : start + MAX_PIECE_BYTES])
+            reply = ExplainerReply(number, result, len(content))
         except _StopRequested:
-            values = {"stopped": True}
+            reply = ExplainerReply(number, None, 0)
         except RequestError as error:
-            values = {"error": error.to_dict()}
+            reply = Refusal(number, error.code, str(error))
         except ModelError as error:
-            values = Failure(to_one_line(error)).to_dict()
+            reply = Failure.from_model_error(number, error)
+        except OSError:
+            raise
         except Exception as error:  # the service waits for a reply, whatever the error is
-            reason = f"{type(error).__name__}: {to_one_line(error)}"
-            values = Failure(reason, trace=traceback.format_exc()).to_dict()
-        send_message(self._service, {**values, "number": self._request_number}, [content])
+            reply = Failure.from_bug(number, error)
+        self._send(reply)
+
+    def _answer(self, request: ExplainerRequest, image: bytes) -> _Answer:
+        load = request.load
+        match request.question:
+            case ExplanationRequest() as question:
+                return self._explain(load, question, image)
+            case MapsQuestion() as question:
+                return self._compute_maps(load, question, image)
+            case WeightsQuestion() as question:
+                return self._read_weights(load, question)
+            case LayersQuestion():
+                return self._list_layers(load)
 
     def _load_explainer(self, load: LoadCommand) -> Explainer:
         """Return the explainer of this model, and load the model if necessary."""
@@ -158,72 +178,68 @@ class _RequestHandler:
         self._models.move_to_end(load.model_id)
         return self._models[load.model_id]
 
-    # --- requests: `ask` names the method ---
+    # --- questions ---
 
-    def _explain(self, load: LoadCommand, request: dict[str, Any], image: bytes) -> _Reply:
-        input_values: list[dict[str, Any]] = []
+    def _explain(self, load: LoadCommand, question: ExplanationRequest, image: bytes) -> _Answer:
+        inputs: list[ModelInput] = []
 
         # `Explainer.explain` calls both functions on this thread, between two model calls. Partial replies
         # are therefore never sent while the final reply is written.
-        def on_start(seen_input: SeenInput) -> None:
-            input_values.append(_render_seen_input(seen_input))
-            if request["has_progress"]:
-                self._send_part({"progress": 0.0, "samples": 0, "heatmap": None, **input_values[0]})
+        def on_start(model_input: ModelInput) -> None:
+            inputs.append(model_input)
+            if question.has_progress:
+                self._send(HeatmapProgress(self._request_number, 0.0, 0, None, model_input))
 
         def on_step(step: OcclusionStep, compute_heatmap: Callable[[], Floats]) -> None:
             if self._is_stopped():
                 raise _StopRequested
-            if not request["has_progress"]:
-                # An empty partial reply shows the service that this process is alive.
-                self._send_part({})
-            elif step.progress < 1:
-                self._send_part(
-                    {
-                        "progress": step.progress,
-                        "samples": step.samples,
-                        "heatmap": _render_heatmap(compute_heatmap()),
-                    }
-                )
+            # Without a heat map too, the message shows the service that this process is alive.
+            heatmap = None
+            if question.has_progress:
+                if step.progress >= 1:  # the final reply follows
+                    return
+                heatmap = _render_heatmap(compute_heatmap())
+            self._send(HeatmapProgress(self._request_number, step.progress, step.samples, heatmap, None))
 
-        explanation = self._load_explainer(load).explain(
-            image, ExplanationRequest(**request["question"]), on_start, on_step
+        explanation = self._load_explainer(load).explain(image, question, on_start, on_step)
+        result = HeatmapResult(
+            inputs[0],
+            explanation.label,
+            explanation.method,
+            explanation.samples,
+            explanation.note,
+            _render_heatmap(explanation.heatmap),
         )
-        values = {
-            **input_values[0],
-            "label": explanation.label,
-            "method": explanation.method,
-            "samples": explanation.samples,
-            "note": explanation.note,
-            "heatmap": _render_heatmap(explanation.heatmap),
-        }
-        return values, explanation.picture
+        return result, explanation.picture
 
-    def _maps(self, load: LoadCommand, request: dict[str, Any], image: bytes) -> _Reply:
+    def _compute_maps(self, load: LoadCommand, question: MapsQuestion, image: bytes) -> _Answer:
         model = self._require_introspected(load)
         values = model.compute_output(
-            request["tensor"], model.decode_image(image, is_prepared=request["prepared"])
+            question.tensor, model.decode_image(image, is_prepared=question.prepared)
         )
         finite_values = values[np.isfinite(values)]
         lowest, highest = (finite_values.min(), finite_values.max()) if finite_values.size else (0.0, 0.0)
-        summary = {"channels": len(values), "lowest": float(lowest), "highest": float(highest)}
-        return summary, _encode_npy(slice_rows(values, request["first"], request["count"]))
+        result = MapsResult(len(values), float(lowest), float(highest))
+        return result, _encode_npy(slice_rows(values, question.first, question.count))
 
-    def _weights(self, load: LoadCommand, request: dict[str, Any], _image: bytes) -> _Reply:
-        values = self._require_introspected(load).read_weights(request["tensor"], request["part"])
-        return {"channels": len(values)}, _encode_npy(slice_rows(values, request["first"], request["count"]))
+    def _read_weights(self, load: LoadCommand, question: WeightsQuestion) -> _Answer:
+        values = self._require_introspected(load).read_weights(question.tensor, question.part)
+        return WeightsResult(len(values)), _encode_npy(slice_rows(values, question.first, question.count))
 
-    def _layers(self, load: LoadCommand, _request: dict[str, Any], _image: bytes) -> _Reply:
+    def _list_layers(self, load: LoadCommand) -> _Answer:
         model = self._load_introspected(load)
         if isinstance(model, IntrospectedModel):
             layers, reason, cam = model.layers, None, model.has_cam
         else:
             layers, reason, cam = _describe_contract(self._contracts[load.model_id]), str(model), False
-        return {"layers": list(map(_render_layer, layers)), "cam": cam, "reason": reason}, b""
+        return LayersResult(list(map(_render_layer, layers)), cam, reason), b""
 
     # --- messages during a request ---
 
-    def _send_part(self, values: dict[str, Any]) -> None:
-        send_message(self._service, {**values, "number": self._request_number, "part": True})
+    def _send(self, message: NumberedMessage, content: bytes = b"") -> None:
+        """Write a message as a whole. This process has one thread, which is the only writer."""
+        for piece in message.to_pieces([content]):
+            self._service.sendall(piece)
 
     def _is_stopped(self) -> bool:
         """Return True if a message has arrived, which can only be `stop` or the end of the stream."""
@@ -235,31 +251,10 @@ class _RequestHandler:
         return True
 
 
-def _render_seen_input(seen_input: SeenInput) -> dict[str, Any]:
-    """Return the model's input in the API's form, without the labels, which the service adds."""
-    height, width = seen_input.region.input_size
-    return {
-        "probabilities": seen_input.probabilities.tolist(),
-        "image": {
-            "format": seen_input.format,
-            "width": seen_input.region.photo_size[0],
-            "height": seen_input.region.photo_size[1],
-        },
-        "warnings": [list(warning) for warning in seen_input.warnings],
-        "what_the_model_saw": {
-            "width": width,
-            "height": height,
-            "png": base64.b64encode(seen_input.png).decode(),
-            "box": seen_input.region.box,
-            "steps": [{"step": step, "text": text} for step, text in seen_input.steps],
-        },
-    }
-
-
-def _render_heatmap(heatmap: Floats) -> dict[str, Any]:
+def _render_heatmap(heatmap: Floats) -> HeatmapValues:
     """Return a heat map with four digits, which is more than a screen can show."""
     rows = np.round(heatmap.astype(np.float64), 4).tolist()
-    return {"height": len(rows), "width": len(rows[0]), "values": rows}
+    return HeatmapValues(len(rows), len(rows[0]), rows)
 
 
 def _encode_npy(values: Floats) -> bytes:
@@ -277,27 +272,27 @@ def _describe_contract(contract: Contract) -> list[LayerView]:
         return []
 
 
-def _render_layer(layer: LayerView) -> dict[str, Any]:
-    """Return a layer in the API's form."""
+def _render_layer(layer: LayerView) -> LayerDescription:
+    """Return a layer as the service needs it."""
     window = layer.window
-    return {
-        "tensor": layer.tensor,
-        "name": layer.name,
-        "kind": layer.kind,
-        "sources": layer.sources,
-        "shape": layer.shape,
-        "left_out": layer.layout.leading_tokens if layer.layout else 0,
-        "direct": layer.is_direct,
-        "block": layer.block,
-        "kernel": window and window.kernel,
-        "stride": window and window.stride,
-        "padding": window and window.padding,
-        "dilation": window and window.dilation,
-        "groups": layer.groups,
-        "parameters": layer.parameters,
-        "constants": layer.constants,
-        "attributes": layer.attributes,
-        "weights": list(layer.weights),
-        "field": layer.receptive_field
-        and {axis: list(span) for axis, span in layer.receptive_field._asdict().items()},
-    }
+    field = layer.receptive_field
+    return LayerDescription(
+        tensor=layer.tensor,
+        name=layer.name,
+        kind=layer.kind,
+        sources=layer.sources,
+        shape=layer.shape,
+        left_out=layer.layout.leading_tokens if layer.layout else 0,
+        direct=layer.is_direct,
+        block=layer.block,
+        kernel=window.kernel if window else None,
+        stride=window.stride if window else None,
+        padding=window.padding if window else None,
+        dilation=window.dilation if window else None,
+        groups=layer.groups,
+        parameters=layer.parameters,
+        constants=layer.constants,
+        attributes=layer.attributes,
+        weights=list(layer.weights),
+        field=field and {axis: list(span) for axis, span in field._asdict().items()},
+    )

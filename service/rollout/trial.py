@@ -6,18 +6,28 @@ process.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
-import socket
-import subprocess
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
-from fovea.service.runners import spawn
-from fovea.service.runners.frames import receive_message, send_message
-from fovea.service.runners.load_messages import Failure, LoadCommand
+from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR, ChildProcess
+from fovea.service.runners.frames import FrameError
+from fovea.service.runners.load_messages import LoadCommand
+from fovea.service.runners.messages import Failure, NumberedMessage
+
+
+@dataclass(frozen=True)
+class ShadowTestRequest(NumberedMessage):
+    """The only request to a trial process. The content is the images, one after another."""
+
+    candidate: LoadCommand
+    current: LoadCommand | None
+    image_sizes: Sequence[int]
+    is_golden: bool
+    """True to compare on the golden images of both models instead."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,13 @@ class ShadowTestResult:
         return self.flips / self.images if self.images else 0.0
 
 
+@dataclass(frozen=True)
+class ShadowTestReply(NumberedMessage):
+    """Reply to a `ShadowTestRequest` for a model that can be served; otherwise the reply is a `Failure`."""
+
+    result: ShadowTestResult
+
+
 class ShadowTests:
     """Runner of trials, one at a time. Every method may be called from any thread."""
 
@@ -45,7 +62,7 @@ class ShadowTests:
         """Set the limits of a trial: processor time in seconds, and memory in bytes."""
         self._seconds = seconds
         self._memory = memory
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._is_closed = False
 
     def run(
@@ -63,41 +80,30 @@ class ShadowTests:
 
         This blocks for as long as the trial takes. Call it in a worker thread if an event loop is running.
         """
+        request = ShadowTestRequest(0, candidate, current, list(map(len, images)), golden)
+        process = self._start_process()
+        deadline = time.monotonic() + LOAD_TIMEOUT_FACTOR * self._seconds
         try:
-            parent_end, child_end = socket.socketpair()
-        except OSError as error:
-            raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
-        with parent_end:
-            # Close this process's copy of the child's end after the start: otherwise `receive_message` would
-            # not see the end of the stream when the child dies.
-            with child_end:
-                process = self._start_process(child_end)
-            try:
-                parent_end.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
-                loads = [asdict(load) for load in (candidate, current) if load]
-                # If the child has died, `receive_message` finds the end of the stream.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    sizes = list(map(len, images))
-                    send_message(parent_end, {"loads": loads, "images": sizes, "golden": golden}, images)
-                frame = receive_message(parent_end)
-            except TimeoutError:
-                raise Unproven(self._format_timeout(f"{spawn.LOAD_TIMEOUT_FACTOR} times ")) from None
-            except ConnectionResetError:
-                frame = None
-            finally:
-                process.kill()
-                status = process.wait()
-        if frame is None:
+            process.send(request.to_pieces(images), deadline)
+            reply = process.receive_reply(request.number, ShadowTestReply, deadline)
+        except TimeoutError:
+            raise Unproven(self._format_timeout(f"{LOAD_TIMEOUT_FACTOR} times ")) from None
+        except FrameError as error:
+            raise Unproven(f"its trial process {error}") from None
+        finally:
+            status = process.kill_and_wait()
+        if reply is None:
             raise self._explain_death(status)
-        if failure := Failure.from_dict(frame[0]):
-            raise failure.to_exception()
-        return ShadowTestResult(**frame[0])
+        if isinstance(reply, Failure):
+            raise reply.to_exception()
+        return reply.result
 
-    def _start_process(self, child_end: socket.socket) -> subprocess.Popen[bytes]:
-        limits = (self._memory, math.ceil(self._seconds))
+    def _start_process(self) -> ChildProcess:
         try:
             # The output of a crashing native library is hidden; the result comes through the socket.
-            process = spawn.start_process("rollout.trial_process", [child_end.fileno()], *limits, quiet=True)
+            process = ChildProcess(
+                "rollout.trial_process", self._memory, math.ceil(self._seconds), quiet=True
+            )
         except OSError as error:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         self._process = process
@@ -107,13 +113,13 @@ class ShadowTests:
             process.kill()
         return process
 
-    def _explain_death(self, status: int) -> ModelError:
+    def _explain_death(self, status: int | None) -> ModelError:
         """Return the error for a trial process that ended with `status` and without a result."""
         if status == -signal.SIGXCPU:
             return ModelError(self._format_timeout(""))
         if self._is_closed:
             return Interrupted("the service was ending")
-        kind = Unproven if status == -signal.SIGKILL else ModelError
+        kind = Unproven if status in (None, -signal.SIGKILL) else ModelError
         return kind(f"its trial process {_describe_exit(status)}")
 
     def _format_timeout(self, times: str) -> str:
@@ -124,8 +130,7 @@ class ShadowTests:
         """Kill the running trial, which then fails, as do all later trials."""
         self._is_closed = True
         if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._process.kill()
 
 
 def is_lasting(error: Exception) -> bool:
@@ -151,7 +156,7 @@ def compute_change_timeout(seconds: float) -> float:
     The limit covers a trial, and the same time again for the load in the runners. `seconds` is the processor
     time of a trial.
     """
-    return 2 * spawn.LOAD_TIMEOUT_FACTOR * seconds
+    return 2 * LOAD_TIMEOUT_FACTOR * seconds
 
 
 def check_result(result: ShadowTestResult, max_flip_rate: float, max_slowdown: float) -> None:
@@ -168,8 +173,10 @@ def check_result(result: ShadowTestResult, max_flip_rate: float, max_slowdown: f
         )
 
 
-def _describe_exit(status: int) -> str:
-    """Describe how a process ended."""
+def _describe_exit(status: int | None) -> str:
+    """Describe how a process ended; None stands for a process that cannot be killed."""
+    if status is None:
+        return "closed its socket and cannot be killed"
     if status == -signal.SIGKILL:
         return "was killed: there was not enough memory"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"

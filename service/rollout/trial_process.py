@@ -7,23 +7,20 @@ kernel's out-of-memory killer selects it first.
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import socket
 import statistics
 import time
 from base64 import b64decode
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from fovea.service.errors import GoldenError, ModelError, RequestError, to_one_line
+from fovea.service.errors import ModelError, RequestError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.rollout.trial import ShadowTestResult
-from fovea.service.runners.frames import receive_message, send_message, split_content
-from fovea.service.runners.load_messages import Failure, LoadCommand
+from fovea.service.rollout.trial import ShadowTestReply, ShadowTestRequest, ShadowTestResult
+from fovea.service.runners.child_process import prepare_child
+from fovea.service.runners.frames import receive_frame, split_content
+from fovea.service.runners.messages import Failure
 from fovea.service.runners.predictor import Predictor
 
 _NICE: Final = 12
@@ -36,47 +33,42 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
     `ShadowTests.run` in the parent starts this process, sends one message with the loads and the images, and
     waits for one reply. The limits are `memory` in bytes and `seconds` of processor time.
     """
-    os.nice(_NICE)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    # Set the limits before anything is read: the kernel must enforce them for the whole trial.
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    prepare_child(_NICE, is_expendable=True, memory_bytes=memory, cpu_seconds=seconds)
     configure_pillow()
-    with socket.socket(fileno=descriptor) as parent:
-        frame = receive_message(parent)
+    with (
+        socket.socket(fileno=descriptor) as parent,
+        contextlib.suppress(BrokenPipeError, ConnectionResetError),
+    ):
+        frame = receive_frame(parent)
         if frame is None:
             return
-        values, content = frame
-        images = list(split_content(content, values["images"]))
+        request = ShadowTestRequest.from_frame(frame)
+        images = list(split_content(frame.content, request.image_sizes))
+        reply: ShadowTestReply | Failure
         try:
-            loads = [LoadCommand.from_dict(load) for load in values["loads"]]
-            result: Any = asdict(_run_test(loads, images, seconds, golden=values["golden"]))
+            reply = ShadowTestReply(request.number, _run_test(request, images, seconds))
         except MemoryError:
-            result = Failure(f"it needs more than {memory} bytes of memory (FOVEA_TRIAL_BYTES)").to_dict()
+            reason = f"it needs more than {memory} bytes of memory (FOVEA_TRIAL_BYTES)"
+            reply = Failure(request.number, reason)
         except Exception as error:  # any exception means that the file cannot be served
-            result = Failure(to_one_line(error), isinstance(error, GoldenError)).to_dict()
-        send_message(parent, result)
+            reply = Failure.from_model_error(request.number, error)
+        parent.sendall(reply.to_bytes())
 
 
-def _run_test(
-    loads: Sequence[LoadCommand], images: Sequence[memoryview], limit: float, *, golden: bool
-) -> ShadowTestResult:
+def _run_test(request: ShadowTestRequest, images: Sequence[memoryview], limit: float) -> ShadowTestResult:
     """Load the candidate and compare it with the current version.
 
-    `limit` is the processor time in seconds, of which half is available for images. With `golden`, the images
-    are the golden images of both models.
+    `limit` is the processor time in seconds, of which half is available for images.
     """
-    memory = DecodeMemory(loads[0].plan.decode_bytes)
-    candidate = Predictor.from_load(loads[0], memory)
-    if len(loads) == 1 or not (images or golden):
+    memory = DecodeMemory(request.candidate.plan.decode_bytes)
+    candidate = Predictor.from_load(request.candidate, memory)
+    if request.current is None or not (images or request.is_golden):
         return ShadowTestResult(0, 0, 1.0)
     try:
-        current = Predictor.from_load(loads[1], memory)
+        current = Predictor.from_load(request.current, memory)
     except ModelError:  # the current version's file was overwritten: there is nothing to compare with
         return ShadowTestResult(0, 0, 1.0)
-    if golden:
+    if request.is_golden:
         sets = (*current.contract.golden.images, *candidate.contract.golden.images)
         images = [memoryview(b64decode(content)) for content in dict.fromkeys(one.image for one in sets)]
     answers = []

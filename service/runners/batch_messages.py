@@ -5,7 +5,8 @@
     service → runner    DropCommand: the caller of an image in a batch has left
 
 BatchReport and Failure repeat the number of their Batch. A runner gets no batches before it has replied to
-its Setup (`service.runners.load_messages`).
+its Setup (`service.runners.load_messages`). Batches and reports are on the way of every image. They are named
+tuples and encoded by hand, which is faster.
 """
 
 from __future__ import annotations
@@ -16,15 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fovea.service.errors import RequestError, error_from_dict
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.runners.frames import (
-    MAX_PIECE_BYTES,
-    BytesLike,
-    Frame,
-    encode_frame,
-    encode_header,
-    split_content,
-)
-from fovea.service.runners.load_messages import Failure, LoadCommand, UnloadCommand
+from fovea.service.runners.frames import BytesLike, Frame, FrameError, encode_frame, split_content
+from fovea.service.runners.messages import Message
 from fovea.service.runners.shared_memory import SharedRef
 
 Image: TypeAlias = BytesLike | SharedRef
@@ -65,7 +59,7 @@ class Batch(NamedTuple):
     """
 
     number: int
-    """Sequence number among the batches of one runner."""
+    """Sequence number among the requests to one runner."""
     model_id: int
     """Id of the model."""
     images: Sequence[Item]
@@ -84,11 +78,9 @@ class Batch(NamedTuple):
         return sum(map(weight_of, self.images))
 
     def to_pieces(self) -> Iterator[memoryview]:
-        """Yield the pieces of the encoded message in order.
+        """Yield the pieces of the encoded message. See `frames.encode_frame`.
 
-        Large images are not copied, and images in shared memory are not sent. The pieces are views of the
-        images, which must not change until the last piece is written. No other message may be written between
-        two pieces.
+        Images in shared memory are not sent.
         """
         contents = (image.content if isinstance(image, ImageRequest) else image for image in self.images)
         inline_contents = [content for content in contents if not isinstance(content, SharedRef)]
@@ -101,17 +93,38 @@ class Batch(NamedTuple):
             "separate": self.separate,
             "memory": self.reserved_bytes,
         }
-        size = sum(map(len, inline_contents))
-        if size <= MAX_PIECE_BYTES:
-            yield memoryview(encode_frame(values, inline_contents))
-            return
-        yield memoryview(encode_header(values, size))
-        for image in inline_contents:
-            for start in range(0, len(image), MAX_PIECE_BYTES):
-                yield memoryview(image)[start : start + MAX_PIECE_BYTES]
+        return encode_frame(type(self).__name__, values, inline_contents)
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Batch:
+        """Decode a message that a runner received.
+
+        The images are views into the frame, or locations in shared memory, which is not read here.
+        """
+        values, content = frame.values, frame.content
+        images, start = [], 0
+        for entry in values["images"]:
+            options = entry if isinstance(entry, dict) else None
+            location = options["content"] if options else entry
+            image: Image
+            if isinstance(location, int):
+                image, start = content[start : start + location], start + location
+            else:
+                image = SharedRef(*location)
+            images.append(ImageRequest(image, options["tensor"], options["logits"]) if options else image)
+        return cls(
+            values["number"],
+            values["model"],
+            images,
+            values["deadlines"],
+            values["exclusive"],
+            values["separate"],
+            values["memory"],
+        )
 
 
-class DropCommand(NamedTuple):
+@dataclass(frozen=True)
+class DropCommand(Message):
     """Notice that no caller waits any more for the image at `image_index` of the batch with this number.
 
     The runner still answers the whole batch. If it reads the notice before it begins the batch, it does no
@@ -120,10 +133,6 @@ class DropCommand(NamedTuple):
 
     batch_number: int
     image_index: int
-
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame({"drop": [self.batch_number, self.image_index]})
 
 
 def _describe_image(image: Item) -> Any:
@@ -139,39 +148,6 @@ def _describe_image(image: Item) -> Any:
             "logits": image.include_logits,
         }
     return (image.offset, image.size) if isinstance(image, SharedRef) else len(image)
-
-
-def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCommand:
-    """Decode a message that a runner received.
-
-    The images of a batch are views into the frame, or locations in shared memory, which is not read here.
-    """
-    values, content = frame
-    if "drop" in values:
-        return DropCommand(*values["drop"])
-    if "load" in values:
-        return LoadCommand.from_dict(values["load"])
-    if "unload" in values:
-        return UnloadCommand(values["unload"])
-    images, start = [], 0
-    for entry in values["images"]:
-        options = entry if isinstance(entry, dict) else None
-        location = options["content"] if options else entry
-        image: Image
-        if isinstance(location, int):
-            image, start = content[start : start + location], start + location
-        else:
-            image = SharedRef(*location)
-        images.append(ImageRequest(image, options["tensor"], options["logits"]) if options else image)
-    return Batch(
-        values["number"],
-        values["model"],
-        images,
-        values["deadlines"],
-        values["exclusive"],
-        values["separate"],
-        values["memory"],
-    )
 
 
 class ImageTiming(NamedTuple):
@@ -220,8 +196,8 @@ class BatchReport(NamedTuple):
     """Duration of the model call, in seconds."""
     batch_size: int
     """Number of images in the model call; 0 if there was no call, or if another report counts the call."""
-    batch_number: int = 0
-    """Sequence number of the answered batch."""
+    number: int = 0
+    """Number of the answered batch."""
 
     def to_bytes(self) -> bytes:
         """Return the encoded message."""
@@ -233,7 +209,7 @@ class BatchReport(NamedTuple):
                 heads.append(answer.to_dict())
             else:
                 *head, probabilities, ranking, timing, image_logits, warnings = answer
-                heads.append([[*map(list, warnings)], *head, *timing])
+                heads.append([warnings, *head, *timing])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
                 if image_logits is not None:
                     logits.append(image_logits.cast("B"))
@@ -242,36 +218,39 @@ class BatchReport(NamedTuple):
             "decode": self.decode_seconds,
             "inference": self.inference_seconds,
             "batch": self.batch_size,
-            "number": self.batch_number,
+            "number": self.number,
             "logits": sum(map(len, logits)),
         }
-        return encode_frame(values, [*parts, *logits])
+        return b"".join(encode_frame(type(self).__name__, values, [*parts, *logits]))
 
     @classmethod
-    def from_frame(cls, frame: Frame) -> BatchReport | Failure:
-        """Decode a received message, which may be a `Failure`."""
-        values, content = frame
-        if failure := Failure.from_dict(values):
-            return failure
-        answers: list[Answer | RequestError] = []
-        heads = values["answers"]
+    def from_frame(cls, frame: Frame) -> BatchReport:
+        """Decode a received message. Raises `FrameError`."""
+        try:
+            return cls._parse(frame.values, frame.content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FrameError(f"sent a report that cannot be read: {error!r}") from None
+
+    @classmethod
+    def _parse(cls, values: dict[str, Any], content: memoryview) -> BatchReport:
+        heads, logits_size = values["answers"], values["logits"]
         answer_count = sum(isinstance(head, list) for head in heads)
         # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers.
-        end = len(content) - values["logits"]
-        rows = split_content(
-            content, [end // (2 * answer_count)] * (2 * answer_count) if answer_count else []
-        )
-        logits = (
-            split_content(content[end:], [values["logits"] // answer_count] * answer_count)
-            if values["logits"]
-            else None
-        )
+        end = len(content) - logits_size
+        row_size = end // (2 * answer_count) if answer_count else 0
+        logits_row_size = logits_size // answer_count if answer_count else 0
+        if (
+            not 0 <= logits_size <= len(content)
+            or 2 * answer_count * row_size != end
+            or answer_count * logits_row_size != logits_size
+        ):
+            raise ValueError("the content is not as long as its rows")
+        rows = split_content(content, [row_size] * (2 * answer_count))
+        logits = split_content(content[end:], [logits_row_size] * answer_count) if logits_size else None
+        answers: list[Answer | RequestError] = []
         for head in heads:
             if isinstance(head, list):
                 warning_values, image_format, width, height, brightness, entropy, *timing = head
-                row = (next(rows).cast("f"), next(rows).cast("i"))
-                image_logits = next(logits).cast("f") if logits else None
-                warnings = [ImageWarning(*one) for one in warning_values]
                 answers.append(
                     Answer(
                         image_format,
@@ -279,10 +258,11 @@ class BatchReport(NamedTuple):
                         height,
                         brightness,
                         entropy,
-                        *row,
+                        next(rows).cast("f"),
+                        next(rows).cast("i"),
                         ImageTiming(*timing),
-                        image_logits,
-                        warnings,
+                        next(logits).cast("f") if logits else None,
+                        [ImageWarning(*one) for one in warning_values],
                     )
                 )
             else:

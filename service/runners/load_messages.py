@@ -2,21 +2,21 @@
 
     service → runner    Setup, once, before any other message
     runner → service    SetupReply, or Failure: the models are loaded, or the reason why not
-    service → runner    LoadCommand: one more model, to be loaded while batches run
-    runner → service    LoadReply: the model is loaded, or the reason why not; between any two reports
-    service → runner    UnloadCommand: a model that will get no more batches
+    service → runner    LoadRequest: one more model, to be loaded while batches run
+    runner → service    LoadReply, or Failure: the model is loaded, or the reason why not; between any two
+                        reports
+    service → runner    UnloadCommand: a model that will get no more batches; there is no reply
 
-`service.runners.batch_messages` holds the messages about batches, and `service.runners.frames` the encoding.
+`service.runners.batch_messages` holds the messages about batches, whose numbers are of the same sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
 
-from fovea.service.errors import GoldenError, ModelError
-from fovea.service.runners.frames import Frame, encode_frame
+from fovea.service.runners.messages import Message, NumberedMessage
 
 MAX_EXPLAINER_MODELS: Final = 2
 """Number of models that an explaining process holds at the same time, each in its own session."""
@@ -50,7 +50,7 @@ class ProcessPlan:
 
 @dataclass(frozen=True)
 class LoadCommand:
-    """Request to load a model, with its settings."""
+    """A model to load, with its settings; a part of messages."""
 
     model_id: int
     """Id of the model in batches."""
@@ -62,49 +62,32 @@ class LoadCommand:
     """Fingerprint of `file` (`service.artifact.model_file.fingerprint_of`)."""
     plan: ProcessPlan
 
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame({"load": asdict(self)})
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoadCommand:
-        """Restore the result of `asdict`."""
-        return cls(**{**values, "plan": ProcessPlan(**values["plan"])})
+@dataclass(frozen=True)
+class LoadRequest(NumberedMessage):
+    """Request to load a model."""
 
-
-class UnloadCommand(NamedTuple):
-    """Request to unload the model with this id, which gets no more batches. There is no reply."""
-
-    model_id: int
-
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame({"unload": self.model_id})
+    load: LoadCommand
 
 
 @dataclass(frozen=True)
-class Setup:
+class UnloadCommand(Message):
+    """Request to unload the model with this id, which gets no more batches."""
+
+    model_id: int
+
+
+@dataclass(frozen=True)
+class Setup(NumberedMessage):
     """First message to a runner: the models to load at its start, and the `plan` of the process."""
 
     plan: ProcessPlan
     models: Sequence[LoadCommand]
 
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame(asdict(self))
-
-    @classmethod
-    def from_frame(cls, frame: Frame) -> Setup:
-        """Decode a received message."""
-        values, _ = frame
-        return cls(
-            ProcessPlan(**values["plan"]), [LoadCommand.from_dict(model) for model in values["models"]]
-        )
-
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that a process has loaded, warmed up and checked."""
+    """A model that a process has loaded, warmed up and checked; a part of messages."""
 
     contract_json: str
     """Contract as JSON."""
@@ -114,12 +97,12 @@ class LoadedModel:
     """Limit of the encoded bytes in one batch of several images."""
     load_seconds: float
     """Time to load, warm up and check the model, in seconds."""
-    golden_differences: dict[str, float]
+    golden_differences: Mapping[str, float]
     """Differences of this host from the golden set."""
 
 
 @dataclass(frozen=True)
-class SetupReply:
+class SetupReply(NumberedMessage):
     """Reply to `Setup`: the loaded models in the order of the setup, and the capabilities of the process."""
 
     models: Sequence[LoadedModel]
@@ -130,75 +113,9 @@ class SetupReply:
     formats: Sequence[str]
     """Image formats that the process can decode."""
 
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame(asdict(self))
-
-    @classmethod
-    def from_frame(cls, frame: Frame) -> SetupReply | Failure:
-        """Decode a received message, which may be a `Failure`."""
-        values, _ = frame
-        if failure := Failure.from_dict(values):
-            return failure
-        return cls(**{**values, "models": [LoadedModel(**model) for model in values["models"]]})
-
-
-class LoadReply(NamedTuple):
-    """Reply to a `LoadCommand`."""
-
-    model_id: int
-    outcome: LoadedModel | Failure
-
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        outcome = self.outcome.to_dict() if isinstance(self.outcome, Failure) else asdict(self.outcome)
-        return encode_frame({"model_id": self.model_id, **outcome})
-
-    @classmethod
-    def from_frame(cls, frame: Frame) -> LoadReply | None:
-        """Decode a received message; return None if it is another kind of message."""
-        values, _ = frame
-        if "model_id" not in values:
-            return None
-        model_id = values.pop("model_id")
-        return cls(model_id, Failure.from_dict(values) or LoadedModel(**values))
-
 
 @dataclass(frozen=True)
-class Failure:
-    """Reply to a setup, load or batch that failed.
+class LoadReply(NumberedMessage):
+    """Reply to a `LoadRequest`."""
 
-    A failed setup or load means that the model cannot be served. A failed batch is a bug in Fovea.
-    """
-
-    reason: str
-    is_golden_error: bool = False
-    """True if the golden set was not reproduced."""
-    trace: str = ""
-    """Traceback of a bug in Fovea."""
-    batch_number: int = 0
-    """Sequence number of the failed batch; 0 if a setup or a load failed."""
-
-    def to_exception(self) -> ModelError:
-        """Return the failure as an exception."""
-        return (GoldenError if self.is_golden_error else ModelError)(self.reason)
-
-    def to_bytes(self) -> bytes:
-        """Return the encoded message."""
-        return encode_frame(self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values as types that JSON supports."""
-        return {
-            "failure": self.reason,
-            "golden": self.is_golden_error,
-            "trace": self.trace,
-            "number": self.batch_number,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Failure | None:
-        """Return the failure in a frame's object, or None if it holds none."""
-        if "failure" not in values:
-            return None
-        return cls(values["failure"], values["golden"], values["trace"], values.get("number", 0))
+    model: LoadedModel

@@ -16,7 +16,7 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batcher import Batcher
 from fovea.service.runners.connection import RunnerConnection
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan, Setup, SetupReply
-from fovea.service.runners.process_handle import RunnerProcess
+from fovea.service.runners.runner_process import RunnerProcess
 from fovea.service.runners.shared_memory import SharedBodies
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _NEXT_MODEL_SHARE: Final = 0.1
 """Time limit for each further model at the start of a runner, as a share of the limit for one model.
 
 The limit for one model allows for a busy machine, where a load may take ten times its processor time
-(`spawn.LOAD_TIMEOUT_FACTOR`).
+(`child_process.LOAD_TIMEOUT_FACTOR`).
 """
 
 
@@ -236,12 +236,8 @@ class RunnerPool:
             # Called once on the event loop, possibly before the connection is in `_connections`.
             self._handle_lost_runner(index, connection)
 
-        process.socket.setblocking(False)
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_unix_connection(
-            lambda: RunnerConnection(process, self._metrics, self._batch_timeout, on_lost),
-            sock=process.socket,
-        )
+        connection = RunnerConnection(process, self._metrics, self._batch_timeout, on_lost)
+        await connection.connect()
         connection.models.update(loaded_models)
         try:
             await self._load_missing_models(index, connection, can_drop_models=can_drop_models)
@@ -373,13 +369,13 @@ class RunnerPool:
                 return
             if self._connections or not failures or not loads:
                 raise
-            process, reply = await asyncio.to_thread(self._start_and_wait, index, Setup(self._plan, []))
+            process, reply = await asyncio.to_thread(self._start_and_wait, index, Setup(0, self._plan, []))
             await self._connect_runner(index, process, {}, can_drop_models=True)
             return
         await self._connect_runner(index, process, self._index_loaded_models(reply, loads))
 
     def _create_setup(self, index: int) -> Setup:
-        return Setup(self._plan, [_adapt_load(load, index) for load in self._loads.values()])
+        return Setup(0, self._plan, [_adapt_load(load, index) for load in self._loads.values()])
 
     def _spawn_process(self, setup: Setup, start_seconds: float = _START_SECONDS) -> RunnerProcess:
         other_count = max(0, len(setup.models) - 1)

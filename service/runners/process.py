@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import socket
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import compress, islice
@@ -24,21 +22,15 @@ from typing import Final
 import onnxruntime
 
 from fovea.service import allocator
-from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, to_one_line
+from fovea.service.errors import DeadlineExceeded, ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory
-from fovea.service.runners.batch_messages import Batch, BatchReport, DropCommand, parse_message
-from fovea.service.runners.frames import FrameDecoder, receive_message
-from fovea.service.runners.load_messages import (
-    Failure,
-    LoadCommand,
-    LoadedModel,
-    LoadReply,
-    Setup,
-    SetupReply,
-    UnloadCommand,
-)
+from fovea.service.runners.batch_messages import Batch, BatchReport, DropCommand
+from fovea.service.runners.child_process import prepare_child
+from fovea.service.runners.frames import MAX_REQUEST_BYTES, FrameDecoder, receive_frame
+from fovea.service.runners.load_messages import LoadReply, LoadRequest, Setup, SetupReply, UnloadCommand
+from fovea.service.runners.messages import Failure
 from fovea.service.runners.predictor import Predictor
 
 _NICENESS: Final = 5
@@ -57,15 +49,11 @@ _RECEIVE_BYTES: Final = 256 << 10
 def main(descriptor: int, lock_descriptor: int, bodies_descriptor: int) -> None:
     """Serve the socket with this file descriptor until the service closes its end.
 
-    `service.runners.spawn` calls this in the main thread of the new process. `lock_descriptor` and
+    `service.runners.child_process` calls this in the main thread of the new process. `lock_descriptor` and
     `bodies_descriptor` are the descriptors of files that all runners share: the lock of
     `service.inference.decode_memory`, and the bodies of `service.runners.shared_memory`.
     """
-    # Such signals may reach all processes of a container. The service ends its runners itself, by closing the
-    # sockets, after their last answers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICENESS)
+    prepare_child(_NICENESS)
     configure_pillow()
     ignore_disconnect = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=descriptor) as connection, ignore_disconnect:
@@ -74,7 +62,7 @@ def main(descriptor: int, lock_descriptor: int, bodies_descriptor: int) -> None:
 
 def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_descriptor: int) -> None:
     """Load the models of the setup, report readiness, and work until the stream ends."""
-    frame = receive_message(connection)
+    frame = receive_frame(connection)
     if frame is None:
         return
     setup = Setup.from_frame(frame)
@@ -90,9 +78,10 @@ def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_de
             load.model_id: Predictor.from_load(load, memory, bodies_descriptor) for load in setup.models
         }
     except ModelError as error:
-        connection.sendall(Failure(to_one_line(error), isinstance(error, GoldenError)).to_bytes())
+        connection.sendall(Failure.from_model_error(setup.number, error).to_bytes())
         return
     reply = SetupReply(
+        setup.number,
         [models[load.model_id].loaded_model for load in setup.models],
         onnxruntime.__version__,
         onnxruntime.get_available_providers(),
@@ -135,22 +124,25 @@ class _Runner:
         before its batch begins.
         """
         batches: deque[Batch] = deque()
-        drops: set[DropCommand] = set()
-        decoder = FrameDecoder()
+        drops: set[tuple[int, int]] = set()
+        """Batch numbers and image indexes of images that no caller waits for."""
+        decoder = FrameDecoder(MAX_REQUEST_BYTES)
         while True:
             while data := _receive_bytes(self._connection, wait=not batches):
                 for frame in decoder.feed(data):
-                    match parse_message(frame):
-                        case Batch() as batch:
-                            batches.append(batch)
-                        case DropCommand() as drop:
-                            drops.add(drop)
-                        case LoadCommand() as load:
+                    match frame.kind:
+                        case Batch.__name__:
+                            batches.append(Batch.from_frame(frame))
+                        case DropCommand.__name__:
+                            drop = DropCommand.from_frame(frame)
+                            drops.add((drop.batch_number, drop.image_index))
+                        case LoadRequest.__name__:
+                            request = LoadRequest.from_frame(frame)
                             # Before the thread starts: an `UnloadCommand` that follows must find the id.
-                            self._loading_ids.add(load.model_id)
-                            threading.Thread(target=self._load_model, args=(load,), daemon=True).start()
-                        case UnloadCommand(model_id):
-                            self._unload_model(model_id)
+                            self._loading_ids.add(request.load.model_id)
+                            threading.Thread(target=self._load_model, args=(request,), daemon=True).start()
+                        case _:
+                            self._unload_model(UnloadCommand.from_frame(frame).model_id)
             if not batches:
                 return
             group = _pop_group(batches, self._models)
@@ -158,35 +150,36 @@ class _Runner:
             self._memory.set_grant(sum(batch.reserved_bytes for batch in group))
             self._send_bytes(b"".join(_run_group(self._models.get(group[0].model_id), group, drops)))
             # Forget drops of answered batches. Drops of later batches are still needed.
-            drops = {drop for drop in drops if drop.batch_number > group[-1].number}
+            drops = {drop for drop in drops if drop[0] > group[-1].number}
 
     def _send_bytes(self, content: bytes) -> None:
         """Write messages as a whole. The main thread and loading threads call this."""
         with self._send_lock:
             self._connection.sendall(content)
 
-    def _load_model(self, load: LoadCommand) -> None:
+    def _load_model(self, request: LoadRequest) -> None:
         """Load a model in a thread of its own, while the main thread runs batches, and send the reply.
 
         ONNX Runtime releases the global interpreter lock while it loads.
         """
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICENESS)  # of this thread only
-        outcome: LoadedModel | Failure
+        load = request.load
+        reply: LoadReply | Failure
         try:
             model = Predictor.from_load(load, self._memory, self._bodies_descriptor)
         except ModelError as error:
-            outcome = Failure(to_one_line(error), isinstance(error, GoldenError))
+            reply = Failure.from_model_error(request.number, error)
         except Exception as error:  # any error: the service waits for an answer
-            outcome = Failure(f"{type(error).__name__}: {to_one_line(error)}", trace=traceback.format_exc())
+            reply = Failure.from_bug(request.number, error)
         else:
-            outcome = model.loaded_model
+            reply = LoadReply(request.number, model.loaded_model)
             # Before the reply: the service may send batches for the model as soon as it has the reply.
             with self._load_lock:
                 if load.model_id in self._loading_ids:
                     self._loading_ids.remove(load.model_id)
                     self._models[load.model_id] = model
         with contextlib.suppress(OSError):  # the service has ended
-            self._send_bytes(LoadReply(load.model_id, outcome).to_bytes())
+            self._send_bytes(reply.to_bytes())
 
     def _unload_model(self, model_id: int) -> None:
         """Drop a model and return its memory to the system.
@@ -236,7 +229,7 @@ def _receive_bytes(connection: socket.socket, *, wait: bool) -> bytes:
         return b""
 
 
-def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropCommand]) -> Iterator[bytes]:
+def _run_group(model: Predictor | None, group: list[Batch], drops: set[tuple[int, int]]) -> Iterator[bytes]:
     """Run batches together, and yield the reply to each batch, in the order of the batches.
 
     Every batch gets a reply, whatever happens: the service waits for one. `model` is None if it was unloaded;
@@ -246,7 +239,7 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropComma
     masks = [
         [
             model is not None
-            and DropCommand(batch.number, image_index) not in drops
+            and (batch.number, image_index) not in drops
             and (deadline is None or now < deadline)
             for image_index, deadline in enumerate(batch.deadlines)
         ]
@@ -263,8 +256,7 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropComma
             for batch in group:
                 yield from _run_group(model, [batch], drops)
             return
-        reason = f"{type(error).__name__}: {to_one_line(error)}"
-        yield Failure(reason, trace=traceback.format_exc(), batch_number=group[0].number).to_bytes()
+        yield Failure.from_bug(group[0].number, error).to_bytes()
         return
     answers, decode, batch_size = iter(report.answers), iter(report.decode_seconds), report.batch_size
     for batch, mask in zip(group, masks, strict=True):

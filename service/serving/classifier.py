@@ -26,9 +26,10 @@ from fovea.service.inference.decode_memory import process_share
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
-from fovea.service.runners import shared_memory, spawn
+from fovea.service.runners import shared_memory
 from fovea.service.runners.batch_messages import Answer, ImageRequest, Item
 from fovea.service.runners.batcher import LEVEL_COUNT, Batcher
+from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR
 from fovea.service.runners.lane import INFINITY, Job, Lane
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.runners.memory_plan import create_spare_memory
@@ -108,7 +109,7 @@ class Classifier:
             metrics,
             self.shared_bodies,
             batch_timeout=settings.batch_timeout,
-            load_timeout=spawn.LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
+            load_timeout=LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
             runner_wait=settings.runner_wait,
         )
         self._decode_share = process_share(plan.decode_bytes, plan.processes)

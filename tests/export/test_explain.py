@@ -24,11 +24,12 @@ from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest
 from fovea.service.explain.cam import find_head
-from fovea.service.explain.explainer import Explainer, ExplanationRequest
+from fovea.service.explain.explainer import Explainer
 from fovea.service.explain.heatmap import scale_to_unit
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import find_receptive_field
+from fovea.service.explain.messages import ExplanationRequest
 from fovea.service.explain.receptive_field import ReceptiveField, Span
 from fovea.service.inference.pixels import Pixels
 from tests.export.classifiers import build_classifier, export_foreign

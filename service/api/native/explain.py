@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Annotated, Any, Final, TypeAlias
 
 from fastapi import FastAPI, Query, Request
@@ -25,9 +26,8 @@ from fovea.service.api.native.explanation_replies import (
     NPY,
     PiecewiseResponse,
     json_response,
-    parse_warnings,
     render_explanation,
-    render_part,
+    render_progress,
     send_line,
 )
 from fovea.service.api.options import parse_query, refuse_options
@@ -36,7 +36,17 @@ from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersRepl
 from fovea.service.api.request_schemas import ExplainOptions, MapsOptions, WeightsOptions
 from fovea.service.api.services import Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
-from fovea.service.explain.client import ExplainerReply
+from fovea.service.explain.client import ExplainerAnswer
+from fovea.service.explain.messages import (
+    ExplanationRequest,
+    HeatmapProgress,
+    HeatmapResult,
+    LayersQuestion,
+    MapsQuestion,
+    Question,
+    Result,
+    WeightsQuestion,
+)
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import create_warning_headers
@@ -185,27 +195,27 @@ async def explain_label(
     model: LiveModel,
     query: ExplainOptions,
     image: bytes,
-    on_part: Callable[[dict[str, Any]], None] = lambda part: None,
-) -> ExplainerReply:
+    on_progress: Callable[[HeatmapProgress], None] = lambda progress: None,
+) -> ExplainerAnswer[HeatmapResult]:
     """Explain the label of an image.
 
     Raises `RequestError`.
     """
-    question = {
-        "method": query.method,
-        "label": None if query.label is None else find_label_index(model.contract, query.label),
-        "seed": query.seed,
-        "samples": query.samples,
-        "seconds": services.settings.explain_seconds,
-        "picture": query.format == "png",
-    }
-    request = {"ask": "explain", "question": question, "has_progress": query.progress}
-    reply = await services.heatmap_explainer.send_request(model, request, image, on_part)
+    question = ExplanationRequest(
+        method=query.method,
+        label=None if query.label is None else find_label_index(model.contract, query.label),
+        seed=query.seed,
+        samples=query.samples,
+        seconds=services.settings.explain_seconds,
+        picture=query.format == "png",
+        has_progress=query.progress,
+    )
+    answer = await services.heatmap_explainer.send_request(model, question, image, on_progress)
     metrics = services.classifier.metrics
-    metrics.explanations.labels(model.name, model.version, reply.values["method"]).inc()
-    for warning in parse_warnings(reply.values):
+    metrics.explanations.labels(model.name, model.version, answer.result.method).inc()
+    for warning in answer.result.input.warnings:
         metrics.image_warnings.labels(warning.code).inc()
-    return reply
+    return answer
 
 
 class _ExplainHandlers:
@@ -222,12 +232,11 @@ class _ExplainHandlers:
             raise BadRequest("progress is sent as lines of JSON; leave out format=png or progress=true")
         if query.progress:
             return await self._stream_explanation(model, query, image, send)
-        reply = await explain_label(self._services, model, query, image)
+        answer = await explain_label(self._services, model, query, image)
         if query.format == "png":
-            return PiecewiseResponse(
-                reply.pieces, "image/png", create_warning_headers([parse_warnings(reply.values)])
-            )
-        return json_response(render_explanation(model, query, reply.values))
+            headers = create_warning_headers([answer.result.input.warnings])
+            return PiecewiseResponse(answer.pieces, "image/png", headers)
+        return json_response(render_explanation(model, query, answer.result))
 
     async def _stream_explanation(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -236,18 +245,18 @@ class _ExplainHandlers:
 
         An error before the first line is sent with its own status.
         """
-        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        lines: asyncio.Queue[HeatmapProgress | dict[str, Any] | None] = asyncio.Queue()
 
-        def on_part(part: dict[str, Any]) -> None:
+        def on_progress(progress: HeatmapProgress) -> None:
             # The explainer's client calls this on the event loop while it reads the explaining process's
             # socket, so it must not wait.
             if lines.qsize() < _MAX_PENDING_LINES:  # a slow client gets fewer partial answers
-                lines.put_nowait(part)
+                lines.put_nowait(progress)
 
         async def run_explanation() -> None:
             try:
-                reply = await explain_label(self._services, model, query, image, on_part)
-                lines.put_nowait({"result": render_explanation(model, query, reply.values)})
+                answer = await explain_label(self._services, model, query, image, on_progress)
+                lines.put_nowait({"result": render_explanation(model, query, answer.result)})
             finally:
                 lines.put_nowait(None)  # ends the loop below, after a result or an error
 
@@ -260,7 +269,9 @@ class _ExplainHandlers:
             headers = [(b"content-type", NDJSON.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             while line is not None:
-                await send_line(send, render_part(model, query, line))
+                if isinstance(line, HeatmapProgress):
+                    line = render_progress(model, query, line)
+                await send_line(send, line)
                 line = await lines.get()
             await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
@@ -270,19 +281,19 @@ class _ExplainHandlers:
 
     async def get_maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
-        request = {"ask": "maps", **query.model_dump()}
-        reply = await self._services.layer_explainer.send_request(model, request, image)
+        question = MapsQuestion(**query.model_dump())
+        answer = await self._services.layer_explainer.send_request(model, question, image)
         headers = {
-            "X-Channels": str(reply.values["channels"]),
-            "X-Lowest": repr(reply.values["lowest"]),
-            "X-Highest": repr(reply.values["highest"]),
+            "X-Channels": str(answer.result.channels),
+            "X-Lowest": repr(answer.result.lowest),
+            "X-Highest": repr(answer.result.highest),
         }
-        return PiecewiseResponse(reply.pieces, NPY, headers)
+        return PiecewiseResponse(answer.pieces, NPY, headers)
 
     async def get_layers(self, scope: Scope, name: str, version: str | None) -> Response:
         """Return the layers of a model."""
-        model, reply = await self._ask_model(scope, name, version, {"ask": "layers"})
-        contract = model.contract
+        model, answer = await self._ask_model(scope, name, version, LayersQuestion())
+        contract, result = model.contract, answer.result
         return json_response(
             {
                 "model": render_model_name(model),
@@ -290,8 +301,10 @@ class _ExplainHandlers:
                 "labels": contract.labels,
                 "input": {"height": contract.input.height, "width": contract.input.width},
                 "temperature": contract.temperature,
-                "parameters": sum(layer["parameters"] for layer in reply.values["layers"]),
-                **reply.values,
+                "parameters": sum(layer.parameters for layer in result.layers),
+                "layers": result.layers,
+                "cam": result.cam,
+                "reason": result.reason,
             }
         )
 
@@ -303,18 +316,19 @@ class _ExplainHandlers:
         If whole weights are not allowed, matrices and kernels are available one output at a time, as the web
         page draws them.
         """
-        request = query.model_dump()
+        question = WeightsQuestion(**query.model_dump())
         is_part = self._services.settings.weights or query.part != _MATRIX_PART or query.count == 1
         if not is_part:
-            request["count"] = 1  # enough to find errors in the request and the number of outputs
-        _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
-        if not is_part and reply.values["channels"] - query.first > 1:
+            question = replace(question, count=1)  # enough to find errors and the number of outputs
+        _, answer = await self._ask_model(scope, name, version, question)
+        channels = answer.result.channels
+        if not is_part and channels - query.first > 1:
             raise Forbidden("whole weights are switched off (FOVEA_WEIGHTS); request one output with count=1")
-        return PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
+        return PiecewiseResponse(answer.pieces, NPY, {"X-Channels": str(channels)})
 
     async def _ask_model(
-        self, scope: Scope, name: str, version: str | None, request: dict[str, Any]
-    ) -> tuple[LiveModel, ExplainerReply]:
+        self, scope: Scope, name: str, version: str | None, question: Question[Result]
+    ) -> tuple[LiveModel, ExplainerAnswer[Result]]:
         """Ask about a model without an image, within the caller's time limit."""
         _require_enabled(self._services)
         self._services.lifecycle.require_accepting()
@@ -325,7 +339,7 @@ class _ExplainHandlers:
                 # At once: no `await` may come between, in which the model could be unloaded.
                 with Admission(self._services.classifier, model):
                     model.last_used = time.monotonic()
-                    return model, await self._services.layer_explainer.send_request(model, request)
+                    return model, await self._services.layer_explainer.send_request(model, question)
         except TimeoutError:
             raise make_deadline_error(seconds) from None
 

@@ -16,7 +16,7 @@ from fovea.service.api.native.classification_replies import (
     render_warnings,
 )
 from fovea.service.api.request_schemas import ExplainOptions
-from fovea.service.image_warnings import ImageWarning
+from fovea.service.explain.messages import HeatmapProgress, HeatmapResult, ModelInput
 from fovea.service.runners.batch_messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.ranking import rank_labels
@@ -29,54 +29,45 @@ NDJSON: Final = "application/x-ndjson"
 """Media type of lines with one JSON document each."""
 
 
-def parse_warnings(values: Mapping[str, Any]) -> list[ImageWarning]:
-    """Return the warnings about the image from the values of the explaining process."""
-    return [ImageWarning(*warning) for warning in values["warnings"]]
-
-
-def render_explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the reply from the values of the explaining process."""
-    label = values["label"]
+def render_explanation(model: LiveModel, query: ExplainOptions, result: HeatmapResult) -> dict[str, Any]:
+    """Return the reply from the result of the explaining process."""
     return {
         "model": render_model_name(model),
-        "label": model.contract.labels[label],
-        "index": label,
-        "probability": values["probabilities"][label],
-        "method": values["method"],
-        "samples": values["samples"],
-        "note": values["note"],
-        "heatmap": values["heatmap"],
-        **_render_input(model, query, values),
+        "label": model.contract.labels[result.label],
+        "index": result.label,
+        "probability": result.input.probabilities[result.label],
+        "method": result.method,
+        "samples": result.samples,
+        "note": result.note,
+        "heatmap": result.heatmap,
+        **_render_input(model, query, result.input),
     }
 
 
-def render_part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
+def render_progress(model: LiveModel, query: ExplainOptions, progress: HeatmapProgress) -> dict[str, Any]:
     """Return a line of the reply; the first line contains the model's input."""
-    if "probabilities" not in line:
-        return line
-    progress = {key: line[key] for key in ("progress", "samples", "heatmap")}
-    return {**progress, **_render_input(model, query, line)}
+    line = {"progress": progress.progress, "samples": progress.samples, "heatmap": progress.heatmap}
+    return {**line, **_render_input(model, query, progress.input)} if progress.input else line
 
 
-def _render_input(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    predictions = rank_labels(_to_classification(model, values), top_k=query.top_k)
-    warnings = parse_warnings(values)
+def _render_input(model: LiveModel, query: ExplainOptions, model_input: ModelInput) -> dict[str, Any]:
+    predictions = rank_labels(_to_classification(model, model_input), top_k=query.top_k)
+    warnings = render_warnings(model_input.warnings)
     return {
         "predictions": render_predictions(predictions),
-        "image": values["image"],
-        **({"warnings": render_warnings(warnings)} if warnings else {}),
-        "what_the_model_saw": values["what_the_model_saw"],
+        "image": model_input.photo,
+        **({"warnings": warnings} if warnings else {}),
+        "what_the_model_saw": model_input.picture,
     }
 
 
-def _to_classification(model: LiveModel, values: dict[str, Any]) -> Classification:
-    probabilities = values["probabilities"]
+def _to_classification(model: LiveModel, model_input: ModelInput) -> Classification:
+    probabilities, photo = model_input.probabilities, model_input.photo
     ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
-    image = values["image"]
     answer = Answer(
-        format=image["format"],
-        width=image["width"],
-        height=image["height"],
+        format=photo.format,
+        width=photo.width,
+        height=photo.height,
         brightness=0.0,
         entropy=0.0,
         probabilities=memoryview(array("f", probabilities)),

@@ -8,9 +8,8 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -20,12 +19,26 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
-from fovea.service.explain.client import ExplainerReply, _Process
-from fovea.service.runners.frames import MAX_PIECE_BYTES, receive_message, send_message
+from fovea.service.explain import client
+from fovea.service.explain.client import ExplainerAnswer, ExplainerConnection, PendingQuestion
+from fovea.service.explain.messages import (
+    ContentPart,
+    ExplainerReply,
+    ExplainerRequest,
+    HeatmapProgress,
+    LayersQuestion,
+    LayersResult,
+    StopCommand,
+    WeightsResult,
+)
+from fovea.service.runners.child_process import ChildProcess
+from fovea.service.runners.frames import MAX_PIECE_BYTES, FrameError, encode_frame, receive_frame
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
+from fovea.service.runners.messages import Failure, NumberedMessage
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model, read_contract
+from tests.peers import replace_peer
 from tests.pictures import encode_image, make_jpeg
 from tests.poison import WRONG_NUMBER_IMAGE, BlockingImage, make_poison_environment
 from tests.raw import Wire, classify_request
@@ -54,7 +67,7 @@ def _read_explained_colour(server: Server, colour: tuple[int, int, int]) -> tupl
 @pytest.mark.parametrize(
     "tail",
     [
-        struct.pack("<II", 13, 0) + b"{}".ljust(13),  # a complete message
+        b"".join(encode_frame("StopCommand", {"number": 2})),  # a complete message
         struct.pack("<II", 200, 100 << 20) + b"x" * 13,  # the head of an endless message
         _NOISE,
     ],
@@ -99,23 +112,22 @@ def test_model_file_stays_open_until_process_has_read_it(tmp_path: Path) -> None
 
 
 async def _run_exchange(
-    model: LiveModel, serve_peer: Callable[[socket.socket], None], use_process: Callable[[_Process], Any]
+    serve_peer: Callable[[socket.socket], None], use_connection: Callable[[ExplainerConnection], Any]
 ) -> Any:
-    """Run `use_process` on a process whose end of the socket `serve_peer` has, in a thread."""
-    local_end, peer_end = socket.socketpair()
-    local_end.setblocking(False)
-    peer_end.settimeout(60)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    process = _Process(child, *await asyncio.open_connection(sock=local_end))
+    """Run `use_connection` on a process whose end of the socket `serve_peer` has, in a thread."""
+    process = ChildProcess("explain.process")
+    peer = replace_peer(process)
+    connection = ExplainerConnection(process)
+    await connection.connect()
     try:
-        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, peer_end))
-        outcome = await use_process(process)
+        peer_task = asyncio.create_task(asyncio.to_thread(serve_peer, peer))
+        outcome = await use_connection(connection)
         await peer_task
         return outcome
     finally:
-        peer_end.close()
-        process.kill()
-        child.communicate()
+        peer.close()
+        connection.give_up()
+        process.wait_exit()
 
 
 @pytest.fixture(scope="module")
@@ -130,56 +142,150 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     )
 
 
+def _send(peer: socket.socket, message: NumberedMessage, content: bytes = b"") -> None:
+    for piece in message.to_pieces([content]):
+        peer.sendall(piece)
+
+
+def _make_reply(number: int) -> ExplainerReply:
+    return ExplainerReply(number, LayersResult([], False, None), 0)
+
+
 def test_stop_is_never_sent_within_an_image(model: LiveModel) -> None:
     image = b"x" * (20 * MAX_PIECE_BYTES)
     upload_started = threading.Event()
 
     def serve_peer(peer: socket.socket) -> None:
-        assert upload_started.wait(60)  # `stop` was called, and most of the image was not read yet
-        for expected in ({"number": 1}, {"stop": 1}, {"number": 2}):
-            frame = receive_message(peer)
+        assert upload_started.wait(60)  # the request was stopped, and most of the image was not read yet
+        for expected in (ExplainerRequest, StopCommand, ExplainerRequest):
+            frame = receive_frame(peer)
             assert frame is not None
-            values, content = frame
-            assert expected.items() <= values.items()
-            assert bytes(content) == (image if "number" in expected else b"")
-            if "number" in expected:
-                send_message(peer, {"number": expected["number"], "stopped": True})
+            assert bytes(frame.content) == (image if expected is ExplainerRequest else b"")
+            message = expected.from_frame(frame)
+            if isinstance(message, ExplainerRequest):
+                numbers.append(message.number)
+                _send(peer, _make_reply(message.number))
+            else:
+                assert [message.number] == numbers
 
-    async def work(process: _Process) -> list[ExplainerReply]:
+    numbers: list[int] = []
+
+    async def work(connection: ExplainerConnection) -> list[ExplainerAnswer[LayersResult]]:
         async def stop() -> None:
-            process.stop()
+            connection.stop_request()
             upload_started.set()
 
         stop_task = asyncio.create_task(stop())
-        first_reply = await process.send_request(model, {"ask": "explain"}, image, lambda part: None)
+        first_answer = await connection.send_request(PendingQuestion(model, LayersQuestion(), image))
         await stop_task
-        process.stop()  # too late: no request is open
-        return [first_reply, await process.send_request(model, {"ask": "explain"}, image, lambda part: None)]
+        connection.stop_request()  # too late: no request is open
+        return [
+            first_answer,
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), image)),
+        ]
 
-    replies = asyncio.run(_run_exchange(model, serve_peer, work))
-    assert [reply.values for reply in replies] == [{"stopped": True}] * 2
+    answers = asyncio.run(_run_exchange(serve_peer, work))
+    assert [answer.result for answer in answers] == [LayersResult([], False, None)] * 2
+    assert numbers == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [{"number": 2}, {"number": 0, "part": True}, {}, []],
-    ids=["next", "part_of_another", "none", "no_object"],
-)
-def test_reply_to_another_request_is_refused(model: LiveModel, reply: Any) -> None:
+def test_cancelled_request_is_written_to_its_end(model: LiveModel) -> None:
+    """Whoever cancels the waiting task, no frame begins within another one."""
+    image = b"x" * (20 * MAX_PIECE_BYTES)
+    is_cancelled = threading.Event()
+
     def serve_peer(peer: socket.socket) -> None:
-        receive_message(peer)
-        send_message(peer, reply)
+        assert is_cancelled.wait(60)
+        frame = receive_frame(peer)
+        assert frame is not None
+        assert ExplainerRequest.from_frame(frame).number == 1
+        assert bytes(frame.content) == image
 
-    parts: list[Any] = []
+    async def work(connection: ExplainerConnection) -> None:
+        task = asyncio.create_task(connection.send_request(PendingQuestion(model, LayersQuestion(), image)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert connection.is_busy  # so that nobody else uses it
+        is_cancelled.set()
 
-    async def work(process: _Process) -> str:
-        with pytest.raises(Exception, match=r"^a reply that") as refusal:
-            await process.send_request(model, {"ask": "explain"}, b"", parts.append)
-        assert process.is_busy  # so that it is not used again
-        return type(refusal.value).__name__
+    asyncio.run(_run_exchange(serve_peer, work))
 
-    assert asyncio.run(_run_exchange(model, serve_peer, work)) == "_ProtocolError"
-    assert not parts
+
+_PROGRESS = HeatmapProgress(1, 0.5, 16, None, None)
+
+_WRONG_REPLIES = {
+    "next": (_make_reply(2).to_bytes(), "answered question 2 instead of question 1"),
+    "progress of another": (HeatmapProgress(0, 0.5, 1, None, None).to_bytes(), "answered question 0"),
+    "failure of another": (Failure(7, "").to_bytes(), "answered question 7"),
+    "no number": (b"".join(encode_frame("ExplainerReply", {})), "sent a dict instead of"),
+    "no object": (struct.pack("<II", 2, 0) + b"[]", "sent a header that cannot be read"),
+    "noise": (_NOISE, "sent a message of"),
+    "another result": (ExplainerReply(1, WeightsResult(1), 0).to_bytes(), "sent a WeightsResult"),
+    "stopped by itself": (ExplainerReply(1, None, 0).to_bytes(), "sent a NoneType instead of LayersResult"),
+    "missing content": (ExplainerReply(1, LayersResult([], False, None), 1).to_bytes(), "sent 0 bytes"),
+    "extra content": (
+        b"".join([*ContentPart(1).to_pieces([b"xy"]), _make_reply(1).to_bytes()]),
+        "sent 2 bytes instead of 0",
+    ),
+    "endless content": (b"".join(ContentPart(1).to_pieces([b"x" * 999])), "sent more than 998 bytes"),
+    "request": (StopCommand(1).to_bytes(), "sent an unexpected message 'StopCommand'"),
+    "extra field": (
+        b"".join(encode_frame("Refusal", {"number": 1, "code": "", "message": "", "more": 1})),
+        "sent a dict instead of",
+    ),
+    "end": (b"", "the process has ended"),
+}
+
+
+@pytest.mark.parametrize("name", _WRONG_REPLIES)
+def test_wrong_reply_ends_the_process(model: LiveModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(client, "MAX_CONTENT_BYTES", 998)
+    content, message = _WRONG_REPLIES[name]
+
+    def serve_peer(peer: socket.socket) -> None:
+        receive_frame(peer)
+        peer.sendall(_PROGRESS.to_bytes() + content)
+        if not content:
+            peer.shutdown(socket.SHUT_RDWR)
+
+    steps: list[HeatmapProgress] = []
+
+    async def work(connection: ExplainerConnection) -> None:
+        with pytest.raises((FrameError, EOFError), match=message):
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), b"", steps.append))
+        assert connection.is_lost
+        with pytest.raises(EOFError):  # a further request fails at once
+            await connection.send_request(PendingQuestion(model, LayersQuestion(), b"", steps.append))
+        assert not content or connection.process.wait_exit() == -signal.SIGKILL
+
+    asyncio.run(_run_exchange(serve_peer, work))
+    assert steps == [_PROGRESS]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Each message of the process extends the time limit."""
+    monkeypatch.setattr(client, "_SILENCE_TIMEOUT", 0.5)
+    has_ended = threading.Event()
+
+    def serve_peer(peer: socket.socket) -> None:
+        receive_frame(peer)
+        for _ in range(steps):
+            peer.sendall(_PROGRESS.to_bytes())
+            assert not has_ended.wait(0.25)
+        assert has_ended.wait(60)
+
+    async def work(connection: ExplainerConnection) -> float:
+        started_at = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await connection.send_request(PendingQuestion(model, LayersQuestion()))
+        has_ended.set()
+        assert connection.is_lost
+        return time.monotonic() - started_at
+
+    assert 0.25 * steps + 0.2 < asyncio.run(_run_exchange(serve_peer, work)) < 30
 
 
 # --- the runners' stream -------------------------------------------------------------------------

@@ -628,7 +628,7 @@ def test_large_images_reach_a_runner_intact(server: Server, small_zoo: Path) -> 
 
 
 def _begin_batch(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _PendingBatch:
-    return _PendingBatch(lambda _outcome: None, lane, images, apart)
+    return _PendingBatch(0, lambda _outcome: None, lane, images, apart)
 
 
 def test_suspects_are_batches_the_runner_may_have_merged() -> None:
