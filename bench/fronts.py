@@ -65,10 +65,10 @@ def install_sleep() -> None:
     first_reports: list[BatchReport] = []
 
     def sleep_instead(
-        predictor: Predictor, images: Sequence[Item], *, exclusive: bool = False
+        self: Predictor, images: Sequence[Item], *, exclusive: bool = False
     ) -> BatchReport:
         if not first_reports:
-            first_reports.append(predict_batch(predictor, images[:1], exclusive=exclusive))
+            first_reports.append(predict_batch(self, images[:1], exclusive=exclusive))
         time.sleep(seconds * len(images))
         first, count = first_reports[0], len(images)
         return first._replace(
