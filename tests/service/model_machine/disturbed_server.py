@@ -24,6 +24,7 @@ RUNNERS: Final = 2
 _SETTINGS: Final = {
     "FOVEA_MANAGEMENT": "true",
     "FOVEA_RUNNERS": str(RUNNERS),
+    "FOVEA_RUNNER_THREADS": "1",  # else the first runner would have every model twice
     "FOVEA_WATCH": "0.1",
     "FOVEA_TRIAL_SECONDS": "5",
     "FOVEA_BATCH_TIMEOUT": "3",

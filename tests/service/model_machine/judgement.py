@@ -187,7 +187,7 @@ class Judge:
         possible = self._list_possible(operation)
         if operation.is_change:
             versions = {one["version"] for one in operation.content}
-            expected_versions = {one.version for one in possible if one}
+            expected_versions = {one.version for one in possible if one and one.is_good}
             return "" if versions <= expected_versions else f"it lists {versions}, not {expected_versions}"
         for result in operation.content.get("results", [operation.content]):
             probabilities = {one["label"]: one["probability"] for one in result["predictions"]}

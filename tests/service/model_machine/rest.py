@@ -8,7 +8,10 @@ from typing import Final
 from tests.service.model_machine.builds import BALLAST_BYTES, Build, FileKind, ModelFiles
 from tests.service.model_machine.disturbed_server import RUNNERS, DisturbedServer, Views
 
-_MEMORY_SLACK: Final = 4 * BALLAST_BYTES
+_MODEL_BYTES: Final = 2 * BALLAST_BYTES
+"""Memory of a model in a runner, in bytes: an open session has the weights twice (measured)."""
+
+_MEMORY_SLACK: Final = 2 * _MODEL_BYTES
 """Allowed growth of a runner's memory, in bytes, beside its models."""
 
 _SOCKET_SLACK: Final = 20
@@ -23,7 +26,7 @@ class RestingPoint:
         self._server = server
         self._files = files
         self._default_name = default_name
-        loaded_bytes = len(server.list_loaded()) * BALLAST_BYTES
+        loaded_bytes = len(server.list_loaded()) * _MODEL_BYTES
         runners = server.list_pids("runners.process")
         self._runner_bytes = max(server.measure_anonymous_bytes(pid) for pid in runners) - loaded_bytes
         self._runner_files = max(len(server.list_open_files(pid)) for pid in runners)
@@ -112,7 +115,7 @@ class RestingPoint:
             return f"the service has {model_files} model files open for {len(views.loaded)} loaded models"
         if others > self._others or sockets > self._sockets + _SOCKET_SLACK:
             return f"the service has {sockets} sockets and {others} other files open"
-        limit = self._runner_bytes + len(views.loaded) * BALLAST_BYTES + _MEMORY_SLACK
+        limit = self._runner_bytes + len(views.loaded) * _MODEL_BYTES + _MEMORY_SLACK
         for pid in runners:
             if (files := len(self._server.list_open_files(pid))) > self._runner_files:
                 return f"runner {pid} has {files} open files; {self._runner_files} at its start"
