@@ -1,1 +1,1 @@
-"""A state machine test of model versions: random changes, requests and faults, and what must hold meanwhile."""
+"""A state machine test of model versions under random changes, requests and faults."""

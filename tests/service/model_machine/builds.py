@@ -152,7 +152,7 @@ class ModelFiles:
 
 
 def _add_ballast(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Add a large tensor of zeros, of which the graph reads one number: it depends on the number of images."""
+    """Add a large tensor of zeros. The graph reads one of them, by the number of images."""
     graph = model.graph
     index = next(place for place, node in enumerate(graph.node) if "scale" in node.input)
     graph.node[index].input[1] = "scaling"

@@ -1,4 +1,4 @@
-"""The server of the state machine as seen from outside: its views of the models, its processes and its log."""
+"""The server of the state machine as seen from outside: its views of the models, processes and log."""
 
 from __future__ import annotations
 

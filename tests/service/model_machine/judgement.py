@@ -14,7 +14,7 @@ from fovea.bench.chaos.faults import NOTICE_SECONDS, RECOVERY_SECONDS, FaultLog
 from tests.service.model_machine.builds import TOLERANCE, Build, ModelFiles
 
 ANSWER_LIMIT: Final = 15.0
-"""Time limit for an answer of a loaded model without faults, in seconds; other work may need the processors."""
+"""Time limit for an answer of a loaded model without faults, in seconds; the processors may be busy."""
 
 ON_DEMAND_SECONDS: Final = 30.0
 """Additional time limit if models are loaded on demand, in seconds: other models may be loaded before."""
@@ -108,11 +108,11 @@ class ModelHistory:
         if build not in self.list_possible():
             self._periods.append(_Period(build, time.monotonic()))
 
-    def keep_only(self, builds: Sequence[Build | None]) -> None:
-        """Allow only these outcomes from now on."""
+    def keep_only(self, build: Build | None) -> None:
+        """Allow only this outcome from now on."""
         now = time.monotonic()
         for period in self._periods:
-            if period.build not in builds:
+            if period.build is not build:
                 period.ended_at = min(period.ended_at, now)
 
     def list_possible(self, start: float | None = None, end: float | None = None) -> list[Build | None]:
@@ -175,7 +175,7 @@ class Judge:
         return min(limit, operation.deadline + SLACK_SECONDS) if operation.deadline else limit
 
     def _count_faults(self, operation: Operation, target: str, seconds: float) -> int:
-        """Return the number of faults that began or lasted up to `seconds` before the request, or during it."""
+        """Return the number of faults during a request, and up to `seconds` before it."""
         return len(self._faults.find_overlapping(operation.began_at - seconds, operation.ended_at, target))
 
     def _may_lack_runners(self, operation: Operation) -> bool:
@@ -187,7 +187,7 @@ class Judge:
         possible = self._list_possible(operation)
         if operation.is_change:
             versions = {one["version"] for one in operation.content}
-            expected_versions = {one.version for one in possible if one and one.is_good}
+            expected_versions = {one.version for one in possible if one}
             return "" if versions <= expected_versions else f"it lists {versions}, not {expected_versions}"
         for result in operation.content.get("results", [operation.content]):
             probabilities = {one["label"]: one["probability"] for one in result["predictions"]}
@@ -215,9 +215,9 @@ class Judge:
                 other = [one for one in possible if one is None or one.version != operation.version]
                 return bool(other) if operation.version else None in possible
             case 503, "not_ready":
-                # On demand, the service notices only when it loads a file that the file is bad, or gone.
+                # On demand, the service may find out only now that the file is gone.
                 is_unloadable = self._loads_on_demand and any(
-                    one and (not one.is_good or one.removed_at <= operation.ended_at) for one in possible
+                    one and one.removed_at <= operation.ended_at for one in possible
                 )
                 return None in possible or is_unloadable or self._may_lack_runners(operation)
             case 504, "deadline_exceeded":

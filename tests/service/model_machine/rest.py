@@ -11,11 +11,11 @@ from tests.service.model_machine.disturbed_server import RUNNERS, DisturbedServe
 _MODEL_BYTES: Final = 2 * BALLAST_BYTES
 """Memory of a model in a runner, in bytes: an open session has the weights twice (measured)."""
 
-_MEMORY_SLACK: Final = 2 * _MODEL_BYTES
+_MEMORY_SLACK: Final = 3 * BALLAST_BYTES
 """Allowed growth of a runner's memory, in bytes, beside its models."""
 
 _SOCKET_SLACK: Final = 20
-"""Number of sockets that the service may have beside those at its start: for callers and explaining processes."""
+"""Number of additional sockets, for callers and explaining processes."""
 
 
 class RestingPoint:
@@ -120,7 +120,8 @@ class RestingPoint:
             if (files := len(self._server.list_open_files(pid))) > self._runner_files:
                 return f"runner {pid} has {files} open files; {self._runner_files} at its start"
             if (size := self._server.measure_anonymous_bytes(pid)) > limit:
-                return f"runner {pid} takes {size >> 20} MB for {len(views.loaded)} models; at most {limit >> 20} MB"
+                sizes = f"{size >> 20} MB; at most {limit >> 20} MB"
+                return f"{len(views.loaded)} models in runner {pid} take {sizes}"
         return ""
 
     def _count_service_files(self) -> tuple[int, int, int]:

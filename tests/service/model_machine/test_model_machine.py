@@ -150,7 +150,7 @@ class ModelMachine(RuleBasedStateMachine):
     def _publish(self, name: str, kind: FileKind) -> None:
         build = self._files.prepare(name, kind)
         self._note(f"publish {build}")
-        if build.is_good or self._models_loaded:
+        if build.is_good:
             self._histories[name].allow(build)
         self._files.publish(build)
 
@@ -161,10 +161,6 @@ class ModelMachine(RuleBasedStateMachine):
             history.allow(good_builds[-1])
         if not builds:
             history.allow(None)
-        if self._models_loaded:  # on demand, a file is served before it is tested
-            for build in builds:
-                if not build.is_good:
-                    history.allow(build)
         if any(Mode(version=one.version) in history.modes for one in removed):
             history.modes.add(FOLLOW)
 
@@ -338,7 +334,7 @@ class ModelMachine(RuleBasedStateMachine):
         self._note(f"settled: {', '.join(f'{name} {build}' for name, build in self._answering.items())}")
 
     def _revive(self) -> None:
-        """Publish and load the models that are not served, so that the next steps have something to change."""
+        """Publish and load the models that are not served, so that there is something to change."""
         for name in [name for name, build in self._answering.items() if build is None]:
             if not any(one.is_good for one in self._files.list_present(name)[-1:]):
                 self._publish(name, FileKind.GOOD)
@@ -393,15 +389,10 @@ class ModelMachine(RuleBasedStateMachine):
         return [*self._histories[name].list_possible(), *([None] if self._models_loaded else [])]
 
     def _conclude(self, name: str, build: Build | None) -> None:
-        """Allow only what answers now, and on demand the files that the service tries again and again."""
+        """Allow only what answers now."""
         history = self._histories[name]
         history.modes = {one for one in history.modes if build in self._list_desired_by(name, one)}
-        retried = [
-            one
-            for one in history.list_possible()
-            if one and one.kind is FileKind.UNPROVEN and one.removed_at == float("inf")
-        ]
-        history.keep_only([build, *(retried if self._models_loaded else [])])
+        history.keep_only(build)
 
     # --- requests ---
 
