@@ -48,7 +48,8 @@ class Operation:
     """`classify`, `explain`, `load` or `unload`."""
     name: str
     version: str | None = None
-    path: str = ""
+    is_default: bool = False
+    """True if the request names no model."""
     deadline: float | None = None
     """Deadline in seconds."""
     began_at: float = 0.0
@@ -78,7 +79,8 @@ class Operation:
 
     def __str__(self) -> str:
         deadline = f" within {1000 * self.deadline:g} ms" if self.deadline else ""
-        return f"{self.action} {self.name}{f' version {self.version}' if self.version else ''}{deadline}"
+        name = "the default model" if self.is_default else self.name
+        return f"{self.action} {name}{f' version {self.version}' if self.version else ''}{deadline}"
 
 
 @dataclass
