@@ -87,10 +87,10 @@ class ModelFiles:
         self._staging.mkdir()
         self._trash_count = 0
 
-    def prepare(self, name: str, kind: FileKind) -> Build:
-        """Write the next version of a model, which `publish` makes visible."""
+    def prepare(self, name: str, kind: FileKind, version: str = "") -> Build:
+        """Write a version of a model, by default the next one, which `publish` makes visible."""
         number = len(self.builds)
-        version = next_version(self.root / name)
+        version = version or next_version(self.root / name)
         file = self._staging / MODEL_FILE
         if kind is FileKind.BROKEN:
             file.write_bytes(b"no model at all")
@@ -116,6 +116,12 @@ class ModelFiles:
             hidden_folder.mkdir(parents=True)
             file.rename(hidden_folder / MODEL_FILE)
             hidden_folder.rename(self.root / build.name / build.version)
+
+    def replace(self, old_build: Build, build: Build) -> None:
+        """Put a prepared file in the place of another one."""
+        self.builds.append(build)
+        build.published_at = old_build.removed_at = time.monotonic()
+        (self._staging / MODEL_FILE).replace(self.root / build.name / build.version / MODEL_FILE)
 
     def remove_version(self, build: Build) -> None:
         """Remove a version."""

@@ -117,6 +117,10 @@ class DisturbedServer:
         models = self.client.get("/v1/models").json()["models"]
         return {(one["name"], one["version"]) for one in models}
 
+    def read_metric(self, name: str, **labels: str) -> float:
+        """Return the sum of all samples with this name and these labels."""
+        return self._server.read_metric(name, **labels)
+
     def read_views(self) -> Views:
         """Read all views, one after another."""
         listing = self.client.get("/v1/models").json()

@@ -192,6 +192,10 @@ class Judge:
             expected_versions = {one.version for one in possible if one}
             return "" if versions <= expected_versions else f"it lists {versions}, not {expected_versions}"
         for result in operation.content.get("results", [operation.content]):
+            if error := result.get("error"):
+                if error["code"] == "internal" and self._has_killed_two(operation):
+                    continue
+                return f"an image got {error}"
             probabilities = {one["label"]: one["probability"] for one in result["predictions"]}
             build = self._files.find_build(operation.name, probabilities)
             if build is None:
@@ -227,8 +231,12 @@ class Judge:
             case 500, "internal":  # lost with its explainer, or with a second runner
                 if operation.action == "explain":
                     return self._count_faults(operation, "explainer", NOTICE_SECONDS) > 0
-                return self._count_faults(operation, "runner", NOTICE_SECONDS) > 1
+                return self._has_killed_two(operation)
         return False
+
+    def _has_killed_two(self, operation: Operation) -> bool:
+        """Return whether two runners may have died with an image of the request, which is given up then."""
+        return self._count_faults(operation, "runner", NOTICE_SECONDS) > 1
 
     def _find_change_excuse(self, operation: Operation) -> bool:
         """Return whether a load or an unload may get this error."""

@@ -48,6 +48,10 @@ class RestingPoint:
             or self._find_leak(views)
         )
 
+    def count_refusals(self) -> float:
+        """Return the number of trials that have failed."""
+        return self._server.read_metric("fovea_model_changes_total", result="refused")
+
     def find_unexpected_logs(self) -> list[str]:
         """Return log entries that tell of a mistake in the service."""
         return [

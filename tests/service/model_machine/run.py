@@ -32,6 +32,9 @@ SETTLE_SECONDS: Final = 60.0
 _MAX_PENDING: Final = 10
 """Maximum number of requests that wait for their answers."""
 
+_MAX_TRIALS: Final = 8
+"""Maximum number of trials of a file that fails, beside those by request; the delays between them double."""
+
 _ALL_RUNNERS_IMAGES: Final = 8
 """Number of images in one request of which every runner gets some."""
 
@@ -57,6 +60,7 @@ class MachineRun(AbstractContextManager["MachineRun"]):
         self._stop_event = threading.Event()
         self._stop_tasks: list[Future[None]] = []
         self._answering: dict[str, Build | None] = {}
+        self._load_count = 0
 
     def __enter__(self) -> MachineRun:
         for name in NAMES:
@@ -90,6 +94,15 @@ class MachineRun(AbstractContextManager["MachineRun"]):
         if build.is_good:
             self._histories[name].allow(build)
         self.files.publish(build)
+
+    def replace(self, old_build: Build, kind: FileKind) -> None:
+        """Replace the file of a version."""
+        build = self.files.prepare(old_build.name, kind, old_build.version)
+        self._note(f"replace {old_build} by {build}")
+        if build.is_good:
+            self._histories[build.name].allow(build)
+        self.files.replace(old_build, build)
+        self._allow_present(build.name, [])
 
     def remove_version(self, build: Build) -> None:
         """Remove a version."""
@@ -128,6 +141,7 @@ class MachineRun(AbstractContextManager["MachineRun"]):
         """Load a version by request; `build` is its file, if there is one."""
         if build and build.is_good:
             self._histories[name].allow(build)
+        self._load_count += 1
         body = {} if version is None else {"parameters": {"version": version}}
         self._change(Operation("load", name, version), body)
 
@@ -223,8 +237,14 @@ class MachineRun(AbstractContextManager["MachineRun"]):
         if not self._server.is_alive:
             self._fail("the service has ended")
 
-    def check_log(self) -> None:
-        """Check that the log tells of no mistake in the service."""
+    def check_end(self) -> None:
+        """Check that the log tells of no mistake, and that no file was tried again and again."""
+        bad_count = sum(not one.is_good for one in self.files.builds)
+        limit = bad_count * _MAX_TRIALS + self._load_count
+        if (refusals := self._rest.count_refusals()) > limit:
+            self._fail(
+                f"{refusals} trials failed, with {bad_count} files that fail and {self._load_count} loads"
+            )
         if events := self._rest.find_unexpected_logs():
             self._fail(f"the log has: {events}")
 
@@ -269,7 +289,8 @@ class MachineRun(AbstractContextManager["MachineRun"]):
     def _find_answering(self, operation: Operation) -> Build | None:
         if operation.status != 200:
             return None
-        labels = {one["label"]: 0.0 for one in operation.content["results"][0]["predictions"]}
+        results = [one for one in operation.content["results"] if "predictions" in one]
+        labels = {one["label"]: 0.0 for one in results[0]["predictions"]} if results else {}
         return self.files.find_build(operation.name, labels)
 
     def _list_desired(self, name: str) -> set[Build | None]:

@@ -33,8 +33,11 @@ STEPS: Final = int(os.environ.get("MACHINE_STEPS", "200"))
 
 STEPS_PER_SERVER: Final = 25
 
-STEPS_PER_REST: Final = 9
-"""Number of steps after which the service must settle, and gets back the models that it lacks."""
+STEPS_PER_REST: Final = 8
+"""Number of steps after which the service must settle, whatever these steps were.
+
+It must do so with a new version and without one of its runners. Then it gets back the models that it lacks.
+"""
 
 _PAUSES: Final = (0.0, 0.2, 0.0, 0.0, 0.8, 0.05, 0.0)
 """Time after a step in seconds, in turn: the next step may come during any stage of a change."""
@@ -85,6 +88,11 @@ class ModelMachine(RuleBasedStateMachine):
     @rule(name=_names, kind=st.sampled_from([FileKind.BROKEN, FileKind.UNPROVEN]))
     def publish_failing(self, name: str, kind: FileKind) -> None:
         self.run.publish(name, kind)
+
+    @rule(name=_names, place=_places, kind=st.sampled_from(FileKind))
+    def replace(self, name: str, place: int, kind: FileKind) -> None:
+        if builds := self.run.files.list_present(name):
+            self.run.replace(builds[-1 - place % len(builds)], kind)
 
     @rule(name=_names, place=_places)
     def remove_version(self, name: str, place: int) -> None:
@@ -166,6 +174,8 @@ class ModelMachine(RuleBasedStateMachine):
         type(self).step_count += 1
         self._steps += 1
         if self._steps % STEPS_PER_REST == 0:
+            self.run.publish(NAMES[self._steps % len(NAMES)], FileKind.GOOD)
+            self.run.kill("runner", self._steps)
             self.run.settle()
             self.run.revive()
         end = time.monotonic() + next(self._pauses)
@@ -180,7 +190,7 @@ class ModelMachine(RuleBasedStateMachine):
             try:
                 if error is None:
                     self._run.settle()
-                    self._run.check_log()
+                    self._run.check_end()
             except MachineFailure as failure:
                 error = failure
                 raise
