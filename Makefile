@@ -82,7 +82,7 @@ soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
 chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is wrong, lost or late (20 minutes)
 	$(BIN)/python -m fovea.bench.chaos $(CHAOS)
 
-machine: $(VENV)/.dev ## Change models at random while processes die, 2,000 steps, MACHINE_STEPS for others (20 minutes)
+machine: $(VENV)/.dev ## Change models at random while processes die, 2,000 steps, MACHINE_STEPS for others (25 minutes)
 	MACHINE_STEPS=$${MACHINE_STEPS:-2000} $(BIN)/pytest -m slow -s tests/service/model_machine $(MACHINE)
 
 explanations: $(VENV)/.dev ## See that 10,000 explanations belong to their questions, whoever leaves (10 minutes)
