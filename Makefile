@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos fronts explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -84,6 +84,8 @@ chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is
 
 fronts: $(VENV)/.bench ## See how many runners one service process keeps busy (3 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench.fronts $(FRONTS)
+machine: $(VENV)/.dev ## Change models at random while processes die, 2,000 steps, MACHINE_STEPS for others (25 minutes)
+	MACHINE_STEPS=$${MACHINE_STEPS:-2000} $(BIN)/pytest -m slow -s tests/service/model_machine $(MACHINE)
 
 explanations: $(VENV)/.dev ## See that 10,000 explanations belong to their questions, whoever leaves (10 minutes)
 	$(BIN)/python -m fovea.bench.explanations $(EXPLANATIONS)

@@ -56,13 +56,15 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 def _decode_union(kind: Any, value: Any, path: str) -> Any:
     """Decode the value as the first type that accepts it, or raise the error of the first type."""
-    errors = []
+    messages = []
     for choice in typing.get_args(kind):
         try:
             return _decode_value(choice, value, path)
         except ContractError as error:
-            errors.append(error)
-    raise errors[0]
+            # Keep no error: with its traceback it would form a cycle that keeps the frames of all callers
+            # alive, and with them the bytes of a model file, until the next garbage collection.
+            messages.append(str(error))
+    raise ContractError(messages[0])
 
 
 def _decode_list(kind: Any, value: Any, path: str) -> Any:

@@ -91,9 +91,9 @@ class ModelManager:
     ) -> None:
         """Load the versions in `versions`, which `commit` will make the served versions of one model.
 
-        The latest version is loaded if any version of the model is loaded now, or if there is room. Other
-        versions are loaded if there is room. With `force`, the versions are not compared with the served
-        version.
+        Every version is tried first, also if it is not loaded. The latest version is loaded if any version
+        of the model is loaded now, or if there is room. Other versions are loaded if there is room. With
+        `force`, the versions are not compared with the served version.
 
         Raises `ModelError` when a version cannot be served. In that case nothing has changed.
         """
@@ -101,12 +101,13 @@ class ModelManager:
         change = self._prepared_changes[name] = _PreparedChange(versions)
         try:
             for one in reversed(versions):
-                live = self._registry.list_live_versions(name)
-                is_latest = one is versions[-1]
-                if all(model.model_version != one for model in live) and (
-                    (live and is_latest) or self._has_room()
-                ):
-                    fresh = await self._prepare(name, one, force=force)
+                if any(model.model_version == one for model in self._registry.list_live_versions(name)):
+                    continue
+                await self._test_change(name, one, force=force)
+                replaces_loaded = one is versions[-1] and self._registry.list_live_versions(name)
+                if replaces_loaded or self._has_room():
+                    async with self._load_lock:
+                        fresh = await self._load(one)
                     if self._prepared_changes.get(name) is not change:
                         # The change was aborted during the load: unload the version here.
                         self._classifier.unload(fresh.load)
@@ -304,14 +305,12 @@ class ModelManager:
 
     # --- one file ---
 
-    async def _prepare(self, name: str | None, version: ModelVersion, *, force: bool) -> _LoadedVersion:
-        """Try a version unless it has been tried before, and load it in all runners. Raises `ModelError`."""
+    async def _test_change(self, name: str | None, version: ModelVersion, *, force: bool) -> None:
+        """Try a version of a change unless it has been tried before. Raises `ModelError`."""
         if version not in self._tested_versions:
             async with self._test_lock:
                 live = self._registry.list_live_versions(name)  # read it now: the lock may have taken minutes
                 await self._run_shadow_test(version, live[-1] if live and not force else None)
-        async with self._load_lock:
-            return await self._load(version)
 
     async def _load(self, version: ModelVersion) -> _LoadedVersion:
         """Load a version in all runners. Raises `ModelError`."""

@@ -52,9 +52,24 @@ class VersionChooser:
         self, name: str | None, pinned_version: str | None, served_versions: Sequence[ModelVersion]
     ) -> VersionChoice:
         """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
-        if name is None or pinned_version or not (self._root / name).is_dir():
+        if name is None or not (self._root / name).is_dir():
             return VersionChoice(await self.find_versions(name, pinned_version), (), force=False)
+        if pinned_version:
+            return await asyncio.to_thread(self._choose_pinned, name, pinned_version, served_versions)
         return await asyncio.to_thread(self._choose_versions, name, served_versions)
+
+    def _choose_pinned(
+        self, name: str, pinned_version: str, served_versions: Sequence[ModelVersion]
+    ) -> VersionChoice:
+        """Choose the version that a request asked for, unless its file was replaced by a refused one.
+
+        Runs in a thread, because it reads files.
+        """
+        versions = repository.find_versions(self._root, name, pinned_version)
+        reason = None if versions == tuple(served_versions) else self._refusals.find_reason(versions[0])
+        if reason is None:
+            return VersionChoice(versions, (), force=False)
+        return VersionChoice((), (RefusedVersion(name, pinned_version, reason),), force=False)
 
     def _choose_versions(self, name: str, served_versions: Sequence[ModelVersion]) -> VersionChoice:
         """Choose the versions of a model by its folder and the refusals.

@@ -93,6 +93,21 @@ def test_watcher_keeps_the_version_after_a_rollback(zoo: Path) -> None:
         assert get_served_version(server) == "3"
 
 
+def test_failing_file_of_a_requested_version_is_tried_once(zoo: Path) -> None:
+    publish_variant(zoo, seed=1)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as server:
+        assert server.client.post(LOAD, json={"parameters": {"version": "2"}}).status_code == 200
+        new_path = zoo.parent / "bad.onnx"
+        new_path.write_bytes(b"no model")
+        new_path.replace(zoo / "small" / "2" / "model.onnx")
+        wait_until(lambda: server.client.get("/v1/models").json()["refused"])
+        for version in ("1", "2"):
+            publish_variant(zoo, seed=2, name="other")
+            server.wait_for_metric(1, "fovea_model_info", model="other", version=version)
+        assert server.read_metric("fovea_model_changes_total", model="small", result="refused") == 1
+        assert get_served_version(server) == "2"
+
+
 def test_unloaded_model_gets_404_until_it_is_loaded(managed_server: Server, zoo: Path) -> None:
     before = classify_pictures(managed_server)
     assert model_states(managed_server.client.post(UNLOAD)) == []

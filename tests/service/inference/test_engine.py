@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -270,6 +272,18 @@ def test_memory_of_a_large_batch_is_released(tmp_path: Path, wide_threads: int) 
     assert held_mb > mb_before + 0.9 * (large_mb - mb_before)
     assert mb_after < mb_before + 0.1 * (large_mb - mb_before)
     assert large_mb_again == pytest.approx(large_mb, rel=0.1)
+
+
+def test_dropped_engine_is_freed_without_garbage_collection() -> None:
+    """A runner excludes what it has at its start from garbage collection (`gc.freeze`)."""
+    gc.disable()
+    try:
+        engine = make_engine(build_model())
+        reference = weakref.ref(engine)
+        del engine
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_kept_between_large_batches() -> None:

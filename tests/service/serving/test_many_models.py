@@ -135,6 +135,20 @@ def test_new_version_of_resting_model_loads_on_demand(zoo: Path) -> None:
         assert classify_pictures(server, name="cows")["model"] == {"name": "cows", "version": "2"}
 
 
+def test_failing_version_does_not_replace_resting_one(zoo: Path) -> None:
+    settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_WATCH": "0.1", "FOVEA_MANAGEMENT": "true"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as server:
+        (zoo / "cows" / "2").mkdir()
+        (zoo / "cows" / "2" / "model.onnx").write_bytes(b"no model at all")
+        wait_until(lambda: server.client.get("/v1/models").json()["refused"])
+        assert read_resting_models(server) == {"bees", "cows"}
+        assert server.client.post("/v2/repository/models/cows/load").status_code == 409
+        assert classify_pictures(server, name="cows")["model"] == {"name": "cows", "version": "1"}
+        assert unload_model(server, "cows") == 200
+        assert server.client.post("/v2/repository/models/cows/load").status_code == 409
+        assert get_status(server, "/v1/models/cows/classify") == 404
+
+
 def unload_model(server: Server, name: str) -> int:
     return server.client.post(f"/v2/repository/models/{name}/unload").status_code
 
