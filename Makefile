@@ -84,6 +84,7 @@ chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is
 
 fronts: $(VENV)/.bench ## See how many runners one service process keeps busy (3 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench.fronts $(FRONTS)
+
 machine: $(VENV)/.dev ## Change models at random while processes die, 2,000 steps, MACHINE_STEPS for others (25 minutes)
 	MACHINE_STEPS=$${MACHINE_STEPS:-2000} $(BIN)/pytest -m slow -s tests/service/model_machine $(MACHINE)
 
