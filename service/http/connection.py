@@ -185,7 +185,7 @@ class Connection(asyncio.BufferedProtocol):
         self._resolve_answer_future()
         self._timer.close()
         self._parser.close()
-        self.responses.resume()
+        self.responses.close()
         # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
         self._server.hangups.unwatch(self._descriptor)
         self.update_memory()

@@ -41,7 +41,7 @@ class ResponseStream:
         """Create the stream; `reader` is the connection, which `memory` may cut off."""
         self._transport = transport
         self._memory = memory
-        self._reader = reader
+        self._reader: SlowReader | None = reader
         self._writable_event: asyncio.Event | None = None
         """Event that is set when the client has read what was sent; None while it has."""
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -64,9 +64,15 @@ class ResponseStream:
         self._writable_event = asyncio.Event()
         self._watch_reader(0)
 
+    def close(self) -> None:
+        """End the stream, because the connection is lost. This breaks its reference cycle with the stream."""
+        self.resume()
+        self._reader = None
+
     def resume(self) -> None:
         """Stop watching: the client has read its answer, or the connection is lost."""
-        self._memory.release_answer(self._reader)
+        if self._reader:
+            self._memory.release_answer(self._reader)
         if self._writable_event:
             self._writable_event.set()
             self._writable_event = None
@@ -92,7 +98,7 @@ class ResponseStream:
             self._has_sent_prefix = False
             data = data[len(_PREFIX) :]
         self._transport.write(data)
-        if self._writable_event:
+        if self._writable_event and self._reader:
             self._memory.reserve_answer(self._reader, self._transport.get_write_buffer_size())
 
     def write_prefix(self) -> None:
