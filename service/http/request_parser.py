@@ -52,8 +52,8 @@ class RequestHead:
 class RequestParser:
     """Parser of the requests of one connection, one after the other.
 
-    `feed` is called until `is_complete`. It sets `head` first; each later call leaves a piece of the body in
-    `body`. `start_next` prepares for the next request.
+    `feed` is called until `is_complete`. It sets `head` first; each later call leaves a piece of the body for
+    `take_body`. `start_next` prepares for the next request.
     """
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class RequestParser:
         """True after the first byte of a request."""
         self.is_complete = False
         """True when the request has ended, with the last byte of its body or without a body."""
-        self.body: bytes | memoryview = b""
-        """Piece of the body in the last call of `feed`. It is valid as long as the fed data."""
+        self._body: bytes | memoryview = b""
+        """Piece of the body in the last call of `feed`."""
         self.body_bytes = 0
         """Number of bytes of the body so far."""
         self.pending_bytes = 0
@@ -102,18 +102,22 @@ class RequestParser:
         """
         if missing_bytes := self.missing_bytes:
             stop = min(end, start + missing_bytes)
-            self.body = view[start:stop]
+            self._body = view[start:stop]
             self.count_bytes(stop - start)
             return stop
         stop = self._find_stop(data, start, end)
-        self._pieces = []
         self.pending_bytes += stop - start
         self._feed_httptools(view[start:stop])
         if self.pending_bytes > MAX_HEADER_BYTES:
             raise _create_too_large_error()
-        self.body = b"".join(self._pieces)
-        self.body_bytes += len(self.body)
+        self._body, self._pieces = b"".join(self._pieces), []
+        self.body_bytes += len(self._body)
         return stop
+
+    def take_body(self) -> bytes | memoryview:
+        """Return the piece of the body in the last call of `feed`, once. It is as valid as the fed data."""
+        body, self._body = self._body, b""
+        return body
 
     def count_bytes(self, size: int) -> None:
         """Count `size` more bytes of a body with a Content-Length, which may have bypassed the parser."""

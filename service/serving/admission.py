@@ -79,7 +79,10 @@ class Admission:
                 f"there is no room for this request: all bodies together may take {limit} bytes "
                 "(FOVEA_BODIES_BYTES)"
             )
-        self._reserved_bytes += size
+        if self._is_released:  # `BodyMemory` has cut off this request's own client to make room
+            classifier.body_memory.release(size)
+        else:
+            self._reserved_bytes += size
 
     def reserve_answer(self, labels: int) -> None:
         """Reserve the memory for creating an answer with `labels` labels.

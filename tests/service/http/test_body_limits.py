@@ -103,6 +103,23 @@ def test_unfinished_body_times_out_on_every_route(
         assert b"\r\nconnection: close\r\n" in received
 
 
+@pytest.mark.parametrize(
+    "first_request", [LIVE_REQUEST, classify_request(make_jpeg())], ids=["live", "image"]
+)
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 500", b"Content-Length: 500000", b"Transfer-Encoding: chunked"]
+)
+def test_unfinished_body_behind_another_request_times_out(
+    short_timeout_server: Server, first_request: bytes, framing: bytes
+) -> None:
+    """Its beginning has waited while the first request was answered."""
+    with Wire(short_timeout_server.url) as wire:
+        wire.send(first_request, CLASSIFY_HEAD + framing + b"\r\n\r\n", b"1\r\nx\r\n")
+        assert wire.read_response().status == 200
+        assert wire.read_response().error_code == "body_timeout"
+        assert wire.is_closed()
+
+
 def test_body_timeout_pauses_while_earlier_request_is_answered(small_zoo: Path) -> None:
     """The time limit does not run while the service lets the client wait."""
     with Server(FOVEA_MODELS=str(small_zoo), **TIMEOUTS) as server, Wire(server.url) as wire:

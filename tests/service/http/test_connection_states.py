@@ -124,7 +124,7 @@ class Scenario(NamedTuple):
     """Number of bytes at the end of the last request that are not sent."""
 
 
-BODIES = [b"", b"abc", b"\r\n\r\n" * 50, bytes(70_000), bytes(MAX_BODY_BYTES), bytes(MAX_BODY_BYTES + 1)]
+BODIES = [b"", b"abc", b"\r\n\r\n" * 2000, bytes(70_000), bytes(MAX_BODY_BYTES), bytes(MAX_BODY_BYTES + 1)]
 PATHS = ["/fast", "/fast/overloaded", "/fast/bad", "/echo", "/early", "/chunked", "/fails", "/breaks", "*"]
 BROKEN = [
     b"nonsense\r\n\r\n",

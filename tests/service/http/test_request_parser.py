@@ -27,7 +27,7 @@ def parse_stream(pieces: list[bytes]) -> list[ParsedRequest]:
         start = 0
         while start < len(piece):
             start = parser.feed(piece, memoryview(piece), start, len(piece))
-            body += parser.body
+            body += parser.take_body()
             if parser.is_complete and parser.head:
                 requests.append(ParsedRequest(parser.head, body))
                 body = b""
