@@ -114,7 +114,7 @@ def _measure(load: Load, seconds: float, service_processor: int, other_processor
         }
         os.sched_setaffinity(0, {other_processor})  # inherited by everything that is started from here on
         with start_service(ROOT / "zoo", **settings) as (host, port):
-            (service,) = _find_services(os.getpid())
+            service = find_process_tree(os.getpid())[1]  # the only child and its own children
             os.sched_setaffinity(service, {service_processor})
             url = f"http://{host}:{port}/v1/classify"
             connections = min(512, 4 * load.runners if load.runners > 1 else 128)
@@ -122,12 +122,6 @@ def _measure(load: Load, seconds: float, service_processor: int, other_processor
             before = _read_own_seconds(service)
             report = run_wrk(url, connections, seconds, images)
             return (_read_own_seconds(service) - before) / report["requests"]
-
-
-def _find_services(pid: int) -> list[int]:
-    """Return the children of this process, which has started nothing else."""
-    tree = find_process_tree(pid)
-    return [one for one in tree if one != pid][:1]
 
 
 def _read_own_seconds(pid: int) -> float:

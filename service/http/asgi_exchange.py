@@ -92,7 +92,6 @@ class AsgiExchange:
         self._is_chunked = False
         self._remaining_bytes = 0
         """Number of bytes that the answer still has to have, by its Content-Length."""
-        self.content_length = head.content_length
         self.keep_alive = head.keep_alive
         self.response_started = self.response_complete = False
 

@@ -102,7 +102,7 @@ _RECEIVING: Final = (State.IDLE, State.HEADERS, State.BODY)
 
 @dataclass
 class ServerContext:
-    """What all connections of a server share."""
+    """Objects that all connections of a server share."""
 
     asgi: ASGIApp
     asgi_state: dict[str, Any]
