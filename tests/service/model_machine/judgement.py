@@ -111,7 +111,11 @@ class ModelHistory:
             self._periods.append(_Period(build, time.monotonic()))
 
     def keep_only(self, build: Build | None) -> None:
-        """Allow only this outcome from now on."""
+        """Allow only this outcome from now on.
+
+        It is allowed even if it was not before: on demand, a served file that is gone leaves no model.
+        """
+        self.allow(build)
         now = time.monotonic()
         for period in self._periods:
             if period.build is not build:

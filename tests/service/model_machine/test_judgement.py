@@ -124,3 +124,11 @@ def test_requested_version_that_was_removed_meanwhile_may_be_forgotten() -> None
     history.changes.append(Operation("load", "ants", "1", began_at=1, ended_at=3, status=200))
     history.conclude_changes([Build("ants", "1", FileKind.GOOD, published_at=0, removed_at=2)])
     assert history.modes == {Mode(version="1"), FOLLOW}
+
+
+def test_only_outcome_stays_possible_even_if_it_is_new() -> None:
+    history = ModelHistory()
+    build = Build("ants", "1", FileKind.GOOD, published_at=0)
+    history.allow(build)
+    history.keep_only(None)
+    assert history.list_possible() == [None]
