@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Interrupted, ModelError, NotReady, to_one_line
 from fovea.service.rollout.trial import (
     ShadowTestResult,
@@ -89,7 +89,7 @@ class ModelManager:
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Load the versions in `versions`, which `commit` will make the served versions of one model.
+        """Load the versions in `versions`, which `serve` will make the served versions of one model.
 
         Every version is tried first, also if it is not loaded. The latest version is loaded if any version
         of the model is loaded now, or if there is room. Other versions are loaded if there is room. With
@@ -123,33 +123,23 @@ class ModelManager:
                 del self._prepared_changes[name]
             raise
 
-    def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions.
+    def serve(self, state: ServingState) -> None:
+        """Switch to `state`, as `RolloutTarget` describes.
 
         Replaced versions are unloaded when their last request is answered.
         """
-        change = self._prepared_changes.pop(name)
-        before = self._registry.list_live_versions(name)
-        self._registry.change_count += 1
-        if change.versions:
-            self._registry.versions_by_model[name] = tuple(change.versions)
-        else:
-            self._registry.versions_by_model.pop(name, None)
-        self._registry.lost_versions -= {one for one in self._registry.lost_versions if one.name == name}
+        self._registry.set_state(state)
+        changes = [
+            self._prepared_changes.pop(name)
+            for name, change in list(self._prepared_changes.items())
+            if tuple(change.versions) == state.versions_by_model.get(name, ())
+        ]
         # Add the new versions before the old ones are retired: at no moment is the model without a version.
-        new_models = [self._add(fresh) for fresh in change.loaded_versions]
-        for model in before:
-            if model.model_version not in change.versions:
+        new_models = [self._add(fresh) for change in changes for fresh in change.loaded_versions]
+        for model in self._registry.models:
+            if model.model_version not in state.versions_by_model.get(model.model_version.name, ()):
                 self._classifier.retire(model)
         self._make_room(0, keep=new_models)
-
-    def set_default(self, default: str | None) -> None:
-        """Set the default model, as `RolloutTarget` describes."""
-        self._registry.set_default(default)
-
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the refused versions, as `RolloutTarget` describes."""
-        self._registry.set_refused_versions(refused_versions, is_empty=is_empty)
 
     def abort(self, name: str | None) -> None:
         """Drop a prepared change, including one that is still being prepared."""

@@ -125,11 +125,6 @@ class ModelRegistry:
 
     def __init__(self, settings: Settings, state: ServingState, metrics: Metrics) -> None:
         """Create the registry with `state` as the desired state."""
-        self.versions_by_model = dict(state.versions_by_model)
-        self.refused_versions: Sequence[RefusedVersion] = ()
-        """Refused versions, which are newer than the served versions."""
-        self.is_repository_empty = False
-        """True if the repository has no version yet that could be served."""
         self.lost_versions: set[ModelVersion] = set()
         """Versions that were served and then lost with all their runners."""
         self.single_model_name: str | None = None
@@ -137,20 +132,26 @@ class ModelRegistry:
         self._metrics = metrics
         self._provider = settings.provider
         self._live_models: dict[str, dict[str, LiveModel]] = {}
-        self._default_name = state.default_model
         self.change_count = 0
         """Number of changes to the served versions or to their description."""
-        self.set_refused_versions(state.refused_versions, is_empty=state.is_empty)
+        self.refused_versions: Sequence[RefusedVersion] = ()
+        self.set_state(state)
 
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the versions in the repository that are not served."""
+    def set_state(self, state: ServingState) -> None:
+        """Set the desired state."""
         self.change_count += 1
+        refused_versions = state.refused_versions
         for name in {one.name for one in self.refused_versions} - {one.name for one in refused_versions}:
             self._metrics.versions_refused.labels(name).set(0)
         for name, count in Counter(one.name for one in refused_versions).items():
             self._metrics.versions_refused.labels(name).set(count)
-        self.refused_versions = tuple(refused_versions)
-        self.is_repository_empty = is_empty
+        self.versions_by_model = state.versions_by_model
+        self.refused_versions = refused_versions
+        """Refused versions, which are newer than the served versions."""
+        self.is_repository_empty = state.is_empty
+        """True if the repository has no version yet that could be served."""
+        self.lost_versions &= set(self._iterate_versions())
+        self._default_name = state.default_model
 
     @property
     def is_waiting(self) -> bool:
@@ -189,11 +190,6 @@ class ModelRegistry:
         return ServingState(
             self.versions_by_model, self.default, tuple(self.refused_versions), self.is_repository_empty
         )
-
-    def set_default(self, name: str | None) -> None:
-        """Set the default model."""
-        self._default_name = name
-        self.change_count += 1
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | ModelVersion:
         """Return a model by name and version. The defaults are the default model and its latest version.
