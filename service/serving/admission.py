@@ -6,7 +6,7 @@ from typing import Final
 
 from fovea.service.errors import BadRequest
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 _LARGE_BODY_BYTES: Final = 1 << 20
 """Size in bytes above which a body counts as large and must leave room for others."""

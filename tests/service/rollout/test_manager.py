@@ -34,7 +34,7 @@ def test_aborted_change_leaves_nothing_in_service_or_runner(tmp_path: Path) -> N
             with pytest.raises(Interrupted, match="given up"):
                 await preparation
             (connection,) = classifier.runners._connections.values()
-            assert list(connection.models) == [model.load.model_id for model in classifier.registry.models]
+            assert list(connection.models) == [model.load.model_id for model in classifier.catalog.models]
             assert len(classifier._pinned_files) == 1, "the new version's file is still open"
         finally:
             manager.close()
