@@ -194,7 +194,7 @@ class Classifier:
         ):
             self.metrics.remove_version(*identity)
 
-    def _handle_lost_model(self, model_id: int, error: ModelError) -> None:
+    def _handle_lost_model(self, model_id: int) -> None:
         """Refuse the waiting images of a model that was lost with its runners.
 
         The runner pool calls this on the event loop, and needs the lanes to be empty when it returns: no
