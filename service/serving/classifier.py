@@ -15,7 +15,6 @@ from fovea.service.artifact.model_file import PinnedFile
 from fovea.service.artifact.repository import ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
     Internal,
-    ModelError,
     NotReady,
     Overloaded,
     RequestError,
