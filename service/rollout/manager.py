@@ -93,8 +93,8 @@ class ModelManager:
                 entry = self._catalog.get_entry(one)
                 if entry.state is VersionState.READY:
                     continue
-                with self._work_on(entry):
-                    await self._test_change(entry, name, force=force)
+                with self._work_on(entry, "a change needs it"):
+                    await self._test(entry, compares=not force)
                     replaces_loaded = one is change[-1] and self._catalog.list_live_versions(name)
                     if replaces_loaded or self._has_room():
                         await self._load(entry)
@@ -125,21 +125,24 @@ class ModelManager:
         return version in self._prepared_versions.get(version.name, ())
 
     @contextlib.contextmanager
-    def _work_on(self, entry: CatalogEntry) -> Iterator[None]:
+    def _work_on(self, entry: CatalogEntry, reason: str) -> Iterator[None]:
         """Keep a version `LOADING` while a task tries or loads it inside the block, and settle it then."""
         entry.task_count += 1
         if entry.state is not VersionState.LOADING:
-            self._catalog.move(entry, VersionState.LOADING)
+            self._catalog.move(entry, VersionState.LOADING, reason)
+        outcome = "it could not be loaded; the log says why"
         try:
             yield
+            outcome = ""
         finally:
             entry.task_count -= 1
-            self._settle([entry])
+            self._settle([entry], outcome)
 
-    def _settle(self, entries: Iterable[CatalogEntry]) -> None:
+    def _settle(self, entries: Iterable[CatalogEntry], outcome: str = "") -> None:
         """Move versions to the states that follow from the desired state and from what the runners have.
 
-        This comes after each change of the desired state and each end of a task.
+        This comes after each change of the desired state and each end of a task. `outcome` is the reason for
+        the state of a version that no runner has.
         """
         new_models = []
         # New versions are added before old ones drain: at no moment is a model without a version.
@@ -159,9 +162,9 @@ class ModelManager:
             elif entry.task_count:
                 continue
             elif not is_desired:
-                self._catalog.move(entry, VersionState.GONE)
+                self._catalog.move(entry, VersionState.GONE, outcome)
             elif entry.state is VersionState.LOADING:
-                self._catalog.move(entry, VersionState.FOUND)
+                self._catalog.move(entry, VersionState.FOUND, outcome)
         if new_models:
             self._make_room(0, keep=new_models)
 
@@ -221,10 +224,6 @@ class ModelManager:
         try:
             # A load goes on when one caller leaves: other callers may wait for the same model.
             return await asyncio.shield(task)
-        except ModelError as error:
-            log.error(f"model {name} cannot be loaded: {to_one_line(error)}")
-            message = f"model {name!r} could not be loaded; the log says why"
-            raise NotReady(message, retry_after=_RETRY_SECONDS) from None
         except asyncio.CancelledError:
             # The task still takes the model for this caller: release the model when the task is done.
             task.add_done_callback(_release_model)
@@ -241,9 +240,23 @@ class ModelManager:
                 model.acquire()
                 return model
             entry = self._catalog.get_entry(model)
-            with self._work_on(entry):
-                await self._test_on_demand(entry)
+            with self._work_on(entry, "a request needs it"):
+                async with entry.lock:
+                    await self._try_on_demand(entry)
+
+    async def _try_on_demand(self, entry: CatalogEntry) -> None:
+        """Try and load a version, unless that has just failed. Raises `NotReady`."""
+        name, _ = self._catalog.get_identity(entry)
+        if time.monotonic() >= entry.retry_at:
+            try:
+                await self._test(entry, is_refusal=True)
                 await self._load(entry, makes_room=True)
+                return
+            except ModelError as failure:
+                entry.retry_at = time.monotonic() + _RETRY_SECONDS
+                log.error(f"model {name} cannot be loaded: {to_one_line(failure)}")
+        message = f"model {name!r} could not be loaded; the log says why"
+        raise NotReady(message, retry_after=_RETRY_SECONDS)
 
     # --- models that were lost ---
 
@@ -275,7 +288,7 @@ class ModelManager:
             if entry.model or not self._catalog.is_desired(entry.model_version) or not self._has_room():
                 break
             try:
-                with self._work_on(entry):
+                with self._work_on(entry, entry.reason):
                     await self._load(entry)
                 break
             except ModelError as error:
@@ -308,31 +321,23 @@ class ModelManager:
                 raise
             entry.model = self._classifier.create_model(version, load, load_result)
 
-    async def _test_change(self, entry: CatalogEntry, name: str | None, *, force: bool) -> None:
-        """Try a version of a change unless it has been tried before. Raises `ModelError`."""
-        if not entry.has_passed:
-            async with self._test_lock:
-                live = self._catalog.list_live_versions(name)  # read it now: the lock may have taken minutes
-                await self._run_shadow_test(entry, live[-1] if live and not force else None)
+    async def _test(self, entry: CatalogEntry, *, compares: bool = False, is_refusal: bool = False) -> None:
+        """Try a version unless it has passed before, and compare it with the version that is served.
 
-    async def _test_on_demand(self, entry: CatalogEntry) -> None:
-        """Try a version that a request asks for, one at a time. Raises `ModelError`.
-
-        Callers that waited for a trial that failed get the error without another trial.
+        With `is_refusal`, a failure is reported to `on_refused`. Raises `ModelError`.
         """
         if entry.has_passed:
             return
         async with self._test_lock:
-            if time.monotonic() < entry.retry_at:
-                raise ModelError("it could not be loaded a moment ago")
-            if not entry.has_passed:
-                try:
-                    await self._run_shadow_test(entry, None)
-                except ModelError as error:
-                    if not isinstance(error, Interrupted):
-                        self.on_refused(entry.model_version, to_one_line(error), is_lasting(error))
-                    entry.retry_at = time.monotonic() + _RETRY_SECONDS
-                    raise
+            if entry.has_passed:  # another task has tried it meanwhile
+                return
+            live = self._catalog.list_live_versions(entry.model_version.name) if compares else []
+            try:
+                await self._run_shadow_test(entry, live[-1] if live else None)
+            except ModelError as error:
+                if is_refusal and not isinstance(error, Interrupted):
+                    self.on_refused(entry.model_version, to_one_line(error), is_lasting(error))
+                raise
 
     async def _run_shadow_test(self, entry: CatalogEntry, current: LiveModel | None) -> None:
         """Run a version's trial. Raises `ModelError` when the version cannot be served."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -93,12 +94,14 @@ class CatalogEntry:
     """The model in the runners. `LOADING`: once it is loaded; `READY`, `DRAINING`: always; otherwise None."""
     task_count: int = 0
     """Number of tasks that try or load it. It stays `LOADING` while there are any and it has no model."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Lock of the request that tries and loads it; other requests for it wait."""
     has_passed: bool = False
     """True once it has passed its trial, or was loaded at the start."""
     is_lost: bool = False
     """True after it was lost with all runners, until it is loaded again or given up."""
     retry_at: float = 0.0
-    """Time until which requests do not try it, because its trial has failed; monotonic, in seconds."""
+    """Time until which no request tries it again, because it could not be loaded; monotonic, in seconds."""
 
 
 class ModelCatalog:
@@ -217,7 +220,7 @@ class ModelCatalog:
         if entry.model and state is VersionState.READY:
             reason = _describe_load(entry.model)
         entry.state, entry.reason, entry.since = state, reason, time.time()
-        name, version = self._get_identity(entry)
+        name, version = self.get_identity(entry)
         level = logging.INFO if state in _LOGGED_STATES else logging.DEBUG
         log.log(level, f"model {name} version {version} is {state}{f': {reason}' if reason else ''}")
         if entry.model and state is VersionState.READY:
@@ -227,7 +230,7 @@ class ModelCatalog:
             entry.model = None
         self._count_states(name)
 
-    def _get_identity(self, entry: CatalogEntry) -> tuple[str, str]:
+    def get_identity(self, entry: CatalogEntry) -> tuple[str, str]:
         """Return the name and the version; before a single file is loaded, the name of the file."""
         if entry.model:
             return entry.model.name, entry.model.version
@@ -237,7 +240,7 @@ class ModelCatalog:
     def list_statuses(self) -> list[VersionStatus]:
         """Return the state of every version that is not gone, by name and version."""
         statuses = [
-            VersionStatus(*self._get_identity(one), one.state, one.reason, one.since)
+            VersionStatus(*self.get_identity(one), one.state, one.reason, one.since)
             for one in self._entries.values()
             if one.state is not VersionState.GONE
         ]

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ServingState, find_versions, scan_repository
-from fovea.service.errors import Interrupted
+from fovea.service.errors import Interrupted, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout import manager as module
 from fovea.service.rollout.manager import ModelManager
@@ -162,6 +162,26 @@ def test_model_that_is_removed_while_a_request_loads_it_is_not_served(tmp_path: 
             await request
         assert case.state_of("small") is VersionState.GONE
         assert case.state_of("other") is VersionState.FOUND, "it had made room"
+
+    run_case(tmp_path, work, models_loaded=1)
+
+
+def test_failed_load_is_not_repeated_by_the_next_requests(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(case: Case, manager: ModelManager) -> None:
+        (version,) = find_versions(case.zoo, "small")
+        content = version.path.read_bytes()
+        version.path.write_bytes(b"another file")
+        requests = [manager.load_on_demand("small", None) for _ in range(5)]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
+        assert {type(one) for one in outcomes} == {NotReady}
+        with pytest.raises(NotReady):
+            await manager.load_on_demand("small", None)
+        assert caplog.text.count("has changed since it was found") == 1
+        entry = case.catalog.get_entry(version)
+        assert (entry.state, entry.reason) == ("found", "it could not be loaded; the log says why")
+        version.path.write_bytes(content)
 
     run_case(tmp_path, work, models_loaded=1)
 
