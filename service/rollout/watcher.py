@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fovea.service.artifact import repository
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState, VersionsByModel
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, to_one_line
 from fovea.service.rollout.change_backoff import ChangeBackoff
 from fovea.service.rollout.refusals import Refusals
@@ -53,7 +53,7 @@ class Watcher:
         """
         self._root = root
         self._configured_default = configured_default
-        self._versions_by_model = dict(state.versions_by_model)
+        self._state = state
         self._default = state.default_model
         self._target = target
         self._refusals = refusals or Refusals()
@@ -78,7 +78,6 @@ class Watcher:
         self._refused_by_model: dict[str, tuple[RefusedVersion, ...]] = {}
         for one in state.refused_versions:
             self._refused_by_model[one.name] = (*self._refused_by_model.get(one.name, ()), one)
-        self._state = state
         # The lock is held from the choice of versions to their commit. It also orders the calls of
         # `Refusals`, which run in worker threads.
         self._lock = asyncio.Lock()
@@ -87,6 +86,10 @@ class Watcher:
     def state(self) -> ServingState:
         """Return the current state, which the target serves."""
         return self._state
+
+    @property
+    def _versions_by_model(self) -> VersionsByModel:
+        return self._state.versions_by_model
 
     async def run(self, interval: float) -> None:
         """Scan every `interval` seconds for ever. With 0, scan only while a model is missing."""
@@ -253,18 +256,21 @@ class Watcher:
             )
         self._refused_by_model[name] = refused_versions
 
-    def _serve(self, *, is_prepared: bool = False) -> None:
-        """Let the target serve the current state if it has changed, or if the target has prepared for it."""
-        is_empty = not self._versions_by_model and not self._unloaded_models
+    def _serve(self, prepared_versions: VersionsByModel | None = None) -> None:
+        """Let the target serve the current state if it has changed.
+
+        `prepared_versions` replaces the versions of all models, after the target has prepared for it.
+        """
+        served_versions = self._versions_by_model if prepared_versions is None else prepared_versions
+        is_empty = not served_versions and not self._unloaded_models
         refused_versions = tuple(
             one
             for name, versions in sorted(self._refused_by_model.items())
             for one in versions
-            if name not in self._unloaded_models
-            and not (one.version == "" and name in self._versions_by_model)
+            if name not in self._unloaded_models and not (one.version == "" and name in served_versions)
         )
-        state = ServingState(dict(self._versions_by_model), self._default, refused_versions, is_empty)
-        if is_prepared or state != self._state:
+        state = ServingState(served_versions, self._default, refused_versions, is_empty)
+        if prepared_versions is not None or state != self._state:
             self._state = state
             self._target.serve(state)
 
@@ -377,7 +383,7 @@ class Watcher:
     async def _apply_change(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Prepare and commit a change. Raises `SwapRefused`; in that case nothing has changed."""
+        """Prepare a change and serve it. Raises `SwapRefused`; in that case nothing has changed."""
         try:
             await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
@@ -392,15 +398,12 @@ class Watcher:
             raise SwapRefused(reason) from None
         # Nothing may be awaited between `prepare` and `serve`: the prepared change could be aborted or
         # become outdated.
-        if versions:
-            self._versions_by_model[name] = tuple(versions)
-        else:
-            self._versions_by_model.pop(name, None)
         if name is not None:
             self._refused_by_model[name] = tuple(
                 one for one in self._refused_by_model.get(name, ()) if one.version and not one.is_pinned
             )
-        self._serve(is_prepared=True)
+        all_versions = {**self._versions_by_model, name: tuple(versions)}
+        self._serve({one: served for one, served in all_versions.items() if served})
         self._refused_changes.pop(name, None)
         self._backoff.reset(name)
         self._lost_counts.pop(name, None)
