@@ -166,6 +166,20 @@ def test_model_that_is_removed_while_a_request_loads_it_is_not_served(tmp_path: 
     run_case(tmp_path, work, models_loaded=1)
 
 
+def test_model_that_is_removed_while_a_request_waits_is_not_loaded(tmp_path: Path) -> None:
+    async def work(case: Case, manager: ModelManager) -> None:
+        async with manager._load_lock:
+            request = asyncio.create_task(manager.load_on_demand("small", None))
+            (version,) = find_versions(case.zoo, "small")
+            await wait_for(lambda: case.catalog.get_entry(version).has_passed)
+            case.serve("other")
+        with pytest.raises(Exception, match="there is no model 'small'"):
+            await request
+        assert case.state_of("other") is VersionState.READY, "it need not make room"
+
+    assert run_case(tmp_path, work, models_loaded=1).loads == []
+
+
 def test_failed_load_is_not_repeated_by_the_next_requests(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
