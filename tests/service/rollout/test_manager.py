@@ -166,6 +166,18 @@ def test_model_that_is_removed_while_a_request_loads_it_is_not_served(tmp_path: 
     run_case(tmp_path, work, models_loaded=1)
 
 
+def test_other_changes_do_not_disturb_a_load(tmp_path: Path) -> None:
+    async def work(case: Case, manager: ModelManager) -> None:
+        request = asyncio.create_task(manager.load_on_demand("small", None))
+        await wait_for(lambda: bool(case.loads))
+        case.serve("small", "other")
+        assert case.state_of("small") is VersionState.LOADING
+        (await request).release()
+        assert case.state_of("small") is VersionState.READY
+
+    assert run_case(tmp_path, work, models_loaded=1).loads == ["small"]
+
+
 def test_model_that_is_removed_while_a_request_waits_is_not_loaded(tmp_path: Path) -> None:
     async def work(case: Case, manager: ModelManager) -> None:
         async with manager._load_lock:
@@ -198,6 +210,22 @@ def test_failed_load_is_not_repeated_by_the_next_requests(
         version.path.write_bytes(content)
 
     run_case(tmp_path, work, models_loaded=1)
+
+
+def test_concurrent_requests_try_a_failing_model_once(tmp_path: Path) -> None:
+    refusals: list[str] = []
+
+    async def work(case: Case, manager: ModelManager) -> None:
+        manager.on_refused = lambda version, reason, lasting: refusals.append(reason)
+        (version,) = find_versions(case.zoo, "small")
+        version.path.write_bytes(b"no model at all")
+        case.serve("small", "other")
+        requests = [manager.load_on_demand("small", None) for _ in range(5)]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
+        assert {type(one) for one in outcomes} == {NotReady}
+        assert len(refusals) == 1
+
+    assert run_case(tmp_path, work, models_loaded=1).loads == []
 
 
 def lose(case: Case, name: str) -> None:
