@@ -153,7 +153,6 @@ class ModelManager:
             if entry.model and is_desired:
                 if entry.state is VersionState.LOADING:
                     self._catalog.move(entry, VersionState.READY)
-                    self._metrics.model_changes.labels(entry.model.name, "loaded").inc()
                     new_models.append(entry.model)
             elif self._is_prepared(entry.model_version):
                 continue
@@ -188,8 +187,9 @@ class ModelManager:
         while max_models and (models := self._catalog.models) and len(models) + count > max_models:
 
             def order(model: LiveModel) -> tuple[bool, int, bool, float]:
-                versions = self._catalog.list_live_versions(model.model_version.name)
-                rank = versions.index(model) if model in keep else 0
+                rank = 0
+                if model in keep:
+                    rank = self._catalog.list_live_versions(model.model_version.name).index(model)
                 return model in keep, rank, model.active_requests > 0, model.last_used
 
             model = min(models, key=order)
@@ -240,23 +240,32 @@ class ModelManager:
                 model.acquire()
                 return model
             entry = self._catalog.get_entry(model)
+            if not entry.model and not entry.task_count:
+                self._check_retry(entry)
             with self._work_on(entry, "a request needs it"):
                 async with entry.lock:
                     await self._try_on_demand(entry)
 
     async def _try_on_demand(self, entry: CatalogEntry) -> None:
-        """Try and load a version, unless that has just failed. Raises `NotReady`."""
-        name, _ = self._catalog.get_identity(entry)
-        if time.monotonic() >= entry.retry_at:
-            try:
-                await self._test(entry, is_refusal=True)
-                await self._load(entry, makes_room=True)
-                return
-            except ModelError as failure:
-                entry.retry_at = time.monotonic() + _RETRY_SECONDS
-                log.error(f"model {name} cannot be loaded: {to_one_line(failure)}")
-        message = f"model {name!r} could not be loaded; the log says why"
-        raise NotReady(message, retry_after=_RETRY_SECONDS)
+        """Try and load a version, unless the runners have it or that has just failed. Raises `NotReady`."""
+        if entry.model:
+            return
+        self._check_retry(entry)
+        try:
+            await self._test(entry, is_refusal=True)
+            await self._load(entry, makes_room=True)
+        except ModelError as error:
+            name, _ = self._catalog.get_identity(entry)
+            log.error(f"model {name} cannot be loaded: {to_one_line(error)}")
+            entry.retry_at = time.monotonic() + _RETRY_SECONDS
+            self._check_retry(entry)
+
+    def _check_retry(self, entry: CatalogEntry) -> None:
+        """Raise `NotReady` if a version could not be loaded a moment ago."""
+        if time.monotonic() < entry.retry_at:
+            name, _ = self._catalog.get_identity(entry)
+            message = f"model {name!r} could not be loaded; the log says why"
+            raise NotReady(message, retry_after=_RETRY_SECONDS)
 
     # --- models that were lost ---
 
@@ -311,6 +320,8 @@ class ModelManager:
             version = entry.model_version
             if entry.model or not (self._catalog.is_desired(version) or self._is_prepared(version)):
                 return
+            if entry.state is not VersionState.LOADING:  # it has drained while this waited for the lock
+                self._catalog.move(entry, VersionState.LOADING, entry.reason)
             if makes_room:
                 self._make_room(1)
             load = self._classifier.create_load(version)
@@ -320,6 +331,7 @@ class ModelManager:
                 self._classifier.close_file(load)
                 raise
             entry.model = self._classifier.create_model(version, load, load_result)
+            self._metrics.model_changes.labels(entry.model.name, "loaded").inc()
 
     async def _test(self, entry: CatalogEntry, *, compares: bool = False, is_refusal: bool = False) -> None:
         """Try a version unless it has passed before, and compare it with the version that is served.

@@ -271,8 +271,8 @@ class Watcher:
         )
         state = ServingState(served_versions, self._default, refused_versions, is_empty)
         if prepared_versions is not None or state != self._state:
-            self._state = state
             self._target.serve(state)
+            self._state = state  # last: if that failed, the next scan tries it again
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve a version of a model and keep serving it. Without `version`, the repository chooses.

@@ -44,7 +44,7 @@ class Admission:
 
     def release(self) -> None:
         """Release everything. Further calls do nothing."""
-        # The model comes last: its release may unload a retired model, and an error there must not keep
+        # The model comes last: its release may unload a draining model, and an error there must not keep
         # memory and places.
         self._classifier.body_memory.release(self._reserved_bytes)
         self._reserved_bytes = 0

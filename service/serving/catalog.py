@@ -100,6 +100,8 @@ class CatalogEntry:
     """True once it has passed its trial, or was loaded at the start."""
     is_lost: bool = False
     """True after it was lost with all runners, until it is loaded again or given up."""
+    series: tuple[str, VersionState] | None = None
+    """Labels of the metric that counts it."""
     retry_at: float = 0.0
     """Time until which no request tries it again, because it could not be loaded; monotonic, in seconds."""
 
@@ -122,6 +124,7 @@ class ModelCatalog:
         self.change_count = 0
         """Number of changes to the served versions or to their description."""
         self._refused_since: dict[RefusedVersion, float] = {}
+        self._state_counts: Counter[tuple[str, VersionState]] = Counter()
         self.set_state(state)
 
     # --- the desired state ---
@@ -130,10 +133,10 @@ class ModelCatalog:
         """Set the desired state. `ModelManager.serve` brings the entries in line with it."""
         self.change_count += 1
         now = time.time()
-        known_names = {one.name for one in self._refused_since}
         refused_counts = Counter(one.name for one in state.refused_versions)
-        for name in known_names | refused_counts.keys():
+        for name in {one.name for one in self._refused_since} | refused_counts.keys():
             self._metrics.versions_refused.labels(name).set(refused_counts[name])
+            self._metrics.model_versions.labels(name, VersionState.REFUSED).set(refused_counts[name])
         self._refused_since = {one: self._refused_since.get(one, now) for one in state.refused_versions}
         self._state = state
         for versions in state.versions_by_model.values():
@@ -141,17 +144,15 @@ class ModelCatalog:
                 entry = self.get_entry(version)
                 if entry.state is VersionState.GONE:
                     self.move(entry, VersionState.FOUND)
-        for name in known_names | refused_counts.keys():
-            self._count_states(name)
 
     @property
     def state(self) -> ServingState:
-        """Desired state. The default model of a single file has the name in its contract."""
-        return self._state._replace(default_model=self.default)
+        """Desired state."""
+        return self._state
 
     @property
     def default(self) -> str | None:
-        """Name of the default model; None if there is none."""
+        """Name of the default model; None if there is none. A single file has the name in its contract."""
         return self._state.default_model or (self.single_model_name if self.is_single_file else None)
 
     @property
@@ -196,7 +197,11 @@ class ModelCatalog:
         """Return the entry of a version. An unknown version gets one, which is `GONE`."""
         entry = self._entries.get(version)
         if entry is None:
-            gone = [key for key, one in self._entries.items() if one.state is VersionState.GONE]
+            gone = [
+                key
+                for key, one in self._entries.items()
+                if one.state is VersionState.GONE and not one.task_count
+            ]
             for key in gone[: max(0, len(gone) - _MAX_GONE)]:
                 del self._entries[key]
             entry = self._entries[version] = CatalogEntry(version)
@@ -228,7 +233,20 @@ class ModelCatalog:
             self._add_model(entry.model)
         if state in (VersionState.FOUND, VersionState.GONE):
             entry.model = None
-        self._count_states(name)
+        self._update_metric(entry)
+
+    def _update_metric(self, entry: CatalogEntry) -> None:
+        """Count an entry in its new state and no longer in the one before.
+
+        The name of a single file changes when it is loaded.
+        """
+        old_series, entry.series = entry.series, None
+        if entry.state is not VersionState.GONE:
+            entry.series = self.get_identity(entry)[0], entry.state
+        for series, change in ((old_series, -1), (entry.series, 1)):
+            if series:
+                self._state_counts[series] += change
+                self._metrics.model_versions.labels(*series).set(self._state_counts[series])
 
     def get_identity(self, entry: CatalogEntry) -> tuple[str, str]:
         """Return the name and the version; before a single file is loaded, the name of the file."""
@@ -249,13 +267,6 @@ class ModelCatalog:
             for one, since in self._refused_since.items()
         ]
         return sorted(statuses, key=lambda one: (one.name, _version_sort_key(one.version), one.since))
-
-    def _count_states(self, name: str) -> None:
-        """Set the metric of the versions of a model in each state."""
-        counts = Counter(one.state for one in self.list_statuses() if one.name == name)
-        for state in VersionState:
-            if state is not VersionState.GONE:
-                self._metrics.model_versions.labels(name, state).set(counts[state])
 
     @property
     def is_waiting(self) -> bool:
@@ -365,8 +376,8 @@ class ModelCatalog:
     def add(self, model: LiveModel) -> None:
         """Serve a model that was loaded at the start, without a trial."""
         entry = self.get_entry(model.model_version)
-        entry.model, entry.has_passed = model, True
         self.move(entry, VersionState.LOADING)
+        entry.model, entry.has_passed = model, True
         self.move(entry, VersionState.READY)
 
     def _add_model(self, model: LiveModel) -> None:

@@ -7,6 +7,7 @@ FOVEA_MANAGEMENT is set.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
@@ -89,13 +90,23 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         return None if is_single else name
 
     def list_served(name: str) -> list[dict[str, str]]:
-        served_states = (VersionState.READY, VersionState.LOADING, VersionState.FOUND)
-        statuses = catalog.list_statuses()
-        return [_render_status(one) for one in statuses if one.name == name and one.state in served_states]
+        """Return the versions of a model that answer, or that the next request loads."""
+        served_versions = {(one.name, one.version) for one in catalog.models}
+        served_versions |= {(one.name or "", one.version or "") for one in catalog.on_demand_versions}
+        return [
+            _render_status(one)
+            for one in catalog.list_statuses()
+            if one.name == name
+            and one[:2] in served_versions
+            and one.state in (VersionState.READY, VersionState.LOADING, VersionState.FOUND)
+        ]
 
-    def list_unserved() -> list[dict[str, str]]:
-        """Return the versions in the repository that are not in the catalog: unloaded or new."""
-        root, statuses = classifier.settings.models, catalog.list_statuses()
+    def list_unserved(statuses: Sequence[VersionStatus]) -> list[dict[str, str]]:
+        """Return the versions in the repository that are not in the catalog: unloaded or new.
+
+        Runs in a thread, because it reads folders.
+        """
+        root = classifier.settings.models
         known_names = {one.name for one in statuses if one.state is not VersionState.REFUSED}
         refused = {(one.name, one.version) for one in statuses if one.state is VersionState.REFUSED}
         versions: list[tuple[str, str]] = []
@@ -123,7 +134,7 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         statuses = catalog.list_statuses()
         if index_request.ready:
             return [_render_status(one) for one in statuses if one.state is VersionState.READY]
-        return [_render_status(one) for one in statuses] + await asyncio.to_thread(list_unserved)
+        return [_render_status(one) for one in statuses] + await asyncio.to_thread(list_unserved, statuses)
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **route_options)
     async def load(name: str, request: Request) -> list[dict[str, str]]:

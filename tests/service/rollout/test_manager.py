@@ -202,14 +202,51 @@ def test_failed_load_is_not_repeated_by_the_next_requests(
         requests = [manager.load_on_demand("small", None) for _ in range(5)]
         outcomes = await asyncio.gather(*requests, return_exceptions=True)
         assert {type(one) for one in outcomes} == {NotReady}
+        changes = case.catalog.change_count
         with pytest.raises(NotReady):
             await manager.load_on_demand("small", None)
+        assert case.catalog.change_count == changes, "cached replies would be rendered again"
         assert caplog.text.count("has changed since it was found") == 1
         entry = case.catalog.get_entry(version)
         assert (entry.state, entry.reason) == ("found", "it could not be loaded; the log says why")
         version.path.write_bytes(content)
 
     run_case(tmp_path, work, models_loaded=1)
+
+
+def test_models_in_turn_end_in_the_runners_as_the_catalog_says(tmp_path: Path) -> None:
+    """Requests queue for the load of two models with room for one: each load evicts the other model."""
+
+    async def work(case: Case, manager: ModelManager) -> None:
+        for name in ("small", "other"):  # so that both have passed their trials
+            await ask(manager, name)
+        async with manager._load_lock:
+            lose(case, "other")
+            names = ["small", "small", "other", "small", "other"]
+            requests = [asyncio.create_task(ask(manager, one)) for one in names]
+            await asyncio.sleep(0.5)  # until the lost model is about to be loaded again too
+        await asyncio.gather(*requests)
+        await wait_for(lambda: not manager._tasks)
+        assert len(case.catalog.models) == 1
+        case.check_runner()
+        case.serve()
+        assert [case.state_of(one) for one in ("small", "other")] == [VersionState.GONE] * 2
+
+    run_case(tmp_path, work, models_loaded=1)
+
+
+async def ask(manager: ModelManager, name: str) -> None:
+    (await manager.load_on_demand(name, None)).release()
+
+
+def test_requests_that_wait_share_one_load(tmp_path: Path) -> None:
+    async def work(case: Case, manager: ModelManager) -> None:
+        for name in ("small", "other"):
+            await ask(manager, name)
+        case.loads.clear()
+        await asyncio.gather(*(ask(manager, one) for one in ("small", "small", "small", "other")))
+
+    assert run_case(tmp_path, work, models_loaded=1).loads == ["small", "other"]
 
 
 def test_concurrent_requests_try_a_failing_model_once(tmp_path: Path) -> None:
@@ -259,7 +296,7 @@ def test_lost_model_whose_place_is_taken_waits_for_a_request(
     async def work(case: Case, manager: ModelManager) -> None:
         manager.on_lost = lambda name, is_lost: losses.append((name, is_lost))
         for name in ("small", "other"):  # so that both have passed their trials
-            (await manager.load_on_demand(name, None)).release()
+            await ask(manager, name)
         lose(case, "other")
         (await manager.load_on_demand("small", None)).release()
         await wait_for(lambda: losses == [("other", True), ("other", False)])

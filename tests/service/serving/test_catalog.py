@@ -53,8 +53,9 @@ class Case:
         models: VersionsByModel = {"small": versions} if versions else {}
         self.catalog.set_state(ServingState(models, None, refused))
 
-    def count(self, state: VersionState) -> float | None:
-        return self.registry.get_sample_value("fovea_model_versions", {"model": "small", "state": state})
+    def count(self, state: VersionState) -> float:
+        series = {"model": "small", "state": state}
+        return self.registry.get_sample_value("fovea_model_versions", series) or 0.0
 
 
 @pytest.fixture
