@@ -195,17 +195,9 @@ class ModelCatalog:
 
     def get_entry(self, version: ModelVersion) -> CatalogEntry:
         """Return the entry of a version. An unknown version gets one, which is `GONE`."""
-        entry = self._entries.get(version)
-        if entry is None:
-            gone = [
-                key
-                for key, one in self._entries.items()
-                if one.state is VersionState.GONE and not one.task_count
-            ]
-            for key in gone[: max(0, len(gone) - _MAX_GONE)]:
-                del self._entries[key]
-            entry = self._entries[version] = CatalogEntry(version)
-        return entry
+        if version not in self._entries:
+            self._entries[version] = CatalogEntry(version)
+        return self._entries[version]
 
     def find_entry(self, model_id: int) -> CatalogEntry | None:
         """Return the version that the runners know by this id."""
@@ -234,6 +226,15 @@ class ModelCatalog:
         if state in (VersionState.FOUND, VersionState.GONE):
             entry.model = None
         self._update_metric(entry)
+        if state is VersionState.GONE:
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Remove the oldest versions that are gone, beyond the number that is remembered."""
+        entries = self._entries.items()
+        gone = [key for key, one in entries if one.state is VersionState.GONE and not one.task_count]
+        for key in gone[: max(0, len(gone) - _MAX_GONE)]:
+            del self._entries[key]
 
     def _update_metric(self, entry: CatalogEntry) -> None:
         """Count an entry in its new state and no longer in the one before.
