@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fovea.service.http.listener import ConnectionSource
     from fovea.service.http.server import Server
     from fovea.service.rollout.refusals import Refusals
-    from fovea.service.serving.registry import ModelRegistry
+    from fovea.service.serving.catalog import ModelCatalog
     from fovea.service.settings import Settings
     from fovea.service.supervisor.participant import Participant
 
@@ -90,7 +90,7 @@ def _serve_single_process(
         server = _create_server(app, settings)
         loop = asyncio.get_running_loop()
         greeting = _format_greeting(
-            _format_url(settings, bound_socket), **_describe_models(app.classifier.registry)
+            _format_url(settings, bound_socket), **_describe_models(app.classifier.catalog)
         )
         reload_tasks = set()
         stop_signals: list[int] = []
@@ -256,7 +256,7 @@ async def _serve_worker(
     source: ConnectionSource = supervised_source
     await server.serve(
         source,
-        on_listening=lambda: supervised_source.report_ready(**_describe_models(app.classifier.registry)),
+        on_listening=lambda: supervised_source.report_ready(**_describe_models(app.classifier.catalog)),
     )
 
 
@@ -357,11 +357,11 @@ def _format_url(settings: Settings, bound_socket: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{bound_socket.getsockname()[1]}"
 
 
-def _describe_models(registry: ModelRegistry) -> dict[str, str]:
+def _describe_models(catalog: ModelCatalog) -> dict[str, str]:
     """Return the served models and the route to try, as text for the greeting."""
-    models = registry.models
+    models = catalog.models
     names = ", ".join(f"{one.name} version {one.version} on {one.load_result.provider}" for one in models)
-    needs_name = not registry.default and models
+    needs_name = not catalog.default and models
     route = f"/v1/models/{models[0].name}/classify" if needs_name else "/v1/classify"
     return {"names": names or "no model", "route": route}
 

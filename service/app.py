@@ -95,7 +95,7 @@ def create_app(
     ]
     watcher = Watcher(
         settings.models,
-        classifier.registry.state,
+        classifier.catalog.state,
         model_manager,
         configured_default=settings.default_model,
         refusals=refusals or Refusals(settings.state),
@@ -137,7 +137,7 @@ def create_app(
     )
     services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
     _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
-    router = Router(app, services, CachedReplies(classifier.registry, observer))
+    router = Router(app, services, CachedReplies(classifier.catalog, observer))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
     # `ObserverMiddleware` comes next, so that it also counts what the router answers.
     return Application(

@@ -29,7 +29,9 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
+from fovea.service.serving.catalog import ModelCatalog
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.ranking import (
     LabelSet,
@@ -38,7 +40,6 @@ from fovea.service.serving.ranking import (
     find_label_index,
     rank_labels,
 )
-from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import delay_interrupt
 
@@ -240,19 +241,18 @@ def _describe_method(explanation: Explanation) -> str:
 def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
     serving_state = scan_repository(settings.models, settings.default_model)
-    registry = ModelRegistry(settings, serving_state, Metrics(CollectorRegistry()))
-    version = (
-        registry.versions_by_model[None][-1] if None in registry.versions_by_model else registry.get(name)
-    )
+    catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
+    single_file = serving_state.versions_by_model.get(None)
+    version = single_file[-1] if single_file else catalog.get(name)
     if isinstance(version, LiveModel):
         raise RuntimeError("nothing is loaded yet")
     plan = create_plan(settings, threads.plan_threads(settings, threads.available_cpus()), version.config)
     load = LoadCommand(0, str(version.path), str(version.path), version.fingerprint, plan)
     predictor = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
     live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
-    registry.add(live_model)
-    registry.check_default_model()
-    registry.get(name)  # the contract may name a single file differently from what was asked for
+    catalog.add(live_model)
+    catalog.check_default_model()
+    catalog.get(name)  # the contract may name a single file differently from what was asked for
     return predictor, live_model
 
 

@@ -18,7 +18,7 @@ from fovea.service.api.options import refuse_native_options
 from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import Item
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 
 _NO_HEADERS: Final[Mapping[str, str]] = {}

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.observer import Observer
-from fovea.service.serving.registry import ModelRegistry
+from fovea.service.serving.catalog import ModelCatalog
 
 _CACHEABLE_ROUTES: Final = frozenset(
     {
@@ -47,7 +47,7 @@ _CACHEABLE_ROUTES: Final = frozenset(
 """Templates of the routes whose replies depend only on the models."""
 
 _MAX_AGE: Final = 0.2
-"""Maximum age of a reply in seconds, for changes that `ModelRegistry.change_count` does not count."""
+"""Maximum age of a reply in seconds, for changes that `ModelCatalog.change_count` does not count."""
 
 _MAX_REPLIES: Final = 512
 _MAX_TOTAL_BYTES: Final = 16 << 20
@@ -69,15 +69,15 @@ class _CachedReply(NamedTuple):
     """Headers except the content type and length."""
     route: str
     protocol: ApiProtocol
-    registry_changes: int
-    """State of the repository (`ModelRegistry.change_count`) that the reply describes."""
+    catalog_changes: int
+    """State of the repository (`ModelCatalog.change_count`) that the reply describes."""
 
 
 class CachedReplies:
     """A cache of replies by their URLs."""
 
-    def __init__(self, registry: ModelRegistry, observer: Observer) -> None:
-        self._registry = registry
+    def __init__(self, catalog: ModelCatalog, observer: Observer) -> None:
+        self._catalog = catalog
         self._observer = observer
         self._replies: dict[bytes, _CachedReply] = {}
         self._refresh_times: dict[bytes, float] = {}
@@ -91,7 +91,7 @@ class CachedReplies:
     def open_request(self, exchange: Exchange, url: bytes, headers: Headers) -> CachedReplyHandler | None:
         """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`)."""
         reply = self._replies.get(url)
-        if reply is None or reply.registry_changes != self._registry.change_count:
+        if reply is None or reply.catalog_changes != self._catalog.change_count:
             return None
         if not _is_unconditional(headers):
             return None
@@ -105,7 +105,7 @@ class CachedReplies:
 
     async def capture_reply(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET request by `app`, and cache the reply if its route allows it."""
-        changes = self._registry.change_count
+        changes = self._catalog.change_count
         start: Message = {}
         pieces: list[bytes] = []
         size = 0
@@ -130,7 +130,7 @@ class CachedReplies:
         if not _is_unconditional({name.lower() for name, _ in scope["headers"]}):
             return
         record = self._observer.resolve_record(scope)
-        if record.route not in _CACHEABLE_ROUTES or changes != self._registry.change_count:
+        if record.route not in _CACHEABLE_ROUTES or changes != self._catalog.change_count:
             return
         url = scope.get("raw_path") or scope["path"].encode()
         headers = {

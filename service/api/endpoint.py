@@ -36,7 +36,7 @@ from fovea.service.runners.lane import INFINITY, Job
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classification
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 
 class Endpoint(AsgiEndpoint):

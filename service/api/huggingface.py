@@ -30,7 +30,7 @@ from fovea.service.http.fast_path import Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.serving.classifier import Classification
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import MAX_REQUEST_IMAGES
 
 PROTOCOL: Final = ApiProtocol("huggingface", render_flat_error)

@@ -17,7 +17,7 @@ from fovea.service.api.request_schemas import build_request_schemas
 from fovea.service.http.paths import relative_root_url
 from fovea.service.http.request_context import get_request_origin
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 
 def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
@@ -26,7 +26,7 @@ def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
     Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
     """
     generate_schema = app.openapi
-    models = classifier.registry.models
+    models = classifier.catalog.models
     examples = _example_parameters(models[0]) if models else {}
 
     @cache

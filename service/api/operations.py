@@ -82,7 +82,7 @@ def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegi
                     "provider": model.load_result.provider,
                     "golden": model.load_result.golden_differences,
                 }
-                for model in classifier.registry.models
+                for model in classifier.catalog.models
             ],
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -124,12 +124,25 @@ class RefusedVersion(BaseModel):
     reason: str
 
 
+class VersionStatus(BaseModel):
+    """The state of a version."""
+
+    name: str
+    version: str
+    state: Literal["found", "loading", "ready", "draining", "refused"] = Field(
+        description="`found`: resting, or lost with all runners; `draining`: answers its last requests."
+    )
+    reason: str = Field(description="Reason for the state; empty if there is nothing to say.")
+    since: str = Field(description="Time of the last change of state, ISO 8601 in UTC.")
+
+
 class ModelList(BaseModel):
-    """The models that are loaded, the resting models, and the refused versions."""
+    """The models that are loaded, the resting models, the refused versions, and every version's state."""
 
     models: list[ModelSummary]
     resting: list[RestingModel]
     refused: list[RefusedVersion]
+    versions: list[VersionStatus]
 
 
 class Heatmap(BaseModel):

@@ -15,7 +15,7 @@ from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.lane import INFINITY
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 
 MAX_INLINE_LABELS: Final = 200
@@ -62,7 +62,7 @@ class Services:
     @property
     def example_image(self) -> str:
         """Smallest image of all golden sets, base64; this host is known to decode it."""
-        models = self.classifier.registry.models
+        models = self.classifier.catalog.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
         return min(images, key=len, default="")
 
@@ -76,7 +76,7 @@ class Services:
 
         Raises `RequestError`.
         """
-        model = self.classifier.registry.get(name, version)
+        model = self.classifier.catalog.get(name, version)
         if isinstance(model, ModelVersion):
             model = await self.manager.load_on_demand(name, version)
             model.release()  # the caller does not wait before it reads the model, or acquires it itself
@@ -88,7 +88,7 @@ class Services:
         Raises `RequestError`.
         """
         # First, so that the log names the model of a refused request.
-        model = self.classifier.registry.get(name, version)
+        model = self.classifier.catalog.get(name, version)
         if isinstance(model, LiveModel):
             self._record_model(model, record)
         else:

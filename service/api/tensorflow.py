@@ -38,8 +38,8 @@ from fovea.service.http.fast_path import Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import rank_labels
-from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 
 PROTOCOL: Final = ApiProtocol("tensorflow", render_flat_error)
@@ -155,7 +155,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
             body_type=ClassificationRequest,
             make_example=lambda image: {"examples": [{"image": {"b64": image}}]},
         )
-    registry = services.classifier.registry
+    catalog = services.classifier.catalog
     errors = build_error_responses(FlatError)
     error_responses = {404: errors[404], 503: errors[503]}
     route_options: dict[str, Any] = {"tags": [PROTOCOL.name], "responses": error_responses}
@@ -163,14 +163,14 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models/{name}", **route_options)
     async def status(name: str) -> ModelStatus:
         """Return the status of each version of a model."""
-        statuses = [_render_status(one) for one in registry.list_versions(name)]
+        statuses = [_render_status(one) for one in catalog.list_versions(name)]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 
     @app.get("/v1/models/{name}/versions/{version}", **route_options)
     async def status_of_version(name: str, version: str) -> ModelStatus:
         """Return the status of one version of a model."""
-        statuses = [_render_status(registry.get(name, version))]
+        statuses = [_render_status(catalog.get(name, version))]
         services.require_ready()
         return ModelStatus(name=name, model_version_status=statuses)
 

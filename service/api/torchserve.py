@@ -43,8 +43,8 @@ from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import rank_labels
-from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 _EXCEPTION_NAMES: Final = {
@@ -175,7 +175,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         )
     errors = build_error_responses(TorchServeError)
     _add_explain_routes(app, services, errors)
-    registry = services.classifier.registry
+    catalog = services.classifier.catalog
     route_options: dict[str, Any] = {"tags": [PROTOCOL.name], "responses": {404: errors[404]}}
 
     @app.get("/ping", tags=[PROTOCOL.name], responses={503: errors[503]})
@@ -190,10 +190,10 @@ def add_routes(app: FastAPI, services: Services) -> None:
         next_page_token: Annotated[int, Query(ge=0)] = 0,
     ) -> ModelPage:
         """List the latest version of each model, page by page."""
-        all_models: list[LiveModel | ModelVersion] = [*registry.models, *registry.on_demand_versions]
+        all_models: list[LiveModel | ModelVersion] = [*catalog.models, *catalog.on_demand_versions]
         names = sorted({one.name or "" for one in all_models})
         end = next_page_token + limit
-        latest = [registry.list_versions(name)[-1] for name in names[next_page_token:end]]
+        latest = [catalog.list_versions(name)[-1] for name in names[next_page_token:end]]
         next_token = str(end) if end < len(names) else None
         return ModelPage(models=[_render_entry(one, services) for one in latest], nextPageToken=next_token)
 
@@ -211,17 +211,17 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.get("/models/{name}", **route_options)
     async def describe(name: str) -> list[ModelDescription]:
         """Describe the latest version of a model."""
-        return [_render_description(registry.list_versions(name)[-1], services)]
+        return [_render_description(catalog.list_versions(name)[-1], services)]
 
     @app.get("/models/{name}/all", **route_options)
     async def describe_all(name: str) -> list[ModelDescription]:
         """Describe all versions of a model."""
-        return [_render_description(one, services) for one in registry.list_versions(name)]
+        return [_render_description(one, services) for one in catalog.list_versions(name)]
 
     @app.get("/models/{name}/{version}", **route_options)
     async def describe_version(name: str, version: str) -> list[ModelDescription]:
         """Describe one version of a model."""
-        return [_render_description(registry.get(name, version), services)]
+        return [_render_description(catalog.get(name, version), services)]
 
     @app.options("/", tags=[PROTOCOL.name], response_model=dict[str, Any])
     async def description() -> Response:

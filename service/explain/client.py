@@ -27,7 +27,7 @@ from fovea.service.runners.frames import Frame, FrameError
 from fovea.service.runners.load_messages import MAX_EXPLAINER_MODELS
 from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
 from fovea.service.runners.messages import Failure, NumberedMessage
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 log = logging.getLogger(__name__)
 

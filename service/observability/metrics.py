@@ -170,6 +170,10 @@ class Metrics:
     model_load_seconds = _gauge(
         "Time to load, warm up and check a model.", "model", "version", workers="livemax"
     )
+    model_versions = _gauge(
+        "Versions of a model in each state: found, loading, ready, draining or refused.",
+        "model", "state", workers="livemax",
+    )  # fmt: skip
     model_changes = _counter(
         "Models and versions that appeared after the start, by `result`: `loaded` or `refused`.",
         "model", "result",

@@ -1,15 +1,20 @@
-"""Changes to the served models: a version is tried, loaded beside the others, and switched to at once."""
+"""The manager of the loaded models: it brings the catalog in line with the desired state.
+
+A version is tried, loaded in the runners beside the others, and switched to at once. Swaps, loads on demand,
+unloads and the return of lost models all take the same steps, and `_settle` decides what follows each step.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final
 
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Interrupted, ModelError, NotReady, to_one_line
 from fovea.service.rollout.trial import (
     ShadowTestResult,
@@ -18,10 +23,11 @@ from fovea.service.rollout.trial import (
     compute_change_timeout,
     is_lasting,
 )
-from fovea.service.runners.load_messages import LoadCommand, LoadedModel
+from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.memory_plan import estimate_process_bytes
+from fovea.service.serving.catalog import CatalogEntry, VersionState
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +40,6 @@ _RELOAD_DELAYS: Final = (1.0, 30.0)
 maximum."""
 
 
-_MAX_TESTED: Final = 1000
-"""Maximum number of remembered files that have passed their trial."""
-
-
-class _LoadedVersion(NamedTuple):
-    """Model that the runners have loaded but that is not serving yet."""
-
-    version: ModelVersion
-    load: LoadCommand
-    load_result: LoadedModel
-
-
-@dataclass(eq=False)
-class _PreparedChange:
-    """Future versions of one model."""
-
-    versions: Sequence[ModelVersion]
-    loaded_versions: list[_LoadedVersion] = field(default_factory=list)
-
-
 class ModelManager:
     """Manager of the loaded models in one process. Every method must be called on the event loop."""
 
@@ -61,20 +47,17 @@ class ModelManager:
         settings = classifier.settings
         self._settings = settings
         self._classifier = classifier
-        self._registry = classifier.registry
+        self._catalog = classifier.catalog
         self._metrics = classifier.metrics
         self._shadow_tests = ShadowTests(seconds=settings.trial_seconds, memory=settings.trial_bytes)
         self._test_lock = asyncio.Lock()
         self._load_lock = asyncio.Lock()
-        self._prepared_changes: dict[str | None, _PreparedChange] = {}
-        self._tested_versions = dict.fromkeys(model.model_version for model in self._registry.models)
-        self._failure_times: dict[ModelVersion, float] = {}
-        """Time of the last failed load on demand, on the monotonic clock in seconds, by version."""
-        self._load_tasks: set[asyncio.Task[LiveModel]] = set()
-        self._reload_tasks: set[asyncio.Task[None]] = set()
+        self._prepared_versions: dict[str | None, Sequence[ModelVersion]] = {}
+        """Versions that a change will serve, by model."""
+        self._tasks: set[asyncio.Task[LiveModel] | asyncio.Task[None]] = set()
         self.on_lost: Callable[[str | None, bool], None] = lambda name, is_lost: None
-        """Callback with a model's name: the model has been lost with all its runners (True), or is back
-        (False)."""
+        """Callback with a model's name: the model has been lost with all its runners (True), or is back or
+        given up (False)."""
         self.on_refused: Callable[[ModelVersion, str, bool], None] = lambda version, reason, lasting: None
         """Callback for an unloaded version that fails its trial: the version, the reason, and whether the
         refusal is lasting."""
@@ -84,12 +67,18 @@ class ModelManager:
         """Return the time limit in seconds of a change: a trial, and then a load in each runner."""
         return compute_change_timeout(self._settings.trial_seconds)
 
-    # --- changes ---
+    def close(self) -> None:
+        """Cancel the running trial and the pending loads."""
+        self._shadow_tests.close()
+        for task in self._tasks:
+            task.cancel()
+
+    # --- changes of the desired state ---
 
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Load the versions in `versions`, which `commit` will make the served versions of one model.
+        """Load the versions in `versions`, which `serve` will make the served versions of one model.
 
         Every version is tried first, also if it is not loaded. The latest version is loaded if any version
         of the model is loaded now, or if there is room. Other versions are loaded if there is room. With
@@ -98,65 +87,126 @@ class ModelManager:
         Raises `ModelError` when a version cannot be served. In that case nothing has changed.
         """
         self.abort(name)
-        change = self._prepared_changes[name] = _PreparedChange(versions)
+        change = self._prepared_versions[name] = list(versions)
         try:
-            for one in reversed(versions):
-                if any(model.model_version == one for model in self._registry.list_live_versions(name)):
+            for one in reversed(change):
+                entry = self._catalog.get_entry(one)
+                if entry.state is VersionState.READY:
                     continue
-                await self._test_change(name, one, force=force)
-                replaces_loaded = one is versions[-1] and self._registry.list_live_versions(name)
-                if replaces_loaded or self._has_room():
-                    async with self._load_lock:
-                        fresh = await self._load(one)
-                    if self._prepared_changes.get(name) is not change:
-                        # The change was aborted during the load: unload the version here.
-                        self._classifier.unload(fresh.load)
-                        break
-                    change.loaded_versions.append(fresh)
-            if self._prepared_changes.get(name) is not change:
-                raise Interrupted("the change was given up meanwhile")
+                with self._work_on(entry, "a change needs it"):
+                    await self._test(entry, compares=not force)
+                    replaces_loaded = one is change[-1] and self._catalog.list_live_versions(name)
+                    if replaces_loaded or self._has_room():
+                        await self._load(entry)
+                if self._prepared_versions.get(name) is not change:
+                    raise Interrupted("the change was given up meanwhile")
         except BaseException:
-            fresh_ones, change.loaded_versions = change.loaded_versions, []
-            for fresh in fresh_ones:
-                self._classifier.unload(fresh.load)
-            if self._prepared_changes.get(name) is change:
-                del self._prepared_changes[name]
+            if self._prepared_versions.get(name) is change:
+                self.abort(name)
             raise
-
-    def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions.
-
-        Replaced versions are unloaded when their last request is answered.
-        """
-        change = self._prepared_changes.pop(name)
-        before = self._registry.list_live_versions(name)
-        self._registry.change_count += 1
-        if change.versions:
-            self._registry.versions_by_model[name] = tuple(change.versions)
-        else:
-            self._registry.versions_by_model.pop(name, None)
-        self._registry.lost_versions -= {one for one in self._registry.lost_versions if one.name == name}
-        # Add the new versions before the old ones are retired: at no moment is the model without a version.
-        new_models = [self._add(fresh) for fresh in change.loaded_versions]
-        for model in before:
-            if model.model_version not in change.versions:
-                self._classifier.retire(model)
-        self._make_room(0, keep=new_models)
-
-    def set_default(self, default: str | None) -> None:
-        """Set the default model, as `RolloutTarget` describes."""
-        self._registry.set_default(default)
-
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the refused versions, as `RolloutTarget` describes."""
-        self._registry.set_refused_versions(refused_versions, is_empty=is_empty)
 
     def abort(self, name: str | None) -> None:
         """Drop a prepared change, including one that is still being prepared."""
-        if change := self._prepared_changes.pop(name, None):
-            fresh, change.loaded_versions = change.loaded_versions, []
-            for one in fresh:
-                self._classifier.unload(one.load)
+        if versions := self._prepared_versions.pop(name, None):
+            self._settle(self._catalog.get_entry(one) for one in versions)
+
+    def serve(self, state: ServingState) -> None:
+        """Switch to `state`, as `RolloutTarget` describes.
+
+        Replaced versions are unloaded when their last request is answered.
+        """
+        self._catalog.set_state(state)
+        for name, versions in list(self._prepared_versions.items()):
+            if tuple(versions) == state.versions_by_model.get(name, ()):
+                del self._prepared_versions[name]
+        self._settle(self._catalog.entries)
+
+    def _is_prepared(self, version: ModelVersion) -> bool:
+        return version in self._prepared_versions.get(version.name, ())
+
+    @contextlib.contextmanager
+    def _work_on(self, entry: CatalogEntry, reason: str) -> Iterator[None]:
+        """Keep a version `LOADING` while a task tries or loads it inside the block, and settle it then."""
+        entry.task_count += 1
+        if entry.state is not VersionState.LOADING:
+            self._catalog.move(entry, VersionState.LOADING, reason)
+        outcome = "it could not be loaded; the log says why"
+        try:
+            yield
+            outcome = ""
+        finally:
+            entry.task_count -= 1
+            self._settle([entry], outcome)
+
+    def _settle(self, entries: Iterable[CatalogEntry], outcome: str = "") -> None:
+        """Move versions to the states that follow from the desired state and from what the runners have.
+
+        This comes after each change of the desired state and each end of a task. `outcome` is the reason for
+        the state of a version that no runner has.
+        """
+        new_models = []
+        # New versions are added before old ones drain: at no moment is a model without a version.
+        for entry in sorted(entries, key=lambda one: one.state is VersionState.READY):
+            is_desired = self._catalog.is_desired(entry.model_version)
+            if entry.state in (VersionState.DRAINING, VersionState.GONE):
+                continue
+            if entry.model and is_desired:
+                if entry.state is VersionState.LOADING:
+                    self._catalog.move(entry, VersionState.READY)
+                    new_models.append(entry.model)
+            elif self._is_prepared(entry.model_version):
+                continue
+            elif entry.model:
+                self._drain(entry, entry.model, "it is not served any more")
+            elif entry.task_count:
+                continue
+            elif not is_desired:
+                self._catalog.move(entry, VersionState.GONE, outcome)
+            elif entry.state is VersionState.LOADING:
+                self._catalog.move(entry, VersionState.FOUND, outcome)
+        if new_models:
+            self._make_room(0, keep=new_models)
+
+    # --- room for models ---
+
+    def _has_room(self) -> bool:
+        """Return whether another model may be loaded. Prepared models count too."""
+        max_models = self._settings.models_loaded
+        loaded = [
+            one for one in self._catalog.entries if one.model and one.state is not VersionState.DRAINING
+        ]
+        return not max_models or len(loaded) < max_models
+
+    def _make_room(self, count: int, *, keep: Sequence[LiveModel] = ()) -> None:
+        """Drain models until there is room for `count` more.
+
+        Idle models drain first, the least recently used before others. Models in `keep` drain last: older
+        versions before the latest.
+        """
+        max_models = self._settings.models_loaded
+        while max_models and (models := self._catalog.models) and len(models) + count > max_models:
+
+            def order(model: LiveModel) -> tuple[bool, int, bool, float]:
+                rank = 0
+                if model in keep:
+                    rank = self._catalog.list_live_versions(model.model_version.name).index(model)
+                return model in keep, rank, model.active_requests > 0, model.last_used
+
+            model = min(models, key=order)
+            entry = self._catalog.get_entry(model.model_version)
+            self._drain(entry, model, "another model needs its place")
+
+    def _drain(self, entry: CatalogEntry, model: LiveModel, reason: str) -> None:
+        """Send a version no more requests, and unload its model when the last request is answered."""
+        self._catalog.move(entry, VersionState.DRAINING, reason)
+
+        def unload() -> None:
+            if entry.state is VersionState.DRAINING and entry.model is model:
+                is_desired = self._catalog.is_desired(entry.model_version)
+                self._catalog.move(entry, VersionState.FOUND if is_desired else VersionState.GONE)
+                self._classifier.unload(model)
+
+        model.call_when_idle(unload)
 
     # --- models that are loaded on demand ---
 
@@ -169,166 +219,141 @@ class ModelManager:
         loaded, and `ModelNotFound` when it has been removed meanwhile.
         """
         task = asyncio.get_running_loop().create_task(self._load_on_demand(name, version))
-        self._load_tasks.add(task)
-        task.add_done_callback(self._load_tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             # A load goes on when one caller leaves: other callers may wait for the same model.
             return await asyncio.shield(task)
-        except ModelError as error:
-            log.error(f"model {name} cannot be loaded: {to_one_line(error)}")
-            message = f"model {name!r} could not be loaded; the log says why"
-            raise NotReady(message, retry_after=_RETRY_SECONDS) from None
         except asyncio.CancelledError:
             # The task still takes the model for this caller: release the model when the task is done.
             task.add_done_callback(_release_model)
             raise
 
     async def _load_on_demand(self, name: str | None, version: str | None) -> LiveModel:
-        """Try and load the requested model, and take it."""
-        while True:
-            model_version = self._registry.get(name, version)
-            if isinstance(model_version, ModelVersion) and model_version not in self._tested_versions:
-                await self._test_on_demand(model_version)
-            async with self._load_lock:
-                # The model may have changed while this waited for the trial and the lock: look it up again.
-                model = self._registry.get(name, version)
-                if model == model_version and isinstance(model, ModelVersion):
-                    self._make_room(1)
-                    fresh = await self._load(model)
-                    if not self._is_wanted(model):  # unloaded or replaced meanwhile
-                        self._classifier.unload(fresh.load)
-                        continue
-                    model = self._add(fresh)
-                    self._make_room(0, keep=[model])
-                if isinstance(model, LiveModel):
-                    model.acquire()
-                    return model
+        """Try and load the requested model, and take it.
 
-    def _is_wanted(self, version: ModelVersion) -> bool:
-        """Return whether a version is to be served but not loaded."""
-        is_served = version in self._registry.versions_by_model.get(version.name, ())
-        return is_served and all(model.model_version != version for model in self._registry.models)
+        The model may have changed after each step: look it up again.
+        """
+        while True:
+            model = self._catalog.get(name, version)
+            if isinstance(model, LiveModel):
+                model.acquire()
+                return model
+            entry = self._catalog.get_entry(model)
+            if not entry.model and not entry.task_count:
+                self._check_retry(entry)
+            with self._work_on(entry, "a request needs it"):
+                async with entry.lock:
+                    await self._try_on_demand(entry)
+
+    async def _try_on_demand(self, entry: CatalogEntry) -> None:
+        """Try and load a version, unless the runners have it or that has just failed. Raises `NotReady`."""
+        if entry.model:
+            return
+        self._check_retry(entry)
+        try:
+            await self._test(entry, is_refusal=True)
+            await self._load(entry, makes_room=True)
+        except ModelError as error:
+            name, _ = self._catalog.get_identity(entry)
+            log.error(f"model {name} cannot be loaded: {to_one_line(error)}")
+            entry.retry_at = time.monotonic() + _RETRY_SECONDS
+            self._check_retry(entry)
+
+    def _check_retry(self, entry: CatalogEntry) -> None:
+        """Raise `NotReady` if a version could not be loaded a moment ago."""
+        if time.monotonic() < entry.retry_at:
+            name, _ = self._catalog.get_identity(entry)
+            message = f"model {name!r} could not be loaded; the log says why"
+            raise NotReady(message, retry_after=_RETRY_SECONDS)
 
     # --- models that were lost ---
 
-    def handle_lost_model(self, model_id: int, model: LiveModel | None) -> None:
+    def handle_lost_model(self, model_id: int) -> None:
         """Load a lost model again as soon as its file allows. See `Classifier.on_model_lost`."""
-        for change in self._prepared_changes.values():
-            for fresh in [one for one in change.loaded_versions if one.load.model_id == model_id]:
-                change.loaded_versions.remove(fresh)  # it stays unloaded until a request
-                self._classifier.close_file(fresh.load)
-        if model is None or model.model_version not in self._registry.versions_by_model.get(
-            model.model_version.name, ()
-        ):
+        entry = self._catalog.find_entry(model_id)
+        if entry is None or entry.model is None:
             return
-        self._registry.lost_versions.add(model.model_version)
-        self.on_lost(model.model_version.name, True)
-        task = asyncio.get_running_loop().create_task(self._reload_lost(model.model_version))
-        self._reload_tasks.add(task)
-        task.add_done_callback(self._reload_tasks.discard)
+        model, is_ready = entry.model, entry.state is VersionState.READY
+        if entry.state is VersionState.LOADING:
+            entry.model = None  # a change may go on, and leaves it to the next request
+        elif self._catalog.is_desired(entry.model_version):
+            self._catalog.move(entry, VersionState.FOUND, "it was lost with all runners")
+        else:
+            self._catalog.move(entry, VersionState.GONE, "it was lost with all runners")
+        if is_ready:
+            entry.is_lost = True
+            self.on_lost(entry.model_version.name, True)
+            task = asyncio.get_running_loop().create_task(self._reload_lost(entry))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        model.call_when_idle(lambda: self._classifier.unload(model))
 
-    async def _reload_lost(self, version: ModelVersion) -> None:
-        """Load a lost model again, with growing delays, until it is loaded or no longer wanted."""
+    async def _reload_lost(self, entry: CatalogEntry) -> None:
+        """Load a lost model again, with growing delays, until it is loaded or its place is taken."""
         delay, longest = _RELOAD_DELAYS
         while True:
             await asyncio.sleep(delay)
-            async with self._load_lock:
-                if not self._is_wanted(version):
-                    break
-                try:
-                    fresh = await self._load(version)
-                except ModelError as error:
-                    reason = to_one_line(error)
-                    log.error(f"{version.path} was lost with all runners, and cannot be loaded: {reason}")
-                    delay = min(2 * delay, longest)
-                    continue
-                if not self._is_wanted(version):
-                    self._classifier.unload(fresh.load)
-                    break
-                self._make_room(1)
-                self._add(fresh)
+            if entry.model or not self._catalog.is_desired(entry.model_version) or not self._has_room():
                 break
-        self._registry.lost_versions.discard(version)
-        self.on_lost(version.name, False)
-
-    async def _test_on_demand(self, version: ModelVersion) -> None:
-        """Try a version that a request asks for, one at a time. Raises `ModelError`.
-
-        Callers that waited for a trial that failed get the error without another trial.
-        """
-        async with self._test_lock:
-            if time.monotonic() - self._failure_times.get(version, -_RETRY_SECONDS) < _RETRY_SECONDS:
-                raise ModelError("it could not be loaded a moment ago")
-            if version not in self._tested_versions:
-                try:
-                    await self._run_shadow_test(version, None)
-                except ModelError as error:
-                    if not isinstance(error, Interrupted):
-                        self.on_refused(version, to_one_line(error), is_lasting(error))
-                    now = time.monotonic()
-                    self._failure_times = {
-                        one: at for one, at in self._failure_times.items() if now - at < _RETRY_SECONDS
-                    }
-                    self._failure_times[version] = now
-                    raise
-
-    def _has_room(self) -> bool:
-        """Return whether another model may be loaded. Prepared models count too."""
-        max_models = self._settings.models_loaded
-        prepared_count = sum(len(one.loaded_versions) for one in self._prepared_changes.values())
-        return not max_models or len(self._registry.models) + prepared_count < max_models
-
-    def _make_room(self, count: int, *, keep: Sequence[LiveModel] = ()) -> None:
-        """Retire models until there is room for `count` more.
-
-        Idle models are retired first, the least recently used before others. Models in `keep` are retired
-        last, in order.
-        """
-        max_models = self._settings.models_loaded
-        ranks = {model: rank for rank, model in enumerate(keep, 1)}
-        while max_models and (models := self._registry.models) and len(models) + count > max_models:
-
-            def order(model: LiveModel) -> tuple[int, bool, float]:
-                return (
-                    -ranks[model] if model in ranks else -len(ranks) - 1,
-                    model.active_requests > 0,
-                    model.last_used,
+            try:
+                with self._work_on(entry, entry.reason):
+                    await self._load(entry)
+                break
+            except ModelError as error:
+                reason = to_one_line(error)
+                log.error(
+                    f"{entry.model_version.path} was lost with all runners, and cannot be loaded: {reason}"
                 )
+                delay = min(2 * delay, longest)
+        entry.is_lost = False
+        self.on_lost(entry.model_version.name, False)
 
-            self._classifier.retire(min(models, key=order))
+    # --- one version ---
 
-    def close(self) -> None:
-        """Cancel the running trial and the pending loads."""
-        self._shadow_tests.close()
-        for task in (*self._load_tasks, *self._reload_tasks):
-            task.cancel()
+    async def _load(self, entry: CatalogEntry, *, makes_room: bool = False) -> None:
+        """Load a version in all runners unless they have it, or it is not wanted any more.
 
-    # --- one file ---
+        Raises `ModelError`.
+        """
+        async with self._load_lock:
+            version = entry.model_version
+            if entry.model or not (self._catalog.is_desired(version) or self._is_prepared(version)):
+                return
+            if entry.state is not VersionState.LOADING:  # it has drained while this waited for the lock
+                self._catalog.move(entry, VersionState.LOADING, entry.reason)
+            if makes_room:
+                self._make_room(1)
+            load = self._classifier.create_load(version)
+            try:
+                load_result = await self._classifier.runners.load_model(load)
+            except BaseException:  # the runners no longer use the file
+                self._classifier.close_file(load)
+                raise
+            entry.model = self._classifier.create_model(version, load, load_result)
+            self._metrics.model_changes.labels(entry.model.name, "loaded").inc()
 
-    async def _test_change(self, name: str | None, version: ModelVersion, *, force: bool) -> None:
-        """Try a version of a change unless it has been tried before. Raises `ModelError`."""
-        if version not in self._tested_versions:
-            async with self._test_lock:
-                live = self._registry.list_live_versions(name)  # read it now: the lock may have taken minutes
-                await self._run_shadow_test(version, live[-1] if live and not force else None)
+    async def _test(self, entry: CatalogEntry, *, compares: bool = False, is_refusal: bool = False) -> None:
+        """Try a version unless it has passed before, and compare it with the version that is served.
 
-    async def _load(self, version: ModelVersion) -> _LoadedVersion:
-        """Load a version in all runners. Raises `ModelError`."""
-        load = self._classifier.create_load(version)
-        try:
-            return _LoadedVersion(version, load, await self._classifier.runners.load_model(load))
-        except BaseException:  # the runners no longer use the file
-            self._classifier.close_file(load)
-            raise
+        With `is_refusal`, a failure is reported to `on_refused`. Raises `ModelError`.
+        """
+        if entry.has_passed:
+            return
+        async with self._test_lock:
+            if entry.has_passed:  # another task has tried it meanwhile
+                return
+            live = self._catalog.list_live_versions(entry.model_version.name) if compares else []
+            try:
+                await self._run_shadow_test(entry, live[-1] if live else None)
+            except ModelError as error:
+                if is_refusal and not isinstance(error, Interrupted):
+                    self.on_refused(entry.model_version, to_one_line(error), is_lasting(error))
+                raise
 
-    def _add(self, fresh: _LoadedVersion) -> LiveModel:
-        """Serve a loaded version and count the change."""
-        model = self._classifier.add_model(*fresh)
-        self._metrics.model_changes.labels(model.name, "loaded").inc()
-        return model
-
-    async def _run_shadow_test(self, version: ModelVersion, current: LiveModel | None) -> None:
+    async def _run_shadow_test(self, entry: CatalogEntry, current: LiveModel | None) -> None:
         """Run a version's trial. Raises `ModelError` when the version cannot be served."""
+        version = entry.model_version
         name = current.name if current else version.name or version.path.stem
         load = self._classifier.create_load(version)
         current_load = self._limit_threads(current.load) if current else None
@@ -354,9 +379,7 @@ class ModelManager:
             self._classifier.close_file(load)
             if give_back:
                 give_back()
-        self._tested_versions[version] = None
-        if len(self._tested_versions) > _MAX_TESTED:
-            del self._tested_versions[next(iter(self._tested_versions))]
+        entry.has_passed = True
 
     async def _reserve_test_memory(
         self, load: LoadCommand, current_load: LoadCommand | None

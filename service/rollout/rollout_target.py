@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion
+from fovea.service.artifact.repository import ModelVersion, ServingState
 
 
 class RolloutTarget(Protocol):
@@ -22,14 +22,10 @@ class RolloutTarget(Protocol):
         With `force`, the versions are not compared with the served version.
         """
 
-    def commit(self, name: str | None) -> None:
-        """Switch to the prepared versions at once.
+    def serve(self, state: ServingState) -> None:
+        """Serve `state` from now on, and nothing else.
 
-        This is called once after each `prepare` that has returned, before anything else is awaited.
+        This is called after each `prepare` that has returned, before anything else is awaited: versions that
+        were not served before have been prepared. It is also called when only another part of the state has
+        changed.
         """
-
-    def set_default(self, default: str | None) -> None:
-        """Set the model that answers requests that name no model."""
-
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Remember the versions that are refused, and whether the repository has no version to serve."""

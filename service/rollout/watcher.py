@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fovea.service.artifact import repository
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState, VersionsByModel
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, to_one_line
 from fovea.service.rollout.change_backoff import ChangeBackoff
 from fovea.service.rollout.refusals import Refusals
@@ -53,7 +53,7 @@ class Watcher:
         """
         self._root = root
         self._configured_default = configured_default
-        self._versions_by_model = dict(state.versions_by_model)
+        self._state = state
         self._default = state.default_model
         self._target = target
         self._refusals = refusals or Refusals()
@@ -78,21 +78,24 @@ class Watcher:
         self._refused_by_model: dict[str, tuple[RefusedVersion, ...]] = {}
         for one in state.refused_versions:
             self._refused_by_model[one.name] = (*self._refused_by_model.get(one.name, ()), one)
-        self._last_report = state.refused_versions, state.is_empty
         # The lock is held from the choice of versions to their commit. It also orders the calls of
         # `Refusals`, which run in worker threads.
         self._lock = asyncio.Lock()
 
     @property
     def state(self) -> ServingState:
-        """Return the current state."""
-        return ServingState(self._versions_by_model, self._default, *self._last_report)
+        """Return the current state, which the target serves."""
+        return self._state
+
+    @property
+    def _versions_by_model(self) -> VersionsByModel:
+        return self._state.versions_by_model
 
     async def run(self, interval: float) -> None:
         """Scan every `interval` seconds for ever. With 0, scan only while a model is missing."""
         while True:
             await asyncio.sleep(interval or _MISSING_INTERVAL)
-            if interval or self._last_report[1]:
+            if interval or self._state.is_empty:
                 await self._scan_or_log()
             elif self._lost_counts or self._pending_models:
                 await self._scan_or_log({*self._lost_counts, *self._pending_models})
@@ -161,7 +164,7 @@ class Watcher:
                     except (FoveaError, OSError) as error:
                         log.error(f"no other version of model {name} can be served: {to_one_line(error)}")
             await self._choose_default()
-            self._report_refused()
+            self._serve()
 
     async def _replace_version(self, name: str) -> None:
         """Serve the latest version that is not refused, or none if there is none.
@@ -216,7 +219,7 @@ class Watcher:
                     continue
                 await self._reconcile(name, choice)
             await self._choose_default()
-            self._report_refused()
+            self._serve()
 
     async def _reconcile(self, name: str | None, choice: VersionChoice) -> None:
         """Serve the chosen versions if they have settled and are not refused."""
@@ -253,19 +256,23 @@ class Watcher:
             )
         self._refused_by_model[name] = refused_versions
 
-    def _report_refused(self) -> None:
-        """Report the refused versions if they have changed."""
-        is_empty = not self._versions_by_model and not self._unloaded_models
+    def _serve(self, prepared_versions: VersionsByModel | None = None) -> None:
+        """Let the target serve the current state if it has changed.
+
+        `prepared_versions` replaces the versions of all models, after the target has prepared for it.
+        """
+        served_versions = self._versions_by_model if prepared_versions is None else prepared_versions
+        is_empty = not served_versions and not self._unloaded_models
         refused_versions = tuple(
             one
             for name, versions in sorted(self._refused_by_model.items())
             for one in versions
-            if name not in self._unloaded_models
-            and not (one.version == "" and name in self._versions_by_model)
+            if name not in self._unloaded_models and not (one.version == "" and name in served_versions)
         )
-        if (refused_versions, is_empty) != self._last_report:
-            self._last_report = refused_versions, is_empty
-            self._target.set_refused_versions(refused_versions, is_empty=is_empty)
+        state = ServingState(served_versions, self._default, refused_versions, is_empty)
+        if prepared_versions is not None or state != self._state:
+            self._target.serve(state)
+            self._state = state  # last: if that failed, the next scan tries it again
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve a version of a model and keep serving it. Without `version`, the repository chooses.
@@ -301,17 +308,21 @@ class Watcher:
                     text = f"loaded by request although it had been refused: {reason}"
                     await asyncio.to_thread(self._refusals.accept, one, text)
             await self._choose_default()
-            self._report_refused()
+            self._serve()
 
     async def unload(self, name: str | None) -> None:
         """Stop serving a model until it is loaded again. Raises `ModelNotFound` when it is not served."""
         async with self._hold_lock():
             if name not in self._versions_by_model:
                 raise ModelNotFound(f"model {name!r} is not served")
-            await self._apply_change(name, ())
             self._unloaded_models.add(name)
+            try:
+                await self._apply_change(name, ())
+            except BaseException:
+                self._unloaded_models.discard(name)
+                raise
             await self._choose_default()
-            self._report_refused()
+            self._serve()
 
     @contextlib.asynccontextmanager
     async def _hold_lock(self) -> AsyncIterator[None]:
@@ -329,7 +340,7 @@ class Watcher:
             self._lock.release()
 
     async def _choose_default(self) -> None:
-        """Set the default model: the named model, or else the current default or the only model."""
+        """Choose the default model: the named model, or else the current default or the only model."""
         if None in self._versions_by_model:
             return
         try:
@@ -356,7 +367,6 @@ class Watcher:
         )
         if default != self._default:
             self._default = default
-            self._target.set_default(default)
             log.info(f"the default model is now {default}" if default else "there is no default model now")
 
     async def _choose_versions(self, name: str | None, pinned_version: str | None) -> VersionChoice:
@@ -373,7 +383,7 @@ class Watcher:
     async def _apply_change(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
     ) -> None:
-        """Prepare and commit a change. Raises `SwapRefused`; in that case nothing has changed."""
+        """Prepare a change and serve it. Raises `SwapRefused`; in that case nothing has changed."""
         try:
             await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
@@ -386,21 +396,18 @@ class Watcher:
             else:
                 await self._store_refusal(versions[0], reason, lasting=is_lasting(error))
             raise SwapRefused(reason) from None
-        # Nothing may be awaited between `prepare` and `commit`: the prepared change could be aborted or
+        # Nothing may be awaited between `prepare` and `serve`: the prepared change could be aborted or
         # become outdated.
-        self._target.commit(name)
-        self._refused_changes.pop(name, None)
-        self._backoff.reset(name)
-        self._lost_counts.pop(name, None)
-        self._logged_errors.pop(name, None)
         if name is not None:
             self._refused_by_model[name] = tuple(
                 one for one in self._refused_by_model.get(name, ()) if one.version and not one.is_pinned
             )
-        if versions:
-            self._versions_by_model[name] = tuple(versions)
-        else:
-            self._versions_by_model.pop(name, None)
+        all_versions = {**self._versions_by_model, name: tuple(versions)}
+        self._serve({one: served for one, served in all_versions.items() if served})
+        self._refused_changes.pop(name, None)
+        self._backoff.reset(name)
+        self._lost_counts.pop(name, None)
+        self._logged_errors.pop(name, None)
         if self._has_limits and name is not None:
             await asyncio.to_thread(self._accept_versions, versions)
         paths = ", ".join(str(one.path) for one in versions)
@@ -417,7 +424,7 @@ class Watcher:
             )
         public_reason = reason.removeprefix(f"{version.path}: ")  # callers see the reason, but no local paths
         self._refused_by_model[name] = (RefusedVersion(name, version.version or "", public_reason),)
-        self._report_refused()
+        self._serve()
 
     def _accept_versions(self, versions: Sequence[ModelVersion]) -> None:
         """Store the acceptance of versions that passed their comparison.

@@ -168,7 +168,7 @@ class RunnerPool:
         for connection in self._connections.values():
             connection.unload_model(model_id)
 
-    async def attach(self, batcher: Batcher, on_model_dropped: Callable[[int, ModelError], None]) -> None:
+    async def attach(self, batcher: Batcher, on_model_dropped: Callable[[int], None]) -> None:
         """Give the runners to `batcher` on the running event loop, and replace dead runners from now on.
 
         `on_model_dropped` is called on the event loop with the id of a model that no runner has any more and
@@ -285,7 +285,7 @@ class RunnerPool:
         """Remove a model that no runner has and no new runner can load."""
         log.error("no runner has %s any more, and no new runner can load it: %s", load.path, error)
         self._loads.pop(load.model_id, None)
-        self._on_model_dropped(load.model_id, error)
+        self._on_model_dropped(load.model_id)
 
     def _handle_lost_runner(self, index: int, connection: RunnerConnection) -> None:
         """Remove a dead runner and start its replacement. The connection calls this once, on the event loop.

@@ -6,7 +6,7 @@ from typing import Final
 
 from fovea.service.errors import BadRequest
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 _LARGE_BODY_BYTES: Final = 1 << 20
 """Size in bytes above which a body counts as large and must leave room for others."""
@@ -44,7 +44,7 @@ class Admission:
 
     def release(self) -> None:
         """Release everything. Further calls do nothing."""
-        # The model comes last: its release may unload a retired model, and an error there must not keep
+        # The model comes last: its release may unload a draining model, and an error there must not keep
         # memory and places.
         self._classifier.body_memory.release(self._reserved_bytes)
         self._reserved_bytes = 0

@@ -15,7 +15,6 @@ from fovea.service.artifact.model_file import PinnedFile
 from fovea.service.artifact.repository import ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
     Internal,
-    ModelError,
     NotReady,
     Overloaded,
     RequestError,
@@ -37,10 +36,11 @@ from fovea.service.runners.pool import RunnerPool
 from fovea.service.runners.runner_interface import RunnerLost
 from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
+from fovea.service.serving.catalog import ModelCatalog
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.prediction_metrics import PredictionMetrics
 from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.recent_images import RecentImages
-from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ _LEVEL_SECONDS: Final = (0.025, 0.25)
 _COSTLY_DIVISOR: Final = 4
 """Divisor of the queue for the most expensive images: they may take every fourth place in the queue."""
 
-_MAX_RETIRED: Final = 20
-"""Number of retired versions whose series are still exposed, so that scrapes see their last counts."""
+_MAX_UNLOADED: Final = 20
+"""Number of unloaded versions whose series are still exposed, so that scrapes see their last counts."""
 
 
 class Classifier:
@@ -89,7 +89,7 @@ class Classifier:
             settings, threads.available_cpus() / settings.workers, cuda=cuda
         )
         state = scan_repository(settings.models, settings.default_model) if state is None else state
-        self.registry = ModelRegistry(settings, state, metrics)
+        self.catalog = ModelCatalog(settings, state, metrics)
         self.shared_bodies = SharedBodies(
             settings.queue_images,
             settings.body_bytes,
@@ -98,9 +98,9 @@ class Classifier:
         self._model_ids = count()
         self._pinned_files: dict[int, PinnedFile] = {}
         """Open model files by the model's id in the runners."""
-        self._retired_models: deque[LiveModel] = deque()
-        """Retired models, the most recent last."""
-        initial_versions = self.registry.initial_versions(settings.models_loaded)
+        self._unloaded_models: deque[LiveModel] = deque()
+        """Unloaded models, the most recent last."""
+        initial_versions = self.catalog.initial_versions(settings.models_loaded)
         loads = [self.create_load(version) for version in initial_versions]
         plan = create_plan(settings, self.thread_plan)
         self.runners = RunnerPool(
@@ -114,18 +114,17 @@ class Classifier:
         )
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
-        self.on_model_lost: Callable[[int, LiveModel | None], None] = lambda model_id, model: None
-        """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
-        arguments are the model's id in the runners, and the model if it was being served. It is called on the
-        event loop after the model has been retired, so that no new request can get the model."""
+        self.on_model_lost: Callable[[int], None] = lambda model_id: None
+        """Callback for a model that was lost with the last runners and cannot be loaded by new runners, with
+        its id in the runners. It is called on the event loop, and must take the model out of the catalog."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._prediction_metrics: dict[LiveModel, PredictionMetrics] = {}
         self._recent_images: dict[str, RecentImages] = {}
         for version, load, load_result in zip(
             initial_versions, loads, self.runners.setup_reply.models, strict=True
         ):
-            self.add_model(version, load, load_result)
-        self.registry.check_default_model()
+            self.catalog.add(self.create_model(version, load, load_result))
+        self.catalog.check_default_model()
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
         self.spare_memory = create_spare_memory(
@@ -149,18 +148,12 @@ class Classifier:
         self._pinned_files[model_id] = pinned_file
         return LoadCommand(model_id, str(version.path), pinned_file.path, version.fingerprint, plan)
 
-    def unload(self, load: LoadCommand) -> None:
-        """Unload a model from the runners and close its file."""
-        # Unload first: until then a runner that starts may still open the file.
-        self.runners.unload_model(load.model_id)
-        self.close_file(load)
-
     def close_file(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""
         self._pinned_files.pop(load.model_id).close()
 
-    def add_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
-        """Serve a model that the runners have loaded."""
+    def create_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
+        """Create a model that the runners have loaded, with its metrics."""
         model = LiveModel.from_load_result(version, load, load_result, self.settings)
         self._prediction_metrics[model] = PredictionMetrics(
             model, self.metrics, drift_images=self.settings.drift_images
@@ -169,44 +162,39 @@ class Classifier:
         self._recent_images.setdefault(
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
         )
-        self.registry.add(model)
         for result in ("loaded", "refused"):  # create at 0: PromQL ignores the first value
             self.metrics.model_changes.labels(model.name, result)
         for method in ("cam", "occlusion"):
             self.metrics.explanations.labels(model.name, model.version, method)
         return model
 
-    def retire(self, model: LiveModel) -> None:
-        """Stop serving a model. It is unloaded when its last request is answered."""
-        self.registry.remove(model)
-        if all(other.name != model.name for other in self.registry.models):
-            del self._recent_images[model.name]  # the next version will have no version to compare with
-        # The last request calls this on the event loop. The runners must know the model until then.
-        model.call_when_idle(lambda: self._unload_retired(model))
+    def unload(self, model: LiveModel) -> None:
+        """Unload a model that has no requests from the runners, and close its file.
 
-    def _unload_retired(self, model: LiveModel) -> None:
-        """Unload a retired model.
-
-        With one worker, the model's series are removed after `_MAX_RETIRED` more models are retired. With
+        With one worker, the model's series are removed after `_MAX_UNLOADED` more models are unloaded. With
         several workers, the series stay.
         """
-        self.unload(model.load)
+        # Unload first: until then a runner that starts may still open the file.
+        self.runners.unload_model(model.load.model_id)
+        self.close_file(model.load)
         del self._prediction_metrics[model]
-        self._retired_models.append(model)
-        if len(self._retired_models) > _MAX_RETIRED and self.settings.workers == 1:
-            self._remove_series(self._retired_models.popleft())
+        if all(other.name != model.name for other in self._prediction_metrics):
+            del self._recent_images[model.name]  # the next version will have no version to compare with
+        self._unloaded_models.append(model)
+        if len(self._unloaded_models) > _MAX_UNLOADED and self.settings.workers == 1:
+            self._remove_series(self._unloaded_models.popleft())
 
     def _remove_series(self, model: LiveModel) -> None:
         """Remove a model's series, unless the same version is served or listed again."""
         identity = (model.name, model.version)
         if all(
             identity != (other.name, other.version)
-            for other in [*self.registry.models, *self._retired_models]
+            for other in [*self._prediction_metrics, *self._unloaded_models]
         ):
             self.metrics.remove_version(*identity)
 
-    def _handle_lost_model(self, model_id: int, error: ModelError) -> None:
-        """Refuse the waiting images of a model that was lost with its runners, and retire the model.
+    def _handle_lost_model(self, model_id: int) -> None:
+        """Refuse the waiting images of a model that was lost with its runners.
 
         The runner pool calls this on the event loop, and needs the lanes to be empty when it returns: no
         runner will ever take images of this model.
@@ -218,11 +206,7 @@ class Classifier:
             )
             for lane in model.lanes:
                 self._batcher.close_lane(lane, NotReady(message, retry_after=5.0))
-            if model in self.registry.models:
-                self.retire(model)
-            else:
-                model = None
-        self.on_model_lost(model_id, model)
+        self.on_model_lost(model_id)
 
     def get_recent_images(self, name: str) -> list[bytes]:
         """Return the last images of a model, or some of them."""
@@ -373,7 +357,7 @@ class Classifier:
         """Raise `NotReady` if there is no runner, or no model although models are expected."""
         if not self.runners.alive_count:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
-        if self.registry.is_waiting:
+        if self.catalog.is_waiting:
             raise NotReady("no model is loaded; the log says why", retry_after=1.0)
 
     def require_alive(self) -> None:
@@ -404,7 +388,7 @@ class Classifier:
                 f"at most {model_limit} images of this model may be in flight (its queue_images)"
             )
         if 2 * (self.images_in_flight + count) > limit:
-            models = self.registry.models
+            models = self.catalog.models
             fair_share = limit // (2 * max(1, len(models)))
             other_reserve = sum(
                 max(0, fair_share - other.images_in_flight) for other in models if other is not model

@@ -7,7 +7,7 @@ from typing import Final
 from fovea.service.inference.drift import DriftMonitor
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import Answer
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 _MAX_LABELS: Final = 100
 """Maximum number of labels of a model with a series of their own."""

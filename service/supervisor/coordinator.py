@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,20 @@ class Coordinator:
     """
 
     def __init__(
-        self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float
+        self,
+        workers: Callable[[], Collection[Worker]],
+        on_end: Callable[[], None],
+        *,
+        state: ServingState,
+        timeout: float,
     ) -> None:
-        """Set the workers, the callback for the end of a change, and the time limit in seconds.
+        """Set the workers, the callback for the end of a change, the first state, and the time limit.
+
+        The time limit is in seconds.
 
         `workers` returns the active workers. No worker may join between the beginning of a change and its
-        end, which `on_end` reports. A worker that is not ready within `timeout` seconds hangs and is killed,
-        because all its own limits have passed by then.
+        end, which `on_end` reports. A worker that is not ready within `timeout` hangs and is killed, because
+        all its own limits have passed by then.
         """
         self._workers = workers
         self._timeout = timeout
@@ -50,8 +57,8 @@ class Coordinator:
         self._change_id = 0
         self._pending_replies: dict[Worker, asyncio.Future[dict[str, Any]]] = {}
         self._prepared_workers: Sequence[Worker] = ()
-        self.generation = 0
-        """Number of committed changes. A worker that loaded an earlier generation must start again."""
+        self.state = state
+        """State that the workers serve. A worker that has loaded other versions must start again."""
 
     async def prepare(
         self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
@@ -93,7 +100,7 @@ class Coordinator:
                 if not self._send_message(
                     worker, prepare=plain, name=name, change=self._change_id, force=force
                 ):
-                    worker.kill()  # it would not receive the commit either
+                    worker.kill()  # it would not receive the new state either
             else:
                 self.on_worker_lost(worker)
         timeout_timer = loop.call_later(self._timeout, self._give_up)
@@ -102,30 +109,20 @@ class Coordinator:
         finally:
             timeout_timer.cancel()
 
-    def commit(self, name: str | None) -> None:
-        """Make all prepared workers switch, as `RolloutTarget` describes.
-
-        Must follow a successful `prepare` without an `await` between them.
-        """
-        # The generation changes first: `_end` admits workers that have loaded their models meanwhile, and
-        # those with an earlier generation must start again.
-        self.generation += 1
-        for worker in self._prepared_workers:
-            if not self._send_message(worker, commit=name):
-                worker.kill()  # it would go on serving the old versions
-        self._end()
-
-    def set_default(self, default: str | None) -> None:
-        """Set the default model in all workers, as `RolloutTarget` describes."""
-        self.generation += 1
+    def serve(self, state: ServingState) -> None:
+        """Make all workers serve `state`, as `RolloutTarget` describes."""
+        # The state changes first: `_end` admits workers that have loaded their models meanwhile, and those
+        # with other versions must start again.
+        self.state = state
         for worker in self._workers():
-            if not self._send_message(worker, default=default):
-                worker.kill()  # it would go on with the old default
+            self.send_state(worker)
+        if self.is_changing:
+            self._end()
 
-    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
-        """Send the refused versions to all workers, as `RolloutTarget` describes."""
-        for worker in self._workers():
-            self._send_message(worker, refused=refused_versions, waits=is_empty)
+    def send_state(self, worker: Worker) -> None:
+        """Make a worker serve the current state, or kill it if it cannot be told."""
+        if not self._send_message(worker, serve=self.state.to_json()):
+            worker.kill()  # it would go on serving the old state
 
     def handle_message(self, worker: Worker, message: dict[str, Any]) -> None:
         """Handle a worker's reply to a `prepare` message. The supervisor calls this on the event loop."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import (
     Draining,
     Internal,
@@ -62,19 +62,15 @@ class Participant:
     def handle_message(self, message: dict[str, Any]) -> None:
         """Handle a message of the supervisor. `SupervisedSource` calls this on the event loop.
 
-        Messages arrive in the order in which the supervisor has sent them: a commit never comes before the
-        answer to its `prepare`. Only `prepare` takes time, and runs in a task.
+        Messages arrive in the order in which the supervisor has sent them: a state never comes before the
+        answer to the `prepare` for it. Only `prepare` takes time, and runs in a task.
         """
         match message:
             case {"prepare": plain_versions, "name": name, "change": change, "force": force}:
                 versions = [ModelVersion.from_plain(one) for one in plain_versions]
                 self._start_task(self._prepare(name, versions, change, force=force))
-            case {"commit": name}:
-                self._commit(name)
-            case {"default": name}:
-                self._manager.set_default(name)
-            case {"refused": refused, "waits": waits}:
-                self._manager.set_refused_versions([RefusedVersion(*one) for one in refused], is_empty=waits)
+            case {"serve": state}:
+                self._serve(ServingState.from_json(state))
             case {"gone": _}:
                 self.fail_pending()
             case {"abandon": name}:
@@ -82,13 +78,13 @@ class Participant:
             case {"managed": number, "error": error}:
                 self._resolve_request(number, error)
 
-    def _commit(self, name: str | None) -> None:
-        """Commit a change, or end this process if that fails."""
+    def _serve(self, state: ServingState) -> None:
+        """Serve a state, or end this process if that fails."""
         try:
-            self._manager.commit(name)
+            self._manager.serve(state)
         except Exception:  # otherwise this worker would serve other versions than the other workers
             log.critical(
-                "this worker cannot commit a change that the other workers commit, and exits", exc_info=True
+                "this worker cannot make a change that the other workers make, and exits", exc_info=True
             )
             os._exit(70)  # sysexits.h: an internal error
 

@@ -83,7 +83,9 @@ class Supervisor:
         self._metrics = metrics
         self._on_listening = on_listening
         patience = compute_change_timeout(settings.trial_seconds)
-        self._coordinator = Coordinator(self._admitted_workers, self._admit_ready_workers, timeout=patience)
+        self._coordinator = Coordinator(
+            self._admitted_workers, self._admit_ready_workers, state=serving_state, timeout=patience
+        )
         self._watcher = Watcher(
             settings.models,
             serving_state,
@@ -137,8 +139,7 @@ class Supervisor:
         worker, metric_files = start_worker(
             self._command,
             self._environment,
-            self._watcher.state,
-            generation=self._coordinator.generation,
+            self._coordinator.state,
             metrics_index=self._metrics.index,
         )
         self._workers.add(worker)
@@ -261,14 +262,14 @@ class Supervisor:
         """Admit a worker that is ready, unless a change is under way."""
         if worker.loaded_models is None or worker.served_models or self._coordinator.is_changing:
             return
-        # A different generation means that a change was committed while the worker was loading its models.
-        if worker.generation != self._coordinator.generation:
+        if worker.starting_versions != self._coordinator.state.versions_by_model:
             log.info(
                 "worker %d has loaded versions that are no longer served, and is replaced", worker.process.pid
             )
             worker.kill()
             return
         worker.served_models = worker.loaded_models
+        self._coordinator.send_state(worker)  # the rest of it may have changed while the worker started
         if not self._start_future.done() and all(one.served_models for one in self._workers):
             self._start_future.set_result(None)
         self._dispatcher.pass_waiting_connections()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fovea.service.artifact.repository import ServingState
+from fovea.service.artifact.repository import ServingState, VersionsByModel
 from fovea.service.observability.multiprocess import MetricFiles
 from fovea.service.observability.process_metrics import kill_descendants
 from fovea.service.supervisor import channel
@@ -39,8 +39,8 @@ class WorkerProcess:
     """Description of the loaded models; None until the worker has loaded them."""
     served_models: dict[str, str] | None = None
     """Same as `loaded_models`, once the worker is admitted."""
-    generation: int = 0
-    """Generation of the models that the worker had to load at its start."""
+    starting_versions: VersionsByModel = field(default_factory=dict)
+    """Versions to serve that the worker was started with."""
     is_stopping: bool = False
     """True when the worker takes no more connections."""
     passed_connections: deque[socket.socket] = field(default_factory=deque)
@@ -108,7 +108,6 @@ def start_worker(
     environment: Mapping[str, str],
     serving_state: ServingState,
     *,
-    generation: int,
     metrics_index: int,
 ) -> tuple[WorkerProcess, MetricFiles]:
     """Start a worker, and return it with the files of its metrics.
@@ -136,4 +135,4 @@ def start_worker(
         if metric_files:
             metric_files.close()
         raise
-    return WorkerProcess(process, own_socket, generation=generation), metric_files
+    return WorkerProcess(process, own_socket, starting_versions=serving_state.versions_by_model), metric_files

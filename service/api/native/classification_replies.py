@@ -15,8 +15,8 @@ from fovea.service.errors import RequestError
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, rank_labels
-from fovea.service.serving.registry import LiveModel
 
 _SET_LABELS_PER_PREDICTION: Final = 16
 """Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may

@@ -51,8 +51,8 @@ from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.serving.admission import Admission
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_label_index
-from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 BodyParser: TypeAlias = Callable[[bytes, bodies.RawBody, Settings], Awaitable[bodies.ParsedBody]]

@@ -19,8 +19,8 @@ from fovea.service.api.request_schemas import ExplainOptions
 from fovea.service.explain.messages import HeatmapProgress, HeatmapResult, ModelInput
 from fovea.service.runners.batch_messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import rank_labels
-from fovea.service.serving.registry import LiveModel
 
 NPY: Final = "application/x-npy"
 """Media type of NumPy's file format."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -20,7 +21,7 @@ from fovea.service.api.services import Services
 from fovea.service.http.api_protocol import NATIVE
 from fovea.service.http.fast_path import Headers
 from fovea.service.runners.batch_messages import Item
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 _CLASSIFY_ROUTES: Final = {
     "default": ("/v1/classify", "the default model"),
@@ -78,24 +79,26 @@ def add_routes(app: FastAPI, services: Services) -> None:
         """List the models that are loaded, the resting models, and the refused versions.
 
         A resting model is loaded by the first request for it. A refused version did not pass its checks.
+        `versions` lists every version with its state.
         """
-        registry = classifier.registry
+        catalog = classifier.catalog
         loaded = [
             {
                 "name": model.name,
                 "version": model.version,
                 "task": model.contract.task,
                 "labels": len(model.contract.labels),
-                "default": model.name == registry.default,
+                "default": model.name == catalog.default,
             }
-            for model in registry.models
+            for model in catalog.models
         ]
-        resting = [{"name": found.name, "version": found.version} for found in registry.on_demand_versions]
+        resting = [{"name": found.name, "version": found.version} for found in catalog.on_demand_versions]
         refused = [
             {"name": one.name, "version": one.version, "reason": one.reason}
-            for one in registry.refused_versions
+            for one in catalog.refused_versions
         ]
-        return {"models": loaded, "resting": resting, "refused": refused}
+        versions = [{**one._asdict(), "since": _format_time(one.since)} for one in catalog.list_statuses()]
+        return {"models": loaded, "resting": resting, "refused": refused, "versions": versions}
 
     async def get_contract(name: str, version: str | None = None) -> Response:
         model = await services.get_model(name, version)
@@ -116,3 +119,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def contract_of_version(name: str, version: str) -> Response:
         """Return the contract of one version of a model."""
         return await get_contract(name, version)
+
+
+def _format_time(seconds: float) -> str:
+    """Format a time in seconds since 1970 by ISO 8601, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -35,7 +35,7 @@ from fovea.service.image_warnings import format_warnings
 from fovea.service.runners.batch_messages import Image, ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 
 _JSON_LENGTH_HEADER: Final = "inference-header-content-length"
 

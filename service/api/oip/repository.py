@@ -7,6 +7,7 @@ FOVEA_MANAGEMENT is set.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
@@ -18,10 +19,18 @@ from fovea.service.api.json_bodies import to_bad_request, to_utf8
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.request_schemas import INDEX_BODY, LOAD_BODY, IndexRequest, LoadRequest
-from fovea.service.artifact.repository import ModelVersion, RefusedVersion, find_versions
+from fovea.service.artifact.repository import find_versions
 from fovea.service.artifact.repository import list_model_names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
+from fovea.service.serving.catalog import VersionState, VersionStatus
 from fovea.service.serving.classifier import Classifier
+
+_STATES: Final = {
+    VersionState.LOADING: "LOADING",
+    VersionState.READY: "READY",
+    VersionState.DRAINING: "UNLOADING",
+}
+"""Triton's names of the states of a version. A version in any other state is `UNAVAILABLE`."""
 
 _MAX_BODY_BYTES: Final = 4096
 """Maximum size of a request body in bytes."""
@@ -61,7 +70,7 @@ class ModelLoader(Protocol):
 
 def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> None:
     """Add the management routes."""
-    registry = classifier.registry
+    catalog = classifier.catalog
 
     def require_allowed() -> None:
         if not classifier.settings.management:
@@ -77,35 +86,39 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         A single file is not in a folder; its name comes from its contract. A worker that started after the
         file was unloaded does not know this name.
         """
-        is_single = classifier.settings.models.is_file() and registry.single_model_name in (name, None)
+        is_single = classifier.settings.models.is_file() and catalog.single_model_name in (name, None)
         return None if is_single else name
 
     def list_served(name: str) -> list[dict[str, str]]:
-        ready = [
-            {"name": one.name, "version": one.version, "state": "READY", "reason": ""}
-            for one in registry.models
+        """Return the versions of a model that answer, or that the next request loads."""
+        served_versions = {(one.name, one.version) for one in catalog.models}
+        served_versions |= {(one.name or "", one.version or "") for one in catalog.on_demand_versions}
+        return [
+            _render_status(one)
+            for one in catalog.list_statuses()
+            if one.name == name
+            and one[:2] in served_versions
+            and one.state in (VersionState.READY, VersionState.LOADING, VersionState.FOUND)
         ]
-        resting = [_render_unavailable(one, "resting") for one in registry.on_demand_versions]
-        return [one for one in ready + resting if name in ("", one["name"])]
 
-    def list_unserved() -> list[dict[str, str]]:
-        """Return the models in the repository that are not served: unloaded, refused, or new."""
-        root, served_names = classifier.settings.models, {one.name for one in registry.models}
-        versions: list[ModelVersion] = []
+    def list_unserved(statuses: Sequence[VersionStatus]) -> list[dict[str, str]]:
+        """Return the versions in the repository that are not in the catalog: unloaded or new.
+
+        Runs in a thread, because it reads folders.
+        """
+        root = classifier.settings.models
+        known_names = {one.name for one in statuses if one.state is not VersionState.REFUSED}
+        refused = {(one.name, one.version) for one in statuses if one.state is VersionState.REFUSED}
+        versions: list[tuple[str, str]] = []
         with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
-            names = [] if root.is_file() else names_in(root)
-            for name in set(names) - set(registry.versions_by_model) - served_names:
+            for name in set() if root.is_file() else set(names_in(root)) - known_names:
                 with suppress(ModelError, OSError):
-                    versions += find_versions(root, name)
-        refusal_reasons = {(one.name, one.version): one.reason for one in registry.refused_versions}
-        others = [(one, "not served") for one in versions if (one.name, one.version) not in refusal_reasons]
-        entries = [_render_unavailable(one, reason) for one, reason in others]
-        entries += [_render_unavailable(one, f"refused: {one.reason}") for one in registry.refused_versions]
-        if root.is_file() and not registry.versions_by_model and registry.single_model_name:
-            entries.append(
-                _render_unavailable(RefusedVersion(registry.single_model_name, "", ""), "not served")
-            )
-        return sorted(entries, key=lambda one: (one["name"], one["version"]))
+                    versions += [(name, one.version or "") for one in find_versions(root, name)]
+        single_name = catalog.single_model_name
+        if root.is_file() and single_name and single_name not in known_names:
+            versions.append((single_name, ""))
+        unserved = sorted(set(versions) - refused)
+        return [_render_entry(name, version, "UNAVAILABLE", "not served") for name, version in unserved]
 
     route_options: dict[str, Any] = {
         "tags": ["management"],
@@ -118,12 +131,10 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         if oip.PROTOCOL.name not in classifier.settings.protocols:
             require_allowed()
         index_request = await _read_body(request, IndexRequest)
-        entries = (
-            list_served("")
-            if index_request.ready
-            else list_served("") + await asyncio.to_thread(list_unserved)
-        )
-        return [one for one in entries if one["state"] == "READY" or not index_request.ready]
+        statuses = catalog.list_statuses()
+        if index_request.ready:
+            return [_render_status(one) for one in statuses if one.state is VersionState.READY]
+        return [_render_status(one) for one in statuses] + await asyncio.to_thread(list_unserved, statuses)
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **route_options)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
@@ -144,9 +155,14 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         return list_served(name)
 
 
-def _render_unavailable(model: ModelVersion | RefusedVersion, reason: str) -> dict[str, str]:
-    name, version = model.name or "", model.version or ""
-    return {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
+def _render_status(status: VersionStatus) -> dict[str, str]:
+    prefix = {VersionState.FOUND: "resting", VersionState.REFUSED: "refused"}.get(status.state, "")
+    reason = "" if status.state is VersionState.READY else ": ".join(filter(None, (prefix, status.reason)))
+    return _render_entry(status.name, status.version, _STATES.get(status.state, "UNAVAILABLE"), reason)
+
+
+def _render_entry(name: str, version: str, state: str, reason: str) -> dict[str, str]:
+    return {"name": name, "version": version, "state": state, "reason": reason}
 
 
 _T = TypeVar("_T", bound=BaseModel)

@@ -34,7 +34,7 @@ from fovea.service.api.reply_schemas import FlatError, build_error_responses
 from fovea.service.api.services import Services
 from fovea.service.api.tensors import DATATYPES, ENCODED_DATATYPE, ModelInputs
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.statistics import DurationSum
 
 PROTOCOL: Final = ApiProtocol("oip", render_flat_error, path_prefix="/v2")
@@ -89,7 +89,7 @@ def _add_server_routes(app: FastAPI, services: Services) -> None:
 
 
 def _add_model_routes(app: FastAPI, services: Services) -> None:
-    registry = services.classifier.registry
+    catalog = services.classifier.catalog
     error_responses = build_error_responses(FlatError)
     route_options: dict[str, Any] = {
         "tags": [PROTOCOL.name],
@@ -99,7 +99,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v2/models/stats", tags=[PROTOCOL.name])
     async def all_statistics() -> dict[str, Any]:
         """Return the statistics of all loaded models."""
-        return {"model_stats": [_render_statistics(model) for model in registry.models]}
+        return {"model_stats": [_render_statistics(model) for model in catalog.models]}
 
     def add_route(
         path: str, get_reply: Callable[[str, str | None], Any], reply_type: Any, summary: str
@@ -123,11 +123,11 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     async def get_metadata(name: str, version: str | None) -> ModelMetadata:
         return _render_metadata(
             await services.get_model(name, version),
-            [one.version or "" for one in registry.list_versions(name)],
+            [one.version or "" for one in catalog.list_versions(name)],
         )
 
     async def check_ready(name: str, version: str | None) -> ModelReady:
-        registry.get(name, version)  # the model may not be loaded; it is loaded when a request needs it
+        catalog.get(name, version)  # the model may not be loaded; it is loaded when a request needs it
         services.require_ready()
         return ModelReady(name=name, ready=True)
 

@@ -23,7 +23,7 @@ from fovea.service.errors import RequestError
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build_model, read_contract
 

@@ -22,8 +22,8 @@ from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.serving.classifier import Classification
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import rank_labels
-from fovea.service.serving.registry import LiveModel
 
 PROTOCOL: Final = ApiProtocol("own", render_flat_error)
 

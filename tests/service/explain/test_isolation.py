@@ -35,7 +35,7 @@ from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.frames import MAX_PIECE_BYTES, FrameError, encode_frame, receive_frame
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.runners.messages import Failure, NumberedMessage
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model, read_contract
 from tests.peers import replace_peer

@@ -68,16 +68,24 @@ class Views:
     default_names: frozenset[str]
     index: frozenset[tuple[str, str, str]]
     """Name, version, and `READY` or the reason why not."""
+    statuses: tuple[tuple[Version, str], ...]
+    """Every version with its state."""
     metrics: dict[str, Counter[Version]]
-    """Sums of metrics by model and version; a missing label is empty."""
+    """Sums of metrics by model and version or state; a missing label is empty."""
 
     def find_disagreement(self) -> str:
         """Return a sentence about two views that differ; empty if all agree."""
         ready = {(name, version) for name, version, state in self.index if state == "READY"}
-        resting = {(name, version) for name, version, state in self.index if state == "resting"}
+        resting = {(name, version) for name, version, state in self.index if state.startswith("resting")}
         refused = {(name, version) for name, version, state in self.index if state.startswith("refused")}
         measured = {key for key, value in self.metrics["fovea_model_info"].items() if value}
         refused_counts = Counter(name for name, _ in self.refused)
+        statuses = {state: {key for key, one in self.statuses if one == state} for _, state in self.statuses}
+        state_counts = {
+            (name, state): int(value)
+            for (name, state), value in self.metrics["fovea_model_versions"].items()
+            if value
+        }
         measured_counts = {
             name: int(value) for (name, _), value in self.metrics["fovea_versions_refused"].items() if value
         }
@@ -85,6 +93,11 @@ class Views:
             ("ready in the index", ready, self.loaded),
             ("resting in the index", resting, self.resting),
             ("refused in the index", refused, self.refused),
+            ("ready among all versions", statuses.get("ready", set()), self.loaded),
+            ("found among all versions", statuses.get("found", set()), self.resting),
+            ("refused among all versions", statuses.get("refused", set()), self.refused),
+            ("loading or draining", statuses.get("loading", set()) | statuses.get("draining", set()), set()),
+            ("the metric of states", state_counts, Counter((key[0], one) for key, one in self.statuses)),
             ("the metric of loaded models", measured, self.loaded),
             ("the metric of refused versions", measured_counts, dict(refused_counts)),
         ):
@@ -135,12 +148,12 @@ class DisturbedServer:
         metrics: dict[str, Counter[Version]] = {
             name: Counter()
             for name in ("fovea_model_info", "fovea_versions_refused", "fovea_runners",
-                         "fovea_images_in_flight", "fovea_requests_in_flight")
+                         "fovea_images_in_flight", "fovea_requests_in_flight", "fovea_model_versions")
         }  # fmt: skip
         for sample in METRIC_SAMPLE.finditer(self.client.get("/metrics").text):
             if sample["name"] in metrics:
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', sample["labels"] or ""))
-                key = labels.get("model", ""), labels.get("version", "")
+                key = labels.get("model", ""), labels.get("version") or labels.get("state", "")
                 metrics[sample["name"]][key] += float(sample["value"])  # type: ignore[assignment]
         return Views(
             sets["models"],
@@ -148,6 +161,7 @@ class DisturbedServer:
             sets["refused"],
             frozenset(one["name"] for one in listing["models"] if one["default"]),
             index,
+            tuple(((one["name"], one["version"]), one["state"]) for one in listing["versions"]),
             metrics,
         )
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import onnx
 import pytest
 
 from tests import hostile
-from tests.graphs import add_to_repository, build_model
+from tests.graphs import add_to_repository, build_model, read_contract, with_contract
 from tests.servers import ROOT, Server, wait_until
 from tests.zoo import PICTURES, classify_pictures, get_served_version, get_status, publish_variant
 
@@ -237,6 +238,21 @@ def test_replaced_file_is_loaded_under_same_version(zoo: Path) -> None:
 
 
 # --- files that must not be served ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_single_file_may_get_another_name(tmp_path: Path, workers: str) -> None:
+    path, new_path = tmp_path / "weights.onnx", tmp_path / "new.onnx"
+    model = build_model()
+    onnx.save(model, path)
+    with run_server(path, FOVEA_WORKERS=workers) as server:
+        assert read_default_names(server) == {"small"}
+        onnx.save(with_contract(model, replace(read_contract(model), name="other")), new_path)
+        new_path.replace(path)
+        wait_until(lambda: read_default_names(server) == {"other"})
+        assert get_status(server, "/v1/models/small/classify") == 404
+        assert [one["default"] for one in server.client.get("/v1/models").json()["models"]] == [True]
+        assert server.read_metric("fovea_model_versions") == 1, "a version counts under one name"
 
 
 def test_incomplete_file_is_never_loaded(zoo: Path) -> None:

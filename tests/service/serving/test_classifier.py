@@ -32,7 +32,7 @@ def classifier(tmp_path: Path) -> Iterator[Classifier]:
 
 
 async def classify(classifier: Classifier, *images: Item) -> list[Any]:
-    (model,) = classifier.registry.models
+    (model,) = classifier.catalog.models
     return list(await classifier.classify_images(images, model, on_answer=lambda *_: None))
 
 
