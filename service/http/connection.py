@@ -312,10 +312,10 @@ class Connection(asyncio.BufferedProtocol):
             exchange.complete_body()
 
     def _await_body(self) -> None:
-        """Set the time limit for the rest of the body."""
+        """Set the time limit for the rest of the body, unless a pending refusal ends the connection."""
         if exchange := self._exchange:
-            exchange.send_refusal()  # all available input is parsed: a pending refusal can be sent now
-        if self._state is State.BODY and self._reading.is_reading and not self._timer.is_armed:
+            exchange.send_refusal()  # all available input is parsed: it can be sent now
+        if self._reading.is_reading and not self._timer.is_armed:
             self._timer.arm(self._settings.body_timeout, self._on_body_timeout)
 
     def _keep_rest(self, data: bytes | bytearray, start: int, end: int) -> None:
@@ -331,8 +331,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _parse_rest(self) -> None:
         """Parse the input that has waited, in a new round of the event loop."""
-        if self._state not in _RECEIVING:  # the connection has ended meanwhile
-            return
         rest, start = self._rest, self._rest_start
         self._drop_rest()
         self.update_memory()  # the request's own body is accounted for anew
@@ -410,7 +408,7 @@ class Connection(asyncio.BufferedProtocol):
         If the client has left, its system reports so when more data arrives. The probe sends the first bytes
         of the answer, because every answer begins with the same bytes.
         """
-        if self._exchange is None or self._exchange.response_started or not self.responses.is_writable:
+        if self._exchange is None or self._exchange.response_started:
             return  # writing the answer will show it
         self.responses.write_prefix()
         if self._reading.has_error():

@@ -99,6 +99,8 @@ class FastApp:
 
 async def answer_asgi(scope: Scope, receive: Receive, send: Send) -> None:
     """Read the body first, or answer before it has come, or fail, as the path says."""
+    if scope["path"] == "/late":
+        await asyncio.sleep(0.2)
     body, has_more = b"", not scope["path"].startswith("/early")
     while has_more:
         message = await receive()
@@ -109,7 +111,12 @@ async def answer_asgi(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError("the application has a fault")
     content = b"%d" % len(body)
     headers = [] if scope["path"] == "/chunked" else [(b"content-length", b"%d" % len(content))]
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.2)
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if scope["path"] == "/chunked":
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await asyncio.sleep(0.01)
     if scope["path"] == "/breaks":
         return
     await send({"type": "http.response.body", "body": content})
@@ -132,7 +139,7 @@ def create_context(loop: asyncio.AbstractEventLoop, **settings: Any) -> ServerCo
         body_memory=BodyMemory(300_000),
         hangups=HangUpWatcher(loop),
         refusal_limiter=RateLimiter(200, burst=200, max_wait=0.01),
-        buffer=bytearray(1 << 16),
+        buffer=bytearray(1 << 17),
     )
 
 
