@@ -218,7 +218,7 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """No runner is alive: all runners have died, and their replacements have not started yet."""
+    """The process or the model that would answer is missing now, and is being started again."""
 
     code = "not_ready"
 

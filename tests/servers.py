@@ -94,12 +94,17 @@ class Server(AbstractContextManager["Server"]):
 
     def read_metric(self, name: str, **labels: str) -> float:
         """Return the sum of all samples with this name and these labels."""
-        label_pairs = {f'{key}="{value}"' for key, value in labels.items()}
-        return sum(
-            float(sample["value"])
-            for sample in METRIC_SAMPLE.finditer(self.client.get("/metrics").text)
-            if sample["name"] == name and label_pairs <= set((sample["labels"] or "").split(","))
-        )
+        return sum_samples(self.client.get("/metrics").text, name, **labels)
+
+
+def sum_samples(metrics: str, name: str, **labels: str) -> float:
+    """Return the sum of all samples with this name and these labels in the text of `/metrics`."""
+    label_pairs = {f'{key}="{value}"' for key, value in labels.items()}
+    return sum(
+        float(sample["value"])
+        for sample in METRIC_SAMPLE.finditer(metrics)
+        if sample["name"] == name and label_pairs <= set((sample["labels"] or "").split(","))
+    )
 
 
 def wait_until(condition: Callable[[], object]) -> None:

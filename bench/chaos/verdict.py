@@ -129,11 +129,12 @@ def _find_status_complaint(request: ClientRequest, faults: FaultLog, *, worker_f
 def _is_failure_excused(request: ClientRequest, faults: FaultLog) -> bool:
     """Return whether faults excuse a failure.
 
-    An explanation is lost with its process, an image with the second runner that dies while holding it.
+    An explanation may be refused when its process is killed, and must not fail. An image is lost with the
+    second runner that dies while holding it.
     """
     start, end = request.sent_at - NOTICE_SECONDS, request.ended_at
     if request.is_explanation:
-        return bool(faults.find_overlapping(start, end, "explainer", "worker"))
+        return set(request.codes) == {"not_ready"} and bool(faults.find_overlapping(start, end, "explainer"))
     return (
         len(faults.find_overlapping(start, end, "runner"))
         + 2 * len(faults.find_overlapping(start, end, "worker"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Generic
 
-from fovea.service.errors import Internal, Overloaded, error_from_dict
+from fovea.service.errors import Internal, NotReady, Overloaded, RequestError, error_from_dict
 from fovea.service.explain.messages import (
     MAX_CONTENT_BYTES,
     ContentPart,
@@ -21,6 +22,7 @@ from fovea.service.explain.messages import (
     Result,
     StopCommand,
 )
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.frame_stream import FrameStream
 from fovea.service.runners.frames import Frame, FrameError
@@ -40,6 +42,8 @@ _SILENCE_TIMEOUT: Final = 60.0
 _STOP_TIMEOUT: Final = 5.0
 """Seconds that the process has to stop after its caller has left."""
 
+_RETRY_SECONDS: Final = 1.0
+"""Time in seconds after which a caller may try again whose process was killed."""
 
 _REPLIES: Final[dict[str, type[NumberedMessage]]] = {
     one.__name__: one for one in (HeatmapProgress, ContentPart, ExplainerReply, Refusal, Failure)
@@ -78,7 +82,9 @@ class PendingQuestion(Generic[Result]):
 class ExplainerClient:
     """The client of one explaining process. Every method must be called on the event loop."""
 
-    def __init__(self, *, idle_seconds: float, memory: SpareMemory | None = None) -> None:
+    def __init__(
+        self, *, idle_seconds: float, memory: SpareMemory | None = None, cgroup: Cgroup | None = None
+    ) -> None:
         """Create the client; the process starts with the first question.
 
         The process ends after `idle_seconds` seconds without a question. Its memory is reserved in `memory`;
@@ -86,6 +92,7 @@ class ExplainerClient:
         """
         self._idle_seconds = idle_seconds
         self._memory = memory
+        self._cgroup = cgroup or Cgroup()
         self._give_back: Callable[[], None] | None = None
         """Function that returns the reserved memory of the process."""
         self._lock = asyncio.Lock()
@@ -105,8 +112,8 @@ class ExplainerClient:
         """Ask a question about a model and wait for the answer; `on_progress` gets the steps before it.
 
         Raises `RequestError`: an error of the image or the question, `Overloaded` if too many questions wait
-        or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process gets
-        a `StopCommand`.
+        or memory is short, `NotReady` if somebody kills the process or no process can be started, or
+        `Internal`. If the caller is cancelled, it stops waiting, and the process gets a `StopCommand`.
         """
         if self._waiting_count >= _MAX_WAITING:
             raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
@@ -166,6 +173,7 @@ class ExplainerClient:
             task.exception()  # marks the exception as retrieved, because the caller may have left
 
     async def _request_answer(self, pending: PendingQuestion[Result]) -> ExplainerAnswer[Result]:
+        oom_kill_count = self._cgroup.oom_kill_count()
         try:
             if self._connection and self._connection.has_ended:  # while nobody asked
                 self.close()
@@ -180,13 +188,31 @@ class ExplainerClient:
                 raise asyncio.CancelledError
             return await self._connection.send_request(pending)
         except (OSError, EOFError, FrameError) as error:
-            self.close()
-            log.error("the explaining process is given up: %s", repr(error))
-            raise Internal("the process that explains died, or said nothing for too long") from None
+            raise await self._give_up(error, oom_kill_count) from None
         except BaseException:  # its reply may still come, so that nobody else may use the process
             if self._connection and self._connection.is_busy:
                 self.close()
             raise
+
+    async def _give_up(self, error: Exception, oom_kill_count: int | None) -> RequestError:
+        """Give up the process, and return the error for the caller.
+
+        A process that was killed from outside says nothing about the question: another attempt may succeed.
+        If it crashed, hung, sent nonsense, or was killed for lack of memory since there were
+        `oom_kill_count` such kills, the question may be the reason.
+        """
+        connection = self._connection
+        status = None
+        if connection and isinstance(error, EOFError):
+            # Before `close`, which kills the process if it is still ending.
+            status = await asyncio.to_thread(connection.process.wait_exit)
+        self.close()
+        log.error("the explaining process is given up: %s, exit status %s", repr(error), status)
+        if connection is None:
+            return NotReady("no process that explains can be started now", retry_after=_RETRY_SECONDS)
+        if status == -signal.SIGKILL and self._cgroup.oom_kill_count() == oom_kill_count:
+            return NotReady("the process that explains was killed", retry_after=_RETRY_SECONDS)
+        return Internal("the process that explains died, or said nothing for too long")
 
     def _reserve(self, model: LiveModel) -> None:
         """Reserve the memory that the process will need.

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import MutableMapping
 from contextlib import suppress
+from enum import Enum, auto
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
@@ -33,6 +34,18 @@ _BODILESS_STATUSES: Final = (204, 304)
 
 _INVALID_IN_VALUE: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that could end a header (RFC 9110, section 5.5)."""
+
+
+class _Framing(Enum):
+    """How the end of an answer's content is marked."""
+
+    EMPTY = auto()
+    """There is no content, whatever the application sends: an answer to HEAD, or a status without content."""
+    LENGTH = auto()
+    """The answer has a Content-Length."""
+    CHUNKED = auto()
+    UNTIL_CLOSE = auto()
+    """The connection closes behind the content: HTTP/1.0 has no chunks."""
 
 
 class AsgiWriter(Protocol):
@@ -89,7 +102,7 @@ class AsgiExchange:
         self._task: asyncio.Task[None] | None = None
         self._unsent_head = b""
         """Headers that wait for the first piece of content."""
-        self._is_chunked = False
+        self._framing = _Framing.EMPTY
         self._remaining_bytes = 0
         """Number of bytes that the answer still has to have, by its Content-Length."""
         self.keep_alive = head.keep_alive
@@ -207,40 +220,34 @@ class AsgiExchange:
             raise RuntimeError(f"the application must not send {kind!r} now")
 
     def _start_answer(self, message: MutableMapping[str, Any]) -> None:
-        """Encode the headers. They wait for the first piece of content, to share a packet with it.
-
-        HTTP/1.0 has no chunked encoding: without a length, closing the connection marks the end.
-        """
+        """Encode the headers. They wait for the first piece of content, to share a packet with it."""
         self.response_started = True
         self._must_continue = False
         status = message["status"]
-        has_length = False
+        framing = _Framing.UNTIL_CLOSE if self._is_http_1_0 else _Framing.CHUNKED
         lines = [STATUS_LINES[status], self._connection.date_line]
         for name, value in message.get("headers", ()):
             if _INVALID_IN_VALUE.search(value) or _INVALID_IN_VALUE.search(name):
                 raise RuntimeError(f"the header {name!r} has characters that no header may have")
             if name.lower() == b"content-length":
-                has_length, self._remaining_bytes = True, int(value)
+                framing, self._remaining_bytes = _Framing.LENGTH, int(value)
             elif name.lower() == b"connection":
                 self.keep_alive = self.keep_alive and value.lower() != b"close"
                 continue
             lines.append(b"%b: %b\r\n" % (name, value))
-        has_content = not self._is_head_request and status not in _BODILESS_STATUSES
-        if not has_content:
-            self._remaining_bytes = 0
-        elif not has_length and self._is_http_1_0:
+        if self._is_head_request or status in _BODILESS_STATUSES:
+            framing = _Framing.EMPTY
+        elif framing is _Framing.UNTIL_CLOSE:
             self.keep_alive = False
-        elif not has_length:
-            self._is_chunked = True
+        elif framing is _Framing.CHUNKED:
             lines.append(b"transfer-encoding: chunked\r\n")
+        self._framing = framing
         if self._connection.has_long_rest:
             self.keep_alive = False
         if not self.keep_alive:
             lines.append(CONNECTION_CLOSE)
         elif self._is_http_1_0:
             lines.append(CONNECTION_KEEP_ALIVE)
-        self._has_length = has_length
-        self._has_content = has_content
         lines.append(b"\r\n")
         self._unsent_head = b"".join(lines)
         # The application may take long before the content.
@@ -253,12 +260,12 @@ class AsgiExchange:
 
     def _write_content(self, content: bytes, *, is_last: bool) -> None:
         """Send a piece of content, and go on if it is the last one."""
-        if not self._has_content:
+        if self._framing is _Framing.EMPTY:
             content = b""
-        elif self._is_chunked:
+        elif self._framing is _Framing.CHUNKED:
             content = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
             content += b"0\r\n\r\n" if is_last else b""
-        elif self._has_length:
+        elif self._framing is _Framing.LENGTH:
             self._remaining_bytes -= len(content)
             if self._remaining_bytes < 0 or (is_last and self._remaining_bytes):
                 raise RuntimeError("the answer has another size than its Content-Length")

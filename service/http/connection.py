@@ -29,13 +29,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Final
-
-from starlette.types import ASGIApp
 
 from fovea.service.errors import (
     BodyTimeout,
@@ -45,10 +41,10 @@ from fovea.service.errors import (
     RequestError,
 )
 from fovea.service.http.asgi_exchange import AsgiExchange, build_scope
-from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, FastApp
-from fovea.service.http.hangups import HangUpWatcher
-from fovea.service.http.lifecycle import Lifecycle, Phase
-from fovea.service.http.observer import Observer, encode_error
+from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, open_exchange
+from fovea.service.http.lifecycle import Phase
+from fovea.service.http.observer import encode_error
+from fovea.service.http.read_control import ReadControl
 from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestHead, RequestParser
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.http.response_stream import (
@@ -57,9 +53,8 @@ from fovea.service.http.response_stream import (
     SMALL_BYTES,
     ResponseStream,
 )
-from fovea.service.http.timer import RateLimiter, Timer
-from fovea.service.resources.body_memory import BodyMemory
-from fovea.service.settings import Settings
+from fovea.service.http.server_context import ServerContext
+from fovea.service.http.timer import Timer
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +63,6 @@ _LINGER_TIMEOUT: Final = 2.0
 
 _MAX_LINGER_BYTES: Final = 64 << 20
 """Maximum number of bytes discarded meanwhile. A client that sends more does not read."""
-
 
 _MAX_PIECES: Final = 256
 """Maximum number of pieces of input that are parsed in one round of the event loop. A chunked body full of
@@ -98,31 +92,6 @@ TRANSITIONS: Final = {
 
 _RECEIVING: Final = (State.IDLE, State.HEADERS, State.BODY)
 """States in which input belongs to the newest request."""
-
-
-@dataclass
-class ServerContext:
-    """Objects that all connections of a server share."""
-
-    asgi: ASGIApp
-    asgi_state: dict[str, Any]
-    """State of the application's lifespan, for the ASGI scope."""
-    fast_app: FastApp
-    settings: Settings
-    lifecycle: Lifecycle
-    observer: Observer
-    body_memory: BodyMemory
-    hangups: HangUpWatcher
-    refusal_limiter: RateLimiter
-    buffer: bytearray
-    """Buffer for one read. Allocating memory for each read would fragment the heap. Its content is valid only
-    until the callback of the read returns."""
-    date_line: bytes = b""
-    """The Date header, which the server updates every second."""
-    connections: set[Connection] = field(default_factory=set)
-    """Open connections."""
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    """Running tasks of the ASGI application."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -158,8 +127,6 @@ class Connection(asyncio.BufferedProtocol):
         """True if the next bytes go into the shared buffer of a body."""
         self._is_parsing = False
         """True inside `_parse`."""
-        self._has_completed = False
-        """True when a request was completed in the current call of `_parse`."""
         self._has_more_input = False
         """True while `_parse` has input behind the part that it passes on."""
         self._rest_error: RequestError | None = None
@@ -167,9 +134,6 @@ class Connection(asyncio.BufferedProtocol):
         self._linger_bytes = _MAX_LINGER_BYTES
         self._accounted_bytes = 0
         """Number of bytes of this connection in the memory account."""
-        self._is_reading = True
-        self._has_half_closed = False
-        """True when the client has closed its sending side."""
         self._answer_future: asyncio.Future[None] | None = None
 
     # --- asyncio's calls ---
@@ -178,8 +142,7 @@ class Connection(asyncio.BufferedProtocol):
         """Start the time limit for the first request."""
         self._transport = transport
         self.responses = ResponseStream(transport, self._server.body_memory, self)
-        self._socket: socket.socket = transport.get_extra_info("socket")
-        self._descriptor = self._socket.fileno()
+        self._reading = ReadControl(transport, self._server.hangups, self._on_hang_up)
         self._client = _to_address(transport.get_extra_info("peername"))
         self._server.connections.add(self)
         self._observer.metrics.connections.inc()
@@ -199,8 +162,7 @@ class Connection(asyncio.BufferedProtocol):
         self._timer.close()
         self._parser.close()
         self.responses.close()
-        # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
-        self._server.hangups.unwatch(self._descriptor)
+        self._reading.close()
         self.update_memory()
         self._server.connections.discard(self)
         self._observer.metrics.connections.dec()
@@ -208,11 +170,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         """Return whether the connection stays open after the client has closed its sending side."""
-        if self._state is not State.ANSWERING or self._exchange is None:
+        exchange = self._exchange
+        if exchange is None or self._state is not State.ANSWERING:  # no whole request waits for its answer
+            self._abandon()
+            self._close()
             return False
-        self._has_half_closed = True
-        self._exchange.keep_alive = False
-        self._server.hangups.watch(self._descriptor, self._on_hang_up, half_close=False)
+        exchange.keep_alive = False
+        self._reading.watch_half_closed()
         self._probe()
         return True
 
@@ -249,7 +213,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _parse(self, data: bytes | bytearray, view: memoryview, start: int, end: int) -> None:
         """Parse `data[start:end]` as far as the end of the newest request; `view` is a view of `data`."""
-        self._is_parsing, self._has_completed = True, False
+        self._is_parsing = True
         try:
             start = self._parse_message(data, view, start, end)
             if start < end:
@@ -265,15 +229,17 @@ class Connection(asyncio.BufferedProtocol):
         """Parse one request as far as it has arrived, and return the position behind."""
         if self._state not in _RECEIVING:
             return start
+        parser = self._parser
         try:
             for _ in range(_MAX_PIECES):
-                start = self._parser.feed(data, view, start, end)
+                start = parser.feed(data, view, start, end)
                 self._has_more_input = start < end
+                is_last = parser.is_complete
                 if self._state is State.BODY:
                     self._pass_body()
                 else:
                     self._pass_head()
-                if start == end or self._has_completed or self._state not in _RECEIVING:
+                if start == end or is_last or self._state not in _RECEIVING:
                     break
         except RequestError as error:
             self._refuse(error)
@@ -307,28 +273,17 @@ class Connection(asyncio.BufferedProtocol):
         self._state = State.BODY
         if self._server.lifecycle.phase > Phase.READY:
             head.keep_alive = False
-        if not self._open_fast(head):
+        exchange = None
+        if self.responses.is_writable:
+            exchange = open_exchange(self, self._server.fast_app, self._observer, head, self._client)
+        if exchange is None:
             self._open_asgi(head)
-        if self._parser.is_complete and self._state is State.BODY:
+        else:
+            self._exchange = exchange
+            if head.expects_continue and exchange.is_incomplete:
+                self.responses.write_continue()
+        if self._parser.is_complete:  # the request has no body
             self._complete_body()
-
-    def _open_fast(self, head: RequestHead) -> bool:
-        """Return whether the fast application takes the request."""
-        if head.is_chunked or not self.responses.is_writable:
-            return False
-        fast_app = self._server.fast_app
-        headers = dict(head.headers)
-        if b"content-length" not in headers and not (head.method == b"GET" and fast_app.can_answer(head.url)):
-            return False
-        record, _ = self._observer.create_record(head.method.decode(), headers, head.headers, self._client)
-        exchange = Exchange(self, self._observer, record, head.content_length)
-        if not exchange.try_open(fast_app, head.method, head.url, headers):
-            return False
-        exchange.keep_alive = head.keep_alive
-        self._exchange = exchange
-        if head.expects_continue and exchange.is_incomplete:
-            self.responses.write_continue()
-        return True
 
     def _open_asgi(self, head: RequestHead) -> None:
         """Pass the request to the ASGI application. Raises `BadHttp`."""
@@ -348,7 +303,6 @@ class Connection(asyncio.BufferedProtocol):
         """Note that the newest request is complete: its answer is due, unless it is answered already."""
         exchange = self._exchange
         assert exchange  # noqa: S101 - `_open_exchange` has set it
-        self._has_completed = True
         self._timer.disarm()
         self._parser.start_next()
         self._state = State.ANSWERING
@@ -358,10 +312,10 @@ class Connection(asyncio.BufferedProtocol):
             exchange.complete_body()
 
     def _await_body(self) -> None:
-        """Set the time limit for the rest of the body."""
+        """Set the time limit for the rest of the body, unless a pending refusal ends the connection."""
         if exchange := self._exchange:
-            exchange.send_refusal()  # all available input is parsed: a pending refusal can be sent now
-        if self._state is State.BODY and self._is_reading and not self._timer.is_armed:
+            exchange.send_refusal()  # all available input is parsed: it can be sent now
+        if self._reading.is_reading and not self._timer.is_armed:
             self._timer.arm(self._settings.body_timeout, self._on_body_timeout)
 
     def _keep_rest(self, data: bytes | bytearray, start: int, end: int) -> None:
@@ -377,8 +331,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _parse_rest(self) -> None:
         """Parse the input that has waited, in a new round of the event loop."""
-        if self._state not in _RECEIVING or not self._rest:
-            return
         rest, start = self._rest, self._rest_start
         self._drop_rest()
         self.update_memory()  # the request's own body is accounted for anew
@@ -431,20 +383,15 @@ class Connection(asyncio.BufferedProtocol):
         """
         must_wait = self._rest or self._rest_error or (self._exchange and self._exchange.is_full)
         should_read = not must_wait or self._state is State.LINGERING
-        if should_read is self._is_reading or self._is_parsing:
+        if should_read is self._reading.is_reading or self._is_parsing:
             return
-        if self._has_half_closed or self._transport.is_closing():  # there is nothing left to read
-            return
-        self._is_reading = should_read
         if should_read:
-            self._server.hangups.unwatch(self._descriptor)
-            self._transport.resume_reading()
+            self._reading.resume()
             if self._state is State.BODY:
                 self._timer.resume()
                 self._await_body()
         else:
-            self._transport.pause_reading()
-            self._server.hangups.watch(self._descriptor, self._on_hang_up, half_close=True)
+            self._reading.pause()
             if self._state is State.BODY:
                 self._timer.pause()
 
@@ -461,10 +408,10 @@ class Connection(asyncio.BufferedProtocol):
         If the client has left, its system reports so when more data arrives. The probe sends the first bytes
         of the answer, because every answer begins with the same bytes.
         """
-        if self._exchange is None or self._exchange.response_started or not self.responses.is_writable:
+        if self._exchange is None or self._exchange.response_started:
             return  # writing the answer will show it
         self.responses.write_prefix()
-        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if self._reading.has_error():
             self._abort()
 
     # --- refusals ---
@@ -487,8 +434,6 @@ class Connection(asyncio.BufferedProtocol):
     def _refuse(self, error: RequestError) -> None:
         """Answer the newest request with an error and end the connection."""
         exchange = self._exchange
-        if self._state is State.LINGERING or self._state is State.CLOSED:
-            return
         if exchange and not exchange.response_started:
             exchange.keep_alive = False
             exchange.refuse(error)
@@ -528,8 +473,6 @@ class Connection(asyncio.BufferedProtocol):
         media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
         """Write the answer of an exchange, which is over and has released its shared buffer."""
-        if self._transport.is_closing():
-            return
         if self.has_long_rest or self._parser.missing_bytes > SMALL_BYTES:
             exchange.keep_alive = False
         lines = self._server.date_line
@@ -566,9 +509,8 @@ class Connection(asyncio.BufferedProtocol):
     def end_answer(self) -> None:
         """Go on after a whole answer: with the next request, the rest of the body, or the end."""
         exchange = self._exchange
+        assert exchange  # noqa: S101 - its answer was written just now
         self._resolve_answer_future()
-        if exchange is None or self._state is State.LINGERING or self._state is State.CLOSED:
-            return
         if not exchange.keep_alive:
             self._end()
         elif self._state is State.ANSWERING:
@@ -581,22 +523,19 @@ class Connection(asyncio.BufferedProtocol):
     def _start_next(self) -> None:
         """Wait for the next request, or parse what has come of it."""
         self._state = State.IDLE
-        exchange, self._exchange = self._exchange, None
+        self._exchange = None
         self._timer.arm(self._settings.keep_alive, self._close)
         if self._rest_error:
             self._refuse(self._rest_error)
-        elif exchange and not exchange.keep_alive:
-            self._end()
         elif self._rest:
             self._loop.call_soon(self._parse_rest)
-            return
-        self.update_memory()
-        self.update_reading()
+        else:
+            self.update_memory()
+            self.update_reading()
 
     def _end(self) -> None:
         """Close after the last answer: at once, or when the client has stopped sending."""
-        is_sending = self._state is State.BODY or not self._is_reading or self._has_more_input
-        if is_sending and not self._has_half_closed and not self._transport.is_closing():
+        if self._state is State.BODY or not self._reading.is_reading or self._has_more_input:
             self._linger()
         else:
             self._close()
@@ -625,6 +564,7 @@ class Connection(asyncio.BufferedProtocol):
         self._state = State.CLOSED
         self._abandon()
         self._transport.abort()
+        self._timer.disarm()  # it may be due in this round of the event loop
 
     def abort_answer(self) -> None:
         """Close the connection, because its answer cannot be completed."""

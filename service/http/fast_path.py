@@ -21,6 +21,7 @@ from typing import Final, Protocol, TypeAlias
 
 from fovea.service.errors import BodyTooLarge, RequestError
 from fovea.service.http.observer import Observer, encode_error, log_internal_error
+from fovea.service.http.request_parser import RequestHead
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT
 from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer
@@ -299,3 +300,22 @@ class Exchange:
             assert self._handler is None, "the job must be over before its memory is released"  # noqa: S101
             self.shared_buffer.release(self.received_bytes)
             self.shared_buffer = None
+
+
+def open_exchange(
+    writer: ResponseWriter,
+    app: FastApp,
+    observer: Observer,
+    head: RequestHead,
+    client: tuple[str, int] | None,
+) -> Exchange | None:
+    """Return the exchange of a request from `client`; None if the application leaves the request to ASGI."""
+    headers = dict(head.headers)
+    if head.is_chunked or (
+        b"content-length" not in headers and not (head.method == b"GET" and app.can_answer(head.url))
+    ):
+        return None
+    record, _ = observer.create_record(head.method.decode(), headers, head.headers, client)
+    exchange = Exchange(writer, observer, record, head.content_length)
+    exchange.keep_alive = head.keep_alive
+    return exchange if exchange.try_open(app, head.method, head.url, headers) else None

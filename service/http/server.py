@@ -15,12 +15,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fovea.service.errors import Draining, StartError
-from fovea.service.http.connection import Connection, ServerContext
+from fovea.service.http.connection import Connection
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
 from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
+from fovea.service.http.server_context import ServerContext
 from fovea.service.http.timer import RateLimiter
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings

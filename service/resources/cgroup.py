@@ -55,6 +55,10 @@ class Cgroup:
         limits = self._read_each("memory", *(_create_reader(name) for name in names))
         return min((limit for limit in limits if limit < _UNLIMITED_BYTES), default=None)
 
+    def oom_kill_count(self) -> int | None:
+        """Return how many processes of this group the kernel has killed because memory was short."""
+        return next(self._read_each("memory", _read_oom_kills_v1, _read_oom_kills_v2), None)
+
     def _read_each(self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]) -> Iterator[T]:
         """Yield the value of the group and of each ancestor that the container can read."""
         for folder, read in self._iterate_folders(controller, v1, v2):
@@ -95,6 +99,14 @@ def _read_working_set_v2(folder: Path) -> int:
     return max(0, usage - int(_read_statistics(folder, "memory")["inactive_file"]))
 
 
+def _read_oom_kills_v1(folder: Path) -> int:
+    return int(_read_pairs(folder / "memory.oom_control")["oom_kill"])
+
+
+def _read_oom_kills_v2(folder: Path) -> int:
+    return int(_read_pairs(folder / "memory.events")["oom_kill"])
+
+
 def _read_quota_v1(folder: Path) -> float:
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     if quota <= 0:
@@ -116,4 +128,8 @@ def _read_throttled_v2(folder: Path) -> float:
 
 
 def _read_statistics(folder: Path, controller: str) -> dict[str, str]:
-    return dict(line.split() for line in (folder / f"{controller}.stat").read_text().splitlines())
+    return _read_pairs(folder / f"{controller}.stat")
+
+
+def _read_pairs(file: Path) -> dict[str, str]:
+    return dict(line.split() for line in file.read_text().splitlines())

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 from tests.pictures import make_jpeg, make_png_header
 from tests.poison import BlockingImage, make_poison_environment
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, WireResponse, classify_request
-from tests.servers import ROOT, Server, wait_until
+from tests.servers import ROOT, Server, sum_samples, wait_until
 
 PICTURE = make_jpeg()
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
@@ -32,18 +32,25 @@ def blocking_image(tmp_path: Path) -> BlockingImage:
     return BlockingImage(tmp_path / "gate")
 
 
-@pytest.fixture
-def blocked_server(small_zoo: Path, tmp_path: Path, blocking_image: BlockingImage) -> Iterator[Server]:
-    """Yield a server whose only runner is busy until the blocking image is released."""
+@contextmanager
+def block_server(zoo: Path, folder: Path, blocking_image: BlockingImage) -> Iterator[Server]:
+    """Start a server whose only runner is busy until the blocking image is released."""
     settings = {
         "FOVEA_RUNNERS": "1",
         "FOVEA_QUEUE_IMAGES": "8",
         "FOVEA_REQUEST_IMAGES": "4",
-        **make_poison_environment(tmp_path),
+        "FOVEA_BATCH_TIMEOUT": "600",
+        **make_poison_environment(folder),
     }
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, Wire(server.url) as wire:
+    with Server(FOVEA_MODELS=str(zoo), **settings) as server, Wire(server.url) as wire:
         wire.send(classify_request(blocking_image.image))
         server.wait_for_metric(1, "fovea_images_in_flight")
+        yield server
+
+
+@pytest.fixture
+def blocked_server(small_zoo: Path, tmp_path: Path, blocking_image: BlockingImage) -> Iterator[Server]:
+    with block_server(small_zoo, tmp_path, blocking_image) as server:
         yield server
 
 
@@ -81,22 +88,37 @@ def test_distant_deadline_is_accepted(server: Server, value: str) -> None:
 # --- a full queue --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full_server(blocked_server: Server, blocking_image: BlockingImage) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def full_server(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Yield a server whose queue is full."""
-    with ExitStack() as stack:
+    folder = tmp_path_factory.mktemp("full")
+    blocking_image = BlockingImage(folder / "gate")
+    with block_server(small_zoo, folder, blocking_image) as server, ExitStack() as stack:
         for _ in range(7):
-            stack.enter_context(Wire(blocked_server.url)).send(classify_request(PICTURE))
-        blocked_server.wait_for_metric(8, "fovea_images_in_flight")
-        yield blocked_server
-    blocking_image.release()  # else the shutdown waits for the runner
+            stack.enter_context(Wire(server.url)).send(classify_request(PICTURE))
+        server.wait_for_metric(8, "fovea_images_in_flight")
+        yield server
+        blocking_image.release()  # else the shutdown waits for the runner
+
+
+@pytest.fixture
+def count_more(full_server: Server) -> Callable[..., float]:
+    """Return a function that returns by how much a metric has grown since the beginning of the test."""
+    before = full_server.client.get("/metrics").text
+
+    def count(name: str, **labels: str) -> float:
+        return full_server.read_metric(name, **labels) - sum_samples(before, name, **labels)
+
+    return count
 
 
 def _is_refused(response: WireResponse) -> bool:
     return (response.status, response.error_code, response.is_closing) == (503, "overloaded", False)
 
 
-def test_full_queue_refuses_before_body_and_keeps_connection(full_server: Server) -> None:
+def test_full_queue_refuses_before_body_and_keeps_connection(
+    full_server: Server, count_more: Callable[..., float]
+) -> None:
     (model,) = full_server.client.get("/v1/models").json()["models"]
     model_start = b"POST /v1/models/%s/classify HTTP/1.1\r\nHost: x\r\n" % model["name"].encode()
     with Wire(full_server.url) as wire:
@@ -109,12 +131,10 @@ def test_full_queue_refuses_before_body_and_keeps_connection(full_server: Server
             wire.send(PICTURE)
         wire.send(LIVE_REQUEST)
         assert wire.read_response().status == 200
-    assert full_server.read_metric("fovea_requests_total", model=model["name"], status="503") == 3
-    assert (
-        full_server.read_metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
-    )
-    assert full_server.read_metric("fovea_request_seconds_count", route="/v1/classify") == 2
-    assert full_server.read_metric("fovea_errors_total", reason="overloaded") == 3
+    assert count_more("fovea_requests_total", model=model["name"], status="503") == 3
+    assert count_more("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
+    assert count_more("fovea_request_seconds_count", route="/v1/classify") == 2
+    assert count_more("fovea_errors_total", reason="overloaded") == 3
     assert full_server.read_metric("fovea_requests_in_flight") == 9  # the scrape is one
 
 
@@ -136,7 +156,7 @@ def test_full_queue_refuses_pipelined_requests_in_order(full_server: Server) -> 
         assert wire.read_response().status == 200
 
 
-def test_full_queue_still_reports_other_errors(full_server: Server) -> None:
+def test_full_queue_still_reports_other_errors(full_server: Server, count_more: Callable[..., float]) -> None:
     for path, status in (("/v1/models/none/classify", 404), ("/nowhere", 404)):
         assert full_server.client.post(path, content=PICTURE).status_code == status
     assert full_server.client.get("/v1/classify").status_code == 405
@@ -147,17 +167,19 @@ def test_full_queue_still_reports_other_errors(full_server: Server) -> None:
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
         assert wire.is_closed()
-    assert full_server.read_metric("fovea_errors_total", reason="bad_http") == 1
+    assert count_more("fovea_errors_total", reason="bad_http") == 1
 
 
-def test_full_queue_answers_invalid_chunked_body_once(full_server: Server) -> None:
+def test_full_queue_answers_invalid_chunked_body_once(
+    full_server: Server, count_more: Callable[..., float]
+) -> None:
     with Wire(full_server.url) as wire:
         wire.send(CLASSIFY_HEAD, b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n")
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (400, "bad_http", True)
         assert wire.is_closed()
-    assert full_server.read_metric("fovea_requests_total", status="400") == 1
-    assert full_server.read_metric("fovea_requests_total", status="0") == 0
+    assert count_more("fovea_requests_total", status="400") == 1
+    assert count_more("fovea_requests_total", status="0") == 0
 
 
 def test_full_queue_closes_connection_on_request(full_server: Server) -> None:

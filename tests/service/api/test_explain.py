@@ -468,7 +468,8 @@ def test_crash_of_explain_process_fails_one_request(zoo: Path) -> None:
         wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # with the scrape itself
         os.kill(pid, signal.SIGKILL)
         thread.join()
-        assert status_and_code(replies[0]) == (500, "internal")
+        assert status_and_code(replies[0]) == (503, "not_ready")
+        assert replies[0].headers["retry-after"] == "1"
         assert post_explain(server)["method"] == "cam"
         assert explainer_pids(server) != {pid}
 

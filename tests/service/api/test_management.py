@@ -28,7 +28,7 @@ def zoo(tmp_path: Path) -> Path:
     return add_to_repository(build_model(), tmp_path / "zoo")
 
 
-@pytest.fixture(params=["1", "2"])
+@pytest.fixture(params=["1", pytest.param("2", marks=pytest.mark.long)])
 def managed_server(zoo: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server with one worker or with two, which reads the repository only on request."""
     settings = {"FOVEA_WORKERS": request.param, "FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true"}
@@ -68,6 +68,7 @@ def test_malformed_index_request_is_refused(server: Server, body: bytes) -> None
     assert status_and_code(server.client.post(INDEX, content=body)) == (400, "bad_request")
 
 
+@pytest.mark.parametrize("managed_server", ["1", "2"], indirect=True)
 def test_version_is_loaded_and_rolled_back(managed_server: Server, zoo: Path) -> None:
     first = classify_pictures(managed_server)
     assert publish_variant(zoo, seed=1) == "2"

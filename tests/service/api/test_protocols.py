@@ -164,7 +164,10 @@ def test_refusals_have_the_shape_of_the_protocol(small_zoo: Path) -> None:
         assert server.process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("protocol", ASKED)
+@pytest.mark.parametrize(
+    "protocol",
+    [one if one in ("native", "oip") else pytest.param(one, marks=pytest.mark.long) for one in ASKED],
+)
 def test_unloaded_model_is_loaded_on_request(tmp_path: Path, protocol: str) -> None:
     for number in range(2):
         add_to_repository(build_model(seed=number), tmp_path, f"m{number}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import resource
 import signal
 import socket
 import struct
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
+from fovea.service.errors import Internal, NotReady, RequestError
 from fovea.service.explain import client
 from fovea.service.explain.client import ExplainerAnswer, ExplainerConnection, PendingQuestion
 from fovea.service.explain.messages import (
@@ -31,6 +33,7 @@ from fovea.service.explain.messages import (
     StopCommand,
     WeightsResult,
 )
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.frames import MAX_PIECE_BYTES, FrameError, encode_frame, receive_frame
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
@@ -286,6 +289,63 @@ def test_silent_process_is_given_up(model: LiveModel, monkeypatch: pytest.Monkey
         return time.monotonic() - started_at
 
     assert 0.25 * steps + 0.2 < asyncio.run(_run_exchange(serve_peer, work)) < 30
+
+
+@pytest.mark.parametrize(
+    ("fault", "error_type"),
+    [
+        (signal.SIGKILL, NotReady),
+        ("out of memory", Internal),
+        (signal.SIGSEGV, Internal),
+        ("error", Internal),
+    ],
+)
+def test_only_a_kill_from_outside_is_no_failure(
+    model: LiveModel, tmp_path: Path, fault: signal.Signals | str, error_type: type[RequestError]
+) -> None:
+    """Any other end may be due to the question, and another attempt would not help."""
+    (tmp_path / "self").write_text("0::/")
+    events = tmp_path / "memory.events"
+    events.write_text("oom_kill 7\n")
+
+    async def ask() -> None:
+        explainer = client.ExplainerClient(idle_seconds=60, cgroup=Cgroup(tmp_path, tmp_path / "self"))
+        await explainer.send_request(model, LayersQuestion())
+        connection = explainer._connection
+        assert connection
+        os.kill(connection.process.pid, signal.SIGSTOP)
+        if fault == "error":  # the process closes the stream, and ends some time later
+            connection.send(encode_frame("Nonsense", {}))
+        task = asyncio.create_task(explainer.send_request(model, LayersQuestion()))
+        while not connection.is_busy:
+            await asyncio.sleep(0)
+        if fault == "out of memory":
+            events.write_text("oom_kill 8\n")
+        if fault != "error":
+            os.kill(connection.process.pid, signal.SIGKILL if isinstance(fault, str) else fault)
+        os.kill(connection.process.pid, signal.SIGCONT)
+        with pytest.raises(error_type):
+            await task
+        await explainer.send_request(model, LayersQuestion())
+        explainer.close()
+
+    asyncio.run(ask())
+
+
+def test_process_that_cannot_be_started_is_no_failure(model: LiveModel) -> None:
+    async def ask() -> None:
+        explainer = client.ExplainerClient(idle_seconds=60)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())), hard))
+        try:
+            with pytest.raises(NotReady, match="can be started"):
+                await explainer.send_request(model, LayersQuestion())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await explainer.send_request(model, LayersQuestion())
+        explainer.close()
+
+    asyncio.run(ask())
 
 
 # --- the runners' stream -------------------------------------------------------------------------

@@ -50,19 +50,28 @@ def start_server(small_zoo: Path, tmp_path: Path) -> Iterator[Callable[..., tupl
             server.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="module")
+def logged_server(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server, and the file of its log."""
+    path = tmp_path_factory.mktemp("log") / "log"
+    with path.open("w") as file, Server({"stderr": file}, FOVEA_MODELS=str(small_zoo)) as server:
+        yield server, path
+
+
 def stop_server(server: Server) -> None:
     server.__exit__(None, None, None)
 
 
-def test_log_line_has_ids_model_status_and_stages(start_server: Any) -> None:
-    server, path = start_server(FOVEA_BODY_BYTES="100000")
+def test_log_line_has_ids_model_status_and_stages(logged_server: tuple[Server, Path]) -> None:
+    server, path = logged_server
+    earlier_lines = read_request_lines(path)
     headers = {"X-Request-Id": "my-own-id", "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
     assert server.client.post(CLASSIFY, content=make_jpeg(), headers=headers).status_code == 200
     assert server.client.post(f"{CLASSIFY}?top_k=2", files=[("a", make_jpeg())] * 3).status_code == 200
     unreadable_reply = server.client.post(CLASSIFY, content=b"nonsense")
     assert server.client.get("/nothing").status_code == 404
-    stop_server(server)
-    image_line, form_line, refused_line, missing_line = read_request_lines(path)
+    wait_until(lambda: len(read_request_lines(path)) == len(earlier_lines) + 4)
+    image_line, form_line, refused_line, missing_line = read_request_lines(path)[-4:]
     assert list(image_line)[:3] == ["timestamp", "level", "event"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", image_line["timestamp"])
     expected = {
@@ -97,16 +106,17 @@ def test_log_contains_no_body_key_or_query(start_server: Any) -> None:
     assert SECRET not in path.read_text()
 
 
-def test_malformed_and_abandoned_requests_are_logged(start_server: Any) -> None:
-    server, path = start_server()
+def test_malformed_and_abandoned_requests_are_logged(logged_server: tuple[Server, Path]) -> None:
+    server, path = logged_server
+    earlier_lines = read_request_lines(path)
     with Wire(server.url) as wire:
         wire.send(b"GET nonsense\r\n\r\n")
         assert wire.read_response().status == 400
     with Wire(server.url) as wire:
         wire.send(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
         wait_until(lambda: server.read_metric("fovea_requests_in_flight") == 2)  # this request and the scrape
-    wait_until(lambda: len(read_request_lines(path)) == 2)
-    malformed_line, abandoned_line = read_request_lines(path)
+    wait_until(lambda: len(read_request_lines(path)) == len(earlier_lines) + 2)
+    malformed_line, abandoned_line = read_request_lines(path)[-2:]
     assert (malformed_line["status"], malformed_line["reason"]) == (400, "bad_http")
     assert (abandoned_line["status"], abandoned_line["reason"], abandoned_line["model"]) == (
         0,
@@ -116,16 +126,18 @@ def test_malformed_and_abandoned_requests_are_logged(start_server: Any) -> None:
 
 
 @pytest.mark.long
-def test_failed_images_of_a_request_are_logged(start_server: Any) -> None:
-    server, path = start_server()
+def test_failed_images_of_a_request_are_logged(logged_server: tuple[Server, Path]) -> None:
+    server, path = logged_server
+    earlier_lines = read_request_lines(path)
+    before = server.read_metric("fovea_errors_total", reason="unsupported_format")
     files = [
         ("image", content)
         for content in (make_jpeg(), b"nonsense", make_jpeg(), b"rubbish", make_jpeg()[:-40])
     ]
     assert server.client.post(CLASSIFY, files=files).status_code == 200
-    assert server.read_metric("fovea_errors_total", reason="unsupported_format") == 2
-    stop_server(server)
-    (line,) = read_request_lines(path)
+    assert server.read_metric("fovea_errors_total", reason="unsupported_format") == before + 2
+    wait_until(lambda: len(read_request_lines(path)) == len(earlier_lines) + 1)
+    line = read_request_lines(path)[-1]
     assert (line["status"], "reason" in line, line["images"]) == (200, False, 5)
     assert line["image_errors"] == {"unsupported_format": 2, "bad_image": 1}
 

@@ -5,112 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Mapping
-from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
-from starlette.types import Receive, Scope, Send
 
-from fovea.service.errors import BadRequest, Draining, Overloaded
-from fovea.service.http.access_log import AccessLog
-from fovea.service.http.api_protocol import ApiProtocols
-from fovea.service.http.connection import TRANSITIONS, Connection, ServerContext, State
-from fovea.service.http.fast_path import Exchange, RequestHandler
-from fovea.service.http.hangups import HangUpWatcher
-from fovea.service.http.lifecycle import Lifecycle
-from fovea.service.http.observer import Observer, ObserverMiddleware
-from fovea.service.http.proxies import TrustedProxies
-from fovea.service.http.request_record import RequestRecord
-from fovea.service.http.timer import RateLimiter
-from fovea.service.observability.metrics import Metrics
-from fovea.service.resources.body_memory import BodyMemory
-from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer
-from fovea.service.settings import Settings
+from fovea.service.errors import Draining
 from tests.raw import LIVE_REQUEST
-
-MAX_BODY_BYTES = 200_000
-
-
-class CheckedConnection(Connection):
-    """A connection that refuses illegal transitions."""
-
-    @property
-    def _state(self) -> State:
-        return self._checked_state
-
-    @_state.setter
-    def _state(self, state: State) -> None:
-        old = getattr(self, "_checked_state", state)
-        assert state is old or state in TRANSITIONS[old], f"{old} to {state}"
-        self._checked_state = state
-
-
-class SilentLog(AccessLog):
-    """Writes nothing."""
-
-    def write(self, record: RequestRecord, seconds: float, trace_id: str) -> None:
-        pass
-
-
-class FastHandler:
-    """Answers in the next round of the event loop, or refuses at once, as the URL says."""
-
-    def __init__(self, exchange: Exchange, url: bytes) -> None:
-        self._exchange = exchange
-        self._url = url
-        self.is_closed = False
-
-    def count_bytes(self, size: int) -> None:
-        if self._url == b"/fast/overloaded":
-            raise Overloaded("no room", retry_after=1.0)
-
-    def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
-        if self._url == b"/fast/bad":
-            raise BadRequest("no image")
-        content = body if isinstance(body, bytes) else body.read_bytes(size)
-        asyncio.get_running_loop().call_soon(partial(self._exchange.answer, b"%d" % len(content)))
-
-    def close(self) -> None:
-        assert not self.is_closed
-        self.is_closed = True
-
-
-class FastApp:
-    """Takes every request below `/fast`."""
-
-    def __init__(self) -> None:
-        self.shared_bodies = SharedBodies(2, MAX_BODY_BYTES)
-
-    def can_answer(self, url: bytes) -> bool:
-        return url.startswith(b"/fast")
-
-    def open_request(
-        self, exchange: Exchange, method: bytes, url: bytes, headers: Mapping[bytes, bytes]
-    ) -> RequestHandler | None:
-        return FastHandler(exchange, url) if url.startswith(b"/fast") else None
-
-
-async def answer_asgi(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body first, or answer before it has come, or fail, as the path says."""
-    body, has_more = b"", not scope["path"].startswith("/early")
-    while has_more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
-        body, has_more = body + message["body"], message["more_body"]
-    if scope["path"] == "/fails":
-        raise ValueError("the application has a fault")
-    content = b"%d" % len(body)
-    headers = [] if scope["path"] == "/chunked" else [(b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    if scope["path"] == "/breaks":
-        return
-    await send({"type": "http.response.body", "body": content})
+from tests.service.http.connection_harness import MAX_BODY_BYTES, Peer, open_connection
 
 
 class Scenario(NamedTuple):
@@ -159,36 +63,14 @@ SCENARIOS = st.builds(
 )
 
 
-@cache
-def create_observer() -> Observer:
-    return Observer(Metrics(CollectorRegistry()), SilentLog(0), None, ApiProtocols(), TrustedProxies([]))
-
-
-def create_context(loop: asyncio.AbstractEventLoop) -> ServerContext:
-    observer = create_observer()
-    return ServerContext(
-        asgi=ObserverMiddleware(answer_asgi, observer=observer),
-        asgi_state={},
-        fast_app=FastApp(),
-        settings=Settings(body_bytes=MAX_BODY_BYTES, bodies_bytes=300_000),
-        lifecycle=Lifecycle(),
-        observer=observer,
-        body_memory=BodyMemory(300_000),
-        hangups=HangUpWatcher(loop),
-        refusal_limiter=RateLimiter(200, burst=200, max_wait=0.01),
-        buffer=bytearray(1 << 16),
-    )
-
-
-async def read_all(client: socket.socket, send_task: asyncio.Task[None]) -> bytes:
+async def read_all(peer: Peer, send_task: asyncio.Task[None]) -> bytes:
     """Read until the connection ends, or everything is sent and nothing comes any more."""
     reply, has_sent = b"", False
     try:
         while True:
             has_sent = send_task.done()
             try:
-                async with asyncio.timeout(0.02):
-                    piece = await asyncio.get_running_loop().sock_recv(client, 1 << 16)
+                piece = await peer.read()
             except TimeoutError:
                 if has_sent:
                     return reply
@@ -202,42 +84,27 @@ async def read_all(client: socket.socket, send_task: asyncio.Task[None]) -> byte
 
 async def run_scenario(scenario: Scenario) -> bytes:
     """Play the client, and return all that it read. The connection is closed and has released everything."""
-    loop = asyncio.get_running_loop()
-    context = create_context(loop)
-    lost_event = asyncio.Event()
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    await loop.connect_accepted_socket(lambda: CheckedConnection(context, lost_event.set), theirs)
-    (connection,) = context.connections
     stream = b"".join(scenario.requests)
     stream = stream[: max(1, len(stream) - scenario.missing_bytes)]
     positions = [0, *sorted(cut % len(stream) for cut in scenario.cuts), len(stream)]
+    async with open_connection() as peer:
 
-    async def send_pieces() -> None:
-        for start, end in pairwise(positions):
-            await loop.sock_sendall(ours, stream[start:end])
-            await asyncio.sleep(0)
-        if scenario.ending == "half-close":
-            ours.shutdown(socket.SHUT_WR)
+        async def send_pieces() -> None:
+            for start, end in pairwise(positions):
+                await asyncio.get_running_loop().sock_sendall(peer.socket, stream[start:end])
+                await asyncio.sleep(0)
+            if scenario.ending == "half-close":
+                peer.socket.shutdown(socket.SHUT_WR)
 
-    send_task = asyncio.create_task(send_pieces())
-    if scenario.ending in ("stop", "close"):
-        for _ in range(scenario.rounds):
-            await asyncio.sleep(0)
-    if scenario.ending == "stop":
-        connection.close_now(Draining("the service stops", retry_after=1.0))
-    reply = b"" if scenario.ending == "close" else await read_all(ours, send_task)
-    send_task.cancel()
-    await asyncio.gather(send_task, return_exceptions=True)
-    ours.close()
-    async with asyncio.timeout(10):
-        await lost_event.wait()
-        if context.tasks:
-            await asyncio.wait(context.tasks)
-    assert context.body_memory.used_bytes == 0
-    assert not context.connections
-    assert context.fast_app.shared_bodies.free_count == 2
-    context.hangups.close()
+        send_task = asyncio.create_task(send_pieces())
+        if scenario.ending in ("stop", "close"):
+            for _ in range(scenario.rounds):
+                await asyncio.sleep(0)
+        if scenario.ending == "stop":
+            peer.connection.close_now(Draining("the service stops", retry_after=1.0))
+        reply = b"" if scenario.ending == "close" else await read_all(peer, send_task)
+        send_task.cancel()
+        await asyncio.gather(send_task, return_exceptions=True)
     return reply
 
 

@@ -229,13 +229,14 @@ class Judge:
                 is_unloadable = self._loads_on_demand and any(
                     one and one.removed_at <= operation.ended_at for one in possible
                 )
-                return None in possible or is_unloadable or self._may_lack_runners(operation)
+                target = "explainer" if operation.action == "explain" else ""
+                is_killed = self._count_faults(operation, target, NOTICE_SECONDS) > 0
+                may_lack_models = None in possible or is_unloadable
+                return may_lack_models or is_killed or self._may_lack_runners(operation)
             case 504, "deadline_exceeded":
                 return operation.deadline is not None and operation.seconds > operation.deadline - 0.01
-            case 500, "internal":  # lost with its explainer, or with a second runner
-                if operation.action == "explain":
-                    return self._count_faults(operation, "explainer", NOTICE_SECONDS) > 0
-                return self._has_killed_two(operation)
+            case 500, "internal":
+                return operation.action == "classify" and self._has_killed_two(operation)
         return False
 
     def _has_killed_two(self, operation: Operation) -> bool:

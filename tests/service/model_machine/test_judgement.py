@@ -79,7 +79,8 @@ def test_no_error_and_no_delay_is_right_without_a_reason(case: Case) -> None:
         (504, "deadline_exceeded"),
         (500, "internal"),
     ):
-        assert str(status) in case.judge_answer(status, render_error(code))
+        for action in ("classify", "explain"):
+            assert str(status) in case.judge_answer(status, render_error(code), action)
     assert "lost" in case.judge_answer(0, {})
     assert "late" in case.judge_answer(200, render_answer("2", NEW), seconds=60.0)
     assert "409" in case.judge_answer(409, {"error": "no", "code": "swap_refused"}, "load")
@@ -90,10 +91,13 @@ def test_errors_are_right_with_a_reason(case: Case) -> None:
     assert not case.judge_answer(404, render_error("model_not_found"), version="1")
     now = time.monotonic()
     case.faults.add(Fault("explainer", "killed", now, now + 1))
-    assert not case.judge_answer(500, render_error("internal"), "explain")
+    assert not case.judge_answer(503, render_error("not_ready"), "explain")
+    assert "503" in case.judge_answer(503, render_error("not_ready"))
+    assert "500" in case.judge_answer(500, render_error("internal"), "explain")
     for _ in range(2):
         case.faults.add(Fault("runner", "killed", now, now + 1))
     assert not case.judge_answer(503, render_error("not_ready"))
+    assert not case.judge_answer(500, render_error("internal"))
     case.history.allow(None)
     assert not case.judge_answer(404, render_error("model_not_found"))
     case.files.builds[1].removed_at = time.monotonic()

@@ -56,6 +56,7 @@ def test_version_2_reports_throttling_and_memory(tmp_path: Path) -> None:
             "a/b/memory.max": "max\n",
             "a/memory.max": "5000\n",
             "memory.max": "9000\n",
+            "a/b/memory.events": "low 0\noom 4\noom_kill 3\n",
         },
     )
     assert (cgroup.throttled_seconds(), cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (
@@ -64,6 +65,7 @@ def test_version_2_reports_throttling_and_memory(tmp_path: Path) -> None:
         5000,
     )
     assert cgroup.memory_working_set_bytes() == 700
+    assert cgroup.oom_kill_count() == 3
 
 
 def test_version_1_reports_throttling_and_memory(tmp_path: Path) -> None:
@@ -76,6 +78,7 @@ def test_version_1_reports_throttling_and_memory(tmp_path: Path) -> None:
             "memory/y/memory.stat": "inactive_file 5\ntotal_inactive_file 400\n",
             "memory/y/memory.limit_in_bytes": "5000\n",
             "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "memory/y/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
         },
     )
     assert (cgroup.throttled_seconds(), cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (
@@ -84,6 +87,7 @@ def test_version_1_reports_throttling_and_memory(tmp_path: Path) -> None:
         5000,
     )
     assert cgroup.memory_working_set_bytes() == 600
+    assert cgroup.oom_kill_count() == 2
 
 
 def test_missing_values_are_none(tmp_path: Path) -> None:
@@ -94,3 +98,4 @@ def test_missing_values_are_none(tmp_path: Path) -> None:
     ):
         assert (cgroup.cpu_quota(), cgroup.throttled_seconds()) == (None, None)
         assert (cgroup.memory_bytes(), cgroup.memory_limit_bytes()) == (None, None)
+        assert cgroup.oom_kill_count() is None

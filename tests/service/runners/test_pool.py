@@ -152,6 +152,7 @@ def test_image_that_kills_runners_fails_only_its_request(
     _wait_until_ready(poisoned_server, 1)
 
 
+@pytest.mark.long
 def test_image_that_kills_runners_fails_alone_in_its_request(poisoned_server: Server) -> None:
     files = [("file", ("a.jpg", image)) for image in (PICTURE, EXIT_IMAGE, PICTURE)]
     reply = poisoned_server.client.post("/v1/classify", files=files)

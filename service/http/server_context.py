@@ -1,0 +1,45 @@
+"""Objects that all connections of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp
+
+from fovea.service.http.fast_path import FastApp
+from fovea.service.http.hangups import HangUpWatcher
+from fovea.service.http.lifecycle import Lifecycle
+from fovea.service.http.observer import Observer
+from fovea.service.http.timer import RateLimiter
+from fovea.service.resources.body_memory import BodyMemory
+from fovea.service.settings import Settings
+
+if TYPE_CHECKING:
+    from fovea.service.http.connection import Connection
+
+
+@dataclass
+class ServerContext:
+    """Objects that all connections of a server share."""
+
+    asgi: ASGIApp
+    asgi_state: dict[str, Any]
+    """State of the application's lifespan, for the ASGI scope."""
+    fast_app: FastApp
+    settings: Settings
+    lifecycle: Lifecycle
+    observer: Observer
+    body_memory: BodyMemory
+    hangups: HangUpWatcher
+    refusal_limiter: RateLimiter
+    buffer: bytearray
+    """Buffer for one read. Allocating memory for each read would fragment the heap. Its content is valid only
+    until the callback of the read returns."""
+    date_line: bytes = b""
+    """The Date header, which the server updates every second."""
+    connections: set[Connection] = field(default_factory=set)
+    """Open connections."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """Running tasks of the ASGI application."""
