@@ -13,7 +13,7 @@ import pytest
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.serving.admission import Admission
 from fovea.service.serving.classifier import Classifier
-from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.live_model import LiveModel
 from tests.raw import LIVE_REQUEST
 from tests.service.http.connection_harness import LONG_BYTES, Peer, open_connection
 
