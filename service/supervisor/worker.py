@@ -11,12 +11,19 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from fovea.service.artifact.repository import ServingState, VersionsByModel
 from fovea.service.observability.multiprocess import MetricFiles
 from fovea.service.observability.process_metrics import kill_descendants
-from fovea.service.supervisor import channel
+from fovea.service.supervisor.channel import Channel, create_channel
+from fovea.service.supervisor.messages import (
+    WORKER_MESSAGES,
+    ReadyReport,
+    ServeCommand,
+    SupervisorMessage,
+    WorkerMessage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +40,11 @@ class WorkerProcess:
     """Worker process, and the supervisor's end of its channel."""
 
     process: subprocess.Popen[bytes]
-    channel_socket: socket.socket
+    channel: Channel[WorkerMessage]
     started_at: float = field(default_factory=time.monotonic)
-    loaded_models: dict[str, str] | None = None
+    loaded_models: ReadyReport | None = None
     """Description of the loaded models; None until the worker has loaded them."""
-    served_models: dict[str, str] | None = None
+    served_models: ReadyReport | None = None
     """Same as `loaded_models`, once the worker is admitted."""
     starting_versions: VersionsByModel = field(default_factory=dict)
     """Versions to serve that the worker was started with."""
@@ -50,7 +57,6 @@ class WorkerProcess:
     """Number of connections received, including those for which the worker had no file descriptor."""
     accepted_count: int = 0
     closed_count: int = 0
-    inbox: channel.Inbox = field(default_factory=channel.Inbox)
 
     last_message_at: float = field(default_factory=time.monotonic)
     """Time of the last message on the monotonic clock in seconds."""
@@ -62,17 +68,14 @@ class WorkerProcess:
     starved_until: float = 0.0
     """Time from which the worker may have a free file descriptor, on the monotonic clock in seconds."""
 
-    def __post_init__(self) -> None:
-        self.outbox = channel.Outbox(self.channel_socket)
-
     @property
     def open_count(self) -> int:
         """Number of open connections of the worker."""
         return self.accepted_count - self.closed_count
 
-    def send_message(self, **message: Any) -> None:
+    def send_message(self, message: SupervisorMessage) -> None:
         """Send a message as soon as there is room for it. Raises `OSError`."""
-        self.outbox.send(**message)
+        self.channel.send(message)
 
     def kill(self) -> None:
         """Kill the worker and its children at once."""
@@ -114,12 +117,12 @@ def start_worker(
 
     Raises `OSError` when the system has no room for the worker.
     """
-    own_socket, worker_socket = channel.create_channel()
+    own_socket, worker_socket = create_channel()
     metric_files = None
     try:
         with worker_socket, os.fdopen(os.memfd_create("fovea-serving-state"), "w+b") as state_file:
             metric_files = MetricFiles.create()
-            state_file.write(serving_state.to_json().encode())
+            state_file.write(ServeCommand.from_state(serving_state).to_bytes())
             state_file.seek(0)
             descriptors = (worker_socket.fileno(), metrics_index, *metric_files.descriptors)
             # The worker inherits these descriptors. `with` closes this process's copy of the worker's end
@@ -135,4 +138,5 @@ def start_worker(
         if metric_files:
             metric_files.close()
         raise
-    return WorkerProcess(process, own_socket, starting_versions=serving_state.versions_by_model), metric_files
+    channel = Channel[WorkerMessage](own_socket, WORKER_MESSAGES)
+    return WorkerProcess(process, channel, starting_versions=serving_state.versions_by_model), metric_files
