@@ -27,13 +27,10 @@ from fovea.service.runners.frames import FrameDecoder, FrameError
 from fovea.service.runners.messages import Message
 from fovea.service.supervisor.messages import (
     SUPERVISOR_MESSAGES,
-    AbandonCommand,
-    ChangeReply,
     ConnectionReport,
+    ModelMessage,
     NoMoreConnections,
     PassedConnection,
-    PrepareRequest,
-    ServeCommand,
     StartingHeartbeat,
     StopSignal,
     SupervisorMessage,
@@ -213,7 +210,7 @@ class SupervisedSource:
         channel_socket: socket.socket,
         *,
         on_signal: Callable[[int], None],
-        on_message: Callable[[PrepareRequest | ServeCommand | AbandonCommand | ChangeReply], None],
+        on_message: Callable[[ModelMessage], None],
         on_starved: Callable[[], None],
         on_gone: Callable[[], None],
     ) -> None:

@@ -49,9 +49,11 @@ from fovea.service.errors import (
 from fovea.service.runners.frames import FrameError
 from fovea.service.runners.messages import Message, NumberedMessage
 
-_MODEL_ERRORS: Final = {kind.__name__: kind for kind in (Interrupted, Unproven, GoldenError)}
-
-_REQUEST_ERRORS: Final = {kind.code: kind for kind in (ModelNotFound, SwapRefused)}
+_ERROR_TYPES: Final[Mapping[str, type[ModelError | RequestError]]] = {
+    kind.__name__: kind
+    for kind in (Interrupted, Unproven, GoldenError, ModelError, ModelNotFound, SwapRefused, Internal)
+}
+"""Types of errors that keep their type between processes. A type comes before its base."""
 
 # --- parts of messages ---
 
@@ -83,38 +85,22 @@ class VersionValues:
 
 
 @dataclass(frozen=True)
-class PrepareError:
-    """Reason why a worker has not prepared a change."""
+class ErrorValues:
+    """An error that one process has raised, to be raised again in another one."""
 
     kind: str
-    """Name of the type of `ModelError`."""
-    reason: str
-
-    @classmethod
-    def from_exception(cls, error: ModelError) -> PrepareError:
-        """Return the reason that an exception gives."""
-        return cls(type(error).__name__, to_one_line(error))
-
-    def to_exception(self) -> ModelError:
-        """Return the reason as an exception."""
-        return _MODEL_ERRORS.get(self.kind, ModelError)(self.reason)
-
-
-@dataclass(frozen=True)
-class ChangeError:
-    """Reason why a change that a caller asked for was not made."""
-
-    code: str
+    """Name of a type in `_ERROR_TYPES`."""
     message: str
 
     @classmethod
-    def from_exception(cls, error: RequestError) -> ChangeError:
-        """Return the reason that an exception gives."""
-        return cls(error.code, str(error))
+    def from_exception(cls, error: ModelError | RequestError) -> ErrorValues:
+        """Return the values of an error. A type that is not in `_ERROR_TYPES` becomes a more general one."""
+        kind = next((one for one in _ERROR_TYPES.values() if isinstance(error, one)), Internal)
+        return cls(kind.__name__, str(error) if isinstance(error, RequestError) else to_one_line(error))
 
-    def to_exception(self) -> RequestError:
-        """Return the reason as an exception."""
-        return _REQUEST_ERRORS.get(self.code, Internal)(self.message)
+    def to_exception(self) -> ModelError | RequestError:
+        """Return the error as an exception."""
+        return _ERROR_TYPES.get(self.kind, Internal)(self.message)
 
 
 # --- from the supervisor ---
@@ -189,7 +175,7 @@ class AbandonCommand(Message):
 class ChangeReply(NumberedMessage):
     """Reply to a `LoadModelRequest` or an `UnloadModelRequest`, after the end of the change."""
 
-    error: ChangeError | None
+    error: ErrorValues | None
     """None if the change was made."""
 
 
@@ -240,7 +226,7 @@ class NoMoreConnections(Message):
 class PrepareReply(NumberedMessage):
     """Reply to a `PrepareRequest`, also if the change was abandoned meanwhile."""
 
-    error: PrepareError | None
+    error: ErrorValues | None
     """None if the change is prepared."""
 
 
@@ -278,10 +264,14 @@ class RefusedVersionReport(Message):
     """False if a later attempt may succeed."""
 
 
-SupervisorMessage: TypeAlias = (
-    PassedConnection | StopSignal | ServeCommand | PrepareRequest | AbandonCommand | ChangeReply
-)
+ModelMessage: TypeAlias = ServeCommand | PrepareRequest | AbandonCommand | ChangeReply
+"""Any message from the supervisor about models."""
+
+SupervisorMessage: TypeAlias = PassedConnection | StopSignal | ModelMessage
 """Any message from the supervisor."""
+
+ChangeRequest: TypeAlias = LoadModelRequest | UnloadModelRequest
+"""Any request of a caller for a change."""
 
 WorkerMessage: TypeAlias = (
     StartingHeartbeat
@@ -290,8 +280,7 @@ WorkerMessage: TypeAlias = (
     | ConnectionReport
     | NoMoreConnections
     | PrepareReply
-    | LoadModelRequest
-    | UnloadModelRequest
+    | ChangeRequest
     | LostModelReport
     | RefusedVersionReport
 )

@@ -19,9 +19,11 @@ from fovea.service.runners.frames import FrameError
 from fovea.service.supervisor.messages import (
     AbandonCommand,
     ChangeReply,
+    ChangeRequest,
+    ErrorValues,
     LoadModelRequest,
     LostModelReport,
-    PrepareError,
+    ModelMessage,
     PrepareReply,
     PrepareRequest,
     RefusedVersionReport,
@@ -63,7 +65,7 @@ class Participant:
             if not future.done():
                 future.set_exception(_create_gone_error())
 
-    def handle_message(self, message: PrepareRequest | ServeCommand | AbandonCommand | ChangeReply) -> None:
+    def handle_message(self, message: ModelMessage) -> None:
         """Handle a message of the supervisor. `SupervisedSource` calls this on the event loop.
 
         Raises `FrameError` if the message is a reply that no open request expects.
@@ -103,7 +105,7 @@ class Participant:
         """Unload a model in all workers, as `service.api.oip.repository.ModelLoader` describes."""
         await self._request_change(UnloadModelRequest(next(self._request_numbers), name))
 
-    async def _request_change(self, request: LoadModelRequest | UnloadModelRequest) -> None:
+    async def _request_change(self, request: ChangeRequest) -> None:
         """Send a request to the supervisor and wait for its answer. Raises `RequestError`.
 
         The time limit covers the limits of every step of a change.
@@ -129,10 +131,10 @@ class Participant:
         try:
             await self._manager.prepare(request.name, versions, force=request.force)
         except ModelError as refusal:
-            error = PrepareError.from_exception(refusal)
+            error = ErrorValues.from_exception(refusal)
         except Exception as bug:  # the supervisor waits for an answer in any case
             log.exception("a change could not be prepared")
-            error = PrepareError(Interrupted.__name__, f"{type(bug).__name__}: {to_one_line(bug)}")
+            error = ErrorValues.from_exception(Interrupted(f"{type(bug).__name__}: {to_one_line(bug)}"))
         self._send_message(PrepareReply(request.number, error))
 
     def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -30,9 +30,10 @@ from fovea.service.supervisor.channel import HEARTBEAT_INTERVAL
 from fovea.service.supervisor.coordinator import Coordinator
 from fovea.service.supervisor.dispatcher import ConnectionDispatcher
 from fovea.service.supervisor.messages import (
-    ChangeError,
     ChangeReply,
+    ChangeRequest,
     ConnectionReport,
+    ErrorValues,
     LoadModelRequest,
     LostModelReport,
     NoMoreConnections,
@@ -55,16 +56,6 @@ _MIN_STABLE_TIME: Final = 10.0
 _BACKOFF_DELAYS: Final = (0.1, 10.0)
 """Time in seconds before a worker that died at its start is replaced: the first delay, which doubles each
 time, and the maximum."""
-
-_SILENCE_TIMEOUT: Final = 2.0
-"""Time in seconds without a message after which a worker gets no more connections."""
-
-_HANG_TIMEOUT: Final = 10.0
-"""Time in seconds without a message after which a worker is killed."""
-
-_FIRST_MESSAGE_TIMEOUT: Final = 60.0
-"""Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
-machine."""
 
 
 class Supervisor:
@@ -152,10 +143,7 @@ class Supervisor:
     def _start_worker(self) -> None:
         """Start a worker. Raises `OSError` when the system has no room for it."""
         worker, metric_files = start_worker(
-            self._command,
-            self._environment,
-            self._coordinator.state,
-            metrics_index=self._metrics.index,
+            self._command, self._environment, self._coordinator.state, metrics_index=self._metrics.index
         )
         self._workers.add(worker)
         self._loop.add_reader(worker.channel.socket, self._read_messages, worker)
@@ -171,7 +159,9 @@ class Supervisor:
             if not packet:
                 self._on_worker_lost(worker)
                 return
-            self._mark_alive(worker)
+            if worker.mark_alive():
+                self._dispatcher.pass_waiting_connections()
+                self._update_worker_metric()
             try:
                 message = worker.channel.decode(packet)
                 if message is not None:
@@ -182,21 +172,8 @@ class Supervisor:
                 )
                 worker.kill()
 
-    def _mark_alive(self, worker: WorkerProcess) -> None:
-        """Note that a worker has sent a message."""
-        worker.last_message_at = time.monotonic()
-        worker.has_sent_message = True
-        if worker.is_silent:
-            worker.is_silent = False
-            self._dispatcher.pass_waiting_connections()
-            self._update_worker_metric()
-            log.info("worker %d sends messages again, and gets connections", worker.process.pid)
-
     def _check_workers(self) -> None:
-        """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent.
-
-        A silent worker gets no more connections. A worker that stays silent is killed.
-        """
+        """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent."""
         self._loop.call_later(HEARTBEAT_INTERVAL, self._check_workers)
         now = time.monotonic()
         # Time in which this process itself did not run. No worker is to blame for it.
@@ -204,27 +181,8 @@ class Supervisor:
         self._checked_at = now
         reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
         for worker in self._workers:
-            worker.last_message_at += own_delay
-            silent_seconds = now - worker.last_message_at
-            if (
-                silent_seconds > (_HANG_TIMEOUT if worker.has_sent_message else _FIRST_MESSAGE_TIMEOUT)
-                and not worker.is_hung
-            ):
-                worker.is_hung = True
-                worker.kill()
-                log.error(
-                    "worker %d has sent no message for %.0f s, and is killed",
-                    worker.process.pid,
-                    silent_seconds,
-                )
-            elif silent_seconds > _SILENCE_TIMEOUT and worker.served_models and not worker.is_silent:
-                worker.is_silent = True
-                self._update_worker_metric()
-                log.warning(
-                    "worker %d has sent no message for %.0f s, and gets no more connections",
-                    worker.process.pid,
-                    silent_seconds,
-                )
+            worker.check_silence(now, own_delay)
+        self._update_worker_metric()
 
     def _handle_message(self, worker: WorkerProcess, message: WorkerMessage) -> None:
         """Handle a message of a worker, on the event loop and in the order in which the worker sent it.
@@ -235,7 +193,7 @@ class Supervisor:
             case ConnectionReport():
                 self._dispatcher.update_connections(worker, message)
             case StartingHeartbeat():
-                pass  # `_mark_alive` has noted it
+                pass  # `_read_messages` has noted it
             case PrepareReply():
                 self._coordinator.handle_reply(worker, message)
             case LostModelReport(name, is_lost):
@@ -295,9 +253,7 @@ class Supervisor:
         self._dispatcher.pass_waiting_connections()
         self._update_worker_metric()
 
-    async def _change_models(
-        self, worker: WorkerProcess, request: LoadModelRequest | UnloadModelRequest
-    ) -> None:
+    async def _change_models(self, worker: WorkerProcess, request: ChangeRequest) -> None:
         """Make a change that a worker's caller requests, and send the outcome to the worker."""
         error = None
         try:
@@ -306,10 +262,11 @@ class Supervisor:
             else:
                 await self._watcher.unload(request.name)
         except RequestError as refusal:
-            error = ChangeError.from_exception(refusal)
+            error = ErrorValues.from_exception(refusal)
         except Exception:  # a caller waits for an answer in any case
             log.exception("a change of the served models failed")
-            error = ChangeError(Internal.code, "the change failed; the log of the service has the reason")
+            bug = Internal("the change failed; the log of the service has the reason")
+            error = ErrorValues.from_exception(bug)
         with suppress(OSError):  # the worker has died meanwhile
             worker.send_message(ChangeReply(request.number, error))
 
@@ -331,12 +288,7 @@ class Supervisor:
             code = await worker.wait_for_exit()
         finally:
             self._ending_workers.discard(worker)
-        reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
-        description = {
-            "hung": "was killed because it sent no messages",
-            "signal": f"was ended by signal {-code}",
-            "exit": f"ended with exit code {code}",
-        }[reason]
+        reason, description = worker.describe_exit(code)
         if not self._start_future.done():
             self._start_future.set_exception(StartError(f"a worker {description} while it started"))
         if self._start_future.exception():  # `run` ends and kills the other workers

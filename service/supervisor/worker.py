@@ -30,6 +30,16 @@ log = logging.getLogger(__name__)
 _EXIT_TIMEOUT: Final = 10.0
 """Time in seconds after which a worker that has closed its end of the channel is killed."""
 
+_SILENCE_TIMEOUT: Final = 2.0
+"""Time in seconds without a message after which a worker gets no more connections."""
+
+_HANG_TIMEOUT: Final = 10.0
+"""Time in seconds without a message after which a worker is killed."""
+
+_FIRST_MESSAGE_TIMEOUT: Final = 60.0
+"""Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
+machine."""
+
 _POLL_INTERVAL: Final = 0.01
 """Time in seconds between two checks whether a process has ended. No thread waits for the process, because
 starting a thread may fail."""
@@ -77,6 +87,33 @@ class WorkerProcess:
         """Send a message as soon as there is room for it. Raises `OSError`."""
         self.channel.send(message)
 
+    def mark_alive(self) -> bool:
+        """Note that the worker has sent a message, and return True if it may get connections again."""
+        self.last_message_at = time.monotonic()
+        self.has_sent_message = True
+        was_silent, self.is_silent = self.is_silent, False
+        if was_silent:
+            log.info("worker %d sends messages again, and gets connections", self.process.pid)
+        return was_silent
+
+    def check_silence(self, now: float, supervisor_delay: float) -> None:
+        """Note if the worker is silent, and kill it if it has been silent for too long.
+
+        `now` is the time on the monotonic clock in seconds. The supervisor itself did not run for
+        `supervisor_delay` seconds, which do not count.
+        """
+        self.last_message_at += supervisor_delay
+        seconds = now - self.last_message_at
+        timeout = _HANG_TIMEOUT if self.has_sent_message else _FIRST_MESSAGE_TIMEOUT
+        description = f"worker {self.process.pid} has sent no message for {seconds:.0f} s"
+        if seconds > timeout and not self.is_hung:
+            self.is_hung = True
+            self.kill()
+            log.error("%s, and is killed", description)
+        elif seconds > _SILENCE_TIMEOUT and self.served_models and not self.is_silent:
+            self.is_silent = True
+            log.warning("%s, and gets no more connections", description)
+
     def kill(self) -> None:
         """Kill the worker and its children at once."""
         kill_descendants(self.process.pid)
@@ -88,6 +125,14 @@ class WorkerProcess:
         return self.open_count + len(self.passed_connections), self.received_count + len(
             self.passed_connections
         )
+
+    def describe_exit(self, code: int) -> tuple[str, str]:
+        """Return the reason for an exit with this code, for the metric and as a predicate for messages."""
+        if self.is_hung:
+            return "hung", "was killed because it sent no messages"
+        if code < 0:
+            return "signal", f"was ended by signal {-code}"
+        return "exit", f"ended with exit code {code}"
 
     async def wait_for_exit(self) -> int:
         """Wait for the end of the process and return its exit code.

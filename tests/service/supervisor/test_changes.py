@@ -21,10 +21,9 @@ from fovea.service.settings import load_settings
 from fovea.service.supervisor.coordinator import Coordinator
 from fovea.service.supervisor.messages import (
     AbandonCommand,
-    ChangeError,
     ChangeReply,
+    ErrorValues,
     LoadModelRequest,
-    PrepareError,
     PrepareReply,
     PrepareRequest,
     ServeCommand,
@@ -37,7 +36,7 @@ from fovea.service.supervisor.participant import Participant
 from tests.graphs import add_to_repository, build_model
 
 STATE = ServingState({}, None)
-GOLDEN, INTERRUPTED = PrepareError("GoldenError", "not reproduced"), PrepareError("Interrupted", "no memory")
+GOLDEN, INTERRUPTED = ErrorValues("GoldenError", "not reproduced"), ErrorValues("Interrupted", "no memory")
 
 
 class _Worker:
@@ -78,7 +77,7 @@ class _Supervisor:
         await asyncio.sleep(0)
         return task
 
-    async def reply(self, worker: _Worker, error: PrepareError | None = None) -> None:
+    async def reply(self, worker: _Worker, error: ErrorValues | None = None) -> None:
         self.coordinator.handle_reply(worker, PrepareReply(worker.request.number, error))
         for _ in range(5):  # until the task has taken the reply
             await asyncio.sleep(0)
@@ -217,7 +216,7 @@ def test_callers_get_the_replies_to_their_own_requests(zoo: Path) -> None:
         )
         await asyncio.sleep(0)
         assert sent == [LoadModelRequest(0, "a", "2"), UnloadModelRequest(1, "b")]
-        participant.handle_message(ChangeReply(1, ChangeError("model_not_found", "no model 'b'")))
+        participant.handle_message(ChangeReply(1, ErrorValues("ModelNotFound", "no model 'b'")))
         with pytest.raises(ModelNotFound, match="no model 'b'"):
             await unload
         assert not load.done()
@@ -234,7 +233,7 @@ def test_reply_to_a_caller_who_has_left_is_expected_once(zoo: Path) -> None:
         load.cancel()
         with suppress(asyncio.CancelledError):
             await load
-        participant.handle_message(ChangeReply(sent[0].number, ChangeError("swap_refused", "too slow")))
+        participant.handle_message(ChangeReply(sent[0].number, ErrorValues("SwapRefused", "too slow")))
         with pytest.raises(FrameError, match="answered request 0, which is not open"):
             participant.handle_message(ChangeReply(sent[0].number, None))
 

@@ -33,14 +33,13 @@ from fovea.service.supervisor.messages import (
     SUPERVISOR_MESSAGES,
     WORKER_MESSAGES,
     AbandonCommand,
-    ChangeError,
     ChangeReply,
     ConnectionReport,
+    ErrorValues,
     LoadModelRequest,
     LostModelReport,
     NoMoreConnections,
     PassedConnection,
-    PrepareError,
     PrepareReply,
     PrepareRequest,
     ReadyReport,
@@ -75,14 +74,14 @@ MESSAGES: list[Message] = [
     PrepareRequest(2, None, [], False),
     AbandonCommand(None),
     ChangeReply(3, None),
-    ChangeReply(4, ChangeError("swap_refused", "too slow")),
+    ChangeReply(4, ErrorValues("SwapRefused", "too slow")),
     StartingHeartbeat(),
     StartFailure("no memory"),
     ReadyReport("a version 10 on cpu", "/v1/classify"),
     ConnectionReport(3, 1, [0, 2]),
     NoMoreConnections(),
     PrepareReply(1, None),
-    PrepareReply(1, PrepareError("GoldenError", "not reproduced")),
+    PrepareReply(1, ErrorValues("GoldenError", "not reproduced")),
     LoadModelRequest(5, "a", None),
     UnloadModelRequest(6, "a"),
     LostModelReport("a", is_lost=True),
@@ -145,25 +144,20 @@ def test_settings_that_cannot_be_read_are_a_frame_error() -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(kind("bad"), kind) for kind in (Interrupted, Unproven, GoldenError)]
-    + [(ModelError("bad"), ModelError), (ContractError("bad"), ModelError)],
-)
-def test_verdict_on_a_version_survives_its_message(error: ModelError, expected: type[ModelError]) -> None:
-    restored = PrepareError.from_exception(error).to_exception()
-    assert (type(restored), str(restored)) == (expected, "bad")
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
     [
+        (Interrupted("bad"), Interrupted),
+        (Unproven("bad"), Unproven),
+        (GoldenError("bad"), GoldenError),
+        (ModelError("bad"), ModelError),
+        (ContractError("bad"), ModelError),
         (SwapRefused("bad"), SwapRefused),
         (ModelNotFound("bad"), ModelNotFound),
         (Internal("bad"), Internal),
         (Draining("bad", retry_after=1.0), Internal),
     ],
 )
-def test_refusal_of_a_change_survives_its_message(error: RequestError, expected: type[RequestError]) -> None:
-    restored = ChangeError.from_exception(error).to_exception()
+def test_error_survives_its_message(error: ModelError | RequestError, expected: type[Exception]) -> None:
+    restored = ErrorValues.from_exception(error).to_exception()
     assert (type(restored), str(restored)) == (expected, "bad")
 
 
