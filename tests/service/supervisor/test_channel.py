@@ -7,13 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from fovea.service.runners.messages import Message
-from fovea.service.supervisor.channel import Channel, SupervisedSource, create_channel
+from fovea.service.supervisor.channel import Channel, SupervisedSource, create_channel, send_heartbeats
 from fovea.service.supervisor.messages import (
     SUPERVISOR_MESSAGES,
     WORKER_MESSAGES,
@@ -24,6 +26,7 @@ from fovea.service.supervisor.messages import (
     NoMoreConnections,
     PrepareReply,
     ReadyReport,
+    StartingHeartbeat,
     SupervisorMessage,
     WorkerMessage,
 )
@@ -72,9 +75,25 @@ def test_busy_worker_gets_all_messages_later() -> None:
         for message in messages:  # the socket has room for some hundreds
             channel.send(message)
         assert channel.has_unsent
-        assert not channel.pass_connection(remote_end), "a connection overtakes the messages"
         assert await _read_messages(worker, lambda read: len(read) == 5000) == messages
         assert not channel.has_unsent
+
+    _run_with_pair(work)
+
+
+def test_connection_does_not_overtake_messages() -> None:
+    async def work(channel: Channel[WorkerMessage], remote_end: socket.socket) -> None:
+        worker: Channel[SupervisorMessage] = Channel(remote_end, SUPERVISOR_MESSAGES)
+        while not channel.has_unsent:
+            channel.send(AbandonCommand(LONG_NAME))
+        with suppress(BlockingIOError):
+            while True:
+                worker.receive_packet()
+        # The socket has room again, but the event loop has not yet sent the rest of the last message.
+        assert not channel.pass_connection(remote_end)
+        while channel.has_unsent:
+            await asyncio.sleep(0)
+        assert channel.pass_connection(remote_end)
 
     _run_with_pair(work)
 
@@ -154,6 +173,15 @@ def test_worker_reassembles_long_messages() -> None:
         assert await messages.get() == AbandonCommand(LONG_NAME)
 
     _run_with_pair(work)
+
+
+def test_heartbeats_of_a_blocked_process_end_with_the_block() -> None:
+    local_end, remote_end = create_channel()
+    with local_end, remote_end:
+        local_end.settimeout(10)
+        with send_heartbeats(remote_end):
+            assert [local_end.recv(100) for _ in range(2)] == [StartingHeartbeat().to_bytes()] * 2
+        assert not [one for one in threading.enumerate() if one.name == "beat"], "there is a second writer"
 
 
 WORKER_CODE = """

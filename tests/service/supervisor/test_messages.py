@@ -212,6 +212,15 @@ def test_damaged_packet_is_an_error_or_a_message_and_damages_no_later_message(
     check_exact(reader, next_message)
 
 
+def test_packet_ends_exactly_one_message() -> None:
+    reader = create_reader()
+    packet = StartingHeartbeat().to_bytes()
+    for wrong_packet in (packet + b"x", packet * 2, packet[:-1], packet[:3], b""):
+        with pytest.raises(FrameError, match="sent a packet that ends"):
+            reader.decode(wrong_packet)
+        check_exact(reader, MESSAGES[0])
+
+
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5))
 def test_noise_is_an_error_and_damages_no_later_message(packets: list[bytes]) -> None:
