@@ -21,7 +21,7 @@ two-phase commit.
 
 A reply repeats the number of its request, and every request gets exactly one reply. The request stays open
 until its reply arrives, even if nobody waits any more, so a late reply is no fault. A reply without an open
-request is one: the worker ends, whichever side sent it.
+request is a fault, and so is a message that cannot be read: the worker ends, whichever side has sent it.
 """
 
 from __future__ import annotations

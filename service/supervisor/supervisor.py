@@ -213,7 +213,7 @@ class Supervisor:
                 assert_never(message)
 
     def _handle_start_failure(self, reason: str) -> None:
-        """End the service if it has just started, or replace the versions that a worker could not load."""
+        """End the service if it is starting, or replace the versions that a worker could not load."""
         if not self._start_future.done():
             self._start_future.set_exception(StartError(reason))
         elif self._start_future.exception() is None:
