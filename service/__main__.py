@@ -169,8 +169,9 @@ def _run_supervisor(
         metrics=metrics,
         serving_state=serving_state,
         refusals=refusals,
-        on_listening=lambda serving_state: _print_greeting(
-            settings, _format_greeting(_format_url(settings, bound_socket), **serving_state)
+        on_listening=lambda ready: _print_greeting(
+            settings,
+            _format_greeting(_format_url(settings, bound_socket), names=ready.names, route=ready.route),
         ),
     )
     asyncio.run(supervisor.run())
@@ -187,7 +188,8 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
     import asyncio
     import socket
 
-    from fovea.service.supervisor.channel import encode_message, send_heartbeats
+    from fovea.service.supervisor.channel import send_heartbeats
+    from fovea.service.supervisor.messages import StartFailure
 
     channel_socket = socket.socket(fileno=channel_descriptor)
     try:
@@ -208,7 +210,7 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
             _prepare_serving(settings)
         asyncio.run(_serve_worker(app, settings, channel_socket, participant))
     except StartError as error:
-        channel_socket.send(encode_message(failed=to_one_line(error)))
+        channel_socket.send(StartFailure(to_one_line(error)).to_bytes())
         return 2
     return 0
 
@@ -219,19 +221,20 @@ def _create_worker_app(
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from fovea.service.app import create_app
-    from fovea.service.artifact.repository import ServingState
     from fovea.service.observability.multiprocess import MetricFiles, create_shared_registry, use_metric_files
+    from fovea.service.runners.frames import FrameDecoder
+    from fovea.service.supervisor.messages import ServeCommand
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     own_files = MetricFiles(metric_descriptors)
     use_metric_files(own_files)
     exposed_registry = create_shared_registry(metrics_index, own_files, os.getppid())
-    serving_state = ServingState.from_json(sys.stdin.read())
+    (frame,) = FrameDecoder().feed(sys.stdin.buffer.read())
     return create_app(
         settings,
         registry=CollectorRegistry(),
         exposed_registry=exposed_registry,
-        serving_state=serving_state,
+        serving_state=ServeCommand.from_frame(frame).to_state(),
         participant=participant,
     )
 
@@ -241,8 +244,8 @@ async def _serve_worker(
 ) -> None:
     from fovea.service.http.listener import raise_file_limit
     from fovea.service.supervisor.channel import SupervisedSource
+    from fovea.service.supervisor.messages import ReadyReport
 
-    channel_socket.setblocking(False)
     server = _create_server(app, settings)
     raise_file_limit(settings.connections)
     starvation_counter = app.observer.metrics.process_metrics.connections_starved
@@ -250,13 +253,19 @@ async def _serve_worker(
     # messages to `participant`, which sends its own messages through the source. Attach the participant
     # before the source starts, because the first message may arrive at once.
     supervised_source = SupervisedSource(
-        channel_socket, server.handle_signal, participant.handle_message, starvation_counter.inc
+        channel_socket,
+        on_signal=server.handle_signal,
+        on_message=participant.handle_message,
+        on_starved=starvation_counter.inc,
+        on_gone=participant.fail_pending,
     )
     participant.attach(supervised_source.send_message, app.manager)
     source: ConnectionSource = supervised_source
     await server.serve(
         source,
-        on_listening=lambda: supervised_source.report_ready(**_describe_models(app.classifier.catalog)),
+        on_listening=lambda: supervised_source.send_message(
+            ReadyReport(**_describe_models(app.classifier.catalog))
+        ),
     )
 
 

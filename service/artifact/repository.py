@@ -7,7 +7,6 @@ from its contract.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -72,22 +71,6 @@ class ModelVersion:
         """Describe the file at `path` as it is now. Raises `ModelError` when there is no file."""
         return cls(path, name, version, fingerprint_of(path), config or ModelConfig())
 
-    def to_plain(self) -> dict[str, Any]:
-        """Return the values as types that JSON supports."""
-        return {
-            "path": str(self.path),
-            "name": self.name,
-            "version": self.version,
-            "stamp": self.fingerprint,
-            "config": self.config.model_dump(exclude_none=True),
-        }
-
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> ModelVersion:
-        """Restore the result of `to_plain`."""
-        config = ModelConfig.model_validate(values["config"])
-        return cls(Path(values["path"]), values["name"], values["version"], tuple(values["stamp"]), config)
-
 
 VersionsByModel: TypeAlias = Mapping[str | None, tuple[ModelVersion, ...]]
 """Versions to serve by model name, the latest version last."""
@@ -113,24 +96,6 @@ class ServingState(NamedTuple):
     """Versions in the repository that did not pass their checks."""
     is_empty: bool = False
     """True while the repository has no version that can be served."""
-
-    def to_json(self) -> str:
-        """Return JSON for a worker, which the supervisor starts with this state on its standard input."""
-        versions_by_model = [
-            [name, [one.to_plain() for one in versions]] for name, versions in self.versions_by_model.items()
-        ]
-        return json.dumps([versions_by_model, self.default_model, self.refused_versions, self.is_empty])
-
-    @classmethod
-    def from_json(cls, document: str) -> ServingState:
-        """Restore the result of `to_json`."""
-        versions_by_model, default_model, refused_versions, is_waiting = json.loads(document)
-        return cls(
-            {name: tuple(map(ModelVersion.from_plain, versions)) for name, versions in versions_by_model},
-            default_model,
-            tuple(RefusedVersion(*one) for one in refused_versions),
-            is_waiting,
-        )
 
 
 def scan_repository(root: Path, default_override: str | None = None) -> ServingState:

@@ -143,6 +143,11 @@ class FrameDecoder:
         self._needed_bytes = _LENGTHS.size
         """Number of bytes needed to complete the next message."""
 
+    @property
+    def is_between_frames(self) -> bool:
+        """True if all bytes so far belong to complete messages."""
+        return not self._buffered_bytes
+
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Add received bytes, and yield every complete message.
 

@@ -5,23 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final, Protocol
+from itertools import count
+from typing import Protocol, TypeAlias
 
 from fovea.service.artifact.repository import ModelVersion, ServingState
-from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
+from fovea.service.errors import Interrupted
+from fovea.service.runners.frames import FrameError
+from fovea.service.supervisor.messages import (
+    AbandonCommand,
+    PrepareReply,
+    PrepareRequest,
+    ServeCommand,
+    SupervisorMessage,
+    VersionValues,
+)
 
 log = logging.getLogger(__name__)
 
-_LOST_WORKER: Final = "lost"
-"""Kind of a reply in place of the reply of a worker that has died."""
-
-_ERROR_TYPES: Final = {kind.__name__: kind for kind in (Interrupted, Unproven, GoldenError)}
+_Outcome: TypeAlias = PrepareReply | None
+"""Reply of a worker, or None if it has died or hangs."""
 
 
 class Worker(Protocol):
     """Interface of a worker process for changes."""
 
-    def send_message(self, **message: Any) -> None:
+    def send_message(self, message: SupervisorMessage) -> None:
         """Send a message to the worker. Raises `OSError` when the worker does not read."""
 
     def kill(self) -> None:
@@ -54,9 +62,9 @@ class Coordinator:
         self._timeout = timeout
         self._on_end = on_end
         self.is_changing = False
-        self._change_id = 0
-        self._pending_replies: dict[Worker, asyncio.Future[dict[str, Any]]] = {}
-        self._prepared_workers: Sequence[Worker] = ()
+        self._request_numbers = count()
+        self._open_requests: dict[tuple[Worker, int], asyncio.Future[_Outcome]] = {}
+        """Requests to prepare without a reply, by worker and number, also those that nobody waits for."""
         self.state = state
         """State that the workers serve. A worker that has loaded other versions must start again."""
 
@@ -69,43 +77,43 @@ class Coordinator:
         at once, requests would also lose more processor time. If there is no worker, later workers start with
         the new versions.
         """
-        self._change_id += 1
+        values = [VersionValues.from_version(one) for one in versions]
+        request = PrepareRequest(next(self._request_numbers), name, values, force)
         self.is_changing = True
-        self._prepared_workers = list(self._workers())
+        workers = list(self._workers())
         try:
-            replies: list[dict[str, Any]] = []
-            for group in (self._prepared_workers[:1], self._prepared_workers[1:]):
-                replies += await self._prepare_workers(group, name, versions, force=force)
-                _check_replies(replies)
-            if replies and all(reply["error"] for reply in replies):
-                raise Interrupted(replies[0]["error"])  # all workers died; none has prepared it
+            outcomes: list[_Outcome] = []
+            for group in (workers[:1], workers[1:]):
+                outcomes += await self._prepare_workers(group, request)
+                _check_outcomes(outcomes)
+            if outcomes and not any(outcomes):  # none has prepared it
+                raise Interrupted("a worker died or hung during the change")
         except BaseException:
-            for worker in self._prepared_workers:
-                self._send_message(worker, abandon=name)
+            for worker in workers:
+                self._send(worker, AbandonCommand(name))
             self._end()
             raise
 
-    async def _prepare_workers(
-        self, workers: Sequence[Worker], name: str | None, versions: Sequence[ModelVersion], *, force: bool
-    ) -> list[dict[str, Any]]:
-        """Ask workers to prepare a change, and return their replies.
+    async def _prepare_workers(self, workers: Sequence[Worker], request: PrepareRequest) -> list[_Outcome]:
+        """Ask workers to prepare a change, and return the outcomes.
 
-        A worker that has died counts as lost. Its replacement starts with the versions that are served then.
+        The replacement of a worker that has died starts with the versions that are served then.
         """
         loop = asyncio.get_running_loop()
-        self._pending_replies = {worker: loop.create_future() for worker in workers}
-        plain = [one.to_plain() for one in versions]
+        futures: list[asyncio.Future[_Outcome]] = []
         for worker in workers:
-            if worker in self._workers():  # it may have died while another worker prepared
-                if not self._send_message(
-                    worker, prepare=plain, name=name, change=self._change_id, force=force
-                ):
-                    worker.kill()  # it would not receive the new state either
-            else:
-                self.on_worker_lost(worker)
+            future = loop.create_future()
+            futures.append(future)
+            if worker not in self._workers():  # it has died while another worker prepared
+                future.set_result(None)
+                continue
+            self._open_requests[worker, request.number] = future
+            if not self._send(worker, request):
+                future.set_result(None)
+                worker.kill()  # it would not receive the new state either
         timeout_timer = loop.call_later(self._timeout, self._give_up)
         try:
-            return list(await asyncio.gather(*self._pending_replies.values()))
+            return list(await asyncio.gather(*futures))
         finally:
             timeout_timer.cancel()
 
@@ -121,54 +129,54 @@ class Coordinator:
 
     def send_state(self, worker: Worker) -> None:
         """Make a worker serve the current state, or kill it if it cannot be told."""
-        if not self._send_message(worker, serve=self.state.to_json()):
+        if not self._send(worker, ServeCommand.from_state(self.state)):
             worker.kill()  # it would go on serving the old state
 
-    def handle_message(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Handle a worker's reply to a `prepare` message. The supervisor calls this on the event loop."""
-        # A reply to an earlier change, which has timed out, is ignored.
-        if message["prepared"] == self._change_id:
-            self._set_reply(worker, message)
+    def handle_reply(self, worker: Worker, reply: PrepareReply) -> None:
+        """Handle a worker's reply. The supervisor calls this on the event loop.
+
+        Raises `FrameError` if no open request expects the reply.
+        """
+        future = self._open_requests.pop((worker, reply.number), None)
+        if future is None:
+            raise FrameError(f"answered request {reply.number}, which is not open")
+        if not future.done():  # done: the change was abandoned meanwhile
+            future.set_result(reply)
 
     def on_worker_lost(self, worker: Worker) -> None:
-        """Set the reply of a worker that has died or hangs, so that `prepare` does not wait for it."""
-        self._set_reply(worker, {"error": "a worker died or hung during the change", "kind": _LOST_WORKER})
+        """Close the requests to a worker that has died, so that `prepare` does not wait for it."""
+        for key in [one for one in self._open_requests if one[0] is worker]:
+            future = self._open_requests.pop(key)
+            if not future.done():
+                future.set_result(None)
 
     def _give_up(self) -> None:
         """Kill the workers that have not replied in time."""
-        for worker, reply in self._pending_replies.items():
-            if not reply.done():
+        for (worker, _), future in self._open_requests.items():
+            if not future.done():
                 log.error("a worker has not prepared a change within %g s; it is killed", self._timeout)
                 worker.kill()
-                self.on_worker_lost(worker)
+                future.set_result(None)
 
     def _end(self) -> None:
         """End the change, so that workers may join again."""
         self.is_changing = False
         self._on_end()
 
-    def _set_reply(self, worker: Worker, reply: dict[str, Any]) -> None:
-        """Set a worker's reply, unless it is already set."""
-        future = self._pending_replies.get(worker)
-        if future and not future.done():
-            future.set_result(reply)
-
-    def _send_message(self, worker: Worker, **message: Any) -> bool:
+    def _send(self, worker: Worker, message: SupervisorMessage) -> bool:
         """Send a message to a worker and return whether that was possible."""
         try:
-            worker.send_message(**message)
+            worker.send_message(message)
         except OSError:  # it has died, or does not read
-            self.on_worker_lost(worker)
             return False
         return True
 
 
-def _check_replies(replies: Sequence[dict[str, Any]]) -> None:
+def _check_outcomes(outcomes: Sequence[_Outcome]) -> None:
     """Raise `ModelError` if a worker has refused.
 
     A verdict on the file takes precedence over an interruption.
     """
-    refusals = [reply for reply in replies if reply["error"] and reply["kind"] != _LOST_WORKER]
+    refusals = [one.error.to_exception() for one in outcomes if one and one.error]
     if refusals:
-        worst = min(refusals, key=lambda one: one["kind"] == Interrupted.__name__)
-        raise _ERROR_TYPES.get(worst["kind"], ModelError)(worst["error"])
+        raise min(refusals, key=lambda one: isinstance(one, Interrupted))

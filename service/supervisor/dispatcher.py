@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from fovea.service.http.listener import Listener
-from fovea.service.supervisor import channel
+from fovea.service.supervisor.messages import ConnectionReport
 from fovea.service.supervisor.worker import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -41,18 +41,13 @@ class ConnectionDispatcher:
         while no worker can take it.
         """
         for worker in sorted(self._available_workers(), key=lambda one: one.load):
-            if not worker.outbox.is_empty:  # the worker is busy, and earlier messages come first
-                continue
             if worker.starved_until > time.monotonic():
                 continue
-            try:
-                socket.send_fds(worker.channel_socket, [channel.CONNECTION_MESSAGE], [connection.fileno()])
-            except OSError:  # the worker is busy or has just died
-                continue
-            # Keep the connection open here until the worker reports it: another worker gets it if this one
-            # dies.
-            worker.passed_connections.append(connection)
-            return
+            if worker.channel.pass_connection(connection):
+                # Keep the connection open here until the worker reports it: another worker gets it if this
+                # one dies.
+                worker.passed_connections.append(connection)
+                return
         self._waiting_connections.append(connection)
         self._listener.disable()
         asyncio.get_running_loop().call_later(_RETRY_DELAY, self.pass_waiting_connections)
@@ -65,27 +60,24 @@ class ConnectionDispatcher:
         if waiting and not self._waiting_connections:
             self._listener.enable()
 
-    def update_connections(
-        self, worker: WorkerProcess, received_count: int, closed_count: int, missed_numbers: Sequence[int]
-    ) -> None:
+    def update_connections(self, worker: WorkerProcess, report: ConnectionReport) -> None:
         """Update a worker's connections from its report.
 
-        The report has the numbers of connections received and closed since the start. Connections in
-        `missed_numbers` found no free file descriptor in the worker and are passed on again.
+        Connections that found no free file descriptor in the worker are passed on again.
         """
         missed_connections = []
-        has_received = worker.received_count < received_count
-        while worker.received_count < received_count:
+        has_received = worker.received_count < report.received
+        while worker.received_count < report.received:
             # The channel keeps messages in order, so the oldest passed connection is the next one received.
             connection = worker.passed_connections.popleft()
-            if worker.received_count in missed_numbers:
+            if worker.received_count in report.missed:
                 missed_connections.append(connection)
             else:
                 connection.close()
                 worker.accepted_count += 1
             worker.received_count += 1
-        new_closed_count = closed_count - worker.closed_count
-        worker.closed_count = closed_count
+        new_closed_count = report.closed - worker.closed_count
+        worker.closed_count = report.closed
         if missed_connections:
             if not worker.starved_until:
                 log.error("worker %d has no file descriptor left (ulimit -n)", worker.process.pid)

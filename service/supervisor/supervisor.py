@@ -6,17 +6,16 @@ Connections are spread evenly (`service.supervisor.dispatcher`), and dead worker
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from fovea.service import signals
-from fovea.service.artifact.repository import ModelVersion, ServingState
+from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import KILL_DELAY
 from fovea.service.http.listener import Listener
@@ -27,9 +26,26 @@ from fovea.service.rollout.startup import is_broken
 from fovea.service.rollout.trial import compute_change_timeout
 from fovea.service.rollout.watcher import Watcher
 from fovea.service.settings import Settings
-from fovea.service.supervisor import channel
+from fovea.service.supervisor.channel import HEARTBEAT_INTERVAL
 from fovea.service.supervisor.coordinator import Coordinator
 from fovea.service.supervisor.dispatcher import ConnectionDispatcher
+from fovea.service.supervisor.messages import (
+    ChangeReply,
+    ChangeRequest,
+    ConnectionReport,
+    ErrorValues,
+    LoadModelRequest,
+    LostModelReport,
+    NoMoreConnections,
+    PrepareReply,
+    ReadyReport,
+    RefusedVersionReport,
+    StartFailure,
+    StartingHeartbeat,
+    StopSignal,
+    UnloadModelRequest,
+    WorkerMessage,
+)
 from fovea.service.supervisor.worker import WorkerProcess, start_worker
 
 log = logging.getLogger(__name__)
@@ -40,16 +56,6 @@ _MIN_STABLE_TIME: Final = 10.0
 _BACKOFF_DELAYS: Final = (0.1, 10.0)
 """Time in seconds before a worker that died at its start is replaced: the first delay, which doubles each
 time, and the maximum."""
-
-_SILENCE_TIMEOUT: Final = 2.0
-"""Time in seconds without a message after which a worker gets no more connections."""
-
-_HANG_TIMEOUT: Final = 10.0
-"""Time in seconds without a message after which a worker is killed."""
-
-_FIRST_MESSAGE_TIMEOUT: Final = 60.0
-"""Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
-machine."""
 
 
 class Supervisor:
@@ -68,7 +74,7 @@ class Supervisor:
         metrics: SharedMetrics,
         serving_state: ServingState,
         refusals: Refusals,
-        on_listening: Callable[[dict[str, str]], None],
+        on_listening: Callable[[ReadyReport], None],
     ) -> None:
         """Set the workers' command and environment, and the shared resources.
 
@@ -137,109 +143,81 @@ class Supervisor:
     def _start_worker(self) -> None:
         """Start a worker. Raises `OSError` when the system has no room for it."""
         worker, metric_files = start_worker(
-            self._command,
-            self._environment,
-            self._coordinator.state,
-            metrics_index=self._metrics.index,
+            self._command, self._environment, self._coordinator.state, metrics_index=self._metrics.index
         )
         self._workers.add(worker)
-        self._loop.add_reader(worker.channel_socket, self._read_messages, worker)
+        self._loop.add_reader(worker.channel.socket, self._read_messages, worker)
         self._metrics.add(worker.process.pid, metric_files)
 
     def _read_messages(self, worker: WorkerProcess) -> None:
         """Handle all messages that have arrived from a worker."""
         while worker in self._workers:
             try:
-                message, _ = channel.receive_message(worker.channel_socket)
+                packet, _ = worker.channel.receive_packet()
             except BlockingIOError:
                 return
-            if not message:
+            if not packet:
                 self._on_worker_lost(worker)
                 return
-            self._mark_alive(worker)
+            if worker.mark_alive():
+                self._dispatcher.pass_waiting_connections()
+                self._update_worker_metric()
             try:
-                encoded_message = worker.inbox.add_piece(message)
-                if encoded_message == channel.NO_MORE_MESSAGE:
-                    self._release_worker(worker)
-                elif encoded_message is not None:
-                    self._handle_message(worker, json.loads(encoded_message))
+                message = worker.channel.decode(packet)
+                if message is not None:
+                    self._handle_message(worker, message)
             except Exception:  # no message of this worker can be trusted any more
                 log.exception(
-                    "worker %d is killed, because its message is invalid: %.200r", worker.process.pid, message
+                    "worker %d is killed, because its message is invalid: %.200r", worker.process.pid, packet
                 )
                 worker.kill()
 
-    def _mark_alive(self, worker: WorkerProcess) -> None:
-        """Note that a worker has sent a message."""
-        worker.last_message_at = time.monotonic()
-        worker.has_sent_message = True
-        if worker.is_silent:
-            worker.is_silent = False
-            self._dispatcher.pass_waiting_connections()
-            self._update_worker_metric()
-            log.info("worker %d sends messages again, and gets connections", worker.process.pid)
-
     def _check_workers(self) -> None:
-        """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent.
-
-        A silent worker gets no more connections. A worker that stays silent is killed.
-        """
-        self._loop.call_later(channel.HEARTBEAT_INTERVAL, self._check_workers)
+        """Check every `HEARTBEAT_INTERVAL` seconds which workers are silent."""
+        self._loop.call_later(HEARTBEAT_INTERVAL, self._check_workers)
         now = time.monotonic()
         # Time in which this process itself did not run. No worker is to blame for it.
-        own_delay = max(0.0, now - self._checked_at - 2 * channel.HEARTBEAT_INTERVAL)
+        own_delay = max(0.0, now - self._checked_at - 2 * HEARTBEAT_INTERVAL)
         self._checked_at = now
         reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
         for worker in self._workers:
-            worker.last_message_at += own_delay
-            silent_seconds = now - worker.last_message_at
-            if (
-                silent_seconds > (_HANG_TIMEOUT if worker.has_sent_message else _FIRST_MESSAGE_TIMEOUT)
-                and not worker.is_hung
-            ):
-                worker.is_hung = True
-                worker.kill()
-                log.error(
-                    "worker %d has sent no message for %.0f s, and is killed",
-                    worker.process.pid,
-                    silent_seconds,
-                )
-            elif silent_seconds > _SILENCE_TIMEOUT and worker.served_models and not worker.is_silent:
-                worker.is_silent = True
-                self._update_worker_metric()
-                log.warning(
-                    "worker %d has sent no message for %.0f s, and gets no more connections",
-                    worker.process.pid,
-                    silent_seconds,
-                )
+            worker.check_silence(now, own_delay)
+        self._update_worker_metric()
 
-    def _handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+    def _handle_message(self, worker: WorkerProcess, message: WorkerMessage) -> None:
         """Handle a message of a worker, on the event loop and in the order in which the worker sent it.
 
         Nothing here may wait: a change, which takes long, runs in a task.
         """
-        if "received" in message:
-            self._dispatcher.update_connections(
-                worker, message["received"], message["closed"], message["missed"]
-            )
-        elif "starting" in message:
-            pass  # a heartbeat: `_mark_alive` has noted it
-        elif "prepared" in message:
-            self._coordinator.handle_message(worker, message)
-        elif "lost" in message:
-            self._watcher.count_lost_model(message["lost"], message["is_lost"])
-        elif "lasting" in message:
-            version = ModelVersion.from_plain(message["found"])
-            self._watcher.refuse_version(version, message["reason"], message["lasting"])
-        elif "request" in message:
-            self._start_task(self._change_models(worker, **message))
-        elif "ready" in message:
-            worker.loaded_models = message["ready"]
-            self._admit_worker(worker)
-        elif not self._start_future.done():
-            self._start_future.set_exception(StartError(message["failed"]))
+        match message:
+            case ConnectionReport():
+                self._dispatcher.update_connections(worker, message)
+            case StartingHeartbeat():
+                pass  # `_read_messages` has noted it
+            case PrepareReply():
+                self._coordinator.handle_reply(worker, message)
+            case LostModelReport(name, is_lost):
+                self._watcher.count_lost_model(name, is_lost)
+            case RefusedVersionReport(version, reason, is_lasting):
+                self._watcher.refuse_version(version.to_version(), reason, is_lasting)
+            case LoadModelRequest() | UnloadModelRequest():
+                self._start_task(self._change_models(worker, message))
+            case ReadyReport():
+                worker.loaded_models = message
+                self._admit_worker(worker)
+            case StartFailure(reason):
+                self._handle_start_failure(reason)
+            case NoMoreConnections():
+                self._release_worker(worker)
+            case _:
+                assert_never(message)
+
+    def _handle_start_failure(self, reason: str) -> None:
+        """End the service if it is starting, or replace the versions that a worker could not load."""
+        if not self._start_future.done():
+            self._start_future.set_exception(StartError(reason))
         elif self._start_future.exception() is None:
-            log.error("a worker could not start: %s", message["failed"])
+            log.error("a worker could not start: %s", reason)
             self._watcher.handle_start_failure()
 
     def _admitted_workers(self) -> list[WorkerProcess]:
@@ -275,24 +253,22 @@ class Supervisor:
         self._dispatcher.pass_waiting_connections()
         self._update_worker_metric()
 
-    async def _change_models(self, worker: WorkerProcess, request: int, **change: Any) -> None:
+    async def _change_models(self, worker: WorkerProcess, request: ChangeRequest) -> None:
         """Make a change that a worker's caller requests, and send the outcome to the worker."""
         error = None
         try:
-            if "load" in change:
-                await self._watcher.load(change["load"], change["version"])
+            if isinstance(request, LoadModelRequest):
+                await self._watcher.load(request.name, request.version)
             else:
-                await self._watcher.unload(change["unload"])
+                await self._watcher.unload(request.name)
         except RequestError as refusal:
-            error = refusal.to_dict()
+            error = ErrorValues.from_exception(refusal)
         except Exception:  # a caller waits for an answer in any case
             log.exception("a change of the served models failed")
-            error = {
-                "code": Internal.code,
-                "message": "the change failed; the log of the service has the reason",
-            }
+            bug = Internal("the change failed; the log of the service has the reason")
+            error = ErrorValues.from_exception(bug)
         with suppress(OSError):  # the worker has died meanwhile
-            worker.send_message(managed=request, error=error)
+            worker.send_message(ChangeReply(request.number, error))
 
     def _on_worker_lost(self, worker: WorkerProcess) -> None:
         """Handle the end of a worker's channel: the worker has died."""
@@ -300,9 +276,7 @@ class Supervisor:
         self._workers.discard(worker)
         self._ending_workers.add(worker)
         self._start_task(self._handle_worker_exit(worker))
-        self._loop.remove_reader(worker.channel_socket)
-        self._loop.remove_writer(worker.channel_socket)
-        worker.channel_socket.close()
+        worker.channel.close()
         self._dispatcher.take_back_connections(worker)
         with _log_exceptions("the coordinator could not handle the death of a worker"):
             self._coordinator.on_worker_lost(worker)
@@ -314,12 +288,7 @@ class Supervisor:
             code = await worker.wait_for_exit()
         finally:
             self._ending_workers.discard(worker)
-        reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
-        description = {
-            "hung": "was killed because it sent no messages",
-            "signal": f"was ended by signal {-code}",
-            "exit": f"ended with exit code {code}",
-        }[reason]
+        reason, description = worker.describe_exit(code)
         if not self._start_future.done():
             self._start_future.set_exception(StartError(f"a worker {description} while it started"))
         if self._start_future.exception():  # `run` ends and kills the other workers
@@ -377,7 +346,7 @@ class Supervisor:
                 worker.kill()
                 continue
             try:
-                worker.send_message(signal=number)
+                worker.send_message(StopSignal(number))
             except OSError:  # it has died, or hangs and will be killed
                 log.warning("worker %d could not be sent signal %d", worker.process.pid, number)
         self._end_if_finished()
@@ -392,7 +361,7 @@ class Supervisor:
             self._listener.close()
         worker.is_stopping = True
         with suppress(OSError):  # it has died
-            worker.channel_socket.shutdown(socket.SHUT_WR)
+            worker.channel.socket.shutdown(socket.SHUT_WR)
 
     def _end_if_finished(self) -> None:
         """End `run` when all processes have ended."""

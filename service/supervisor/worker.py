@@ -11,17 +11,34 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from fovea.service.artifact.repository import ServingState, VersionsByModel
 from fovea.service.observability.multiprocess import MetricFiles
 from fovea.service.observability.process_metrics import kill_descendants
-from fovea.service.supervisor import channel
+from fovea.service.supervisor.channel import Channel, create_channel
+from fovea.service.supervisor.messages import (
+    WORKER_MESSAGES,
+    ReadyReport,
+    ServeCommand,
+    SupervisorMessage,
+    WorkerMessage,
+)
 
 log = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT: Final = 10.0
 """Time in seconds after which a worker that has closed its end of the channel is killed."""
+
+_SILENCE_TIMEOUT: Final = 2.0
+"""Time in seconds without a message after which a worker gets no more connections."""
+
+_HANG_TIMEOUT: Final = 10.0
+"""Time in seconds without a message after which a worker is killed."""
+
+_FIRST_MESSAGE_TIMEOUT: Final = 60.0
+"""Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
+machine."""
 
 _POLL_INTERVAL: Final = 0.01
 """Time in seconds between two checks whether a process has ended. No thread waits for the process, because
@@ -33,11 +50,11 @@ class WorkerProcess:
     """Worker process, and the supervisor's end of its channel."""
 
     process: subprocess.Popen[bytes]
-    channel_socket: socket.socket
+    channel: Channel[WorkerMessage]
     started_at: float = field(default_factory=time.monotonic)
-    loaded_models: dict[str, str] | None = None
+    loaded_models: ReadyReport | None = None
     """Description of the loaded models; None until the worker has loaded them."""
-    served_models: dict[str, str] | None = None
+    served_models: ReadyReport | None = None
     """Same as `loaded_models`, once the worker is admitted."""
     starting_versions: VersionsByModel = field(default_factory=dict)
     """Versions to serve that the worker was started with."""
@@ -50,7 +67,6 @@ class WorkerProcess:
     """Number of connections received, including those for which the worker had no file descriptor."""
     accepted_count: int = 0
     closed_count: int = 0
-    inbox: channel.Inbox = field(default_factory=channel.Inbox)
 
     last_message_at: float = field(default_factory=time.monotonic)
     """Time of the last message on the monotonic clock in seconds."""
@@ -62,17 +78,41 @@ class WorkerProcess:
     starved_until: float = 0.0
     """Time from which the worker may have a free file descriptor, on the monotonic clock in seconds."""
 
-    def __post_init__(self) -> None:
-        self.outbox = channel.Outbox(self.channel_socket)
-
     @property
     def open_count(self) -> int:
         """Number of open connections of the worker."""
         return self.accepted_count - self.closed_count
 
-    def send_message(self, **message: Any) -> None:
+    def send_message(self, message: SupervisorMessage) -> None:
         """Send a message as soon as there is room for it. Raises `OSError`."""
-        self.outbox.send(**message)
+        self.channel.send(message)
+
+    def mark_alive(self) -> bool:
+        """Note that the worker has sent a message, and return True if it may get connections again."""
+        self.last_message_at = time.monotonic()
+        self.has_sent_message = True
+        was_silent, self.is_silent = self.is_silent, False
+        if was_silent:
+            log.info("worker %d sends messages again, and gets connections", self.process.pid)
+        return was_silent
+
+    def check_silence(self, now: float, supervisor_delay: float) -> None:
+        """Note if the worker is silent, and kill it if it has been silent for too long.
+
+        `now` is the time on the monotonic clock in seconds. The supervisor itself did not run for
+        `supervisor_delay` seconds, which do not count.
+        """
+        self.last_message_at += supervisor_delay
+        seconds = now - self.last_message_at
+        timeout = _HANG_TIMEOUT if self.has_sent_message else _FIRST_MESSAGE_TIMEOUT
+        description = f"worker {self.process.pid} has sent no message for {seconds:.0f} s"
+        if seconds > timeout and not self.is_hung:
+            self.is_hung = True
+            self.kill()
+            log.error("%s, and is killed", description)
+        elif seconds > _SILENCE_TIMEOUT and self.served_models and not self.is_silent:
+            self.is_silent = True
+            log.warning("%s, and gets no more connections", description)
 
     def kill(self) -> None:
         """Kill the worker and its children at once."""
@@ -85,6 +125,14 @@ class WorkerProcess:
         return self.open_count + len(self.passed_connections), self.received_count + len(
             self.passed_connections
         )
+
+    def describe_exit(self, code: int) -> tuple[str, str]:
+        """Return the reason for an exit with this code, for the metric and as a predicate for messages."""
+        if self.is_hung:
+            return "hung", "was killed because it sent no messages"
+        if code < 0:
+            return "signal", f"was ended by signal {-code}"
+        return "exit", f"ended with exit code {code}"
 
     async def wait_for_exit(self) -> int:
         """Wait for the end of the process and return its exit code.
@@ -114,12 +162,12 @@ def start_worker(
 
     Raises `OSError` when the system has no room for the worker.
     """
-    own_socket, worker_socket = channel.create_channel()
+    own_socket, worker_socket = create_channel()
     metric_files = None
     try:
         with worker_socket, os.fdopen(os.memfd_create("fovea-serving-state"), "w+b") as state_file:
             metric_files = MetricFiles.create()
-            state_file.write(serving_state.to_json().encode())
+            state_file.write(ServeCommand.from_state(serving_state).to_bytes())
             state_file.seek(0)
             descriptors = (worker_socket.fileno(), metrics_index, *metric_files.descriptors)
             # The worker inherits these descriptors. `with` closes this process's copy of the worker's end
@@ -135,4 +183,5 @@ def start_worker(
         if metric_files:
             metric_files.close()
         raise
-    return WorkerProcess(process, own_socket, starting_versions=serving_state.versions_by_model), metric_files
+    channel = Channel[WorkerMessage](own_socket, WORKER_MESSAGES)
+    return WorkerProcess(process, channel, starting_versions=serving_state.versions_by_model), metric_files

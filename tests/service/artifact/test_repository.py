@@ -107,11 +107,6 @@ def test_changed_file_has_another_fingerprint(zoo: Path) -> None:
     assert len({first, second, third, fingerprint_of(path)}) == 4
 
 
-def test_serving_state_survives_json_round_trip(zoo: Path) -> None:
-    (zoo / "pets" / "config.toml").write_text('versions = ["1", "2"]\nqueue_images = 5\nthreads = 2\n')
-    assert ServingState.from_json(scan_repository(zoo).to_json()) == scan_repository(zoo)
-
-
 @pytest.mark.parametrize("path", ["nowhere", "pets/1"])
 def test_invalid_repository_is_reported(zoo: Path, path: str) -> None:
     with pytest.raises(ModelError, match=r"cannot read the repository|has no <name>/<version>/model.onnx"):

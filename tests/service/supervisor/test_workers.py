@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fovea.service.supervisor.messages import PrepareReply
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
 from tests.servers import Server, is_running, list_children, run_service, wait_until
@@ -217,7 +218,8 @@ def _read_log_line(server: Server) -> str:
     return line
 
 
-def test_worker_with_invalid_message_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packet", [b'{"taken": "many"}', PrepareReply(1, None).to_bytes()])
+def test_worker_with_invalid_message_is_replaced(small_zoo: Path, tmp_path: Path, packet: bytes) -> None:
     trigger = tmp_path / "now"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, socket, sys, threading, time\n"
@@ -225,7 +227,7 @@ def test_worker_with_invalid_message_is_replaced(small_zoo: Path, tmp_path: Path
         f"    while not os.path.exists({str(trigger)!r}):\n"
         "        time.sleep(0.01)\n"
         "    channel = sys.orig_argv[sys.orig_argv.index('--worker') + 1]\n"
-        '    socket.socket(fileno=os.dup(int(channel))).send(b\'{"taken": "many"}\')\n'
+        f"    socket.socket(fileno=os.dup(int(channel))).send({packet!r})\n"
         "if '--worker' in sys.orig_argv and not os.path.exists("
         f"{str(trigger)!r}):\n"
         "    threading.Thread(target=say, daemon=True).start()\n"
