@@ -111,6 +111,23 @@ def test_lost_connection_ends_the_wait_for_the_answer() -> None:
     asyncio.run(play())
 
 
+def test_bytes_of_a_later_head_do_not_extend_its_time_limit() -> None:
+    async def play() -> None:
+        async with open_connection(header_timeout=0.1) as peer:
+            await peer.send(FAST_REQUEST)
+            assert b" 200 " in await peer.read(10)
+            for byte in FAST_REQUEST[:10]:
+                await peer.send(bytes([byte]))
+                try:
+                    assert b" 408 " in await peer.read(0.05)
+                    return
+                except TimeoutError:
+                    continue
+            pytest.fail("a client that sends single bytes was served for half a second")
+
+    asyncio.run(play())
+
+
 def test_time_limit_of_a_body_ends_with_the_body() -> None:
     async def play() -> None:
         async with open_connection(body_timeout=0.05) as peer:
