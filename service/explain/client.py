@@ -199,14 +199,17 @@ class ExplainerClient:
 
         A process that was killed from outside says nothing about the question: another attempt may succeed.
         If it crashed, hung, sent nonsense, or was killed for lack of memory since there were
-        `oom_kill_count` such kills, the question may be the reason.
+        `oom_kill_count` such kills, the question may be the reason. Where no control group counts these
+        kills, every kill counts as one from outside.
         """
         connection = self._connection
         status = None
-        if connection and isinstance(error, EOFError):
-            # Before `close`, which kills the process if it is still ending.
-            status = await asyncio.to_thread(connection.process.wait_exit)
-        self.close()
+        try:
+            if connection and isinstance(error, EOFError):
+                # Before `close`, which kills the process if it is still ending.
+                status = await asyncio.to_thread(connection.process.wait_exit)
+        finally:
+            self.close()
         log.error("the explaining process is given up: %s, exit status %s", repr(error), status)
         if connection is None:
             return NotReady("no process that explains can be started now", retry_after=_RETRY_SECONDS)

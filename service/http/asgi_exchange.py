@@ -102,7 +102,7 @@ class AsgiExchange:
         self._task: asyncio.Task[None] | None = None
         self._unsent_head = b""
         """Headers that wait for the first piece of content."""
-        self._framing = _Framing.EMPTY
+        self._framing: _Framing | None = None
         self._remaining_bytes = 0
         """Number of bytes that the answer still has to have, by its Content-Length."""
         self.keep_alive = head.keep_alive
@@ -260,6 +260,8 @@ class AsgiExchange:
 
     def _write_content(self, content: bytes, *, is_last: bool) -> None:
         """Send a piece of content, and go on if it is the last one."""
+        if self._framing is None:
+            raise RuntimeError("the answer has no valid headers")
         if self._framing is _Framing.EMPTY:
             content = b""
         elif self._framing is _Framing.CHUNKED:

@@ -331,6 +331,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _parse_rest(self) -> None:
         """Parse the input that has waited, in a new round of the event loop."""
+        if self._state is State.CLOSED:  # lost meanwhile
+            return
         rest, start = self._rest, self._rest_start
         self._drop_rest()
         self.update_memory()  # the request's own body is accounted for anew
@@ -408,8 +410,8 @@ class Connection(asyncio.BufferedProtocol):
         If the client has left, its system reports so when more data arrives. The probe sends the first bytes
         of the answer, because every answer begins with the same bytes.
         """
-        if self._exchange is None or self._exchange.response_started:
-            return  # writing the answer will show it
+        if self._exchange is None or self._exchange.response_started or not self.responses.is_writable:
+            return  # writing the answer, or what is written already, will show it
         self.responses.write_prefix()
         if self._reading.has_error():
             self._abort()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -278,3 +279,25 @@ def test_request_that_is_cut_off_while_it_reserves_memory_keeps_none() -> None:
     memory.reserve_answer(reader, 60)
     reader.admission.reserve_bytes(50)
     assert memory.used_bytes == 0
+
+
+def test_nothing_of_a_second_answer_follows_one_that_is_unread() -> None:
+    """The client half-closes in its second body. The unread answer shows whether it still reads."""
+
+    async def play() -> None:
+        async with open_connection() as peer:
+            await peer.send(b"GET /fast/long HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = b"POST /late HTTP/1.1\r\nHost: x\r\nContent-Length: 150000\r\n\r\n"
+            await peer.send(head + bytes(90_000))
+            peer.socket.shutdown(socket.SHUT_WR)
+            await asyncio.sleep(0.4)
+            answers = b"".join([piece async for piece in read_pieces(peer)])
+            assert answers.endswith(bytes(LONG_BYTES)), answers[-40:]
+
+    asyncio.run(play())
+
+
+async def read_pieces(peer: Peer) -> AsyncIterator[bytes]:
+    """Yield what comes until the end of the stream."""
+    while piece := await peer.read(2.0):
+        yield piece
