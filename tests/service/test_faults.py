@@ -420,8 +420,11 @@ def test_wall_clock_is_read_only_for_displayed_dates() -> None:
         if (use := re.search(r"\btime\.time\(|\bdatetime\.\w+|perf_counter", line))
     ]
     assert sorted(uses) == [
+        ("api", "datetime.fromtimestamp"),  # formats the time since when a version has its state
         ("api", "time.time("),  # the last inference, in the statistics of the Open Inference Protocol
         ("http", "time.time("),  # the header Date
         ("http", "time.time("),  # the start of a trace
         ("rollout", "datetime.now"),  # the time of a verdict on a model version
+        ("serving", "time.time("),  # the time since when a version has its state
+        ("serving", "time.time("),  # the time since when a version is refused
     ]

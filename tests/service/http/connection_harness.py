@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from typing import Any
 
@@ -162,9 +163,17 @@ class Peer:
             await asyncio.sleep(0)
 
     async def read(self, seconds: float = 0.02) -> bytes:
-        """Return what has come; empty at the end of the stream. Raises `TimeoutError`."""
-        async with asyncio.timeout(seconds):
-            return await asyncio.get_running_loop().sock_recv(self.socket, 1 << 16)
+        """Return what has come; empty at the end of the stream. Raises `TimeoutError`.
+
+        No read is cancelled: it could have received something.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(BlockingIOError):
+                return self.socket.recv(1 << 16)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
