@@ -114,8 +114,12 @@ async def _receive_body(receive: Receive, limit: BodyLimit, allocate: Allocate) 
             chunks.append(chunk)
     except (RequestError, ClientDisconnect):
         if size > MAX_INLINE_BYTES:  # releasing much memory takes milliseconds
+            message, chunk = {}, b""
             asyncio.get_running_loop().run_in_executor(None, chunks.clear)
         raise
+    # The newest chunk lies at the end of the heap, and its release returns the heap to the system: the thread
+    # that joins the chunks must hold the last reference.
+    message, chunk = {}, b""
     if len(chunks) == 1:
         return RawBody(chunks.pop(), size)
     return RawBody(
