@@ -37,7 +37,7 @@ _INVALID_IN_VALUE: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class _Framing(Enum):
-    """How the end of an answer's content is marked."""
+    """Mark of the end of an answer's content."""
 
     EMPTY = auto()
     """There is no content, whatever the application sends: an answer to HEAD, or a status without content."""

@@ -169,10 +169,6 @@ class ModelCatalog:
         """Return whether a version should be served."""
         return version in self._state.versions_by_model.get(version.name, ())
 
-    def has_model(self, name: str | None) -> bool:
-        """Return whether any version of a model should be served."""
-        return name in self._state.versions_by_model
-
     def initial_versions(self, max_count: int) -> list[ModelVersion]:
         """Return the versions to load at the start: at most `max_count`, or all if `max_count` is 0.
 
