@@ -6,6 +6,7 @@ import asyncio
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from starlette.requests import ClientDisconnect
@@ -222,6 +223,7 @@ def check_image_count(count: int, settings: Settings) -> None:
         raise BadRequest(f"the request has {count} images; at most {max_images} (FOVEA_REQUEST_IMAGES)")
 
 
+@lru_cache(maxsize=64)
 def parse_media_type(content_type: bytes) -> bytes:
     """Return the media type without parameters, and any JSON type as `application/json` (RFC 6839)."""
     media_type = content_type.partition(b";")[0].strip().lower()

@@ -288,7 +288,7 @@ class FastHandler:
             self._job = None  # breaks the reference cycle with this handler
             if not job.is_over:
                 self._exchange.record.add_queue_time(job)
-            self._endpoint.services.classifier.cancel(job)
+                self._endpoint.services.classifier.cancel(job)
             assert job.is_over  # noqa: S101 - the invariant of `close`, not a check of input
 
     def _run(self, make_reply: Callable[..., Coroutine[Any, Any, Reply]], *arguments: object) -> None:

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from fovea.service import __version__
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES
 from fovea.service.api.services import Services
+from fovea.service.observability.metrics import Metrics
 
 MetricsEncoder: TypeAlias = Callable[[CollectorRegistry], bytes]
 """Function that renders all metrics in one format."""
@@ -26,7 +27,7 @@ MetricsEncoder: TypeAlias = Callable[[CollectorRegistry], bytes]
 def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegistry) -> None:
     """Add the operations routes; `metrics_registry` is the registry that `/metrics` shows."""
     classifier = services.classifier
-    renderer = _MetricsRenderer(metrics_registry)
+    renderer = _MetricsRenderer(metrics_registry, classifier.metrics)
 
     @app.get("/health/live", tags=["operations"], responses={503: CLASSIFY_RESPONSES[503]})
     async def live() -> dict[str, str]:
@@ -93,8 +94,9 @@ class _MetricsRenderer:
     Rendering holds the interpreter's lock for milliseconds, so it may take at most a third of the time.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, metrics: Metrics) -> None:
         self._registry = registry
+        self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._last_pause: asyncio.Future[None] | None = None
         """Future that is done when the next text may be rendered."""
@@ -121,6 +123,7 @@ class _MetricsRenderer:
             # From here on the text is being made. Later requests need a newer text, and must not share it.
             del self._pending_tasks[media_type]
             started_at = loop.time()
+            self._metrics.fold()
             # `encode` runs on the thread of `_thread`, one call at a time. It reads metrics that the event
             # loop changes meanwhile; each metric has its own lock.
             return await loop.run_in_executor(self._thread, encode, self._registry)

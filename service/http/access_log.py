@@ -40,31 +40,40 @@ fields."""
 # --- the access log ------------------------------------------------------------------------------
 
 
+_STANDARD_LOGGER: Final = logging.getLogger("fovea.access")
+
+
 class AccessLog:
     """Access log with a limit on lines per second for each status class."""
 
     def __init__(self, max_per_second: int) -> None:
-        self._logger = structlog.stdlib.get_logger("fovea.access")
+        self._logger = structlog.stdlib.get_logger(_STANDARD_LOGGER.name)
         self._limits: defaultdict[int, _LineLimit] = defaultdict(lambda: _LineLimit(max_per_second))
         """Rate limits by the first digit of the status, so that client errors (4xx) cannot hide server errors
         (5xx)."""
 
-    def write(self, record: RequestRecord, seconds: float, trace_id: str) -> None:
-        """Log a finished request.
+    def take_line(self, record: RequestRecord) -> bool:
+        """Return whether a finished request gets a line, and count the line."""
+        if not _STANDARD_LOGGER.isEnabledFor(_choose_level(record)):
+            return False
+        return self._limits[record.status // 100].count_line()
 
-        The level is `warning` for status 500 and above. The level is `debug` for successful requests without
-        a model, such as probes, scrapes and pages. All other requests have level `info`.
-        """
-        level = logging.WARNING if record.status >= 500 else logging.INFO
-        if not (record.reason or record.model):
-            level = logging.DEBUG
-        if not self._logger.isEnabledFor(level):
-            return
-        limit = self._limits[record.status // 100]
-        if limit.count_line():
-            self._logger.log(
-                level, "request", **_log_fields(record, seconds, trace_id), **limit.take_dropped_field()
-            )
+    def write(self, record: RequestRecord, seconds: float, trace_id: str) -> None:
+        """Log a finished request for which `take_line` was true."""
+        fields = _log_fields(record, seconds, trace_id)
+        dropped_field = self._limits[record.status // 100].take_dropped_field()
+        self._logger.log(_choose_level(record), "request", **fields, **dropped_field)
+
+
+def _choose_level(record: RequestRecord) -> int:
+    """Return the level of a request's line.
+
+    The level is `debug` for successful requests without a model, such as probes, scrapes and pages. It is
+    `warning` for status 500 and above, and `info` for all other requests.
+    """
+    if not (record.reason or record.model):
+        return logging.DEBUG
+    return logging.WARNING if record.status >= 500 else logging.INFO
 
 
 class _LineLimit:

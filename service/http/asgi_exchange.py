@@ -14,9 +14,9 @@ import httptools
 from starlette.types import ASGIApp, Message, Scope
 
 from fovea.service.errors import BadHttp, RequestError
+from fovea.service.http.known_heads import RequestHead
 from fovea.service.http.observer import Observer
 from fovea.service.http.request_context import get_context
-from fovea.service.http.request_parser import RequestHead
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.http.response_stream import (
     CONNECTION_CLOSE,

@@ -42,10 +42,11 @@ from fovea.service.errors import (
 )
 from fovea.service.http.asgi_exchange import AsgiExchange, build_scope
 from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, open_exchange
+from fovea.service.http.known_heads import RequestHead
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import encode_error
 from fovea.service.http.read_control import ReadControl
-from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestHead, RequestParser
+from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestParser
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.http.response_stream import (
     CONNECTION_CLOSE,
@@ -54,7 +55,7 @@ from fovea.service.http.response_stream import (
     ResponseStream,
 )
 from fovea.service.http.server_context import ServerContext
-from fovea.service.http.timer import Timer
+from fovea.service.timer import Timer
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Connection(asyncio.BufferedProtocol):
         self._buffer = memoryview(server.buffer)
         self._on_lost = on_lost
         self._state = State.IDLE
-        self._parser = RequestParser()
+        self._parser = RequestParser(server.known_heads)
         self._timer = Timer(self._loop)
         self._exchange: Exchange | AsgiExchange | None = None
         """Request whose body is arriving, or that is being answered."""
@@ -531,7 +532,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(self._rest_error)
         elif self._rest:
             self._loop.call_soon(self._parse_rest)
-        else:
+        elif self._accounted_bytes or not self._reading.is_reading:
             self.update_memory()
             self.update_reading()
 

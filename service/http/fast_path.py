@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from fovea.service.errors import BodyTooLarge, RequestError
+from fovea.service.http.known_heads import RequestHead
 from fovea.service.http.observer import Observer, encode_error, log_internal_error
-from fovea.service.http.request_parser import RequestHead
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT
 from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer

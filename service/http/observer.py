@@ -90,7 +90,8 @@ class Observer:
 
     def start_request(self) -> None:
         """Count a request as in flight."""
-        self._update_metric(self.metrics.requests_in_flight.inc)
+        self.metrics.active_requests += 1
+        self.metrics.note_change()
 
     def record_failure(self, record: RequestRecord, reason: str) -> None:
         """Record that the request failed: `reason` is the error's code, or `CLIENT_LEFT`."""
@@ -104,10 +105,9 @@ class Observer:
 
     def end_request(self, record: RequestRecord) -> None:
         """Count a finished request, then log and trace it."""
-        self._update_metric(self.metrics.requests_in_flight.dec)
-        seconds = time.monotonic() - record.started_at
-        values = (record.protocol.name, record.route, record.model, record.status, seconds)
-        self._update_metric(self.metrics.count_request, *values)
+        metrics, seconds = self.metrics, time.monotonic() - record.started_at
+        metrics.active_requests -= 1
+        metrics.count_request(record.protocol.name, record.route, record.model, record.status, seconds)
         self.log_request(record)
 
     def _update_metric(self, update: Callable[..., None], *values: object) -> None:
@@ -125,20 +125,23 @@ class Observer:
 
         Also used for input that is no request.
         """
-        seconds = time.monotonic() - record.started_at
-        # The caller writes the answer in the current callback of the event loop, after this call. Logging in
-        # a later callback does not delay the answer.
-        asyncio.get_running_loop().call_soon(self._log_and_trace, record, seconds)
+        has_line = self._access_log.take_line(record)
+        if has_line or self._tracing:
+            seconds = time.monotonic() - record.started_at
+            # The caller writes the answer in the current callback of the event loop, after this call. Logging
+            # in a later callback does not delay the answer.
+            asyncio.get_running_loop().call_soon(self._log_and_trace, record, seconds, has_line)
 
-    def _log_and_trace(self, record: RequestRecord, seconds: float) -> None:
-        """Trace and log a request."""
+    def _log_and_trace(self, record: RequestRecord, seconds: float, has_line: bool) -> None:
+        """Trace a request, and log it if it has a line."""
         trace_id = parse_trace_id(record.traceparent)
         if self._tracing:
             try:
                 trace_id = self._tracing.trace_request(record, seconds) or trace_id
             except Exception:
                 log.exception("request %s could not be traced", record.request_id)
-        self._access_log.write(record, seconds, trace_id)
+        if has_line:
+            self._access_log.write(record, seconds, trace_id)
 
 
 class ObserverMiddleware:

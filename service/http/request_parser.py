@@ -8,12 +8,12 @@ not go through httptools. What follows belongs to the next request, and is parse
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 import httptools
 
 from fovea.service.errors import BadHttp, HeaderTooLarge, RequestError
+from fovea.service.http.known_heads import KnownHeads, RequestHead
 from fovea.service.http.observer import log_internal_error
 
 MAX_HEADER_BYTES: Final = 64 << 10
@@ -28,27 +28,6 @@ _VALID_HOST: Final = re.compile(
 brackets only the characters are checked."""
 
 
-@dataclass(slots=True)
-class RequestHead:
-    """Request line and headers of a request."""
-
-    method: bytes
-    url: bytes
-    """Target as sent."""
-    version: str
-    """HTTP version: "1.1" or "1.0"."""
-    headers: list[tuple[bytes, bytes]]
-    """Headers with names in lower case, in the order of the request."""
-    content_length: int
-    """Declared size of the body in bytes; 0 if none is declared."""
-    is_chunked: bool
-    """True if the body comes in chunks, so that its size is not known."""
-    keep_alive: bool
-    """True if the client allows further requests on the connection."""
-    expects_continue: bool
-    """True if the client waits for `100 Continue` before it sends the body."""
-
-
 class RequestParser:
     """Parser of the requests of one connection, one after the other.
 
@@ -56,7 +35,9 @@ class RequestParser:
     `take_body`. `start_next` prepares for the next request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known_heads: KnownHeads) -> None:
+        """Create the parser; `known_heads` are those of all connections."""
+        self._known_heads = known_heads
         self._parser = httptools.HttpRequestParser(self)
         self._clear()
 
@@ -70,8 +51,12 @@ class RequestParser:
         """Piece of the body in the last call of `feed`."""
         self.body_bytes = 0
         """Number of bytes of the body so far."""
+        self.missing_bytes = 0
+        """Number of bytes that are missing of a body with a Content-Length; 0 for any other request."""
         self.pending_bytes = 0
         """Number of bytes since the parser last completed the headers or a piece of a body."""
+        self._has_parsed = False
+        """True if httptools has read the head."""
         self._tail = b""
         """Last bytes of an incomplete head or body, in which the empty line may have begun."""
         self._url = b""
@@ -79,15 +64,9 @@ class RequestParser:
         self._header_bytes = 0
         self._pieces: list[bytes] = []
 
-    @property
-    def missing_bytes(self) -> int:
-        """Number of bytes that are missing of a body with a Content-Length; 0 for any other request."""
-        head = self.head
-        return head.content_length - self.body_bytes if head and not head.is_chunked else 0
-
     def start_next(self) -> None:
         """Prepare for the next request."""
-        if self.missing_bytes or self.body_bytes:  # httptools still waits for the body
+        if self._has_parsed and (self.missing_bytes or self.body_bytes):  # httptools still waits for the body
             self._parser = httptools.HttpRequestParser(self)
         self._clear()
 
@@ -105,14 +84,36 @@ class RequestParser:
             self._body = view[start:stop]
             self.count_bytes(stop - start)
             return stop
+        is_first_piece = not self.has_begun and not self._tail
         stop = self._find_stop(data, start, end)
-        self.pending_bytes += stop - start
-        self._feed_httptools(view[start:stop])
+        if is_first_piece and not self._tail:  # the whole head
+            content = bytes(view[start:stop])
+            if head := self._known_heads.find(content):
+                self._take_known_head(head)
+                return stop
+            self._parse(content, stop - start)
+            if self.head:
+                self._known_heads.add(content, self.head)
+        else:
+            self._parse(view[start:stop], stop - start)
+        return stop
+
+    def _take_known_head(self, head: RequestHead) -> None:
+        """Take a head that was found without httptools, which does not read this request."""
+        self.head = head
+        self.has_begun = True
+        self.missing_bytes = head.content_length
+        self.is_complete = not head.content_length
+        self.pending_bytes = 0
+
+    def _parse(self, data: bytes | memoryview, size: int) -> None:
+        """Parse `size` bytes with httptools. Raises `BadHttp` or `HeaderTooLarge`."""
+        self.pending_bytes += size
+        self._feed_httptools(data)
         if self.pending_bytes > MAX_HEADER_BYTES:
             raise _create_too_large_error()
         self._body, self._pieces = b"".join(self._pieces), []
         self.body_bytes += len(self._body)
-        return stop
 
     def take_body(self) -> bytes | memoryview:
         """Return the piece of the body in the last call of `feed`, once. It is as valid as the fed data."""
@@ -122,10 +123,12 @@ class RequestParser:
     def count_bytes(self, size: int) -> None:
         """Count `size` more bytes of a body with a Content-Length, which may have bypassed the parser."""
         self.body_bytes += size
+        self.missing_bytes -= size
         self.is_complete = not self.missing_bytes
 
     def _feed_httptools(self, data: bytes | memoryview) -> None:
         """Feed httptools. Raises `BadHttp` or `HeaderTooLarge`."""
+        self._has_parsed = True
         offers_upgrade = False
         try:
             self._parser.feed_data(data)
@@ -208,6 +211,8 @@ class RequestParser:
                 self._headers,
                 keep_alive=parser.should_keep_alive(),
             )
+            if not self.head.is_chunked:
+                self.missing_bytes = self.head.content_length
 
     def on_body(self, body: bytes) -> None:
         """Store a piece of a chunked body."""

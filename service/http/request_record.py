@@ -37,6 +37,7 @@ class RequestRecord:
     """
 
     __slots__ = (
+        "_stages",
         "client",
         "image_errors",
         "images",
@@ -47,7 +48,6 @@ class RequestRecord:
         "reason",
         "request_id",
         "route",
-        "stages",
         "started_at",
         "status",
         "traceparent",
@@ -85,19 +85,24 @@ class RequestRecord:
         """Status of the answer. 0 until an answer has begun, and if the client left before."""
         self.reason = ""
         """Code of the error that was the answer, or `metrics.CLIENT_LEFT`."""
-        self.stages: list[TimeSpan] = []
+        self._stages: list[tuple[str, float, float, int]] = []
+        """Fields of `TimeSpan`; few requests need the objects."""
 
     def add_stage(self, name: str, started_at: float) -> float:
         """Add a stage that ends now and return its duration in seconds."""
         seconds = time.monotonic() - started_at
-        self.stages.append(TimeSpan(name, started_at, seconds))
+        self._stages.append((name, started_at, seconds, 0))
         return seconds
+
+    @property
+    def stages(self) -> list[TimeSpan]:
+        """All stages, in the order in which they ended."""
+        return [TimeSpan(*stage) for stage in self._stages]
 
     def add_queue_time(self, job: Job) -> None:
         """Add the queue time of an image that is no longer waited for."""
-        self.stages.append(
-            TimeSpan("queue", job.arrived_at, (job.started_at or time.monotonic()) - job.arrived_at)
-        )
+        seconds = (job.started_at or time.monotonic()) - job.arrived_at
+        self._stages.append(("queue", job.arrived_at, seconds, 0))
 
     def longest_stages(self) -> dict[str, TimeSpan]:
         """Return the longest stage of each name.
@@ -115,14 +120,14 @@ class RequestRecord:
         """Add the stages and warnings of an image that was answered or failed."""
         self.images += 1
         if job.started_at:
-            self.stages.append(TimeSpan("queue", job.arrived_at, job.started_at - job.arrived_at))
+            self._stages.append(("queue", job.arrived_at, job.started_at - job.arrived_at, 0))
         if isinstance(outcome, Answer):
             for warning in outcome.warnings:
                 self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
             work = outcome.timing
-            self.stages.append(TimeSpan("decode", work.decode_started_at, work.decode_seconds))
-            self.stages.append(
-                TimeSpan("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
+            self._stages.append(("decode", work.decode_started_at, work.decode_seconds, 0))
+            self._stages.append(
+                ("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
             )
 
 

@@ -21,8 +21,8 @@ from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
 from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
+from fovea.service.http.rate_limiter import RateLimiter
 from fovea.service.http.server_context import ServerContext
-from fovea.service.http.timer import RateLimiter
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 

@@ -10,9 +10,10 @@ from starlette.types import ASGIApp
 
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
+from fovea.service.http.known_heads import KnownHeads
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
-from fovea.service.http.timer import RateLimiter
+from fovea.service.http.rate_limiter import RateLimiter
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
@@ -37,6 +38,8 @@ class ServerContext:
     buffer: bytearray
     """Buffer for one read. Allocating memory for each read would fragment the heap. Its content is valid only
     until the callback of the read returns."""
+    known_heads: KnownHeads = field(default_factory=KnownHeads)
+    """Parsed heads of all connections."""
     date_line: bytes = b""
     """The Date header, which the server updates every second."""
     connections: set[Connection] = field(default_factory=set)

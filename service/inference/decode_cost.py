@@ -179,16 +179,23 @@ def _read_jpeg(image: ImageBytes) -> ImageHeader:
             offset += gap
         marker = image[offset + 1]
         if marker in _FRAME_MARKERS:
-            size = (_read_number(image, offset + 7, 2), _read_number(image, offset + 5, 2))
-            return ImageHeader(
-                "JPEG", *size, scans=_count_scans(image) if marker in _PROGRESSIVE_MARKERS else 0
-            )
-        is_bare_marker = marker == 0xFF or marker == 0x00 or 0xD0 <= marker <= 0xD9 or marker == 0x01
-        offset += (1 if marker == 0xFF else 2) if is_bare_marker else 2 + _read_number(image, offset + 2, 2)
+            width = image[offset + 7] << 8 | image[offset + 8]
+            height = image[offset + 5] << 8 | image[offset + 6]
+            scans = _count_scans(image) if marker in _PROGRESSIVE_MARKERS else 0
+            return ImageHeader("JPEG", width, height, scans=scans)
+        if marker == 0xFF:  # a fill byte
+            offset += 1
+        elif marker in _BARE_MARKERS:
+            offset += 2
+        else:
+            offset += 2 + (image[offset + 2] << 8 | image[offset + 3])
     raise ValueError("no frame header")
 
 
 _FRAME_MARKERS: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BARE_MARKERS: Final = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
+"""Markers without a length: restart markers, start and end of the image, TEM, and a byte that is stuffed."""
+
 _PROGRESSIVE_MARKERS: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 

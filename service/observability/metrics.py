@@ -6,14 +6,19 @@ breaks the alerts that use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Generic, TypeVar
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from fovea.service.errors import list_error_codes
 from fovea.service.image_warnings import WarningCode
+from fovea.service.observability.tallies import HistogramTally, SumTally, Tally, observe_all
+
+log = logging.getLogger(__name__)
 
 _SECONDS_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -42,6 +47,12 @@ _CONFIDENCE_BUCKETS: Final = (*_RATIO_BUCKETS[:-1], 0.95, 0.98, 0.99, 1.0)
 _SIDE_BUCKETS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Bucket edges of image sides in pixels: from thumbnails to phones (4,000) and scanners (8,000)."""
 
+
+MAX_PENDING_REQUESTS: Final = 256
+"""Number of requests after which the tallies are folded, so that they do not grow without a scrape."""
+
+_RequestKey: TypeAlias = tuple[str, str, str, int]
+"""Protocol, route, model and status of a request."""
 
 MetricT = TypeVar("MetricT", bound=MetricWrapperBase)
 
@@ -218,20 +229,96 @@ class Metrics:
         "model", "version", "signal", workers="livemax",
     )  # fmt: skip
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, fold_interval: int = MAX_PENDING_REQUESTS) -> None:
+        """Create all metrics in `registry`.
+
+        Frequent events wait in tallies until `fold`. The event loop calls it after `fold_interval` requests,
+        and before each scrape.
+        """
         self.registry = registry
         self.process_metrics = ProcessMetrics(registry)
         _register_all(self, registry)
         # Create every series at the start: an alert on an increase would miss a series that begins at 1.
-        self.seconds_by_stage: Mapping[str, Histogram] = {
-            stage: self.stage_seconds.labels(stage) for stage in STAGES
+        self.seconds_by_stage: Mapping[str, HistogramTally] = {
+            stage: HistogramTally(self.stage_seconds.labels(stage)) for stage in STAGES
         }
+        self.batch_sizes = HistogramTally(self.batch_images)
+        self.busy_seconds = SumTally(self.runner_busy_seconds)
+        self._tallies: list[Tally] = [*self.seconds_by_stage.values(), self.batch_sizes, self.busy_seconds]
         self._error_counters = {code: self.errors.labels(code) for code in (*list_error_codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
-        self._request_series: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
+        self.active_requests = 0
+        """Number of requests that are being answered."""
+        self._finished_requests: list[tuple[_RequestKey, float]] = []
+        self._request_series: dict[_RequestKey, tuple[Counter, Histogram]] = {}
+        self._gauge_setters: list[Callable[[], None]] = [
+            lambda: self.requests_in_flight.set(self.active_requests)
+        ]
+        self._fold_interval = fold_interval
+        self._pending_requests = 0
+
+    # --- tallies; on the event loop ---
+
+    def add_tally(self, tally: Tally) -> None:
+        """Fold `tally` too, until `remove_tally`."""
+        self._tallies.append(tally)
+
+    def remove_tally(self, tally: Tally) -> None:
+        """Fold `tally` for the last time."""
+        tally.fold()
+        self._tallies.remove(tally)
+
+    def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
+        """Call `set_gauges` at every fold, to set gauges to what they describe."""
+        self._gauge_setters.append(set_gauges)
+
+    def note_change(self) -> None:
+        """Fold if every change must be visible at once, to the scrapes of other processes."""
+        if self._fold_interval == 1:
+            self.fold()
+
+    def fold(self) -> None:
+        """Add everything that is pending to the metrics.
+
+        Never raises: an error is logged, because a metric is no reason to lose an answer.
+        """
+        self._pending_requests = 0
+        for update in (*(tally.fold for tally in self._tallies), self._fold_requests, *self._gauge_setters):
+            try:
+                update()
+            except Exception:
+                log.exception("a metric could not be updated")
+
+    def _fold_requests(self) -> None:
+        """Count the finished requests.
+
+        The series are cached: finding a series by its labels takes longer than counting.
+        """
+        seconds_by_key: defaultdict[_RequestKey, list[float]] = defaultdict(list)
+        for key, seconds in self._finished_requests:
+            seconds_by_key[key].append(seconds)
+        self._finished_requests.clear()
+        for key, values in seconds_by_key.items():
+            series = self._request_series.get(key)
+            if series is None:
+                protocol, route, model, status = key
+                counter = self.requests.labels(protocol, route, model, str(status))
+                series = self._request_series[key] = (
+                    counter,
+                    self.request_seconds.labels(protocol, route, model),
+                )
+            series[0].inc(len(values))
+            observe_all(series[1], values)
+
+    def count_request(self, protocol: str, route: str, model: str, status: int, seconds: float) -> None:
+        """Count one request that took `seconds`, and fold if enough are pending."""
+        self._finished_requests.append(((protocol, route, model, status), seconds))
+        self._pending_requests += 1
+        if self._pending_requests >= self._fold_interval:
+            self.fold()
 
     def count_error(self, reason: str) -> None:
         """Count one error by its code, or `CLIENT_LEFT`.
@@ -241,19 +328,6 @@ class Metrics:
         Raises `KeyError` for an unknown code.
         """
         self._error_counters[reason].inc()
-
-    def count_request(self, protocol: str, route: str, model: str, status: int, seconds: float) -> None:
-        """Count one request that took `seconds`, and record its duration.
-
-        The series are cached: finding a series by its labels takes longer than counting.
-        """
-        key = (protocol, route, model, status)
-        series = self._request_series.get(key)
-        if series is None:
-            counter = self.requests.labels(protocol, route, model, str(status))
-            series = self._request_series[key] = counter, self.request_seconds.labels(protocol, route, model)
-        series[0].inc()
-        series[1].observe(seconds)
 
     def remove_version(self, model: str, version: str) -> None:
         """Remove all series of a model version.

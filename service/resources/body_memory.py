@@ -51,7 +51,8 @@ class BodyMemory:
         if self._body_bytes + size > self.limit:
             return False
         self._body_bytes += size
-        self._cut_off_readers()
+        if self._answer_sizes:
+            self._cut_off_readers()
         return True
 
     def release(self, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fovea.service.errors import RequestError, error_from_dict
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.runners.frames import BytesLike, Frame, FrameError, encode_frame, split_content
+from fovea.service.runners.frames import BytesLike, Frame, FrameError, encode_frame
 from fovea.service.runners.messages import Message
 from fovea.service.runners.shared_memory import SharedRef
 
@@ -80,14 +80,30 @@ class Batch(NamedTuple):
     def to_pieces(self) -> Iterator[memoryview]:
         """Yield the pieces of the encoded message. See `frames.encode_frame`.
 
-        Images in shared memory are not sent.
+        Images in shared memory are not sent. Each image is described by its size in the message or by its
+        location in shared memory, with the options of an `ImageRequest`.
         """
-        contents = (image.content if isinstance(image, ImageRequest) else image for image in self.images)
-        inline_contents = [content for content in contents if not isinstance(content, SharedRef)]
+        descriptions: list[Any] = []
+        inline_contents: list[BytesLike] = []
+        for image in self.images:
+            content = image.content if isinstance(image, ImageRequest) else image
+            location: Any
+            if isinstance(content, SharedRef):
+                location = (content.offset, content.size)
+            else:
+                location = len(content)
+                inline_contents.append(content)
+            if isinstance(image, ImageRequest):
+                location = {
+                    "content": location,
+                    "tensor": image.tensor_name,
+                    "logits": image.include_logits,
+                }
+            descriptions.append(location)
         values = {
             "number": self.number,
             "model": self.model_id,
-            "images": [_describe_image(image) for image in self.images],
+            "images": descriptions,
             "deadlines": self.deadlines,
             "exclusive": self.exclusive,
             "separate": self.separate,
@@ -133,21 +149,6 @@ class DropCommand(Message):
 
     batch_number: int
     image_index: int
-
-
-def _describe_image(image: Item) -> Any:
-    """Return the JSON value that describes an image.
-
-    This is the size of an image in the message or the location of an image in shared memory, with the options
-    of an `ImageRequest`.
-    """
-    if isinstance(image, ImageRequest):
-        return {
-            "content": _describe_image(image.content),
-            "tensor": image.tensor_name,
-            "logits": image.include_logits,
-        }
-    return (image.offset, image.size) if isinstance(image, SharedRef) else len(image)
 
 
 class ImageTiming(NamedTuple):
@@ -234,7 +235,9 @@ class BatchReport(NamedTuple):
     @classmethod
     def _parse(cls, values: dict[str, Any], content: memoryview) -> BatchReport:
         heads, logits_size = values["answers"], values["logits"]
-        answer_count = sum(isinstance(head, list) for head in heads)
+        answer_count = 0
+        for head in heads:
+            answer_count += isinstance(head, list)
         # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers.
         end = len(content) - logits_size
         row_size = end // (2 * answer_count) if answer_count else 0
@@ -245,26 +248,27 @@ class BatchReport(NamedTuple):
             or answer_count * logits_row_size != logits_size
         ):
             raise ValueError("the content is not as long as its rows")
-        rows = split_content(content, [row_size] * (2 * answer_count))
-        logits = split_content(content[end:], [logits_row_size] * answer_count) if logits_size else None
         answers: list[Answer | RequestError] = []
+        start, logits_start = 0, end
         for head in heads:
-            if isinstance(head, list):
-                warning_values, image_format, width, height, brightness, entropy, *timing = head
-                answers.append(
-                    Answer(
-                        image_format,
-                        width,
-                        height,
-                        brightness,
-                        entropy,
-                        next(rows).cast("f"),
-                        next(rows).cast("i"),
-                        ImageTiming(*timing),
-                        next(logits).cast("f") if logits else None,
-                        [ImageWarning(*one) for one in warning_values],
-                    )
-                )
-            else:
+            if not isinstance(head, list):
                 answers.append(error_from_dict(head))
+                continue
+            warning_values, image_format, width, height, brightness, entropy, *timing = head
+            middle, stop, logits_stop = start + row_size, start + 2 * row_size, logits_start + logits_row_size
+            answers.append(
+                Answer(
+                    image_format,
+                    width,
+                    height,
+                    brightness,
+                    entropy,
+                    content[start:middle].cast("f"),
+                    content[middle:stop].cast("i"),
+                    ImageTiming(*timing),
+                    content[logits_start:logits_stop].cast("f") if logits_size else None,
+                    [ImageWarning(*one) for one in warning_values],
+                )
+            )
+            start, logits_start = stop, logits_stop
         return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -74,6 +74,8 @@ class Batcher:
         """Time at which the last item of each level arrived or was begun, on the monotonic clock."""
         self._runners: dict[Runner, deque[list[Job]]] = {}
         """Batches of each runner. The runner works on the first one."""
+        self._reserved_bytes = 0
+        """Number of bytes reserved for the batches of all runners."""
         self._finish_times: dict[Runner, float] = {}
         """Time at which each runner finished its last batch, on the monotonic clock."""
         self._virtual_time = 0.0
@@ -83,6 +85,7 @@ class Batcher:
         self._seconds_per_item = 0.0
         self._last_finish = 0.0
         """Time at which the last batch was finished; 0 if the runners have been idle since."""
+        metrics.add_gauge_setter(self._set_gauges)
 
     def add_runner(self, runner: Runner) -> None:
         """Give work to a runner from now on."""
@@ -91,7 +94,8 @@ class Batcher:
 
     def remove_runner(self, runner: Runner) -> None:
         """Give a runner no more work."""
-        self._runners.pop(runner, None)
+        for batch in self._runners.pop(runner, ()):
+            self._reserved_bytes -= _sum_memory(batch)
         self._finish_times.pop(runner, None)
 
     def enqueue(
@@ -184,7 +188,7 @@ class Batcher:
 
     def reserve_memory(self, size: int) -> bool:
         """Reserve `size` bytes for another use until `release_memory`; return False if they are not free."""
-        if size > self._memory - self._count_reserved_bytes():
+        if size > self._memory - self._reserved_bytes:
             return False
         self._memory -= size
         return True
@@ -213,27 +217,34 @@ class Batcher:
     def _dispatch(self) -> None:
         """Give batches to runners until no lane is due, no runner has room, or memory is short."""
         self._is_dispatch_scheduled = False
-        now = time.monotonic()
-        self._lanes = {lane: None for lane in self._lanes if lane.jobs}
-        while self._runners:
-            due_lanes = [lane for lane in self._lanes if lane.seconds_until_due(now) <= 0]
-            if not due_lanes:
-                break
-            capacity = {runner: _free_capacity(batches) for runner, batches in self._runners.items()}
-            free_memory = self._memory - self._count_reserved_bytes()
-            pair = self._choose_pair(due_lanes, capacity, free_memory, now)
+        if self._lanes:
+            now = time.monotonic()
+            self._lanes = {lane: None for lane in self._lanes if lane.jobs}
+            self._start_due_batches(now)
+            self._dispatch_later(now)
+        self._metrics.note_change()
+
+    def _start_due_batches(self, now: float) -> None:
+        while due_lanes := [lane for lane in self._lanes if lane.is_due(now)]:
+            capacity: dict[Runner, float] = {}
+            total_capacity = 0.0
+            for runner, batches in self._runners.items():
+                capacity[runner] = free_capacity = _free_capacity(batches)
+                if free_capacity > 0:
+                    total_capacity += free_capacity
+            free_memory = self._memory - self._reserved_bytes
+            pair = self._choose_pair(due_lanes, capacity, free_memory, now) if total_capacity else None
             if pair is None:
-                break
+                return
             lane, runner = pair
-            if batch := lane.pop_batch(sum(one for one in capacity.values() if one > 0), now, free_memory):
+            if batch := lane.pop_batch(total_capacity, now, free_memory):
                 self._start_batch(runner, lane, batch, now)
-        self._dispatch_later(now)
-        try:
-            self._metrics.queue_images.set(self._count_queued())
-            self._metrics.queue_costly_images.set(self.count_waiting(LEVEL_COUNT - 1))
-            self._metrics.decode_reserved_bytes.set(self._count_reserved_bytes())
-        except Exception:  # the work has been dispatched; metrics are optional
-            log.exception("the queue could not be counted in the metrics")
+
+    def _set_gauges(self) -> None:
+        """Set the gauges of the queue."""
+        self._metrics.queue_images.set(self._count_queued())
+        self._metrics.queue_costly_images.set(self.count_waiting(LEVEL_COUNT - 1))
+        self._metrics.decode_reserved_bytes.set(self._reserved_bytes)
 
     def _choose_pair(
         self,
@@ -248,18 +259,23 @@ class Batcher:
         time: an item that needs much memory is not overtaken by another item that needs memory.
         """
         is_memory_short = False
-        for lane in sorted(due_lanes, key=lambda lane: (lane.virtual_time, lane.jobs[0].arrived_at)):
+        if len(due_lanes) > 1:
+            due_lanes.sort(key=lambda lane: (lane.virtual_time, lane.jobs[0].arrived_at))
+        for lane in due_lanes:
             job = lane.first_wanted_job(now)
             if job is None:
                 continue
             is_memory_short = is_memory_short or (job.memory > 0 and job.memory > free_memory)
             if job.memory and is_memory_short:
                 continue
-            runners = [
-                runner for runner in self._list_eligible_runners(lane.level, now) if capacity[runner] > 0
-            ]
-            if runners:
-                return lane, max(runners, key=lambda one: (capacity[one], one.is_multi_threaded))
+            best_runner: Runner | None = None
+            best_claim = (0.0, False)
+            for runner in self._list_eligible_runners(lane.level, now) if lane.level else self._runners:
+                claim = capacity[runner], runner.is_multi_threaded
+                if claim[0] > 0 and claim > best_claim:
+                    best_runner, best_claim = runner, claim
+            if best_runner:
+                return lane, best_runner
         return None
 
     def _list_eligible_runners(self, level: int, now: float) -> list[Runner]:
@@ -283,10 +299,6 @@ class Batcher:
         """Return the number of items of this level that wait for a runner."""
         return sum(len(lane.jobs) for lane in self._lanes if lane.level == level)
 
-    def _count_reserved_bytes(self) -> int:
-        """Return the number of bytes reserved for the batches of all runners."""
-        return sum(job.memory for batches in self._runners.values() for batch in batches for job in batch)
-
     def _count_queued(self) -> int:
         """Return the number of items that wait for a runner, or behind the batch in work."""
         queued_batches = (islice(batches, 1, None) for batches in self._runners.values())
@@ -297,8 +309,10 @@ class Batcher:
 
     def _dispatch_later(self, now: float) -> None:
         """Schedule the next dispatch for the time when a lane has waited long enough for more items."""
-        waits = [seconds for lane in self._lanes if (seconds := lane.seconds_until_due(now)) > 0]
-        wait = min(waits, default=INFINITY)
+        wait = INFINITY
+        for lane in self._lanes:
+            if lane.max_wait and lane.jobs and not lane.is_due(now):
+                wait = min(wait, lane.jobs[0].arrived_at + lane.max_wait - now)
         if wait < INFINITY and (
             self._timer is None or self._timer.when() < asyncio.get_running_loop().time()
         ):
@@ -307,7 +321,7 @@ class Batcher:
     def _start_batch(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
         """Send a batch to a runner. If that fails, answer the items of the batch with the error."""
         self._last_arrivals[lane.level] = now
-        memory = sum(job.memory for job in batch)
+        memory = _sum_memory(batch)
         is_busy = any(self._runners.values())
         exclusive = len(batch) == 1 and not is_busy and not any(other.jobs for other in self._lanes)
         self._virtual_time = lane.virtual_time
@@ -315,6 +329,7 @@ class Batcher:
         lane.virtual_time += len(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
         # Before the runner has the batch: `_finish_batch` removes the first batch of the runner.
         self._runners[runner].append(batch)
+        self._reserved_bytes += memory
         for job in batch:
             job.started_at = now
         try:
@@ -331,6 +346,7 @@ class Batcher:
         except Exception as error:  # a bug in Fovea: answer these items, and go on
             log.exception("a batch could not be sent to its runner")
             self._runners[runner].remove(batch)
+            self._reserved_bytes -= memory
             deliver_outcomes(batch, error)
             return
         # From here on `cancel` informs the runner. There was no `await`, so no caller can have left before.
@@ -358,6 +374,7 @@ class Batcher:
         """
         if runner in self._runners:
             self._runners[runner].popleft()
+            self._reserved_bytes -= _sum_memory(batch)
         if isinstance(outcome, RunnerLost):
             if outcome.is_suspect:
                 seconds = time.monotonic() - max(started_at, self._finish_times.get(runner, 0.0))
@@ -411,14 +428,26 @@ class Batcher:
         lane.seconds_per_item += weight * (newest - lane.seconds_per_item)
 
 
-def _free_capacity(batches: Sequence[list[Job]]) -> float:
+def _sum_memory(batch: Sequence[Job]) -> int:
+    """Return the number of bytes that are reserved for a batch."""
+    memory = 0
+    for job in batch:
+        memory += job.memory
+    return memory
+
+
+def _free_capacity(batches: Iterable[list[Job]]) -> float:
     """Return the number of largest batches that a runner still has room for.
 
     A runner with the most expensive items has none.
     """
-    if _max_level(batches) == LEVEL_COUNT - 1:
-        return 0.0
-    return _RUNNER_CAPACITY - sum(job.batch_share for batch in batches for job in batch)
+    capacity: float = _RUNNER_CAPACITY
+    for batch in batches:
+        if batch[0].lane.level == LEVEL_COUNT - 1:
+            return 0.0
+        for job in batch:
+            capacity -= job.batch_share
+    return capacity
 
 
 def _max_level(batches: Sequence[list[Job]]) -> int:

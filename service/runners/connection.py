@@ -178,7 +178,7 @@ class RunnerConnection(FrameStream):
             self._on_lost(self)
         finally:  # even if this fails, no caller may wait for ever
             self._fail_pending()
-        self._metrics.runner_busy_seconds.inc(watched_seconds)
+        self._metrics.busy_seconds.add(watched_seconds)
 
     def _fail_pending(self) -> None:
         """Report the death to all callers that wait for the process.
@@ -261,7 +261,7 @@ class RunnerConnection(FrameStream):
 
     def _record_metrics(self, report: BatchReport | Failure, busy_seconds: float) -> None:
         """Update the metrics of an answered batch. The runner was at work for `busy_seconds`."""
-        self._metrics.runner_busy_seconds.inc(busy_seconds)
+        self._metrics.busy_seconds.add(busy_seconds)
         if isinstance(report, Failure):
             return
         histograms = self._metrics.seconds_by_stage
@@ -269,4 +269,4 @@ class RunnerConnection(FrameStream):
             histograms["decode"].observe(seconds)
         if report.batch_size:
             histograms["inference"].observe(report.inference_seconds)
-            self._metrics.batch_images.observe(report.batch_size)
+            self._metrics.batch_sizes.observe(report.batch_size)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.frames import Frame, FrameDecoder, FrameError
+from fovea.service.timer import Timer
 
 _BUFFER_BYTES: Final = 64 << 10
 """Receive buffer size for one process, in bytes."""
@@ -33,7 +34,7 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._send_queue: deque[memoryview] = deque()
         self._is_paused = False
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._watchdog = Timer(asyncio.get_running_loop())
         self._watched_since = 0.0
 
     async def connect(self) -> None:
@@ -83,14 +84,13 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
     def _start_watchdog(self, seconds: float) -> None:
         """Give up the process after this time, unless the watchdog is stopped before."""
         self._watched_since = time.monotonic()
-        self._watchdog = asyncio.get_running_loop().call_later(seconds, self._handle_silence)
+        self._watchdog.arm(seconds, self._handle_silence)
 
     def _stop_watchdog(self) -> float:
         """Stop the watchdog; return the seconds since its start, or 0 if it is stopped already."""
-        if self._watchdog is None:
+        if not self._watchdog.is_armed:
             return 0.0
-        self._watchdog.cancel()
-        self._watchdog = None
+        self._watchdog.disarm()
         return time.monotonic() - self._watched_since
 
     def _handle_silence(self) -> None:
@@ -139,4 +139,6 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
         """Give up the process. asyncio calls this once, after the stream has ended or was aborted."""
         self.is_given_up = True
         self._send_queue.clear()
-        self._handle_lost(self._stop_watchdog())
+        watched_seconds = self._stop_watchdog()
+        self._watchdog.close()
+        self._handle_lost(watched_seconds)

@@ -118,11 +118,12 @@ class Lane(Generic[Item, Result]):
         """Return the share of the largest batch that an item takes; at most 1."""
         return max(1 / self.batch_max, min(1.0, self.weigh(item) / self.weight_max))
 
-    def seconds_until_due(self, now: float) -> float:
-        """Return the seconds until a batch is due; `INFINITY` while no item waits."""
-        if not self.jobs:
-            return INFINITY
-        return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].arrived_at + self.max_wait - now
+    def is_due(self, now: float) -> bool:
+        """Return whether a batch is due: items wait, and there are enough or the first has waited enough."""
+        jobs = self.jobs
+        return bool(jobs) and (
+            not self.max_wait or len(jobs) >= self.batch_max or jobs[0].arrived_at + self.max_wait <= now
+        )
 
     def first_wanted_job(self, now: float) -> Job | None:
         """Return the first wanted item, and remove unwanted items before it."""

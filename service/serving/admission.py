@@ -106,5 +106,4 @@ class Admission:
         """Change the number of images in flight."""
         self._reserved_images += images
         self._classifier.images_in_flight += images
-        self._classifier.metrics.images_in_flight.inc(images)
         self.model.images_in_flight += images

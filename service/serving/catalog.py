@@ -119,6 +119,8 @@ class ModelCatalog:
         self._entries: dict[ModelVersion, CatalogEntry] = {}
         self._live_models: dict[str, dict[str, LiveModel]] = {}
         """Models that answer, by name and version: the index of the entries that are `READY`."""
+        self._found_models: dict[tuple[str | None, str | None], LiveModel] = {}
+        """Results of `get` since the last change of what it depends on."""
         self.single_model_name: str | None = None
         """Name of a single model file, once it is loaded."""
         self.change_count = 0
@@ -139,6 +141,7 @@ class ModelCatalog:
             self._metrics.model_versions.labels(name, VersionState.REFUSED).set(refused_counts[name])
         self._refused_since = {one: self._refused_since.get(one, now) for one in state.refused_versions}
         self._state = state
+        self._found_models.clear()
         for versions in state.versions_by_model.values():
             for version in versions:
                 entry = self.get_entry(version)
@@ -296,6 +299,14 @@ class ModelCatalog:
         A version that is not loaded is returned as `ModelVersion`. Raises `ModelNotFound`, or `NotReady` if
         the repository has the model but cannot serve it.
         """
+        model: LiveModel | ModelVersion | None = self._found_models.get((name, version))
+        if model is None:
+            model = self._find(name, version)
+            if isinstance(model, LiveModel):
+                self._found_models[name, version] = model
+        return model
+
+    def _find(self, name: str | None, version: str | None) -> LiveModel | ModelVersion:
         name = name or self.default
         if name is None:
             where = f"the repository's file `{DEFAULT_MODEL_FILE}`, or FOVEA_DEFAULT_MODEL"
@@ -379,6 +390,7 @@ class ModelCatalog:
 
     def _add_model(self, model: LiveModel) -> None:
         """Add a model to the lookup beside its other versions, and set its metrics."""
+        self._found_models.clear()
         if model.model_version.name is None:
             self.single_model_name = model.name
         versions = {**self._live_models.get(model.name, {}), model.version: model}
@@ -401,6 +413,7 @@ class ModelCatalog:
 
     def _remove_model(self, model: LiveModel) -> None:
         """Remove a model from the lookup."""
+        self._found_models.clear()
         versions = self._live_models[model.name]
         if versions.get(model.version) is model:
             del versions[model.version]

@@ -38,7 +38,7 @@ from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_sh
 from fovea.service.serving import recent_images
 from fovea.service.serving.catalog import ModelCatalog
 from fovea.service.serving.live_model import LiveModel
-from fovea.service.serving.prediction_metrics import PredictionMetrics
+from fovea.service.serving.prediction_tally import PredictionTally
 from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.recent_images import RecentImages
 from fovea.service.settings import Settings
@@ -118,7 +118,7 @@ class Classifier:
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners, with
         its id in the runners. It is called on the event loop, and must take the model out of the catalog."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
-        self._prediction_metrics: dict[LiveModel, PredictionMetrics] = {}
+        self._prediction_tallies: dict[LiveModel, PredictionTally] = {}
         self._recent_images: dict[str, RecentImages] = {}
         for version, load, load_result in zip(
             initial_versions, loads, self.runners.setup_reply.models, strict=True
@@ -133,6 +133,7 @@ class Classifier:
         """Memory that explanation and trial processes must reserve from; None if memory is not limited."""
         self.images_in_flight = 0
         """Number of accepted images that are not yet answered."""
+        metrics.add_gauge_setter(lambda: metrics.images_in_flight.set(self.images_in_flight))
         self.body_memory = BodyMemory(settings.bodies_bytes)
 
     def create_load(self, version: ModelVersion) -> LoadCommand:
@@ -155,9 +156,9 @@ class Classifier:
     def create_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
         """Create a model that the runners have loaded, with its metrics."""
         model = LiveModel.from_load_result(version, load, load_result, self.settings)
-        self._prediction_metrics[model] = PredictionMetrics(
-            model, self.metrics, drift_images=self.settings.drift_images
-        )
+        tally = PredictionTally(model, self.metrics, drift_images=self.settings.drift_images)
+        self._prediction_tallies[model] = tally
+        self.metrics.add_tally(tally)
         max_bytes = min(recent_images.MAX_BYTES, self.settings.bodies_bytes // 16)
         self._recent_images.setdefault(
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
@@ -177,8 +178,8 @@ class Classifier:
         # Unload first: until then a runner that starts may still open the file.
         self.runners.unload_model(model.load.model_id)
         self.close_file(model.load)
-        del self._prediction_metrics[model]
-        if all(other.name != model.name for other in self._prediction_metrics):
+        self.metrics.remove_tally(self._prediction_tallies.pop(model))
+        if all(other.name != model.name for other in self._prediction_tallies):
             del self._recent_images[model.name]  # the next version will have no version to compare with
         self._unloaded_models.append(model)
         if len(self._unloaded_models) > _MAX_UNLOADED and self.settings.workers == 1:
@@ -189,7 +190,7 @@ class Classifier:
         identity = (model.name, model.version)
         if all(
             identity != (other.name, other.version)
-            for other in [*self._prediction_metrics, *self._unloaded_models]
+            for other in [*self._prediction_tallies, *self._unloaded_models]
         ):
             self.metrics.remove_version(*identity)
 
@@ -199,7 +200,7 @@ class Classifier:
         The runner pool calls this on the event loop, and needs the lanes to be empty when it returns: no
         runner will ever take images of this model.
         """
-        model = next((one for one in self._prediction_metrics if one.load.model_id == model_id), None)
+        model = next((one for one in self._prediction_tallies if one.load.model_id == model_id), None)
         if model:
             message = (
                 f"model {model.name!r} was lost with its runners and cannot be loaded again; the log says why"
@@ -346,8 +347,7 @@ class Classifier:
         try:
             on_answer(outcome, job)
             if isinstance(outcome, Answer):
-                self._prediction_metrics[model].count_image(outcome)
-                model.statistics.count_image(outcome, job)
+                self._prediction_tallies[model].add_image(outcome, job)
                 if recent := self._recent_images.get(model.name):
                     recent.add_image(job.item)
         except Exception:

@@ -35,22 +35,23 @@ def rank_labels(
     """
     contract = classification.model.contract
     probabilities = classification.answer.probabilities
-    best = classification.answer.ranking[: top_k or None]
+    best: Sequence[int] = classification.answer.ranking[: top_k or None]
+    if threshold is not None:
+        best = [index for index in best if probabilities[index] >= threshold]
+    labels = contract.labels
+    if contract.task is Task.MULTICLASS:
+        return [Prediction(labels[index], index, probabilities[index], None) for index in best]
     return [
-        _create_prediction(contract, index, probabilities)
+        Prediction(labels[index], index, probabilities[index], _is_selected(contract, index, probabilities))
         for index in best
-        if threshold is None or probabilities[index] >= threshold
     ]
 
 
-def _create_prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
-    """Return the prediction for the label at `index`."""
-    selected = None
+def _is_selected(contract: Contract, index: int, probabilities: Sequence[float]) -> bool:
+    """Return whether the label at `index` passes its threshold."""
     if contract.task is Task.MULTILABEL:
-        selected = probabilities[index] >= contract.thresholds[index]
-    elif contract.task is Task.BINARY:
-        selected = (probabilities[1] >= contract.thresholds[0]) == bool(index)
-    return Prediction(contract.labels[index], index, probabilities[index], selected)
+        return probabilities[index] >= contract.thresholds[index]
+    return (probabilities[1] >= contract.thresholds[0]) == bool(index)
 
 
 def find_label_index(contract: Contract, label: str) -> int:

@@ -6,8 +6,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from fovea.service.runners.batch_messages import Answer
-from fovea.service.runners.lane import Job
+from fovea.service.runners.batch_messages import ImageTiming
 
 
 @dataclass(slots=True)
@@ -46,11 +45,11 @@ class ModelStatistics:
         """Count a finished request that began at `started_at` on the monotonic clock."""
         (self.succeeded_requests if is_success else self.failed_requests).add(time.monotonic() - started_at)
 
-    def count_image(self, answer: Answer, job: Job) -> None:
-        """Count an answered image."""
-        work = answer.timing
-        self.queue.add(job.started_at - job.arrived_at)
-        self.decode.add(work.decode_seconds)
-        self.inference.add(work.inference_seconds)
-        self.model_calls[work.batch_size].add(work.inference_seconds / work.batch_size, 1 / work.batch_size)
-        self.last_answer_at = time.monotonic()
+    def count_image(self, queue_seconds: float, timing: ImageTiming, answered_at: float) -> None:
+        """Count an image that was answered at `answered_at` on the monotonic clock."""
+        self.queue.add(queue_seconds)
+        self.decode.add(timing.decode_seconds)
+        self.inference.add(timing.inference_seconds)
+        size = timing.batch_size
+        self.model_calls[size].add(timing.inference_seconds / size, 1 / size)
+        self.last_answer_at = answered_at

@@ -96,13 +96,10 @@ def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
 
 def render_predictions(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """Return labels as plain values."""
-    return [_render_prediction(prediction) for prediction in predictions]
-
-
-def _render_prediction(prediction: Prediction) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "label": prediction.label,
-        "index": prediction.index,
-        "probability": prediction.probability,
-    }
-    return result if prediction.selected is None else {**result, "selected": prediction.selected}
+    results: list[dict[str, Any]] = [
+        {"label": one.label, "index": one.index, "probability": one.probability} for one in predictions
+    ]
+    for prediction, result in zip(predictions, results, strict=True):
+        if prediction.selected is not None:
+            result["selected"] = prediction.selected
+    return results

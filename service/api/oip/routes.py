@@ -99,6 +99,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v2/models/stats", tags=[PROTOCOL.name])
     async def all_statistics() -> dict[str, Any]:
         """Return the statistics of all loaded models."""
+        services.classifier.metrics.fold()
         return {"model_stats": [_render_statistics(model) for model in catalog.models]}
 
     def add_route(
@@ -132,7 +133,9 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
         return ModelReady(name=name, ready=True)
 
     async def get_statistics(name: str, version: str | None) -> dict[str, Any]:
-        return {"model_stats": [_render_statistics(await services.get_model(name, version))]}
+        model = await services.get_model(name, version)
+        services.classifier.metrics.fold()
+        return {"model_stats": [_render_statistics(model)]}
 
     async def get_configuration(name: str, version: str | None) -> dict[str, Any]:
         return _render_configuration(

@@ -22,9 +22,9 @@ from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, ObserverMiddleware
 from fovea.service.http.proxies import TrustedProxies
+from fovea.service.http.rate_limiter import RateLimiter
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.http.server_context import ServerContext
-from fovea.service.http.timer import RateLimiter
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer

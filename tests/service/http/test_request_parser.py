@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fovea.service.errors import BadHttp, HeaderTooLarge, RequestError
-from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestHead, RequestParser
+from fovea.service.http.known_heads import KnownHeads, RequestHead
+from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestParser
 
 
 class ParsedRequest(NamedTuple):
@@ -20,9 +21,9 @@ class ParsedRequest(NamedTuple):
     body: bytes
 
 
-def parse_stream(pieces: list[bytes]) -> list[ParsedRequest]:
+def parse_stream(pieces: list[bytes], known_heads: KnownHeads | None = None) -> list[ParsedRequest]:
     """Return the requests in a stream that arrives in these pieces."""
-    parser, requests, body = RequestParser(), [], b""
+    parser, requests, body = RequestParser(known_heads or KnownHeads()), [], b""
     for piece in pieces:
         start = 0
         while start < len(piece):
@@ -98,13 +99,58 @@ def test_changed_bytes_are_refused_or_parsed_alike_in_any_segmentation(
         stream[position % len(stream)] = byte
     stream += REQUESTS[0]
 
-    def parse(pieces: list[bytes]) -> list[ParsedRequest] | type[RequestError]:
+    def parse(pieces: list[bytes], known_heads: KnownHeads) -> list[ParsedRequest] | type[RequestError]:
         try:
-            return parse_stream(pieces)
+            return parse_stream(pieces, known_heads)
         except RequestError as error:
             return type(error)
 
-    assert parse(cut_stream(bytes(stream), cuts)) == parse([bytes(stream)])
+    expected = parse([bytes(stream)], KnownHeads())
+    assert parse(cut_stream(bytes(stream), cuts), KnownHeads()) == expected
+    known_heads = KnownHeads()
+    parse_stream(REQUESTS, known_heads)
+    for _ in range(2):  # the second time, the changed head is known too if it is valid
+        assert parse([bytes(stream)], known_heads) == expected
+
+
+def test_head_is_known_whatever_its_content_length() -> None:
+    known_heads = KnownHeads()
+    head = b"POST /a HTTP/1.1\r\nHost: x\r\ncontent-LENGTH:%d\r\nExpect: 100-continue\r\n\r\n"
+    for length in (3, 0, 12):
+        content = head % length
+        assert (known_heads.find(content) is None) == (length == 3)
+        (request,) = parse_stream([content + b"x" * length], known_heads)
+        assert known_heads.find(content) == request.head
+        assert request == parse_stream([content + b"x" * length])[0]
+    request.head.headers.clear()  # each request has headers of its own
+    known_head = known_heads.find(head % 7)
+    assert known_head and known_head.content_length == 7 and dict(known_head.headers)[b"host"] == b"x"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD + b"Content-Length: 3\r\nTraceparent: 00-1\r\n\r\nabc",
+        HEAD + b"Content-Length: 3\r\nA: " + b"x" * 1024 + b"\r\n\r\nabc",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_head_that_will_not_come_again_is_not_kept(content: bytes) -> None:
+    known_heads = KnownHeads()
+    parse_stream([content], known_heads)
+    assert known_heads.find(content[: content.index(b"\r\n\r\n") + 4]) is None
+
+
+def test_number_of_known_heads_is_limited() -> None:
+    known_heads = KnownHeads()
+    for number in range(2000):
+        parse_stream([b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx" % number], known_heads)
+    known_count = sum(
+        known_heads.find(b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n" % number) is not None
+        for number in range(2000)
+    )
+    assert 0 < known_count <= 512
 
 
 @pytest.mark.parametrize(

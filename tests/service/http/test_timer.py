@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fovea.service.http.timer import RateLimiter, Timer
+from fovea.service.http.rate_limiter import RateLimiter
+from fovea.service.timer import Timer
 
 
 def test_last_armed_callback_is_called_after_its_own_delay() -> None:

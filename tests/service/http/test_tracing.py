@@ -269,7 +269,7 @@ def test_missing_trace_package_is_named_at_the_start(small_zoo: Path, tmp_path: 
 def _make_record(*stages: TimeSpan) -> RequestRecord:
     record = RequestRecord("POST", {})
     record.model, record.version, record.status = "small", "1", 200
-    record.stages = list(stages)
+    record._stages = list(stages)
     record.images = sum(stage.name == "inference" for stage in stages)
     return record
 

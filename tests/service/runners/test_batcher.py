@@ -399,13 +399,16 @@ def test_queue_length_and_time_are_measured() -> None:
 
     async def run() -> None:
         lane = make_lane()
-        batcher = Batcher(Metrics(registry))
+        metrics = Metrics(registry)
+        batcher = Batcher(metrics)
         answers = [batcher.submit(i, lane) for i in range(5)]
         await run_ready_callbacks()
+        metrics.fold()
         assert registry.get_sample_value("fovea_queue_images") == 5
         batcher.add_runner(Doubler())
         await asyncio.gather(*answers)
         await run_ready_callbacks()
+        metrics.fold()
 
     run_test(run())
     assert registry.get_sample_value("fovea_queue_images") == 0
@@ -521,7 +524,7 @@ def test_raising_metrics_do_not_affect_answers(monkeypatch: pytest.MonkeyPatch) 
 
     async def run() -> None:
         lane = make_lane()
-        metrics = Metrics(CollectorRegistry())
+        metrics = Metrics(CollectorRegistry(), fold_interval=1)
         batcher = Batcher(metrics)
         batcher.add_runner(Doubler())
         monkeypatch.setattr(metrics.queue_images, "set", raise_error)
