@@ -34,7 +34,7 @@ from fovea.service.http.head_requests import HeadMiddleware
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, ObserverMiddleware
 from fovea.service.http.proxies import TrustedProxies
-from fovea.service.observability.metrics import MAX_PENDING_REQUESTS, Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.watcher import Watcher
@@ -83,7 +83,7 @@ def create_app(
     application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
     """
     # A scrape of another worker must find every request whose answer has been sent.
-    metrics = Metrics(registry, fold_interval=1 if settings.workers > 1 else MAX_PENDING_REQUESTS)
+    metrics = Metrics(registry, is_shared=settings.workers > 1)
     protocols = ApiProtocols()
     proxies = TrustedProxies(settings.trusted_proxies)
     observer = Observer(

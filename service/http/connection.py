@@ -476,7 +476,8 @@ class Connection(asyncio.BufferedProtocol):
         media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
         """Write the answer of an exchange, which is over and has released its shared buffer."""
-        if self.has_long_rest or self._parser.missing_bytes > SMALL_BYTES:
+        missing_bytes = self._parser.missing_bytes
+        if missing_bytes and (self.has_long_rest or missing_bytes > SMALL_BYTES):
             exchange.keep_alive = False
         lines = self._server.date_line
         if not exchange.keep_alive:
@@ -513,7 +514,8 @@ class Connection(asyncio.BufferedProtocol):
         """Go on after a whole answer: with the next request, the rest of the body, or the end."""
         exchange = self._exchange
         assert exchange  # noqa: S101 - its answer was written just now
-        self._resolve_answer_future()
+        if self._answer_future:
+            self._resolve_answer_future()
         if not exchange.keep_alive:
             self._end()
         elif self._state is State.ANSWERING:

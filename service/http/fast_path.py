@@ -248,13 +248,13 @@ class Exchange:
         self, content: bytes, headers: Mapping[str, str] | None = None, media_type: str = JSON_MEDIA_TYPE
     ) -> None:
         """Write the application's answer. Does nothing if the request is over."""
-        if not self._is_over:
+        if not self.response_complete:
             self._end(200)
             self._writer.respond(self, 200, content, headers or {}, media_type)
 
     def refuse(self, error: RequestError) -> None:
         """Write an error as the answer. Does nothing if the request is over."""
-        if not self._is_over:
+        if not self.response_complete:
             self._observer.record_failure(self.record, error.code)
             status, content, headers = encode_error(error, self.record)
             self._end(status)
@@ -266,15 +266,10 @@ class Exchange:
 
     def disconnect(self) -> None:
         """End the request because the client has disconnected."""
-        if not self._is_over:
+        if not self.response_complete:
             self.disconnected = True
             self._observer.record_failure(self.record, CLIENT_LEFT)
             self._end(0)
-
-    @property
-    def _is_over(self) -> bool:
-        """True if the request was answered or the client has disconnected."""
-        return self.response_complete or self.disconnected
 
     def _end(self, status: int) -> None:
         """End the request: set the status, close the handler, count the request, and release the memory.
@@ -289,7 +284,7 @@ class Exchange:
         The request is counted before the last byte leaves, so that a client that has its answer finds the
         request in the next scrape.
         """
-        self.response_started = self.response_complete = True
+        self.response_started = self.response_complete = True  # also when the client has disconnected
         self.record.status = status
         if self._handler:
             self._handler.close()

@@ -91,7 +91,8 @@ class Observer:
     def start_request(self) -> None:
         """Count a request as in flight."""
         self.metrics.active_requests += 1
-        self.metrics.note_change()
+        if self.metrics.is_shared:
+            self.metrics.fold()
 
     def record_failure(self, record: RequestRecord, reason: str) -> None:
         """Record that the request failed: `reason` is the error's code, or `CLIENT_LEFT`."""

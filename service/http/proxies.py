@@ -54,14 +54,17 @@ class TrustedProxies:
         """Parse `networks`, which are addresses or networks in CIDR notation. Raises `ValueError`."""
         self._networks = [ipaddress.ip_network(one) for one in networks]
         self._is_trusted = lru_cache(_MAX_CACHED_PEERS)(self._is_in_networks)
+        self._direct_origin = lru_cache(_MAX_CACHED_PEERS)(_create_direct_origin)
 
     def resolve_origin(self, peer: str, headers: Iterable[Header]) -> Origin:
         """Return the origin of a request.
 
         The headers `X-Forwarded-For`, `-Prefix`, `-Proto` and `-Host` are read only if `peer` is trusted.
         """
+        if not self._networks:
+            return self._direct_origin(peer)
         peer = _normalize_address(peer)
-        if not self._networks or not self._is_trusted(peer):
+        if not self._is_trusted(peer):
             return Origin(peer, peer)
         forwarded: dict[bytes, list[str]] = {}
         for name, value in headers:
@@ -98,6 +101,12 @@ class TrustedProxies:
         """Return whether an address is in a trusted network."""
         parsed = _parse_address(address)
         return parsed is not None and any(parsed in network for network in self._networks)
+
+
+def _create_direct_origin(peer: str) -> Origin:
+    """Return the origin of a request that came from `peer` itself."""
+    address = _normalize_address(peer)
+    return Origin(address, address)
 
 
 def _parse_address(address: str) -> _Address | None:

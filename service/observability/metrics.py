@@ -229,13 +229,16 @@ class Metrics:
         "model", "version", "signal", workers="livemax",
     )  # fmt: skip
 
-    def __init__(self, registry: CollectorRegistry, *, fold_interval: int = MAX_PENDING_REQUESTS) -> None:
+    def __init__(self, registry: CollectorRegistry, *, is_shared: bool = False) -> None:
         """Create all metrics in `registry`.
 
-        Frequent events wait in tallies until `fold`. The event loop calls it after `fold_interval` requests,
-        and before each scrape.
+        Frequent events wait in tallies until `fold`. The event loop calls it after `MAX_PENDING_REQUESTS`
+        requests, and before each scrape. If other processes read the metrics too, as `is_shared` says, it is
+        called after every change.
         """
         self.registry = registry
+        self.is_shared = is_shared
+        """True if other processes read the metrics: whoever changes a gauge calls `fold`."""
         self.process_metrics = ProcessMetrics(registry)
         _register_all(self, registry)
         # Create every series at the start: an alert on an increase would miss a series that begins at 1.
@@ -257,7 +260,7 @@ class Metrics:
         self._gauge_setters: list[Callable[[], None]] = [
             lambda: self.requests_in_flight.set(self.active_requests)
         ]
-        self._fold_interval = fold_interval
+        self._fold_interval = 1 if is_shared else MAX_PENDING_REQUESTS
         self._pending_requests = 0
 
     # --- tallies; on the event loop ---
@@ -274,11 +277,6 @@ class Metrics:
     def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
         """Call `set_gauges` at every fold, to set gauges to what they describe."""
         self._gauge_setters.append(set_gauges)
-
-    def note_change(self) -> None:
-        """Fold if every change must be visible at once, to the scrapes of other processes."""
-        if self._fold_interval == 1:
-            self.fold()
 
     def fold(self) -> None:
         """Add everything that is pending to the metrics.

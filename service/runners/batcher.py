@@ -222,7 +222,8 @@ class Batcher:
             self._lanes = {lane: None for lane in self._lanes if lane.jobs}
             self._start_due_batches(now)
             self._dispatch_later(now)
-        self._metrics.note_change()
+        if self._metrics.is_shared:
+            self._metrics.fold()
 
     def _start_due_batches(self, now: float) -> None:
         while due_lanes := [lane for lane in self._lanes if lane.is_due(now)]:

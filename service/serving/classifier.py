@@ -248,9 +248,10 @@ class Classifier:
         # The batcher calls this once, on the event loop, unless the job is cancelled before. The image's
         # shared memory is still reserved then, because `_count_image` may copy the image.
         def handle_outcome(outcome: Any, job: Job) -> None:
-            result = _convert_outcome(outcome, model)
+            is_answer = isinstance(outcome, Answer)
+            result = Classification(model, outcome) if is_answer else _convert_outcome(outcome, model)
             self._count_image(outcome, model, job, on_answer)
-            model.statistics.count_request(job.arrived_at, is_success=isinstance(result, Classification))
+            model.statistics.count_request(job.arrived_at, is_success=is_answer)
             # This call comes last: it may end the request and release the image's memory.
             on_outcome(result)
 

@@ -73,10 +73,10 @@ def test_requests_wait_for_a_fold_and_are_folded_at_the_limit() -> None:
 
 
 def test_every_change_is_visible_at_once_to_other_processes() -> None:
-    metrics = Metrics(CollectorRegistry(), fold_interval=1)
+    metrics = Metrics(CollectorRegistry(), is_shared=True)
     assert count_requests(metrics, 1) == 1
     metrics.active_requests += 1
-    metrics.note_change()
+    metrics.fold()
     assert metrics.registry.get_sample_value("fovea_requests_in_flight") == 1
 
 

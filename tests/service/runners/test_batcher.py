@@ -524,7 +524,7 @@ def test_raising_metrics_do_not_affect_answers(monkeypatch: pytest.MonkeyPatch) 
 
     async def run() -> None:
         lane = make_lane()
-        metrics = Metrics(CollectorRegistry(), fold_interval=1)
+        metrics = Metrics(CollectorRegistry(), is_shared=True)
         batcher = Batcher(metrics)
         batcher.add_runner(Doubler())
         monkeypatch.setattr(metrics.queue_images, "set", raise_error)
