@@ -19,7 +19,16 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"allocator", "environment", "errors", "image_warnings", "setting_values", "signals", "validation"},
+    {
+        "allocator",
+        "environment",
+        "errors",
+        "image_warnings",
+        "providers",
+        "setting_values",
+        "signals",
+        "validation",
+    },
 ]
 """Layers from the top down. Packages of one layer import each other only as `ALLOWED_SIDEWAYS` lists."""
 
