@@ -32,6 +32,7 @@ from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
+BatchAllocator: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Values]
 
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 """Largest difference of one probability between an image alone and the same image in any batch.
@@ -92,13 +93,10 @@ class Engine:
         is_gpu = PROVIDERS[self.provider].is_gpu
         self._pinned_batches = PinnedBatches(find_pinned_memory()) if is_gpu else None
         """Memory from which a GPU reads; None without a GPU."""
-        self.allocate_batch: Callable[[tuple[int, ...], np.dtype[Any]], Values] = (
+        self.allocate_batch: BatchAllocator = (
             self._pinned_batches.allocate if self._pinned_batches else np.empty
         )
-        """Function that returns an array for a batch, from its shape and type.
-
-        On a GPU the array is overwritten by the next batch of the same thread.
-        """
+        """Function that returns an array for a batch. On a GPU the thread's next batch overwrites it."""
         _check_graph(session, self.contract)
         self.batch_limit: int | None = get_batch_limit(session)
         """Limit of images in one call of the graph; None for no limit.

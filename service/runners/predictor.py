@@ -71,9 +71,7 @@ class Predictor:
             fingerprint=fingerprint,
         )
         self.contract = self._engine.contract
-        is_gpu = PROVIDERS[self._engine.provider].is_gpu
-        batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[is_gpu]
-        batch_max = min(batch_max, self._engine.batch_limit or batch_max)
+        batch_max, batch_bytes = _find_batch_limits(self._engine, plan)
         try:
             self._engine.warm_up(batch_max)
             proof = self._engine.check_golden_set()
@@ -83,8 +81,7 @@ class Predictor:
         self._image_pixels = plan.image_pixels
         self._memory = memory
         self._bodies_descriptor = bodies_descriptor
-        # `_prepare_image` runs in the calling thread, or in several threads at once: it must not change
-        # `self`.
+        # `_prepare_image` may run in several threads at once: it must not change `self`.
         self._map_images: Callable[..., Iterable[Any]] = map
         if plan.decode_threads > 1:
             self._map_images = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
@@ -92,7 +89,7 @@ class Predictor:
             contract_json=self.contract.to_json(),
             provider=self._engine.provider,
             batch_max=batch_max,
-            batch_bytes=_MAX_BATCH_BYTES[is_gpu],
+            batch_bytes=batch_bytes,
             load_seconds=time.monotonic() - started_at,
             golden_differences=asdict(proof),
         )
@@ -221,6 +218,13 @@ class Predictor:
             row[...] = values
         else:
             row.data.cast("B")[:] = values
+
+
+def _find_batch_limits(engine: Engine, plan: ProcessPlan) -> tuple[int, int]:
+    """Return the largest number of images in one model call, and the limit of their encoded bytes."""
+    is_gpu = PROVIDERS[engine.provider].is_gpu
+    batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[is_gpu]
+    return min(batch_max, engine.batch_limit or batch_max), _MAX_BATCH_BYTES[is_gpu]
 
 
 class _Input(NamedTuple):

@@ -9,9 +9,11 @@ import pytest
 
 from fovea.service.providers import PROVIDERS, ProviderName
 from tests.bench.test_doctor import run_doctor
+from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
-from tests.servers import Server, run_service
+from tests.servers import Server, run_service, wait_until
 from tests.tools import needs_openvino, without_openvino
+from tests.zoo import classify_pictures, publish_variant
 
 PROVIDER_PARAMETERS = ["cpu", pytest.param("openvino", marks=needs_openvino)]
 
@@ -60,3 +62,13 @@ def test_explanations_of_openvino_models_run(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_PROVIDER="openvino") as server:
         reply = server.client.post("/v1/explain", content=make_jpeg())
         assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.long
+@needs_openvino
+def test_new_version_is_tried_and_served_on_openvino(tmp_path: Path) -> None:
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_PROVIDER="openvino", FOVEA_WATCH="0.1") as server:
+        publish_variant(zoo, seed=7)
+        wait_until(lambda: classify_pictures(server)["model"]["version"] == "2")
+        assert server.read_metric("fovea_model_info", version="2", provider="openvino") == 1
