@@ -171,9 +171,15 @@ def measure_tensors(
 
 
 def _open_bare_session(file: Path, provider: ProviderName) -> Any:
-    """Open a session as tutorials do. Raises `BenchError` if it does not get the provider."""
+    """Open a session as tutorials do, with one CPU thread as the engine has.
+
+    Raises `BenchError` if the session does not get the provider.
+    """
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = 1
     names = [provider, *PROVIDERS[provider].fallbacks]
-    session = onnxruntime.InferenceSession(file, providers=[PROVIDERS[name].runtime_name for name in names])
+    runtime_names = [PROVIDERS[name].runtime_name for name in names]
+    session = onnxruntime.InferenceSession(file, session_options, providers=runtime_names)
     if session.get_providers()[0] != PROVIDERS[provider].runtime_name:
         raise BenchError(f"bare ONNX Runtime does not run on {provider}")
     return session

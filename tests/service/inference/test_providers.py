@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,14 +12,14 @@ import pytest
 from PIL import Image
 
 from fovea.bench.imported import quantize_file
-from fovea.service.errors import ModelError
+from fovea.service.errors import GoldenError, ModelError
 from fovea.service.inference.engine import BATCH_TOLERANCE, Engine
 from fovea.service.inference.session import open_session
 from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 from fovea.service.rollout.trial import is_provider_error
 from tests.export.classifiers import build_classifier
 from tests.export.imports import import_graph
-from tests.graphs import build_model
+from tests.graphs import build_model, read_contract, with_contract
 from tests.servers import DEFAULT_MODEL
 from tests.tools import needs_openvino, without_openvino
 
@@ -96,6 +97,17 @@ def test_openvino_gives_the_answers_of_the_cpu(content: bytes) -> None:
     assert np.abs(openvino.run(images[:1], exclusive=True) - expected[:1]).max() <= 1e-5
     single_results = np.concatenate([openvino.run(image[None]) for image in images])
     assert np.abs(openvino.run(images) - single_results).max() <= BATCH_TOLERANCE["cpu"]
+
+
+@needs_openvino
+def test_own_tolerance_of_openvino_goes_before_that_of_the_cpu() -> None:
+    model = build_model()
+    contract = read_contract(model)
+    golden = replace(contract.golden, logit_tolerance={"cpu/float32": 1e-3, "openvino/float32": -1.0})
+    content = with_contract(model, replace(contract, golden=golden)).SerializeToString()
+    Engine(content, provider="cpu", threads=1).check_golden_set()
+    with pytest.raises(GoldenError, match="at most -1"):
+        Engine(content, provider="openvino", threads=1).check_golden_set()
 
 
 @needs_openvino
