@@ -125,10 +125,10 @@ def _run_load(
 ) -> Findings:
     bodies = [draw_jpeg(seed) for seed in range(16)]
     run_closed_loop(classify_url, bodies, callers=CALLER_COUNT, seconds=0.5)  # warm-up
-    started_at, metrics_before, stopwatch = time.monotonic(), _read_metrics(metrics_url), CpuStopwatch([pid])
+    started_at, metrics_before, stopwatch = time.monotonic(), read_metrics(metrics_url), CpuStopwatch([pid])
     result = run_closed_loop(classify_url, bodies, callers=CALLER_COUNT, seconds=seconds)
     used_seconds, others = stopwatch.read()
-    metrics_after = _read_metrics(metrics_url)
+    metrics_after = read_metrics(metrics_url)
     return _compute_findings(
         result, metrics_before, metrics_after, time.monotonic() - started_at, runtime, used_seconds, others
     )
@@ -173,7 +173,8 @@ def _compute_findings(
     )
 
 
-def _read_metrics(metrics_url: str) -> Metrics:
+def read_metrics(metrics_url: str) -> Metrics:
+    """Return the samples of `/metrics` by name and sorted labels."""
     families = text_string_to_metric_families(_fetch_text(metrics_url))
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value

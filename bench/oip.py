@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from fovea.bench.imported import SIDE, import_network
 from fovea.bench.mixed import describe_machine
 from fovea.bench.probe import probe_service
 from fovea.bench.processes import start_process
@@ -36,8 +37,6 @@ from fovea.bench.workloads import CACHE, ROOT, BenchError
 
 IMAGE_COUNT: Final = 64
 """Number of images in one request: the default maximum."""
-
-SIDE: Final = 224
 
 MIN_RATIO: Final = 0.9
 """Minimum share of bare ONNX Runtime's rate."""
@@ -104,16 +103,24 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _compare_network(name: str, rounds: int) -> Iterator[PairedRates]:
-    repository, original_file = _import_network(name)
+    network = import_network(name)
     array = np.random.default_rng(0).normal(0, 1, (IMAGE_COUNT, 3, SIDE, SIDE)).astype(np.float32)
     all_processors = os.sched_getaffinity(0)
     for processors in dict.fromkeys((len(all_processors), 1)):
         affinity = set(sorted(all_processors)[:processors])
         os.sched_setaffinity(0, affinity)  # the service's processes inherit the affinity
         try:
-            with start_service(repository) as (host, port), open_inference_client(host, port, array) as infer:
+            with (
+                start_service(network.repository) as (host, port),
+                open_inference_client(host, port, array) as infer,
+            ):
                 yield from _measure_pairs(
-                    name, processors, rounds, make_bare_runner(original_file, processors), infer, array
+                    name,
+                    processors,
+                    rounds,
+                    make_bare_runner(network.original_file, processors),
+                    infer,
+                    array,
                 )
         finally:
             os.sched_setaffinity(0, all_processors)
@@ -201,37 +208,6 @@ def open_inference_client(
 
     with closing(connection):
         yield infer
-
-
-def _import_network(name: str) -> tuple[Path, Path]:
-    """Return a repository with the imported network and the original file, created once."""
-    folder = CACHE / "oip" / name
-    original_file = folder / "plain.onnx"
-    if not (folder / "zoo").exists():
-        import torch  # not needed if everything exists
-
-        from fovea.export.from_checkpoint import export_graph
-        from fovea.export.importer.inspect import ImportRequest
-        from fovea.export.importer.pipeline import import_model
-        from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
-        from fovea.model.atomic_files import write_file
-        from fovea.model.networks.network import NETS, NetConfig
-        from fovea.service.artifact.contract import Task
-
-        torch.manual_seed(0)
-        features = NETS[name](NetConfig(Task.MULTICLASS, 1000, name, SIDE))
-        pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-        net = torch.nn.Sequential(features, pool, torch.nn.Linear(features.channels, 1000))
-        example = torch.zeros(2, 3, SIDE, SIDE)
-        write_file(original_file, export_graph(net, example, ["logits"]).SerializeToString())
-        labels = folder / "labels.txt"
-        write_file(labels, "".join(f"label {number}\n" for number in range(1000)))
-        import_model(
-            ImportRequest(
-                original_file, labels, "network", folder / "zoo", PreprocessingOptions(preset=IMAGENET)
-            )
-        )
-    return folder / "zoo", original_file
 
 
 @contextmanager

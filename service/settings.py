@@ -24,6 +24,7 @@ from fovea.service.environment import (
     read_own_port,
 )
 from fovea.service.errors import SettingsError
+from fovea.service.providers import ProviderSetting
 from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
@@ -140,8 +141,13 @@ class Settings(BaseSettings):
         le=256,
         description="Processes that share the port and the processors, each with its own runners.",
     )
-    provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Execution provider; if `cuda` is set and does not load, the start ends."
+    provider: ProviderSetting = Field(
+        "auto",
+        description="Execution provider; if another than `auto` is set and does not load, the start ends.",
+    )
+    engine_cache: Path | None = Field(
+        None,
+        description="Folder for what `tensorrt` compiles; by default each process compiles at each start.",
     )
     runners: int = Field(
         0, ge=0, le=256, description="Processes that decode and classify images; 0: one per processor."
@@ -156,10 +162,13 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Images that one runner decodes at the same time; 0: one on a CPU, more with CUDA.",
+        description="Images that one runner decodes at the same time; 0: one on a CPU, more on a GPU.",
     )
     batch_max: int = Field(
-        0, ge=0, le=1024, description="Largest number of images in one model call; 0: 4 on a CPU, 32 on CUDA."
+        0,
+        ge=0,
+        le=1024,
+        description="Largest number of images in one model call; 0: 4 on a CPU, 32 on a GPU.",
     )
     batch_wait_ms: float = Field(
         0.0,

@@ -24,6 +24,7 @@ SERVICE = [
         "environment",
         "errors",
         "image_warnings",
+        "providers",
         "setting_values",
         "signals",
         "timer",

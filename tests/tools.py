@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,17 @@ DEBIAN_PACKAGES = {
 
 SYSTEM_REASON = "this system "
 """Start of a skip reason that no package can remove. Where `CI` is set, other skips are failures."""
+
+
+HAS_OPENVINO = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
+
+needs_openvino = pytest.mark.skipif(
+    not HAS_OPENVINO, reason=f"{SYSTEM_REASON}has no OpenVINO: pip install onnxruntime-ep-openvino"
+)
+"""Mark of tests that need OpenVINO's plugin, which is too large (53 MB) to be installed everywhere."""
+
+without_openvino = pytest.mark.skipif(HAS_OPENVINO, reason=f"{SYSTEM_REASON}has OpenVINO")
+"""Mark of tests of the refusal without the plugin."""
 
 
 def find_tool(tool: str) -> str | None:

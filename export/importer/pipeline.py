@@ -208,6 +208,8 @@ def _compute_logit_tolerance(foreign: ForeignModel, logits: list[float]) -> dict
     tolerance = dict(golden.LOGIT_TOLERANCE)
     if foreign.arithmetic is not Arithmetic.FLOAT32:
         tolerance = dict.fromkeys(tolerance, _COARSE_TOLERANCE)
+    if foreign.arithmetic is Arithmetic.INT8:
+        tolerance["openvino/float32"] = golden.OPENVINO_INT8_TOLERANCE
     factor = max(1.0, max(map(abs, logits)) / _USUAL_LOGIT)
     return {provider: one * factor for provider, one in tolerance.items()}
 

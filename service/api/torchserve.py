@@ -41,6 +41,7 @@ from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
+from fovea.service.providers import PROVIDERS
 from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.live_model import LiveModel
@@ -349,7 +350,7 @@ def _get_model_url(model: LiveModel | ModelVersion, services: Services) -> str:
 
 def _render_description(model: LiveModel | ModelVersion, services: Services) -> ModelDescription:
     runners = services.classifier.runners.alive_count if isinstance(model, LiveModel) else 0
-    gpu = isinstance(model, LiveModel) and model.load_result.provider == "cuda"
+    gpu = isinstance(model, LiveModel) and PROVIDERS[model.load_result.provider].is_gpu
     limit = services.settings.queue_images
     return ModelDescription(
         modelName=model.name or "",

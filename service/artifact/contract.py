@@ -201,7 +201,10 @@ class GoldenSet:
     """The golden set: every host must reproduce it before the host reports ready."""
 
     logit_tolerance: dict[str, float]
-    """Largest absolute difference of a logit, by provider and dtype, such as `cpu/float32`."""
+    """Largest absolute difference of a logit, by provider and dtype, such as `cpu/float32`.
+
+    A provider without an entry has that of its `arithmetic` (`service.providers`).
+    """
     images: tuple[GoldenImage, ...]
 
     def __post_init__(self) -> None:

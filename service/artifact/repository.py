@@ -14,12 +14,13 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, to_one_line
+from fovea.service.providers import ProviderSetting
 from fovea.service.validation import describe_error
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class ModelConfig(BaseModel):
     batch_max: int | None = Field(None, ge=1, le=1024)
     queue_images: int | None = Field(None, ge=1, le=100_000)
     """Limit of this model's accepted and not yet answered images."""
-    provider: Literal["auto", "cpu", "cuda"] | None = None
+    provider: ProviderSetting | None = None
     threads: int | None = Field(None, ge=1, le=256)
     """Number of CPU threads of one model call, for exclusive calls too."""
 

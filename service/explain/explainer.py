@@ -88,13 +88,15 @@ class Explainer:
         try:
             head = find_head(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
-            self._session = open_session(add_outputs(model, names), plan.provider, plan.max_threads)
+            self._session = open_session(
+                add_outputs(model, names), plan.explaining_provider, plan.max_threads
+            )
             self._cam = verify_cam(head, contract, self._run_session)
             self._centres = self._find_centres(head)
         except Exception as error:
             # Whatever the error is, an occlusion is still possible: it knows nothing about the network.
             self._cam = to_one_line(error)
-            self._session = open_session(model, plan.provider, plan.max_threads)
+            self._session = open_session(model, plan.explaining_provider, plan.max_threads)
 
     def classify_image(self, image: bytes) -> tuple[Pixels, InputRegion, ModelInput]:
         """Decode an image and classify it. Return the pixels, their region of the photo, and the answer.

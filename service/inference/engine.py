@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,26 @@ from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenI
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
+from fovea.service.inference.pinned_memory import PinnedBatches, find_pinned_memory, pad_size, run_bound
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.inference.session import (
     ArenaShrinker,
-    ProviderSetting,
     get_batch_limit,
     get_provider,
     open_session,
     read_model,
 )
+from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
+BatchAllocator: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Values]
 
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 """Largest difference of one probability between an image alone and the same image in any batch.
+
+The keys are the `arithmetic` of providers.
 
 CPU: identical bit for bit on x86-64 with AVX2 (three networks, batches up to 16, one and two threads);
 kernels that sum in another order change a logit by about 1e-5. CUDA: not measured. The value is a quarter,
@@ -65,6 +69,7 @@ class Engine:
         provider: ProviderSetting,
         threads: int,
         wide_threads: int = 0,
+        engine_cache: str = "",
         read_bytes: Callable[[], bytes] | None = None,
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
@@ -73,15 +78,25 @@ class Engine:
         twice, because a session cannot change its number of threads. A session with many threads that several
         callers use at once does less work than a session with one thread.
 
+        `engine_cache` is the folder of a provider that compiles graphs; empty for none.
+
         `read_bytes` returns the bytes once more. It is called by the first call with a tensor that is not
         pixels, in the thread of that call. Without `read_bytes` the bytes are kept.
 
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        session = open_session(model, provider, threads)
+        self._open_session = partial(open_session, provider=provider, engine_cache=engine_cache)
+        session = self._open_session(model, threads=threads)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
-        self.provider: Literal["cpu", "cuda"] = get_provider(session)
+        self.provider: ProviderName = get_provider(session)
+        is_gpu = PROVIDERS[self.provider].is_gpu
+        self._pinned_batches = PinnedBatches(find_pinned_memory()) if is_gpu else None
+        """Memory from which a GPU reads; None without a GPU."""
+        self.allocate_batch: BatchAllocator = (
+            self._pinned_batches.allocate if self._pinned_batches else np.empty
+        )
+        """Function that returns an array for a batch. On a GPU the thread's next batch overwrites it."""
         _check_graph(session, self.contract)
         self.batch_limit: int | None = get_batch_limit(session)
         """Limit of images in one call of the graph; None for no limit.
@@ -90,8 +105,8 @@ class Engine:
         """
         self.tensors = input_tensors_of(self.contract)
         """Possible inputs of the model, the pixels first."""
-        self._provider_setting, self._threads = provider, threads
-        self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
+        self._threads = threads
+        self._wide_threads = wide_threads if not is_gpu and wide_threads > threads else 0
         self._read_bytes = read_bytes or (lambda: model)
         self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model))
         self._raw_input_sessions: dict[str, _Sessions] = {}
@@ -105,6 +120,7 @@ class Engine:
         provider: ProviderSetting,
         threads: int,
         wide_threads: int = 0,
+        engine_cache: str = "",
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
     ) -> Engine:
@@ -120,6 +136,7 @@ class Engine:
                 provider=provider,
                 threads=threads,
                 wide_threads=wide_threads,
+                engine_cache=engine_cache,
                 read_bytes=read_bytes,
             )
         except OSError as error:
@@ -161,14 +178,17 @@ class Engine:
                 self._run_session(sessions, tensor, row[None], names, exclusive) for row in batch
             ]
             return [np.concatenate(rows) for rows in zip(*image_outputs, strict=True)]
-        session, options = sessions.exclusive if exclusive else sessions.shared, None
-        if self.provider == "cuda":  # all sizes are warmed up, and their memory is kept
-            batch = _pad_batch(batch)
-        elif options := sessions.arena_shrinker.get_run_options(count):
+        session, pinned_batches = sessions.exclusive if exclusive else sessions.shared, self._pinned_batches
+        if not pinned_batches and (options := sessions.arena_shrinker.get_run_options(count)):
             # Exclusive calls are single images: only the arena of `shared` holds memory of large batches.
             session = sessions.shared
         try:
-            outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
+            outputs: list[Floats] = (
+                # On a GPU all sizes are warmed up, and their memory is kept.
+                run_bound(session, names, tensor.name, pinned_batches.pad_batch(batch))
+                if pinned_batches
+                else session.run(names, {tensor.name: batch}, options)
+            )
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
             raise ModelError(f"the graph does not run: {to_one_line(error)}") from error
         return [output[:count] for output in outputs]
@@ -185,7 +205,7 @@ class Engine:
             full_model = self._read_bytes()
             model = replace_input(full_model, tensor)
             sessions = _Sessions(
-                open_session(model, self._provider_setting, self._threads), self._open_multi_threaded(model)
+                self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
             )
             self._check_raw_input(
                 tensor, sessions, open_session(extract_preprocessing(full_model, tensor), "cpu", 1)
@@ -195,12 +215,14 @@ class Engine:
 
     def _open_multi_threaded(self, model: bytes) -> Any:
         """Return a session with more threads, or None if exclusive calls get no extra threads."""
-        return open_session(model, self._provider_setting, self._wide_threads) if self._wide_threads else None
+        return self._open_session(model, threads=self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may occur, so that no caller waits for allocation or tuning."""
         geometry = self.contract.input
-        for size in _warm_up_sizes(min(batch_max, self.batch_limit or batch_max), self.provider):
+        for size in _warm_up_sizes(
+            min(batch_max, self.batch_limit or batch_max), gpu=self._pinned_batches is not None
+        ):
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
             for exclusive in self._exclusive_modes() if size == 1 else (False,):
                 self.run(pixels, exclusive=exclusive)
@@ -269,11 +291,11 @@ class Engine:
         return difference
 
     def _logit_tolerance(self) -> float:
-        key = f"{self.provider}/float32"
-        try:
-            return self.contract.golden.logit_tolerance[key]
-        except KeyError:
-            raise GoldenError(f"the golden set states no tolerance for {key}") from None
+        tolerances = self.contract.golden.logit_tolerance
+        for name in (self.provider, PROVIDERS[self.provider].arithmetic):
+            if (key := f"{name}/float32") in tolerances:
+                return tolerances[key]
+        raise GoldenError(f"the golden set states no tolerance for {key}")
 
 
 def decode_golden_pixels(golden: GoldenImage) -> Pixels:
@@ -285,34 +307,16 @@ def decode_golden_pixels(golden: GoldenImage) -> Pixels:
         raise GoldenError(f"golden image {golden.name!r} has damaged pixels: {error}") from None
 
 
-# --- batch sizes ---------------------------------------------------------------------------------
-
-
-def _warm_up_sizes(batch_max: int, provider: Literal["cpu", "cuda"]) -> list[int]:
+def _warm_up_sizes(batch_max: int, *, gpu: bool) -> list[int]:
     """Return the batch sizes to warm up.
 
-    A CPU needs no tuning. On CUDA these are the powers of two, to which all other sizes are padded.
+    A CPU needs no tuning. On a GPU these are the powers of two, to which all other sizes are padded. The
+    largest and the smallest come first: TensorRT compiles again when a size is outside the range so far.
     """
-    if provider == "cpu":
+    if not gpu:
         return [1, batch_max]
-    return sorted({_pad_size(size) for size in range(1, batch_max + 1)})
-
-
-def _pad_batch(batch: Values) -> Values:
-    """Pad the batch with black images to a power of two.
-
-    cuDNN tunes itself again for each batch size that it has not seen.
-    """
-    padding_size = _pad_size(len(batch)) - len(batch)
-    return (
-        np.concatenate([batch, np.zeros((padding_size, *batch.shape[1:]), batch.dtype)])
-        if padding_size
-        else batch
-    )
-
-
-def _pad_size(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    largest, *others = sorted({pad_size(size) for size in range(1, batch_max + 1)}, reverse=True)
+    return [largest, *reversed(others)]
 
 
 class _Sessions:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +16,7 @@ import onnxruntime
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.inference.pixels import Pixels
-
-ProviderSetting: TypeAlias = Literal["auto", "cpu", "cuda"]
-
-_CPU: Final = "CPUExecutionProvider"
-_CUDA: Final = "CUDAExecutionProvider"
+from fovea.service.providers import PROVIDERS, ExecutionProvider, ProviderName, ProviderSetting
 
 _FATAL_SEVERITY: Final = 4
 """Log severity FATAL of ONNX Runtime: errors are raised, and Fovea logs them once."""
@@ -52,10 +50,18 @@ def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
         return file.read()
 
 
-def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unoptimized: bool = False) -> Any:
+def open_session(
+    model: bytes,
+    provider: ProviderSetting,
+    threads: int,
+    *,
+    unoptimized: bool = False,
+    engine_cache: str = "",
+) -> Any:
     """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
 
-    With `unoptimized` the graph is not optimized: it loads faster and runs slower.
+    With `unoptimized` the graph is not optimized: it loads faster and runs slower. `engine_cache` is the
+    folder of a provider that compiles graphs (`service.inference.engine_cache`); empty for none.
     """
     options = onnxruntime.SessionOptions()
     if unoptimized:
@@ -69,15 +75,22 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unopt
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", _EXTERNAL_DATA_FOLDER
     )
-    providers = _select_providers(provider)
+    chosen = _choose_provider(provider)
+    provider_options = dict(chosen.make_options(threads, engine_cache))
+    providers: list[Any] | None = None  # a plugin that is named here is silently replaced by the CPU
+    if chosen.plugin:
+        options.add_provider_for_devices(_find_plugin_devices(chosen), provider_options)
+    else:
+        fallbacks = [PROVIDERS[name].runtime_name for name in chosen.fallbacks]
+        providers = [(chosen.runtime_name, provider_options), *fallbacks]
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
         raise ModelError(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
-    if provider == "cuda" and get_provider(session) != "cuda":
+    if provider != "auto" and get_provider(session) != provider:
         raise ModelError(
-            "FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU; "
-            "check the GPU driver and the CUDA libraries"
+            f"FOVEA_PROVIDER is {provider}, but ONNX Runtime fell back to {get_provider(session)}; "
+            "check the driver and the libraries of the provider"
         )
     return session
 
@@ -99,19 +112,65 @@ def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.N
     )
 
 
-def _select_providers(provider: ProviderSetting) -> list[str]:
-    """Return the providers to request. Raises `ModelError` if CUDA is required and this build has none."""
-    has_cuda = _CUDA in onnxruntime.get_available_providers()
-    if provider == "cuda" and not has_cuda:
+def _choose_provider(provider: ProviderSetting) -> ExecutionProvider:
+    """Return the provider to request: for `auto` CUDA if this build has it, and else the CPU.
+
+    Raises `ModelError` if this build of ONNX Runtime does not have the requested provider.
+    """
+    available_providers = onnxruntime.get_available_providers()
+    if provider == "auto":
+        has_cuda = PROVIDERS["cuda"].runtime_name in available_providers
+        return PROVIDERS["cuda" if has_cuda else "cpu"]
+    chosen = PROVIDERS[provider]
+    if not chosen.plugin and chosen.runtime_name not in available_providers:
+        raise ModelError(_describe_absence(chosen))
+    return chosen
+
+
+def _describe_absence(provider: ExecutionProvider) -> str:
+    return f"FOVEA_PROVIDER is {provider.name}, but {provider.absence}; {provider.remedy}"
+
+
+_plugin_lock: Final = threading.Lock()
+"""Guards the registration of plugins, because ONNX Runtime refuses to register one twice."""
+
+
+def _find_plugin_devices(provider: ExecutionProvider) -> list[Any]:
+    """Return the first CPU device of a plugin, which is loaded into this process if it is not there yet.
+
+    Raises `ModelError` if the plugin is not installed, cannot be loaded or has no such device.
+    """
+    try:
+        with _plugin_lock:
+            if not (devices := _list_cpu_devices(provider)):
+                library = importlib.import_module(provider.plugin).get_library_path()
+                onnxruntime.register_execution_provider_library(provider.name, library)
+                devices = _list_cpu_devices(provider)
+    except ImportError:
+        raise ModelError(_describe_absence(provider)) from None
+    except Exception as error:  # an old ONNX Runtime, a missing library: one of a dozen classes
         raise ModelError(
-            "FOVEA_PROVIDER is cuda, but this ONNX Runtime has no CUDA; install onnxruntime-gpu in its place"
-        )
-    return [_CUDA, _CPU] if has_cuda and provider != "cpu" else [_CPU]
+            f"FOVEA_PROVIDER is {provider.name}, but its plugin cannot be loaded: {to_one_line(error)}; "
+            f"{provider.remedy}"
+        ) from None
+    if not devices:
+        raise ModelError(f"FOVEA_PROVIDER is {provider.name}, but its plugin does not support this processor")
+    return devices[:1]
 
 
-def get_provider(session: Any) -> Literal["cpu", "cuda"]:
-    """Return the provider on which the session runs."""
-    return "cuda" if _CUDA in session.get_providers() else "cpu"
+def _list_cpu_devices(provider: ExecutionProvider) -> list[Any]:
+    return [
+        device
+        for device in onnxruntime.get_ep_devices()
+        if device.ep_name == provider.runtime_name
+        and device.device.type == onnxruntime.OrtHardwareDeviceType.CPU
+    ]
+
+
+def get_provider(session: Any) -> ProviderName:
+    """Return the provider on which the session runs: the first that ONNX Runtime names."""
+    (runtime_name, *_) = session.get_providers()
+    return next(one.name for one in PROVIDERS.values() if one.runtime_name == runtime_name)
 
 
 def get_batch_limit(session: Any) -> int | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fovea.service.providers import PROVIDERS, ProviderSetting
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
@@ -35,33 +36,33 @@ class ThreadPlan:
     """Number of images of one batch that are decoded at the same time."""
 
 
-def plan_threads(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
+def plan_threads(settings: Settings, cpus: float, *, gpu: bool = False) -> ThreadPlan:
     """Return the thread plan for `cpus` processors. Explicit settings take precedence.
 
     By default each processor gets one single-threaded runner. At full load this spreads the work, and no
     thread waits for another. An exclusive call, beside which no other call runs, uses all processors instead.
-    With CUDA there are two runners: one decodes with half of the processors while the batch of the other
+    With a GPU there are two runners: one decodes with half of the processors while the batch of the other
     runner is on the GPU.
     """
     cpu_count = max(1, math.ceil(cpus))
     runner_threads = settings.runner_threads or 1
-    runners = settings.runners or (2 if cuda else max(1, cpu_count // runner_threads))
+    runners = settings.runners or (2 if gpu else max(1, cpu_count // runner_threads))
     return ThreadPlan(
         cpus=cpus,
         runners=runners,
         runner_threads=runner_threads,
-        wide_threads=0 if settings.runner_threads or cuda or cpu_count == 1 else cpu_count,
-        decode_threads=settings.decode_threads or (max(1, cpu_count // runners) if cuda else 1),
+        wide_threads=0 if settings.runner_threads or gpu or cpu_count == 1 else cpu_count,
+        decode_threads=settings.decode_threads or (max(1, cpu_count // runners) if gpu else 1),
     )
 
 
-def expects_cuda(provider: str) -> bool:
-    """Return True if models will run on CUDA.
+def expects_gpu(provider: ProviderSetting) -> bool:
+    """Return True if models will run on a GPU.
 
     The answer depends on the installed files, because the service itself does not load ONNX Runtime.
     """
     if provider != "auto":
-        return provider == "cuda"
+        return PROVIDERS[provider].is_gpu
     runtime = importlib.util.find_spec("onnxruntime")
     folders = runtime.submodule_search_locations if runtime else None
     libraries = [Path(folder) / "capi" / "libonnxruntime_providers_cuda.so" for folder in folders or ()]

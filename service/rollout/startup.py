@@ -20,6 +20,7 @@ from fovea.service.errors import Interrupted, ModelError, StartError, to_one_lin
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import ShadowTests, check_result, is_lasting, is_provider_error
 from fovea.service.runners.load_messages import LoadCommand, ProcessPlan
+from fovea.service.serving.process_plan import find_engine_cache
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -229,8 +230,9 @@ def _compute_binomial_tail(images: int, flips: int, rate: float) -> float:
 
 def _create_load(settings: Settings, version: ModelVersion) -> LoadCommand:
     """Return the load message for a trial."""
+    provider = version.config.provider or settings.provider
     plan = ProcessPlan(
-        provider=version.config.provider or settings.provider,
+        provider=provider,
         batch_max=version.config.batch_max or settings.batch_max,
         threads=1,
         wide_threads=0,
@@ -238,5 +240,6 @@ def _create_load(settings: Settings, version: ModelVersion) -> LoadCommand:
         image_pixels=settings.image_pixels,
         decode_bytes=settings.decode_bytes,
         processes=1,
+        engine_cache=find_engine_cache(settings, provider),
     )
     return LoadCommand(0, str(version.path), str(version.path), version.fingerprint, plan)

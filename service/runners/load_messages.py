@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 from fovea.service.runners.messages import Message, NumberedMessage
 
 MAX_EXPLAINER_MODELS: Final = 2
@@ -26,7 +27,7 @@ MAX_EXPLAINER_MODELS: Final = 2
 class ProcessPlan:
     """Settings for running models in a process."""
 
-    provider: Literal["auto", "cpu", "cuda"]
+    provider: ProviderSetting
     batch_max: int
     """Largest number of images in one model call; 0 for the provider's default."""
     threads: int
@@ -41,6 +42,13 @@ class ProcessPlan:
     """Memory limit for images being decoded, in bytes, for all processes together."""
     processes: int
     """Number of runner processes."""
+    engine_cache: str = ""
+    """Folder for compiled engines; empty if there is none, or the provider compiles nothing."""
+
+    @property
+    def explaining_provider(self) -> ProviderSetting:
+        """Provider of explanations."""
+        return self.provider if self.provider == "auto" else PROVIDERS[self.provider].explaining_provider
 
     @property
     def max_threads(self) -> int:
@@ -91,7 +99,7 @@ class LoadedModel:
 
     contract_json: str
     """Contract as JSON."""
-    provider: Literal["cpu", "cuda"]
+    provider: ProviderName
     batch_max: int
     batch_bytes: float
     """Limit of the encoded bytes in one batch of several images."""

@@ -148,7 +148,7 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
     thread_plan = threads.plan_threads(
         settings,
         threads.available_cpus(cgroup) / settings.workers,
-        cuda=threads.expects_cuda(settings.provider),
+        gpu=threads.expects_gpu(settings.provider),
     )
     max_runners = max(1, (usable_bytes - base_bytes - _MIN_CALLER_BYTES) // (settings.workers * runner_bytes))
     runners = settings.runners or min(thread_plan.runners, max_runners)

@@ -19,19 +19,21 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
+from fovea.service.inference.engine_cache import lock_engine_cache
 from fovea.service.inference.preprocess import decode_image
+from fovea.service.providers import PROVIDERS
 from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.runners.shared_memory import SharedRef, read_shared, read_shared_into
 
-_DEFAULT_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
-"""Default number of images in one model call.
+_DEFAULT_BATCH_MAX: Final = {False: 4, True: 32}
+"""Default number of images in one model call, without and with a GPU.
 
 On a CPU, larger batches gain nothing and delay other requests.
 """
 
-_MAX_BATCH_BYTES: Final = {"cpu": 256 << 10, "cuda": 1 << 40}
-"""Limit of the encoded bytes in one model call.
+_MAX_BATCH_BYTES: Final = {False: 256 << 10, True: 1 << 40}
+"""Limit of the encoded bytes in one model call, without and with a GPU.
 
 A batch of thumbnails saves time. Large photographs take long to decode one after the other, and a batch of
 them saves nothing.
@@ -64,12 +66,12 @@ class Predictor:
             provider=plan.provider,
             threads=plan.threads,
             wide_threads=plan.wide_threads,
+            engine_cache=plan.engine_cache,
             file=file,
             fingerprint=fingerprint,
         )
         self.contract = self._engine.contract
-        batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[self._engine.provider]
-        batch_max = min(batch_max, self._engine.batch_limit or batch_max)
+        batch_max, batch_bytes = _find_batch_limits(self._engine, plan)
         try:
             self._engine.warm_up(batch_max)
             proof = self._engine.check_golden_set()
@@ -79,8 +81,7 @@ class Predictor:
         self._image_pixels = plan.image_pixels
         self._memory = memory
         self._bodies_descriptor = bodies_descriptor
-        # `_prepare_image` runs in the calling thread, or in several threads at once: it must not change
-        # `self`.
+        # `_prepare_image` may run in several threads at once: it must not change `self`.
         self._map_images: Callable[..., Iterable[Any]] = map
         if plan.decode_threads > 1:
             self._map_images = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
@@ -88,7 +89,7 @@ class Predictor:
             contract_json=self.contract.to_json(),
             provider=self._engine.provider,
             batch_max=batch_max,
-            batch_bytes=_MAX_BATCH_BYTES[self._engine.provider],
+            batch_bytes=batch_bytes,
             load_seconds=time.monotonic() - started_at,
             golden_differences=asdict(proof),
         )
@@ -97,14 +98,15 @@ class Predictor:
     def from_load(cls, load: LoadCommand, memory: DecodeMemory, bodies_descriptor: int = -1) -> Predictor:
         """Load the model that a `LoadCommand` message describes. Raises `ModelError` that names the file."""
         file = Path(load.file)
-        return cls(
-            Path(load.path),
-            load.plan,
-            memory,
-            file=file,
-            fingerprint=load.fingerprint,
-            bodies_descriptor=bodies_descriptor,
-        )
+        with lock_engine_cache(load.plan.engine_cache):
+            return cls(
+                Path(load.path),
+                load.plan,
+                memory,
+                file=file,
+                fingerprint=load.fingerprint,
+                bodies_descriptor=bodies_descriptor,
+            )
 
     def predict_batch(self, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
         """Decode and run one batch. Call this in one thread at a time.
@@ -173,7 +175,7 @@ class Predictor:
     ) -> _ModelCall:
         """Run the model once on inputs of the same tensor."""
         started_at = time.monotonic()
-        batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
+        batch = self._engine.allocate_batch((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
             self._fill_row(row, one.values)
         outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=include_logits)
@@ -216,6 +218,13 @@ class Predictor:
             row[...] = values
         else:
             row.data.cast("B")[:] = values
+
+
+def _find_batch_limits(engine: Engine, plan: ProcessPlan) -> tuple[int, int]:
+    """Return the largest number of images in one model call, and the limit of their encoded bytes."""
+    is_gpu = PROVIDERS[engine.provider].is_gpu
+    batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[is_gpu]
+    return min(batch_max, engine.batch_limit or batch_max), _MAX_BATCH_BYTES[is_gpu]
 
 
 class _Input(NamedTuple):

@@ -21,7 +21,7 @@ from fovea.service.artifact.repository import (
 )
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.observability.metrics import Metrics
-from fovea.service.resources.threads import expects_cuda
+from fovea.service.resources.threads import expects_gpu
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 
@@ -398,7 +398,7 @@ class ModelCatalog:
             sorted(versions.items(), key=lambda one: _version_sort_key(one[0]))
         )
         provider = model.model_version.config.provider or self._provider
-        is_fallback = model.load_result.provider == "cpu" and expects_cuda(provider)
+        is_fallback = model.load_result.provider == "cpu" and expects_gpu(provider)
         load_result, identity = model.load_result, (model.name, model.version)
         set_info, set_fallback = self._get_gauge_setters(model)
         set_info(1)

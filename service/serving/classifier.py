@@ -84,9 +84,10 @@ class Classifier:
         """
         self.settings = settings
         self.metrics = metrics
-        cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan_threads(
-            settings, threads.available_cpus() / settings.workers, cuda=cuda
+            settings,
+            threads.available_cpus() / settings.workers,
+            gpu=threads.expects_gpu(settings.provider),
         )
         state = scan_repository(settings.models, settings.default_model) if state is None else state
         self.catalog = ModelCatalog(settings, state, metrics)

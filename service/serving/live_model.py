@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.repository import ModelVersion
+from fovea.service.providers import PROVIDERS
 from fovea.service.runners.batch_messages import Answer, Item, weight_of
 from fovea.service.runners.batcher import LEVEL_COUNT
 from fovea.service.runners.lane import Lane
@@ -49,14 +50,15 @@ class LiveModel:
         """Create the model from the runners' reply to a load message."""
         contract = Contract.from_json(load_result.contract_json)
         # Images of higher levels run in a batch of their own.
-        max_shared_level = LEVEL_COUNT - 2 if load_result.provider == "cuda" else 0
+        is_gpu = PROVIDERS[load_result.provider].is_gpu
+        max_shared_level = LEVEL_COUNT - 2 if is_gpu else 0
         lanes: list[Lane[Item, Answer]] = [
             Lane(
                 model_id=load.model_id,
                 batch_max=1 if level > max_shared_level else load_result.batch_max,
                 weight_max=load_result.batch_bytes,
                 weigh=weight_of,
-                split_evenly=load_result.provider == "cpu" and not settings.batch_wait_ms,
+                split_evenly=not is_gpu and not settings.batch_wait_ms,
                 max_wait=0.0 if level else settings.batch_wait_ms / 1000,
                 level=level,
             )

@@ -62,7 +62,10 @@ def test_requested_version_overrides_config(zoo: Path) -> None:
         ("batch_max = 0", "config.toml: batch_max: it must be at least 1"),
         ('batch_max = "4"', "config.toml: batch_max: it must be an integer"),
         ("batch_size = 4", "config.toml: batch_size: unknown name"),
-        ('provider = "gpu"', "config.toml: provider: it must be 'auto', 'cpu' or 'cuda'"),
+        (
+            'provider = "gpu"',
+            "config.toml: provider: it must be 'auto', 'cpu', 'cuda', 'openvino' or 'tensorrt'",
+        ),
         ("threads = ", "config.toml is not TOML"),
         ("\xff", "config.toml is not TOML"),
     ],
