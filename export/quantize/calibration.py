@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from fovea.export.quantize.refusal import QuantizeRefused
 from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.session import open_session, run_outputs
@@ -80,7 +81,8 @@ def collect_histograms(
     """Return the histogram of each tensor.
 
     `images` returns the calibration images, each uint8 (height, width, 3), and is called twice. At any time
-    the memory holds the tensors of one image, and one histogram for each tensor.
+    the memory holds the tensors of one image, and one histogram for each tensor. Raises `QuantizeRefused` if
+    a value is not finite, and `ModelError`.
     """
     outputs = {output.name for output in model.graph.output}
     content = add_outputs(model.SerializeToString(), [name for name in tensors if name not in outputs])
@@ -95,6 +97,12 @@ def collect_histograms(
         for name, tensor in values.items():
             lows[name] = min(lows[name], float(tensor.min()))
             highs[name] = max(highs[name], float(tensor.max()))
+    for name in tensors:
+        if not np.isfinite([lows[name], highs[name]]).all():
+            raise QuantizeRefused(
+                f"the tensor {name!r} is not finite for some calibration images, so it has no range; "
+                "serve the float model"
+            )
     counts = {name: np.zeros(_BIN_COUNT, np.float64) for name in tensors}
     for values in run_images():
         for name, tensor in values.items():
@@ -115,16 +123,17 @@ def _cut_percentile(counts: Counts) -> tuple[int, int]:
 def _cut_by_entropy(counts: Counts, zero_bin: int) -> tuple[int, int]:
     """Return the bins that lose the least information when `_LEVELS` values represent them.
 
-    The candidates grow from 0 in both directions, in proportion to the distances of the extremes.
+    The candidates hold all values up to a distance from 0, as far as there are values on both sides.
     """
     bin_count = len(counts)
     best, best_divergence = (0, bin_count), np.inf
-    for size in range(_LEVELS, bin_count + 1, _CANDIDATE_STEP):
-        first = round(zero_bin * (1 - size / bin_count))
-        last = first + size
+    for distance in range(_LEVELS // 2, bin_count + _CANDIDATE_STEP, _CANDIDATE_STEP):
+        first, last = max(0, zero_bin - distance), min(bin_count, zero_bin + distance)
         divergence = _compute_divergence(counts, first, last)
         if divergence < best_divergence:
             best, best_divergence = (first, last), divergence
+        if (first, last) == (0, bin_count):
+            break
     return best
 
 

@@ -26,6 +26,8 @@ def show_report(report: QuantizeReport, version_folder: Path) -> None:
         )
     elif quantization.precision is Precision.FLOAT16:
         console.print("speed     not measured: float16 is for CUDA, and this host has none")
+    else:
+        console.print("speed     not measured: --min-speedup is 0")
     console.print(
         f"golden    logits to {report.golden.logit_difference:.1e}; another host may differ by "
         f"{report.golden_tolerance:.2g}"

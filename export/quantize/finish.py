@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def replace_end(graph: ModelProto, contract: Contract, temperature: float) -> Mo
         if not any(name.startswith(one) for name in used_names)
     )  # fmt: skip
 
-    def add_node(op_type: str, *inputs: str, output: str = "", **attributes: int) -> str:
+    def add_node(op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         name = f"{prefix}_{op_type.lower()}"
         new_nodes.append(helper.make_node(op_type, inputs, [output or name], name, **attributes))
         return output or name

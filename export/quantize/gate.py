@@ -23,7 +23,7 @@ class Limits:
     max_loss: float
     """Largest loss of accuracy, or share of changed answers without labels, 0 to 1."""
     min_speedup: float
-    """Smallest speed relative to the float model's."""
+    """Smallest speed relative to the float model's; 0 if it does not count."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Verdict:
 
     recipe: Recipe
     speed: Speed | None
-    """None if the candidate cannot be timed on this host."""
+    """None if it was not measured."""
     is_fast: bool
     counts: PairedCounts | None
     """Images by which model is right; without labels the float model is always right. None for a candidate
@@ -61,15 +61,13 @@ class Gate:
         self.source_outputs = GraphRunner(graph, contract, threads=get_thread_count()).run_images(images)
         self._source_answers = self.source_outputs.choose_answers(contract)
 
-    def judge(
-        self, recipe: Recipe, graph: ModelProto, *, provider: ProviderSetting | None = "cpu"
-    ) -> Verdict:
+    def judge(self, recipe: Recipe, graph: ModelProto, *, provider: ProviderSetting | None) -> Verdict:
         """Return the verdict on a candidate whose speed counts on `provider`.
 
-        If `provider` is None, the speed is not measured and does not count. Raises `ModelError`.
+        The speed is not measured if `provider` is None, or if any speed would do. Raises `ModelError`.
         """
         speed = None
-        if provider:
+        if provider and self.limits.min_speedup > 0:
             source, candidate = (
                 GraphRunner(one, self._contract, threads=1, provider=provider) for one in (self._graph, graph)
             )
@@ -78,8 +76,8 @@ class Gate:
                 return Verdict(recipe, speed, False, None, 0.0, None, False)
         outputs = GraphRunner(graph, self._contract, threads=get_thread_count()).run_images(self.images)
         answers = outputs.choose_answers(self._contract)
-        same = np.asarray(answers == self._source_answers)
-        same = same.reshape(len(same), -1).all(axis=1)  # (n, labels) for multilabel
+        equal = np.asarray(answers == self._source_answers)
+        same = np.asarray(equal.reshape(len(equal), -1).all(axis=1))  # (n, labels) for multilabel
         targets = self.images.targets
         if targets is None:
             counts = PairedCounts.from_hits(np.ones(len(same), bool), same)

@@ -76,7 +76,7 @@ class Ladder:
         for recipes in (self._list_static_recipes(), self._list_dynamic_recipes()):
             for recipe in recipes:
                 graph = convert_graph(self._graph, self._region, self._histograms, recipe)
-                verdict = gate.judge(recipe, graph)
+                verdict = gate.judge(recipe, graph, provider="cpu")
                 verdicts.append(verdict)
                 self._say(gate.describe(verdict, Climb(None, tuple(verdicts)).compared or 1))
                 if verdict.passes:

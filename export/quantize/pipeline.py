@@ -212,7 +212,7 @@ def _describe_quantization(
         calibration=recipe.method.value if recipe.method else "",
         calibration_images=len(images.calibration) if recipe.method else 0,
         weight_bits=recipe.weight_bits,
-        float_layers=tuple(source.layer_names.get(name, name) for name in recipe.float_layers),
+        float_layers=tuple(source.layer_names.get(name) or name for name in recipe.float_layers),
         data=images.name,
         images=len(images.held_out),
         source_top1=(counts.both + counts.only_first) / counts.images if is_labelled else None,

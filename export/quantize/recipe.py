@@ -82,7 +82,7 @@ def convert_graph(
     }
     try:
         with _silence_library():
-            return converters[recipe.kind]()
+            return _sort_nodes(converters[recipe.kind]())
     except OSError as error:
         raise QuantizeRefused(
             f"cannot write into {tempfile.gettempdir()}: {error.strerror}; "
@@ -106,6 +106,16 @@ def _silence_library() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _sort_nodes(graph: ModelProto) -> ModelProto:
+    """Return the graph in the order of computation; the libraries append nodes."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    model = ONNXModel(graph)
+    model.topological_sort()
+    sorted_graph: ModelProto = model.model
+    return sorted_graph
 
 
 def _copy_graph(graph: ModelProto) -> ModelProto:
@@ -143,7 +153,6 @@ def _quantize_statically(
         extra_options={"OpTypesToExcludeOutputQuantization": sorted(MATRIX_OPERATORS)},
     )
     quantizer.quantize_model()
-    quantizer.model.topological_sort()
     quantized_graph: ModelProto = quantizer.model.model
     return quantized_graph
 

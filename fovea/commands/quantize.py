@@ -39,7 +39,11 @@ def quantize(
     ] = 0.5,
     min_speedup: Annotated[
         float,
-        typer.Option(min=0, max=100, help="Smallest speed, relative to the float model on this host."),
+        typer.Option(
+            min=0,
+            max=100,
+            help="Smallest speed, relative to the float model on this host; 0 to skip the measurement.",
+        ),
     ] = 1.2,
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Ignore the names of sub-folders.")

@@ -284,8 +284,8 @@ def _explain_quantization(contract: Contract) -> str:
         return ""
     return (
         f". The {quantization.precision} arithmetic of this processor differs from that of "
-        f"{quantization.processor}, where the model was quantized: run `fovea quantize` on this host, or with "
-        f"--reduced-range for hosts of several kinds, or serve version {quantization.source_version}"
+        f"{quantization.processor}, where the model was quantized: run `fovea quantize` on this host, or "
+        f"with --reduced-range for hosts of several kinds, or serve version {quantization.source_version}"
     )
 
 
