@@ -3,34 +3,44 @@
 Both services run at the same time, and wrk loads them in turn. The ratio is taken in each round. Without
 arguments, the photographs' MobileNetV2 of `make bench` is quantized; its weights are random, so only the
 share of equal answers says how accurate it is. `--version zoo/pets/2` measures a version that `fovea
-quantize` has written, and its contract says how accurate it is.
+quantize` has written, and its contract says how accurate it is. `--memory` measures calibration instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import onnx
+
 from fovea.bench.cells import run_wrk
 from fovea.bench.mixed import describe_machine
 from fovea.bench.oip import start_service
-from fovea.bench.workloads import WORKLOADS, BenchError
+from fovea.bench.workloads import WORKLOADS, BenchError, draw_picture
+from fovea.export.quantize.calibration import collect_histograms
 from fovea.export.quantize.gate import Limits
 from fovea.export.quantize.host import describe_processor
 from fovea.export.quantize.pipeline import QuantizeRequest, quantize_model
+from fovea.export.quantize.regions import find_region
 from fovea.service.artifact.contract import Quantization
 from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.inference.engine import Engine
+from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import configure_pillow
 
 CONNECTIONS: Final = (1, 8, 32)
+
+_CALIBRATION_COUNTS: Final = (5, 25, 100)
+"""Numbers of images for which the memory of calibration is measured."""
 
 _WORKLOAD: Final = WORKLOADS["photographs"]
 
@@ -44,9 +54,13 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=4, help="time of one service in a round (default: 4)"
     )
+    parser.add_argument("--memory", action="store_true", help="measure the memory of calibration alone")
     options = parser.parse_args()
     configure_pillow()
     try:
+        if options.memory:
+            _measure_calibration_memory()
+            return 0
         with tempfile.TemporaryDirectory() as folder:
             images = _WORKLOAD.images if options.images is None else _list_files(options.images)
             version = options.version or _quantize_workload(Path(folder), images)
@@ -55,6 +69,28 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _measure_calibration_memory() -> None:
+    """Print the peak memory of this process before calibration, and after more and more images."""
+    content = _WORKLOAD.build_model(_WORKLOAD.pixel_paths[0].value).read_bytes()
+    contract = Engine(content, provider="cpu", threads=1).contract
+    graph = onnx.load_from_string(content)
+    region = find_region(graph, contract.input_name, contract.logits_name)
+    height, width = contract.input.height, contract.input.width
+    print(f"{len(region.activations)} tensors; before calibration: {_read_peak_mb():.0f} MB")
+    for count in _CALIBRATION_COUNTS:
+
+        def draw_images(count: int = count) -> Iterator[Pixels]:
+            return (np.asarray(draw_picture((width, height), seed)) for seed in range(count))
+
+        collect_histograms(graph, region.activations, draw_images, threads=1)
+        print(f"{count} images: {_read_peak_mb():.0f} MB", flush=True)
+
+
+def _read_peak_mb() -> float:
+    """Return the largest resident size that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _list_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fovea.export.quantize.gate import describe_loss
-from fovea.export.quantize.pipeline import QuantizeReport
+from fovea.export.quantize.pipeline import Proof, QuantizeReport
 from fovea.service.artifact.contract import Precision
 from fovea.service.artifact.repository import MODEL_FILE
 
@@ -15,10 +15,12 @@ from fovea.service.artifact.repository import MODEL_FILE
 def show_report(report: QuantizeReport, version_folder: Path) -> None:
     """Print how the candidate that was written compares with the float model, and how sure that is."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    quantization, counts = report.quantization, report.counts
-    loss = describe_loss(counts, quantization.candidates, is_labelled=quantization.top1 is not None)
+    quantization = report.quantization
+    loss = describe_loss(
+        report.proof.counts, quantization.candidates, is_labelled=quantization.top1 is not None
+    )
     console.print(f"accuracy  {loss}")
-    console.print(f"proof     {_describe_proof(report)}")
+    console.print(f"proof     {_describe_proof(report.proof)}")
     if report.source_ms and report.ms and quantization.speedup:
         console.print(
             f"speed     {report.source_ms:.2f} → {report.ms:.2f} ms an image in one thread, "
@@ -43,12 +45,10 @@ def show_report(report: QuantizeReport, version_folder: Path) -> None:
     console.print(f"next: fovea serve {version_folder.parent.parent}")
 
 
-def _describe_proof(report: QuantizeReport) -> str:
-    limit = f"a loss of at most {100 * report.max_loss:g} points"
-    text = f"{limit} is {100 * report.certainty:.1f} % sure"
-    images = report.counts.images
-    if report.images_for_proof is None:
+def _describe_proof(proof: Proof) -> str:
+    text = f"a loss of at most {100 * proof.max_loss:g} points is {100 * proof.certainty:.1f} % sure"
+    if proof.images_for_proof is None:
         return f"{text}; the loss is at the limit, so no number of images would prove it"
-    if report.images_for_proof <= images:
-        return f"{text}; {report.images_for_proof} images were enough to prove it"
-    return f"{text}; with shares like these it would take {report.images_for_proof} images to prove it"
+    if proof.images_for_proof <= proof.counts.images:
+        return f"{text}; {proof.images_for_proof} images were enough to prove it"
+    return f"{text}; with shares like these it would take {proof.images_for_proof} images to prove it"

@@ -52,6 +52,18 @@ class QuantizeRequest:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """How sure the loss is to be within its limit."""
+
+    counts: PairedCounts
+    max_loss: float
+    certainty: float
+    """How sure it is that the loss is at most `max_loss`, 0 to 1."""
+    images_for_proof: int | None
+    """Number of images that would prove it at `CONFIDENCE`, if their shares were the same; None for none."""
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """The facts and measurements of a quantization."""
 
@@ -61,12 +73,7 @@ class QuantizeReport:
     source_bytes: int
     bytes: int
     quantization: Quantization
-    counts: PairedCounts
-    certainty: float
-    """How sure it is that the loss is within the limit, 0 to 1."""
-    images_for_proof: int | None
-    """Number of images that would prove it at `CONFIDENCE`, if their shares were the same."""
-    max_loss: float
+    proof: Proof
     source_ms: float | None
     ms: float | None
     golden: GoldenDifferences
@@ -160,8 +167,6 @@ def _write_version(
         source, graph, version, calibration, verdict.outputs, images.held_out, quantization
     )
     content = embed_contract(graph, contract)
-    golden = Engine(content, provider="cpu", threads=1).check_golden_set()
-    counts, limit = verdict.counts, request.limits.max_loss
     report = QuantizeReport(
         model=source.name,
         version=version,
@@ -169,13 +174,10 @@ def _write_version(
         source_bytes=len(source.content),
         bytes=len(content),
         quantization=quantization,
-        counts=counts,
-        certainty=counts.find_certainty(limit, climb.compared),
-        images_for_proof=counts.count_images_for_proof(limit, share_confidence(climb.compared)),
-        max_loss=limit,
+        proof=_describe_proof(verdict.counts, request.limits.max_loss, climb.compared),
         source_ms=verdict.speed.source_ms if verdict.speed else None,
         ms=verdict.speed.candidate_ms if verdict.speed else None,
-        golden=golden,
+        golden=Engine(content, provider="cpu", threads=1).check_golden_set(),
         golden_tolerance=contract.golden.logit_tolerance["cpu/float32"],
         temperature=calibration.temperature,
         notes=tuple(notes),
@@ -192,6 +194,15 @@ def _write_version(
         raise QuantizeRefused(
             f"cannot write version {version} into {folder}: {error.strerror}; nothing was written"
         ) from None
+
+
+def _describe_proof(counts: PairedCounts, max_loss: float, candidates: int) -> Proof:
+    return Proof(
+        counts,
+        max_loss,
+        counts.find_certainty(max_loss, candidates),
+        counts.count_images_for_proof(max_loss, share_confidence(candidates)),
+    )
 
 
 def _describe_quantization(
