@@ -123,9 +123,14 @@ def _cut_percentile(counts: Counts) -> tuple[int, int]:
 def _cut_by_entropy(counts: Counts, zero_bin: int) -> tuple[int, int]:
     """Return the bins that lose the least information when `_LEVELS` values represent them.
 
-    The candidates hold all values up to a distance from 0, as far as there are values on both sides.
+    The candidates hold all values up to a distance from 0, as far as there are values on both sides. The bin
+    of 0 counts as much as its neighbours, as in NVIDIA's calibration: zeros need no level of their own width,
+    but the many zeros behind a ReLU would make every range look bad that gives a level several bins.
     """
     bin_count = len(counts)
+    counts = counts.copy()
+    neighbours = counts[max(zero_bin - 1, 0) : zero_bin + 2]
+    counts[zero_bin] = (neighbours.sum() - counts[zero_bin]) / (len(neighbours) - 1)
     best, best_divergence = (0, bin_count), np.inf
     for distance in range(_LEVELS // 2, bin_count + _CANDIDATE_STEP, _CANDIDATE_STEP):
         first, last = max(0, zero_bin - distance), min(bin_count, zero_bin + distance)

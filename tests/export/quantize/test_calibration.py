@@ -58,6 +58,13 @@ def test_entropy_and_percentile_cut_rare_extremes_and_minmax_keeps_them() -> Non
         assert -10 < low < -2.5
 
 
+def test_zeros_behind_a_relu_do_not_narrow_the_range() -> None:
+    values = np.maximum(np.random.default_rng(0).normal(-0.5, 1, 200_000), 0)
+    low, high = make_histogram(values).find_range(CalibrationMethod.ENTROPY)
+    assert low == 0
+    assert high > 2.5
+
+
 def test_no_method_cuts_an_even_distribution() -> None:
     histogram = make_histogram(np.linspace(0, 5, 100_000))
     for method in CalibrationMethod:
