@@ -295,6 +295,7 @@ def build_contract(
         training=training,
         accuracy=None,
         reference=None,
+        quantization=None,
         layers=layers,
         golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, compute_logits)),
     )

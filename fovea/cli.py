@@ -23,6 +23,7 @@ from fovea.commands.examples import EXAMPLES, SUMMARIES
 from fovea.commands.export import export
 from fovea.commands.import_ import import_
 from fovea.commands.publish import publish
+from fovea.commands.quantize import quantize
 from fovea.commands.serve import serve
 from fovea.commands.train import train
 from fovea.service import __version__
@@ -38,6 +39,7 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "train": train,
     "export": export,
     "import": import_,
+    "quantize": quantize,
     "serve": serve,
     "publish": publish,
     "classify": classify,

@@ -68,6 +68,7 @@ def build_model(
         reference=DriftReference(
             10, {labels[0]: 6, labels[1]: 3}, Histogram((0.5,), (4, 6)), Histogram((0.2, 0.6), (1, 8, 1))
         ),
+        quantization=None,
         layers=layers,
         golden=GoldenSet(
             dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, _SessionLogits(graph))

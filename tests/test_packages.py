@@ -35,7 +35,12 @@ SERVICE = [
 
 MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
 
-EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "layer_table", "verify"}]
+EXPORT = [
+    {"quantize"},
+    {"importer"},
+    {"from_checkpoint"},
+    {"drift_reference", "golden", "layer_table", "verify"},
+]
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 

@@ -126,20 +126,20 @@ class Scores:
 # --- matching of folders and labels --------------------------------------------------------------
 
 
-def load_labelled_images(folder: Path, labels: Labels) -> LabelledImages:
+def load_labelled_images(folder: Path, labels: Labels, option: str = "--check") -> LabelledImages:
     """Return the images in sub-folders that are named by label.
 
-    Raises `ImportRefused`.
+    `option` is the option that names the folder. Raises `ImportRefused`.
     """
     if not folder.is_dir():
         raise ImportRefused(
-            f"--check {folder} is not a folder; it takes a folder with a sub-folder of images for each label"
+            f"{option} {folder} is not a folder; it takes a folder with a sub-folder of images for each label"
         )
     source = Folder(folder)
     files = source.list_files()
     if not files:
-        raise ImportRefused(f"--check {folder} has no sub-folder with images in it")
-    find_label = LabelLookup(labels)
+        raise ImportRefused(f"{option} {folder} has no sub-folder with images in it")
+    find_label = LabelLookup(labels, option)
     index_by_folder = {name: find_label(name) for name in sorted({file.labels[0] for file in files})}
     targets = np.array([index_by_folder[file.labels[0]] for file in files], np.int64)
     return LabelledImages(source.name, tuple(source.resolve_paths(file.name for file in files)), targets)
@@ -148,7 +148,8 @@ def load_labelled_images(folder: Path, labels: Labels) -> LabelledImages:
 class LabelLookup:
     """A lookup of the label for a folder name."""
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: Labels, option: str = "--check") -> None:
+        self._option = option
         self._index_by_id = {wordnet: index for index, wordnet in enumerate(labels.ids) if wordnet}
         self._indices_by_name: dict[str, set[int]] = defaultdict(set)
         for index, (wordnet, label) in enumerate(zip(labels.ids, labels.names, strict=True)):
@@ -175,12 +176,12 @@ class LabelLookup:
         if len(indices) > 1:
             several = ", ".join(repr(self._labels[index]) for index in sorted(indices))
             raise ImportRefused(
-                f"--check: the folder {folder!r} fits several labels: {several}; use one of these"
+                f"{self._option}: the folder {folder!r} fits several labels: {several}; use one of these"
             )
         return next(iter(indices))
 
     def _describe_unknown(self, folder: str) -> str:
-        prefix = f"--check: the folder {folder!r} is"
+        prefix = f"{self._option}: the folder {folder!r} is"
         if WORDNET_ID.fullmatch(folder) and not self._index_by_id:
             return f"{prefix} a WordNet id, but the labels have no ids; name the folder after its label"
         nearest = difflib.get_close_matches(

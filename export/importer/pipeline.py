@@ -192,6 +192,7 @@ def _build_contract(
         ),
         accuracy=check_result.accuracy if check_result else None,
         reference=check_result.reference if check_result else None,
+        quantization=None,
         layers=layers,
         golden=GoldenSet(
             _compute_logit_tolerance(foreign, [one for image in images for one in image.logits]), images

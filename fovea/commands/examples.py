@@ -8,6 +8,7 @@ EXAMPLES: Final = {
     "train": "fovea train --data photos --export zoo/pets/1",
     "export": "fovea export runs/pets --out zoo/pets/1",
     "import": "fovea import model.onnx --labels labels.txt --name pets --out zoo --preset imagenet",
+    "quantize": "fovea quantize zoo/pets/1 --images photos",
     "serve": "fovea serve zoo --port 8000",
     "publish": "fovea publish model.onnx --models zoo --name pets",
     "classify": "fovea classify cat.jpg photos --top-k 3",
@@ -20,6 +21,7 @@ EXAMPLES: Final = {
 SUMMARIES: Final = {
     "export": "Export a checkpoint to one ONNX file.",
     "import": "Import an ONNX classifier from another tool.",
+    "quantize": "Make a faster version in int8, proven on images.",
     "publish": "Add a model to a repository.",
     "classify": "Classify images without a server.",
     "explain": "Draw a heat map of what the model looked at.",

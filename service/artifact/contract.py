@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 from fovea.service.artifact.strict_json import from_plain, require
 from fovea.service.errors import ContractError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Version of the document's layout that Fovea writes. It reads this version and all earlier ones.
 
 Raise it with every change of a field or of a field's meaning, and add the step from the previous version to
@@ -211,6 +211,61 @@ class GoldenSet:
         require(0 < len(self.images) <= 8, "golden: between 1 and 8 images are needed")
 
 
+class Precision(StrEnum):
+    """The arithmetic of a quantized model."""
+
+    INT8 = "int8"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The conversion of a float model to this model, and the measurements on which it was accepted."""
+
+    precision: Precision
+    source_version: str
+    """Version of the float model in the same repository."""
+    source_sha256: str
+    """Digest of the float model's file."""
+    recipe: str
+    """Description of the conversion for people."""
+    calibration: str
+    """Method that chose the ranges of the activations; empty if no ranges were needed."""
+    calibration_images: int
+    weight_bits: int
+    """Bits of a weight: 8, 7 in reduced range, or 16."""
+    float_layers: tuple[str, ...]
+    """Layers with weights that compute in float32."""
+    data: str
+    """Name of the folder with the images."""
+    images: int
+    """Number of held-out images, on which both models were compared."""
+    source_top1: float | None
+    """Share of these images that the float model gets right; null without labels."""
+    top1: float | None
+    """Share of these images that this model gets right; null without labels."""
+    agreement: float
+    """Share of these images to which both models give the same answer."""
+    loss: float
+    """`source_top1` - `top1`, or 1 - `agreement` without labels."""
+    loss_interval: tuple[float, ...]
+    """Lower and upper limit of the loss at `confidence`."""
+    confidence: float
+    candidates: int
+    """Number of conversions that were compared with the float model on these images."""
+    speedup: float | None
+    """Time of the float model divided by that of this model, one image in one thread; null if unmeasured."""
+    processor: str
+    """Name of the processor on which the conversion was made."""
+    command: str
+
+    def __post_init__(self) -> None:
+        require(self.weight_bits in (7, 8, 16), "quantization: weight_bits must be 7, 8 or 16")
+        require(self.images > 0, "quantization: images must be positive")
+        require(len(self.loss_interval) == 2, "quantization: loss_interval takes two numbers")
+        require((self.top1 is None) == (self.source_top1 is None), "quantization: only one top-1 is known")
+
+
 @dataclass(frozen=True)
 class Contract:
     """Everything that a service needs to serve one model, and that a reader needs to trust the model."""
@@ -243,6 +298,8 @@ class Contract:
     accuracy: Accuracy | None
     reference: DriftReference | None
     """Null for a model that was imported without images: its drift cannot be measured."""
+    quantization: Quantization | None
+    """Null for a model that computes as it was trained or imported."""
     layers: tuple[Layer, ...]
     golden: GoldenSet
 
@@ -307,7 +364,9 @@ def _require_coverage(coverage: tuple[Coverage, ...], task: Task) -> None:
 
 Upgrade: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
-_UPGRADES: Final[dict[int, Upgrade]] = {}
+_UPGRADES: Final[dict[int, Upgrade]] = {
+    1: lambda document: {**document, "quantization": None},
+}
 """Functions that convert a parsed document of one version to the next version, by the old version."""
 
 

@@ -19,11 +19,20 @@ from fovea.service.explain.tensor_layout import TensorLayout, find_image_tensors
 from fovea.service.inference.engine import Floats, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
 
-_SHAPE_KINDS: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
-"""Operators that change only the shape."""
+_SHAPE_KINDS: Final = frozenset(
+    {"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear",
+     "DequantizeLinear"}
+)  # fmt: skip
+"""Operators that change only the shape, or round values to int8 and back."""
 
 _TOLERANCE: Final = 1e-3
 """Tolerance relative to the difference between the logits of two images."""
+
+_QUANTIZED_TOLERANCE: Final = 5e-2
+"""Tolerance for a quantized model, whose averages are rounded to 256 levels before the linear layer.
+
+A misread layer table causes differences as large as the logits.
+"""
 
 _ROUNDING_TOLERANCE: Final = 1e-5
 """Tolerance relative to the logits themselves. The rounding error of float32 sums in another order is
@@ -158,7 +167,8 @@ def verify_cam(head: Head, contract: Contract, run_graph: RunGraph) -> Cam:
     computed_change, expected_change = (
         np.diff(values.astype(np.float64), axis=0) for values in (computed_logits, logits)
     )
-    tolerance = _TOLERANCE * float(np.abs(expected_change).max()) + _ROUNDING_TOLERANCE * float(
+    relative_tolerance = _QUANTIZED_TOLERANCE if contract.quantization else _TOLERANCE
+    tolerance = relative_tolerance * float(np.abs(expected_change).max()) + _ROUNDING_TOLERANCE * float(
         np.abs(logits).max()
     )
     if not float(np.abs(computed_change - expected_change).max()) <= tolerance:

@@ -28,9 +28,10 @@ Shapes = Mapping[str, Sequence[int]]
 
 _HIDDEN_KINDS: Final = frozenset(
     {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Shape", "Constant", "Expand",
-     "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size"}
+     "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size", "QuantizeLinear",
+     "DequantizeLinear", "DynamicQuantizeLinear"}
 )  # fmt: skip
-"""Operators that change no value or work on shapes."""
+"""Operators that change no value, round values to int8 and back, or work on shapes."""
 
 _ELEMENTWISE_KINDS: Final = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
@@ -84,7 +85,9 @@ def find_receptive_field(contract: Contract, tensor: str) -> ReceptiveField | No
     return reader.find_receptive_field(tensor)
 
 
-_IDENTITY_KINDS: Final = frozenset({"Identity", "Cast", "Dropout"})
+_IDENTITY_KINDS: Final = frozenset(
+    {"Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+)
 """Operators that are not shown and leave each value at its place."""
 
 _REARRANGING_KINDS: Final = frozenset({"Transpose", *RESHAPE_KINDS})

@@ -256,6 +256,7 @@ class Engine:
         if not difference <= tolerance:  # not `>`, so that NaN fails too
             raise GoldenError(
                 f"golden image {golden.name!r}: a logit is off by {difference:.3g}; at most {tolerance:g}"
+                f"{_explain_quantization(self.contract)}"
             )
         return difference
 
@@ -296,6 +297,18 @@ class Engine:
             if (key := f"{name}/float32") in tolerances:
                 return tolerances[key]
         raise GoldenError(f"the golden set states no tolerance for {key}")
+
+
+def _explain_quantization(contract: Contract) -> str:
+    """Return why a quantized model may compute other logits on this host, and what to do; else nothing."""
+    quantization = contract.quantization
+    if quantization is None:
+        return ""
+    return (
+        f". The {quantization.precision} arithmetic of this processor differs from that of "
+        f"{quantization.processor}, where the model was quantized: run `fovea quantize` on this host, or "
+        f"with --reduced-range for hosts of several kinds, or serve version {quantization.source_version}"
+    )
 
 
 def decode_golden_pixels(golden: GoldenImage) -> Pixels:

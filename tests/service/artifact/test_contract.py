@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fovea.service.artifact.contract import METADATA_KEY, Contract, Task
+from fovea.service.artifact.contract import FORMAT_VERSION, METADATA_KEY, Contract, Task
 from fovea.service.errors import ContractError
 from tests.graphs import build_model, read_contract
 
@@ -37,10 +37,46 @@ def _make_setter(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+QUANTIZATION = {
+    "precision": "int8",
+    "source_version": "1",
+    "source_sha256": "0",
+    "recipe": "static int8, minmax",
+    "calibration": "minmax",
+    "calibration_images": 10,
+    "weight_bits": 8,
+    "float_layers": [],
+    "data": "photos",
+    "images": 10,
+    "source_top1": 0.9,
+    "top1": 0.9,
+    "agreement": 1.0,
+    "loss": 0.0,
+    "loss_interval": [-0.1, 0.1],
+    "confidence": 0.95,
+    "candidates": 1,
+    "speedup": 1.5,
+    "processor": "a processor",
+    "command": "fovea quantize",
+}
+"""A valid quantization as in the document."""
+
+
+def test_quantization_is_read(document: dict[str, Any]) -> None:
+    contract = Contract.from_json(json.dumps({**document, "quantization": QUANTIZATION}))
+    assert contract.quantization is not None
+    assert contract.quantization.loss_interval == (-0.1, 0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_make_setter("format", 2), "format is 2"),
+        (_make_setter("format", FORMAT_VERSION + 1), f"format is {FORMAT_VERSION + 1}"),
+        (_make_setter("quantization", {**QUANTIZATION, "weight_bits": 5}), "weight_bits must be 7, 8 or 16"),
+        (_make_setter("quantization", {**QUANTIZATION, "images": 0}), "images must be positive"),
+        (_make_setter("quantization", {**QUANTIZATION, "loss_interval": [0.1]}), "takes two numbers"),
+        (_make_setter("quantization", {**QUANTIZATION, "top1": None}), "only one top-1 is known"),
+        (_make_setter("quantization", {**QUANTIZATION, "precision": "int4"}), "known are int8, float16"),
         (_make_setter("name", 7), r"contract\.name must be str, not int"),
         (_make_setter("labels", ["one"]), "at least two"),
         (_make_setter("labels", ["a", "a", "b", "c"]), "unique"),
