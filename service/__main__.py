@@ -58,6 +58,7 @@ def main(**overrides: Any) -> int:
         settings = memory_plan.fit_to_memory(settings)
         bound_socket = _bind_port(settings)
         if settings.workers == 1:
+            _start_fork_server()
             start_serving(settings, lambda *start: _serve_single_process(settings, bound_socket, *start))
         else:
             start_serving(settings, lambda *start: _run_supervisor(settings, bound_socket, overrides, *start))
@@ -203,6 +204,7 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
             settings = load_settings()
             _configure_log(settings)
             settings = memory_plan.fit_to_memory(settings)
+            _start_fork_server()
             # The application needs its manager now, but the channel to the supervisor is attached only when
             # the event loop runs, see `_serve_worker`.
             participant = Participant()
@@ -299,6 +301,19 @@ def _write_line(descriptor: int, text: str) -> None:
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     writer.join(_WRITE_TIMEOUT)
+
+
+def _start_fork_server() -> None:
+    """Start the process from which runners are forked: it imports their libraries while this one goes on.
+
+    Its environment must be complete (`memory_plan.fit_to_memory`). Raises `StartError`.
+    """
+    from fovea.service.runners.child_process import start_fork_server
+
+    try:
+        start_fork_server()
+    except OSError as error:
+        raise StartError(f"the fork server cannot be started: {error.strerror}") from None
 
 
 def _configure_log(settings: Settings) -> None:

@@ -79,6 +79,9 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unopt
             "FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU; "
             "check the GPU driver and the CUDA libraries"
         )
+    # ONNX Runtime's wrapper keeps the bytes for another attempt on another provider, which must not happen.
+    session.disable_fallback()
+    session._model_bytes = None
     return session
 
 
