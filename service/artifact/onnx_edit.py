@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import ModelError
 
@@ -23,7 +21,7 @@ _NODE_OUTPUT: Final = 2  # in NodeProto
 _TENSOR_NAME: Final = 8  # in TensorProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
-_TYPE_NUMBERS: Final = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
+_TYPE_NUMBERS: Final = {"float32": 1, "uint8": 2, "float16": 10}
 """Type numbers of `TensorProto.DataType`."""
 
 

@@ -17,8 +17,8 @@ from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
+from fovea.service.inference.pixels import brightness_of
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
@@ -251,7 +251,7 @@ def _replace_nonfinite(
     are legal, so for pixels the model is at fault (`Internal`).
     """
     error: RequestError
-    if np.issubdtype(tensor.dtype, np.floating):
+    if tensor.is_float:
         error = BadRequest(
             f"the model's answer is not finite: NaN, infinite or too large values in {tensor.name!r}"
         )

@@ -194,7 +194,7 @@ def test_row_with_non_finite_result_fails_only_itself(tmp_path: Path, value: flo
 
 
 def test_trained_model_takes_only_pixels() -> None:
-    assert (PIXELS.name, PIXELS.dtype, PIXELS.shape) == ("pixels", np.dtype(np.uint8), (16, 16, 3))
+    assert (PIXELS.name, PIXELS.dtype, PIXELS.shape) == ("pixels", "uint8", (16, 16, 3))
 
 
 @pytest.mark.parametrize(
