@@ -335,8 +335,10 @@ def _prepare_serving(settings: Settings) -> None:
     """
     import gc
 
+    from fovea.service import allocator
     from fovea.service.observability import slow_callbacks
 
+    allocator.trim_heap()
     gc.freeze()  # a full collection takes 30 ms to scan 60,000 permanent objects
     if settings.log_level == "debug":
         slow_callbacks.log_slow_callbacks()

@@ -11,6 +11,7 @@ fork server forks twice, and the service adopts the second process when the firs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -47,6 +48,20 @@ def main(descriptor: int) -> None:
     returns from it when its own work is done, and then ends as any interpreter does.
     """
     service = socket.socket(fileno=descriptor)
+    child = None
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service has ended
+        child = _serve_requests(service)
+    if child is None:
+        os._exit(0)
+    service.close()
+    _run_child(*child)
+
+
+def _serve_requests(service: socket.socket) -> tuple[ForkRequest, Sequence[int]] | None:
+    """Fork children until the service closes its end of the socket, and return None.
+
+    In a child, return its request and its descriptors.
+    """
     # Before the first fork: a collection in a child would otherwise write to, and so copy, all shared pages.
     gc.collect()
     gc.freeze()
@@ -55,16 +70,14 @@ def main(descriptor: int) -> None:
     while True:
         packet, descriptors, _, _ = socket.recv_fds(service, MAX_PACKET_BYTES, MAX_DESCRIPTORS)
         if not packet:
-            os._exit(0)
+            return None
         request = decode_packet(packet, ForkRequest)
         if len(descriptors) < request.descriptor_count:  # this process has no file descriptors left
             reply = ForkReply(request.number, 0, errno.EMFILE)
         else:
             pid, error_number = _fork_orphan()
             if not pid and not error_number:
-                service.close()
-                _run_child(request, descriptors)
-                return
+                return request, descriptors
             reply = ForkReply(request.number, pid, error_number)
         for one in descriptors:
             os.close(one)
