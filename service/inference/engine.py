@@ -27,7 +27,9 @@ from fovea.service.inference.session import (
     get_provider,
     open_session,
     read_model,
+    runs_on_cpu,
 )
+from fovea.service.inference.shared_weights import SharedWeights, share_weights
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
@@ -66,6 +68,7 @@ class Engine:
         threads: int,
         wide_threads: int = 0,
         read_bytes: Callable[[], bytes] | None = None,
+        weights_file: Path | None = None,
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
@@ -76,10 +79,14 @@ class Engine:
         `read_bytes` returns the bytes once more. It is called by the first call with a tensor that is not
         pixels, in the thread of that call. Without `read_bytes` the bytes are kept.
 
+        The weights are shared through `weights_file` if it is given and the model runs on a CPU
+        (`shared_weights`).
+
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        session = open_session(model, provider, threads)
+        self._weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
+        session = open_session(model, provider, threads, weights=self._weights)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: Literal["cpu", "cuda"] = get_provider(session)
         _check_graph(session, self.contract)
@@ -93,7 +100,7 @@ class Engine:
         self._provider_setting, self._threads = provider, threads
         self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
         self._read_bytes = read_bytes or (lambda: model)
-        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model))
+        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, self._weights))
         self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
 
@@ -107,6 +114,7 @@ class Engine:
         wide_threads: int = 0,
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
+        weights_file: Path | None = None,
     ) -> Engine:
         """Load a model file. Raises `ModelError` that names the file.
 
@@ -121,6 +129,7 @@ class Engine:
                 threads=threads,
                 wide_threads=wide_threads,
                 read_bytes=read_bytes,
+                weights_file=weights_file,
             )
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
@@ -193,9 +202,11 @@ class Engine:
             self._raw_input_sessions[tensor.name] = sessions
         return self._raw_input_sessions[tensor.name]
 
-    def _open_multi_threaded(self, model: bytes) -> Any:
+    def _open_multi_threaded(self, model: bytes, weights: SharedWeights | None = None) -> Any:
         """Return a session with more threads, or None if exclusive calls get no extra threads."""
-        return open_session(model, self._provider_setting, self._wide_threads) if self._wide_threads else None
+        if not self._wide_threads:
+            return None
+        return open_session(model, self._provider_setting, self._wide_threads, weights=weights)
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may occur, so that no caller waits for allocation or tuning."""

@@ -14,6 +14,7 @@ import onnxruntime
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.shared_weights import SharedWeights
 
 ProviderSetting: TypeAlias = Literal["auto", "cpu", "cuda"]
 
@@ -52,13 +53,26 @@ def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
         return file.read()
 
 
-def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unoptimized: bool = False) -> Any:
+def open_session(
+    model: bytes,
+    provider: ProviderSetting,
+    threads: int,
+    *,
+    unoptimized: bool = False,
+    weights: SharedWeights | None = None,
+) -> Any:
     """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
 
-    With `unoptimized` the graph is not optimized: it loads faster and runs slower.
+    With `unoptimized` the graph is not optimized: it loads faster and runs slower. With `weights`, which must
+    live as long as the session, the session has no copy of the model's weights.
     """
     options = onnxruntime.SessionOptions()
-    if unoptimized:
+    if weights:
+        model = weights.graph  # optimized already
+        options.add_external_initializers(list(weights.names), list(weights.values))
+        for name, value in zip(weights.names, weights.values, strict=True):  # otherwise it copies them
+            options.add_initializer(name, value)
+    if unoptimized or weights:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -100,6 +114,14 @@ def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.N
     return (
         outputs[0] if len(outputs) == 1 else [np.concatenate(values) for values in zip(*outputs, strict=True)]
     )
+
+
+def runs_on_cpu(provider: ProviderSetting) -> bool:
+    """Return whether sessions run on ONNX Runtime's own CPU provider.
+
+    Raises `ModelError` if the provider is not available.
+    """
+    return _select_providers(provider) == [_CPU]
 
 
 def _select_providers(provider: ProviderSetting) -> list[str]:

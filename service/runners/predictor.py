@@ -49,12 +49,13 @@ class Predictor:
         *,
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
+        weights_file: Path | None = None,
         bodies_descriptor: int = -1,
     ) -> None:
         """Load, warm up and check a model file.
 
-        See `Engine.load` for `file` and `fingerprint`. `bodies_descriptor` is the descriptor of the shared
-        memory from which images are read (`service.runners.shared_memory`).
+        See `Engine.load` for `file`, `fingerprint` and `weights_file`. `bodies_descriptor` is the descriptor
+        of the shared memory from which images are read (`service.runners.shared_memory`).
 
         Raises `ModelError` that names the file.
         """
@@ -66,6 +67,7 @@ class Predictor:
             wide_threads=plan.wide_threads,
             file=file,
             fingerprint=fingerprint,
+            weights_file=weights_file,
         )
         self.contract = self._engine.contract
         batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[self._engine.provider]
@@ -103,6 +105,7 @@ class Predictor:
             memory,
             file=file,
             fingerprint=load.fingerprint,
+            weights_file=Path(load.weights_file) if load.weights_file else None,
             bodies_descriptor=bodies_descriptor,
         )
 
