@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,20 @@ def test_service_imports_no_training_code() -> None:
         or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
     ]
     assert violations == []
+
+
+def test_service_needs_no_numeric_or_image_libraries_at_rest() -> None:
+    """They take 9 MB, and rich, which structlog imports if it can, 4 MB."""
+    code = (
+        "from fovea.service.http.log_setup import configure_logs\n"
+        "from fovea.service.settings import Settings\n"
+        "configure_logs(Settings())\n"
+        "import sys, fovea.service.app, fovea.service.rollout.startup, fovea.service.supervisor.participant\n"
+        "sys.exit(' '.join({'numpy', 'PIL', 'onnxruntime', 'rich'} & sys.modules.keys()) or 0)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("package", ["model", "export"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
+from fovea.service.errors import StartError
 from fovea.service.runners.fork_server import ForkServer
 from fovea.service.runners.frames import MAX_REPLY_BYTES, FrameError, receive_frame, set_time_limit
 from fovea.service.runners.messages import Failure, NumberedMessage
@@ -36,10 +37,14 @@ _FORK_SERVER: Final = ForkServer()
 def start_fork_server() -> None:
     """Start the fork server, so that its imports run in parallel to those of this process.
 
-    Without this call it starts with the first child. Raises `OSError` when the system has no files, memory or
+    Its environment is that of this process, which must be complete (`memory_plan.fit_to_memory`). Without
+    this call it starts with the first child. Raises `StartError` when the system has no files, memory or
     processes left.
     """
-    _FORK_SERVER.start()
+    try:
+        _FORK_SERVER.start()
+    except OSError as error:
+        raise StartError(f"the fork server cannot be started: {error.strerror}") from None
 
 
 class ChildProcess:
