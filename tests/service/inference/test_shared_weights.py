@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
+from fovea.service.allocator import trim_heap
 from fovea.service.errors import ModelError
 from fovea.service.inference import shared_weights
 from fovea.service.inference.engine import Engine
+from fovea.service.inference.session import open_session
 from fovea.service.inference.shared_weights import share_weights
 from tests.pictures import make_jpeg
 from tests.servers import DEFAULT_MODEL, Server
@@ -50,6 +53,29 @@ def test_results_are_the_same(memory_file: Path) -> None:
         engine.check_golden_set()
     assert _is_sealed(memory_file)
     assert memory_file.stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
+
+
+def test_sessions_have_no_copy_of_the_weights(memory_file: Path) -> None:
+    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    assert weights is not None
+    trim_heap()
+    before = _read_anonymous_bytes()
+    sessions = [open_session(b"", "cpu", threads, weights=weights) for threads in (1, 2)]
+    trim_heap()
+    assert len(sessions) * DEFAULT_MODEL.stat().st_size > 4 * (_read_anonymous_bytes() - before)
+
+
+def test_sessions_keep_no_bytes() -> None:
+    content = DEFAULT_MODEL.read_bytes()
+    references = sys.getrefcount(content)
+    session = open_session(content, "cpu", 1)
+    assert session.get_inputs()
+    assert sys.getrefcount(content) == references
+
+
+def _read_anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) << 10
 
 
 def test_sealed_weights_cannot_be_changed(memory_file: Path) -> None:
