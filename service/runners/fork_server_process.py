@@ -17,6 +17,7 @@ import errno
 import gc
 import importlib
 import os
+import signal
 import socket
 import struct
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(descriptor: int) -> None:
     `service.runners.fork_server` calls this in the new process, which never returns from the call. Each child
     returns from it when its own work is done, and then ends as any interpreter does.
     """
+    # A service that was started with this signal ignored passes that on; `_fork_twice` waits for a process.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     service = socket.socket(fileno=descriptor)
     child = None
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the service has ended

@@ -82,6 +82,19 @@ def test_orphans_are_adopted_only_during_a_fork(starter: ForkServer) -> None:
     assert value.value == 0
 
 
+def test_children_start_where_their_end_is_ignored(starter: ForkServer) -> None:
+    """The system then waits for children itself, and nobody gets their exit status."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = ChildProcess("explain.process")
+        assert not process.has_exited
+        process.stop()
+        assert process.wait_exit() == 0
+        starter.close()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 # --- death ---------------------------------------------------------------------------------------
 
 
