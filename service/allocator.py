@@ -6,7 +6,6 @@ its own arena (mallopt(3)). A service that had inflated some large bodies kept 7
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import threading
 from contextlib import suppress
@@ -58,6 +57,9 @@ class DelayedTrim:
 
     def schedule(self) -> None:
         """Trim the heap in one second, unless that is scheduled already."""
+        # Not at the start of this module: runners use it too, and asyncio takes 9 MB with what it imports.
+        import asyncio
+
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_later(_TRIM_DELAY_SECONDS, self._trim)

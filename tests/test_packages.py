@@ -81,15 +81,27 @@ def test_service_imports_no_training_code() -> None:
     assert violations == []
 
 
-def test_service_needs_no_numeric_or_image_libraries_at_rest() -> None:
-    """They take 9 MB, and rich, which structlog imports if it can, 4 MB."""
-    code = (
-        "from fovea.service.http.log_setup import configure_logs\n"
-        "from fovea.service.settings import Settings\n"
-        "configure_logs(Settings())\n"
-        "import sys, fovea.service.app, fovea.service.rollout.startup, fovea.service.supervisor.participant\n"
-        "sys.exit(' '.join({'numpy', 'PIL', 'onnxruntime', 'rich'} & sys.modules.keys()) or 0)"
-    )
+SERVICE_IMPORTS = """
+from fovea.service.http.log_setup import configure_logs
+from fovea.service.settings import Settings
+configure_logs(Settings())
+import fovea.service.app, fovea.service.rollout.startup, fovea.service.supervisor.participant
+"""
+
+RUNNER_IMPORTS = "import fovea.service.runners.fork_server_process"
+
+
+@pytest.mark.parametrize(
+    ("code", "forbidden"),
+    [
+        (SERVICE_IMPORTS, {"numpy", "PIL", "onnxruntime", "rich"}),
+        (RUNNER_IMPORTS, {"asyncio", "ssl", "pydantic", "fastapi"}),
+    ],
+    ids=["service", "runner"],
+)
+def test_process_imports_only_what_it_needs_at_rest(code: str, forbidden: set[str]) -> None:
+    """NumPy and Pillow take 9 MB, asyncio with ssl 9 MB, and rich, which structlog imports if it can, 4 MB."""
+    code += f"\nimport sys; sys.exit(' '.join({forbidden} & sys.modules.keys()) or 0)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
