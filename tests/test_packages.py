@@ -100,7 +100,7 @@ RUNNER_IMPORTS = "import fovea.service.runners.fork_server_process"
     ids=["service", "runner"],
 )
 def test_process_imports_only_what_it_needs_at_rest(code: str, forbidden: set[str]) -> None:
-    """NumPy and Pillow take 9 MB, asyncio with ssl 9 MB, and rich, which structlog imports if it can, 4 MB."""
+    """NumPy and Pillow take 9 MB, asyncio with ssl 9 MB, and rich, which structlog imports, 4 MB."""
     code += f"\nimport sys; sys.exit(' '.join({forbidden} & sys.modules.keys()) or 0)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
