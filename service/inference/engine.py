@@ -85,8 +85,8 @@ class Engine:
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        self._weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
-        session = open_session(model, provider, threads, weights=self._weights)
+        weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
+        session = open_session(model, provider, threads, weights=weights)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: Literal["cpu", "cuda"] = get_provider(session)
         _check_graph(session, self.contract)
@@ -100,9 +100,10 @@ class Engine:
         self._provider_setting, self._threads = provider, threads
         self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
         self._read_bytes = read_bytes or (lambda: model)
-        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, self._weights))
+        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, weights))
         self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
+        self._weights = weights  # the last attribute: it goes after the sessions that use the weights
 
     @classmethod
     def load(
