@@ -316,6 +316,7 @@ def _prepare_serving(settings: Settings) -> None:
     from fovea.service.observability import slow_callbacks
 
     allocator.trim_heap()
+    allocator.release_code_pages()
     gc.freeze()  # a full collection takes 30 ms to scan 60,000 permanent objects
     if settings.log_level == "debug":
         slow_callbacks.log_slow_callbacks()

@@ -69,6 +69,7 @@ def _serve_requests(service: socket.socket) -> tuple[ForkRequest, Sequence[int]]
     gc.collect()
     gc.freeze()
     allocator.trim_heap()
+    allocator.release_code_pages()
     service.sendall(ForkServerReady().to_bytes())
     while True:
         packet, descriptors, _, _ = socket.recv_fds(service, MAX_PACKET_BYTES, MAX_DESCRIPTORS)

@@ -89,6 +89,7 @@ def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_de
     )
     connection.sendall(reply.to_bytes())
     allocator.trim_heap()  # loading has left as much free memory as the model needs, and more
+    allocator.release_code_pages()
     gc.freeze()  # all objects so far are permanent: exclude them from garbage collection
     _Runner(connection, models, memory, bodies_descriptor).run()
 
