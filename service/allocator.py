@@ -51,8 +51,8 @@ def trim_heap() -> None:
 def release_code_pages() -> None:
     """Unmap the pages of program code that this process has used so far.
 
-    Imports and the load of a model use much code only once: 10 to 20 MB in a runner. Code that is needed again
-    is mapped again from the file cache.
+    Imports and the load of a model use much code only once: 10 to 20 MB in a runner. Code that is needed
+    again is mapped again from the file cache.
     """
     with suppress(OSError, AttributeError):
         advise = ctypes.CDLL(None).madvise

@@ -198,3 +198,22 @@ def test_service_survives_its_fork_server(small_zoo: Path) -> None:
         server.process.kill()
         server.process.wait()
         wait_until(lambda: not any(map(is_running, remaining)))
+
+
+def test_idle_children_map_no_code_that_they_used_once(starter: ForkServer) -> None:
+    """Imports alone touch 9 MB of ONNX Runtime's code."""
+    process = ChildProcess("explain.process")
+    assert _read_resident_code(_get_pid(starter), "onnxruntime_pybind11_state") < 1 << 20
+    process.stop()
+
+
+def _read_resident_code(pid: int, name: str) -> int:
+    """Return the resident bytes of the mapped code of a library."""
+    is_code, size = False, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            is_code = values[0] == "r-xp" and name in line
+        elif is_code and key == "Rss:":
+            size += int(values[0]) << 10
+    return size
