@@ -222,7 +222,8 @@ class ForkServer:
         self._socket.close()
         with _adopt_orphans():
             # The group exists as long as nobody has waited for its first process.
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, nobody need wait for it
+                os.killpg(process.pid, signal.SIGKILL)
             try:
                 status = process.wait(_EXIT_TIMEOUT)
             except subprocess.TimeoutExpired:  # it waits for an unresponsive disk
