@@ -23,7 +23,7 @@ from fovea.bench.load import compute_percentile
 from fovea.bench.processes import start_process
 from fovea.bench.workloads import ROOT, BenchError, Workload
 from fovea.service.artifact.contract import PixelPath
-from fovea.service.runners.child_process import ENVIRONMENT
+from fovea.service.runners.fork_server import ENVIRONMENT
 
 MIN_AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
 """Minimum share of images with the bare loop's top-1 label, by Fovea's pixel path."""

@@ -12,9 +12,8 @@ import torch
 from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import DriftReference, Histogram
-from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats
-from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.pixels import Pixels, brightness_of
 
 _MAX_LABELS: Final = 9
 """Number of labels that are counted separately; all others are counted together."""

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Geometry, GoldenImage
+from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.inference.resize import choose_draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
 """Maximum absolute difference of a logit, by provider and precision.

@@ -47,17 +47,19 @@ def main(**overrides: Any) -> int:
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # otherwise `prometheus_client` would write files there
     from fovea.service import allocator
+    from fovea.service.http.log_setup import configure_logs
     from fovea.service.rollout.startup import start_serving
-    from fovea.service.runners import memory_plan
+    from fovea.service.runners import child_process, memory_plan
     from fovea.service.settings import load_settings
 
     allocator.configure_allocator()
     try:
         settings = load_settings(**overrides)
-        _configure_log(settings)
+        configure_logs(settings)
         settings = memory_plan.fit_to_memory(settings)
         bound_socket = _bind_port(settings)
         if settings.workers == 1:
+            child_process.start_fork_server()
             start_serving(settings, lambda *start: _serve_single_process(settings, bound_socket, *start))
         else:
             start_serving(settings, lambda *start: _run_supervisor(settings, bound_socket, overrides, *start))
@@ -195,14 +197,16 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
     try:
         with send_heartbeats(channel_socket):
             from fovea.service import allocator
-            from fovea.service.runners import memory_plan
+            from fovea.service.http.log_setup import configure_logs
+            from fovea.service.runners import child_process, memory_plan
             from fovea.service.settings import load_settings
             from fovea.service.supervisor.participant import Participant
 
             allocator.configure_allocator()
             settings = load_settings()
-            _configure_log(settings)
+            configure_logs(settings)
             settings = memory_plan.fit_to_memory(settings)
+            child_process.start_fork_server()
             # The application needs its manager now, but the channel to the supervisor is attached only when
             # the event loop runs, see `_serve_worker`.
             participant = Participant()
@@ -301,18 +305,6 @@ def _write_line(descriptor: int, text: str) -> None:
     writer.join(_WRITE_TIMEOUT)
 
 
-def _configure_log(settings: Settings) -> None:
-    import logging
-
-    from fovea.service.http import access_log
-
-    access_log.configure_logging(settings.log_level, settings.log_format, settings.log_stream)
-    # Any client could fill the log through these loggers. Our own log has everything that uvicorn reports.
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    for name in ("python_multipart", "opentelemetry.trace"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
 def _prepare_serving(settings: Settings) -> None:
     """Prepare the process for serving, after everything is loaded.
 
@@ -320,8 +312,11 @@ def _prepare_serving(settings: Settings) -> None:
     """
     import gc
 
+    from fovea.service import allocator
     from fovea.service.observability import slow_callbacks
 
+    allocator.trim_heap()
+    allocator.release_code_pages()
     gc.freeze()  # a full collection takes 30 ms to scan 60,000 permanent objects
     if settings.log_level == "debug":
         slow_callbacks.log_slow_callbacks()

@@ -1,4 +1,4 @@
-"""Configuration of the C library's allocator, so that it returns unused memory to the system.
+"""Configuration of the C library's allocator, and the return of unused memory to the system.
 
 By default glibc raises its thresholds with every large block that is freed, up to 32 MB, and each thread has
 its own arena (mallopt(3)). A service that had inflated some large bodies kept 75 MB of unused memory.
@@ -6,10 +6,10 @@ its own arena (mallopt(3)). A service that had inflated some large bodies kept 7
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 _THRESHOLD_BYTES: Final = 4 << 20
@@ -24,6 +24,10 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 """Parameter numbers of mallopt(3)."""
+
+
+_MADV_DONTNEED: Final = 4
+"""Number of the advice in madvise(2)."""
 
 
 def configure_allocator() -> None:
@@ -44,6 +48,22 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_code_pages() -> None:
+    """Unmap the pages of program code that this process has used so far.
+
+    Imports and the load of a model use much code only once: 10 to 20 MB in a runner. Code that is needed
+    again is mapped again from the file cache.
+    """
+    with suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, permissions, _, _, _, *path = line.split()
+            # Such a mapping of a file has no changed pages, which the call would lose.
+            if permissions == "r-xp" and path and path[0].startswith("/"):
+                start, end = (int(one, 16) for one in addresses.split("-"))
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
 class DelayedTrim:
     """Trims the heap one second after large content was released. Call `schedule` on the event loop.
 
@@ -58,6 +78,9 @@ class DelayedTrim:
 
     def schedule(self) -> None:
         """Trim the heap in one second, unless that is scheduled already."""
+        # Not at the start of this module: runners use it too, and asyncio takes 9 MB with what it imports.
+        import asyncio
+
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_later(_TRIM_DELAY_SECONDS, self._trim)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from tests.servers import ROOT
+from tests.runner_code import write_runner_code
 
 EXIT_IMAGE: Final = b"POISON exit"
 """An image that ends the process that decodes it, as the crash of a codec does."""
@@ -17,35 +17,34 @@ RAISE_IMAGE: Final = b"POISON raise"
 WRONG_NUMBER_IMAGE: Final = b"POISON number"
 """An image whose batch gets a report with a wrong number, as if the stream were out of step."""
 
-_SITECUSTOMIZE: Final = """
-import os, sys
+_RUNNER_CODE: Final = """
+import os
 
-if "runners.process" in " ".join(sys.orig_argv):
-    from fovea.service.runners import predictor
-    from fovea.service.runners import batch_messages
+from fovea.service.runners import predictor
+from fovea.service.runners import batch_messages
 
-    decode = predictor.decode_image
-    write = batch_messages.BatchReport.to_bytes
-    misnumbered = []
+decode = predictor.decode_image
+write = batch_messages.BatchReport.to_bytes
+misnumbered = []
 
-    def write_report(report):
-        return write(report._replace(number=report.number + len(misnumbered)))
+def write_report(report):
+    return write(report._replace(number=report.number + len(misnumbered)))
 
-    batch_messages.BatchReport.to_bytes = write_report
+batch_messages.BatchReport.to_bytes = write_report
 
-    def poisoned(image, *arguments, **named):
-        match bytes(image[:999]).decode("latin-1").split(" "):
-            case ["POISON", "exit"]:
-                os._exit(9)
-            case ["POISON", "raise"]:
-                raise ArithmeticError("raised on purpose")
-            case ["POISON", "number"]:
-                misnumbered.append(image)
-            case ["POISON", "wait", path]:
-                open(path).close()
-        return decode(image, *arguments, **named)
+def poisoned(image, *arguments, **named):
+    match bytes(image[:999]).decode("latin-1").split(" "):
+        case ["POISON", "exit"]:
+            os._exit(9)
+        case ["POISON", "raise"]:
+            raise ArithmeticError("raised on purpose")
+        case ["POISON", "number"]:
+            misnumbered.append(image)
+        case ["POISON", "wait", path]:
+            open(path).close()
+    return decode(image, *arguments, **named)
 
-    predictor.decode_image = poisoned
+predictor.decode_image = poisoned
 """
 
 
@@ -63,9 +62,5 @@ class BlockingImage:
 
 
 def make_poison_environment(folder: Path) -> dict[str, str]:
-    """Return environment variables with which runners react to these images.
-
-    Python imports `sitecustomize` at its start in every process; the code changes runners only.
-    """
-    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    """Return environment variables with which runners react to these images."""
+    return write_runner_code(folder, _RUNNER_CODE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +46,7 @@ EXPORT = [
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference"}
+SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference", "providers"}
 """Packages of `service` that `model` and `export` may import."""
 
 
@@ -92,6 +94,32 @@ def test_service_imports_no_training_code() -> None:
         or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
     ]
     assert violations == []
+
+
+SERVICE_IMPORTS = """
+from fovea.service.http.log_setup import configure_logs
+from fovea.service.settings import Settings
+configure_logs(Settings())
+import fovea.service.app, fovea.service.rollout.startup, fovea.service.supervisor.participant
+"""
+
+RUNNER_IMPORTS = "import fovea.service.runners.fork_server_process"
+
+
+@pytest.mark.parametrize(
+    ("code", "forbidden"),
+    [
+        (SERVICE_IMPORTS, {"numpy", "PIL", "onnxruntime", "rich"}),
+        (RUNNER_IMPORTS, {"asyncio", "ssl", "pydantic", "fastapi"}),
+    ],
+    ids=["service", "runner"],
+)
+def test_process_imports_only_what_it_needs_at_rest(code: str, forbidden: set[str]) -> None:
+    """NumPy and Pillow take 9 MB, asyncio with ssl 9 MB, and rich, which structlog imports, 4 MB."""
+    code += f"\nimport sys; sys.exit(' '.join({forbidden} & sys.modules.keys()) or 0)"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("package", ["model", "export"])

@@ -31,10 +31,9 @@ from fovea.model.data.decoding import decode_pixels, map_in_threads
 from fovea.model.data.disk_source import Folder
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
-from fovea.service.inference.drift import brightness_of
+from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.engine import Floats
-from fovea.service.inference.pixels import Pixels
-from fovea.service.inference.resize import choose_draft_scale
+from fovea.service.inference.pixels import Pixels, brightness_of
 
 RECIPE_IMAGE_COUNT: Final = 200
 """Number of images on which other recipes are tried, spread over all images."""

@@ -18,7 +18,8 @@ from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.pixels import Pixels
-from fovea.service.inference.session import ProviderSetting, get_batch_limit, open_session, run_outputs
+from fovea.service.inference.session import get_batch_limit, open_session, run_outputs
+from fovea.service.providers import ProviderSetting
 
 _BATCH_SIZE: Final = 16
 """Number of images in one call where only the answers count."""

@@ -29,8 +29,8 @@ from fovea.service.artifact.contract import (
     Quantization,
     Task,
 )
-from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Floats, decode_golden_pixels
+from fovea.service.inference.pixels import brightness_of
 
 _MIN_FIT_IMAGES: Final = 100
 """Minimum number of held-out images with labels for a new temperature, thresholds and conformal sets."""

@@ -13,7 +13,7 @@ from fovea.export.quantize.images import PixelSelection
 from fovea.export.quantize.recipe import Recipe
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Contract
-from fovea.service.inference.session import ProviderSetting
+from fovea.service.providers import ProviderSetting
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ GET /health                         → Ok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
@@ -63,8 +62,6 @@ class LabelScore(BaseModel):
     label: str
     score: float
 
-
-FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _DEFAULT_TOP_K: Final = 5
 """Number of labels if the request does not set it; transformers' default."""
@@ -158,21 +155,26 @@ def _render_scores(result: Classification, function: str, top_k: int) -> list[di
     contract, answer = result.model.contract, result.answer
     values: Sequence[float] = answer.probabilities
     if answer.logits is not None and function not in _OWN_FUNCTIONS[contract.task]:
-        values = _apply_function(function, np.asarray(answer.logits) / contract.temperature)
+        values = _apply_function(function, [logit / contract.temperature for logit in answer.logits])
     return [{"label": contract.labels[index], "score": values[index]} for index in answer.ranking[:top_k]]
 
 
-def _apply_function(function: str, logits: FloatArray) -> list[float]:
+def _apply_function(function: str, logits: list[float]) -> list[float]:
     """Apply a function to the logits, which are already divided by the temperature.
 
     A binary model has one logit; the first label gets its negative.
     """
     if len(logits) == 1:
-        logits = np.concatenate([-logits, logits])
+        logits = [-logits[0], logits[0]]
     if function == "softmax":
-        logits = np.exp(logits - logits.max())
-        logits /= logits.sum()
-    elif function == "sigmoid":
-        logits = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    scores: list[float] = logits.tolist()
-    return scores
+        largest = max(logits)
+        powers = [math.exp(logit - largest) for logit in logits]
+        total = sum(powers)
+        return [power / total for power in powers]
+    return list(map(_compute_sigmoid, logits)) if function == "sigmoid" else logits
+
+
+def _compute_sigmoid(logit: float) -> float:
+    """Return 1 / (1 + exp(-logit)), without an overflow for negative logits."""
+    power = math.exp(-abs(logit))
+    return (1.0 if logit >= 0 else power) / (1.0 + power)

@@ -17,7 +17,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, NamedTuple
 
-import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
@@ -52,9 +51,9 @@ _INPUT_NAME: Final = "image_bytes"
 _METHOD_NAME: Final = "tensorflow/serving/predict"
 
 _TENSORFLOW_TYPES: Final = {
-    np.dtype(np.uint8): "DT_UINT8",
-    np.dtype(np.float16): "DT_HALF",
-    np.dtype(np.float32): "DT_FLOAT",
+    "uint8": "DT_UINT8",
+    "float16": "DT_HALF",
+    "float32": "DT_FLOAT",
 }
 
 # --- requests and replies ------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
 from fovea.service.api.base64_text import from_base64
-from fovea.service.artifact.inputs import InputTensor
+from fovea.service.artifact.inputs import DataType, InputTensor
 from fovea.service.errors import BadRequest
 from fovea.service.runners.batch_messages import Image
 from fovea.service.settings import Settings
@@ -26,7 +26,7 @@ from fovea.service.settings import Settings
 ENCODED_DATATYPE: Final = "BYTES"
 """Datatype of encoded images, as in OpenVINO Model Server; each element is one image."""
 
-DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
+DATATYPES: Final = {"uint8": "UINT8", "float16": "FP16", "float32": "FP32"}
 
 MAX_PARTS: Final = 64
 """Maximum number of inputs, outputs or axes, more than any sensible request has. pydantic reports each
@@ -269,8 +269,7 @@ def _parse_json_rows(infer_input: InferInput, tensor: InputTensor | None, count:
         return [
             Row(from_base64(text, f"{infer_input.name}.{place}"), None) for place, text in enumerate(values)
         ]
-    is_float = np.issubdtype(tensor.dtype, np.floating)
-    _require_types(infer_input, values, {int, float} if is_float else {int})
+    _require_types(infer_input, values, {int, float} if tensor.is_float else {int})
     size = len(values) // count
     rows = (values[start : start + size] for start in range(0, len(values), size))
     return [Row(_pack_row(infer_input, tensor, row), tensor.name) for row in rows]
@@ -310,9 +309,29 @@ def _pack_row(infer_input: InferInput, tensor: InputTensor, values: list[Any]) -
     Only one row at a time is converted, because the conversion blocks all other threads.
     """
     try:
-        with np.errstate(over="ignore"):  # the value becomes infinite, which is detected later
-            array = np.array(values, tensor.dtype)
+        return _pack_values(values, tensor.dtype)
     except OverflowError:
         name = shorten_value(infer_input.name)
         raise BadRequest(f"data of {name} has a value out of the range of {infer_input.datatype}") from None
-    return array.data.cast("B")
+
+
+def _pack_values(values: list[Any], dtype: DataType) -> memoryview:
+    """Return numbers as the bytes of a type, rounded to the nearest value.
+
+    Raises `OverflowError` for an integer that is out of range. A float becomes infinite instead, which is
+    detected later.
+    """
+    if dtype != "float16":
+        return memoryview(array(_TYPE_CODES[dtype], values)).cast("B")
+    try:
+        return memoryview(struct.pack(f"{len(values)}e", *values))
+    except OverflowError:
+        limited = [math.copysign(math.inf, one) if abs(one) >= _FLOAT16_LIMIT else one for one in values]
+        return memoryview(struct.pack(f"{len(limited)}e", *limited))
+
+
+_TYPE_CODES: Final = {"uint8": "B", "float32": "f"}
+"""Type codes of the module `array`, which has none for float16."""
+
+_FLOAT16_LIMIT: Final = 65520.0
+"""Smallest number that is rounded to infinity as float16 (IEEE 754)."""

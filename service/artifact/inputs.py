@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Final
-
-import numpy as np
+from typing import Final, Literal, TypeAlias
 
 from fovea.service.artifact.contract import Contract, Layer, Task
 
 _NODE_PREFIX: Final = "fovea/"
 """Name prefix of the nodes that the import adds around a foreign graph (`export.importer.wrap`)."""
 
-_DTYPES: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
-"""NumPy types by the type number in a Cast node (onnx.proto, `TensorProto.DataType`)."""
+DataType: TypeAlias = Literal["uint8", "float16", "float32"]
+"""Type of a tensor's values, by NumPy's name. The service's event loop works without NumPy."""
+
+_ITEM_BYTES: Final[dict[DataType, int]] = {"uint8": 1, "float16": 2, "float32": 4}
+
+_CAST_TYPES: Final[dict[int, DataType]] = {1: "float32", 10: "float16"}
+"""Types by the type number in a Cast node (onnx.proto, `TensorProto.DataType`)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class InputTensor:
     """One possible input of a model. The shape is that of one image, without the batch axis."""
 
     name: str
-    dtype: np.dtype[Any]
+    dtype: DataType
     shape: tuple[int, ...]
     preprocessing: tuple[Layer, ...] = ()
     """Nodes that compute the tensor from the pixels; empty for the pixels themselves."""
@@ -34,7 +37,12 @@ class InputTensor:
     @property
     def size(self) -> int:
         """Size of one image's tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """True for floating-point values."""
+        return self.dtype != "uint8"
 
 
 def input_tensors_of(contract: Contract) -> tuple[InputTensor, ...]:
@@ -44,7 +52,7 @@ def input_tensors_of(contract: Contract) -> tuple[InputTensor, ...]:
     own. Each node takes the output of the node before, and an Identity is the last.
     """
     shape = (contract.input.height, contract.input.width, 3)
-    pixels = InputTensor(contract.input_name, np.dtype(np.uint8), shape)
+    pixels = InputTensor(contract.input_name, "uint8", shape)
     steps: list[Layer] = []
     last, dtype = pixels.name, pixels.dtype
     for layer in contract.layers:
@@ -53,7 +61,7 @@ def input_tensors_of(contract: Contract) -> tuple[InputTensor, ...]:
         steps.append(layer)
         last = layer.outputs[0]
         if layer.kind == "Cast" and isinstance(kind := layer.attributes.get("to"), int):
-            dtype = _DTYPES.get(kind, dtype)
+            dtype = _CAST_TYPES.get(kind, dtype)
         if layer.kind == "Identity":
             sides = tuple(side for side in layer.shape if side is not None)
             return (pixels, InputTensor(last, dtype, sides, tuple(steps))) if len(sides) == 3 else (pixels,)

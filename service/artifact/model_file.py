@@ -1,4 +1,4 @@
-"""Open model files, and the fingerprint of a model file.
+"""Open model files, the memory files of their weights, and the fingerprint of a model file.
 
 An open file stays readable after the file or its folder has been replaced or deleted.
 """
@@ -13,12 +13,17 @@ from fovea.service.errors import ModelError
 
 
 class PinnedFile:
-    """A model file that is kept open."""
+    """A model file that is kept open, and a memory file in which processes share its weights."""
 
     def __init__(self, path: Path, fingerprint: Sequence[int]) -> None:
         """Open the file. Raises `ModelError` when it is missing or its fingerprint has changed."""
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
+            try:
+                self._weights_descriptor = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            except OSError:
+                os.close(self._descriptor)
+                raise
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         # Compare the open file, not the path: another file may take the path at any time.
@@ -35,9 +40,15 @@ class PinnedFile:
         """
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
+    @property
+    def weights_path(self) -> str:
+        """Path of the memory file, which is empty at first. The path is valid as long as `path`."""
+        return f"/proc/{os.getpid()}/fd/{self._weights_descriptor}"
+
     def close(self) -> None:
-        """Close the file. Processes that have opened `path` can still read it."""
+        """Close both files. Processes that have opened them can still read them."""
         os.close(self._descriptor)
+        os.close(self._weights_descriptor)
 
 
 def fingerprint_of(file: Path | int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Edit an ONNX file without the `onnx` package: add outputs, or cut the graph in two.
+"""Edit an ONNX file without the `onnx` package: add outputs, cut the graph in two, or list its weights.
 
 ONNX Runtime returns only tensors that are outputs, and takes input only at the start of a graph.
 
@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import ModelError
 
 _GRAPH: Final = 7  # in ModelProto
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # in GraphProto
 _NODE_OUTPUT: Final = 2  # in NodeProto
-_TENSOR_NAME: Final = 8  # in TensorProto
+_DIMENSION, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA = 1, 2, 8, 13  # in TensorProto
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2  # in StringStringEntryProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
-_TYPE_NUMBERS: Final = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
+_TYPE_NUMBERS: Final = {"float32": 1, "uint8": 2, "float16": 10}
 """Type numbers of `TensorProto.DataType`."""
 
 
@@ -71,6 +70,51 @@ def extract_preprocessing(model: bytes, tensor: InputTensor) -> bytes:
     return _filter_graph(model, is_kept) + _encode_message(
         _GRAPH, _encode_message(_OUTPUT, _encode_value_info(tensor))
     )
+
+
+class ExternalWeight(NamedTuple):
+    """A weight whose values are in another file."""
+
+    name: str
+    type_number: int
+    """Number of the type of its values (`TensorProto.DataType`)."""
+    shape: tuple[int, ...]
+    offset: int
+    """Start of its values in the file, in bytes."""
+
+
+def list_external_weights(model: bytes) -> list[ExternalWeight]:
+    """Return the weights of the main graph whose values are in another file.
+
+    Raises `ModelError` when the model is not a protobuf message.
+    """
+    return [
+        weight
+        for field in _parse_fields(memoryview(model))
+        if field.number == _GRAPH
+        for one in _parse_fields(field.content)
+        if one.number == _INITIALIZER and (weight := _parse_external_weight(one.content))
+    ]
+
+
+def _parse_external_weight(tensor: memoryview) -> ExternalWeight | None:
+    """Return the weight that a `TensorProto` describes; None if it holds its values itself."""
+    name, type_number = "", 0
+    shape: list[int] = []
+    entries: dict[str, str] = {}
+    for field in _parse_fields(tensor):
+        if field.number == _TENSOR_NAME:
+            name = str(field.content, "utf-8")
+        elif field.number == _DATA_TYPE:
+            (type_number,) = _read_numbers(field)
+        elif field.number == _DIMENSION:
+            shape += _read_numbers(field)
+        elif field.number == _EXTERNAL_DATA:
+            parts = {one.number: str(one.content, "utf-8") for one in _parse_fields(field.content)}
+            entries[parts[_ENTRY_KEY]] = parts[_ENTRY_VALUE]
+    if not entries:
+        return None
+    return ExternalWeight(name, type_number, tuple(shape), int(entries.get("offset", 0)))
 
 
 def _has_value(field: _Field, number: int, values: Set[bytes]) -> bool:
@@ -129,6 +173,17 @@ def _parse_fields(message: memoryview) -> Iterator[_Field]:
             raise ModelError("the ONNX model is cut short")
         yield _Field(key >> 3, message[offset:end], message[start:end])
         start = end
+
+
+def _read_numbers(field: _Field) -> list[int]:
+    """Return the number in a field, or all numbers in a packed field."""
+    key, start = _read_varint(field.encoded_field, 0)
+    content = field.content if key & 7 == _BYTES else field.encoded_field[start:]
+    numbers, start = [], 0
+    while start < len(content):
+        number, start = _read_varint(content, start)
+        numbers.append(number)
+    return numbers
 
 
 def _read_varint(message: memoryview, start: int) -> tuple[int, int]:

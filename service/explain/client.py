@@ -179,9 +179,9 @@ class ExplainerClient:
                 self.close()
             if self._connection is None:
                 self._reserve(pending.model)
-                connection = ExplainerConnection(
-                    ChildProcess("explain.process"), self._memory.decode_bytes if self._memory else None
-                )
+                # In a thread: the start waits for the fork server, which may have to be started too.
+                process = await asyncio.to_thread(ChildProcess, "explain.process")
+                connection = ExplainerConnection(process, self._memory.decode_bytes if self._memory else None)
                 await connection.connect()
                 self._connection = connection
             if pending.is_abandoned:  # the caller left while the process started

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.contract import Geometry, PixelPath
-from fovea.service.inference.resize import choose_draft_scale
+from fovea.service.inference.draft_scale import choose_draft_scale
 
 ImageBytes = bytes | memoryview
 

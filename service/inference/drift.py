@@ -19,11 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from fovea.service.artifact.contract import DriftReference
-from fovea.service.inference.pixels import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")
 """Signals: the most probable label, its probability, and the mean of the model's input."""
@@ -117,12 +113,3 @@ def _smooth_shares(counts: Sequence[int]) -> list[float]:
 def chance_index(reference_counts: Sequence[int], counts: Sequence[int]) -> float:
     """Return the average index of two samples of one source."""
     return (len(counts) - 1) * (1 / sum(reference_counts) + 1 / max(1, sum(counts)))
-
-
-def brightness_of(batch: Pixels) -> npt.NDArray[np.float32]:
-    """Return each image's mean value, float32 (n,), from 0 to 1, for uint8 (n, height, width, 3)."""
-    values = batch.reshape(len(batch), -1)
-    means: npt.NDArray[np.float32] = (values.sum(axis=1, dtype=np.uint64) / (255 * values.shape[1])).astype(
-        np.float32
-    )
-    return means

@@ -27,12 +27,14 @@ from fovea.service.inference.session import (
     get_provider,
     open_session,
     read_model,
+    runs_on_cpu,
 )
+from fovea.service.inference.shared_weights import SharedWeights, share_weights
 from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
-BatchAllocator: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Values]
+BatchAllocator: TypeAlias = Callable[[tuple[int, ...], npt.DTypeLike], Values]
 
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 """Largest difference of one probability between an image alone and the same image in any batch.
@@ -71,6 +73,7 @@ class Engine:
         wide_threads: int = 0,
         engine_cache: str = "",
         read_bytes: Callable[[], bytes] | None = None,
+        weights_file: Path | None = None,
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
@@ -83,11 +86,15 @@ class Engine:
         `read_bytes` returns the bytes once more. It is called by the first call with a tensor that is not
         pixels, in the thread of that call. Without `read_bytes` the bytes are kept.
 
+        The weights are shared through `weights_file` if it is given and the model runs on a CPU
+        (`shared_weights`).
+
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
         self._open_session = partial(open_session, provider=provider, engine_cache=engine_cache)
-        session = self._open_session(model, threads=threads)
+        weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
+        session = self._open_session(model, threads=threads, weights=weights)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: ProviderName = get_provider(session)
         is_gpu = PROVIDERS[self.provider].is_gpu
@@ -108,9 +115,10 @@ class Engine:
         self._threads = threads
         self._wide_threads = wide_threads if not is_gpu and wide_threads > threads else 0
         self._read_bytes = read_bytes or (lambda: model)
-        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model))
+        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, weights))
         self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
+        self._weights = weights  # the last attribute: it goes after the sessions that use the weights
 
     @classmethod
     def load(
@@ -123,6 +131,7 @@ class Engine:
         engine_cache: str = "",
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
+        weights_file: Path | None = None,
     ) -> Engine:
         """Load a model file. Raises `ModelError` that names the file.
 
@@ -138,6 +147,7 @@ class Engine:
                 wide_threads=wide_threads,
                 engine_cache=engine_cache,
                 read_bytes=read_bytes,
+                weights_file=weights_file,
             )
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
@@ -213,9 +223,11 @@ class Engine:
             self._raw_input_sessions[tensor.name] = sessions
         return self._raw_input_sessions[tensor.name]
 
-    def _open_multi_threaded(self, model: bytes) -> Any:
+    def _open_multi_threaded(self, model: bytes, weights: SharedWeights | None = None) -> Any:
         """Return a session with more threads, or None if exclusive calls get no extra threads."""
-        return self._open_session(model, threads=self._wide_threads) if self._wide_threads else None
+        if not self._wide_threads:
+            return None
+        return self._open_session(model, threads=self._wide_threads, weights=weights)
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may occur, so that no caller waits for allocation or tuning."""

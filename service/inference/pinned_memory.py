@@ -45,10 +45,10 @@ class PinnedBatches(threading.local):
         self._memory_info = memory_info
         self._buffers: dict[tuple[tuple[int, ...], np.dtype[Any]], tuple[Any, npt.NDArray[Any]]] = {}
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array (n, ...) for a batch. The next call with images of this shape reuses its memory."""
         count, *image_shape = shape
-        return self._get_buffer(count, tuple(image_shape), dtype)[:count]
+        return self._get_buffer(count, tuple(image_shape), np.dtype(dtype))[:count]
 
     def pad_batch(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a batch (n, ...) with its number of images padded to `pad_size`, in a buffer.

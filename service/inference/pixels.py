@@ -1,4 +1,4 @@
-"""Types of decoded pixels, and of regions of an image."""
+"""Types of decoded pixels and of regions of an image, and the brightness of pixels."""
 
 from __future__ import annotations
 
@@ -12,3 +12,12 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
+
+
+def brightness_of(batch: Pixels) -> npt.NDArray[np.float32]:
+    """Return each image's mean value, float32 (n,), from 0 to 1, for uint8 (n, height, width, 3)."""
+    values = batch.reshape(len(batch), -1)
+    means: npt.NDArray[np.float32] = (values.sum(axis=1, dtype=np.uint64) / (255 * values.shape[1])).astype(
+        np.float32
+    )
+    return means

@@ -16,6 +16,7 @@ import onnxruntime
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.shared_weights import SharedWeights
 from fovea.service.providers import PROVIDERS, ExecutionProvider, ProviderName, ProviderSetting
 
 _FATAL_SEVERITY: Final = 4
@@ -57,14 +58,21 @@ def open_session(
     *,
     unoptimized: bool = False,
     engine_cache: str = "",
+    weights: SharedWeights | None = None,
 ) -> Any:
     """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
 
     With `unoptimized` the graph is not optimized: it loads faster and runs slower. `engine_cache` is the
-    folder of a provider that compiles graphs (`service.inference.engine_cache`); empty for none.
+    folder of a provider that compiles graphs (`service.inference.engine_cache`); empty for none. With
+    `weights`, which must live as long as the session, the session has no copy of the model's weights.
     """
     options = onnxruntime.SessionOptions()
-    if unoptimized:
+    if weights:
+        model = weights.graph  # optimized already
+        options.add_external_initializers(list(weights.names), list(weights.values))
+        for name, value in zip(weights.names, weights.values, strict=True):  # otherwise it copies them
+            options.add_initializer(name, value)
+    if unoptimized or weights:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -92,6 +100,9 @@ def open_session(
             f"FOVEA_PROVIDER is {provider}, but ONNX Runtime fell back to {get_provider(session)}; "
             "check the driver and the libraries of the provider"
         )
+    # ONNX Runtime's wrapper keeps the bytes for another attempt on another provider, which must not happen.
+    session.disable_fallback()
+    session._model_bytes = None
     return session
 
 
@@ -110,6 +121,14 @@ def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.N
     return (
         outputs[0] if len(outputs) == 1 else [np.concatenate(values) for values in zip(*outputs, strict=True)]
     )
+
+
+def runs_on_cpu(provider: ProviderSetting) -> bool:
+    """Return whether sessions run on ONNX Runtime's own CPU provider.
+
+    Raises `ModelError` if the provider is not available.
+    """
+    return _choose_provider(provider) is PROVIDERS["cpu"]
 
 
 def _choose_provider(provider: ProviderSetting) -> ExecutionProvider:

@@ -5,30 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import socket
-import subprocess
-import sys
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
+from fovea.service.errors import StartError
+from fovea.service.runners.fork_server import ForkServer
 from fovea.service.runners.frames import MAX_REPLY_BYTES, FrameError, receive_frame, set_time_limit
 from fovea.service.runners.messages import Failure, NumberedMessage
 
 Reply = TypeVar("Reply", bound=NumberedMessage)
-
-ENVIRONMENT: Final = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4194304",
-    "MALLOC_TRIM_THRESHOLD_": "4194304",
-    "PILLOW_BLOCKS_MAX": "4",
-}
-"""Environment variables of a new process, unless the service's own environment sets them.
-
-By default glibc raises its thresholds with every large image and keeps blocks of up to 32 MB (mallopt(3)), so
-memory would grow with the largest image. Instead, Pillow keeps four of its blocks of at most 16 MB: otherwise
-the system's work on fresh pages takes an eighth of the decoding time of a phone's photograph.
-"""
 
 LOAD_TIMEOUT_FACTOR: Final = 10
 """Time limit of a load or a trial, as a multiple of its limit of processor time: other processes run too."""
@@ -36,16 +26,25 @@ LOAD_TIMEOUT_FACTOR: Final = 10
 _EXIT_SECONDS: Final = 5.0
 """Seconds that a process has to exit after its socket is closed, or after SIGKILL."""
 
-_PROCESS_CODE: Final = (
-    "import signal, sys; sys.path[:] = {path!r}; "
-    "[signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]; "
-    "import fovea.service.{module} as process; process.main{arguments}"
-)
-"""Code for the new interpreter. It uses the same module path as this process.
+_POLL_SECONDS: Final = 0.005
+"""Seconds between two checks whether a process has ended. A file descriptor of the process could be awaited
+instead, but there may be none left."""
 
-SIGINT and SIGTERM may reach all processes of a container. The service ends its children itself, by closing
-the sockets.
-"""
+_FORK_SERVER: Final = ForkServer()
+"""The process from which the children of this process are forked. It does not run before it is needed."""
+
+
+def start_fork_server() -> None:
+    """Start the fork server, so that its imports run in parallel to those of this process.
+
+    Its environment is that of this process, which must be complete (`memory_plan.fit_to_memory`). Without
+    this call it starts with the first child. Raises `StartError` when the system has no files, memory or
+    processes left.
+    """
+    try:
+        _FORK_SERVER.start()
+    except OSError as error:
+        raise StartError(f"the fork server cannot be started: {error.strerror}") from None
 
 
 class ChildProcess:
@@ -62,35 +61,42 @@ class ChildProcess:
     ) -> None:
         """Run `main(socket descriptor, *descriptors, *arguments)` of a module of `fovea.service`.
 
-        The process inherits its end of the socket pair and `descriptors` under the same numbers, and nothing
-        else. With `quiet`, its standard error is discarded: native libraries may write when they crash.
-        Raises `OSError` when the system has no files, memory or processes left.
+        The process inherits its end of the socket pair and `descriptors`, perhaps under other numbers, and
+        nothing else. With `quiet`, its standard error is discarded: native libraries may write when they
+        crash. The call takes some milliseconds, or up to a second if the fork server has died. Raises
+        `OSError` when the system has no files, memory or processes left.
         """
         self.socket, child_socket = socket.socketpair()
-        descriptors = (child_socket.fileno(), *descriptors)
-        code = _PROCESS_CODE.format(path=sys.path, module=module, arguments=(*descriptors, *arguments))
         try:
             # `with` closes the child's end in this process: otherwise the stream would not end when the child
             # dies.
             with child_socket:
-                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
-                    [sys.executable, "-c", code],
-                    pass_fds=descriptors,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL if quiet else None,
-                    process_group=0,  # Ctrl-C in a terminal then reaches only the service
-                    env={**ENVIRONMENT, **os.environ},
+                self.pid = _FORK_SERVER.fork_child(
+                    module, (child_socket.fileno(), *descriptors), arguments, is_quiet=quiet
                 )
         except BaseException:
             self.socket.close()
             raise
-        self.pid = self._process.pid
+        self._exit_status: int | None = None
+        # Guards the moment at which the process id may get a new owner.
+        self._exit_lock = threading.Lock()
 
     @property
     def has_exited(self) -> bool:
         """True if the process has ended."""
-        return self._process.poll() is not None
+        with self._exit_lock:
+            return self._read_exit_status() is not None
+
+    def _read_exit_status(self) -> int | None:
+        """Return the exit status; None while the process runs. The caller holds `_exit_lock`."""
+        if self._exit_status is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # the system waits for children where SIGCHLD is ignored
+                pid, status = self.pid, 0
+            if pid:
+                self._exit_status = os.waitstatus_to_exitcode(status)
+        return self._exit_status
 
     def send(self, pieces: Iterable[memoryview], deadline: float) -> None:
         """Block until a message is written. A dead process is no error: `receive_reply` finds the end.
@@ -123,17 +129,19 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kill the process without waiting for its end."""
-        self._process.kill()
+        with self._exit_lock:
+            if self._read_exit_status() is None:
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait_exit(self) -> int | None:
         """Wait for the end of the process, and return its exit status; None after `_EXIT_SECONDS` seconds.
 
         A process that waits for an unresponsive disk cannot be killed, so the wait has a limit.
         """
-        try:
-            return self._process.wait(_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
+        deadline = time.monotonic() + _EXIT_SECONDS
+        while not self.has_exited and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return self._exit_status
 
     def kill_and_wait(self) -> int | None:
         """Kill the process, close the socket, and return what `wait_exit` returns."""

@@ -69,6 +69,11 @@ class LoadCommand:
     fingerprint: Sequence[int]
     """Fingerprint of `file` (`service.artifact.model_file.fingerprint_of`)."""
     plan: ProcessPlan
+    weights_file: str = ""
+    """Path of the memory file through which processes share the weights (`inference.shared_weights`).
+
+    Empty if they share none.
+    """
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SERVICE_BYTES: Final = 70 << 20
-"""Memory of a process that serves HTTP, at rest, in bytes (`make figures`: 56 MB)."""
+_SERVICE_BYTES: Final = 62 << 20
+"""Memory of a process that serves HTTP, at rest, in bytes (measured: 53 MB)."""
+
+_FORK_SERVER_BYTES: Final = 40 << 20
+"""Memory of a fork server, in bytes: its own, and what it shares with its children (measured: 36 MB)."""
 
 _SUPERVISOR_BYTES: Final = 40 << 20
 """Memory of the supervisor of several workers, in bytes (measured: 32 MB)."""
 
-_PROCESS_BYTES: Final = 58 << 20
-"""Memory of a process with ONNX Runtime and Pillow but no model, in bytes (measured: 50 MB)."""
+_PROCESS_BYTES: Final = 26 << 20
+"""Memory of a child of the fork server without a model, in bytes, beside what it shares (measured: 15 MB)."""
 
 _MODEL_COPIES: Final = 3
 """Memory of a loaded model, as a multiple of its file size.
@@ -144,7 +147,9 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
     usable_bytes = int(limit * _USABLE_SHARE)
     model_sizes = _model_sizes(settings)
     runner_bytes = _PROCESS_BYTES + _MODEL_COPIES * sum(model_sizes)
-    base_bytes = settings.workers * _SERVICE_BYTES + (_SUPERVISOR_BYTES if settings.workers > 1 else 0)
+    base_bytes = settings.workers * (_SERVICE_BYTES + _FORK_SERVER_BYTES)
+    if settings.workers > 1:
+        base_bytes += _SUPERVISOR_BYTES
     thread_plan = threads.plan_threads(
         settings,
         threads.available_cpus(cgroup) / settings.workers,

@@ -17,9 +17,9 @@ from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.engine_cache import lock_engine_cache
+from fovea.service.inference.pixels import brightness_of
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.providers import PROVIDERS
 from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
@@ -51,12 +51,13 @@ class Predictor:
         *,
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
+        weights_file: Path | None = None,
         bodies_descriptor: int = -1,
     ) -> None:
         """Load, warm up and check a model file.
 
-        See `Engine.load` for `file` and `fingerprint`. `bodies_descriptor` is the descriptor of the shared
-        memory from which images are read (`service.runners.shared_memory`).
+        See `Engine.load` for `file`, `fingerprint` and `weights_file`. `bodies_descriptor` is the descriptor
+        of the shared memory from which images are read (`service.runners.shared_memory`).
 
         Raises `ModelError` that names the file.
         """
@@ -69,6 +70,7 @@ class Predictor:
             engine_cache=plan.engine_cache,
             file=file,
             fingerprint=fingerprint,
+            weights_file=weights_file,
         )
         self.contract = self._engine.contract
         batch_max, batch_bytes = _find_batch_limits(self._engine, plan)
@@ -105,6 +107,7 @@ class Predictor:
                 memory,
                 file=file,
                 fingerprint=load.fingerprint,
+                weights_file=Path(load.weights_file) if load.weights_file else None,
                 bodies_descriptor=bodies_descriptor,
             )
 
@@ -260,7 +263,7 @@ def _replace_nonfinite(
     are legal, so for pixels the model is at fault (`Internal`).
     """
     error: RequestError
-    if np.issubdtype(tensor.dtype, np.floating):
+    if tensor.is_float:
         error = BadRequest(
             f"the model's answer is not finite: NaN, infinite or too large values in {tensor.name!r}"
         )

@@ -88,6 +88,8 @@ def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_de
         supported_formats(),
     )
     connection.sendall(reply.to_bytes())
+    allocator.trim_heap()  # loading has left as much free memory as the model needs, and more
+    allocator.release_code_pages()
     gc.freeze()  # all objects so far are permanent: exclude them from garbage collection
     _Runner(connection, models, memory, bodies_descriptor).run()
 
@@ -178,6 +180,7 @@ class _Runner:
                 if load.model_id in self._loading_ids:
                     self._loading_ids.remove(load.model_id)
                     self._models[load.model_id] = model
+            allocator.trim_heap()
         with contextlib.suppress(OSError):  # the service has ended
             self._send_bytes(reply.to_bytes())
 

@@ -13,7 +13,6 @@ body, but no caller receives the result.
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os
 from dataclasses import dataclass
@@ -123,6 +122,8 @@ class SharedBodies:
             self._resident_bytes -= buffer.resident_bytes - start
             buffer.resident_bytes = start
             # One piece at a time: other callbacks of the event loop run between two pieces.
+            import asyncio  # runners use this module too, and need no event loop (see `allocator`)
+
             asyncio.get_running_loop().call_soon(self._trim_pages)
 
 

@@ -148,7 +148,14 @@ class Classifier:
         pinned_file = PinnedFile(version.path, version.fingerprint)
         model_id = next(self._model_ids)
         self._pinned_files[model_id] = pinned_file
-        return LoadCommand(model_id, str(version.path), pinned_file.path, version.fingerprint, plan)
+        return LoadCommand(
+            model_id,
+            str(version.path),
+            pinned_file.path,
+            version.fingerprint,
+            plan,
+            pinned_file.weights_path,
+        )
 
     def close_file(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""

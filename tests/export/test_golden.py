@@ -16,9 +16,9 @@ from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, draw_golden_ima
 from fovea.model.data.dataset import square_geometry
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.errors import ModelError
+from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.engine import Engine, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
-from fovea.service.inference.resize import choose_draft_scale
 from tests.graphs import build_model, read_contract, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.inference.resize import choose_draft_scale
 from tests.proof.large import (
     PHONE_SIZE,
     add_detail,

@@ -18,7 +18,7 @@ import pytest
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import ROOT, Server, is_running, wait_until
+from tests.servers import ROOT, Server, is_running, is_running_module, wait_until
 from tests.tools import require_namespaces
 
 
@@ -275,7 +275,12 @@ def test_stop_with_hung_runners_ends_in_time(small_zoo: Path, workers: str) -> N
         parents = [server.process.pid]
         if workers == "2":
             parents = _list_children(server.process.pid)
-        runners = [pid for parent in parents for pid in _list_children(parent)]
+        runners = [
+            pid
+            for parent in parents
+            for pid in _list_children(parent)
+            if is_running_module(pid, "runners.process")
+        ]
         assert len(runners) == int(workers)
         for pid in runners:
             os.kill(pid, signal.SIGSTOP)

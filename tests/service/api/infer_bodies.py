@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from fovea.service.api.adapter import InferenceRequest, ParsedRequest
@@ -42,8 +41,8 @@ def make_model() -> LiveModel:
         SETTINGS,
     )
     live_model.tensors = (
-        InputTensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
-        InputTensor("input", np.dtype(np.float32), (3, 2, 2)),
+        InputTensor("pixels", "uint8", (2, 2, 3)),
+        InputTensor("input", "float32", (3, 2, 2)),
     )
     return live_model
 

@@ -20,10 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import DecodedImage, decode_image
-from fovea.service.inference.resize import choose_draft_scale
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.proof.large import make_mosaic, open_photographs
 from tests.servers import ROOT

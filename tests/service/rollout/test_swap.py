@@ -22,7 +22,8 @@ import pytest
 
 from tests import hostile
 from tests.graphs import add_to_repository, build_model, read_contract, with_contract
-from tests.servers import ROOT, Server, wait_until
+from tests.runner_code import write_runner_code
+from tests.servers import Server, wait_until
 from tests.zoo import PICTURES, classify_pictures, get_served_version, get_status, publish_variant
 
 pytestmark = pytest.mark.long
@@ -320,22 +321,21 @@ def test_hostile_files_are_refused_without_harm(zoo: Path) -> None:
 
 
 DYING_RUNNER_CODE = """
-import os, sys
+import os
 
-if "runners.process" in " ".join(sys.orig_argv):
-    from fovea.service.runners import process
+from fovea.service.runners import process
 
-    load = process._Runner._load_model
+load = process._Runner._load_model
 
-    def die_once(self, command):
-        try:
-            os.mkdir({once!r})
-        except FileExistsError:
-            load(self, command)
-        else:
-            os._exit(9)
+def die_once(self, command):
+    try:
+        os.mkdir({once!r})
+    except FileExistsError:
+        load(self, command)
+    else:
+        os._exit(9)
 
-    process._Runner._load_model = die_once
+process._Runner._load_model = die_once
 """
 
 
@@ -344,9 +344,8 @@ def test_runner_death_during_load_does_not_stop_change(
     zoo: Path, tmp_path: Path, workers: str, runners: str
 ) -> None:
     """The other runners load the model, and so does the replacement."""
-    (tmp_path / "sitecustomize.py").write_text(DYING_RUNNER_CODE.format(once=str(tmp_path / "once")))
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    settings = {"PYTHONPATH": paths, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
+    environment = write_runner_code(tmp_path, DYING_RUNNER_CODE.format(once=str(tmp_path / "once")))
+    settings = {**environment, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
     with run_logged_server(zoo, **settings) as (server, log):
         publish_variant(zoo, seed=1)
         wait_for_version(server, "2")
@@ -366,9 +365,8 @@ KILLED_RUNNERS_CODE = DYING_RUNNER_CODE.replace(
 
 def test_model_that_kills_runners_leaves_old_version_served(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "once").mkdir()
-    (tmp_path / "sitecustomize.py").write_text(KILLED_RUNNERS_CODE.format(once=str(tmp_path / "once")))
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with run_logged_server(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (server, log):
+    environment = write_runner_code(tmp_path, KILLED_RUNNERS_CODE.format(once=str(tmp_path / "once")))
+    with run_logged_server(zoo, **environment, FOVEA_RUNNERS="2") as (server, log):
         publish_variant(zoo, seed=1)
         wait_for_log(server, log, "model small stays as it is: runner")
         server.wait_for_metric(2, "fovea_runners")

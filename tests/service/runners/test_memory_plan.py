@@ -60,8 +60,8 @@ def test_large_limit_changes_only_explain_idle(repository: Path) -> None:
 def test_bodies_and_decoding_fit_within_the_limit(repository: Path, limit: int, workers: int) -> None:
     model_path = repository / "a" / "2" / "model.onnx"
     settings = fit_settings(repository, limit * MB, runners=1, workers=workers, models=model_path)
-    idle_mb = workers * (70 + 58 + 24) + (40 if workers > 1 else 0)
-    spare_mb = workers * (58 + 2 * 24 + 16)
+    idle_mb = workers * (62 + 40 + 26 + 24) + (40 if workers > 1 else 0)
+    spare_mb = workers * (26 + 2 * 24 + 16)
     available_mb = limit * 0.9 - idle_mb
     if available_mb - spare_mb >= 48:
         available_mb -= spare_mb
@@ -73,7 +73,7 @@ def test_bodies_and_decoding_fit_within_the_limit(repository: Path, limit: int, 
 
 
 def test_runner_count_is_reduced_to_fit_the_limit(repository: Path) -> None:
-    """Each runner takes 58 MB, and three times the 28 MB of the models."""
+    """Each runner takes 26 MB, and three times the 28 MB of the models."""
     settings = fit_settings(repository, None)
     assert settings.runners == 0  # 0 means one for each processor
     assert fit_settings(repository, 300 * MB).runners == 1
@@ -172,4 +172,4 @@ def test_process_estimate_includes_its_models(repository: Path) -> None:
         LoadCommand(0, "", str(repository / name / "1" / "model.onnx"), (), plan)
         for name in ("b", "b", "missing")
     ]
-    assert memory_plan.estimate_process_bytes(loads) == (58 + 3 * 40) * MB
+    assert memory_plan.estimate_process_bytes(loads) == (26 + 3 * 40) * MB

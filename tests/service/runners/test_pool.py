@@ -29,7 +29,8 @@ from tests.graphs import add_to_repository, build_model, build_nan_for_black
 from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.poison import EXIT_IMAGE, RAISE_IMAGE, BlockingImage, make_poison_environment
 from tests.raw import Wire, classify_request
-from tests.servers import ROOT, Server, is_running, is_running_module, list_children, wait_until
+from tests.runner_code import write_runner_code
+from tests.servers import Server, is_running, is_running_module, list_children, wait_until
 from tests.zoo import get_served_version, get_status, publish_variant
 
 PICTURE = make_jpeg()
@@ -255,16 +256,12 @@ def test_runners_restart_when_an_overwritten_file_is_restored(small_zoo: Path, t
 def test_requests_without_runners_are_refused_after_a_wait(small_zoo: Path, tmp_path: Path) -> None:
     """No runner can be started any more: each one hangs before it reads its setup."""
     flag = tmp_path / "flag"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
-        f"if 'runners.process' in ' '.join(sys.orig_argv) and os.path.exists({str(flag)!r}):\n"
-        "    time.sleep(600)\n"
-    )
+    code = f"import os, time\nif os.path.exists({str(flag)!r}): time.sleep(600)\n"
     settings = {
         "FOVEA_RUNNERS": "2",
         "FOVEA_RUNNER_WAIT": "1.5",
         "FOVEA_RUNNER_ABSENCE": "3",
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        **write_runner_code(tmp_path, code),
     }
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         assert server.read_metric("fovea_runners_expected") == 2
@@ -392,31 +389,27 @@ def test_repaired_single_model_file_is_served_again(tmp_path: Path) -> None:
 LOAD = "/v2/repository/models/small/load"
 
 GATED_LOAD_CODE = """
-import os, sys, time
+import os, time
 
-if "runners.process" in " ".join(sys.orig_argv):
-    from fovea.service.runners import process
+from fovea.service.runners import process
 
-    load = process._Runner._load_model
+load = process._Runner._load_model
 
-    def load_when_released(self, command):
-        open({began!r}, "w").close()
-        while not os.path.exists({gate!r}):
-            time.sleep(0.01)
-        load(self, command)
+def load_when_released(self, command):
+    open({began!r}, "w").close()
+    while not os.path.exists({gate!r}):
+        time.sleep(0.01)
+    load(self, command)
 
-    process._Runner._load_model = load_when_released
+process._Runner._load_model = load_when_released
 """
 """Code for a runner: create the file `began` when a further load begins; load once the file `gate` exists."""
 
 
 def _make_gated_settings(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Path, Path]:
     started_file, gate_file = tmp_path / "began", tmp_path / "gate"
-    (tmp_path / "sitecustomize.py").write_text(
-        GATED_LOAD_CODE.format(began=str(started_file), gate=str(gate_file))
-    )
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    management = {"FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true", "PYTHONPATH": paths}
+    code = GATED_LOAD_CODE.format(began=str(started_file), gate=str(gate_file))
+    management = {"FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true", **write_runner_code(tmp_path, code)}
     return {**management, **settings}, started_file, gate_file
 
 
@@ -458,16 +451,15 @@ def test_runner_that_hangs_while_loading_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_runner_that_hangs_at_start_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
+    code = (
+        "import os, time\n"
         "from pathlib import Path\n"
         "started = Path(__file__).with_name('started')\n"
-        "if 'runners.process' in ' '.join(sys.orig_argv):\n"
-        "    count = len(started.read_text()) if started.exists() else 0\n"
-        "    started.write_text('x' * (count + 1))\n"
-        "    if count == 1: time.sleep(600)\n"
+        "count = len(started.read_text()) if started.exists() else 0\n"
+        "started.write_text('x' * (count + 1))\n"
+        "if count == 1: time.sleep(600)\n"
     )
-    settings = {"FOVEA_RUNNERS": "1", "FOVEA_TRIAL_SECONDS": "0.5", "PYTHONPATH": str(tmp_path)}
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_TRIAL_SECONDS": "0.5", **write_runner_code(tmp_path, code)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         (runner_pid,) = server.runner_pids
         os.kill(runner_pid, signal.SIGKILL)
@@ -478,9 +470,9 @@ def test_runner_that_hangs_at_start_is_replaced(small_zoo: Path, tmp_path: Path)
 
 
 WRONG_LOGITS_CODE = """
-import os, sys
+import os
 
-if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
+if os.path.exists({flag!r}):
     from fovea.service.inference.engine import Engine
 
     compute_logits = Engine.compute_logits
@@ -492,9 +484,8 @@ if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
 def test_runner_that_fails_the_golden_set_is_not_ready(small_zoo: Path, tmp_path: Path) -> None:
     """The host computes correctly when the service starts, and wrongly when the runner is replaced."""
     flag = tmp_path / "flag"
-    (tmp_path / "sitecustomize.py").write_text(WRONG_LOGITS_CODE.format(flag=str(flag)))
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", PYTHONPATH=paths) as server:
+    environment = write_runner_code(tmp_path, WRONG_LOGITS_CODE.format(flag=str(flag)))
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **environment) as server:
         assert server.read_metric("fovea_runner_start_failures_total", reason="golden") == 0
         flag.touch()
         (runner_pid,) = server.runner_pids
@@ -545,16 +536,15 @@ def test_runner_start_waits_for_file_descriptors(small_zoo: Path, tmp_path: Path
 @pytest.mark.long
 def test_runner_that_dies_while_loading_is_restarted(small_zoo: Path, tmp_path: Path) -> None:
     """The runner dies before it has read its setup, so the socket is reset."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
+    code = (
+        "import os\n"
         "from pathlib import Path\n"
         "started = Path(__file__).with_name('started')\n"
-        "if 'runners.process' in ' '.join(sys.orig_argv):\n"
-        "    count = len(started.read_text()) if started.exists() else 0\n"
-        "    started.write_text('x' * (count + 1))\n"
-        "    if count == 1: os._exit(3)\n"
+        "count = len(started.read_text()) if started.exists() else 0\n"
+        "started.write_text('x' * (count + 1))\n"
+        "if count == 1: os._exit(3)\n"
     )
-    settings = {"FOVEA_RUNNERS": "1", "PYTHONPATH": str(tmp_path)}
+    settings = {"FOVEA_RUNNERS": "1", **write_runner_code(tmp_path, code)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         (runner_pid,) = server.runner_pids
         os.kill(runner_pid, signal.SIGKILL)

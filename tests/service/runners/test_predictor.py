@@ -11,7 +11,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import Internal
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.drift import brightness_of
+from fovea.service.inference.pixels import brightness_of
 from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest
 from fovea.service.runners.frames import FrameDecoder
 from fovea.service.runners.load_messages import ProcessPlan

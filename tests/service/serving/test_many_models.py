@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from tests import hostile
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import Wire
-from tests.servers import ROOT, Server, run_service, wait_until
+from tests.runner_code import write_runner_code
+from tests.servers import Server, run_service, wait_until
 from tests.zoo import classify_pictures, get_status, publish_variant
 
 pytestmark = pytest.mark.long
@@ -154,20 +154,19 @@ def unload_model(server: Server, name: str) -> int:
 
 
 SLOW_RUNNER_CODE = """
-import os, sys, time
+import os, time
 
-if "runners.process" in " ".join(sys.orig_argv):
-    from fovea.service.runners import process
+from fovea.service.runners import process
 
-    load = process._Runner._load_model
+load = process._Runner._load_model
 
-    def load_slowly(self, command):
-        while os.path.exists({gate!r}):
-            open({began!r}, "w").close()
-            time.sleep(0.01)
-        load(self, command)
+def load_slowly(self, command):
+    while os.path.exists({gate!r}):
+        open({began!r}, "w").close()
+        time.sleep(0.01)
+    load(self, command)
 
-    process._Runner._load_model = load_slowly
+process._Runner._load_model = load_slowly
 """
 """Code for runners that waits with loading another model while a gate file exists."""
 
@@ -175,13 +174,12 @@ if "runners.process" in " ".join(sys.orig_argv):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_model_unloaded_while_loading_stays_unloaded(zoo: Path, tmp_path: Path, workers: str) -> None:
     gate, begin_mark = tmp_path / "gate", tmp_path / "began"
-    (tmp_path / "sitecustomize.py").write_text(SLOW_RUNNER_CODE.format(gate=str(gate), began=str(begin_mark)))
     settings = {
         "FOVEA_MODELS_LOADED": "2",
         "FOVEA_MANAGEMENT": "true",
         "FOVEA_WATCH": "0",
         "FOVEA_WORKERS": workers,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        **write_runner_code(tmp_path, SLOW_RUNNER_CODE.format(gate=str(gate), began=str(begin_mark))),
     }
     with Server(FOVEA_MODELS=str(zoo), **settings) as server, ThreadPoolExecutor(1) as pool:
         gate.touch()

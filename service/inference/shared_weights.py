@@ -1,0 +1,118 @@
+"""Weights of a model that all sessions of all processes on this machine share.
+
+ONNX Runtime keeps a copy of the weights in each session. Here the first process optimizes the graph and
+writes it into a memory file: all weights, the optimized graph without them, and the size of the graph. The
+file is then sealed: no process can change it any more, whatever a codec or a model does to that process.
+Every session, in any process, opens the optimized graph with the weights where they lie.
+
+The results are the same bit for bit, and so is the speed, as the weights keep the alignment that ONNX Runtime
+gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import onnxruntime
+
+from fovea.service.artifact.onnx_edit import list_external_weights
+
+_MIN_WEIGHT_BYTES: Final = "1024"
+"""Size from which a weight is shared, in bytes. Smaller weights stay in the graph, of which each session has
+a copy."""
+
+_GRAPH_SIZE: Final = struct.Struct("<Q")
+"""Size of the optimized graph in bytes, at the end of the file; the graph lies before it."""
+
+_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+
+_DTYPES: Final[dict[int, Any]] = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64,
+}  # fmt: skip
+"""NumPy types by the type number of a tensor (onnx.proto, `TensorProto.DataType`)."""
+
+
+class SharedWeights(NamedTuple):
+    """An optimized graph and its weights. Sessions use the weights without a copy: keep this object."""
+
+    graph: bytes
+    """The graph as an ONNX model, which names its weights."""
+    names: Sequence[str]
+    values: Sequence[Any]
+    """`OrtValue` of each name, in shared memory that cannot be written."""
+
+
+def share_weights(model: bytes, file: Path) -> SharedWeights | None:
+    """Return the weights of a model from a memory file, and write them if no other process has.
+
+    `file` is a memory file that allows seals, empty or from an earlier call for the same model. The call
+    waits while another process writes. Return None for a model whose weights cannot be shared, such as a
+    model that ONNX Runtime cannot load: loading it in the usual way finds the reason.
+    """
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        # The system releases the lock when this process dies while it writes.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+            try:
+                _write_optimized(model, descriptor)
+            except Exception:  # ONNX Runtime raises a dozen classes without a common base
+                os.ftruncate(descriptor, 0)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        # Not by `close`: the mapping below keeps the file open.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if not os.fstat(descriptor).st_size:
+            return None
+        return _map_weights(mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+    finally:
+        os.close(descriptor)
+
+
+def _write_optimized(model: bytes, descriptor: int) -> None:
+    """Write the weights of the optimized graph, then the graph and its size, into an open file."""
+    graph_descriptor = os.memfd_create("graph")
+    with contextlib.closing(os.fdopen(graph_descriptor, "rb")) as graph_file:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # FATAL: the caller handles errors
+        # Both files lie in the folder of this process's open files.
+        options.optimized_model_filepath = f"/proc/self/fd/{graph_descriptor}"
+        for name, value in (
+            ("optimized_model_external_initializers_file_name", str(descriptor)),
+            ("optimized_model_external_initializers_min_size_in_bytes", _MIN_WEIGHT_BYTES),
+            ("model_external_initializers_file_folder_path", "/dev/null/no external data"),
+        ):
+            options.add_session_config_entry(f"session.{name}", value)
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        graph = graph_file.read()
+    os.lseek(descriptor, 0, os.SEEK_END)
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(graph)
+        file.write(_GRAPH_SIZE.pack(len(graph)))
+
+
+def _map_weights(content: mmap.mmap) -> SharedWeights | None:
+    """Return the graph and the weights in a sealed file; None if NumPy has no type for one of them."""
+    graph_end = len(content) - _GRAPH_SIZE.size
+    (graph_size,) = _GRAPH_SIZE.unpack_from(content, graph_end)
+    graph = content[graph_end - graph_size : graph_end]
+    weights = list_external_weights(graph)
+    if any(one.type_number not in _DTYPES for one in weights):
+        return None
+    values = [
+        onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.frombuffer(
+                content, _DTYPES[one.type_number], count=int(np.prod(one.shape)), offset=one.offset
+            ).reshape(one.shape)
+        )
+        for one in weights
+    ]
+    return SharedWeights(graph, [one.name for one in weights], values)

@@ -1,0 +1,219 @@
+"""The fork server: its children are the service's own, and nothing is lost or left when it dies."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fovea.service.runners import child_process, fork_server
+from fovea.service.runners.child_process import ChildProcess
+from fovea.service.runners.fork_server import ForkServer
+from tests.pictures import make_jpeg
+from tests.servers import Server, is_running, is_running_module, list_children, wait_until
+
+FORK_SERVER = "runners.fork_server_process"
+
+_PR_GET_CHILD_SUBREAPER = 37
+
+
+@pytest.fixture
+def starter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    """A fork server for the children of this test alone."""
+    starter = ForkServer()
+    monkeypatch.setattr(child_process, "_FORK_SERVER", starter)
+    yield starter
+    starter.close()
+
+
+def _get_pid(starter: ForkServer) -> int:
+    assert starter._process
+    return starter._process.pid
+
+
+def _read_parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_child_belongs_to_the_service(starter: ForkServer) -> None:
+    process = ChildProcess("explain.process")
+    assert _read_parent(process.pid) == os.getpid()
+    assert os.getpgid(process.pid) == process.pid, "Ctrl-C would reach it"
+    wait_until(lambda: is_running_module(process.pid, "explain.process"))
+    assert not process.has_exited
+    assert process.kill_and_wait() == -signal.SIGKILL
+    assert process.has_exited
+
+
+def test_child_inherits_nothing_but_its_descriptors(starter: ForkServer) -> None:
+    file = os.memfd_create("shared")
+    process = ChildProcess("runners.process", descriptors=(file, file))
+    wait_until(
+        lambda: len(list(Path(f"/proc/{process.pid}/fd").iterdir())) == 6
+    )  # and three standard streams
+    names = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+    assert sum("memfd:shared" in name for name in names) == 2
+    process.stop()
+    assert process.wait_exit() == 0
+    os.close(file)
+
+
+def test_forks_have_one_thread_and_the_libraries(starter: ForkServer) -> None:
+    """A fork of a process with several threads could copy a lock that nobody releases."""
+    process = ChildProcess("explain.process")
+    pid = _get_pid(starter)
+    assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+    for one in (pid, process.pid):
+        assert "onnxruntime" in Path(f"/proc/{one}/maps").read_text()
+    process.stop()
+
+
+def test_orphans_are_adopted_only_during_a_fork(starter: ForkServer) -> None:
+    ChildProcess("explain.process").stop()
+    value = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(value), 0, 0, 0)
+    assert value.value == 0
+
+
+def test_children_start_where_their_end_is_ignored(starter: ForkServer) -> None:
+    """The system then waits for children itself, and nobody gets their exit status."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = ChildProcess("explain.process")
+        assert not process.has_exited
+        process.stop()
+        assert process.wait_exit() == 0
+        starter.close()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+# --- death ---------------------------------------------------------------------------------------
+
+
+def test_dead_fork_server_is_replaced_and_its_children_live(starter: ForkServer) -> None:
+    first = ChildProcess("explain.process")
+    pid = _get_pid(starter)
+    os.kill(pid, signal.SIGKILL)
+    second = ChildProcess("explain.process")
+    assert _get_pid(starter) != pid
+    assert not is_running(pid)
+    for process in (first, second):
+        assert not process.has_exited
+        process.stop()
+        assert process.wait_exit() == 0
+
+
+def test_silent_fork_server_is_replaced(starter: ForkServer) -> None:
+    ChildProcess("explain.process").stop()
+    pid = _get_pid(starter)
+    starter._socket.settimeout(0.2)
+    os.kill(pid, signal.SIGSTOP)
+    ChildProcess("explain.process").stop()
+    assert not is_running(pid)
+
+
+def test_child_of_a_dying_fork_server_is_no_orphan(
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The fork server is killed after it has forked, and before the service knows the child."""
+    code = fork_server._PROCESS_CODE.replace(
+        "process.main(",
+        f"""
+import os
+fork_orphan = process._fork_orphan
+def fork_and_die():
+    outcome = fork_orphan()
+    if outcome != (0, 0) and not os.path.exists({str(tmp_path / "once")!r}):
+        open({str(tmp_path / "once")!r}, "w").write(str(outcome[0]))
+        os.kill(os.getpid(), 9)
+    return outcome
+process._fork_orphan = fork_and_die
+process.main(""".replace("{", "{{").replace("}", "}}"),
+    )
+    monkeypatch.setattr(fork_server, "_PROCESS_CODE", code)
+    before = list_children(os.getpid())
+    process = ChildProcess("explain.process")
+    lost_child = int((tmp_path / "once").read_text())
+    assert lost_child != process.pid
+    assert not Path(f"/proc/{lost_child}").exists()
+    assert list_children(os.getpid()) - before == {process.pid, _get_pid(starter)}
+    process.stop()
+
+
+def test_fork_server_that_cannot_start_is_an_error(
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "_PROCESS_CODE", "raise SystemExit(3)")
+    with pytest.raises(OSError, match="the fork server has died, exit status 3"):
+        ChildProcess("explain.process")
+
+
+def test_fork_server_without_file_descriptors_reports_it(starter: ForkServer) -> None:
+    ChildProcess("explain.process").stop()
+    pid = _get_pid(starter)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        ChildProcess("explain.process")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    ChildProcess("explain.process").stop()
+    assert _get_pid(starter) == pid
+
+
+def test_closed_fork_server_starts_again(starter: ForkServer) -> None:
+    starter.start()
+    pid = _get_pid(starter)
+    starter.close()
+    assert not is_running(pid)
+    first, second = socket.socketpair()
+    with first, second:
+        child = starter.fork_child("explain.process", [second.fileno()], [], is_quiet=False)
+        second.close()
+        first.close()
+        os.waitpid(child, 0)
+
+
+def test_service_survives_its_fork_server(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as server:
+        (pid,) = server.child_pids(FORK_SERVER)
+        os.kill(pid, signal.SIGKILL)
+        runners = server.runner_pids
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        assert server.runner_pids == runners
+        for runner in runners:
+            os.kill(runner, signal.SIGKILL)
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+        server.wait_for_metric(2, "fovea_runners")
+        assert not server.runner_pids & runners
+        remaining = [*server.runner_pids, *server.child_pids(FORK_SERVER)]
+        assert len(remaining) == 3
+        server.process.kill()
+        server.process.wait()
+        wait_until(lambda: not any(map(is_running, remaining)))
+
+
+def test_idle_children_map_no_code_that_they_used_once(starter: ForkServer) -> None:
+    """Imports alone touch 9 MB of ONNX Runtime's code."""
+    process = ChildProcess("explain.process")
+    assert _read_resident_code(_get_pid(starter), "onnxruntime_pybind11_state") < 1 << 20
+    process.stop()
+
+
+def _read_resident_code(pid: int, name: str) -> int:
+    """Return the resident bytes of the mapped code of a library."""
+    is_code, size = False, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            is_code = values[0] == "r-xp" and name in line
+        elif is_code and key == "Rss:":
+            size += int(values[0]) << 10
+    return size
