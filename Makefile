@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +56,9 @@ bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and pri
 
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
 	$(BIN)/python -m fovea.bench.oip $(OIP)
+
+bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layout and type (6 minutes)
+	$(BIN)/python -m fovea.bench.wrapping $(WRAPPING)
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
 	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)

@@ -25,7 +25,12 @@ SERVICE = [
 
 MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
 
-EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "layer_table", "verify"}]
+EXPORT = [
+    {"importer"},
+    {"from_checkpoint"},
+    {"drift_reference", "golden", "layer_table", "pixel_steps", "verify"},
+    {"node_builder"},
+]
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 
