@@ -176,29 +176,42 @@ def round_to_half(values: Array) -> Array:
 
 
 def arrange_pixel_steps(model: ModelProto) -> None:
-    """Bring the steps of a Fovea model into rows, if rows are faster.
+    """Bring the steps of a Fovea model into the form that is fastest for its network.
 
-    This is for a model whose network was changed, such as one that is quantised, and for imports of Fovea
-    0.1, which have no rows.
+    This is for an exported network, for a network that was changed, such as one that is quantised, and for
+    imports of Fovea 0.1.
     """
     graph = model.graph
     reader = _StepsReader(graph)
-    steps = reader.read_steps().merge(find_rounding(graph, reader.tensor))
-    if not steps.arithmetic or (reader.is_planes and prefers_planes(graph, reader.tensor, steps)):
+    steps, rounding = reader.read_steps(), find_rounding(graph, reader.tensor)
+    # Of the usual arithmetic of an import, it is only known here whether merging changes a level.
+    if rounding is not None or [op_type for op_type, _ in steps.arithmetic] == ["Mul", "Add"]:
+        steps = steps.merge(rounding)
+    as_planes = prefers_planes(graph, reader.tensor, steps)
+    is_arranged = reader.is_planes and as_planes and reader.is_merged == steps.is_merged
+    if is_arranged or not steps.arithmetic:
         return
-    builder = NodeBuilder("fovea/rows/")  # other steps of an import keep their names
-    steps.add_to(builder, graph.input[0].name, as_planes=False)
+    builder = NodeBuilder("fovea/arranged/")  # other steps of an import keep their names
+    steps.add_to(builder, graph.input[0].name, as_planes=as_planes)
     nodes = builder.pop_nodes()
     nodes[-1].output[0] = reader.tensor
-    old_outputs = {node.output[0] for node in reader.nodes}
+    _replace_nodes(graph, reader.nodes, nodes)
+    graph.initializer.extend(builder.constants)
+
+
+def _replace_nodes(graph: GraphProto, old_nodes: list[NodeProto], new_nodes: list[NodeProto]) -> None:
+    """Put new nodes at the start of a graph, without the old nodes, their constants and their shapes."""
+    old_outputs = {node.output[0] for node in old_nodes}
     other_nodes = [node for node in graph.node if node.output[0] not in old_outputs]
-    unused_names = {name for node in reader.nodes for name in node.input}.difference(
+    unused_names = {name for node in old_nodes for name in node.input}.difference(
         *(node.input for node in other_nodes)
     )
     initializers = [tensor for tensor in graph.initializer if tensor.name not in unused_names]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend([*nodes, *other_nodes])
-    graph.initializer.extend([*initializers, *builder.constants])
+    shapes = [value for value in graph.value_info if value.name not in old_outputs]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend([*new_nodes, *other_nodes])
+    graph.initializer.extend(initializers)
+    graph.value_info.extend(shapes)
 
 
 class _StepsReader:
@@ -213,6 +226,8 @@ class _StepsReader:
         """Nodes of these steps."""
         self.is_planes = False
         """Flag for arithmetic in the form of planes."""
+        self.is_merged = False
+        """Flag for arithmetic in one step."""
 
     def read_steps(self) -> PixelSteps:
         """Return the steps; their arithmetic is empty if the graph does not begin as Fovea writes it."""
@@ -222,7 +237,8 @@ class _StepsReader:
         order = self._read_constant(self.nodes[-1], 1) if is_bgr else _REVERSED
         is_known = order is not None and np.array_equal(order, _REVERSED)
         if is_known and self._take("Cast", to=TensorProto.FLOAT):
-            if self.is_planes and self._take("BatchNormalization", epsilon=0.0):
+            self.is_merged = self.is_planes and self._take("BatchNormalization", epsilon=0.0)
+            if self.is_merged:
                 arithmetic += self._read_batch_normalization()
             while (values := self._take_arithmetic()) is not None:
                 arithmetic.append((self.nodes[-1].op_type, values))

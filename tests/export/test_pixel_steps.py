@@ -245,37 +245,43 @@ def build_planes(name: str, folder: Path) -> ModelProto:
     return onnx.load(import_graph(build_graph("float32", "nchw"), folder, preprocessing=preprocessing).path)
 
 
-def check_rows(before: bytes, model: ModelProto) -> None:
-    """Check that the steps are rows, and that the results equal those of `before`."""
+def check_arranged(before: bytes, model: ModelProto) -> list[tuple[int, ...]]:
+    """Check that the results are those of `before`, and that another call changes nothing.
+
+    Return the shapes of the constants of the arithmetic.
+    """
     onnx.checker.check_model(model, full_check=True)
+    after = model.SerializeToString()
+    arrange_pixel_steps(model)
+    assert model.SerializeToString() == after
     results = [
-        onnxruntime.InferenceSession(content).run(None, {"pixels": PIXELS})[0]
-        for content in (before, model.SerializeToString())
+        onnxruntime.InferenceSession(content).run(None, {"pixels": PIXELS})[0] for content in (before, after)
     ]
     assert np.abs(results[0] - results[1]).max() <= 1e-5 * np.abs(results[0]).max()
-    shapes = {
-        tensor.name: tuple(tensor.dims)
-        for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT
-    }
-    (norm,) = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
-    assert {shapes[name] for name in norm.input[1:]} == {(SIDE * 3,)}
-    assert not {(3,), (1, 3, 1, 1), (1, 1, 1, 3)}.intersection(shapes.values())  # the old constants are gone
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    arithmetic = {"BatchNormalization", *ARITHMETIC}
+    steps = [node for node in model.graph.node if node.name.startswith("fovea/arranged/")]
+    used_names = {name for node in model.graph.node for name in node.input}
+    assert shapes.keys() <= used_names
+    return [
+        shapes[name] for step in steps if step.op_type in arithmetic for name in step.input if name in shapes
+    ]
 
 
 @pytest.mark.parametrize("name", ["own", "rgb", "bgr"])
 def test_steps_of_a_quantised_network_become_rows(tmp_path: Path, name: str) -> None:
     model = build_planes(name, tmp_path)
-    unchanged = model.SerializeToString()
-    arrange_pixel_steps(model)
-    assert model.SerializeToString() == unchanged  # its convolution computes floats
     quantize_input_of_convolution(model)
     before = model.SerializeToString()
     arrange_pixel_steps(model)
-    check_rows(before, model)
-    arranged = model.SerializeToString()
+    assert check_arranged(before, model) == [(SIDE * 3,)] * 4
+
+
+def test_product_and_sum_of_a_network_become_one_step() -> None:
+    model = build_own_graph()
+    before = model.SerializeToString()
     arrange_pixel_steps(model)
-    assert model.SerializeToString() == arranged
+    assert check_arranged(before, model) == [(3,)] * 4
 
 
 @pytest.mark.parametrize("bgr", [False, True], ids=["rgb", "bgr"])
@@ -283,7 +289,7 @@ def test_steps_of_an_old_import_become_rows(bgr: bool) -> None:
     model = build_old_import(bgr)
     before = model.SerializeToString()
     arrange_pixel_steps(model)
-    check_rows(before, model)
+    assert check_arranged(before, model) == [(), (1, SIDE * 3), (1, SIDE * 3)]
 
 
 @pytest.mark.parametrize("change", ["order", "arithmetic", "reader"])
