@@ -195,6 +195,8 @@ def arrange_pixel_steps(model: ModelProto) -> None:
     steps.add_to(builder, graph.input[0].name, as_planes=as_planes)
     nodes = builder.pop_nodes()
     nodes[-1].output[0] = reader.tensor
+    for node in nodes:  # torch records the module there, which names the layer
+        node.metadata_props.extend(reader.nodes[-1].metadata_props)
     _replace_nodes(graph, reader.nodes, nodes)
     graph.initializer.extend(builder.constants)
 
