@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fovea.export import golden
 from fovea.export.drift_reference import measure_reference
 from fovea.export.layer_table import build_layer_table, find_feature_maps
+from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
 from fovea.model.atomic_files import write_file
 from fovea.model.data.dataset import Dataset, Examples
@@ -181,7 +182,9 @@ def export_classifier_graph(
     `pixels` are uint8 (batch, H, W, 3).
     """
     example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
-    return export_graph(_NetWithProbabilities(net, task, temperature), example, ("logits", "probabilities"))
+    graph = export_graph(_NetWithProbabilities(net, task, temperature), example, ("logits", "probabilities"))
+    arrange_pixel_steps(graph)
+    return graph
 
 
 def export_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:

@@ -41,7 +41,8 @@ EXPORT = [
     {"quantize"},
     {"importer"},
     {"from_checkpoint"},
-    {"drift_reference", "golden", "layer_table", "verify"},
+    {"drift_reference", "golden", "layer_table", "pixel_steps", "verify"},
+    {"node_builder"},
 ]
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}

@@ -101,8 +101,8 @@ class ForeignModel:
     facts: tuple[tuple[str, str], ...]
     """Facts with their origin."""
 
-    def wrap(self, normalization: Normalization | None) -> WrappedModel:
-        """Return the model from pixels to probabilities."""
+    def wrap(self, normalization: Normalization | None, *, merges: bool = True) -> WrappedModel:
+        """Return the model from pixels to probabilities; `merges` as in `wrap_model`."""
         return wrap_model(
             self.model,
             self.graph_input,
@@ -110,6 +110,7 @@ class ForeignModel:
             self.graph_output,
             self.task,
             dynamic_batch=self.has_dynamic_batch,
+            merges=merges,
         )
 
     def compute_probabilities(self, pixels: Pixels) -> Array:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -73,6 +72,10 @@ _USUAL_LOGIT: Final = 10.0
 """Size of logits for which the tolerances are made; for larger logits the error grows in proportion."""
 
 
+_MERGE_IMAGE_COUNT: Final = 6
+"""Number of images on which merged steps before the graph are tried."""
+
+
 @dataclass(frozen=True)
 class ProbabilityAgreement:
     """The largest difference of a probability from the original file, at one batch size."""
@@ -108,7 +111,7 @@ def import_model(request: ImportRequest) -> ImportReport:
     labels = read_labels(request.labels)
     foreign = inspect_model(request, labels)
     geometry = request.preprocessing.build_geometry(foreign.graph_input.height, foreign.graph_input.width)
-    wrapped_model = foreign.wrap(foreign.normalization)
+    wrapped_model = _wrap_model(foreign)
     check_result = check_recipe(request.check, request, foreign, geometry, labels) if request.check else None
     if check_result:
         geometry = replace(geometry, pixel_path=check_result.pixel_path)
@@ -121,7 +124,7 @@ def import_model(request: ImportRequest) -> ImportReport:
         model=contract.name,
         version=contract.version,
         bytes=len(content),
-        parameters=sum(math.prod(tensor.dims) for tensor in wrapped_model.model.graph.initializer),
+        parameters=wrapped_model.parameters,
         file=_replace_invalid_bytes(request.file.name),
         sha256=_compute_sha256(request.file),
         facts=(*foreign.facts, *_collect_facts(request, foreign, labels, geometry, check_result)),
@@ -137,6 +140,17 @@ def import_model(request: ImportRequest) -> ImportReport:
     if request.default:
         write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
     return report
+
+
+def _wrap_model(foreign: ForeignModel) -> WrappedModel:
+    """Return the wrapped model, with merged steps unless their last bits show in the answers."""
+    wrapped_model = foreign.wrap(foreign.normalization)
+    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    pixels = draw_noise(_MERGE_IMAGE_COUNT, foreign.graph_input)
+    differences = reference(pixels)[wrapped_model.probabilities] - foreign.compute_probabilities(pixels)
+    if np.abs(differences).max() <= TOLERANCE[foreign.arithmetic] / 2:
+        return wrapped_model
+    return foreign.wrap(foreign.normalization, merges=False)
 
 
 def _find_next_version(folder: Path) -> str:

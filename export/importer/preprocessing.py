@@ -45,6 +45,18 @@ class Normalization:
         return round(halves) / 2 if self.scale < 1 and abs(halves - round(halves)) < 1e-6 else None
 
     @property
+    def operations(self) -> tuple[tuple[str, Array], ...]:
+        """The arithmetic as ONNX operators with their constants, () or (3,), without steps of no effect."""
+        mean, std = (np.array(one, np.float32) for one in (self.mean, self.std))
+        scale = ("Div", self.divisor) if self.divisor else ("Mul", self.scale)
+        steps = (
+            (scale[0], np.array(scale[1], np.float32), self.scale != 1),
+            ("Sub", mean, bool(mean.any())),
+            ("Div", std, bool((std != 1).any())),
+        )
+        return tuple((op_type, values) for op_type, values, is_needed in steps if is_needed)
+
+    @property
     def with_reversed_channels(self) -> Normalization:
         """Normalisation for the reversed channel order; each colour keeps its numbers."""
         (a, b, c), (d, e, f) = self.mean, self.std

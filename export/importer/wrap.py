@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from fovea.export.importer.dynamic_batch import BATCH_AXIS
-from fovea.export.importer.foreign_model import Array, find_input_names, tensor_names
+from fovea.export.importer.foreign_model import find_input_names, tensor_names
 from fovea.export.importer.graph_input import GraphInput, Layout
 from fovea.export.importer.graph_output import GraphOutput, ValueKind
 from fovea.export.importer.preprocessing import Normalization
+from fovea.export.node_builder import NodeBuilder
+from fovea.export.pixel_steps import TO_PLANES, PixelSteps, find_rounding, prefers_planes, round_to_half
 from fovea.service.artifact.contract import Task
 
 _MIN_DISTANCE: Final = 1e-4
@@ -31,6 +34,8 @@ class WrappedModel:
     pixels: str
     logits: str
     probabilities: str
+    parameters: int
+    """Number of values in the graph's own weights."""
 
 
 def wrap_model(
@@ -41,11 +46,13 @@ def wrap_model(
     task: Task,
     *,
     dynamic_batch: bool,
+    merges: bool = True,
 ) -> WrappedModel:
     """Return a copy of `model` with the steps before and after the graph.
 
     Without `normalization`, the graph takes the pixels unchanged. `dynamic_batch` means that the graph
-    accepts any batch size.
+    accepts any batch size. `merges` allows one step in place of the usual arithmetic, see
+    `PixelSteps.merge`.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -54,8 +61,8 @@ def wrap_model(
     pixels, logits, probabilities = (
         _find_unused_name(name, names) for name in ("pixels", "logits", "probabilities")
     )
-    builder = _NodeBuilder()
-    _add_preprocessing(builder, pixels, graph_input, normalization)
+    builder = NodeBuilder()
+    _add_preprocessing(builder, pixels, graph_input, normalization, graph, merges=merges)
     first_nodes = builder.pop_nodes()
     _add_postprocessing(builder, graph_output, task, logits, probabilities)
     nodes = _select_required_nodes([*first_nodes, *graph.node, *builder.pop_nodes()], (logits, probabilities))
@@ -70,7 +77,9 @@ def wrap_model(
     graph.input.append(helper.make_tensor_value_info(pixels, TensorProto.UINT8, shape))
     for name, count in ((logits, 1 if task is Task.BINARY else graph_output.count), (probabilities, labels)):
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, count]))
-    return WrappedModel(copy, pixels, logits, probabilities)
+    new_names = {constant.name for constant in builder.constants}
+    parameters = sum(math.prod(one.dims) for one in graph.initializer if one.name not in new_names)
+    return WrappedModel(copy, pixels, logits, probabilities, parameters)
 
 
 def _find_unused_name(name: str, names: set[str]) -> str:
@@ -80,79 +89,45 @@ def _find_unused_name(name: str, names: set[str]) -> str:
     return name
 
 
-class _NodeBuilder:
-    """A sequence of new nodes and their constants."""
-
-    def __init__(self) -> None:
-        self.constants: list[TensorProto] = []
-        self._nodes: list[NodeProto] = []
-        self._node_count = 0
-
-    def pop_nodes(self) -> list[NodeProto]:
-        """Return the nodes so far and start a new sequence."""
-        nodes, self._nodes = self._nodes, []
-        return nodes
-
-    def add(
-        self, op_type: str, *inputs: str | Array, output_name: str | None = None, **attributes: Any
-    ) -> str:
-        """Add a node with these tensors and constants as inputs; return the name of its output."""
-        self._node_count += 1
-        name = f"fovea/{op_type.lower()}_{self._node_count}"
-        tensors = [self._add_constant(name, one) if isinstance(one, np.ndarray) else one for one in inputs]
-        self._nodes.append(helper.make_node(op_type, tensors, [output_name or name], name, **attributes))
-        return output_name or name
-
-    def _add_constant(self, name: str, value: Array) -> str:
-        constant_name = f"{name}/{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, constant_name))
-        return constant_name
-
-
 # --- steps before the graph ----------------------------------------------------------------------
 
 
 def _add_preprocessing(
-    builder: _NodeBuilder, pixels: str, graph_input: GraphInput, normalization: Normalization | None
+    builder: NodeBuilder,
+    pixels: str,
+    graph_input: GraphInput,
+    normalization: Normalization | None,
+    graph: GraphProto,
+    *,
+    merges: bool,
 ) -> None:
-    """Add the steps before the graph.
-
-    Layout and channel order are changed on bytes, where that is cheapest; the arithmetic follows.
-    """
-    tensor = pixels
-    if graph_input.layout is Layout.NCHW:
-        tensor = builder.add("Transpose", tensor, perm=[0, 3, 1, 2])
-    if normalization is not None:
-        if normalization.bgr:
-            channel_order = np.array([2, 1, 0], np.int64)
-            tensor = builder.add("Gather", tensor, channel_order, axis=graph_input.layout.channel_axis)
-        tensor = builder.add("Cast", tensor, to=TensorProto.FLOAT)
-        for op_type, value in _arithmetic_steps(normalization, graph_input.layout):
-            tensor = builder.add(op_type, tensor, value)
-        if graph_input.dtype == np.float16:
+    """Add the steps from `pixels` to the input of `graph`."""
+    has_planes = graph_input.layout is Layout.NCHW
+    if normalization is None:
+        tensor = builder.add("Transpose", pixels, perm=TO_PLANES) if has_planes else pixels
+    else:
+        steps = PixelSteps(
+            graph_input.height,
+            graph_input.width,
+            normalization.operations,
+            is_bgr=normalization.bgr,
+            has_planes=has_planes,
+        )
+        is_half = graph_input.dtype == np.float16
+        if merges:
+            steps = steps.merge(round_to_half if is_half else find_rounding(graph, graph_input.name))
+        as_planes = prefers_planes(graph, graph_input.name, steps)
+        tensor = steps.add_to(builder, pixels, as_planes=as_planes)
+        if is_half:
             tensor = builder.add("Cast", tensor, to=TensorProto.FLOAT16)
     builder.add("Identity", tensor, output_name=graph_input.name)
-
-
-def _arithmetic_steps(normalization: Normalization, layout: Layout) -> Iterator[tuple[str, Array]]:
-    """Yield the arithmetic of `Normalization` without steps that change nothing."""
-    shape = (1, 3, 1, 1) if layout is Layout.NCHW else (1, 1, 1, 3)
-    mean, std = (np.array(one, np.float32) for one in (normalization.mean, normalization.std))
-    if normalization.divisor:
-        yield "Div", np.array(normalization.divisor, np.float32)
-    elif normalization.scale != 1:
-        yield "Mul", np.array(normalization.scale, np.float32)
-    if mean.any():
-        yield "Sub", mean.reshape(shape)
-    if (std != 1).any():
-        yield "Div", std.reshape(shape)
 
 
 # --- steps after the graph -----------------------------------------------------------------------
 
 
 def _add_postprocessing(
-    builder: _NodeBuilder, graph_output: GraphOutput, task: Task, logits: str, probabilities: str
+    builder: NodeBuilder, graph_output: GraphOutput, task: Task, logits: str, probabilities: str
 ) -> None:
     """Add logits, then probabilities; the graph's own probabilities are kept if it has no matching logits."""
     rows = builder.add(
@@ -187,13 +162,13 @@ def _add_postprocessing(
         builder.add("Concat", negative, positive, output_name=probabilities, axis=1)
 
 
-def _add_logarithm(builder: _NodeBuilder, probabilities: str) -> str:
+def _add_logarithm(builder: NodeBuilder, probabilities: str) -> str:
     return builder.add(
         "Log", builder.add("Max", probabilities, np.array(np.finfo(np.float32).tiny, np.float32))
     )
 
 
-def _add_logit(builder: _NodeBuilder, probabilities: str) -> str:
+def _add_logit(builder: NodeBuilder, probabilities: str) -> str:
     one = np.array(1, np.float32)
     clamped_probabilities = builder.add("Max", probabilities, np.array(_MIN_DISTANCE, np.float32))
     clamped_probabilities = builder.add("Min", clamped_probabilities, np.array(1 - _MIN_DISTANCE, np.float32))

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
+from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.quantize.calibration import CalibrationMethod, Histogram
 from fovea.export.quantize.refusal import QuantizeRefused
 from fovea.export.quantize.regions import MATRIX_OPERATORS, Region
@@ -82,7 +83,10 @@ def convert_graph(
     }
     try:
         with _silence_library():
-            return _sort_nodes(converters[recipe.kind]())
+            converted_graph = _sort_nodes(converters[recipe.kind]())
+        if recipe.kind is RecipeKind.STATIC:
+            arrange_pixel_steps(converted_graph)  # int8 convolutions run channels last
+        return converted_graph
     except OSError as error:
         raise QuantizeRefused(
             f"cannot write into {tempfile.gettempdir()}: {error.strerror}; "

@@ -74,7 +74,12 @@ class TensorLayout(NamedTuple):
         return None
 
     def is_partitioned(self, shape: Sequence[int | None]) -> bool:
-        """Return True if a tensor of this shape has no axis of tokens and no axes of rows and columns."""
+        """Return True if a tensor of this shape has no axis of tokens and no axes of rows and columns.
+
+        Rows beside each other in the batch, (W * C,), are not cut: every value keeps its place.
+        """
+        if self.axes == "HWC" and tuple(shape) == (self.width * self.channels,):
+            return False
         tokens = self.leading_tokens + self.height * self.width
         return tokens not in shape and (self.height, self.width) not in pairwise(shape)
 

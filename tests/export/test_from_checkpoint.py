@@ -126,7 +126,8 @@ def scale_convolution(model: onnx.ModelProto) -> None:
 
 
 def shift_normalisation(model: onnx.ModelProto) -> None:
-    change_tensor(find_weight(model, "normalize.offset"), lambda offset: offset + 0.05)
+    (normalization,) = [node for node in model.graph.node if node.name.startswith("fovea/arranged/batch")]
+    change_tensor(find_weight(model, normalization.input[2]), lambda offset: offset + 0.05)
 
 
 def swap_labels(model: onnx.ModelProto) -> None:

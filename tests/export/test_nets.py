@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import NETS, Net, NetConfig
 from fovea.service.artifact.contract import Task, Training
 from fovea.service.inference.engine import Engine
+from tests.export.test_pixel_steps import list_narrow_steps
 
 pytestmark = pytest.mark.long
 
@@ -48,7 +51,7 @@ def make_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
         pytest.param("resnet18", 96, marks=pytest.mark.slow),
     ],
 )
-def test_exported_graph_agrees_with_the_network(name: str, size: int) -> None:
+def test_exported_graph_agrees_with_the_network(tmp_path: Path, name: str, size: int) -> None:
     net = make_net(name, size)
     task = list(Task)[len(name) % 3] if size == 16 else Task.MULTICLASS
     if task is not Task.MULTICLASS:
@@ -72,3 +75,5 @@ def test_exported_graph_agrees_with_the_network(name: str, size: int) -> None:
     pixels = torch.randint(0, 256, (64, size, size, 3), dtype=torch.uint8)
     assert [agreement.batch for agreement in compare_outputs(net, engine, pixels)] == [1, 2, 64]
     assert engine.check_golden_set().images == 8
+    assert [node.op_type for node in graph.graph.node[:3]] == ["Transpose", "Cast", "BatchNormalization"]
+    assert not list_narrow_steps(graph.SerializeToString(), tmp_path)

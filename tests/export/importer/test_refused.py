@@ -381,12 +381,12 @@ def test_task_that_contradicts_the_values_is_refused(
 
 def wrap_with_change(
     change: Callable[[onnx.GraphProto], None],
-) -> Callable[[ForeignModel, Any], WrappedModel]:
+) -> Callable[..., WrappedModel]:
     """Return a replacement for `ForeignModel.wrap` that applies `change` to the wrapped graph."""
     original = ForeignModel.wrap
 
-    def wrap_and_change(self: ForeignModel, normalization: Any) -> WrappedModel:
-        result = original(self, normalization)
+    def wrap_and_change(self: ForeignModel, normalization: Any, **options: bool) -> WrappedModel:
+        result = original(self, normalization, **options)
         change(result.model.graph)
         return result
 
@@ -394,9 +394,14 @@ def wrap_with_change(
 
 
 def shift_mean(graph: onnx.GraphProto) -> None:
-    """Shift the mean by half a level of 255."""
-    (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
-    (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
+    """Shift the mean by half a level of 255, in the merged or in the usual arithmetic."""
+    position, step = next(
+        (position, node)
+        for node in graph.node
+        for op_type, position in (("BatchNormalization", 2), ("Sub", 1))
+        if node.op_type == op_type and node.name.startswith("fovea/")
+    )
+    (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[position]]
     mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))
 
 

@@ -123,7 +123,8 @@ def test_original_tensor_and_pixels_get_equal_answers(tmp_path: Path, kind: Grap
         model, [ImageRequest(row.tobytes(), pixels_input.name, include_logits=True) for row in pixels]
     )
     expected = imported.engine.run(pixels)
-    tolerance = 1e-3 if values.dtype == np.float16 else 1e-6  # other rounding where casts are left out
+    # float16: other rounding where casts are left out; float32: the normalisation may differ in its last bits
+    tolerance = {"float16": 1e-3, "float32": 1e-5, "uint8": 1e-6}[values.dtype.name]
     for *answers, reference in zip(
         shared_memory_answers, tensor_answers, pixel_answers, expected, strict=True
     ):
@@ -236,8 +237,9 @@ def test_wrong_preprocessing_or_layer_table_is_detected(tmp_path: Path) -> None:
     """The skipped part must be everything between the pixels and the tensor."""
     imported = KINDS["float32 nchw"].import_model(tmp_path)
     graph = onnx.load(imported.path)
-    scale = next(tensor for tensor in graph.graph.initializer if tensor.name.startswith("fovea/div"))
-    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1.0, np.float32), scale.name))
+    (step,) = [node for node in graph.graph.node if node.op_type == "BatchNormalization"]
+    scale = next(tensor for tensor in graph.graph.initializer if tensor.name == step.input[1])
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.ones(3, np.float32), scale.name))
     content = imported.path.read_bytes()
     engine = Engine(content, provider="cpu", threads=1, read_bytes=graph.SerializeToString)
     with pytest.raises(GoldenError):

@@ -79,6 +79,18 @@ def test_slice_can_remove_leading_tokens() -> None:
     )
 
 
+def test_rows_of_pixels_keep_their_places() -> None:
+    """An import computes the normalisation over rows, (n * H, W * C)."""
+    layouts = layouts_of_rows(
+        ("Reshape", "pixels shape", "rows", (48,), {}),
+        ("Sub", "rows mean", "centred", (48,), {}),
+        ("Reshape", "centred shape", "image", (16, 16, 3), {}),
+        ("Reshape", "centred shape", "other", (16, 3, 16), {}),
+    )
+    assert layouts["image"] == layouts["pixels"]
+    assert not {"rows", "centred", "other"} & layouts.keys()
+
+
 def test_image_windows_have_no_layout() -> None:
     """A Swin transformer puts its windows beside each other in the batch."""
     layouts = layouts_of_rows(
