@@ -13,10 +13,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from fovea.bench.cells import ClosedLoopCell
-from fovea.bench.report import ratio_to_bare, tail_ratio
+from fovea.bench.ratios import compute_ratio, tail_ratio
 from fovea.bench.soak_result import MAX_GROWTH, SoakResult
 
-COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227")
+COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227", "#7a7a7a")
 
 
 def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
@@ -32,7 +32,7 @@ def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
         workload_cells = [cell for cell in cells if cell.workload == workload]
         names = [name for name in contestant_names if any(cell.name == name for cell in workload_cells)]
         connections = sorted({cell.connections for cell in workload_cells})
-        for row, (value, line) in enumerate(((ratio_to_bare, 1.0), (tail_ratio, 2.0))):
+        for row, (value, line) in enumerate(((_ratio_to_bare, 1.0), (tail_ratio, 2.0))):
             axis = axes[row][column]
             width = 0.8 / max(1, len(names))
             for index, name in enumerate(names):
@@ -55,6 +55,10 @@ def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
     )
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _ratio_to_bare(cells: Sequence[ClosedLoopCell], name: str, connections: int) -> float:
+    return compute_ratio(cells, name, "bare", connections).median
 
 
 def _legend_entries(figure: Figure) -> tuple[list[Any], list[str]]:
