@@ -12,7 +12,7 @@ from typing import cast
 
 import httptools
 
-_JSON = b'{"predictions":[' + b",".join([b'{"label":"label","index":0,"probability":0.2}'] * 4) + b"]}"
+_JSON = b'{"predictions":[' + b",".join([b'{"label":"cat","index":0,"probability":0.2}'] * 4) + b"]}"
 _JSON_200 = _JSON.ljust(200)
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 200\r\n\r\n" + _JSON_200
 

@@ -39,14 +39,16 @@ def test_minimal_server_reads_the_body_and_answers_200_bytes() -> None:
 
 
 def test_paused_tree_stands_still_and_can_be_ended() -> None:
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.stdin.read()'])"
+    script = "import subprocess; subprocess.run(['sleep', '60'])"
     with start_process([sys.executable, "-c", script]) as process:
         while len(pids := find_process_tree(process.pid)) < 2:
             pass
         pause_tree(process.pid)
-        assert [read_state(pid) for pid in pids] == ["T", "T"]
+        while [read_state(pid) for pid in pids] != ["T", "T"]:  # a signal takes a moment
+            pass
         resume_tree(process.pid)
-        assert "T" not in [read_state(pid) for pid in pids]
+        while "T" in [read_state(pid) for pid in pids]:
+            pass
         pause_tree(process.pid)
     assert process.returncode == -signal.SIGTERM  # not SIGKILL, which would come after 15 s
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists() and read_state(pid) != "Z"]

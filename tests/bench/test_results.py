@@ -17,9 +17,10 @@ from fovea.bench.search import SearchResult
 from fovea.bench.workloads import BenchError
 from tests.servers import ROOT
 
+WINNER = Configuration(2, 1, "/inference", 4, 1)
 RESULTS = Results(
     ["2 cores of a processor, 2026-11-29"],
-    searches=[SearchResult("thumbnails", "mosec", 8, Configuration(2, 1, "/inference", 4, 1), {"x": [1.0]})],
+    searches=[SearchResult("thumbnails", "mosec", 8, WINNER, {str(WINNER): [1000.0]})],
     checks=[AnswerCheck("thumbnails", "mosec", 1.0)],
     closed=[ClosedLoopCell("thumbnails", "fovea", 0, 8, 3.0, 900.0, 0.01, 0.02, 5.0, 1, 0.0, 0, 0)],
     open=[
