@@ -88,14 +88,14 @@ def _evaluate_workload(workload: str, cells: Sequence[ClosedLoopCell], fovea_nam
             best_peer = find_best_peer(cells, connections)
             if best_peer is not None and workload in MIN_PEER_RATIO:
                 ratio = compute_ratio(cells, name, best_peer, connections)
-                title = f"{name} / {best_peer}, {_name_connections(connections)}"
+                title = f"{name} / {best_peer}, {name_connections(connections)}"
                 yield Goal(workload, title, ratio.median, MIN_PEER_RATIO[workload], True, str(ratio))
         if workload in SMALL_WORKLOADS:
             ratio = compute_ratio(cells, name, "tutorial", 1)
-            title = f"{name} / tutorial, {_name_connections(1)}"
+            title = f"{name} / tutorial, {name_connections(1)}"
             yield Goal(workload, title, ratio.median, MIN_SINGLE_RATIO, True, str(ratio))
             ratio = compute_ratio(cells, name, "alone", 1, lambda cell: cell.p50)
-            title = f"{name}, p50 / one call in process, {_name_connections(1)}"
+            title = f"{name}, p50 / one call in process, {name_connections(1)}"
             yield Goal(workload, title, ratio.median, MAX_CALL_RATIO, False, str(ratio))
 
 
@@ -105,7 +105,7 @@ def _evaluate_int8(results: Results, cells: Sequence[ClosedLoopCell], fovea_name
         ratio = compute_ratio(cells, INT8, fovea_name, connections)
         yield Goal(
             "photographs",
-            f"{INT8} / {fovea_name}, {_name_connections(connections)}",
+            f"{INT8} / {fovea_name}, {name_connections(connections)}",
             ratio.median,
             MIN_INT8_RATIO,
             True,
@@ -117,9 +117,10 @@ def _evaluate_front(results: Results) -> Iterator[Goal]:
     for connections in dict.fromkeys(cell.connections for cell in results.fronts):
         cells = [cell for cell in results.fronts if cell.connections == connections]
         ratio = Ratio("minimal", tuple(cell.ratio for cell in cells))
-        title = f"front's processor time / minimal server's, {_name_connections(connections)}"
+        title = f"front's processor time / minimal server's, {name_connections(connections)}"
         yield Goal(cells[0].workload, title, ratio.median, MAX_FRONT_RATIO, False, str(ratio))
 
 
-def _name_connections(connections: int) -> str:
+def name_connections(connections: int) -> str:
+    """Return the number with its noun."""
     return f"{connections} connection" + ("" if connections == 1 else "s")

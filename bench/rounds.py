@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,12 @@ from fovea.bench.workloads import ROOT, BenchError, Workload
 
 FRONT_WORKLOAD: Final = "thumbnails"
 """Workload of which the front process is compared with the minimal server."""
+
+_RUNNER_LOOP: Final = "bare, Fovea's code"
+"""Loop that keeps the processors busy while the minimal server is measured."""
+
+_RUNNER_NICE: Final = 5
+"""Nice value of Fovea's runners (docs/architecture.md)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,14 @@ class Entrant:
     """Minimum share of images with the bare loop's top-1 label."""
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """The minimal server, and the loop that keeps the processors busy meanwhile."""
+
+    minimal: Server
+    loop: BareLoop
+
+
 def measure_workload(workload: Workload, options: RunOptions, results: Results) -> None:
     """Measure all rounds of one workload."""
     expected_labels = contestants.compute_reference(workload)
@@ -82,12 +97,12 @@ def measure_workload(workload: Workload, options: RunOptions, results: Results) 
         ]
         for entrant in entrants:
             _check_answers(entrant, workload, expected_labels, results)
-        minimal = None
+        yardstick = None
         if workload.name == FRONT_WORKLOAD and "fovea" in options.servers:
-            minimal = stack.enter_context(_start_minimal(workload))
-            warm_up_server(minimal, images)
+            yardstick = stack.enter_context(_start_yardstick(workload))
+            warm_up_server(yardstick.minimal, images)
         for round_number in range(options.rounds):
-            _measure_round(workload, options, round_number, loops, entrants, minimal, images, results)
+            _measure_round(workload, options, round_number, loops, entrants, yardstick, images, results)
         if options.has_open_loop and "fovea" in options.servers:
             results.open += measure_open(
                 entrants[0].servers[options.connections[-1]],
@@ -105,7 +120,7 @@ def _measure_round(
     round_number: int,
     loops: Sequence[BareLoop],
     entrants: Sequence[Entrant],
-    minimal: Server | None,
+    yardstick: Yardstick | None,
     images: Path,
     results: Results,
 ) -> None:
@@ -124,9 +139,11 @@ def _measure_round(
                 partial(measure_closed, server, workload, round_number, connections, seconds, images)
             )
             _add_cell(results, cell)
-            if minimal and entrant.name == fovea_name and connections > 1:
+            if yardstick and entrant.name == fovea_name and connections > 1:
                 bodies = [path.read_bytes() for path in workload.images]
-                results.fronts.append(measure_front(cell, minimal, seconds, bodies, images))
+                results.fronts.append(
+                    measure_front(cell, yardstick.minimal, yardstick.loop, seconds, bodies, images)
+                )
     if "fovea" in options.servers:
         server = entrants[0].servers[options.connections[-1]]
         results.probes.append(
@@ -217,8 +234,16 @@ def _check_answers(
 
 
 @contextmanager
-def _start_minimal(workload: Workload) -> Iterator[Server]:
+def _start_yardstick(workload: Workload) -> Iterator[Yardstick]:
     port = contestants.find_free_port()
     command = [sys.executable, "-m", "fovea.bench.minimal_server", str(port)]
-    with start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        yield contestants.wait_until_ready(Server("minimal", f"http://127.0.0.1:{port}/", process), workload)
+    with (
+        contestants.start_loop(_RUNNER_LOOP, workload) as loop,
+        start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process,
+    ):
+        for one in loop.processes:
+            os.setpriority(
+                os.PRIO_PROCESS, one.pid, _RUNNER_NICE
+            )  # as the runners, which give way to the front
+        server = Server("minimal", f"http://127.0.0.1:{port}/", process)
+        yield Yardstick(contestants.wait_until_ready(server, workload), loop)
