@@ -82,7 +82,7 @@ def _parse_arguments() -> argparse.Namespace:
         help=f"servers besides the loops (default: {','.join(_SERVER_NAMES)})")  # fmt: skip
     add("--connections", type=_parse_numbers, default=[1, 8, 32], metavar="N,M")
     add("--seconds", type=float, default=None,
-        help="duration of each measurement; longer for phone photographs (default: 3)")  # fmt: skip
+        help="duration of each measurement; longer for phone photographs (default: 2)")  # fmt: skip
     add("--rounds", type=int, default=None, help="number of rounds (default: 6)")
     add("--open", action=argparse.BooleanOptionalAction, default=None, help="measure Fovea in open loop too")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
@@ -106,7 +106,7 @@ def _parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.workloads = options.workloads or (_QUICK_WORKLOADS if options.quick else list(WORKLOADS))
     options.rounds = options.rounds or (2 if options.quick else 6)
-    options.seconds = options.seconds or (1 if options.quick else 3)
+    options.seconds = options.seconds or (1 if options.quick else 2)
     options.open = not options.quick if options.open is None else options.open
     return options
 

@@ -181,7 +181,7 @@ def _enter_fovea(
             server = stack.enter_context(contestants.start_fovea(version, name, workload, path))
             warm_up_server(server, images)
             agreement = (
-                contestants.OWN_MODEL_AGREEMENT if version.has_own_models else contestants.MIN_AGREEMENT[path]
+                contestants.OWN_MODEL_AGREEMENT if version.has_own_models else contestants.MIN_AGREEMENT
             )
             yield Entrant(name, dict.fromkeys(options.connections, server), agreement)
 
