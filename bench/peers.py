@@ -67,8 +67,6 @@ class Peer:
 
 _ON_LOOP: Final = "/classify-on-loop"
 _WORKERS: Final = tuple(sorted({1, _PROCESSORS}))
-_ALL_THREADS: Final = Configuration(1, 0)
-_ONE_THREAD_EACH: Final = Configuration(_PROCESSORS, 1)
 
 PEERS: Final = {
     peer.name: peer
@@ -84,8 +82,7 @@ PEERS: Final = {
                 for workers in _WORKERS
                 for threads in (0, 1)
             ),
-            (_ALL_THREADS, Configuration(1, 0, _ON_LOOP), _ONE_THREAD_EACH,
-             Configuration(_PROCESSORS, 1, _ON_LOOP)),
+            (Configuration(1, 0, _ON_LOOP), Configuration(_PROCESSORS, 1, _ON_LOOP)),
         ),
         Peer(
             "mosec",
@@ -129,7 +126,7 @@ PEERS: Final = {
             ("-m", "bentoml", "serve", "fovea.bench.servers.bentoml_server:ClassifyService",
              "--host=127.0.0.1", "--port={port}"),
             tuple(Configuration(workers, threads) for workers in _WORKERS for threads in (0, 1)),
-            (_ALL_THREADS, _ONE_THREAD_EACH),
+            (Configuration(_PROCESSORS, 1),),
         ),
     )
 }  # fmt: skip
