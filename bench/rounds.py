@@ -79,8 +79,34 @@ class Yardstick:
     loop: BareLoop
 
 
+@dataclass(frozen=True)
+class Lineup:
+    """Everything that runs for one workload."""
+
+    workload: Workload
+    images: Path
+    """File that lists the images."""
+    loops: Sequence[BareLoop]
+    entrants: Sequence[Entrant]
+    """Versions of Fovea first, then peers."""
+    yardstick: Yardstick | None
+
+
 def measure_workload(workload: Workload, options: RunOptions, results: Results) -> None:
     """Measure all rounds of one workload."""
+    with ExitStack() as stack:
+        lineup = _start_lineup(stack, workload, options, results)
+        for round_number in range(options.rounds):
+            _measure_round(lineup, options, round_number, results)
+        if options.has_open_loop and "fovea" in options.servers:
+            connections = options.connections[-1]
+            server = lineup.entrants[0].servers[connections]
+            seconds = options.seconds * workload.duration_factor
+            results.open += measure_open(server, workload, 0, connections, seconds, lineup.images)
+
+
+def _start_lineup(stack: ExitStack, workload: Workload, options: RunOptions, results: Results) -> Lineup:
+    """Start and check all contestants; the search for the peers' configurations is part of it."""
     expected_labels = contestants.compute_reference(workload)
     print(
         f"{workload.name}: {len(expected_labels)} images, {len(set(expected_labels.values()))} labels",
@@ -88,67 +114,45 @@ def measure_workload(workload: Workload, options: RunOptions, results: Results) 
     )
     if workload.is_drawn:
         results.drawn_workloads.append(workload.name)
-    with ExitStack() as stack:
-        images = stack.enter_context(contestants.write_image_list(workload))
-        loops = [stack.enter_context(contestants.start_loop(name, workload)) for name in contestants.LOOPS]
-        entrants = [
-            *_enter_fovea(stack, workload, options, images),
-            *_enter_peers(stack, workload, options, images, results),
-        ]
-        for entrant in entrants:
-            _check_answers(entrant, workload, expected_labels, results)
-        yardstick = None
-        if workload.name == FRONT_WORKLOAD and "fovea" in options.servers:
-            yardstick = stack.enter_context(_start_yardstick(workload))
-            warm_up_server(yardstick.minimal, images)
-        for round_number in range(options.rounds):
-            _measure_round(workload, options, round_number, loops, entrants, yardstick, images, results)
-        if options.has_open_loop and "fovea" in options.servers:
-            results.open += measure_open(
-                entrants[0].servers[options.connections[-1]],
-                workload,
-                0,
-                options.connections[-1],
-                options.seconds * workload.duration_factor,
-                images,
-            )
+    images = stack.enter_context(contestants.write_image_list(workload))
+    entrants = [
+        *_enter_fovea(stack, workload, options, images),
+        *_enter_peers(stack, workload, options, images, results),
+    ]
+    for entrant in entrants:
+        _check_answers(entrant, workload, expected_labels, results)
+    loops = [stack.enter_context(contestants.start_loop(name, workload)) for name in contestants.LOOPS]
+    yardstick = None
+    if workload.name == FRONT_WORKLOAD and "fovea" in options.servers:
+        yardstick = stack.enter_context(_start_yardstick(workload))
+        warm_up_server(yardstick.minimal, images)
+    return Lineup(workload, images, loops, entrants, yardstick)
 
 
-def _measure_round(
-    workload: Workload,
-    options: RunOptions,
-    round_number: int,
-    loops: Sequence[BareLoop],
-    entrants: Sequence[Entrant],
-    yardstick: Yardstick | None,
-    images: Path,
-    results: Results,
-) -> None:
+def _measure_round(lineup: Lineup, options: RunOptions, round_number: int, results: Results) -> None:
+    workload, images, entrants = lineup.workload, lineup.images, lineup.entrants
     seconds = options.seconds * workload.duration_factor
-    fovea_name = options.fovea_versions[0].name
+    bodies = [path.read_bytes() for path in workload.images]
+    # another contestant begins each round, so that nobody always runs behind the same one
+    shift = round_number % len(entrants) if entrants else 0
     for connections in options.connections:
-        for loop in loops:
+        for loop in lineup.loops:
             if loop.name == "bare" or connections == options.connections[0]:
                 measure = partial(measure_loop, loop, workload, round_number, connections, seconds)
                 _add_cell(results, measure_undisturbed(measure))
-        # a different contestant begins each round, so that nobody always runs behind the same one
-        shift = round_number % len(entrants) if entrants else 0
         for entrant in (*entrants[shift:], *entrants[:shift]):
             server = entrant.servers[connections]
             cell = measure_undisturbed(
                 partial(measure_closed, server, workload, round_number, connections, seconds, images)
             )
             _add_cell(results, cell)
-            if yardstick and entrant.name == fovea_name and connections > 1:
-                bodies = [path.read_bytes() for path in workload.images]
-                results.fronts.append(
-                    measure_front(cell, yardstick.minimal, yardstick.loop, seconds, bodies, images)
-                )
+            if lineup.yardstick and entrant is entrants[0] and connections > 1:
+                minimal, loop = lineup.yardstick.minimal, lineup.yardstick.loop
+                results.fronts.append(measure_front(cell, minimal, loop, seconds, bodies, images))
     if "fovea" in options.servers:
-        server = entrants[0].servers[options.connections[-1]]
-        results.probes.append(
-            measure_probes(server, workload, round_number, options.connections[-1], seconds, images)
-        )
+        connections = options.connections[-1]
+        server = entrants[0].servers[connections]
+        results.probes.append(measure_probes(server, workload, round_number, connections, seconds, images))
 
 
 def _add_cell(results: Results, cell: ClosedLoopCell) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final, TypeVar
 
-from fovea.bench.cells import measure_closed, warm_up_server
+from fovea.bench.cells import measure_closed, measure_undisturbed, warm_up_server
 from fovea.bench.contestants import Server, wait_until_ready
 from fovea.bench.peers import Configuration, Peer, start_peer
 from fovea.bench.workloads import Workload
@@ -92,7 +93,8 @@ def _search_load(
     repetitions: int,
 ) -> SearchResult:
     def measure_rate(configuration: Configuration) -> float:
-        return measure_closed(servers[configuration], workload, 0, connections, _SECONDS, images).rate
+        measure = partial(measure_closed, servers[configuration], workload, 0, connections, _SECONDS, images)
+        return measure_undisturbed(measure).rate
 
     winner, rates = find_fastest(list(servers), measure_rate, repetitions=repetitions)
     return SearchResult(
