@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -76,12 +75,7 @@ class FrontCell:
     """Requests per second that Fovea answered in closed loop."""
     fovea: float
     minimal: float
-    """Time of the minimal server at the same rate, beside two processes that are busy with the model.
-
-    It shares cores and caches with a model, as Fovea's front does, and is woken by single requests.
-    """
-    minimal_undisturbed: float
-    """The same without the busy processes."""
+    """Time of the minimal server at the same rate in open loop, where single requests wake it."""
     minimal_at_its_limit: float
     """Time of the minimal server with as many connections in closed loop, where one wake-up serves many."""
 
@@ -224,20 +218,11 @@ def measure_closed(
 
 
 def measure_front(
-    cell: ClosedLoopCell,
-    minimal: Server,
-    loop: BareLoop,
-    seconds: float,
-    bodies: Sequence[bytes],
-    images: Path,
+    cell: ClosedLoopCell, minimal: Server, seconds: float, bodies: Sequence[bytes], images: Path
 ) -> FrontCell:
-    """Compare the front process in a measurement of Fovea with the minimal server at the same rate.
-
-    `loop` keeps the processors busy as Fovea's runners do.
-    """
+    """Compare the front process in a measurement of Fovea with the minimal server at the same rate."""
     pid = minimal.process.pid
-
-    def measure_same_rate() -> float:
+    with minimal.take_turn():
         before = measure_own_cpu_seconds(pid)
         result = run_open_loop(
             minimal.url,
@@ -247,16 +232,9 @@ def measure_front(
             grace_seconds=_GRACE_SECONDS,
             seed=cell.round,
         )
-        return (measure_own_cpu_seconds(pid) - before) / len(result.planned_times)
-
-    with minimal.take_turn(), ThreadPoolExecutor(1) as pool:
-        undisturbed = measure_same_rate()
-        loop_run = pool.submit(loop.run, seconds)
-        beside_models = measure_same_rate()
-        loop_run.result()
-        before = measure_own_cpu_seconds(pid)
+        between = measure_own_cpu_seconds(pid)
         report = run_wrk(minimal.url, cell.connections, 1, images)
-        at_its_limit = (measure_own_cpu_seconds(pid) - before) / report["requests"]
+        after = measure_own_cpu_seconds(pid)
     return FrontCell(
         workload=cell.workload,
         name=cell.name,
@@ -264,9 +242,8 @@ def measure_front(
         connections=cell.connections,
         rate=cell.rate,
         fovea=cell.main_cpu_seconds / (cell.rate * cell.seconds + cell.refusals),
-        minimal=beside_models,
-        minimal_undisturbed=undisturbed,
-        minimal_at_its_limit=at_its_limit,
+        minimal=(between - before) / len(result.planned_times),
+        minimal_at_its_limit=(after - between) / report["requests"],
     )
 
 

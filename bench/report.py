@@ -156,8 +156,15 @@ def _format_searches(results: Results) -> str:
 
 
 def _format_front_table(cells: Sequence[FrontCell]) -> str:
-    head = ["", "conn.", "requests/s", "Fovea's front", "minimal, same rate, beside models",
-            "minimal, same rate, alone", "minimal, at its limit", "ratio"]  # fmt: skip
+    head = [
+        "",
+        "conn.",
+        "requests/s",
+        "Fovea's front",
+        "minimal, same rate",
+        "minimal, at its limit",
+        "ratio",
+    ]
     rows = []
     for connections in dict.fromkeys(cell.connections for cell in cells):
         own_cells = [cell for cell in cells if cell.connections == connections]
@@ -168,7 +175,6 @@ def _format_front_table(cells: Sequence[FrontCell]) -> str:
                 _format_number(median_or_nan(cell.rate for cell in own_cells), 0),
                 _format_number(1e6 * median_or_nan(cell.fovea for cell in own_cells), 0),
                 _format_number(1e6 * median_or_nan(cell.minimal for cell in own_cells), 0),
-                _format_number(1e6 * median_or_nan(cell.minimal_undisturbed for cell in own_cells), 0),
                 _format_number(1e6 * median_or_nan(cell.minimal_at_its_limit for cell in own_cells), 0),
                 str(Ratio("", tuple(cell.ratio for cell in own_cells))),
             ]
@@ -177,10 +183,8 @@ def _format_front_table(cells: Sequence[FrontCell]) -> str:
 
 
 _FRONT_NOTE = """
-The ratio is to the minimal server at the rate of requests that Fovea answers, in open loop, beside two
-processes that are busy with the same model: single requests wake both servers, and both share cores and
-caches with a model. Alone, the minimal server has the caches for itself. At its limit, each wake-up finds
-many requests."""
+The ratio is to the minimal server at the rate of requests that Fovea answers, in open loop, because both are
+then woken by single requests. At its limit the minimal server finds many requests at each wake-up."""
 
 
 # --- open loop -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,12 +32,6 @@ from fovea.bench.workloads import ROOT, BenchError, Workload
 
 FRONT_WORKLOAD: Final = "thumbnails"
 """Workload of which the front process is compared with the minimal server."""
-
-_RUNNER_LOOP: Final = "bare, Fovea's code"
-"""Loop that keeps the processors busy while the minimal server is measured."""
-
-_RUNNER_NICE: Final = 5
-"""Nice value of Fovea's runners (docs/architecture.md)."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +65,6 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """The minimal server, and the loop that keeps the processors busy meanwhile."""
-
-    minimal: Server
-    loop: BareLoop
-
-
-@dataclass(frozen=True)
 class Lineup:
     """Everything that runs for one workload."""
 
@@ -89,7 +74,8 @@ class Lineup:
     loops: Sequence[BareLoop]
     entrants: Sequence[Entrant]
     """Versions of Fovea first, then peers."""
-    yardstick: Yardstick | None
+    minimal: Server | None
+    """The minimal server, if the front process is measured."""
 
 
 def measure_workload(workload: Workload, options: RunOptions, results: Results) -> None:
@@ -122,11 +108,11 @@ def _start_lineup(stack: ExitStack, workload: Workload, options: RunOptions, res
     for entrant in entrants:
         _check_answers(entrant, workload, expected_labels, results)
     loops = [stack.enter_context(contestants.start_loop(name, workload)) for name in contestants.LOOPS]
-    yardstick = None
+    minimal = None
     if workload.name == FRONT_WORKLOAD and "fovea" in options.servers:
-        yardstick = stack.enter_context(_start_yardstick(workload))
-        warm_up_server(yardstick.minimal, images)
-    return Lineup(workload, images, loops, entrants, yardstick)
+        minimal = stack.enter_context(_start_minimal(workload))
+        warm_up_server(minimal, images)
+    return Lineup(workload, images, loops, entrants, minimal)
 
 
 def _measure_round(lineup: Lineup, options: RunOptions, round_number: int, results: Results) -> None:
@@ -146,9 +132,8 @@ def _measure_round(lineup: Lineup, options: RunOptions, round_number: int, resul
                 partial(measure_closed, server, workload, round_number, connections, seconds, images)
             )
             _add_cell(results, cell)
-            if lineup.yardstick and entrant is entrants[0] and connections > 1:
-                minimal, loop = lineup.yardstick.minimal, lineup.yardstick.loop
-                results.fronts.append(measure_front(cell, minimal, loop, seconds, bodies, images))
+            if lineup.minimal and entrant is entrants[0] and connections > 1:
+                results.fronts.append(measure_front(cell, lineup.minimal, seconds, bodies, images))
     if "fovea" in options.servers:
         connections = options.connections[-1]
         server = entrants[0].servers[connections]
@@ -238,16 +223,8 @@ def _check_answers(
 
 
 @contextmanager
-def _start_yardstick(workload: Workload) -> Iterator[Yardstick]:
+def _start_minimal(workload: Workload) -> Iterator[Server]:
     port = contestants.find_free_port()
     command = [sys.executable, "-m", "fovea.bench.minimal_server", str(port)]
-    with (
-        contestants.start_loop(_RUNNER_LOOP, workload) as loop,
-        start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process,
-    ):
-        for one in loop.processes:
-            os.setpriority(
-                os.PRIO_PROCESS, one.pid, _RUNNER_NICE
-            )  # as the runners, which give way to the front
-        server = Server("minimal", f"http://127.0.0.1:{port}/", process)
-        yield Yardstick(contestants.wait_until_ready(server, workload), loop)
+    with start_process(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        yield contestants.wait_until_ready(Server("minimal", f"http://127.0.0.1:{port}/", process), workload)

@@ -7,6 +7,7 @@ import http.client
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,4 +97,7 @@ def test_peers_answer_as_the_bare_loop_does(name: str) -> None:
             wait_until_ready(server, workload)
             pids = find_process_tree(server.process.pid)
             assert check_answers(server, expected_labels, agreement=1.0) == 1.0
+        end = time.monotonic() + 10  # grandchildren may take a moment to die
+        while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:  # noqa: PTH110
+            time.sleep(0.05)
         assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]  # noqa: PTH110

@@ -19,8 +19,7 @@ CELL = ClosedLoopCell(
 )  # fmt: skip
 
 FRONT = FrontCell(
-    "thumbnails", "fovea", 0, 32, 900.0, fovea=240e-6, minimal=80e-6, minimal_undisturbed=60e-6,
-    minimal_at_its_limit=40e-6,
+    "thumbnails", "fovea", 0, 32, 900.0, fovea=240e-6, minimal=80e-6, minimal_at_its_limit=40e-6,
 )  # fmt: skip
 
 

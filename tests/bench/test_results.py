@@ -27,7 +27,7 @@ RESULTS = Results(
         OpenLoopCell("thumbnails", "fovea", 0, 3.0, 1000.0, 1.2, 950.0, 0.2, 0.4, 0.001, 0.016,
                      {200: 1, 503: 2}, {}, (1, 1), 0, 0, 1.0, 0.1, 1, 0.0)
     ],
-    fronts=[FrontCell("thumbnails", "fovea", 0, 8, 900.0, 3e-4, 1e-4, 9e-5, 5e-5)],
+    fronts=[FrontCell("thumbnails", "fovea", 0, 8, 900.0, 3e-4, 1e-4, 5e-5)],
     probes=[ProbeCell("thumbnails", "fovea", 0, 32, 100, 0.001, 0.002)],
     rests=[RestCell([0.9], [150_000_000])],
     drawn_workloads=["thumbnails"],
