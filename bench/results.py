@@ -67,6 +67,13 @@ class Results:
                 f"{path} has format {number}, and this version reads format {FORMAT}: "
                 "measure again with `make bench`"
             )
+        try:
+            return cls._from_document(document)
+        except (KeyError, TypeError) as error:
+            raise BenchError(f"{path} cannot be read: {error}") from None
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> Results:
         return cls(
             environments=document["environments"],
             searches=[

@@ -56,7 +56,7 @@ def test_other_formats_are_refused(tmp_path: Path, content: str) -> None:
         Results.load(path)
 
 
-@pytest.mark.parametrize("content", ["", None])
+@pytest.mark.parametrize("content", ["", None, '{"format": 2, "environments": []}'])
 def test_unreadable_file_is_one_sentence(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "bench.json").write_text(content)
