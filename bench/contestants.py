@@ -42,7 +42,7 @@ OWN_MODEL_AGREEMENT: Final = 0.5
 A server that mixes up its answers has a share of a few percent, because most images have their own labels.
 """
 
-_START_TIMEOUT: Final = 60.0
+_START_TIMEOUT: Final = 120.0  # many configurations start at the same time
 
 _IDLE_TIMEOUT: Final = 1.0
 """Time in seconds that a server gets to end its work after a turn."""

@@ -13,6 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from fovea.bench.cells import ClosedLoopCell
+from fovea.bench.contestants import LOOPS
 from fovea.bench.ratios import compute_ratio, tail_ratio
 from fovea.bench.soak_result import MAX_GROWTH, SoakResult
 
@@ -21,9 +22,7 @@ COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227", "#7a7a7a")
 
 def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
     """Draw a column for each workload, with throughput above and p99 over p50 below."""
-    contestant_names = [
-        name for name in dict.fromkeys(cell.name for cell in cells) if name not in _LOOP_NAMES
-    ]
+    contestant_names = [name for name in dict.fromkeys(cell.name for cell in cells) if name not in LOOPS]
     workloads = list(dict.fromkeys(cell.workload for cell in cells))
     figure, axes = pyplot.subplots(
         2, len(workloads), figsize=(4.4 * len(workloads), 6), squeeze=False, layout="constrained"
@@ -93,6 +92,3 @@ def draw_memory(soak: SoakResult, path: Path) -> None:
     axis.legend(frameon=False, fontsize="small")
     figure.savefig(path)
     pyplot.close(figure)
-
-
-_LOOP_NAMES = ("bare", "bare, Fovea's code", "alone")

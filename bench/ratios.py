@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fovea.bench.cells import DISTURBANCE_LIMIT, ClosedLoopCell
+from fovea.bench.contestants import LOOPS
 from fovea.bench.peers import PEERS
 
 
@@ -42,7 +43,9 @@ def compute_ratio(
     A loop that is measured once per round is compared with all loads of that round. Disturbed rounds count
     only if there are no others.
     """
-    other_cells = select_cells(cells, other, connections) or select_cells(cells, other)
+    other_cells = select_cells(cells, other, connections)
+    if not other_cells and other in LOOPS:
+        other_cells = select_cells(cells, other)
     by_round = {cell.round: cell for cell in other_cells}
     pairs = [
         (cell, by_round[cell.round])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from fovea.bench.cells import DISTURBANCE_LIMIT, ClosedLoopCell, FrontCell, OpenLoopCell
+from fovea.bench.contestants import LOOPS
 from fovea.bench.goals import Goal, evaluate_goals, list_variants
 from fovea.bench.ratios import Ratio, compute_ratio, find_best_peer, median_or_nan, select_cells
 from fovea.bench.results import Results
@@ -88,7 +89,7 @@ def drop_disturbed(cells: Sequence[ClosedLoopCell]) -> list[ClosedLoopCell]:
 def _format_ratio_table(cells: Sequence[ClosedLoopCell], fovea_name: str) -> str:
     all_connections = sorted({cell.connections for cell in cells})
     names = [*list_variants(cells, fovea_name)]
-    names += [name for name in dict.fromkeys(cell.name for cell in cells) if name not in (*names, *_LOOPS)]
+    names += [name for name in dict.fromkeys(cell.name for cell in cells) if name not in (*names, *LOOPS)]
     head = ["", "conn.", "of the best peer", "", "of the tutorial", "of the bare loop", f"of {fovea_name}"]
     rows = [
         _format_ratio_row(cells, name, connections, fovea_name)
@@ -110,9 +111,6 @@ def _format_ratio_row(
         to_best.other,
         *(str(compute_ratio(cells, name, other, connections)) for other in ("tutorial", "bare", fovea_name)),
     ]
-
-
-_LOOPS = ("bare", "bare, Fovea's code", "alone")
 
 
 def list_losses(results: Results, fovea_name: str) -> Iterator[str]:

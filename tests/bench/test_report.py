@@ -45,6 +45,8 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_loop_that_runs_once_per_round_is_compared_with_every_load() -> None:
     cells = [*make_rounds("bare", 1000.0, connections=1), *make_rounds("fovea", 900.0)]
     assert compute_ratio(cells, "fovea", "bare", 32).values == (0.9,)
+    cells = [*make_rounds("mosec", 1000.0, connections=1), *make_rounds("fovea", 900.0)]
+    assert compute_ratio(cells, "fovea", "mosec", 32).values == ()
 
 
 def test_one_disturbed_round_does_not_count() -> None:
