@@ -143,15 +143,16 @@ class OpenLoopCell:
 DISTURBANCE_LIMIT: Final = 0.15
 """Number of processors busy with something else from which a measurement is repeated."""
 
-_MAX_TRIES: Final = 2
+MAX_TRIES: Final = 2
+"""Number of times that a disturbed measurement is tried."""
 
 CellT = TypeVar("CellT", ClosedLoopCell, OpenLoopCell)
 
 
-def measure_undisturbed(measure: Callable[[], CellT]) -> CellT:
+def measure_undisturbed(measure: Callable[[], CellT], tries: int = MAX_TRIES) -> CellT:
     """Return the first undisturbed measurement of a few, or the least disturbed one."""
     cells: list[CellT] = []
-    while len(cells) < _MAX_TRIES:
+    while len(cells) < tries:
         cells.append(measure())
         if cells[-1].others < DISTURBANCE_LIMIT:
             break

@@ -100,7 +100,6 @@ PEERS: Final = {
             ),
             (
                 Configuration(1, 0, "/inference"),
-                Configuration(_PROCESSORS, 1, "/inference"),
                 Configuration(_PROCESSORS, 1, "/inference", 4, 1),
                 Configuration(_PROCESSORS, 1, "/inference", 8, 1),
             ),
@@ -118,7 +117,7 @@ PEERS: Final = {
                     for wait_ms in (0, 1)
                 ),
             ),
-            (Configuration(1, 0, "/predict"), Configuration(_PROCESSORS, 1, "/predict")),
+            (Configuration(_PROCESSORS, 1, "/predict"),),
         ),
         Peer(
             "BentoML",

@@ -14,6 +14,7 @@ from typing import Final
 from fovea.bench import contestants
 from fovea.bench.cells import (
     DISTURBANCE_LIMIT,
+    MAX_TRIES,
     ClosedLoopCell,
     measure_closed,
     measure_front,
@@ -52,6 +53,11 @@ class RunOptions:
     """Flag for a short search, of few configurations measured once."""
     earlier: Results | None
     """A run to whose winners the search is limited."""
+
+    @property
+    def tries(self) -> int:
+        """Number of times that a disturbed measurement is tried."""
+        return 1 if self.is_short else MAX_TRIES
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,12 @@ def _measure_round(lineup: Lineup, options: RunOptions, round_number: int, resul
         for loop in lineup.loops:
             if loop.name == "bare" or connections == options.connections[0]:
                 measure = partial(measure_loop, loop, workload, round_number, connections, seconds)
-                _add_cell(results, measure_undisturbed(measure))
+                _add_cell(results, measure_undisturbed(measure, options.tries))
         for entrant in (*entrants[shift:], *entrants[:shift]):
             server = entrant.servers[connections]
             cell = measure_undisturbed(
-                partial(measure_closed, server, workload, round_number, connections, seconds, images)
+                partial(measure_closed, server, workload, round_number, connections, seconds, images),
+                options.tries,
             )
             _add_cell(results, cell)
             if lineup.minimal and entrant is entrants[0] and connections > 1:
@@ -196,6 +203,7 @@ def _enter_peers(
                     options.connections,
                     images,
                     repetitions=0 if options.is_short else 2,
+                    tries=options.tries,
                 )
             )
         except BenchError as error:

@@ -61,6 +61,7 @@ def search_peer(
     images: Path,
     *,
     repetitions: int,
+    tries: int,
 ) -> Iterator[tuple[dict[int, Server], list[SearchResult]]]:
     """Yield the server of the fastest configuration for each number of connections; other servers are ended.
 
@@ -76,7 +77,8 @@ def search_peer(
         for server in servers.values():
             warm_up_server(wait_until_ready(server, workload), images)
         results = [
-            _search_load(peer, servers, workload, number, images, repetitions) for number in connections
+            _search_load(peer, servers, workload, number, images, repetitions, tries)
+            for number in connections
         ]
         for configuration in {result.winner: None for result in results}:
             winners.push(contexts[configuration].pop_all())
@@ -91,10 +93,11 @@ def _search_load(
     connections: int,
     images: Path,
     repetitions: int,
+    tries: int,
 ) -> SearchResult:
     def measure_rate(configuration: Configuration) -> float:
         measure = partial(measure_closed, servers[configuration], workload, 0, connections, _SECONDS, images)
-        return measure_undisturbed(measure).rate
+        return measure_undisturbed(measure, tries).rate
 
     winner, rates = find_fastest(list(servers), measure_rate, repetitions=repetitions)
     return SearchResult(
