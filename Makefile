@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,8 +45,11 @@ screenshots: $(VENV)/.dev ## Take the documentation's pictures of the page again
 figures: $(VENV)/.dev ## Measure start, memory and size for docs/benchmarks.md
 	$(BIN)/python -m fovea.bench.figures
 
-bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mosec (25 minutes; needs wrk)
+bench: $(VENV)/.dev ## Compare with a tutorial service, mosec, LitServe and BentoML, each tuned by a search (40 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench $(BENCH)
+
+bench-quick: $(VENV)/.dev ## The same with a short search, without phone photographs (5 minutes; needs wrk)
+	$(BIN)/python -m fovea.bench --quick $(BENCH)
 
 bench-training: $(VENV)/.dev ## Compare training steps with bare forward and backward (2 minutes)
 	$(BIN)/python -m fovea.bench.training $(TRAINING)
@@ -64,7 +67,7 @@ bench-providers: $(VENV)/.dev ## Compare OpenVINO with plain ONNX Runtime, float
 bench-gpu: $(VENV)/.dev ## Measure a GPU on tensors and from JPEG files (10 minutes; GPU="--provider cpu" without one)
 	$(BIN)/python -m fovea.bench.gpu $(GPU)
 
-bench-int8: $(VENV)/.bench ## Compare a service in int8 with the same service in float32 (3 minutes; needs wrk)
+bench-int8: $(VENV)/.dev ## Compare a service in int8 with the same service in float32 (3 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench.quantized $(INT8)
 
 bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layout and type (6 minutes)
@@ -80,22 +83,22 @@ fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer reque
 	$(BIN)/pip install --quiet atheris
 	$(BIN)/python -m tests.service.api.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
 
-mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
+mixed: $(VENV)/.dev ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m fovea.bench.mixed $(MIXED)
 
-giants: $(VENV)/.bench ## See what images of 49 MP cost those who send thumbnails (3 minutes)
+giants: $(VENV)/.dev ## See what images of 49 MP cost those who send thumbnails (3 minutes)
 	$(BIN)/python -m fovea.bench.giants $(GIANTS)
 
-swaps: $(VENV)/.bench ## Swap fifty versions under load, and load one again and again (5 minutes)
+swaps: $(VENV)/.dev ## Swap fifty versions under load, and load one again and again (5 minutes)
 	$(BIN)/python -m fovea.bench.swaps $(SWAPS)
 
-soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
+soak: $(VENV)/.dev ## Watch the memory over 300,000 mixed requests (8 minutes)
 	$(BIN)/python -m fovea.bench.soak $(SOAK)
 
 chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is wrong, lost or late (20 minutes)
 	$(BIN)/python -m fovea.bench.chaos $(CHAOS)
 
-fronts: $(VENV)/.bench ## See how many runners one service process keeps busy (3 minutes; needs wrk)
+fronts: $(VENV)/.dev ## See how many runners one service process keeps busy (3 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench.fronts $(FRONTS)
 
 machine: $(VENV)/.dev ## Change models at random while processes die, 2,000 steps, MACHINE_STEPS for others (25 minutes)
@@ -132,11 +135,6 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing what development needs into $(VENV), with PyTorch: once, for some minutes"
 	@$(BIN)/pip install --disable-pip-version-check --editable '.[train,test,traces]'
 	@touch $@ $(VENV)/.runtime
-
-$(VENV)/.bench: $(VENV)/.dev
-	@echo "Installing what is compared with into $(VENV): once"
-	@$(BIN)/pip install --disable-pip-version-check --editable '.[bench]'
-	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "Installing Sphinx into $(VENV): once, for about half a minute"

@@ -11,45 +11,19 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from io import BytesIO
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
-from PIL import Image
 
+from fovea.bench.servers.plain import open_session, preprocess_image
 from fovea.service.artifact.contract import Contract, Geometry
 from fovea.service.inference.preprocess import decode_image
 
 ImageClassifier: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
 """Function from an encoded image to its logits, float32 (n,)."""
-
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""ImageNet's standard deviation per channel, on a scale of 0 to 1, as in every tutorial."""
-
-
-def preprocess_image(image: bytes, size: int, resize_to: int) -> npt.NDArray[np.float32]:
-    """Convert an encoded image to normalised float32 (1, 3, size, size), step by step as in tutorials."""
-    picture = Image.open(BytesIO(image)).convert("RGB")
-    shorter = min(picture.size)
-    width, height = (resize_to * side // shorter for side in picture.size)
-    resized_picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    cropped_picture = resized_picture.crop((left, top, left + size, top + size))
-    pixels = np.asarray(cropped_picture, np.float32) / np.float32(255)
-    normalised_pixels: npt.NDArray[np.float32] = ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
-    return normalised_pixels
-
-
-def open_session(model: Path, threads: int = 0) -> Any:
-    """Return an ONNX Runtime session; with 0 threads, ONNX Runtime chooses the number."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def make_plain_classifier(model: Path, size: int, resize_to: int, threads: int) -> ImageClassifier:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 from fovea.bench.contestants import BareLoop, Server
-from fovea.bench.load import run_open_loop
-from fovea.bench.processes import CpuStopwatch, measure_resident_bytes, wait_until_idle
+from fovea.bench.load import compute_percentile, run_open_loop
+from fovea.bench.probe import probe_service
+from fovea.bench.processes import CpuStopwatch, measure_own_cpu_seconds, measure_resident_bytes
 from fovea.bench.workloads import BenchError, Workload
 
 LOAD_SHARES: Final = (0.5, 0.9, 3.0)
@@ -56,6 +57,55 @@ class ClosedLoopCell:
     """Number of answers with status 400 and above."""
     errors: int
     """Number of failed connections and requests without an answer."""
+    configuration: str = ""
+    """Configuration of a peer."""
+    main_cpu_seconds: float = 0.0
+    """Processor time of the server's first process alone, which is Fovea's front."""
+
+
+@dataclass(frozen=True)
+class FrontCell:
+    """Processor time for each request of Fovea's front process and of `bench.minimal_server`, in seconds."""
+
+    workload: str
+    name: str
+    round: int
+    connections: int
+    rate: float
+    """Requests per second that Fovea answered in closed loop."""
+    fovea: float
+    minimal: float
+    """Time of the minimal server at the same rate in open loop, where single requests wake it."""
+    minimal_at_its_limit: float
+    """Time of the minimal server with as many connections in closed loop, where one wake-up serves many."""
+
+    @property
+    def ratio(self) -> float:
+        """Time of Fovea's front process over that of the minimal server at the same rate."""
+        return self.fovea / self.minimal
+
+
+@dataclass(frozen=True)
+class ProbeCell:
+    """Times of `/health/live` while `connections` connections send images, in seconds."""
+
+    workload: str
+    name: str
+    round: int
+    connections: int
+    probes: int
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class RestCell:
+    """The service with the default model and no load."""
+
+    start_seconds: list[float]
+    """Time from the start of the process to the first answer, for each of several starts."""
+    proportional_bytes: list[int]
+    """Proportional set sizes of all processes after the first answer."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +143,16 @@ class OpenLoopCell:
 DISTURBANCE_LIMIT: Final = 0.15
 """Number of processors busy with something else from which a measurement is repeated."""
 
-_MAX_TRIES: Final = 3
+MAX_TRIES: Final = 2
+"""Number of times that a disturbed measurement is tried."""
 
 CellT = TypeVar("CellT", ClosedLoopCell, OpenLoopCell)
 
 
-def measure_undisturbed(measure: Callable[[], CellT]) -> CellT:
+def measure_undisturbed(measure: Callable[[], CellT], tries: int = MAX_TRIES) -> CellT:
     """Return the first undisturbed measurement of a few, or the least disturbed one."""
     cells: list[CellT] = []
-    while len(cells) < _MAX_TRIES:
+    while len(cells) < tries:
         cells.append(measure())
         if cells[-1].others < DISTURBANCE_LIMIT:
             break
@@ -141,11 +192,13 @@ def measure_closed(
     Raises `BenchError` on failure.
     """
     pids = [server.process.pid]
-    stopwatch = CpuStopwatch(pids)
-    report = run_wrk(server.url, connections, seconds, images)
-    used_seconds, others = stopwatch.read()
-    resident = measure_resident_bytes(pids)
-    wait_until_idle(pids)
+    with server.take_turn():
+        stopwatch = CpuStopwatch(pids)
+        main_before = measure_own_cpu_seconds(server.process.pid)
+        report = run_wrk(server.url, connections, seconds, images)
+        main_cpu_seconds = measure_own_cpu_seconds(server.process.pid) - main_before
+        used_seconds, others = stopwatch.read()
+        resident = measure_resident_bytes(pids)
     return ClosedLoopCell(
         workload=workload.name,
         name=server.name,
@@ -160,6 +213,57 @@ def measure_closed(
         others=others,
         refusals=int(report["refused"]),
         errors=int(report["errors"]),
+        configuration=server.configuration,
+        main_cpu_seconds=main_cpu_seconds,
+    )
+
+
+def measure_front(
+    cell: ClosedLoopCell, minimal: Server, seconds: float, bodies: Sequence[bytes], images: Path
+) -> FrontCell:
+    """Compare the front process in a measurement of Fovea with the minimal server at the same rate."""
+    pid = minimal.process.pid
+    with minimal.take_turn():
+        before = measure_own_cpu_seconds(pid)
+        result = run_open_loop(
+            minimal.url,
+            bodies,
+            rate=cell.rate,
+            seconds=seconds,
+            grace_seconds=_GRACE_SECONDS,
+            seed=cell.round,
+        )
+        between = measure_own_cpu_seconds(pid)
+        report = run_wrk(minimal.url, cell.connections, 1, images)
+        after = measure_own_cpu_seconds(pid)
+    return FrontCell(
+        workload=cell.workload,
+        name=cell.name,
+        round=cell.round,
+        connections=cell.connections,
+        rate=cell.rate,
+        fovea=cell.main_cpu_seconds / (cell.rate * cell.seconds + cell.refusals),
+        minimal=(between - before) / len(result.planned_times),
+        minimal_at_its_limit=(after - between) / report["requests"],
+    )
+
+
+def measure_probes(
+    server: Server, workload: Workload, round_number: int, connections: int, seconds: float, images: Path
+) -> ProbeCell:
+    """Ask for `/health/live` again and again while wrk posts images."""
+    address = urlsplit(server.url)
+    with server.take_turn(), probe_service(address.hostname or "", address.port or 0) as waits:
+        run_wrk(server.url, connections, seconds, images)
+    waits.sort()
+    return ProbeCell(
+        workload=workload.name,
+        name=server.name,
+        round=round_number,
+        connections=connections,
+        probes=len(waits),
+        p50=compute_percentile(waits, 50),
+        p99=compute_percentile(waits, 99),
     )
 
 
@@ -196,19 +300,19 @@ def _measure_open_share(
     bodies: Sequence[bytes],
 ) -> OpenLoopCell:
     pids = [server.process.pid]
-    stopwatch = CpuStopwatch(pids)
-    result = run_open_loop(
-        server.url,
-        bodies,
-        rate=share * capacity,
-        seconds=seconds,
-        grace_seconds=_GRACE_SECONDS,
-        content_type="image/jpeg",
-        seed=round_number,
-    )
-    used_seconds, others = stopwatch.read()
-    resident = measure_resident_bytes(pids)
-    wait_until_idle(pids)
+    with server.take_turn():
+        stopwatch = CpuStopwatch(pids)
+        result = run_open_loop(
+            server.url,
+            bodies,
+            rate=share * capacity,
+            seconds=seconds,
+            grace_seconds=_GRACE_SECONDS,
+            content_type="image/jpeg",
+            seed=round_number,
+        )
+        used_seconds, others = stopwatch.read()
+        resident = measure_resident_bytes(pids)
     deadline = QUEUE_IMAGES / capacity + DEADLINE_MARGIN
     refusal = next((status for status in REFUSAL_STATUSES if status in result.statuses), REFUSAL_STATUSES[0])
     return OpenLoopCell(
@@ -254,7 +358,6 @@ def run_wrk(url: str, connections: int, seconds: float, images: Path) -> dict[st
 
 
 def warm_up_server(server: Server, images: Path) -> None:
-    """Expose a server to every kind of load once, so that no round includes a first time."""
-    run_wrk(server.url, 8, 1, images)
-    wait_until_idle([server.process.pid])
-    time.sleep(0.1)
+    """Expose a server to load once, so that no measurement includes a first time."""
+    with server.take_turn():
+        run_wrk(server.url, 8, 1, images)

@@ -37,7 +37,7 @@ def main() -> None:
         python, seconds = _install_service(Path(folder))
         installed_bytes = sum(path.lstat().st_size for path in Path(folder).rglob("*") if path.is_file())
         starts, idle_bytes, used_bytes = zip(
-            *(_measure_start(python) for _ in range(START_COUNT)), strict=True
+            *(measure_start(python) for _ in range(START_COUNT)), strict=True
         )
         single_worker, several_workers = (_measure_scrapes(python, workers) for workers in (1, 3))
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}\n")
@@ -61,7 +61,7 @@ def _install_service(folder: Path) -> tuple[Path, float]:
     return python, time.monotonic() - started_at
 
 
-def _measure_start(python: Path) -> tuple[float, int, int]:
+def measure_start(python: Path) -> tuple[float, int, int]:
     """Return the seconds to the first answer, and the resident bytes after it and after many answers."""
     started_at = time.monotonic()
     with _start_service(python) as (process, url):

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from fovea.bench.cells import run_wrk
 from fovea.bench.mixed import describe_machine
 from fovea.bench.oip import start_service
-from fovea.bench.processes import find_process_tree
+from fovea.bench.processes import find_process_tree, measure_own_cpu_seconds
 from fovea.bench.workloads import ROOT, draw_picture
 from fovea.service.runners.batch_messages import BatchReport, Item
 from fovea.service.runners.predictor import Predictor
@@ -119,15 +119,9 @@ def _measure(load: Load, seconds: float, service_processor: int, other_processor
             url = f"http://{host}:{port}/v1/classify"
             connections = min(512, 4 * load.runners if load.runners > 1 else 128)
             run_wrk(url, connections, 2, images)
-            before = _read_own_seconds(service)
+            before = measure_own_cpu_seconds(service)
             report = run_wrk(url, connections, seconds, images)
-            return (_read_own_seconds(service) - before) / report["requests"]
-
-
-def _read_own_seconds(pid: int) -> float:
-    """Return the processor time of a process without its children, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+            return (measure_own_cpu_seconds(service) - before) / report["requests"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from fovea.bench.bare import MEAN, STD
+from fovea.bench.servers.plain import MEAN, STD
 from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph, export_graph
 from fovea.model.atomic_files import write_file
 from fovea.model.evaluation.calibration import Calibration

@@ -27,11 +27,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from fovea.bench.command import draw_jpeg
 from fovea.bench.load import ClientConnection, ClosedLoopClient, run_client
+from fovea.bench.machine import describe_processor
 from fovea.bench.mixed import describe_machine
 from fovea.bench.probe import probe_service
 from fovea.bench.processes import CpuStopwatch, start_process
@@ -275,15 +275,9 @@ def _show_rounds(rounds: list[dict[str, Leg]]) -> int:
             problems.append(f"{name}: /health/live took {slowest:.2f} s; at most {_MAX_LIVE_SECONDS:g} s")
         if failure_count := sum(leg.failures for leg in legs):
             problems.append(f"{name}: {failure_count} answers were neither 200 nor 503")
-    print(f"\n{_read_processor_name()}; {describe_machine()}.")
+    print(f"\n{describe_processor()}; {describe_machine()}.")
     print("\n".join(problems) or "Every share is reached.")
     return 1 if problems else 0
-
-
-def _read_processor_name() -> str:
-    """Return the processor's name (proc(5))."""
-    name_match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return name_match[1] if name_match else os.uname().machine
 
 
 if __name__ == "__main__":

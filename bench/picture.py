@@ -13,17 +13,16 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from fovea.bench.cells import ClosedLoopCell
-from fovea.bench.report import ratio_to_bare, tail_ratio
+from fovea.bench.contestants import LOOPS
+from fovea.bench.ratios import compute_ratio, tail_ratio
 from fovea.bench.soak_result import MAX_GROWTH, SoakResult
 
-COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227")
+COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227", "#7a7a7a")
 
 
 def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
     """Draw a column for each workload, with throughput above and p99 over p50 below."""
-    contestant_names = [
-        name for name in dict.fromkeys(cell.name for cell in cells) if name not in _LOOP_NAMES
-    ]
+    contestant_names = [name for name in dict.fromkeys(cell.name for cell in cells) if name not in LOOPS]
     workloads = list(dict.fromkeys(cell.workload for cell in cells))
     figure, axes = pyplot.subplots(
         2, len(workloads), figsize=(4.4 * len(workloads), 6), squeeze=False, layout="constrained"
@@ -32,7 +31,7 @@ def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
         workload_cells = [cell for cell in cells if cell.workload == workload]
         names = [name for name in contestant_names if any(cell.name == name for cell in workload_cells)]
         connections = sorted({cell.connections for cell in workload_cells})
-        for row, (value, line) in enumerate(((ratio_to_bare, 1.0), (tail_ratio, 2.0))):
+        for row, (value, line) in enumerate(((_ratio_to_bare, 1.0), (tail_ratio, 2.0))):
             axis = axes[row][column]
             width = 0.8 / max(1, len(names))
             for index, name in enumerate(names):
@@ -55,6 +54,10 @@ def draw_throughput(cells: Sequence[ClosedLoopCell], path: Path) -> None:
     )
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _ratio_to_bare(cells: Sequence[ClosedLoopCell], name: str, connections: int) -> float:
+    return compute_ratio(cells, name, "bare", connections).median
 
 
 def _legend_entries(figure: Figure) -> tuple[list[Any], list[str]]:
@@ -89,6 +92,3 @@ def draw_memory(soak: SoakResult, path: Path) -> None:
     axis.legend(frameon=False, fontsize="small")
     figure.savefig(path)
     pyplot.close(figure)
-
-
-_LOOP_NAMES = ("bare", "bare, Fovea's code", "alone")

@@ -19,6 +19,10 @@ _IDLE_SHARE: Final = 0.05
 """Share of one processor below which a process tree counts as idle."""
 
 
+_ANSWER_SECONDS: Final = 0.02
+"""Time in which a child answers its parent's last question, such as uvicorn's `ping`, in seconds."""
+
+
 @contextmanager
 def start_process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Start a process in its own group; end the whole group afterwards."""
@@ -30,6 +34,8 @@ def start_process(command: list[str], **options: Any) -> Iterator[subprocess.Pop
 
 
 def _stop_process(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        resume_tree(process.pid)  # a stopped process does not see SIGTERM
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -50,6 +56,24 @@ def find_process_tree(pid: int) -> list[int]:
     return pids
 
 
+def pause_tree(pid: int) -> None:
+    """Stop a process and its descendants, parents first: a parent that runs would miss its children."""
+    for number, one in enumerate(find_process_tree(pid)):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGSTOP)
+        if number == 0:
+            time.sleep(_ANSWER_SECONDS)
+
+
+def resume_tree(pid: int) -> None:
+    """Let a process and its descendants go on, parents last."""
+    for one in reversed(find_process_tree(pid)):
+        if one == pid:
+            time.sleep(_ANSWER_SECONDS)
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGCONT)
+
+
 def read_command_line(pid: int) -> bytes:
     """Return the arguments of a process, each with a zero byte behind it; empty if the process has ended."""
     try:
@@ -66,6 +90,12 @@ def measure_cpu_seconds(pids: list[int]) -> float:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
     return ticks / _TICKS
+
+
+def measure_own_cpu_seconds(pid: int) -> float:
+    """Return the user and system time of a process so far without its children, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / _TICKS
 
 
 class CpuStopwatch:

@@ -3,83 +3,71 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
-from fovea.bench.cells import DISTURBANCE_LIMIT, ClosedLoopCell, OpenLoopCell
-
-_NAN = math.nan
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One of the project's goals with the result of this run."""
-
-    workload: str
-    description: str
-    value: float
-    target: float
-    at_least: bool
-    """Flag for a lower limit; otherwise an upper limit."""
-
-    @property
-    def is_met(self) -> bool:
-        return self.value >= self.target if self.at_least else self.value <= self.target
+from fovea.bench.cells import DISTURBANCE_LIMIT, ClosedLoopCell, FrontCell, OpenLoopCell
+from fovea.bench.contestants import LOOPS
+from fovea.bench.goals import Goal, evaluate_goals, list_variants
+from fovea.bench.ratios import Ratio, compute_ratio, find_best_peer, median_or_nan, select_cells
+from fovea.bench.results import Results
 
 
-def show_results(
-    closed_cells: Sequence[ClosedLoopCell], open_cells: Sequence[OpenLoopCell], fovea_name: str
-) -> None:
-    """Print all tables; the goals are those of the contestant `fovea_name`."""
-    closed_cells = drop_disturbed(closed_cells)
-    for workload in dict.fromkeys(cell.workload for cell in closed_cells):
+def show_results(results: Results, fovea_name: str) -> None:
+    """Print all tables; ratios and goals are those of the contestant `fovea_name`."""
+    for workload in dict.fromkeys(cell.workload for cell in results.closed):
+        cells = [cell for cell in results.closed if cell.workload == workload]
         print(f"\n## {workload}, closed loop\n")
-        print(_format_closed_table([cell for cell in closed_cells if cell.workload == workload], fovea_name))
-        if workload_cells := [cell for cell in open_cells if cell.workload == workload]:
+        print(_format_closed_table(drop_disturbed(cells)))
+        print(f"\n## {workload}, ratios: median of the rounds (lowest to highest)\n")
+        print(_format_ratio_table(cells, fovea_name))
+        if workload_cells := [cell for cell in results.open if cell.workload == workload]:
             print(f"\n## {workload}, open loop\n")
             print(_format_open_table(workload_cells))
-    if reached_goals := evaluate_goals(closed_cells, open_cells, fovea_name):
+    if results.searches:
+        print("\n## Configurations\n")
+        print(_format_searches(results))
+    if results.fronts:
+        print("\n## Processor time of the front process for each request, µs\n")
+        print(_format_front_table(results.fronts))
+        print(_FRONT_NOTE)
+    if goals := evaluate_goals(results, fovea_name):
         print("\n## Goals\n")
-        print(_format_goal_table(reached_goals))
+        print(_format_goal_table(goals))
+    print(f"\n## Where {fovea_name} is slower\n")
+    print("\n".join(list_losses(results, fovea_name)) or "Nowhere in this run.")
+    print("\n" + "\n".join(f"Processor: {one}." for one in results.environments))
+    if results.drawn_workloads:
+        workloads = ", ".join(results.drawn_workloads)
+        print(f"Drawn pictures took the place of missing test data in: {workloads}.")
 
 
 # --- closed loop ---------------------------------------------------------------------------------
 
 
-def _format_closed_table(cells: Sequence[ClosedLoopCell], fovea_name: str) -> str:
-    head = ["", "conn.", "images/s", "of bare", f"of {fovea_name}", "p50 ms", "p99 ms", "p99/p50",
-            "p50/alone", "CPUs", "others", "MB", "refused", "errors"]  # fmt: skip
+def _format_closed_table(cells: Sequence[ClosedLoopCell]) -> str:
+    head = ["", "conn.", "images/s", "p50 ms", "p99 ms", "p99/p50", "CPUs", "others", "MB", "refused",
+            "errors"]  # fmt: skip
     rows = [
-        _format_closed_row(cells, name, connections, fovea_name)
+        _format_closed_row(select_cells(cells, name, connections))
         for name in dict.fromkeys(cell.name for cell in cells)
         for connections in sorted({cell.connections for cell in cells if cell.name == name})
     ]
     return format_markdown([head, *rows])
 
 
-def _format_closed_row(
-    cells: Sequence[ClosedLoopCell], name: str, connections: int, fovea_name: str
-) -> list[str]:
-    own_cells = _select_cells(cells, name, connections)
-    single_ratio = (
-        _median_ratio(cells, own_cells, "alone", lambda cell: cell.p50) if connections == 1 else _NAN
-    )
+def _format_closed_row(cells: Sequence[ClosedLoopCell]) -> list[str]:
     return [
-        name,
-        f"{connections}",
-        _format_number(_median_or_nan(cell.rate for cell in own_cells), 1),
-        _format_number(_median_ratio(cells, own_cells, "bare", lambda cell: cell.rate), 3),
-        _format_number(_median_ratio(cells, own_cells, fovea_name, lambda cell: cell.rate), 3),
-        _format_number(1e3 * _median_or_nan(cell.p50 for cell in own_cells), 2),
-        _format_number(1e3 * _median_or_nan(cell.p99 for cell in own_cells), 2),
-        _format_number(_median_or_nan(cell.p99 / cell.p50 for cell in own_cells), 2),
-        _format_number(single_ratio, 2),
-        _format_number(_median_or_nan(cell.cpu_seconds / cell.seconds for cell in own_cells), 2),
-        _format_number(max(cell.others for cell in own_cells), 2),
-        _format_number(_median_or_nan(cell.resident_bytes for cell in own_cells) / 1e6, 0),
-        f"{sum(cell.refusals for cell in own_cells)}",
-        f"{sum(cell.errors for cell in own_cells)}",
+        cells[0].name,
+        f"{cells[0].connections}",
+        _format_number(median_or_nan(cell.rate for cell in cells), 1),
+        _format_number(1e3 * median_or_nan(cell.p50 for cell in cells), 2),
+        _format_number(1e3 * median_or_nan(cell.p99 for cell in cells), 2),
+        _format_number(median_or_nan(cell.p99 / cell.p50 for cell in cells), 2),
+        _format_number(median_or_nan(cell.cpu_seconds / cell.seconds for cell in cells), 2),
+        _format_number(max(cell.others for cell in cells), 2),
+        _format_number(median_or_nan(cell.resident_bytes for cell in cells) / 1e6, 0),
+        f"{sum(cell.refusals for cell in cells)}",
+        f"{sum(cell.errors for cell in cells)}",
     ]
 
 
@@ -95,44 +83,106 @@ def drop_disturbed(cells: Sequence[ClosedLoopCell]) -> list[ClosedLoopCell]:
     ]
 
 
-def ratio_to_bare(cells: Sequence[ClosedLoopCell], name: str, connections: int) -> float:
-    """Return the images per second over those of the bare loop, for one workload's cells."""
-    return _median_ratio(cells, _select_cells(cells, name, connections), "bare", lambda cell: cell.rate)
+# --- ratios --------------------------------------------------------------------------------------
 
 
-def tail_ratio(cells: Sequence[ClosedLoopCell], name: str, connections: int) -> float:
-    """Return the 99th percentile of the latencies over their median, for one workload's cells."""
-    return _median_or_nan(cell.p99 / cell.p50 for cell in _select_cells(cells, name, connections))
+def _format_ratio_table(cells: Sequence[ClosedLoopCell], fovea_name: str) -> str:
+    all_connections = sorted({cell.connections for cell in cells})
+    names = [*list_variants(cells, fovea_name)]
+    names += [name for name in dict.fromkeys(cell.name for cell in cells) if name not in (*names, *LOOPS)]
+    head = ["", "conn.", "of the best peer", "", "of the tutorial", "of the bare loop", f"of {fovea_name}"]
+    rows = [
+        _format_ratio_row(cells, name, connections, fovea_name)
+        for name in names
+        for connections in all_connections
+    ]
+    return format_markdown([head, *rows])
 
 
-def _select_cells(
-    cells: Sequence[ClosedLoopCell], name: str, connections: int | None = None
-) -> list[ClosedLoopCell]:
-    return [cell for cell in cells if cell.name == name and connections in (None, cell.connections)]
+def _format_ratio_row(
+    cells: Sequence[ClosedLoopCell], name: str, connections: int, fovea_name: str
+) -> list[str]:
+    best_peer = find_best_peer(cells, connections)
+    to_best = compute_ratio(cells, name, best_peer, connections) if best_peer else Ratio("", ())
+    return [
+        name,
+        f"{connections}",
+        str(to_best),
+        to_best.other,
+        *(str(compute_ratio(cells, name, other, connections)) for other in ("tutorial", "bare", fovea_name)),
+    ]
 
 
-def _median_ratio(
-    cells: Sequence[ClosedLoopCell],
-    own_cells: Sequence[ClosedLoopCell],
-    other_name: str,
-    value: Callable[[ClosedLoopCell], float],
-) -> float:
-    """Return the median over the rounds of a value divided by that of `other_name`.
+def list_losses(results: Results, fovea_name: str) -> Iterator[str]:
+    """Yield a sentence for each load at which a variant of `fovea_name` is slower than the best peer."""
+    for workload in dict.fromkeys(cell.workload for cell in results.closed):
+        cells = [cell for cell in results.closed if cell.workload == workload]
+        for name in list_variants(cells, fovea_name):
+            for connections in sorted({cell.connections for cell in select_cells(cells, name)}):
+                best_peer = find_best_peer(cells, connections)
+                if best_peer is None:
+                    continue
+                ratio = compute_ratio(cells, name, best_peer, connections)
+                if ratio.median < 1:
+                    yield (
+                        f"* {workload}, {connections} connections: {name} serves {ratio} times as many "
+                        f"images as {best_peer}."
+                    )
 
-    Both values are from the same round and load. A loop that is measured once per round is compared with all
-    loads of that round. If no round has both, the result is the ratio of the medians.
-    """
-    other_cells = _select_cells(cells, other_name)
-    other_cells = [
-        one for one in other_cells if one.connections in {cell.connections for cell in own_cells}
-    ] or other_cells
-    by_round = {one.round: one for one in other_cells}
-    ratios = [value(cell) / value(by_round[cell.round]) for cell in own_cells if cell.round in by_round]
-    return (
-        _median_or_nan(ratios)
-        if ratios
-        else _median_or_nan(map(value, own_cells)) / _median_or_nan(map(value, other_cells))
+
+# --- configurations and the front ----------------------------------------------------------------
+
+
+def _format_searches(results: Results) -> str:
+    head = ["", "peer", "conn.", "fastest configuration", "images/s", "of"]
+    return format_markdown(
+        [
+            head,
+            *(
+                [
+                    one.workload,
+                    one.peer,
+                    f"{one.connections}",
+                    str(one.winner),
+                    _format_number(median_or_nan(one.rates[str(one.winner)]), 1),
+                    f"{len(one.rates)}",
+                ]
+                for one in results.searches
+            ),
+        ]
     )
+
+
+def _format_front_table(cells: Sequence[FrontCell]) -> str:
+    head = [
+        "",
+        "conn.",
+        "requests/s",
+        "Fovea's front",
+        "minimal, same rate",
+        "minimal, at its limit",
+        "ratio",
+    ]
+    rows = []
+    for connections in dict.fromkeys(cell.connections for cell in cells):
+        own_cells = [cell for cell in cells if cell.connections == connections]
+        rows.append(
+            [
+                own_cells[0].name,
+                f"{connections}",
+                _format_number(median_or_nan(cell.rate for cell in own_cells), 0),
+                _format_number(1e6 * median_or_nan(cell.fovea for cell in own_cells), 0),
+                _format_number(1e6 * median_or_nan(cell.minimal for cell in own_cells), 0),
+                _format_number(1e6 * median_or_nan(cell.minimal_at_its_limit for cell in own_cells), 0),
+                str(Ratio("", tuple(cell.ratio for cell in own_cells))),
+            ]
+        )
+    return format_markdown([head, *rows])
+
+
+_FRONT_NOTE = """
+The ratio is to the minimal server at the rate of requests that Fovea answers, in open loop, because both are
+then woken by single requests. At its limit the minimal server finds many requests at each wake-up."""
 
 
 # --- open loop -----------------------------------------------------------------------------------
@@ -166,64 +216,9 @@ def _format_open_row(cell: OpenLoopCell) -> list[str]:
 
 # --- goals ---------------------------------------------------------------------------------------
 
-_WORKLOADS = ("thumbnails", "photographs", "phone")
-_MIN_THROUGHPUT = {32: (0.90, 1.05, 4.0), 8: (0.85, 1.00, 4.0)}
-_MAX_SINGLE_RATIO = (1.6, 1.15, 0.3)
-_MAX_TAIL_RATIO = 2.0
-_MIN_OVERLOAD_SHARE = 0.90
-_MAX_REFUSAL_SECONDS = 0.015
-_MIN_MOSEC_RATIO = {"thumbnails": 1.1, "photographs": 1.1}
-
-
-def evaluate_goals(
-    closed_cells: Sequence[ClosedLoopCell], open_cells: Sequence[OpenLoopCell], fovea_name: str
-) -> list[Goal]:
-    """Return the goals for which this run has data."""
-    closed_cells = drop_disturbed(closed_cells)
-    goals: list[Goal] = []
-    for column, workload in enumerate(_WORKLOADS):
-        cells = [cell for cell in closed_cells if cell.workload == workload]
-
-        def add_goal(
-            description: str, value: float, target: float, at_least: bool, workload: str = workload
-        ) -> None:
-            if not math.isnan(value):
-                goals.append(Goal(workload, description, value, target, at_least))
-
-        for connections, targets in _MIN_THROUGHPUT.items():
-            ratio = _median_ratio(
-                cells, _select_cells(cells, fovea_name, connections), "bare", lambda cell: cell.rate
-            )
-            add_goal(f"throughput over bare, {connections} connections", ratio, targets[column], True)
-        single_ratio = _median_ratio(
-            cells, _select_cells(cells, fovea_name, 1), "alone", lambda cell: cell.p50
-        )
-        add_goal("p50 over one call alone, 1 connection", single_ratio, _MAX_SINGLE_RATIO[column], False)
-        tail_latency = _median_or_nan(cell.p99 / cell.p50 for cell in _select_cells(cells, fovea_name, 32))
-        add_goal("p99 / p50, 32 connections", tail_latency, _MAX_TAIL_RATIO, False)
-        overload_cells = [
-            c for c in open_cells if (c.workload, c.name) == (workload, fovea_name) and c.share > 1
-        ]
-        in_time = _median_or_nan(cell.in_time / cell.capacity for cell in overload_cells)
-        add_goal("answered in time over capacity, at 300 %", in_time, _MIN_OVERLOAD_SHARE, True)
-        refusal_p99 = _median_or_nan(cell.refusal_p99 for cell in overload_cells)
-        add_goal("p99 of refusals at 300 %, in ms", 1e3 * refusal_p99, 1e3 * _MAX_REFUSAL_SECONDS, False)
-        for connections in sorted({cell.connections for cell in cells}):
-            ratio = _median_ratio(
-                cells, _select_cells(cells, fovea_name, connections), "mosec", lambda cell: cell.rate
-            )
-            if workload in _MIN_MOSEC_RATIO:
-                add_goal(
-                    f"throughput over mosec, {connections} connections",
-                    ratio,
-                    _MIN_MOSEC_RATIO[workload],
-                    True,
-                )
-    return goals
-
 
 def _format_goal_table(goals: Iterable[Goal]) -> str:
-    head = ["", "goal", "measured", "target", ""]
+    head = ["", "goal", "measured", "target", "", "rounds"]
     return format_markdown(
         [
             head,
@@ -234,6 +229,7 @@ def _format_goal_table(goals: Iterable[Goal]) -> str:
                     f"{goal.value:.2f}",
                     f"{'≥' if goal.at_least else '≤'} {goal.target:g}",
                     "met" if goal.is_met else "NOT MET",
+                    goal.detail,
                 ]
                 for goal in goals
             ),
@@ -261,8 +257,3 @@ def _format_rule(widths: Sequence[int]) -> str:
 
 def _format_number(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _median_or_nan(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return statistics.median(numbers) if numbers else _NAN

@@ -23,7 +23,7 @@ def list_modules() -> Iterator[str]:
     """Yield the names of all modules except scripts."""
     for package in (service, export, model, bench):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith(("__main__", "mosec_server", "tutorial")):  # scripts
+            if not module.name.endswith(("__main__", "_server", ".tutorial")):  # scripts
                 yield module.name
 
 

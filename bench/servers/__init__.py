@@ -1,0 +1,1 @@
+"""Servers that the benchmark compares; each runs in an environment without Fovea's dependencies."""
