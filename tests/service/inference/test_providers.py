@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -54,12 +56,10 @@ def test_missing_provider_is_refused_with_its_remedy(provider: ProviderSetting, 
 
 @without_openvino
 @pytest.mark.parametrize("library", ["/nowhere/plugin.so", __file__])
-def test_plugin_that_does_not_load_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
-) -> None:
-    module = f"def get_library_path():\n    return {library!r}\n"
-    (tmp_path / "onnxruntime_ep_openvino.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_plugin_that_does_not_load_is_refused(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    plugin: Any = ModuleType("onnxruntime_ep_openvino")
+    plugin.get_library_path = lambda: library
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
     with pytest.raises(ModelError) as error_info:
         open_session(MODEL, "openvino", 1)
     assert str(error_info.value).startswith("FOVEA_PROVIDER is openvino, but its plugin cannot be loaded: ")
