@@ -76,7 +76,7 @@ class KnownHeads:
     def add(self, content: bytes, head: RequestHead) -> None:
         """Keep the head that the parser has read from these bytes, if they may come again."""
         split_head = _split_content_length(content)
-        if split_head is None or head.is_chunked or any(name in _UNIQUE_HEADERS for name, _ in head.headers):
+        if split_head is None or any(name in _UNIQUE_HEADERS for name, _ in head.headers):
             return
         if len(self._heads) >= _MAX_HEADS:
             self._heads.clear()
@@ -86,7 +86,8 @@ class KnownHeads:
 def _split_content_length(content: bytes) -> tuple[bytes, bytes] | None:
     """Return the bytes around the value of Content-Length, and the value; None without such a header.
 
-    A head that has a second Content-Length is not valid, so it is never added and never found.
+    A head with a second Content-Length, or with chunks as well, is not valid: it is never added, so never
+    found.
     """
     if len(content) > _MAX_HEAD_BYTES:
         return None

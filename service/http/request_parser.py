@@ -211,8 +211,7 @@ class RequestParser:
                 self._headers,
                 keep_alive=parser.should_keep_alive(),
             )
-            if not self.head.is_chunked:
-                self.missing_bytes = self.head.content_length
+            self.missing_bytes = self.head.content_length
 
     def on_body(self, body: bytes) -> None:
         """Store a piece of a chunked body."""

@@ -122,9 +122,21 @@ def test_head_is_known_whatever_its_content_length() -> None:
         (request,) = parse_stream([content + b"x" * length], known_heads)
         assert known_heads.find(content) == request.head
         assert request == parse_stream([content + b"x" * length])[0]
-    request.head.headers.clear()  # each request has headers of its own
+        request.head.headers.clear()  # each request has headers of its own
     known_head = known_heads.find(head % 7)
     assert known_head and known_head.content_length == 7 and dict(known_head.headers)[b"host"] == b"x"
+
+
+def test_rest_of_a_head_is_not_a_known_head() -> None:
+    """A client that cuts a head in the middle could otherwise begin another request there."""
+    known_heads = KnownHeads()
+    whole_head = HEAD + b"Content-Length: 3\r\n\r\n"
+    parse_stream([whole_head + b"abc"], known_heads)
+    with pytest.raises(BadHttp):  # a header without a colon
+        parse_stream([b"GET / HTTP/1.1\r\nHost: x\r\n", whole_head + b"abc"], known_heads)
+    (request,) = parse_stream([b"GET / HTTP/1.1\r\nHost: x\r\nA: ", whole_head.replace(b"Host: x\r\n", b"")
+                              + b"abc"], known_heads)  # fmt: skip
+    assert request.head.method == b"GET" and dict(request.head.headers)[b"a"].startswith(b"POST")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fovea.service.artifact.repository import (
     find_versions,
     scan_repository,
 )
+from fovea.service.errors import NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving import catalog as module
@@ -137,7 +138,7 @@ def test_refused_versions_keep_their_time(case: Case, monkeypatch: pytest.Monkey
 
 def test_replaced_file_takes_over_the_lookup_of_its_version(case: Case) -> None:
     catalog, old_entry = case.catalog, case.entry
-    catalog.add(case.load(case.version))
+    catalog.add(old_model := case.load(case.version))
     publish_variant(case.zoo, seed=1)
     (case.zoo / "small" / "2" / "model.onnx").replace(case.version.path)
     (new_version,) = find_versions(case.zoo, "small", "1")
@@ -146,11 +147,24 @@ def test_replaced_file_takes_over_the_lookup_of_its_version(case: Case) -> None:
     new_entry.model = case.load(new_version)
     catalog.move(new_entry, VersionState.LOADING)
     case.serve(new_version)
+    assert catalog.get("small", "1") is old_model
     catalog.move(new_entry, VersionState.READY)
+    assert catalog.get("small", "1") is new_entry.model
     catalog.move(old_entry, VersionState.DRAINING)
     assert catalog.get("small", "1") is new_entry.model
     gauge = {"model": "small", "version": "1", "task": "multiclass", "provider": "cpu"}
     assert case.registry.get_sample_value("fovea_model_info", gauge) == 1
+
+
+def test_lookup_follows_the_desired_state_at_once(case: Case) -> None:
+    case.catalog.add(model := case.load(case.version))
+    assert case.catalog.get("small") is model
+    case.serve(case.version, refused=(RefusedVersion("small", "2", "it is broken", is_pinned=True),))
+    with pytest.raises(NotReady):
+        case.catalog.get("small")
+    assert case.catalog.get("small", "1") is model
+    case.serve(case.version)
+    assert case.catalog.get("small") is model
 
 
 def test_versions_that_are_gone_are_forgotten_in_the_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
