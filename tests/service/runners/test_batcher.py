@@ -509,8 +509,9 @@ def test_unsendable_batch_fails_only_its_own_caller() -> None:
 
     async def run() -> None:
         lane = make_lane(batch_max=1)
-        batcher = make_batcher(FailingRunner())
-        futures = [batcher.submit(item, lane) for item in (1, 2, 3)]
+        batcher = make_batcher(FailingRunner(), memory=100)
+        # Each needs all the memory: that of the second must be free again for the third.
+        futures = [batcher.submit(item, lane, memory=100) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
         assert isinstance(outcomes[1], TypeError)
