@@ -94,3 +94,14 @@ def test_failing_tally_does_not_keep_others_from_being_counted(caplog: pytest.Lo
     assert "could not be updated" in caplog.text
     assert count_requests(metrics, 0) == 0
     assert metrics.registry.get_sample_value("fovea_stage_seconds_count", {"stage": "read"}) == 1
+
+
+def test_removed_tally_is_counted_for_the_last_time() -> None:
+    metrics = Metrics(CollectorRegistry())
+    tally = SumTally(metrics.runner_busy_seconds)
+    metrics.add_tally(tally)
+    tally.add(2.0)
+    metrics.remove_tally(tally)
+    tally.add(4.0)
+    metrics.fold()
+    assert metrics.registry.get_sample_value("fovea_runner_busy_seconds_total") == 2
