@@ -270,3 +270,5 @@ class RunnerConnection(FrameStream):
         if report.batch_size:
             histograms["inference"].observe(report.inference_seconds)
             self._metrics.batch_sizes.observe(report.batch_size)
+        if self._metrics.is_shared:
+            self._metrics.fold()
