@@ -94,7 +94,14 @@ class Engine:
         """
         self._open_session = partial(open_session, provider=provider, engine_cache=engine_cache)
         weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
-        session = self._open_session(model, threads=threads, weights=weights)
+        try:
+            session = self._open_session(model, threads=threads, weights=weights)
+        except ModelError:
+            if weights is None:
+                raise
+            # Weights inside of If, Loop and Scan are not shared: their graphs need all of the model.
+            weights = None
+            session = self._open_session(model, threads=threads)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: ProviderName = get_provider(session)
         is_gpu = PROVIDERS[self.provider].is_gpu

@@ -2,7 +2,7 @@
 
 ONNX Runtime keeps a copy of the weights in each session. Here the first process optimizes the graph and
 writes it into a memory file: all weights, the optimized graph without them, and the size of the graph. The
-file is then sealed: no process can change it any more, whatever a codec or a model does to that process.
+file is then sealed: no process can change it any more. Until then the processes must trust each other.
 Every session, in any process, opens the optimized graph with the weights where they lie.
 
 The results are the same bit for bit, and so is the speed, as the weights keep the alignment that ONNX Runtime
@@ -64,6 +64,9 @@ def share_weights(model: bytes, file: Path) -> SharedWeights | None:
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
             try:
                 _write_optimized(model, descriptor)
+            except (OSError, MemoryError):  # it may succeed another time
+                os.ftruncate(descriptor, 0)
+                return None
             except Exception:  # ONNX Runtime raises a dozen classes without a common base
                 os.ftruncate(descriptor, 0)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -102,6 +105,8 @@ def _write_optimized(model: bytes, descriptor: int) -> None:
 def _map_weights(content: mmap.mmap) -> SharedWeights | None:
     """Return the graph and the weights in a sealed file; None if NumPy has no type for one of them."""
     graph_end = len(content) - _GRAPH_SIZE.size
+    if graph_end < 0:
+        return None
     (graph_size,) = _GRAPH_SIZE.unpack_from(content, graph_end)
     graph = content[graph_end - graph_size : graph_end]
     weights = list_external_weights(graph)

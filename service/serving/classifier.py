@@ -104,15 +104,19 @@ class Classifier:
         initial_versions = self.catalog.initial_versions(settings.models_loaded)
         loads = [self.create_load(version) for version in initial_versions]
         plan = create_plan(settings, self.thread_plan)
-        self.runners = RunnerPool(
-            plan,
-            loads,
-            metrics,
-            self.shared_bodies,
-            batch_timeout=settings.batch_timeout,
-            load_timeout=LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
-            runner_wait=settings.runner_wait,
-        )
+        try:
+            self.runners = RunnerPool(
+                plan,
+                loads,
+                metrics,
+                self.shared_bodies,
+                batch_timeout=settings.batch_timeout,
+                load_timeout=LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
+                runner_wait=settings.runner_wait,
+            )
+        except BaseException:  # the start goes on without the broken models, in the same process
+            self._close_files()
+            raise
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_model_lost: Callable[[int], None] = lambda model_id: None
@@ -232,7 +236,10 @@ class Classifier:
     async def close(self) -> None:
         """Stop the runners, then release shared memory and close the model files."""
         await self.runners.close()
-        # Runners read from shared memory and from the files: stop the runners first.
+        self._close_files()
+
+    def _close_files(self) -> None:
+        """Release the shared memory and the model files. The runners read from them, and must have ended."""
         self.shared_bodies.close()
         for pinned_file in self._pinned_files.values():
             pinned_file.close()

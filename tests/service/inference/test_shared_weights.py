@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.allocator import trim_heap
 from fovea.service.errors import ModelError
@@ -19,6 +20,7 @@ from fovea.service.inference import shared_weights
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.session import open_session
 from fovea.service.inference.shared_weights import share_weights
+from tests.graphs import build_model
 from tests.pictures import make_jpeg
 from tests.servers import DEFAULT_MODEL, Server
 
@@ -147,3 +149,21 @@ def _read_mappings(pid: int, name: str) -> dict[str, int]:
         elif is_of_file and (key := key.removesuffix(":")) in sums:
             sums[key] += int(values[0])
     return sums
+
+
+def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: Path) -> None:
+    model = build_model()
+    value = numpy_helper.from_array(np.ones(1000, np.float32))
+    branch = helper.make_graph(
+        [helper.make_node("Constant", [], ["branch"], value=value)],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("branch", TensorProto.FLOAT, [1000])],
+    )
+    reader = helper.make_node("ReduceMax", [model.graph.input[0].name], ["largest"], keepdims=0)
+    condition = helper.make_node("Cast", ["largest"], ["condition"], to=TensorProto.BOOL)
+    choice = helper.make_node("If", ["condition"], ["chosen"], then_branch=branch, else_branch=branch)
+    model.graph.node.extend([reader, condition, choice])
+    model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, [1000]))
+    engine = Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
+    engine.check_golden_set()

@@ -191,7 +191,7 @@ def test_service_survives_its_fork_server(small_zoo: Path) -> None:
         for runner in runners:
             os.kill(runner, signal.SIGKILL)
         # An image that both of them had would be given up.
-        wait_until(lambda: not set(runners) & set(server.runner_pids))
+        server.wait_for_metric(2, "fovea_runner_deaths_total")
         assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
         server.wait_for_metric(2, "fovea_runners")
         assert not server.runner_pids & runners
