@@ -271,8 +271,8 @@ class Metrics:
 
     def remove_tally(self, tally: Tally) -> None:
         """Fold `tally` for the last time."""
-        tally.fold()
         self._tallies.remove(tally)
+        self._update(tally.fold)
 
     def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
         """Call `set_gauges` at every fold, to set gauges to what they describe."""
@@ -285,10 +285,13 @@ class Metrics:
         """
         self._pending_requests = 0
         for update in (*(tally.fold for tally in self._tallies), self._fold_requests, *self._gauge_setters):
-            try:
-                update()
-            except Exception:
-                log.exception("a metric could not be updated")
+            self._update(update)
+
+    def _update(self, update: Callable[[], None]) -> None:
+        try:
+            update()
+        except Exception:
+            log.exception("a metric could not be updated")
 
     def _fold_requests(self) -> None:
         """Count the finished requests.

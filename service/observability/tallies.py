@@ -35,8 +35,9 @@ class HistogramTally:
     def fold(self) -> None:
         """Add the values to the histogram."""
         if self._values:
-            observe_all(self._histogram, self._values)
+            values = self._values.copy()
             self._values.clear()  # the same list stays: `observe` appends to it
+            observe_all(self._histogram, values)
 
 
 class SumTally:
@@ -53,8 +54,9 @@ class SumTally:
     def fold(self) -> None:
         """Add the amounts to the counter."""
         if self._amounts:
-            self._counter.inc(sum(self._amounts))
+            total = sum(self._amounts)
             self._amounts.clear()
+            self._counter.inc(total)
 
 
 def observe_all(histogram: Histogram, values: Sequence[float]) -> None:

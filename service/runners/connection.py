@@ -262,13 +262,12 @@ class RunnerConnection(FrameStream):
     def _record_metrics(self, report: BatchReport | Failure, busy_seconds: float) -> None:
         """Update the metrics of an answered batch. The runner was at work for `busy_seconds`."""
         self._metrics.busy_seconds.add(busy_seconds)
-        if isinstance(report, Failure):
-            return
-        histograms = self._metrics.seconds_by_stage
-        for seconds in report.decode_seconds:
-            histograms["decode"].observe(seconds)
-        if report.batch_size:
-            histograms["inference"].observe(report.inference_seconds)
-            self._metrics.batch_sizes.observe(report.batch_size)
+        if isinstance(report, BatchReport):
+            histograms = self._metrics.seconds_by_stage
+            for seconds in report.decode_seconds:
+                histograms["decode"].observe(seconds)
+            if report.batch_size:
+                histograms["inference"].observe(report.inference_seconds)
+                self._metrics.batch_sizes.observe(report.batch_size)
         if self._metrics.is_shared:
             self._metrics.fold()

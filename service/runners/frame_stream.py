@@ -35,7 +35,8 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
         self._send_queue: deque[memoryview] = deque()
         self._is_paused = False
         self._watchdog = Timer(asyncio.get_running_loop())
-        self._watched_since = 0.0
+        self._watched_since: float | None = None
+        """Start of the watchdog on the monotonic clock in seconds; None while it is stopped."""
 
     async def connect(self) -> None:
         """Attach the stream to the socket of its process."""
@@ -88,10 +89,11 @@ class FrameStream(asyncio.BufferedProtocol, ABC):
 
     def _stop_watchdog(self) -> float:
         """Stop the watchdog; return the seconds since its start, or 0 if it is stopped already."""
-        if not self._watchdog.is_armed:
+        if self._watched_since is None:
             return 0.0
         self._watchdog.disarm()
-        return time.monotonic() - self._watched_since
+        started_at, self._watched_since = self._watched_since, None
+        return time.monotonic() - started_at
 
     def _handle_silence(self) -> None:
         self._fail(TimeoutError())

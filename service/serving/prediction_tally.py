@@ -20,6 +20,9 @@ _MAX_LABELS: Final = 100
 
 _OTHER_LABEL: Final = "other"
 
+_MAX_PENDING_IMAGES: Final = 256
+"""Number of images after which they are counted, which takes a millisecond."""
+
 _DRIFT_INTERVAL: Final = 20
 """Number of images between two drift computations. A computation takes as long as counting ten images."""
 
@@ -79,6 +82,9 @@ class PredictionTally:
                 time.monotonic(),
             )
         )
+        # A request may have many images: counting thousands at once would block the event loop.
+        if len(self._images) >= _MAX_PENDING_IMAGES:
+            self.fold()
 
     def fold(self) -> None:
         """Count the images in the metrics, the statistics and the drift monitor."""
@@ -95,14 +101,16 @@ class PredictionTally:
         observe_all(self._height, [image.height for image in encoded_images])
         brightnesses = [image.brightness for image in images if image.brightness is not None]
         observe_all(self._brightness, brightnesses)
+        is_drift_due = False
         for image in images:
             self._statistics.count_image(image.queue_seconds, image.timing, image.answered_at)
             for warning in image.warnings:
                 self._metrics.image_warnings.labels(warning.code).inc()
             if self._drift and image.brightness is not None:
                 self._drift.add(image.label, image.confidence, image.brightness)
-                if self._drift.is_full and not self._drift.images % _DRIFT_INTERVAL:
-                    self._set_drift_metrics(self._drift)
+                is_drift_due |= self._drift.is_full and not self._drift.images % _DRIFT_INTERVAL
+        if self._drift and is_drift_due:
+            self._set_drift_metrics(self._drift)
 
     def _set_drift_metrics(self, drift: DriftMonitor) -> None:
         """Set the drift metrics."""

@@ -141,9 +141,8 @@ class _Calls:
     def __init__(self, process: RunnerProcess, batch_timeout: float = 60) -> None:
         self.outcomes: list[Any] = []
         self.lost = 0
-        self.connection = RunnerConnection(
-            process, Metrics(CollectorRegistry()), batch_timeout, lambda _: self._count_lost()
-        )
+        self.metrics = Metrics(CollectorRegistry())
+        self.connection = RunnerConnection(process, self.metrics, batch_timeout, lambda _: self._count_lost())
 
     def _count_lost(self) -> None:
         self.lost += 1
@@ -234,6 +233,9 @@ def test_silent_runner_is_killed(runner: RunnerProcess, caplog: pytest.LogCaptur
             error = await calls.run(peer, [])
             assert isinstance(error, Interrupted)
             assert isinstance(calls.outcomes[0], RunnerLost)
+            calls.metrics.fold()
+            busy_seconds = calls.metrics.registry.get_sample_value("fovea_runner_busy_seconds_total")
+            assert busy_seconds and busy_seconds >= 0.3
 
     asyncio.run(work())
     assert (
