@@ -194,9 +194,9 @@ class DisturbedServer:
         return targets
 
     def measure_anonymous_bytes(self, pid: int) -> int:
-        """Return the memory of a process without mapped files, in bytes."""
+        """Return the memory of a process without mapped files of a disk, in bytes."""
         status = Path(f"/proc/{pid}/status").read_text()
-        return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) << 10
+        return sum(int(size) << 10 for size in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
 
     # --- log ---
 

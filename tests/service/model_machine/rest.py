@@ -8,8 +8,8 @@ from typing import Final
 from tests.service.model_machine.builds import BALLAST_BYTES, Build, FileKind, ModelFiles
 from tests.service.model_machine.disturbed_server import RUNNERS, DisturbedServer, Views
 
-_MODEL_BYTES: Final = 2 * BALLAST_BYTES
-"""Memory of a model in a runner, in bytes: an open session has the weights twice (measured)."""
+_MODEL_BYTES: Final = BALLAST_BYTES
+"""Memory of a model in a runner, in bytes: its sessions share one copy of the weights."""
 
 _MEMORY_SLACK: Final = 3 * BALLAST_BYTES
 """Allowed growth of a runner's memory, in bytes, beside its models."""
