@@ -37,7 +37,7 @@ FRONT_WORKLOAD: Final = "thumbnails"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run measures."""
+    """Selection of what a run measures."""
 
     servers: Sequence[str]
     """Names of `contestants` and `peers`: `fovea`, `bare`, and those of `PEERS`."""

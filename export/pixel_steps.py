@@ -303,8 +303,3 @@ def _read_attributes(node: NodeProto) -> dict[str, Any]:
     """Return the attributes by name; lists as tuples."""
     values = {one.name: helper.get_attribute_value(one) for one in node.attribute}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _read_permutation(node: NodeProto) -> tuple[int, ...] | None:
-    permutation: tuple[int, ...] | None = _read_attributes(node).get("perm")
-    return permutation

@@ -51,7 +51,7 @@ class ExecutionProvider:
     absence: str = ""
     """Reason why the provider may be missing."""
     remedy: str = ""
-    """What to install then."""
+    """Advice on what to install then."""
     arithmetic: Literal["cpu", "cuda"] = "cpu"
     """Provider whose tolerances apply in golden sets and batches, because the rounding errors are alike."""
     is_gpu: bool = False

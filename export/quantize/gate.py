@@ -18,7 +18,7 @@ from fovea.service.providers import ProviderSetting
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate must reach."""
+    """Limits that a candidate must meet."""
 
     max_loss: float
     """Largest loss of accuracy, or share of changed answers without labels, 0 to 1."""

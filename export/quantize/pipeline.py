@@ -53,12 +53,12 @@ class QuantizeRequest:
 
 @dataclass(frozen=True)
 class Proof:
-    """How sure the loss is to be within its limit."""
+    """Certainty that the loss is within its limit."""
 
     counts: PairedCounts
     max_loss: float
     certainty: float
-    """How sure it is that the loss is at most `max_loss`, 0 to 1."""
+    """Probability that the loss is at most `max_loss`, 0 to 1."""
     images_for_proof: int | None
     """Number of images that would prove it at `CONFIDENCE`, if their shares were the same; None for none."""
 

@@ -18,7 +18,7 @@ _HIDDEN_PREFIX: Final = ".publish-"
 """Prefix of the folders in which files are prepared. The repository ignores hidden folders."""
 
 _MAX_ATTEMPTS: Final = 100
-"""How often to create a folder that other calls remove. Then the cause is permanent, such as a dead link."""
+"""Number of attempts to create a folder that other calls remove; then the cause is permanent: a dead link."""
 
 
 def add_version(folder: Path, write_files: Callable[[Path], None]) -> Path:

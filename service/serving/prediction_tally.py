@@ -28,7 +28,7 @@ _DRIFT_INTERVAL: Final = 20
 
 
 class _CountedImage(NamedTuple):
-    """What is counted of an answered image. Times are in seconds, `answered_at` on the monotonic clock."""
+    """Counted properties of an answered image. Times are in seconds, `answered_at` on the monotonic clock."""
 
     label: int
     """Index of the most probable label."""
