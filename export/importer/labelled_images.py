@@ -15,6 +15,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -253,19 +254,22 @@ def _stack_chunks(decoded_images: Iterator[Pixels | str]) -> Iterator[Pixels]:
         yield np.stack(chunk)
 
 
+def decode_or_explain(path: Path, geometry: Geometry) -> Pixels | str:
+    """Return the pixels of an image file, or the reason why it cannot be decoded.
+
+    Never raises for a bad file: in the threads of `map_in_threads`, an exception would end everything.
+    """
+    try:
+        return decode_pixels(path.read_bytes(), geometry)
+    except RequestError as error:
+        return to_one_line(error)
+    except OSError as error:
+        return error.strerror or to_one_line(error)
+
+
 def _decode_images(images: LabelledImages, geometry: Geometry) -> Iterator[Pixels | str]:
     """Yield the pixels of each image, or the reason why it cannot be decoded, in the order of the paths."""
-
-    def decode_file(path: Path) -> Pixels | str:
-        # Runs in the threads of `map_in_threads`. An exception here would end the whole check, so a file that
-        # cannot be decoded becomes a text, which the caller's thread reports.
-        try:
-            return decode_pixels(path.read_bytes(), geometry)
-        except RequestError as error:
-            return to_one_line(error)
-        except OSError as error:
-            return error.strerror or to_one_line(error)
-
+    decode_file = partial(decode_or_explain, geometry=geometry)
     console = Console(stderr=True)
     return iter(
         track(

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,13 +21,13 @@ from rich.progress import track
 
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.label_syntax import WORDNET_ID
-from fovea.export.importer.labelled_images import load_labelled_images
+from fovea.export.importer.labelled_images import decode_or_explain, load_labelled_images
 from fovea.export.quantize.refusal import QuantizeRefused
-from fovea.model.data.decoding import decode_pixels, map_in_threads
+from fovea.model.data.decoding import map_in_threads
 from fovea.model.data.disk_source import Folder
 from fovea.model.data.formats import has_image_suffix
 from fovea.service.artifact.contract import Contract, Geometry, Task
-from fovea.service.errors import FoveaError, RequestError, to_one_line
+from fovea.service.errors import FoveaError
 from fovea.service.inference.pixels import Pixels
 
 MIN_IMAGES: Final = 16
@@ -164,16 +165,7 @@ def _decode_images(
 
     Raises `QuantizeRefused` if the temporary file does not fit on the disk.
     """
-
-    def decode_file(path: Path) -> Pixels | str:
-        # Runs in threads, where an exception would end everything: it becomes a text.
-        try:
-            return decode_pixels(path.read_bytes(), geometry)
-        except RequestError as error:
-            return to_one_line(error)
-        except OSError as error:
-            return error.strerror or to_one_line(error)
-
+    decode_file = partial(decode_or_explain, geometry=geometry)
     store = _create_store(len(paths), geometry)
     rows: list[int] = []
     unreadable: dict[str, str] = {}
