@@ -5,11 +5,39 @@ An open file stays readable after the file or its folder has been replaced or de
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fovea.service.errors import ModelError
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A memory file that another process of the service keeps open; a part of messages."""
+
+    path: str
+    """Path of the open file. When the other process closes the file, the path may lead to a newer one."""
+    inode: int
+
+    @classmethod
+    def from_descriptor(cls, descriptor: int) -> MemoryFile:
+        """Describe a memory file that this process keeps open."""
+        return cls(f"/proc/{os.getpid()}/fd/{descriptor}", os.fstat(descriptor).st_ino)
+
+    def open(self) -> int:
+        """Open the file for reading and writing, and return a descriptor.
+
+        Raises `OSError`: `FileNotFoundError` when the file has been closed, also if the path leads to another
+        file by now.
+        """
+        descriptor = os.open(self.path, os.O_RDWR)
+        if os.fstat(descriptor).st_ino == self.inode:
+            return descriptor
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
 
 
 class PinnedFile:
@@ -41,9 +69,9 @@ class PinnedFile:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     @property
-    def weights_path(self) -> str:
-        """Path of the memory file, which is empty at first. The path is valid as long as `path`."""
-        return f"/proc/{os.getpid()}/fd/{self._weights_descriptor}"
+    def weights_file(self) -> MemoryFile:
+        """The memory file, which is empty at first. It can be opened as long as `path`."""
+        return MemoryFile.from_descriptor(self._weights_descriptor)
 
     def close(self) -> None:
         """Close both files. Processes that have opened them can still read them."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenImage
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
+from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
 from fovea.service.inference.pinned_memory import PinnedBatches, find_pinned_memory, pad_size, run_bound
@@ -73,7 +74,7 @@ class Engine:
         wide_threads: int = 0,
         engine_cache: str = "",
         read_bytes: Callable[[], bytes] | None = None,
-        weights_file: Path | None = None,
+        weights_file: MemoryFile | None = None,
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
@@ -138,7 +139,7 @@ class Engine:
         engine_cache: str = "",
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
-        weights_file: Path | None = None,
+        weights_file: MemoryFile | None = None,
     ) -> Engine:
         """Load a model file. Raises `ModelError` that names the file.
 

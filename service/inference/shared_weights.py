@@ -17,12 +17,12 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime
 
+from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.artifact.onnx_edit import list_external_weights
 
 _MIN_WEIGHT_BYTES: Final = "1024"
@@ -50,14 +50,16 @@ class SharedWeights(NamedTuple):
     """`OrtValue` of each name, in shared memory that cannot be written."""
 
 
-def share_weights(model: bytes, file: Path) -> SharedWeights | None:
+def share_weights(model: bytes, file: MemoryFile) -> SharedWeights | None:
     """Return the weights of a model from a memory file, and write them if no other process has.
 
     `file` is a memory file that allows seals, empty or from an earlier call for the same model. The call
     waits while another process writes. Return None for a model whose weights cannot be shared, such as a
     model that ONNX Runtime cannot load: loading it in the usual way finds the reason.
+
+    Raises `OSError` when the file cannot be opened, because its model has been unloaded.
     """
-    descriptor = os.open(file, os.O_RDWR)
+    descriptor = file.open()
     try:
         # The system releases the lock when this process dies while it writes.
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 from fovea.service.runners.messages import Message, NumberedMessage
 
@@ -69,11 +70,8 @@ class LoadCommand:
     fingerprint: Sequence[int]
     """Fingerprint of `file` (`service.artifact.model_file.fingerprint_of`)."""
     plan: ProcessPlan
-    weights_file: str = ""
-    """Path of the memory file through which processes share the weights (`inference.shared_weights`).
-
-    Empty if they share none.
-    """
+    weights_file: MemoryFile | None = None
+    """Memory file through which processes share the weights (`inference.shared_weights`)."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import InputTensor
+from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
@@ -51,7 +52,7 @@ class Predictor:
         *,
         file: Path | None = None,
         fingerprint: Sequence[int] = (),
-        weights_file: Path | None = None,
+        weights_file: MemoryFile | None = None,
         bodies_descriptor: int = -1,
     ) -> None:
         """Load, warm up and check a model file.
@@ -107,7 +108,7 @@ class Predictor:
                 memory,
                 file=file,
                 fingerprint=load.fingerprint,
-                weights_file=Path(load.weights_file) if load.weights_file else None,
+                weights_file=load.weights_file,
                 bodies_descriptor=bodies_descriptor,
             )
 

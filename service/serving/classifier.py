@@ -158,7 +158,7 @@ class Classifier:
             pinned_file.path,
             version.fingerprint,
             plan,
-            pinned_file.weights_path,
+            pinned_file.weights_file,
         )
 
     def close_file(self, load: LoadCommand) -> None:

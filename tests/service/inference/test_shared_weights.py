@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.allocator import trim_heap
+from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.errors import ModelError
 from fovea.service.inference import shared_weights
 from fovea.service.inference.engine import Engine
@@ -26,19 +27,19 @@ from tests.servers import DEFAULT_MODEL, Server
 
 
 @pytest.fixture
-def memory_file() -> Iterator[Path]:
+def memory_file() -> Iterator[MemoryFile]:
     """An empty memory file, as the service has one for each model."""
     descriptor = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
-    yield Path(f"/proc/self/fd/{descriptor}")
+    yield MemoryFile.from_descriptor(descriptor)
     os.close(descriptor)
 
 
-def _is_sealed(file: Path) -> bool:
-    with file.open("rb") as opened:
+def _is_sealed(file: MemoryFile) -> bool:
+    with Path(file.path).open("rb") as opened:
         return bool(fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
-def test_results_are_the_same(memory_file: Path) -> None:
+def test_results_are_the_same(memory_file: MemoryFile) -> None:
     private = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2)
     shared = [
         Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2, weights_file=memory_file)
@@ -54,10 +55,10 @@ def test_results_are_the_same(memory_file: Path) -> None:
         assert np.array_equal(engine.run(one, exclusive=True), private.run(one, exclusive=True))
         engine.check_golden_set()
     assert _is_sealed(memory_file)
-    assert memory_file.stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
+    assert Path(memory_file.path).stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
 
 
-def test_sessions_have_no_copy_of_the_weights(memory_file: Path) -> None:
+def test_sessions_have_no_copy_of_the_weights(memory_file: MemoryFile) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     trim_heap()
@@ -80,27 +81,27 @@ def _read_anonymous_bytes() -> int:
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) << 10
 
 
-def test_sealed_weights_cannot_be_changed(memory_file: Path) -> None:
+def test_sealed_weights_cannot_be_changed(memory_file: MemoryFile) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
-    with memory_file.open("r+b", buffering=0) as file, pytest.raises(PermissionError):
+    with Path(memory_file.path).open("r+b", buffering=0) as file, pytest.raises(PermissionError):
         file.write(b"x")
     with pytest.raises(PermissionError):
-        os.truncate(memory_file, 0)
+        os.truncate(memory_file.path, 0)
 
 
-def test_half_written_file_is_written_again(memory_file: Path) -> None:
+def test_half_written_file_is_written_again(memory_file: MemoryFile) -> None:
     """A process may die while it writes; the lock ends with it."""
-    memory_file.write_bytes(b"half of the weights")
+    Path(memory_file.path).write_bytes(b"half of the weights")
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
 
 
-def test_process_waits_while_another_one_writes(memory_file: Path) -> None:
+def test_process_waits_while_another_one_writes(memory_file: MemoryFile) -> None:
     content = DEFAULT_MODEL.read_bytes()
     results = []
-    with memory_file.open("r+b") as file:
+    with Path(memory_file.path).open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         thread = threading.Thread(target=lambda: results.append(share_weights(content, memory_file)))
         thread.start()
@@ -111,7 +112,19 @@ def test_process_waits_while_another_one_writes(memory_file: Path) -> None:
     assert results[0] is not None
 
 
-def test_model_that_cannot_be_loaded_is_not_shared(memory_file: Path) -> None:
+def test_file_of_an_unloaded_model_is_not_mistaken_for_that_of_another_model() -> None:
+    """The next memory file gets the descriptor of a closed one. A late process must not write into it."""
+    descriptor = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
+    unloaded = MemoryFile.from_descriptor(descriptor)
+    os.close(descriptor)
+    assert os.memfd_create("weights", os.MFD_ALLOW_SEALING) == descriptor
+    with pytest.raises(ModelError, match="No such file"):
+        Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=unloaded)
+    assert not os.fstat(descriptor).st_size
+    os.close(descriptor)
+
+
+def test_model_that_cannot_be_loaded_is_not_shared(memory_file: MemoryFile) -> None:
     """The usual way of loading names the reason, for the next process too."""
     for _ in range(2):
         assert share_weights(b"no model", memory_file) is None
@@ -121,7 +134,9 @@ def test_model_that_cannot_be_loaded_is_not_shared(memory_file: Path) -> None:
         Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
 
 
-def test_weights_of_unknown_types_are_not_shared(memory_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_unknown_types_are_not_shared(
+    memory_file: MemoryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
     assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
@@ -151,7 +166,7 @@ def _read_mappings(pid: int, name: str) -> dict[str, int]:
     return sums
 
 
-def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: Path) -> None:
+def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: MemoryFile) -> None:
     model = build_model()
     value = numpy_helper.from_array(np.ones(1000, np.float32))
     branch = helper.make_graph(
