@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
@@ -27,7 +27,7 @@ from fovea.service.serving.admission import Admission
 class RouteMatch(NamedTuple):
     """The result of routing a method and a URL: a route, its endpoint, a model, and options."""
 
-    route: APIRoute
+    route: Route
     endpoint: AsgiEndpoint
     address: ModelAddress
     options: Any
@@ -39,9 +39,9 @@ class RouteMatch(NamedTuple):
 class AsgiEndpoint(ABC):
     """The application of a route: it admits a request, reads the body, and answers over ASGI.
 
-    FastAPI documents the route but does not answer it, because FastAPI takes longer than a small image, and
-    would treat a client that disconnects as a bug. The router calls the endpoint with a `RouteMatch`, over
-    ASGI as `RequestContext.target`. A subclass may also accept requests that bypass ASGI.
+    FastAPI only documents the route (`protocol_routes.EndpointRoute`), because FastAPI takes longer than a
+    small image, and would treat a client that disconnects as a bug. The router calls the endpoint with a
+    `RouteMatch`, over ASGI as `RequestContext.target`. A subclass may also accept requests that bypass ASGI.
     """
 
     def __init__(self, services: Services, protocol: ApiProtocol) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 
 from fovea.service.api import page
+from fovea.service.api.protocol_routes import EndpointRoute
 from fovea.service.api.request_schemas import build_request_schemas
 from fovea.service.http.paths import relative_root_url
 from fovea.service.http.request_context import get_request_origin
@@ -25,13 +27,12 @@ def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
 
     Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
     """
-    generate_schema = app.openapi
     models = classifier.catalog.models
     examples = _example_parameters(models[0]) if models else {}
 
     @cache
     def openapi() -> dict[str, Any]:
-        return _correct_document(generate_schema(), examples)
+        return _correct_document(_generate_document(app), examples)
 
     app.openapi = openapi  # type: ignore[method-assign]  # this is the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=web_folder / "swagger"))
@@ -58,6 +59,20 @@ def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         return page.render_page(request, web_folder / "docs.html")
+
+
+def _generate_document(app: FastAPI) -> dict[str, Any]:
+    """Return the document as FastAPI generates it, with the routes that endpoints answer."""
+    routes = [
+        route.create_document_route() if isinstance(route, EndpointRoute) else route for route in app.routes
+    ]
+    return get_openapi(
+        title=app.title,
+        version=app.version,
+        openapi_version=app.openapi_version,
+        description=app.description,
+        routes=routes,
+    )
 
 
 def _example_parameters(model: LiveModel) -> dict[str, str]:

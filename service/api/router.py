@@ -11,12 +11,12 @@ from urllib.parse import unquote
 import httptools
 from fastapi import FastAPI
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fovea.service.api.asgi_endpoint import AsgiEndpoint, RouteMatch
+from fovea.service.api.asgi_endpoint import RouteMatch
 from fovea.service.api.cached_replies import CachedReplies
+from fovea.service.api.protocol_routes import EndpointRoute
 from fovea.service.api.services import ModelAddress, Services
 from fovea.service.errors import RequestError
 from fovea.service.http.fast_path import Exchange, Headers, RequestHandler
@@ -41,11 +41,7 @@ class Router:
         self.shared_bodies = services.classifier.shared_bodies
         self._app = app
         self._cached_replies = cached_replies
-        self._routes = [
-            (route, route.app)
-            for route in app.routes
-            if isinstance(route, APIRoute) and isinstance(route.app, AsgiEndpoint)
-        ]
+        self._routes = [(route, route.answerer) for route in app.routes if isinstance(route, EndpointRoute)]
         self._matches: dict[tuple[bytes, bytes], RouteMatch] = {}
 
     def find_match(self, method: bytes, url: bytes) -> RouteMatch | None:

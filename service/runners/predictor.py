@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import InputTensor
@@ -39,6 +39,10 @@ _MAX_BATCH_BYTES: Final = {False: 256 << 10, True: 1 << 40}
 A batch of thumbnails saves time. Large photographs take long to decode one after the other, and a batch of
 them saves nothing.
 """
+
+
+_TINY: Final = np.finfo(np.float32).tiny
+"""Smallest normal float32: its logarithm is finite."""
 
 
 class Predictor:
@@ -185,7 +189,7 @@ class Predictor:
         outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=include_logits)
         results = _split_outputs(outputs, None if tensor.preprocessing else batch, self.contract.task)
         inference = time.monotonic() - started_at
-        answers = (
+        answers: Iterator[Answer | RequestError] = (
             Answer(
                 one.format,
                 one.width,
@@ -206,13 +210,13 @@ class Predictor:
                 image_logits,
             ) in zip(inputs, results, strict=True)
         )
-        finite: npt.NDArray[np.bool_] = np.all(np.isfinite(outputs[0]), axis=1)
-        for image_logits in outputs[
-            1:
-        ]:  # logits may be -inf where the probability is 0: an error only if requested
-            is_optional = np.array([not one.include_logits for one, *_ in inputs])
-            finite = np.logical_and(finite, np.logical_or(is_optional, np.isfinite(image_logits).all(axis=1)))
-        return _ModelCall(_replace_nonfinite(answers, finite, tensor), inference, len(batch))
+        finite = [math.isfinite(total) for total in np.add.reduce(outputs[0], axis=1).tolist()]
+        for logits in outputs[1:]:  # they may be -inf where the probability is 0: an error only if requested
+            for index, (one, *_) in enumerate(inputs):
+                finite[index] &= not one.include_logits or bool(np.isfinite(logits[index]).all())
+        if not all(finite):
+            answers = _replace_nonfinite(answers, finite, tensor)
+        return _ModelCall(answers, inference, len(batch))
 
     def _fill_row(self, row: Values, values: Values | Image) -> None:
         """Write the values of one image into its row of the batch."""
@@ -254,7 +258,7 @@ class _ModelCall(NamedTuple):
 
 
 def _replace_nonfinite(
-    answers: Iterator[Answer], finite: Iterable[bool], tensor: InputTensor
+    answers: Iterator[Answer | RequestError], finite: Iterable[bool], tensor: InputTensor
 ) -> Iterator[Answer | RequestError]:
     """Replace answers that are not finite by errors.
 
@@ -282,7 +286,7 @@ def _split_outputs(outputs: Sequence[Floats], pixels: Values | None, task: Task)
     The last three are memory views; the logits are None if the model did not return them.
     """
     probabilities, *logits = outputs
-    rankings = np.argsort(-probabilities, kind="stable").astype(np.int32)
+    rankings = (-probabilities).argsort(axis=1, kind="stable").astype(np.int32)
     count = len(probabilities)
     return zip(
         [None] * count if pixels is None else brightness_of(pixels).tolist(),
@@ -299,14 +303,21 @@ def entropy_of(probabilities: Floats, task: Task) -> Floats:
 
     This is Shannon's entropy divided by its maximum. For `multilabel` it is the mean over the labels.
     """
+    label_count = probabilities.shape[1]
+    negative_bits = _negative_bits(probabilities)
     if task is Task.MULTILABEL:
-        entropy: Floats = (_entropy_terms(probabilities) + _entropy_terms(1 - probabilities)).mean(axis=1)
+        negative_bits += _negative_bits(1 - probabilities)
+        max_bits = float(label_count)
     else:
-        max_entropy = np.log2(max(2, probabilities.shape[1]))  # a model of one label: always certain
-        entropy = _entropy_terms(probabilities).sum(axis=1) / np.float32(max_entropy)
-    return np.clip(entropy, 0, 1)  # rounding can lead outside by some 1e-7
+        max_bits = math.log2(max(2, label_count))  # a model of one label: always certain
+    entropy = np.add.reduce(negative_bits, axis=1) / -max_bits
+    clipped: Floats = np.minimum(np.maximum(entropy, 0), 1)  # rounding can lead outside by some 1e-7
+    return clipped
 
 
-def _entropy_terms(probabilities: Floats) -> Floats:
-    bits: Floats = -probabilities * np.log2(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return bits
+def _negative_bits(probabilities: Floats) -> Floats:
+    """Return p log2(p) of each probability p; 0 for 0."""
+    terms: Floats = np.maximum(probabilities, _TINY)
+    np.log2(terms, out=terms)
+    terms *= probabilities
+    return terms
