@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.commands import Command, make_command
@@ -19,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C end the processes of tests, because shells start background jobs with SIGINT ignored."""
+    """Let Ctrl-C end the processes of tests, because shells start background jobs with SIGINT ignored.
+
+    No example of a property has a time limit: a shared machine may take any time.
+    """
+    hypothesis.settings.register_profile("fovea", deadline=None)
+    hypothesis.settings.load_profile("fovea")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -111,7 +111,8 @@ def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
     """
     width, height = compute_target_size(size, geometry)
     if geometry.pixel_path is PixelPath.EXACT and width * height <= WHOLE_RESIZE_PIXELS:
-        return 4 * (max(width * size[1], height * size[0]) + width * height)
+        cropped_pixels = max(width * height, geometry.width * size[1])  # `resize._resize_whole` crops early
+        return 4 * (max(width * size[1], height * size[0]) + cropped_pixels)
     max_width = max(geometry.width, geometry.height)
     rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # rows that the crop keeps
     return 4 * max_width * (rows + max_width)

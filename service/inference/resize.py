@@ -63,11 +63,7 @@ def resize_and_crop(
     left, top = compute_crop_corner((width, height), geometry)
     filter_ = Image.Resampling[geometry.interpolation.upper()]
     if geometry.pixel_path is PixelPath.EXACT and width * height <= WHOLE_RESIZE_PIXELS:
-        if image.size != (width, height):
-            image = image.resize((width, height), filter_)
-        if image.size != (geometry.width, geometry.height):
-            image = image.crop((left, top, left + geometry.width, top + geometry.height))
-        return _to_array(image)
+        return _to_array(_resize_whole(image, (width, height), (left, top), geometry, filter_))
     size = geometry.width, geometry.height
     crop_box: Box = left, top, left + geometry.width, top + geometry.height  # in the resized image
     if rotation:
@@ -86,6 +82,37 @@ def resize_and_crop(
     if (image.size, source_box) != (size, (0, 0, *size)):
         image = image.resize(size, filter_, box=source_box)
     return _to_array(image.transpose(rotation.method) if rotation else image)
+
+
+def _resize_whole(
+    image: Image.Image,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+    geometry: Geometry,
+    filter_: Image.Resampling,
+) -> Image.Image:
+    """Return the image as if it was resized to `size` and then cropped at `corner`, with the same values.
+
+    Pillow resizes the rows of an image in landscape format first, and then the columns. The columns that the
+    crop drops need not be resized. The rows that it drops need not be computed if the scale is exact in the
+    32 bits in which Pillow keeps a box: other scales would change one value in a thousand by 1.
+    """
+    (width, height), (left, top) = size, corner
+    right, bottom = left + geometry.width, top + geometry.height
+    keeps_aspect = geometry.resize is Resize.SHORTER and filter_ is not Image.Resampling.NEAREST
+    if keeps_aspect and image.width >= image.height > height and min(corner) >= 0:
+        image = image.resize((width, image.height), filter_).crop((left, 0, right, image.height))
+        left, right = 0, geometry.width
+        if height.bit_count() == 1:  # dividing by a power of two is exact
+            scale = image.height / height
+            box = (0, top * scale, right, bottom * scale)
+            return image.resize((geometry.width, geometry.height), filter_, box=box)
+        image = image.resize((geometry.width, height), filter_)
+    elif image.size != size:
+        image = image.resize(size, filter_)
+    if image.size != (geometry.width, geometry.height):
+        image = image.crop((left, top, right, bottom))
+    return image
 
 
 def _to_array(image: Image.Image) -> Pixels:

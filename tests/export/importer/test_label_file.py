@@ -31,7 +31,7 @@ def label_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("labels") / "labels"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LABELS, st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.integers(0, 3))
 def test_one_label_per_line_is_read(
     label_file: Path, names: list[str], end: str, has_mark: bool, blank_lines: int
@@ -41,7 +41,7 @@ def test_one_label_per_line_is_read(
     assert read_labels(label_file).names == tuple(names)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     LABELS,
     st.randoms(use_true_random=False),

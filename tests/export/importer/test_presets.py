@@ -163,7 +163,7 @@ numbers = st.floats(-200, 200, width=32)
 positive = st.floats(0.015625, 128, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(numbers, numbers, numbers),
     st.tuples(positive, positive, positive),

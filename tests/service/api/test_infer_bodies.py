@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fovea.service.api.tensors import BinaryData, InferInput, ModelInputs, pack_elements
@@ -69,7 +69,6 @@ def read_or_refuse(header: bytes | None, body: bytes) -> None:
 
 
 @pytest.mark.long
-@settings(deadline=None)  # other processes may use the CPU
 @given(REQUEST, st.binary(max_size=300), st.none() | st.integers(-2, 400) | st.binary(max_size=30))
 def test_requests_of_any_values_are_read_or_refused(
     request: dict[str, Any], binary_data: bytes, header: int | bytes | None
@@ -85,13 +84,11 @@ def test_requests_of_any_values_are_read_or_refused(
     read_or_refuse(None, json_bytes)
 
 
-@settings(deadline=None)  # other processes may use the CPU
 @given(st.binary(max_size=500), st.none() | st.integers(0, 500))
 def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
     read_or_refuse(None if header is None else str(header).encode(), body)
 
 
-@settings(deadline=None)  # other processes may use the CPU
 @given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=8))
 def test_packed_images_are_unpacked_unchanged(images: list[bytes]) -> None:
     request = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
@@ -102,7 +99,6 @@ def test_packed_images_are_unpacked_unchanged(images: list[bytes]) -> None:
     assert image_contents(unpacked_images) == images
 
 
-@settings(deadline=None)  # other processes may use the CPU
 @given(st.data())
 def test_elements_of_wrong_length_are_refused(data: st.DataObject) -> None:
     """There are several elements, because a single image may come without a length."""
@@ -123,7 +119,6 @@ def test_elements_of_wrong_length_are_refused(data: st.DataObject) -> None:
     assert sum(4 + len(row.content) for row in rows) == len(content)  # another length happens to fit
 
 
-@settings(deadline=None)  # other processes may use the CPU
 @given(st.sampled_from(["pixels", "input"]), st.integers(1, 8), st.booleans())
 def test_rows_equal_the_sent_bytes(name: str, count: int, is_json: bool) -> None:
     tensor = next(candidate for candidate in MODEL.tensors if candidate.name == name)

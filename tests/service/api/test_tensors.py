@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
@@ -276,7 +276,6 @@ def test_tensor_sessions_read_the_model_once(tmp_path: Path) -> None:
     assert len(reads) == 1
 
 
-@settings(deadline=None)  # other processes may use the CPU
 @given(st.data())
 def test_truncated_model_is_refused_unless_valid(data: st.DataObject) -> None:
     end = data.draw(st.integers(0, len(SMALL_FILE) - 1))
@@ -289,7 +288,6 @@ def test_truncated_model_is_refused_unless_valid(data: st.DataObject) -> None:
             assert end == 0 or onnx.load_from_string(SMALL_FILE[:end])
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_edited_or_refused(content: bytes) -> None:
     try:

@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,7 +72,6 @@ def test_heat_is_projected_to_its_place_in_the_photo(
     assert np.mean(rows) + 0.5 == pytest.approx(centre[1], abs=2.5)
 
 
-@settings(deadline=None)  # other tests may load the machine
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([SHORTER, STRETCH]))
 def test_crop_box_lies_inside_the_photo(width: int, height: int, geometry: Geometry) -> None:
     if width * height > 200_000:
@@ -129,7 +128,6 @@ def test_scaling_sets_negative_values_to_zero() -> None:
     assert scale_to_unit(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
 
 
-@settings(deadline=None)  # other tests may load the machine
 @given(st.integers(1, 9000), st.integers(1, 9000))
 def test_grid_has_photo_size_or_maximum_size(width: int, height: int) -> None:
     rows, columns = compute_grid_size((width, height), 96)
@@ -166,7 +164,6 @@ def test_overlay_without_heat_equals_the_photo(size: tuple[int, int]) -> None:
         assert (np.asarray(image) == pixels).all()
 
 
-@settings(deadline=None)  # other tests may load the machine
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 def test_bands_add_up_to_whole_projection(width: int, height: int, rows: int) -> None:
     random = np.random.default_rng(width)

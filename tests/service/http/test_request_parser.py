@@ -77,7 +77,7 @@ def test_single_bytes_give_the_same_requests() -> None:
 
 
 @given(order=st.permutations(range(len(REQUESTS))), cuts=st.lists(st.integers(0, 1 << 20), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_order_and_segmentation_gives_the_same_requests(order: list[int], cuts: list[int]) -> None:
     stream = b"".join(REQUESTS[index] for index in order)
     requests = parse_stream(cut_stream(stream, cuts))
@@ -89,7 +89,7 @@ def test_any_order_and_segmentation_gives_the_same_requests(order: list[int], cu
     changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=4),
     cuts=st.lists(st.integers(0, 1 << 20), max_size=6),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_changed_bytes_are_refused_or_parsed_alike_in_any_segmentation(
     index: int, changes: list[tuple[int, int]], cuts: list[int]
 ) -> None:

@@ -71,7 +71,7 @@ def load_both_ways(name: str) -> tuple[Engine, Pixels, Floats]:
 
 
 @pytest.mark.parametrize("name", ["small", "cifar10"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, IMAGES - 1), min_size=1, max_size=9))
 def test_probabilities_do_not_depend_on_the_batch(name: str, indices: list[int]) -> None:
     engine, images, single_results = load_both_ways(name)

@@ -24,6 +24,7 @@ from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import DecodedImage, decode_image
+from fovea.service.inference.resize import compute_crop_corner, compute_target_size, resize_and_crop
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.proof.large import make_mosaic, open_photographs
 from tests.servers import ROOT
@@ -197,6 +198,28 @@ def test_exact_path_equals_the_hand_written_pipeline(
     assert np.array_equal(
         decode_default(encode_image(image, "PNG"), geometry).pixels, preprocess_by_hand(image, geometry)
     )
+
+
+@given(
+    width=st.integers(20, 700),
+    height=st.integers(20, 700),
+    resize_to=st.sampled_from([17, 32, 48, 64, 100, 128, 232, 256]),
+    crop_share=st.sampled_from([0.5, 0.875, 1.0]),
+    interpolation=st.sampled_from(Interpolation),
+)
+def test_exact_path_leaves_out_only_what_the_crop_drops(
+    width: int, height: int, resize_to: int, crop_share: float, interpolation: Interpolation
+) -> None:
+    """Noise shows a difference of one value in the last bit, which smooth pictures hide."""
+    crop = max(1, int(resize_to * crop_share))
+    geometry = Geometry(crop, crop, Resize.SHORTER, resize_to, interpolation, PixelPath.EXACT)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    size = compute_target_size((width, height), geometry)
+    left, top = compute_crop_corner(size, geometry)
+    filter_ = Image.Resampling[interpolation.upper()]
+    expected = Image.fromarray(noise).resize(size, filter_).crop((left, top, left + crop, top + crop))
+    pixels = resize_and_crop(Image.fromarray(noise), geometry, (width, height), (0, 0, width, height), None)
+    assert np.array_equal(pixels, np.asarray(expected))
 
 
 def test_stretch_uses_the_whole_image() -> None:

@@ -172,7 +172,6 @@ messages_with_contents = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(messages_with_contents, st.data())
 def test_stream_in_random_pieces_gives_exact_messages(
     messages: list[tuple[Message, Sequence[bytes]]], data: st.DataObject
@@ -182,7 +181,6 @@ def test_stream_in_random_pieces_gives_exact_messages(
     compare(decode_pieces(cut(stream, places)), messages)
 
 
-@settings(deadline=None)
 @given(messages_with_contents, st.data())
 def test_damaged_stream_gives_messages_or_the_one_error(
     messages: list[tuple[Message, Sequence[bytes]]], data: st.DataObject
@@ -210,7 +208,6 @@ def iter_frames(pieces: Sequence[bytes]) -> Iterator[Frame]:
         yield from decoder.feed(piece)
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5))
 def test_noise_gives_the_one_error_or_nothing(pieces: list[bytes]) -> None:
     with contextlib.suppress(FrameError):
@@ -271,7 +268,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(MESSAGES), st.data())
 def test_message_with_a_wrong_field_is_refused_or_exact(message: Message, data: st.DataObject) -> None:
     (frame,) = decode_pieces([encode(message)])
@@ -387,7 +384,7 @@ def test_empty_and_mixed_reports_survive_their_encoding() -> None:
             assert isinstance(expected, RequestError) or one == expected
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(["answers", "decode", "inference", "batch", "number", "logits", "content"]), st.data())
 def test_damaged_report_is_an_error_or_has_all_its_answers(name: str, data: st.DataObject) -> None:
     (frame,) = decode_pieces([BatchReport([ANSWER, BadImage("cut")], [0.5, 0.5], 0.25, 2, 7).to_bytes()])

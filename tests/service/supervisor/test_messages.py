@@ -171,7 +171,7 @@ def test_message_without_a_field_is_refused(message: Message) -> None:
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.sampled_from(MESSAGES), st.data())
 def test_message_with_a_wrong_field_is_refused_or_exact(message: Message, data: st.DataObject) -> None:
     _, values = orjson.loads(message.to_bytes()[8:])
@@ -190,7 +190,7 @@ def test_message_with_a_wrong_field_is_refused_or_exact(message: Message, data: 
 
 
 @pytest.mark.long
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.sampled_from(MESSAGES), st.sampled_from(MESSAGES), st.data())
 def test_damaged_packet_is_an_error_or_a_message_and_damages_no_later_message(
     message: Message, next_message: Message, data: st.DataObject
@@ -221,7 +221,6 @@ def test_packet_ends_exactly_one_message() -> None:
         check_exact(reader, MESSAGES[0])
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5))
 def test_noise_is_an_error_and_damages_no_later_message(packets: list[bytes]) -> None:
     reader = create_reader()
