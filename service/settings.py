@@ -168,7 +168,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="Limit of images in one model call; 0: the faster of 1 and 4 on a CPU, 32 on a GPU.",
+        description="Largest number of images in one model call; 0: 4 on a CPU, 32 on a GPU.",
     )
     batch_wait_ms: float = Field(
         0.0,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,13 +57,6 @@ class GoldenDifferences:
     """Largest mean absolute difference of one image, in levels of 255."""
     logit_difference: float
     """Largest absolute difference of one logit."""
-
-
-_BATCH_TEST_SECONDS: Final = 0.05
-"""Time in seconds after which no more calls are made to find the best batch size."""
-
-_BATCH_TOLERANCE: Final = 1.02
-"""Factor on the time of one image up to which a batch counts as fast. Batches save work elsewhere."""
 
 
 class Engine:
@@ -255,25 +246,6 @@ class Engine:
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
             for exclusive in self._exclusive_modes() if size == 1 else (False,):
                 self.run(pixels, exclusive=exclusive)
-
-    def find_best_batch(self, batch_max: int, call_seconds: float) -> int:
-        """Return the number of images in a call with which a CPU has the higher throughput: 1 or `batch_max`.
-
-        `call_seconds` is the time that a caller spends on a call in addition to the graph. Small networks
-        gain from batches. With large networks, the values between the layers of several images may not fit
-        the processor's cache, and a batch takes longer than its images one by one.
-        """
-        geometry = self.contract.input
-        seconds = dict.fromkeys((1, batch_max), math.inf)
-        end = time.monotonic() + _BATCH_TEST_SECONDS
-        while True:
-            for size in seconds:
-                pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
-                started_at = time.monotonic()
-                self.run(pixels)
-                seconds[size] = min(seconds[size], (time.monotonic() - started_at + call_seconds) / size)
-            if time.monotonic() > end:
-                return batch_max if seconds[batch_max] <= _BATCH_TOLERANCE * seconds[1] else 1
 
     def _exclusive_modes(self) -> tuple[bool, ...]:
         """Return the values of `exclusive` that use different sessions: each is warmed up and checked."""

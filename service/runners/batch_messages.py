@@ -71,11 +71,6 @@ class Batch(NamedTuple):
     """True if the batch must not run together with other batches."""
     reserved_bytes: int = 0
     """Bytes reserved for decoding the images (`service.inference.decode_memory`)."""
-    group_max: int = 1
-    """Limit of images in one model call when the runner combines this batch with the following ones.
-
-    The service sets it, because each runner may find another batch size the fastest.
-    """
 
     @property
     def weight(self) -> int:
@@ -113,7 +108,6 @@ class Batch(NamedTuple):
             "exclusive": self.exclusive,
             "separate": self.separate,
             "memory": self.reserved_bytes,
-            "group_max": self.group_max,
         }
         return encode_frame(type(self).__name__, values, inline_contents)
 
@@ -142,7 +136,6 @@ class Batch(NamedTuple):
             values["exclusive"],
             values["separate"],
             values["memory"],
-            values["group_max"],
         )
 
 

@@ -150,7 +150,7 @@ class RunnerConnection(FrameStream):
         """Send a batch. See `service.runners.runner_interface.Runner`."""
         number = self._last_number + 1
         limits = [None if deadline == INFINITY else deadline for deadline in deadlines]
-        batch = Batch(number, lane.model_id, items, limits, exclusive, separate, memory, lane.batch_max)
+        batch = Batch(number, lane.model_id, items, limits, exclusive, separate, memory)
         # Encode before anything is recorded: a batch that cannot be encoded is never sent, and a pending
         # batch without an answer would make the next answer look like an answer to another batch.
         pieces = list(batch.to_pieces())

@@ -30,12 +30,8 @@ from fovea.service.runners.shared_memory import SharedRef, read_shared, read_sha
 _DEFAULT_BATCH_MAX: Final = {False: 4, True: 32}
 """Default number of images in one model call, without and with a GPU.
 
-On a CPU, larger batches gain nothing and delay other requests, and some networks are faster with single
-images: see `Engine.find_best_batch`.
+On a CPU, larger batches gain nothing and delay other requests.
 """
-
-_CALL_SECONDS: Final = 0.0002
-"""Time in seconds that a runner spends on a batch in addition to its images and the graph."""
 
 _MAX_BATCH_BYTES: Final = {False: 256 << 10, True: 1 << 40}
 """Limit of the encoded bytes in one model call, without and with a GPU.
@@ -82,13 +78,9 @@ class Predictor:
             weights_file=weights_file,
         )
         self.contract = self._engine.contract
-        is_gpu = PROVIDERS[self._engine.provider].is_gpu
-        batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[is_gpu]
-        batch_max = min(batch_max, self._engine.batch_limit or batch_max)
+        batch_max, batch_bytes = _find_batch_limits(self._engine, plan)
         try:
             self._engine.warm_up(batch_max)
-            if not (plan.batch_max or is_gpu or batch_max == 1):
-                batch_max = self._engine.find_best_batch(batch_max, _CALL_SECONDS)
             proof = self._engine.check_golden_set()
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from None
@@ -104,7 +96,7 @@ class Predictor:
             contract_json=self.contract.to_json(),
             provider=self._engine.provider,
             batch_max=batch_max,
-            batch_bytes=_MAX_BATCH_BYTES[is_gpu],
+            batch_bytes=batch_bytes,
             load_seconds=time.monotonic() - started_at,
             golden_differences=asdict(proof),
         )
@@ -234,6 +226,13 @@ class Predictor:
             row[...] = values
         else:
             row.data.cast("B")[:] = values
+
+
+def _find_batch_limits(engine: Engine, plan: ProcessPlan) -> tuple[int, int]:
+    """Return the largest number of images in one model call, and the limit of their encoded bytes."""
+    is_gpu = PROVIDERS[engine.provider].is_gpu
+    batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[is_gpu]
+    return min(batch_max, engine.batch_limit or batch_max), _MAX_BATCH_BYTES[is_gpu]
 
 
 class _Input(NamedTuple):

@@ -210,7 +210,7 @@ def _pop_group(batches: deque[Batch], models: Mapping[int, Predictor]) -> list[B
     group, images, weight = [first], len(first.images), first.weight
     if first.model_id not in models:
         return group
-    weight_max = models[first.model_id].loaded_model.batch_bytes
+    limits = models[first.model_id].loaded_model
     while (
         batches
         and not first.separate
@@ -218,7 +218,7 @@ def _pop_group(batches: deque[Batch], models: Mapping[int, Predictor]) -> list[B
         and not batch.separate
     ):
         images, weight = images + len(batch.images), weight + batch.weight
-        if images > min(max_images, first.group_max) or weight > weight_max:
+        if images > min(max_images, limits.batch_max) or weight > limits.batch_bytes:
             break
         group.append(batches.popleft())
     return group

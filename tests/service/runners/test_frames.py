@@ -367,7 +367,7 @@ def test_batch_survives_its_encoding(large_size: int) -> None:
         ImageRequest(b"x" * large_size, include_logits=True),
         ImageRequest(SharedRef(1, 2), "input"),
     ]
-    batch = Batch(7, 3, images, [None, 1.5, None, None], True, False, 9, 4)
+    batch = Batch(7, 3, images, [None, 1.5, None, None], True, False, 9)
     (frame,) = decode_pieces([bytes(piece) for piece in batch.to_pieces()])
     assert Batch.from_frame(frame) == batch
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +11,11 @@ from PIL import Image
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import Internal
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import Engine
-from fovea.service.inference.pixels import Pixels, brightness_of
-from fovea.service.runners.batch_messages import Answer, Batch, BatchReport, ImageRequest
+from fovea.service.inference.pixels import brightness_of
+from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest
 from fovea.service.runners.frames import FrameDecoder
 from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
-from fovea.service.runners.process import _pop_group
 from tests.graphs import build_model, build_nan_for_black
 from tests.pictures import encode_image, make_jpeg
 
@@ -41,38 +35,6 @@ def test_batch_max_respects_the_limit_of_the_graph(
     assert predictor.loaded_model.batch_max == expected_batch_max
     images = [make_jpeg(seed=seed) for seed in range(3)]
     assert all(isinstance(answer, Answer) for answer in predictor.predict_batch(images).answers)
-
-
-@pytest.mark.parametrize(("milliseconds_of_four", "best"), [(40, 1), (12, 4)])
-def test_engine_finds_the_faster_of_single_images_and_batches(
-    monkeypatch: pytest.MonkeyPatch, milliseconds_of_four: int, best: int
-) -> None:
-    engine = Engine(build_model().SerializeToString(), provider="cpu", threads=1)
-
-    def sleep_instead(batch: Pixels) -> None:
-        time.sleep(0.005 if len(batch) == 1 else milliseconds_of_four / 1e3)
-
-    monkeypatch.setattr(engine, "run", sleep_instead)
-    assert engine.find_best_batch(4, 0.0) == best
-
-
-def test_time_for_a_call_favours_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(build_model().SerializeToString(), provider="cpu", threads=1)
-    monkeypatch.setattr(engine, "run", lambda batch: time.sleep(0.005 if len(batch) == 1 else 0.04))
-    assert engine.find_best_batch(4, 0.1) == 4
-
-
-@pytest.mark.parametrize(("first_max", "sizes"), [(1, [1, 1, 1, 1]), (2, [2, 1, 1]), (4, [3, 1])])
-def test_runner_combines_as_many_images_as_the_service_allows(first_max: int, sizes: list[int]) -> None:
-    """One image is left over, so that the runner has work until the next batch arrives."""
-    models: dict[int, Any] = {0: SimpleNamespace(loaded_model=SimpleNamespace(batch_bytes=100))}
-    batches = deque(
-        Batch(number, 0, [b"image"], [None], False, False, group_max=first_max) for number in range(4)
-    )
-    groups = []
-    while batches:
-        groups.append(len(_pop_group(batches, models)))
-    assert groups == sizes
 
 
 @pytest.mark.parametrize(
