@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import orjson
@@ -28,6 +29,13 @@ from fovea.service.http.request_record import RequestRecord
 
 _MAX_QUEUED_LINES: Final = 1000
 """Maximum number of lines in the queue to the writer thread. Further lines are dropped."""
+
+_GATHER_SECONDS: Final = 0.1
+"""Time in seconds for which lines of requests are gathered before they are written.
+
+A writer thread that runs for every request takes the interpreter from the event loop, and may lose the
+processor to a runner before it gives the interpreter back.
+"""
 
 _FLUSH_TIMEOUT: Final = 1.0
 """Time limit in seconds for writing the last lines when the process ends."""
@@ -47,7 +55,6 @@ class AccessLog:
     """Access log with a limit on lines per second for each status class."""
 
     def __init__(self, max_per_second: int) -> None:
-        self._logger = structlog.stdlib.get_logger(_STANDARD_LOGGER.name)
         self._limits: defaultdict[int, _LineLimit] = defaultdict(lambda: _LineLimit(max_per_second))
         """Rate limits by the first digit of the status, so that client errors (4xx) cannot hide server errors
         (5xx)."""
@@ -59,10 +66,14 @@ class AccessLog:
         return self._limits[record.status // 100].count_line()
 
     def write(self, record: RequestRecord, seconds: float, trace_id: str) -> None:
-        """Log a finished request for which `take_line` was true."""
+        """Log a finished request for which `take_line` was true. Does nothing if no log is configured."""
         fields = _log_fields(record, seconds, trace_id)
         dropped_field = self._limits[record.status // 100].take_dropped_field()
-        self._logger.log(_choose_level(record), "request", **fields, **dropped_field)
+        level = logging.getLevelName(_choose_level(record)).lower()
+        # Not through `logging`, which takes longer than everything else for a request.
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _ThreadedHandler):
+                handler.write_event(level, {"event": "request", **fields, **dropped_field})
 
 
 def _choose_level(record: RequestRecord) -> int:
@@ -159,7 +170,7 @@ def configure_logging(
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderers: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    renderers: list[Processor] = []
     if as_text:
         # Other formatters print local variables, such as images.
         plain_traceback = structlog.dev.plain_traceback
@@ -179,11 +190,11 @@ def configure_logging(
     )
     foreign_processors: list[Processor] = [structlog.stdlib.add_logger_name, *shared_processors]
     formatter = structlog.stdlib.ProcessorFormatter(
-        processors=renderers, foreign_pre_chain=foreign_processors
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        foreign_pre_chain=foreign_processors,
     )
-    logging.basicConfig(
-        level=level.upper(), handlers=[_ThreadedHandler(formatter, _DESCRIPTORS[stream])], force=True
-    )
+    handler = _ThreadedHandler(formatter, [*shared_processors, *renderers], _DESCRIPTORS[stream])
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def _render_json(event: EventDict, **_: Any) -> str:
@@ -213,45 +224,89 @@ class _ThreadedHandler(logging.Handler):
     A separate thread is needed because a write to a pipe that nobody reads blocks for ever.
     """
 
-    def __init__(self, formatter: logging.Formatter, descriptor: int) -> None:
+    def __init__(
+        self, formatter: logging.Formatter, processors: Sequence[Processor], descriptor: int
+    ) -> None:
+        """Start the writer thread. `processors` render an event that does not come through `logging`."""
         super().__init__()
+        self._processors = processors
         self._descriptor = descriptor
         self.setFormatter(formatter)
         self._lines: queue.Queue[bytes] = queue.Queue(_MAX_QUEUED_LINES)
+        self._is_urgent = threading.Event()
+        """Event that is set when the writer thread shall not gather more lines."""
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
         atexit.register(self._flush_lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line, or drop the line if the queue is full.
+        """Queue the line and write it at once, or drop the line if the queue is full.
 
         Runs on the thread that logs, which must never wait. `logging.Handler.handleError` reports errors in
         formatting.
         """
         try:
-            self._lines.put_nowait((self.format(record) + "\n").encode(errors="replace"))
-        except queue.Full:
-            pass
+            self._put_line(self.format(record))
         except Exception:
             self.handleError(record)
+        self._is_urgent.set()
+
+    def write_event(self, level: str, event: EventDict) -> None:
+        """Queue the line of an event and write it within `_GATHER_SECONDS`, or drop it as `emit` does."""
+        rendered: Any = event
+        for process in self._processors:
+            rendered = process(None, level, rendered)
+        self._put_line(rendered)
+
+    def _put_line(self, line: str) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait((line + "\n").encode(errors="replace"))
+        if self._lines.qsize() > _MAX_QUEUED_LINES // 2:
+            self._is_urgent.set()
 
     def _write_lines(self) -> None:
         """Write queued lines to the stream. Runs in the writer thread."""
         while True:
-            # `task_done` follows the write, so that `_flush_lines` also waits for the line being written.
-            line = self._lines.get()
-            with contextlib.suppress(OSError):  # the stream is closed: nothing can report this
-                while line:
-                    try:
-                        line = line[os.write(self._descriptor, line) :]
-                    except BlockingIOError:  # another process that shares the stream made it non-blocking
-                        select.select([], [self._descriptor], [])
-            self._lines.task_done()
+            lines = [self._lines.get()]
+            self._is_urgent.wait(_GATHER_SECONDS)
+            self._is_urgent.clear()  # before the queue is read: a line that follows sets it again
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    lines.append(self._lines.get_nowait())
+            for content in _join_lines(lines):
+                self._write_content(content)
+            # After the write, so that `_flush_lines` also waits for the lines being written.
+            for _ in lines:
+                self._lines.task_done()
+
+    def _write_content(self, content: bytes) -> None:
+        with contextlib.suppress(OSError):  # the stream is closed: nothing can report this
+            while content:
+                try:
+                    content = content[os.write(self._descriptor, content) :]
+                except BlockingIOError:  # another process that shares the stream made it non-blocking
+                    select.select([], [self._descriptor], [])
 
     def _flush_lines(self) -> None:
         """Wait until the lines are written, for at most `_FLUSH_TIMEOUT` seconds.
 
         `atexit` calls this on the main thread while the writer thread goes on writing.
         """
+        self._is_urgent.set()
         deadline = time.monotonic() + _FLUSH_TIMEOUT
         while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.001)
+
+
+def _join_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines to pieces that the system writes to a pipe as a whole (pipe(7), PIPE_BUF).
+
+    Workers share the stream, and a longer piece could have lines of another worker in its middle. A single
+    line may be longer.
+    """
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) > select.PIPE_BUF:
+            yield piece
+            piece = b""
+        piece += line
+    yield piece

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fovea.service.http.access_log import _join_lines
 from fovea.service.observability.metrics import STAGES
 from tests.pictures import make_jpeg
 from tests.raw import Wire
@@ -30,6 +31,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_request_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(path) if line["event"] == "request"]
+
+
+def test_lines_are_joined_up_to_what_a_pipe_takes_as_a_whole() -> None:
+    lines = [b"a" * 2000 + b"\n", b"b" * 2000 + b"\n", b"c" * 2000 + b"\n", b"d" * 5000 + b"\n", b"e\n"]
+    pieces = list(_join_lines(lines))
+    assert [len(piece) for piece in pieces] == [4002, 2001, 5001, 2]
+    assert b"".join(pieces) == b"".join(lines)
 
 
 @pytest.fixture
