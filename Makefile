@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -69,6 +69,9 @@ bench-gpu: $(VENV)/.dev ## Measure a GPU on tensors and from JPEG files (10 minu
 
 bench-int8: $(VENV)/.dev ## Compare a service in int8 with the same service in float32 (3 minutes; needs wrk)
 	$(BIN)/python -m fovea.bench.quantized $(INT8)
+
+bench-inline: $(VENV)/.dev ## Compare with replicas that run models on their event loop (1 minute; needs wrk)
+	$(BIN)/python -m fovea.bench.inline $(INLINE)
 
 bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layout and type (6 minutes)
 	$(BIN)/python -m fovea.bench.wrapping $(WRAPPING)

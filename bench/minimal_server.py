@@ -36,9 +36,13 @@ class MinimalProtocol(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Join the body, and answer."""
-        b"".join(self._body)
+        body = b"".join(self._body)
         self._body.clear()
-        self._transport.write(_ANSWER)
+        self._transport.write(self.create_answer(body))
+
+    def create_answer(self, body: bytes) -> bytes:
+        """Return the answer to a body."""
+        return _ANSWER
 
 
 async def _serve(port: int) -> None:
