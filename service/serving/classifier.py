@@ -168,9 +168,9 @@ class Classifier:
     def create_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
         """Create a model that the runners have loaded, with its metrics."""
         model = LiveModel.from_load_result(version, load, load_result, self.settings)
-        tally = PredictionTally(model, self.metrics, drift_images=self.settings.drift_images)
-        self._prediction_tallies[model] = tally
-        self.metrics.add_tally(tally)
+        self._prediction_tallies[model] = PredictionTally(
+            model, self.metrics, drift_images=self.settings.drift_images
+        )
         max_bytes = min(recent_images.MAX_BYTES, self.settings.bodies_bytes // 16)
         self._recent_images.setdefault(
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
@@ -190,7 +190,7 @@ class Classifier:
         # Unload first: until then a runner that starts may still open the file.
         self.runners.unload_model(model.load.model_id)
         self.close_file(model.load)
-        self.metrics.remove_tally(self._prediction_tallies.pop(model))
+        del self._prediction_tallies[model]
         if all(other.name != model.name for other in self._prediction_tallies):
             del self._recent_images[model.name]  # the next version will have no version to compare with
         self._unloaded_models.append(model)
