@@ -125,6 +125,8 @@ def test_weights_of_unknown_types_are_not_shared(memory_file: Path, monkeypatch:
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
     assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
+    assert _is_sealed(memory_file)
+    assert not memory_file.stat().st_size, "a copy of the weights that no session uses"
 
 
 @pytest.mark.long
@@ -167,3 +169,6 @@ def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: P
     model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, [1000]))
     engine = Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
     engine.check_golden_set()
+    assert engine._weights is None
+    assert _is_sealed(memory_file)
+    assert not memory_file.stat().st_size, "a copy of the weights that no session uses"
