@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,24 @@ process.main(""".replace("{", "{{").replace("}", "}}"),
     assert not Path(f"/proc/{lost_child}").exists()
     assert list_children(os.getpid()) - before == {process.pid, _get_pid(starter)}
     process.stop()
+
+
+def test_wait_for_a_child_that_cannot_be_killed_has_a_limit(
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that waits for an unresponsive disk ends with the disk; here the signal does not reach it."""
+    monkeypatch.setattr(fork_server, "_EXIT_TIMEOUT", 0.5)
+    starter.start()
+    pid = _get_pid(starter)
+    with subprocess.Popen(["sleep", "60"], process_group=pid) as child:
+        try:
+            with monkeypatch.context() as context:
+                context.setattr(os, "killpg", os.kill)
+                starter.close()
+            assert not is_running(pid)
+            assert child.poll() is None
+        finally:
+            child.kill()
 
 
 def test_fork_server_that_cannot_start_is_an_error(
