@@ -5,11 +5,16 @@ An open file stays readable after the file or its folder has been replaced or de
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from fovea.service.errors import ModelError
+
+WEIGHTS_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+"""Seals of the memory file of weights (fcntl(2)): no process can change it any more."""
 
 
 class PinnedFile:
@@ -44,6 +49,15 @@ class PinnedFile:
     def weights_path(self) -> str:
         """Path of the memory file, which is empty at first. The path is valid as long as `path`."""
         return f"/proc/{os.getpid()}/fd/{self._weights_descriptor}"
+
+    def seal_weights(self) -> None:
+        """Seal the memory file, because every process that may write it has ended or has sealed it.
+
+        A file that is not sealed yet is not complete. It becomes empty, and processes do not share weights.
+        """
+        if not fcntl.fcntl(self._weights_descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+            os.ftruncate(self._weights_descriptor, 0)
+            fcntl.fcntl(self._weights_descriptor, fcntl.F_ADD_SEALS, WEIGHTS_SEALS)
 
     def close(self) -> None:
         """Close both files. Processes that have opened them can still read them."""

@@ -2,8 +2,12 @@
 
 ONNX Runtime keeps a copy of the weights in each session. Here the first process optimizes the graph and
 writes it into a memory file: all weights, the optimized graph without them, and the size of the graph. The
-file is then sealed: no process can change it any more. Until then the processes must trust each other.
-Every session, in any process, opens the optimized graph with the weights where they lie.
+file is then sealed: no process can change it any more. Every session, in any process, opens the optimized
+graph with the weights where they lie.
+
+Until the file is sealed, processes must trust each other. At the start of the service the first runner
+writes, when no runner has read an image. Later a process that reads no images writes
+(`service.rollout.trial.ShadowTests.write_weights`), and runners get sealed files only.
 
 The results are the same bit for bit, and so is the speed, as the weights keep the alignment that ONNX Runtime
 gives them.
@@ -23,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
+from fovea.service.artifact.model_file import WEIGHTS_SEALS
 from fovea.service.artifact.onnx_edit import list_external_weights
 from fovea.service.inference.session import SharedWeights, open_session
 
@@ -32,8 +37,6 @@ a copy."""
 
 _GRAPH_SIZE: Final = struct.Struct("<Q")
 """Size of the optimized graph in bytes, at the end of the file; the graph lies before it."""
-
-_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 _DTYPES: Final[dict[int, Any]] = {
     1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64,
@@ -64,7 +67,7 @@ def share_weights(model: bytes, file: Path) -> SharedWeights | None:
                 return None
             except Exception:  # ONNX Runtime raises a dozen classes without a common base
                 os.ftruncate(descriptor, 0)  # no session can use the file
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, WEIGHTS_SEALS)
         # Not by `close`: the mapping below keeps the file open.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         return _map_weights(descriptor) if os.fstat(descriptor).st_size else None

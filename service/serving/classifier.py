@@ -117,6 +117,9 @@ class Classifier:
         except BaseException:  # the start goes on without the broken models, in the same process
             self._close_files()
             raise
+        # Before the first image: from here on no runner can change what other runners read.
+        for pinned_file in self._pinned_files.values():
+            pinned_file.seal_weights()
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_model_lost: Callable[[int], None] = lambda model_id: None
@@ -160,6 +163,10 @@ class Classifier:
             plan,
             pinned_file.weights_path,
         )
+
+    def seal_weights(self, load: LoadCommand) -> None:
+        """Seal the memory file of a model's weights, before runners load the model."""
+        self._pinned_files[load.model_id].seal_weights()
 
     def close_file(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""

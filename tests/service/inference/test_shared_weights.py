@@ -21,6 +21,7 @@ from fovea.service.inference.engine import Engine
 from fovea.service.inference.session import open_session
 from fovea.service.inference.shared_weights import share_weights
 from tests.graphs import build_model
+from tests.memory_files import is_sealed
 from tests.pictures import make_jpeg
 from tests.servers import DEFAULT_MODEL, Server
 
@@ -31,11 +32,6 @@ def memory_file() -> Iterator[Path]:
     descriptor = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
     yield Path(f"/proc/self/fd/{descriptor}")
     os.close(descriptor)
-
-
-def _is_sealed(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return bool(fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
 def test_results_are_the_same(memory_file: Path) -> None:
@@ -53,7 +49,7 @@ def test_results_are_the_same(memory_file: Path) -> None:
         one = pixels[:1]
         assert np.array_equal(engine.run(one, exclusive=True), private.run(one, exclusive=True))
         engine.check_golden_set()
-    assert _is_sealed(memory_file)
+    assert is_sealed(memory_file)
     assert memory_file.stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
 
 
@@ -125,7 +121,7 @@ def test_weights_of_unknown_types_are_not_shared(memory_file: Path, monkeypatch:
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
     assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
-    assert _is_sealed(memory_file)
+    assert is_sealed(memory_file)
     assert not memory_file.stat().st_size, "a copy of the weights that no session uses"
 
 
@@ -170,5 +166,5 @@ def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: P
     engine = Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
     engine.check_golden_set()
     assert engine._weights is None
-    assert _is_sealed(memory_file)
+    assert is_sealed(memory_file)
     assert not memory_file.stat().st_size, "a copy of the weights that no session uses"

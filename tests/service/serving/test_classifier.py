@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import ImageRequest, Item
+from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.serving.classifier import Classification, Classifier
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
+from tests.memory_files import is_sealed
 from tests.pictures import make_jpeg
 
 
@@ -69,3 +73,22 @@ def test_unencodable_batch_does_not_end_its_runner(classifier: Classifier) -> No
             await classifier.close()
 
     asyncio.run(work())
+
+
+def test_weights_that_no_runner_has_written_are_sealed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner that replaces another one would write them, beside runners that work on images."""
+    create_load = Classifier.create_load
+    files: list[Path] = []
+
+    def create_unshared_load(self: Classifier, version: ModelVersion) -> LoadCommand:
+        load = create_load(self, version)
+        files.append(Path(load.weights_file))
+        return replace(load, weights_file="")
+
+    monkeypatch.setattr(Classifier, "create_load", create_unshared_load)
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
+    assert [is_sealed(file) for file in files] == [True]
+    asyncio.run(classifier.close())
