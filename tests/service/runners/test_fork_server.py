@@ -258,6 +258,22 @@ def test_wait_for_a_child_that_cannot_be_killed_has_a_limit(
             child.kill()
 
 
+def test_wait_for_a_fork_server_that_cannot_be_killed_has_a_limit(
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "_EXIT_TIMEOUT", 0.2)
+    starter.start()
+    process = starter._process
+    assert process
+    os.kill(process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as context:
+        context.setattr(os, "killpg", lambda *_: None)
+        starter.close()
+    assert process.returncode is None
+    process.kill()
+    process.wait()
+
+
 def test_fork_server_that_cannot_start_is_an_error(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,13 +282,19 @@ def test_fork_server_that_cannot_start_is_an_error(
         ChildProcess("explain.process")
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("kind(number + 1, *values)", "answered request 3 instead of 2"),
+        ("type('Damaged', (), {'to_bytes': lambda self: b'damaged'})()", "sent an incomplete message"),
+    ],
+)
 def test_wrong_reply_counts_as_a_lost_fork_server(
-    starter: ForkServer, monkeypatch: pytest.MonkeyPatch
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
-    code = "process.ForkReply = lambda number, *values, kind=process.ForkReply: kind(number + 1, *values)"
-    _replace_fork(monkeypatch, code)
+    _replace_fork(monkeypatch, f"process.ForkReply = lambda number, *values, kind=process.ForkReply: {code}")
     children = list_children(os.getpid())
-    with pytest.raises(OSError, match="answered request 3 instead of 2"):
+    with pytest.raises(OSError, match=message):
         ChildProcess("explain.process")
     assert list_children(os.getpid()) == children
 
