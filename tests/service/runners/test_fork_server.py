@@ -137,6 +137,48 @@ def test_children_start_where_their_end_is_ignored(starter: ForkServer) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
+def test_child_that_has_ended_before_its_start_is_reported(
+    starter: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _replace_fork(
+        monkeypatch,
+        """
+def fork_and_end():
+    pid, error_number = fork_orphan()
+    if not pid:
+        os._exit(0)
+    while os.path.exists(f"/proc/{pid}"):
+        pass
+    return pid, error_number
+process._fork_orphan = fork_and_end""",
+    )
+    handler = signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # else its id stays until the service waits for it
+    try:
+        process = ChildProcess("explain.process")
+        process.stop()
+        assert process.wait_exit() == 0
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def test_first_fork_that_is_killed_is_an_error(starter: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "fork = os.fork; os.fork = lambda: fork() or os.kill(os.getpid(), 9)"
+    _replace_fork(monkeypatch, code)
+    monkeypatch.setattr(fork_server, "_REPLY_TIMEOUT", 10)
+    with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
+        ChildProcess("explain.process")
+
+
+def test_missing_file_descriptors_are_reported(starter: ForkServer) -> None:
+    """The system drops descriptors for which a message has no room."""
+    with socket.socket() as one, pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        starter.fork_child(
+            "explain.process", [one.fileno()] * (fork_server.MAX_DESCRIPTORS + 1), [], is_quiet=False
+        )
+
+
 # --- death ---------------------------------------------------------------------------------------
 
 
