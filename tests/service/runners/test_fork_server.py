@@ -92,6 +92,23 @@ def test_environment_of_the_service_comes_first(starter: ForkServer, monkeypatch
     assert {b"PILLOW_BLOCKS_MAX=0", b"OPENBLAS_NUM_THREADS=1"} <= set(variables)
 
 
+def test_quiet_child_writes_no_errors(starter: ForkServer) -> None:
+    loud, quiet = (ChildProcess("explain.process", quiet=is_quiet) for is_quiet in (False, True))
+    null_device = Path(os.devnull)
+    wait_until(lambda: Path(f"/proc/{quiet.pid}/fd/2").readlink() == null_device)
+    assert Path(f"/proc/{loud.pid}/fd/2").readlink() != null_device
+    for process in (loud, quiet):
+        process.stop()
+
+
+def test_fork_server_keeps_no_files_of_its_children(starter: ForkServer) -> None:
+    counts = []
+    for _ in range(3):
+        ChildProcess("explain.process").stop()
+        counts.append(len(list(Path(f"/proc/{_get_pid(starter)}/fd").iterdir())))
+    assert len(set(counts)) == 1
+
+
 def test_forks_have_one_thread_and_the_libraries(starter: ForkServer) -> None:
     """A fork of a process with several threads could copy a lock that nobody releases."""
     process = ChildProcess("explain.process")
