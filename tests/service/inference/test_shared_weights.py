@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -79,6 +80,9 @@ def _read_anonymous_bytes() -> int:
 def test_sealed_weights_cannot_be_changed(memory_file: Path) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:weights" in line]
+    assert mappings
+    assert {line.split()[1] for line in mappings} == {"r--p"}
     with memory_file.open("r+b", buffering=0) as file, pytest.raises(PermissionError):
         file.write(b"x")
     with pytest.raises(PermissionError):
@@ -91,6 +95,47 @@ def test_half_written_file_is_written_again(memory_file: Path) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
+
+
+def test_full_memory_leaves_an_empty_file_for_the_next_process(
+    memory_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(model: bytes, descriptor: int) -> None:
+        os.write(descriptor, b"half of the weights")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context:
+        context.setattr(shared_weights, "_write_optimized", write_half)
+        assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
+    assert not memory_file.stat().st_size
+    assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+
+
+def test_weights_outside_of_the_model_are_not_read(
+    memory_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model could otherwise name any file of the machine as its weights."""
+    onnx.save(
+        onnx.load(DEFAULT_MODEL), tmp_path / "model.onnx", save_as_external_data=True, location="weights"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert share_weights((tmp_path / "model.onnx").read_bytes(), memory_file) is None
+    assert not memory_file.stat().st_size
+
+
+def test_no_file_stays_open(memory_file: Path) -> None:
+    files = [len(list(Path("/proc/self/fd").iterdir()))]
+    for model in (DEFAULT_MODEL.read_bytes(), b""):
+        assert share_weights(model, memory_file)
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert files == [files[0]] * 3
+
+
+def test_other_providers_load_the_whole_model(memory_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fovea.service.inference.engine.runs_on_cpu", lambda provider: False)
+    loaded = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)
+    assert loaded._weights is None
+    assert not memory_file.stat().st_size
 
 
 def test_process_waits_while_another_one_writes(memory_file: Path) -> None:

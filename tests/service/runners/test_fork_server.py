@@ -109,6 +109,16 @@ def test_fork_server_keeps_no_files_of_its_children(starter: ForkServer) -> None
     assert len(set(counts)) == 1
 
 
+def test_child_starts_where_its_addresses_are_hidden() -> None:
+    """A sandbox may show zeros; a write to such an address would end the process."""
+    code = (
+        "from fovea.service.runners import fork_server_process as process; "
+        "process.Path.read_text = lambda path: '1 (python) ' + '0 ' * 50; "
+        "process._set_command_line('fovea.service.explain.process 5')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_forks_have_one_thread_and_the_libraries(starter: ForkServer) -> None:
     """A fork of a process with several threads could copy a lock that nobody releases."""
     process = ChildProcess("explain.process")
