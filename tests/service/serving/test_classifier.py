@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
+from fovea.service.errors import ModelError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.runners.load_messages import LoadCommand
@@ -92,3 +93,14 @@ def test_weights_that_no_runner_has_written_are_sealed_too(
     classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
     assert [is_sealed(file) for file in files] == [True]
     asyncio.run(classifier.close())
+
+
+def test_failed_start_leaves_no_file_open(tmp_path: Path) -> None:
+    """The start goes on without the broken model, in the same process."""
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    (zoo / "small" / "1" / "model.onnx").write_bytes(b"no model")
+    for _ in range(2):
+        with pytest.raises(ModelError):
+            Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
+    names = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [name for name in names if "memfd:weights" in name or str(zoo) in name]
