@@ -148,9 +148,11 @@ def _run_supervisor(
 
     from fovea.service.http.listener import Listener, get_connection_limit
     from fovea.service.observability.multiprocess import SharedMetrics
+    from fovea.service.runners.child_process import stop_fork_server
     from fovea.service.settings import ENVIRONMENT_PREFIX
     from fovea.service.supervisor.supervisor import Supervisor
 
+    stop_fork_server()  # versions may have been tried; from here on each worker has a fork server of its own
     override_variables = {ENVIRONMENT_PREFIX + name.upper(): str(value) for name, value in overrides.items()}
     python_path = os.pathsep.join(
         filter(None, (str(Path(fovea.__file__).parents[1]), os.environ.get("PYTHONPATH")))

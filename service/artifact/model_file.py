@@ -6,12 +6,17 @@ An open file stays readable after the file or its folder has been replaced or de
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fovea.service.errors import ModelError
+
+WEIGHTS_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+"""Seals of the memory file of weights (fcntl(2)): no process can change it any more."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,15 @@ class PinnedFile:
     def weights_file(self) -> MemoryFile:
         """The memory file, which is empty at first. It can be opened as long as `path`."""
         return MemoryFile.from_descriptor(self._weights_descriptor)
+
+    def seal_weights(self) -> None:
+        """Seal the memory file, because every process that may write it has ended or has sealed it.
+
+        A file that is not sealed yet is not complete. It becomes empty, and processes do not share weights.
+        """
+        if not fcntl.fcntl(self._weights_descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+            os.ftruncate(self._weights_descriptor, 0)
+            fcntl.fcntl(self._weights_descriptor, fcntl.F_ADD_SEALS, WEIGHTS_SEALS)
 
     def close(self) -> None:
         """Close both files. Processes that have opened them can still read them."""

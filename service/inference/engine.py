@@ -24,13 +24,14 @@ from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.inference.session import (
     ArenaShrinker,
+    SharedWeights,
     get_batch_limit,
     get_provider,
     open_session,
     read_model,
     runs_on_cpu,
 )
-from fovea.service.inference.shared_weights import SharedWeights, share_weights
+from fovea.service.inference.shared_weights import share_weights
 from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -95,14 +96,7 @@ class Engine:
         """
         self._open_session = partial(open_session, provider=provider, engine_cache=engine_cache)
         weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
-        try:
-            session = self._open_session(model, threads=threads, weights=weights)
-        except ModelError:
-            if weights is None:
-                raise
-            # Weights inside of If, Loop and Scan are not shared: their graphs need all of the model.
-            weights = None
-            session = self._open_session(model, threads=threads)
+        session = self._open_session(model, threads=threads, weights=weights)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: ProviderName = get_provider(session)
         is_gpu = PROVIDERS[self.provider].is_gpu

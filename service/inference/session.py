@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ import onnxruntime
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.inference.pixels import Pixels
-from fovea.service.inference.shared_weights import SharedWeights
 from fovea.service.providers import PROVIDERS, ExecutionProvider, ProviderName, ProviderSetting
 
 _FATAL_SEVERITY: Final = 4
@@ -49,6 +48,16 @@ def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
             raise ModelError("the file is not an ONNX model")
         file.seek(0)
         return file.read()
+
+
+class SharedWeights(NamedTuple):
+    """An optimized graph and its weights. Sessions use the weights without a copy: keep this object."""
+
+    graph: bytes
+    """The graph as an ONNX model, which names its weights."""
+    names: Sequence[str]
+    values: Sequence[Any]
+    """`OrtValue` of each name, in shared memory that cannot be written."""
 
 
 def open_session(

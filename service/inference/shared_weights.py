@@ -2,8 +2,12 @@
 
 ONNX Runtime keeps a copy of the weights in each session. Here the first process optimizes the graph and
 writes it into a memory file: all weights, the optimized graph without them, and the size of the graph. The
-file is then sealed: no process can change it any more. Until then the processes must trust each other.
-Every session, in any process, opens the optimized graph with the weights where they lie.
+file is then sealed: no process can change it any more. Every session, in any process, opens the optimized
+graph with the weights where they lie.
+
+Until the file is sealed, processes must trust each other. At the start of the service the first runner
+writes, when no runner has read an image. Later a process that reads no images writes
+(`service.rollout.trial.ShadowTests.write_weights`), and runners get sealed files only.
 
 The results are the same bit for bit, and so is the speed, as the weights keep the alignment that ONNX Runtime
 gives them.
@@ -13,17 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import struct
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
 
-from fovea.service.artifact.model_file import MemoryFile
+from fovea.service.artifact.model_file import WEIGHTS_SEALS, MemoryFile
 from fovea.service.artifact.onnx_edit import list_external_weights
+from fovea.service.inference.session import SharedWeights, open_session
 
 _MIN_WEIGHT_BYTES: Final = "1024"
 """Size from which a weight is shared, in bytes. Smaller weights stay in the graph, of which each session has
@@ -32,30 +37,21 @@ a copy."""
 _GRAPH_SIZE: Final = struct.Struct("<Q")
 """Size of the optimized graph in bytes, at the end of the file; the graph lies before it."""
 
-_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
-
 _DTYPES: Final[dict[int, Any]] = {
     1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64,
 }  # fmt: skip
 """NumPy types by the type number of a tensor (onnx.proto, `TensorProto.DataType`)."""
 
 
-class SharedWeights(NamedTuple):
-    """An optimized graph and its weights. Sessions use the weights without a copy: keep this object."""
-
-    graph: bytes
-    """The graph as an ONNX model, which names its weights."""
-    names: Sequence[str]
-    values: Sequence[Any]
-    """`OrtValue` of each name, in shared memory that cannot be written."""
-
-
 def share_weights(model: bytes, file: MemoryFile) -> SharedWeights | None:
     """Return the weights of a model from a memory file, and write them if no other process has.
 
     `file` is a memory file that allows seals, empty or from an earlier call for the same model. The call
-    waits while another process writes. Return None for a model whose weights cannot be shared, such as a
-    model that ONNX Runtime cannot load: loading it in the usual way finds the reason.
+    waits while another process writes.
+
+    Return None, and leave the file empty, for a model whose weights cannot be shared: NumPy lacks the type of
+    a weight, a weight is inside of If, Loop or Scan, or ONNX Runtime cannot load the model. In the last case,
+    loading the model in the usual way finds the reason.
 
     Raises `OSError` when the file cannot be opened, because its model has been unloaded.
     """
@@ -66,17 +62,16 @@ def share_weights(model: bytes, file: MemoryFile) -> SharedWeights | None:
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
             try:
                 _write_optimized(model, descriptor)
+                open_session(b"", "cpu", 1, weights=_map_weights(descriptor))
             except (OSError, MemoryError):  # it may succeed another time
                 os.ftruncate(descriptor, 0)
                 return None
             except Exception:  # ONNX Runtime raises a dozen classes without a common base
-                os.ftruncate(descriptor, 0)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+                os.ftruncate(descriptor, 0)  # no session can use the file
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, WEIGHTS_SEALS)
         # Not by `close`: the mapping below keeps the file open.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-        if not os.fstat(descriptor).st_size:
-            return None
-        return _map_weights(mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+        return _map_weights(descriptor) if os.fstat(descriptor).st_size else None
     finally:
         os.close(descriptor)
 
@@ -104,20 +99,20 @@ def _write_optimized(model: bytes, descriptor: int) -> None:
         file.write(_GRAPH_SIZE.pack(len(graph)))
 
 
-def _map_weights(content: mmap.mmap) -> SharedWeights | None:
-    """Return the graph and the weights in a sealed file; None if NumPy has no type for one of them."""
+def _map_weights(descriptor: int) -> SharedWeights:
+    """Return the graph and the weights in a file.
+
+    Raises `KeyError` if NumPy has no type for one of the weights.
+    """
+    content = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     graph_end = len(content) - _GRAPH_SIZE.size
-    if graph_end < 0:
-        return None
     (graph_size,) = _GRAPH_SIZE.unpack_from(content, graph_end)
     graph = content[graph_end - graph_size : graph_end]
     weights = list_external_weights(graph)
-    if any(one.type_number not in _DTYPES for one in weights):
-        return None
     values = [
         onnxruntime.OrtValue.ortvalue_from_numpy(
             np.frombuffer(
-                content, _DTYPES[one.type_number], count=int(np.prod(one.shape)), offset=one.offset
+                content, _DTYPES[one.type_number], count=math.prod(one.shape), offset=one.offset
             ).reshape(one.shape)
         )
         for one in weights

@@ -247,7 +247,12 @@ class Metrics:
         }
         self.batch_sizes = HistogramTally(self.batch_images)
         self.busy_seconds = SumTally(self.runner_busy_seconds)
-        self._tallies: list[Tally] = [*self.seconds_by_stage.values(), self.batch_sizes, self.busy_seconds]
+        self._tallies: Sequence[Tally] = (
+            *self.seconds_by_stage.values(),
+            self.batch_sizes,
+            self.busy_seconds,
+        )
+        self._pending_tallies: set[Tally] = set()
         self._error_counters = {code: self.errors.labels(code) for code in (*list_error_codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
@@ -265,14 +270,12 @@ class Metrics:
 
     # --- tallies; on the event loop ---
 
-    def add_tally(self, tally: Tally) -> None:
-        """Fold `tally` too, until `remove_tally`."""
-        self._tallies.append(tally)
+    def fold_later(self, tally: Tally) -> None:
+        """Fold `tally` too at the next fold, and then no more.
 
-    def remove_tally(self, tally: Tally) -> None:
-        """Fold `tally` for the last time."""
-        self._tallies.remove(tally)
-        self._update(tally.fold)
+        Each loaded model has a tally, and a fold after every change must not take time for all of them.
+        """
+        self._pending_tallies.add(tally)
 
     def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
         """Call `set_gauges` at every fold, to set gauges to what they describe."""
@@ -284,7 +287,9 @@ class Metrics:
         Never raises: an error is logged, because a metric is no reason to lose an answer.
         """
         self._pending_requests = 0
-        for update in (*(tally.fold for tally in self._tallies), self._fold_requests, *self._gauge_setters):
+        tallies = (*self._tallies, *self._pending_tallies)
+        self._pending_tallies.clear()
+        for update in (*(tally.fold for tally in tallies), self._fold_requests, *self._gauge_setters):
             self._update(update)
 
     def _update(self, update: Callable[[], None]) -> None:
@@ -335,6 +340,7 @@ class Metrics:
 
         This works in a single process only: values of several processes cannot be removed.
         """
+        self.fold()  # a tally that is folded later may create a series again
         for metric in vars(self).values():
             if isinstance(metric, MetricWrapperBase) and {"model", "version"} <= set(metric._labelnames):
                 metric.remove_by_labels({"model": model, "version": version})

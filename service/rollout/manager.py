@@ -326,12 +326,25 @@ class ModelManager:
                 self._make_room(1)
             load = self._classifier.create_load(version)
             try:
+                await self._write_weights(load)
                 load_result = await self._classifier.runners.load_model(load)
             except BaseException:  # the runners no longer use the file
                 self._classifier.close_file(load)
                 raise
             entry.model = self._classifier.create_model(version, load, load_result)
             self._metrics.model_changes.labels(entry.model.name, "loaded").inc()
+
+    async def _write_weights(self, load: LoadCommand) -> None:
+        """Let a process that reads no images write the weights that the runners share, and seal them.
+
+        No memory is reserved: the process ends before the runners take the memory that the model has in the
+        memory plan.
+        """
+        try:
+            await asyncio.to_thread(self._shadow_tests.write_weights, self._limit_threads(load))
+        except ModelError as error:  # the runners load the model in the usual way
+            log.warning(f"the runners do not share the weights of {load.path}: {to_one_line(error)}")
+        self._classifier.seal_weights(load)
 
     async def _test(self, entry: CatalogEntry, *, compares: bool = False, is_refusal: bool = False) -> None:
         """Try a version unless it has passed before, and compare it with the version that is served.

@@ -145,7 +145,7 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
 def is_broken(settings: Settings, refusals: Refusals, version: ModelVersion) -> bool:
     """Return whether a starting process cannot load a version. A broken version is also refused.
 
-    The supervisor's `Watcher` calls this in a worker thread.
+    The supervisor calls this in a thread.
     """
     try:
         if fingerprint_of(version.path) != version.fingerprint:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
-from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR, ChildProcess
+from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR, ChildProcess, Reply
 from fovea.service.runners.frames import FrameError
 from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.messages import Failure, NumberedMessage
@@ -55,14 +55,26 @@ class ShadowTestReply(NumberedMessage):
     result: ShadowTestResult
 
 
+@dataclass(frozen=True)
+class WriteWeightsRequest(NumberedMessage):
+    """The only request to a trial process that writes the weights of a version for the runners."""
+
+    load: LoadCommand
+
+
+@dataclass(frozen=True)
+class WriteWeightsReply(NumberedMessage):
+    """Reply to a `WriteWeightsRequest`: the file is complete, or empty if the weights cannot be shared."""
+
+
 class ShadowTests:
-    """Runner of trials, one at a time. Every method may be called from any thread."""
+    """Runner of trial processes. Every method may be called from any thread."""
 
     def __init__(self, *, seconds: float, memory: int) -> None:
         """Set the limits of a trial: processor time in seconds, and memory in bytes."""
         self._seconds = seconds
         self._memory = memory
-        self._process: ChildProcess | None = None
+        self._processes: set[ChildProcess] = set()
         self._is_closed = False
 
     def run(
@@ -81,22 +93,38 @@ class ShadowTests:
         This blocks for as long as the trial takes. Call it in a worker thread if an event loop is running.
         """
         request = ShadowTestRequest(0, candidate, current, list(map(len, images)), golden)
+        return self._ask(request, images, ShadowTestReply).result
+
+    def write_weights(self, load: LoadCommand) -> None:
+        """Write the weights of a version that has passed its trial into the file `load.weights_file`.
+
+        The file stays empty if the weights cannot be shared. Raises `ModelError` when the file may be
+        incomplete. This blocks as `run` does.
+        """
+        self._ask(WriteWeightsRequest(0, load), [], WriteWeightsReply)
+
+    def _ask(self, request: NumberedMessage, images: Sequence[bytes], kind: type[Reply]) -> Reply:
+        """Start a process, send it the request with the images, and return its reply.
+
+        Raises `ModelError`.
+        """
         process = self._start_process()
         deadline = time.monotonic() + LOAD_TIMEOUT_FACTOR * self._seconds
         try:
             process.send(request.to_pieces(images), deadline)
-            reply = process.receive_reply(request.number, ShadowTestReply, deadline)
+            reply = process.receive_reply(request.number, kind, deadline)
         except TimeoutError:
             raise Unproven(self._format_timeout(f"{LOAD_TIMEOUT_FACTOR} times ")) from None
         except FrameError as error:
             raise Unproven(f"its trial process {error}") from None
         finally:
             status = process.kill_and_wait()
+            self._processes.discard(process)
         if reply is None:
             raise self._explain_death(status)
         if isinstance(reply, Failure):
             raise reply.to_exception()
-        return reply.result
+        return reply
 
     def _start_process(self) -> ChildProcess:
         try:
@@ -106,8 +134,8 @@ class ShadowTests:
             )
         except OSError as error:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
-        self._process = process
-        # `close` runs on the event loop's thread, perhaps before `_process` was set here. It sets
+        self._processes.add(process)
+        # `close` runs on the event loop's thread, perhaps before the process was added here. It sets
         # `_is_closed` first, so that one of the two threads kills the process.
         if self._is_closed:
             process.kill()
@@ -127,10 +155,10 @@ class ShadowTests:
         return f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
 
     def close(self) -> None:
-        """Kill the running trial, which then fails, as do all later trials."""
+        """Kill the running trials, which then fail, as do all later trials."""
         self._is_closed = True
-        if self._process:
-            self._process.kill()
+        for process in self._processes.copy():
+            process.kill()
 
 
 def is_lasting(error: Exception) -> bool:

@@ -1,7 +1,8 @@
 """Trial process of a new model file: it loads, warms up and validates the model as runners do.
 
-The process also answers recent images with the new and the current version. It runs at low priority, and the
-kernel's out-of-memory killer selects it first.
+The process also answers recent images with the new and the current version. Another process of the same kind
+writes the weights that the runners share, and reads no images. Both run at low priority, and the kernel's
+out-of-memory killer selects them first.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ import statistics
 import time
 from base64 import b64decode
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from fovea.service.errors import ModelError, RequestError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.rollout.trial import ShadowTestReply, ShadowTestRequest, ShadowTestResult
+from fovea.service.inference.session import read_model, runs_on_cpu
+from fovea.service.inference.shared_weights import share_weights
+from fovea.service.rollout.trial import (
+    ShadowTestReply,
+    ShadowTestRequest,
+    ShadowTestResult,
+    WriteWeightsReply,
+    WriteWeightsRequest,
+)
 from fovea.service.runners.child_process import prepare_child
 from fovea.service.runners.frames import receive_frame, split_content
 from fovea.service.runners.messages import Failure
@@ -42,11 +52,15 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         frame = receive_frame(parent)
         if frame is None:
             return
-        request = ShadowTestRequest.from_frame(frame)
-        images = list(split_content(frame.content, request.image_sizes))
-        reply: ShadowTestReply | Failure
+        is_test = frame.kind == ShadowTestRequest.__name__
+        request = (ShadowTestRequest if is_test else WriteWeightsRequest).from_frame(frame)
+        reply: ShadowTestReply | WriteWeightsReply | Failure
         try:
-            reply = ShadowTestReply(request.number, _run_test(request, images, seconds))
+            if isinstance(request, WriteWeightsRequest):
+                reply = _write_weights(request)
+            else:
+                images = list(split_content(frame.content, request.image_sizes))
+                reply = ShadowTestReply(request.number, _run_test(request, images, seconds))
         except MemoryError:
             reason = f"it needs more than {memory} bytes of memory (FOVEA_TRIAL_BYTES)"
             reply = Failure(request.number, reason)
@@ -82,6 +96,17 @@ def _run_test(request: ShadowTestRequest, images: Sequence[memoryview], limit: f
     flips = sum(new.label != old.label for new, old in pairs)
     new, old = (statistics.median(one.seconds for one in ones) for ones in zip(*pairs, strict=True))
     return ShadowTestResult(len(pairs), flips, new / old)
+
+
+def _write_weights(request: WriteWeightsRequest) -> WriteWeightsReply:
+    """Write and seal the weights that runners share. Raises `ModelError`."""
+    load = request.load
+    if load.weights_file and runs_on_cpu(load.plan.provider):
+        try:
+            share_weights(read_model(Path(load.file), load.fingerprint), load.weights_file)
+        except OSError as error:  # the model has been unloaded
+            raise ModelError(f"cannot share the weights of {load.path}: {error.strerror}") from None
+    return WriteWeightsReply(request.number)
 
 
 class _TimedLabel(NamedTuple):

@@ -47,6 +47,11 @@ def start_fork_server() -> None:
         raise StartError(f"the fork server cannot be started: {error.strerror}") from None
 
 
+def stop_fork_server() -> None:
+    """End the fork server in a process that needs no children for now. The next child starts another one."""
+    _FORK_SERVER.close()
+
+
 class ChildProcess:
     """A child process, and the service's end of the socket pair between them.
 

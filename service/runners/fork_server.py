@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -51,7 +52,11 @@ A start takes about 0.5 s of processor time and a fork some milliseconds, but ot
 """
 
 _EXIT_TIMEOUT: Final = 5.0
-"""Time limit in seconds for the end of the fork server after SIGKILL."""
+"""Time limit in seconds for the end of the fork server, and of children that it has not reported, after
+SIGKILL."""
+
+_POLL_SECONDS: Final = 0.005
+"""Seconds between two checks whether such a child has ended."""
 
 _PROCESS_CODE: Final = (
     "import signal, sys; sys.path[:] = {path!r}; "
@@ -224,13 +229,16 @@ class ForkServer:
             # The group exists as long as nobody has waited for its first process.
             with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, nobody need wait for it
                 os.killpg(process.pid, signal.SIGKILL)
+            deadline = time.monotonic() + _EXIT_TIMEOUT
             try:
                 status = process.wait(_EXIT_TIMEOUT)
             except subprocess.TimeoutExpired:  # it waits for an unresponsive disk
                 return None
             with contextlib.suppress(ChildProcessError):  # raised when no child in the group is left
-                while True:
-                    os.waitpid(-process.pid, 0)
+                while time.monotonic() < deadline:
+                    pid, _ = os.waitpid(-process.pid, os.WNOHANG)
+                    if not pid:
+                        time.sleep(_POLL_SECONDS)
         return status
 
 

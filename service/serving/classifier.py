@@ -117,6 +117,9 @@ class Classifier:
         except BaseException:  # the start goes on without the broken models, in the same process
             self._close_files()
             raise
+        # Before the first image: from here on no runner can change what other runners read.
+        for pinned_file in self._pinned_files.values():
+            pinned_file.seal_weights()
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_model_lost: Callable[[int], None] = lambda model_id: None
@@ -161,6 +164,10 @@ class Classifier:
             pinned_file.weights_file,
         )
 
+    def seal_weights(self, load: LoadCommand) -> None:
+        """Seal the memory file of a model's weights, before runners load the model."""
+        self._pinned_files[load.model_id].seal_weights()
+
     def close_file(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""
         self._pinned_files.pop(load.model_id).close()
@@ -168,9 +175,9 @@ class Classifier:
     def create_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
         """Create a model that the runners have loaded, with its metrics."""
         model = LiveModel.from_load_result(version, load, load_result, self.settings)
-        tally = PredictionTally(model, self.metrics, drift_images=self.settings.drift_images)
-        self._prediction_tallies[model] = tally
-        self.metrics.add_tally(tally)
+        self._prediction_tallies[model] = PredictionTally(
+            model, self.metrics, drift_images=self.settings.drift_images
+        )
         max_bytes = min(recent_images.MAX_BYTES, self.settings.bodies_bytes // 16)
         self._recent_images.setdefault(
             model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
@@ -190,7 +197,7 @@ class Classifier:
         # Unload first: until then a runner that starts may still open the file.
         self.runners.unload_model(model.load.model_id)
         self.close_file(model.load)
-        self.metrics.remove_tally(self._prediction_tallies.pop(model))
+        del self._prediction_tallies[model]
         if all(other.name != model.name for other in self._prediction_tallies):
             del self._recent_images[model.name]  # the next version will have no version to compare with
         self._unloaded_models.append(model)

@@ -67,6 +67,8 @@ class PredictionTally:
     def add_image(self, answer: Answer, job: Job) -> None:
         """Count an answered image at the next fold. The arrays of `answer` are not kept."""
         label = answer.ranking[0]
+        if not self._images:
+            self._metrics.fold_later(self)
         self._images.append(
             _CountedImage(
                 label,

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, Final, assert_never
 
 from fovea.service import signals
-from fovea.service.artifact.repository import ServingState
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import KILL_DELAY
 from fovea.service.http.listener import Listener
@@ -25,6 +25,7 @@ from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.startup import is_broken
 from fovea.service.rollout.trial import compute_change_timeout
 from fovea.service.rollout.watcher import Watcher
+from fovea.service.runners.child_process import stop_fork_server
 from fovea.service.settings import Settings
 from fovea.service.supervisor.channel import HEARTBEAT_INTERVAL
 from fovea.service.supervisor.coordinator import Coordinator
@@ -46,7 +47,7 @@ from fovea.service.supervisor.messages import (
     UnloadModelRequest,
     WorkerMessage,
 )
-from fovea.service.supervisor.worker import WorkerProcess, start_worker
+from fovea.service.supervisor.worker import WorkerProcess, kill_workers, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Supervisor:
         self._command = command
         self._environment = environment
         self._settings = settings
+        self._refusals = refusals
         self._listener = listener
         self._metrics = metrics
         self._on_listening = on_listening
@@ -100,7 +102,7 @@ class Supervisor:
             refusals=refusals,
             has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
             change_timeout=2 * patience,
-            is_broken=partial(is_broken, settings, refusals),
+            is_broken=self._is_broken,
         )
         self._workers: set[WorkerProcess] = set()
         self._dispatcher = ConnectionDispatcher(listener, self._available_workers)
@@ -109,6 +111,8 @@ class Supervisor:
         self._ending_workers: set[WorkerProcess] = set()
         """Workers that have closed their end of the channel and whose processes may still run."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._trial_lock = threading.Lock()
+        """Lock that a thread holds while it waits for child processes of its own."""
 
     async def run(self) -> None:
         """Serve until a signal arrives. Raises `StartError` if a worker cannot start at first."""
@@ -179,10 +183,26 @@ class Supervisor:
         # Time in which this process itself did not run. No worker is to blame for it.
         own_delay = max(0.0, now - self._checked_at - 2 * HEARTBEAT_INTERVAL)
         self._checked_at = now
-        reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
+        self._reap_orphans()
         for worker in self._workers:
             worker.check_silence(now, own_delay)
         self._update_worker_metric()
+
+    def _reap_orphans(self) -> None:
+        """Reap orphans (`reap_orphans`), but not while a thread needs the exit codes of its processes."""
+        if self._trial_lock.acquire(blocking=False):
+            try:
+                reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
+            finally:
+                self._trial_lock.release()
+
+    def _is_broken(self, version: ModelVersion) -> bool:
+        """Return whether a starting worker cannot load a version. The watcher calls this in a thread."""
+        with self._trial_lock:
+            try:
+                return is_broken(self._settings, self._refusals, version)
+            finally:
+                stop_fork_server()  # the memory plan has no room for it beside those of the workers
 
     def _handle_message(self, worker: WorkerProcess, message: WorkerMessage) -> None:
         """Handle a message of a worker, on the event loop and in the order in which the worker sent it.
@@ -193,7 +213,7 @@ class Supervisor:
             case ConnectionReport():
                 self._dispatcher.update_connections(worker, message)
             case StartingHeartbeat():
-                pass  # `_read_messages` has noted it
+                stop_fork_server()  # `_read_messages` has noted it
             case PrepareReply():
                 self._coordinator.handle_reply(worker, message)
             case LostModelReport(name, is_lost):
@@ -370,11 +390,7 @@ class Supervisor:
 
     def _kill_workers(self) -> None:
         """Kill all remaining workers at once and wait for their end."""
-        remaining = (*self._workers, *self._ending_workers)
-        for worker in remaining:
-            worker.kill()
-        for worker in remaining:
-            worker.process.wait()
+        kill_workers((*self._workers, *self._ending_workers))
 
     def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a task and keep a reference to it."""

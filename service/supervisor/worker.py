@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,7 +29,8 @@ from fovea.service.supervisor.messages import (
 log = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT: Final = 10.0
-"""Time in seconds after which a worker that has closed its end of the channel is killed."""
+"""Time in seconds after which a worker that has closed its end of the channel is killed, and time limit for
+the end of killed workers."""
 
 _SILENCE_TIMEOUT: Final = 2.0
 """Time in seconds without a message after which a worker gets no more connections."""
@@ -149,6 +151,19 @@ class WorkerProcess:
                 deadline = time.monotonic() + _EXIT_TIMEOUT
             await asyncio.sleep(_POLL_INTERVAL)
         return code
+
+
+def kill_workers(workers: Collection[WorkerProcess]) -> None:
+    """Kill workers at once, and wait for their end for at most `_EXIT_TIMEOUT` seconds.
+
+    A process that waits for an unresponsive disk cannot be killed, so the wait has a limit.
+    """
+    for worker in workers:
+        worker.kill()
+    deadline = time.monotonic() + _EXIT_TIMEOUT
+    for worker in workers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def start_worker(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -71,14 +70,20 @@ def list_outputs(model: LiveModel) -> dict[str, OutputKind]:
 class InferAdapter(ProtocolAdapter):
     """The parser of inference requests, in pure JSON or with binary tensors after the JSON."""
 
+    def __init__(self) -> None:
+        self._has_numpy = False
+        """True once NumPy is imported completely. It is in `sys.modules` before that."""
+
     def is_json_body(self, headers: Headers) -> bool:
         """Return True if the whole body is JSON: the request does not use the binary extension."""
         return _JSON_LENGTH_HEADER.encode() not in headers
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        # The reply needs NumPy, which takes 7 MB and 0.1 s and which nothing else in this process needs.
-        if "numpy" not in sys.modules:
+        # The reply needs NumPy, which takes 7 MB and 0.1 s and which nothing else in this process needs. An
+        # import on the event loop would wait there for an import that another request has begun.
+        if not self._has_numpy:
             await asyncio.to_thread(importlib.import_module, "numpy")
+            self._has_numpy = True
         body, size = request.body.take_content(), request.body.size
         json_size = parse_json_size(request.headers.get(_JSON_LENGTH_HEADER.encode()), size)
         bodies.json_limit(request.settings).check(json_size)

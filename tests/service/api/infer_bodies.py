@@ -47,13 +47,20 @@ def make_model() -> LiveModel:
     return live_model
 
 
+_ADAPTER = InferAdapter()
+
+
 def parse_infer_body(model: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
     """Return the parsed request. Raises `RequestError`."""
+    return asyncio.run(_ADAPTER.parse_request(make_infer_request(model, header, body)))
+
+
+def make_infer_request(model: LiveModel, header: bytes | None, body: bytes) -> InferenceRequest:
+    """Return a request as the service passes it to the adapter."""
     headers = {} if header is None else {b"inference-header-content-length": header}
-    request = InferenceRequest(
+    return InferenceRequest(
         RawBody(body, len(body)), headers, None, model, SETTINGS, RequestRecord("POST", headers)
     )
-    return asyncio.run(InferAdapter().parse_request(request))
 
 
 def check_infer_request(model: LiveModel, request: ParsedRequest, size: int) -> None:

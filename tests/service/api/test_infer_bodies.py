@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import struct
+import threading
 import tracemalloc
 from typing import Any
 
@@ -12,11 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fovea.service.api.oip.infer import InferAdapter
 from fovea.service.api.tensors import BinaryData, InferInput, ModelInputs, pack_elements
 from fovea.service.errors import BadRequest, RequestError
 from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedRef
-from tests.service.api.infer_bodies import SETTINGS, check_infer_request, make_model, parse_infer_body
+from tests.service.api.infer_bodies import (
+    SETTINGS,
+    check_infer_request,
+    make_infer_request,
+    make_model,
+    parse_infer_body,
+)
 
 MODEL = make_model()
 SIZES = {tensor.name: tensor.size for tensor in MODEL.tensors}
@@ -145,3 +155,33 @@ def test_huge_shape_allocates_little_memory(shape: list[int], datatype: str) -> 
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_requests_wait_together_for_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that comes while another one imports NumPy would block the event loop until it is there."""
+    is_imported, import_module = threading.Event(), importlib.import_module
+
+    def import_late(name: str) -> Any:
+        is_imported.wait()
+        return import_module(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_late)
+    body = orjson.dumps(
+        {"inputs": [{"name": "pixels", "shape": [1, 2, 2, 3], "datatype": "UINT8", "data": [0] * 12}]}
+    )
+
+    async def parse_bodies() -> None:
+        adapter = InferAdapter()
+        tasks = [
+            asyncio.ensure_future(adapter.parse_request(make_infer_request(MODEL, None, body)))
+            for _ in range(2)
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=0.2)
+            assert not done
+        finally:
+            is_imported.set()
+        for request in await asyncio.gather(*tasks):
+            assert len(request.images) == 1
+
+    asyncio.run(parse_bodies())

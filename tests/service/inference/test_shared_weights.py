@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -22,6 +23,7 @@ from fovea.service.inference.engine import Engine
 from fovea.service.inference.session import open_session
 from fovea.service.inference.shared_weights import share_weights
 from tests.graphs import build_model
+from tests.memory_files import is_sealed
 from tests.pictures import make_jpeg
 from tests.servers import DEFAULT_MODEL, Server
 
@@ -32,11 +34,6 @@ def memory_file() -> Iterator[MemoryFile]:
     descriptor = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
     yield MemoryFile.from_descriptor(descriptor)
     os.close(descriptor)
-
-
-def _is_sealed(file: MemoryFile) -> bool:
-    with Path(file.path).open("rb") as opened:
-        return bool(fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
 def test_results_are_the_same(memory_file: MemoryFile) -> None:
@@ -54,7 +51,7 @@ def test_results_are_the_same(memory_file: MemoryFile) -> None:
         one = pixels[:1]
         assert np.array_equal(engine.run(one, exclusive=True), private.run(one, exclusive=True))
         engine.check_golden_set()
-    assert _is_sealed(memory_file)
+    assert is_sealed(Path(memory_file.path))
     assert Path(memory_file.path).stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
 
 
@@ -84,6 +81,9 @@ def _read_anonymous_bytes() -> int:
 def test_sealed_weights_cannot_be_changed(memory_file: MemoryFile) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:weights" in line]
+    assert mappings
+    assert {line.split()[1] for line in mappings} == {"r--p"}
     with Path(memory_file.path).open("r+b", buffering=0) as file, pytest.raises(PermissionError):
         file.write(b"x")
     with pytest.raises(PermissionError):
@@ -96,6 +96,49 @@ def test_half_written_file_is_written_again(memory_file: MemoryFile) -> None:
     weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
+
+
+def test_full_memory_leaves_an_empty_file_for_the_next_process(
+    memory_file: MemoryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(model: bytes, descriptor: int) -> None:
+        os.write(descriptor, b"half of the weights")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context:
+        context.setattr(shared_weights, "_write_optimized", write_half)
+        assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
+    assert not Path(memory_file.path).stat().st_size
+    assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+
+
+def test_weights_outside_of_the_model_are_not_read(
+    memory_file: MemoryFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model could otherwise name any file of the machine as its weights."""
+    onnx.save(
+        onnx.load(DEFAULT_MODEL), tmp_path / "model.onnx", save_as_external_data=True, location="weights"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert share_weights((tmp_path / "model.onnx").read_bytes(), memory_file) is None
+    assert not Path(memory_file.path).stat().st_size
+
+
+def test_no_file_stays_open(memory_file: MemoryFile) -> None:
+    files = [len(list(Path("/proc/self/fd").iterdir()))]
+    for model in (DEFAULT_MODEL.read_bytes(), b""):
+        assert share_weights(model, memory_file)
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert files == [files[0]] * 3
+
+
+def test_other_providers_load_the_whole_model(
+    memory_file: MemoryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fovea.service.inference.engine.runs_on_cpu", lambda provider: False)
+    loaded = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)
+    assert loaded._weights is None
+    assert not Path(memory_file.path).stat().st_size
 
 
 def test_process_waits_while_another_one_writes(memory_file: MemoryFile) -> None:
@@ -140,6 +183,8 @@ def test_weights_of_unknown_types_are_not_shared(
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
     assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
     assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
+    assert is_sealed(Path(memory_file.path))
+    assert not Path(memory_file.path).stat().st_size, "a copy of the weights that no session uses"
 
 
 @pytest.mark.long
@@ -182,3 +227,6 @@ def test_model_with_weights_in_a_branch_is_loaded_without_sharing(memory_file: M
     model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, [1000]))
     engine = Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
     engine.check_golden_set()
+    assert engine._weights is None
+    assert is_sealed(Path(memory_file.path))
+    assert not Path(memory_file.path).stat().st_size, "a copy of the weights that no session uses"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from fovea.service.observability.metrics import MAX_PENDING_REQUESTS, Metrics
 from fovea.service.observability.tallies import HistogramTally, SumTally, observe_all
 
 BUCKETS = (0.1, 0.25, 1.0)
-VALUES = st.lists(st.sampled_from((*BUCKETS, 0.0, 0.100001, 0.2, 5.0)) | st.floats(0, 10), max_size=30)
+VALUES = st.lists(
+    st.sampled_from((*BUCKETS, 0.0, 0.100001, 0.2, 5.0, math.nan, math.inf, -math.inf)) | st.floats(0, 10),
+    max_size=30,
+)
 
 
 def render_histogram(observations: list[list[float]], *, in_bulk: bool) -> str:
@@ -29,6 +33,14 @@ def render_histogram(observations: list[list[float]], *, in_bulk: bool) -> str:
                 histogram.observe(value)
     lines = generate_latest(registry).decode().splitlines()
     return "\n".join(line for line in lines if "_created" not in line and "_sum" not in line)
+
+
+def test_values_that_are_no_numbers_are_in_no_bucket() -> None:
+    """`prometheus_client` adds them to the sum alone, which shows that something is wrong."""
+    registry = CollectorRegistry()
+    observe_all(Histogram("size", "Sizes.", registry=registry, buckets=BUCKETS), [math.nan, 0.5])
+    assert registry.get_sample_value("size_count") == 1
+    assert math.isnan(registry.get_sample_value("size_sum") or 0.0)
 
 
 @given(observations=st.lists(VALUES, max_size=3))
@@ -87,7 +99,7 @@ def test_failing_tally_does_not_keep_others_from_being_counted(caplog: pytest.Lo
 
     metrics = Metrics(CollectorRegistry())
     tally: Any = FailingTally()
-    metrics.add_tally(tally)
+    metrics.fold_later(tally)
     metrics.seconds_by_stage["read"].observe(1.0)
     with caplog.at_level(logging.ERROR):
         metrics.fold()
@@ -96,12 +108,35 @@ def test_failing_tally_does_not_keep_others_from_being_counted(caplog: pytest.Lo
     assert metrics.registry.get_sample_value("fovea_stage_seconds_count", {"stage": "read"}) == 1
 
 
-def test_removed_tally_is_counted_for_the_last_time() -> None:
+def test_fold_takes_no_time_for_tallies_without_values() -> None:
+    """A service may have a hundred models, of which one gets a request at a time."""
+
+    class CountingTally:
+        fold_count = 0
+
+        def fold(self) -> None:
+            self.fold_count += 1
+
+    metrics = Metrics(CollectorRegistry(), is_shared=True)
+    tally = CountingTally()
+    for expected_count in (1, 2):
+        for _ in range(2):
+            metrics.fold_later(tally)
+        for _ in range(2):
+            metrics.fold()
+            assert tally.fold_count == expected_count
+
+
+def test_pending_tally_does_not_bring_removed_series_back() -> None:
     metrics = Metrics(CollectorRegistry())
-    tally = SumTally(metrics.runner_busy_seconds)
-    metrics.add_tally(tally)
-    tally.add(2.0)
-    metrics.remove_tally(tally)
-    tally.add(4.0)
+    identity = ("small", "1")
+
+    class DriftTally:
+        def fold(self) -> None:
+            metrics.drift_psi.labels(*identity, "label").set(0.5)
+
+    metrics.fold_later(DriftTally())
+    metrics.remove_version(*identity)
     metrics.fold()
-    assert metrics.registry.get_sample_value("fovea_runner_busy_seconds_total") == 2
+    series = {"model": "small", "version": "1", "signal": "label"}
+    assert metrics.registry.get_sample_value("fovea_drift_psi", series) is None

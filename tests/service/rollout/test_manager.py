@@ -10,16 +10,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ServingState, find_versions, scan_repository
-from fovea.service.errors import Interrupted, NotReady
+from fovea.service.errors import Interrupted, NotReady, Unproven
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout import manager as module
 from fovea.service.rollout.manager import ModelManager
+from fovea.service.rollout.trial import ShadowTests
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.serving.catalog import VersionState
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
+from tests.memory_files import is_sealed, weights_path_of
 from tests.zoo import publish_variant
 
 pytestmark = pytest.mark.long
@@ -35,6 +37,8 @@ class Case:
         self.classifier = Classifier(settings, Metrics(CollectorRegistry()))
         self.catalog = self.classifier.catalog
         self.loads: list[str] = []
+        self.weight_sizes: list[int] = []
+        """Sizes of the memory files of weights at each load, in bytes."""
 
     async def run(self, work: Callable[[ModelManager], Awaitable[None]]) -> None:
         """Run `work` with a manager, and check that nothing is left behind."""
@@ -43,6 +47,8 @@ class Case:
 
         async def count_load(load: LoadCommand) -> LoadedModel:
             self.loads.append(Path(load.path).parents[1].name)
+            assert is_sealed(weights_path_of(load)), "a runner could change what another runner reads"
+            self.weight_sizes.append(weights_path_of(load).stat().st_size)
             return await load_model(load)
 
         self.classifier.runners.load_model = count_load  # type: ignore[method-assign]
@@ -98,6 +104,28 @@ def test_aborted_change_leaves_nothing_in_service_or_runner(tmp_path: Path) -> N
         assert case.state_of("small") is VersionState.GONE
 
     assert run_case(tmp_path, work).loads == ["small"]
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_runners_get_sealed_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_written: bool
+) -> None:
+    """Without a process that writes them, each runner loads its own weights from the model."""
+
+    def write_half(self: ShadowTests, load: LoadCommand) -> None:
+        weights_path_of(load).write_bytes(b"half of the weights")
+        raise Unproven("its trial process was killed")
+
+    if not is_written:
+        monkeypatch.setattr(ShadowTests, "write_weights", write_half)
+
+    async def work(case: Case, manager: ModelManager) -> None:
+        (await manager.load_on_demand("small", None)).release()
+        assert case.state_of("small") is VersionState.READY
+
+    (size,) = run_case(tmp_path, work, models_loaded=1).weight_sizes
+    assert (size > 0) is is_written
+    assert ("do not share the weights" in caplog.text) is not is_written
 
 
 def test_draining_model_that_is_wanted_again_is_not_loaded_twice(tmp_path: Path) -> None:

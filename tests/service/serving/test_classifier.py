@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from fovea.service.artifact.repository import ModelVersion
+from fovea.service.errors import ModelError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import ImageRequest, Item
+from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.serving.classifier import Classification, Classifier
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
+from tests.memory_files import is_sealed, weights_path_of
 from tests.pictures import make_jpeg
 
 
@@ -69,3 +74,33 @@ def test_unencodable_batch_does_not_end_its_runner(classifier: Classifier) -> No
             await classifier.close()
 
     asyncio.run(work())
+
+
+def test_weights_that_no_runner_has_written_are_sealed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner that replaces another one would write them, beside runners that work on images."""
+    create_load = Classifier.create_load
+    files: list[Path] = []
+
+    def create_unshared_load(self: Classifier, version: ModelVersion) -> LoadCommand:
+        load = create_load(self, version)
+        files.append(weights_path_of(load))
+        return replace(load, weights_file=None)
+
+    monkeypatch.setattr(Classifier, "create_load", create_unshared_load)
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
+    assert [is_sealed(file) for file in files] == [True]
+    asyncio.run(classifier.close())
+
+
+def test_failed_start_leaves_no_file_open(tmp_path: Path) -> None:
+    """The start goes on without the broken model, in the same process."""
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    (zoo / "small" / "1" / "model.onnx").write_bytes(b"no model")
+    for _ in range(2):
+        with pytest.raises(ModelError):
+            Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
+    names = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [name for name in names if "memfd:weights" in name or str(zoo) in name]

@@ -15,13 +15,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import onnx
 import pytest
 
-from fovea.service.supervisor.messages import PrepareReply
+from fovea.service.supervisor import worker
+from fovea.service.supervisor.channel import Channel, create_channel
+from fovea.service.supervisor.messages import WORKER_MESSAGES, PrepareReply
+from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import Server, is_running, list_children, run_service, wait_until
+from tests.servers import ROOT, Server, is_running, list_children, run_service, wait_until
 from tests.tools import require_namespaces
+from tests.zoo import publish_variant
 
 pytestmark = pytest.mark.long
 
@@ -300,6 +305,84 @@ def test_process_1_leaves_no_zombies(small_zoo: Path) -> None:
         os.kill(supervisor, signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
     assert "was ended by signal 9; it is replaced" in server.log
+
+
+_TRIAL_CODE = """
+import os, signal, socket, sys, threading
+from pathlib import Path
+from fovea.service.artifact.repository import scan_repository
+from fovea.service.http.listener import Listener
+from fovea.service.observability.multiprocess import SharedMetrics
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.settings import Settings
+from fovea.service.supervisor.supervisor import Supervisor
+from tests.servers import is_running_module, list_children
+
+assert os.getpid() == 1
+root = Path(sys.argv[1])
+state, refusals = scan_repository(root), Refusals()
+with socket.socket() as listening_socket:
+    supervisor = Supervisor(
+        [], {}, Settings(models=root), listener=Listener(listening_socket, 1, print), metrics=SharedMetrics(),
+        serving_state=state, refusals=refusals, on_listening=print,
+    )
+version = state.versions_by_model["small"][0]
+thread = threading.Thread(target=supervisor._is_broken, args=[version])
+thread.start()
+is_killed = False
+while thread.is_alive():
+    supervisor._reap_orphans()
+    for pid in list_children(1):
+        if not is_killed and is_running_module(pid, "rollout.trial_process"):
+            os.kill(pid, signal.SIGKILL)
+            is_killed = True
+print(refusals.find_reason(version))
+assert not list_children(1)
+orphan = os.spawnv(os.P_NOWAIT, "/bin/true", ["true"])
+while Path(f"/proc/{orphan}").exists():
+    supervisor._reap_orphans()
+"""
+"""Code for process 1: a supervisor that reaps orphans all the time while a trial of a version is killed."""
+
+
+def test_process_1_leaves_the_exit_status_of_a_trial(small_zoo: Path) -> None:
+    """Otherwise a trial that lacked memory would look like one that ended by itself, and be final."""
+    command = [*require_namespaces(), sys.executable, "-c", _TRIAL_CODE, str(small_zoo)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "its trial process was killed: there was not enough memory" in result.stdout
+
+
+def test_supervisor_keeps_no_fork_server(tmp_path: Path) -> None:
+    """It needs one to try versions, at the start and when a worker cannot load them."""
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    add_to_repository(build_model(seed=5), zoo, "other")
+    publish_variant(zoo, seed=1)
+    settings = {"FOVEA_SWAP_FLIPS": "0.99", "FOVEA_WATCH": "60", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", **settings) as server:
+        assert not server.child_pids("runners.fork_server_process")
+        pids = _list_worker_pids(server)
+        assert len(pids) == 2
+        onnx.save(build_model(seed=2), zoo / "small" / "2" / "model.onnx")
+        os.kill(pids.pop(), signal.SIGKILL)
+        wait_until(lambda: len(_list_worker_pids(server) - pids) == 1)
+        wait_until(lambda: server.read_metric("fovea_workers") == 2)
+        assert not server.child_pids("runners.fork_server_process")
+    assert "new workers cannot load" in server.log
+
+
+def test_wait_for_workers_that_cannot_be_killed_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for an unresponsive disk ends with the disk; here the signal does not reach it."""
+    monkeypatch.setattr(worker, "_EXIT_TIMEOUT", 0.2)
+    own_socket, other_socket = create_channel()
+    with own_socket, other_socket, subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            with monkeypatch.context() as context:
+                context.setattr(subprocess.Popen, "kill", lambda self: None)
+                worker.kill_workers([worker.WorkerProcess(process, Channel(own_socket, WORKER_MESSAGES))])
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_failed_start_prints_one_line_and_exits_with_2(small_zoo: Path) -> None:
