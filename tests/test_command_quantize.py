@@ -26,7 +26,7 @@ def test_output_shows_loss_proof_and_version(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = draw_images(tmp_path / "photos", 30)
-    source = add_version(build_colour_graph(), tmp_path / "zoo")
+    source = add_version(build_colour_graph(), tmp_path / "my zoo")
     arguments = ["--images", images, "--calibration", 20, "--max-loss", 3, "--min-speedup", 0]
     assert command("quantize", source, *arguments) == 0
     output = capsys.readouterr().out
@@ -34,8 +34,8 @@ def test_output_shows_loss_proof_and_version(
     assert re.search(r"accuracy  \d+ → \d+ of 100 right, [+-]\d\.\d\d points lost \(.* to .*\)", output)
     assert re.search(r"proof     a loss of at most 3 points is \d+\.\d % sure; .* images", output)
     assert "speed     not measured: --min-speedup is 0" in output
-    assert f"wrote {tmp_path}/zoo/colours/2/model.onnx" in output
-    assert f"next: fovea serve {tmp_path}/zoo" in output
+    assert f"wrote {tmp_path}/my zoo/colours/2/model.onnx" in output
+    assert f"next: fovea serve '{tmp_path}/my zoo'" in output
 
 
 @pytest.mark.long

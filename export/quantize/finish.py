@@ -35,6 +35,13 @@ from fovea.service.inference.pixels import brightness_of
 _MIN_FIT_IMAGES: Final = 100
 """Minimum number of held-out images with labels for a new temperature, thresholds and conformal sets."""
 
+_FIT_ROWS: Final = slice(0, None, 2)
+"""Held-out images on which temperature and thresholds are fitted: every second,
+because images are sorted by label."""
+
+_OTHER_ROWS: Final = slice(1, None, 2)
+"""Held-out images for the conformal sets and for the calibration error."""
+
 _MIN_REFERENCE_IMAGES: Final = 100
 """Minimum number of held-out images for a new reference for drift."""
 
@@ -62,9 +69,23 @@ def calibrate_answers(
         notes = [f"temperature and thresholds are those of the float model: {reason}"]
         return kept, notes + (["the conformal sets were dropped"] if contract.coverage else [])
     logits, targets = torch.from_numpy(outputs.logits), torch.from_numpy(images.targets)
-    # every second image, because the images are sorted by label
-    calibration = fit_calibration(logits[::2], targets[::2], logits[1::2], targets[1::2], contract.task)
+    calibration = fit_calibration(
+        logits[_FIT_ROWS], targets[_FIT_ROWS], logits[_OTHER_ROWS], targets[_OTHER_ROWS], contract.task
+    )
     return calibration, []
+
+
+def describe_missing_labels(contract: Contract, images: PixelSelection) -> list[str]:
+    """Return a sentence on labels of which no image was compared, if there are any."""
+    if images.targets is None:
+        return []
+    missing_count = len(contract.labels) - len(np.unique(images.targets))
+    if not missing_count:
+        return []
+    return [
+        f"no held-out image shows {missing_count} of the {len(contract.labels)} labels: the comparison says "
+        "nothing about these"
+    ]
 
 
 def replace_end(graph: ModelProto, contract: Contract, temperature: float) -> ModelProto:
@@ -166,7 +187,7 @@ def _measure_accuracy(
         return None
     predictions, targets = torch.from_numpy(probabilities), torch.from_numpy(images.targets)
     decisions = metrics.choose_labels(predictions, contract.task, calibration.thresholds)
-    bins = metrics.reliability_bins(predictions, targets, contract.task)
+    bins = metrics.reliability_bins(predictions[_OTHER_ROWS], targets[_OTHER_ROWS], contract.task)
     return Accuracy(
         f"{data}, held out",
         len(images),

@@ -43,7 +43,12 @@ class FloatModel:
     @property
     def name(self) -> str:
         """Name of the model in the repository."""
-        return self.path.absolute().parent.parent.name
+        return self.folder.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model in the repository, which holds its versions."""
+        return self.path.absolute().parent.parent
 
     @property
     def version(self) -> str:
