@@ -14,7 +14,7 @@ from fovea.service.inference.engine import Engine
 from tests.commands import Command, make_command
 from tests.export.quantize.models import add_version, build_colour_graph, draw_images
 from tests.graphs import with_contract
-from tests.servers import DEFAULT_MODEL, Server, run_service
+from tests.servers import FLOAT_MODEL, Server, run_service
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_default_model_passes_the_gate(
         shutil.copyfile(path, images / path.parent.name / path.name)
     source = tmp_path / "zoo" / "cifar10" / "3"
     source.mkdir(parents=True)
-    shutil.copyfile(DEFAULT_MODEL, source / "model.onnx")
+    shutil.copyfile(FLOAT_MODEL, source / "model.onnx")
     assert command("quantize", source, "--images", images, "--max-loss", 1, "--min-speedup", 0) == 0
     engine = Engine.load(source.parent / "4" / "model.onnx", provider="cpu", threads=1)
     quantization = engine.contract.quantization

@@ -15,6 +15,7 @@ import torch
 from onnx import helper
 
 from fovea.export.quantize import pipeline
+from fovea.export.quantize.candidate import GraphRunner
 from fovea.export.quantize.gate import Limits
 from fovea.export.quantize.images import load_images
 from fovea.export.quantize.refusal import QuantizeRefused
@@ -25,7 +26,7 @@ from fovea.service.errors import GoldenError
 from fovea.service.explain.explainer import Explainer
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.messages import ExplanationRequest
-from fovea.service.inference.engine import Engine
+from fovea.service.inference.engine import Engine, decode_golden_pixels
 from fovea.service.rollout.publish import publish_model
 from tests.export.imports import PLAN
 from tests.export.quantize.models import (
@@ -309,3 +310,30 @@ def test_contract_survives_its_document(tmp_path: Path, images: Path) -> None:
     _, folder, _ = quantize_quietly(make_request(source, images))
     contract = load(folder).contract
     assert Contract.from_json(contract.to_json()) == contract
+
+
+def test_tolerance_on_cuda_covers_operands_in_tf32(tmp_path: Path, images: Path) -> None:
+    """float16 has as many significant bits as TF32, and all operands lie in its range."""
+    source = add_version(build_colour_graph(2), tmp_path / "zoo")
+    _, folder, _ = quantize_quietly(make_request(source, images))
+    graph = onnx.load(folder / "model.onnx")
+    nodes = []
+    for node in graph.graph.node:
+        for place in (0, 1) if node.op_type in ("Conv", "Gemm") else ():
+            half, rounded = (f"{node.name}_{place}_{part}" for part in ("half", "rounded"))
+            nodes += [
+                helper.make_node("Cast", [node.input[place]], [half], to=onnx.TensorProto.FLOAT16),
+                helper.make_node("Cast", [half], [rounded], to=onnx.TensorProto.FLOAT),
+            ]
+            node.input[place] = rounded
+        nodes.append(node)
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    contract = load(folder).contract
+    runner = GraphRunner(graph, contract, threads=1, unoptimized=True)
+    worst = max(
+        float(np.abs(runner.run(decode_golden_pixels(image)[None]).logits - np.array(image.logits)).max())
+        for image in contract.golden.images
+    )
+    assert worst > 0.02  # the tolerance of a float model, 0.05, would be narrow
+    assert 2.5 * worst <= contract.golden.logit_tolerance["cuda/float32"] <= 10 * worst

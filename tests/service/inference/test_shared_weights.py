@@ -22,7 +22,7 @@ from fovea.service.inference.session import open_session
 from fovea.service.inference.shared_weights import share_weights
 from tests.graphs import build_model
 from tests.pictures import make_jpeg
-from tests.servers import DEFAULT_MODEL, Server
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL, Server
 
 
 @pytest.fixture
@@ -38,10 +38,11 @@ def _is_sealed(file: Path) -> bool:
         return bool(fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
-def test_results_are_the_same(memory_file: Path) -> None:
-    private = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2)
+@pytest.mark.parametrize("path", [FLOAT_MODEL, DEFAULT_MODEL], ids=["float", "int8"])
+def test_results_are_the_same(memory_file: Path, path: Path) -> None:
+    private = Engine.load(path, provider="cpu", threads=1, wide_threads=2)
     shared = [
-        Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2, weights_file=memory_file)
+        Engine.load(path, provider="cpu", threads=1, wide_threads=2, weights_file=memory_file)
         for _ in range(2)
     ]
     geometry = private.contract.input
@@ -54,21 +55,21 @@ def test_results_are_the_same(memory_file: Path) -> None:
         assert np.array_equal(engine.run(one, exclusive=True), private.run(one, exclusive=True))
         engine.check_golden_set()
     assert _is_sealed(memory_file)
-    assert memory_file.stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
+    assert memory_file.stat().st_size >= 0.9 * path.stat().st_size
 
 
 def test_sessions_have_no_copy_of_the_weights(memory_file: Path) -> None:
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     trim_heap()
     before = _read_anonymous_bytes()
     sessions = [open_session(b"", "cpu", threads, weights=weights) for threads in (1, 2)]
     trim_heap()
-    assert len(sessions) * DEFAULT_MODEL.stat().st_size > 4 * (_read_anonymous_bytes() - before)
+    assert len(sessions) * FLOAT_MODEL.stat().st_size > 4 * (_read_anonymous_bytes() - before)
 
 
 def test_sessions_keep_no_bytes() -> None:
-    content = DEFAULT_MODEL.read_bytes()
+    content = FLOAT_MODEL.read_bytes()
     references = sys.getrefcount(content)
     session = open_session(content, "cpu", 1)
     assert session.get_inputs()
@@ -81,7 +82,7 @@ def _read_anonymous_bytes() -> int:
 
 
 def test_sealed_weights_cannot_be_changed(memory_file: Path) -> None:
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     with memory_file.open("r+b", buffering=0) as file, pytest.raises(PermissionError):
         file.write(b"x")
@@ -92,13 +93,13 @@ def test_sealed_weights_cannot_be_changed(memory_file: Path) -> None:
 def test_half_written_file_is_written_again(memory_file: Path) -> None:
     """A process may die while it writes; the lock ends with it."""
     memory_file.write_bytes(b"half of the weights")
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
-    assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
+    assert Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
 
 
 def test_process_waits_while_another_one_writes(memory_file: Path) -> None:
-    content = DEFAULT_MODEL.read_bytes()
+    content = FLOAT_MODEL.read_bytes()
     results = []
     with memory_file.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,7 +116,7 @@ def test_model_that_cannot_be_loaded_is_not_shared(memory_file: Path) -> None:
     """The usual way of loading names the reason, for the next process too."""
     for _ in range(2):
         assert share_weights(b"no model", memory_file) is None
-    model = onnx.load(DEFAULT_MODEL)
+    model = onnx.load(FLOAT_MODEL)
     model.graph.node[0].op_type = "Nonsense"
     with pytest.raises(ModelError, match="Nonsense"):
         Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
@@ -123,18 +124,18 @@ def test_model_that_cannot_be_loaded_is_not_shared(memory_file: Path) -> None:
 
 def test_weights_of_unknown_types_are_not_shared(memory_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
-    assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
-    assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
+    assert share_weights(FLOAT_MODEL.read_bytes(), memory_file) is None
+    assert Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
 
 
 @pytest.mark.long
 def test_runners_share_the_weights() -> None:
-    """The weights of the default model have 8 MB; a private copy would be memory without a file."""
+    """The weights of the default model have 2 MB; a private copy would be memory without a file."""
     with Server(FOVEA_RUNNERS="2") as server:
         assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
         for pid in server.runner_pids:
             sizes = _read_mappings(pid, "/memfd:weights")
-            assert sizes["Size"] >= 7_000
+            assert sizes["Size"] >= 1_900
             assert sizes["Anonymous"] == 0
 
 
