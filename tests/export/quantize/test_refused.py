@@ -230,7 +230,9 @@ def test_path_that_is_no_version(
     command: Command, capsys: pytest.CaptureFixture[str], source: Path, images: Path, tmp_path: Path
 ) -> None:
     assert command("quantize", source / "nothing", "--images", images) == 2
-    assert "there is no" in read_error_line(capsys)
+    assert "give the folder of a version in a repository, such as zoo/pets/1" in read_error_line(capsys)
+    assert command("quantize", source.parent, "--images", images) == 2
+    assert f"give the folder of a version in a repository, such as {source}" in read_error_line(capsys)
     loose = tmp_path / "loose.onnx"
     loose.write_bytes((source / "model.onnx").read_bytes())
     assert command("quantize", loose, "--images", images) == 2
