@@ -20,6 +20,11 @@ from fovea.service.artifact.repository import find_versions
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_MODEL = find_versions(ROOT / "zoo", "cifar10")[0].path
+"""The model that a service without settings serves: int8."""
+
+FLOAT_MODEL = ROOT / "zoo" / "cifar10" / "3" / "model.onnx"
+"""The float version of the default model, for tests of float arithmetic and of large weights."""
+
 METRIC_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 

@@ -14,7 +14,7 @@ from fovea.service.inference.engine import Engine
 from tests.commands import Command, make_command
 from tests.export.quantize.models import add_version, build_colour_graph, draw_images
 from tests.graphs import with_contract
-from tests.servers import DEFAULT_MODEL, Server, run_service
+from tests.servers import FLOAT_MODEL, Server, run_service
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_output_shows_loss_proof_and_version(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = draw_images(tmp_path / "photos", 30)
-    source = add_version(build_colour_graph(), tmp_path / "zoo")
+    source = add_version(build_colour_graph(), tmp_path / "my zoo")
     arguments = ["--images", images, "--calibration", 20, "--max-loss", 3, "--min-speedup", 0]
     assert command("quantize", source, *arguments) == 0
     output = capsys.readouterr().out
@@ -34,8 +34,8 @@ def test_output_shows_loss_proof_and_version(
     assert re.search(r"accuracy  \d+ → \d+ of 100 right, [+-]\d\.\d\d points lost \(.* to .*\)", output)
     assert re.search(r"proof     a loss of at most 3 points is \d+\.\d % sure; .* images", output)
     assert "speed     not measured: --min-speedup is 0" in output
-    assert f"wrote {tmp_path}/zoo/colours/2/model.onnx" in output
-    assert f"next: fovea serve {tmp_path}/zoo" in output
+    assert f"wrote {tmp_path}/my zoo/colours/2/model.onnx" in output
+    assert f"next: fovea serve '{tmp_path}/my zoo'" in output
 
 
 @pytest.mark.long
@@ -76,7 +76,7 @@ def test_default_model_passes_the_gate(
         shutil.copyfile(path, images / path.parent.name / path.name)
     source = tmp_path / "zoo" / "cifar10" / "3"
     source.mkdir(parents=True)
-    shutil.copyfile(DEFAULT_MODEL, source / "model.onnx")
+    shutil.copyfile(FLOAT_MODEL, source / "model.onnx")
     assert command("quantize", source, "--images", images, "--max-loss", 1, "--min-speedup", 0) == 0
     engine = Engine.load(source.parent / "4" / "model.onnx", provider="cpu", threads=1)
     quantization = engine.contract.quantization

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import subprocess
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fovea.service.artifact.contract import Task
+from fovea.service.artifact.contract import Precision, Task
 from fovea.service.inference.drift import SIGNALS
 from fovea.service.inference.engine import Engine
-from tests.servers import DEFAULT_MODEL, ROOT, Server
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL, ROOT, Server
 
 pytestmark = pytest.mark.long
 
@@ -57,20 +58,34 @@ def classify_paths(server: Server, paths: list[Path], **query: float) -> list[di
 
 def test_default_contract_states_training_and_accuracy(engine: Engine) -> None:
     contract = engine.contract
-    assert DEFAULT_MODEL.stat().st_size <= 12_000_000
-    assert (contract.name, contract.version, contract.task) == ("cifar10", "3", Task.MULTICLASS)
+    assert DEFAULT_MODEL.stat().st_size <= 3_000_000
+    assert (contract.name, contract.version, contract.task) == ("cifar10", "4", Task.MULTICLASS)
     assert contract.training.command.startswith("fovea train ")
     assert len(contract.training.commit) == 40
     assert contract.training.images == 45_000
     assert contract.accuracy is not None
-    assert contract.accuracy.images == 10_000
+    assert contract.accuracy.images == 9_900
     assert contract.accuracy.top1 >= 0.91
     assert contract.accuracy.ece is not None
     assert contract.accuracy.ece <= 0.015
 
 
-def test_golden_set_passes_on_this_host(engine: Engine) -> None:
-    assert engine.check_golden_set().images == 8
+def test_default_model_is_int8_for_every_processor_and_proven_against_the_float_version(
+    engine: Engine,
+) -> None:
+    quantization = engine.contract.quantization
+    assert quantization is not None
+    assert (quantization.precision, quantization.weight_bits) == (Precision.INT8, 7)
+    assert quantization.source_version == FLOAT_MODEL.parent.name
+    assert quantization.source_sha256 == hashlib.sha256(FLOAT_MODEL.read_bytes()).hexdigest()
+    assert quantization.loss_interval[1] <= 0.005
+    assert quantization.speedup is not None
+    assert quantization.speedup >= 2
+
+
+@pytest.mark.parametrize("path", [DEFAULT_MODEL, FLOAT_MODEL], ids=["int8", "float"])
+def test_golden_set_passes_on_this_host(path: Path) -> None:
+    assert Engine.load(path, provider="cpu", threads=1).check_golden_set().images == 8
 
 
 def test_report_file_agrees_with_contract(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def show_report(report: ImportReport, out: Path) -> None:
     if report.check:
         _show_check_report(console, report.check)
     console.print(f"wrote {out / report.model / report.version / MODEL_FILE}, {report.bytes / 1e6:.1f} MB")
-    console.print(f"next: fovea serve --models {out}")
+    console.print(f"next: fovea serve --models {shlex.quote(str(out))}")
 
 
 def _show_check_report(console: Console, report: CheckReport) -> None:

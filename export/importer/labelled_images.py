@@ -28,8 +28,11 @@ from rich.progress import track
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.label_syntax import WORDNET_ID
+from fovea.model.data.choices import Choices
 from fovea.model.data.decoding import decode_pixels, map_in_threads
 from fovea.model.data.disk_source import Folder
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import File
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 from fovea.service.inference.draft_scale import choose_draft_scale
@@ -135,14 +138,26 @@ def load_labelled_images(folder: Path, labels: Labels, option: str = "--check") 
         raise ImportRefused(
             f"{option} {folder} is not a folder; it takes a folder with a sub-folder of images for each label"
         )
-    source = Folder(folder)
-    files = source.list_files()
+    source, files = _list_files(folder)
     if not files:
         raise ImportRefused(f"{option} {folder} has no sub-folder with images in it")
     find_label = LabelLookup(labels, option)
     index_by_folder = {name: find_label(name) for name in sorted({file.labels[0] for file in files})}
     targets = np.array([index_by_folder[file.labels[0]] for file in files], np.int64)
     return LabelledImages(source.name, tuple(source.resolve_paths(file.name for file in files)), targets)
+
+
+def _list_files(folder: Path) -> tuple[Folder, tuple[File, ...]]:
+    """Return the labelled images of a folder.
+
+    If the folders below are ambiguous, the sub-folders are the labels, as the help of the options says.
+    """
+    source = Folder(folder)
+    try:
+        return source, source.list_files()
+    except DataError:
+        source = Folder(folder, Choices(label_depth=1))
+        return source, source.list_files()
 
 
 class LabelLookup:

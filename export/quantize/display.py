@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -42,7 +43,7 @@ def show_report(report: QuantizeReport, version_folder: Path) -> None:
         f"wrote {version_folder / MODEL_FILE}, {report.bytes / 1e6:.1f} MB "
         f"(version {report.source_version} has {report.source_bytes / 1e6:.1f} MB)"
     )
-    console.print(f"next: fovea serve {version_folder.parent.parent}")
+    console.print(f"next: fovea serve {shlex.quote(str(version_folder.parent.parent))}")
 
 
 def _describe_proof(proof: Proof) -> str:

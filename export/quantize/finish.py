@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fovea.export import golden
 from fovea.export.drift_reference import build_reference
@@ -30,10 +30,17 @@ from fovea.service.artifact.contract import (
     Task,
 )
 from fovea.service.inference.engine import Floats, decode_golden_pixels
-from fovea.service.inference.pixels import brightness_of
+from fovea.service.inference.pixels import Pixels, brightness_of
 
 _MIN_FIT_IMAGES: Final = 100
 """Minimum number of held-out images with labels for a new temperature, thresholds and conformal sets."""
+
+_FIT_ROWS: Final = slice(0, None, 2)
+"""Held-out images on which temperature and thresholds are fitted: every second,
+because images are sorted by label."""
+
+_OTHER_ROWS: Final = slice(1, None, 2)
+"""Held-out images for the conformal sets and for the calibration error."""
 
 _MIN_REFERENCE_IMAGES: Final = 100
 """Minimum number of held-out images for a new reference for drift."""
@@ -62,9 +69,23 @@ def calibrate_answers(
         notes = [f"temperature and thresholds are those of the float model: {reason}"]
         return kept, notes + (["the conformal sets were dropped"] if contract.coverage else [])
     logits, targets = torch.from_numpy(outputs.logits), torch.from_numpy(images.targets)
-    # every second image, because the images are sorted by label
-    calibration = fit_calibration(logits[::2], targets[::2], logits[1::2], targets[1::2], contract.task)
+    calibration = fit_calibration(
+        logits[_FIT_ROWS], targets[_FIT_ROWS], logits[_OTHER_ROWS], targets[_OTHER_ROWS], contract.task
+    )
     return calibration, []
+
+
+def describe_missing_labels(contract: Contract, images: PixelSelection) -> list[str]:
+    """Return a sentence on labels of which no image was compared, if there are any."""
+    if images.targets is None:
+        return []
+    missing_count = len(contract.labels) - len(np.unique(images.targets))
+    if not missing_count:
+        return []
+    return [
+        f"no held-out image shows {missing_count} of the {len(contract.labels)} labels: the comparison says "
+        "nothing about these"
+    ]
 
 
 def replace_end(graph: ModelProto, contract: Contract, temperature: float) -> ModelProto:
@@ -166,7 +187,7 @@ def _measure_accuracy(
         return None
     predictions, targets = torch.from_numpy(probabilities), torch.from_numpy(images.targets)
     decisions = metrics.choose_labels(predictions, contract.task, calibration.thresholds)
-    bins = metrics.reliability_bins(predictions, targets, contract.task)
+    bins = metrics.reliability_bins(predictions[_OTHER_ROWS], targets[_OTHER_ROWS], contract.task)
     return Accuracy(
         f"{data}, held out",
         len(images),
@@ -191,27 +212,35 @@ def _measure_reference(
 
 
 def _record_golden_set(graph: ModelProto, contract: Contract, images: PixelSelection) -> GoldenSet:
-    """Return the golden images with the logits of the converted graph, and its tolerance.
+    """Return the golden images with the logits of the converted graph, and its tolerances.
 
     Other kernels round elsewhere: ONNX Runtime's float kernels, with rounding between them, stand for those
-    of another host. A host on which int8 saturates differs much more.
+    of another host, and the same kernels on operands in TF32 for those of CUDA. A host on which int8
+    saturates differs much more.
     """
     fused = GraphRunner(graph, contract, threads=1)
     unfused = GraphRunner(graph, contract, threads=1, unoptimized=True)
-    worst = 0.0
+    tf32 = GraphRunner(_round_operands_to_tf32(graph), contract, threads=1, unoptimized=True)
+    worst = worst_of_tf32 = 0.0
     golden_images = []
-    for image in contract.golden.images:
-        pixels = decode_golden_pixels(image)[None]
+
+    def compute_logits(pixels: Pixels) -> Floats:
+        nonlocal worst, worst_of_tf32
         logits = fused.run(pixels).logits
         worst = max(worst, float(np.abs(unfused.run(pixels).logits - logits).max()))
+        worst_of_tf32 = max(worst_of_tf32, float(np.abs(tf32.run(pixels).logits - logits).max()))
+        return logits
+
+    for image in contract.golden.images:
+        logits = compute_logits(decode_golden_pixels(image)[None])
         golden_images.append(replace(image, logits=tuple(map(float, logits[0]))))
     for pixels in images.take(16).iterate_images():
-        difference = unfused.run(pixels[None]).logits - fused.run(pixels[None]).logits
-        worst = max(worst, float(np.abs(difference).max()))
+        compute_logits(pixels[None])
     usual = max(1.0, max(abs(one) for image in golden_images for one in image.logits) / 10)
     tolerance = max(_ROUNDING_MARGIN * worst, _MIN_TOLERANCE * usual)
     # OpenVINO's int8 kernels round elsewhere than those of ONNX Runtime (`golden.OPENVINO_INT8_TOLERANCE`).
     own_tolerances = golden.LOGIT_TOLERANCE | {"openvino/float32": golden.OPENVINO_INT8_TOLERANCE * usual}
+    own_tolerances["cuda/float32"] = max(own_tolerances["cuda/float32"], _ROUNDING_MARGIN * worst_of_tf32)
     return GoldenSet(
         {
             provider: max(tolerance, contract.golden.logit_tolerance.get(provider, own), own)
@@ -219,3 +248,35 @@ def _record_golden_set(graph: ModelProto, contract: Contract, images: PixelSelec
         },
         tuple(golden_images),
     )
+
+
+def _round_operands_to_tf32(graph: ModelProto) -> ModelProto:
+    """Return the graph with the float32 operands of convolutions and matrix products rounded to TF32.
+
+    TF32 has 11 significant bits instead of 24. The bits beyond them vanish in `x * k - (x * k - x)` for
+    k = 2^13 + 1 (Veltkamp's splitting), if nothing simplifies this.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(graph)
+    if any(tensor.data_type == TensorProto.FLOAT16 for tensor in graph.graph.initializer):
+        return copy  # CUDA computes float16 as it is
+    splitter = numpy_helper.from_array(np.array(2**13 + 1, np.float32), "tf32_splitter")
+    nodes: list[NodeProto] = []
+    for number, node in enumerate(copy.graph.node):
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            for place in (0, 1):
+                value = node.input[place]
+                product, rest, rounded = (
+                    f"tf32_{number}_{place}_{part}" for part in ("product", "rest", "rounded")
+                )
+                nodes += [
+                    helper.make_node("Mul", [value, splitter.name], [product]),
+                    helper.make_node("Sub", [product, value], [rest]),
+                    helper.make_node("Sub", [product, rest], [rounded]),
+                ]
+                node.input[place] = rounded
+        nodes.append(node)
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    copy.graph.initializer.append(splitter)
+    return copy

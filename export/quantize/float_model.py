@@ -43,7 +43,12 @@ class FloatModel:
     @property
     def name(self) -> str:
         """Name of the model in the repository."""
-        return self.path.absolute().parent.parent.name
+        return self.folder.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model in the repository, which holds its versions."""
+        return self.path.absolute().parent.parent
 
     @property
     def version(self) -> str:
@@ -64,8 +69,10 @@ def load_float_model(path: Path) -> FloatModel:
     """
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
+        versions = [one for one in path.glob(f"*/{MODEL_FILE}") if one.parent.name.isdecimal()]
+        example = max((one.parent for one in versions), key=lambda one: int(one.name), default="zoo/pets/1")
         raise QuantizeRefused(
-            f"there is no {file}; give the folder of a version in a repository, such as zoo/pets/1"
+            f"there is no {file}; give the folder of a version in a repository, such as {example}"
         )
     if not file.absolute().parent.name.isdecimal():
         raise QuantizeRefused(

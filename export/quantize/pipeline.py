@@ -11,8 +11,9 @@ write       after all checks, as the next version                (service.artifa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnxruntime
@@ -20,7 +21,12 @@ from onnx import ModelProto
 
 from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
 from fovea.export.quantize.comparison import CONFIDENCE, PairedCounts, share_confidence
-from fovea.export.quantize.finish import build_quantized_contract, calibrate_answers, replace_end
+from fovea.export.quantize.finish import (
+    build_quantized_contract,
+    calibrate_answers,
+    describe_missing_labels,
+    replace_end,
+)
 from fovea.export.quantize.float_model import FloatModel, load_float_model, modernize_graph
 from fovea.export.quantize.gate import Gate, Limits, Verdict
 from fovea.export.quantize.host import describe_processor, saturates_int8
@@ -29,7 +35,7 @@ from fovea.export.quantize.ladder import Climb, Ladder, Passed
 from fovea.export.quantize.recipe import Recipe, RecipeKind, convert_graph, get_weight_bits
 from fovea.export.quantize.refusal import QuantizeRefused
 from fovea.export.quantize.regions import Region, find_region
-from fovea.service.artifact.contract import Precision, Quantization
+from fovea.service.artifact.contract import Accuracy, Precision, Quantization
 from fovea.service.artifact.new_version import add_version
 from fovea.service.artifact.repository import MODEL_FILE, next_version
 from fovea.service.inference.engine import Engine, GoldenDifferences
@@ -78,6 +84,7 @@ class QuantizeReport:
     ms: float | None
     golden: GoldenDifferences
     golden_tolerance: float
+    accuracy: Accuracy | None
     temperature: float
     notes: tuple[str, ...]
     unreadable: dict[str, str]
@@ -88,14 +95,21 @@ def quantize_model(request: QuantizeRequest, say: Callable[[str], None]) -> tupl
 
     `say` prints a line of progress. Raises `QuantizeRefused` or `ModelError`, and then leaves no file.
     """
+    if request.is_float16 and request.is_reduced is not None:
+        raise QuantizeRefused("--fp16 has weights of 16 bits; leave out --reduced-range and --full-range")
     source = load_float_model(request.model)
+    _require_writable(source.folder)
     graph = modernize_graph(source.graph)
     region = find_region(graph, source.contract.input_name, source.contract.logits_name)
+    calibration_images = 0 if request.is_float16 else request.calibration_images
     images = load_images(
-        request.images, source.contract, request.calibration_images, is_unlabelled=request.is_unlabelled
+        request.images, source.contract, calibration_images, is_unlabelled=request.is_unlabelled
     )
     note = "" if images.held_out.targets is not None else " (no labels: a changed answer counts as a loss)"
-    say(f"{len(images.calibration)} images calibrate, {len(images.held_out)} are held out{note}")
+    if request.is_float16:
+        say(f"{len(images.held_out)} images compare both models{note}")
+    else:
+        say(f"{len(images.calibration)} images calibrate, {len(images.held_out)} are held out{note}")
     gate = Gate(source.graph, source.contract, images.held_out, request.limits)
     if request.is_float16:
         climb = _convert_to_float16(graph, region, gate, say)
@@ -107,6 +121,15 @@ def quantize_model(request: QuantizeRequest, say: Callable[[str], None]) -> tupl
     if climb.passed is None:
         raise QuantizeRefused(_explain_refusal(climb, gate))
     return _write_version(request, source, gate, images, climb, climb.passed)
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise `QuantizeRefused` if no version can be added, before minutes of measurements."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise QuantizeRefused(
+            f"cannot write the next version into {folder}, which is read-only; copy the model's folder to a "
+            "repository that you can write"
+        )
 
 
 def _convert_to_float16(graph: ModelProto, region: Region, gate: Gate, say: Callable[[str], None]) -> Climb:
@@ -125,11 +148,14 @@ def _explain_refusal(climb: Climb, gate: Gate) -> str:
     accurate = [verdict for verdict in climb.verdicts if verdict.is_accurate]
     fast = [verdict for verdict in climb.verdicts if verdict.is_fast]
     best = min(fast or accurate or climb.verdicts, key=_loss_of)
-    advice = (
-        "allow more with --max-loss, or give more images of calibration with --calibration"
-        if fast
-        else "int8 is not worth it for this network on this processor: serve the float model"
-    )
+    is_float16 = best.recipe.kind is RecipeKind.FLOAT16
+    if not fast:
+        precision, place = ("float16", "GPU") if is_float16 else ("int8", "processor")
+        advice = f"{precision} is not worth it for this network on this {place}: serve the float model"
+    elif is_float16:
+        advice = "allow more with --max-loss, or serve the float model"
+    else:
+        advice = "allow more with --max-loss, or give more images of calibration with --calibration"
     return (
         f"nothing was written: no conversion is at most {100 * limits.max_loss:g} points worse and at least "
         f"{limits.min_speedup:g} times as fast; the nearest of {len(climb.verdicts)} was "
@@ -157,10 +183,11 @@ def _write_version(
     if verdict.outputs is None or verdict.counts is None:
         raise ValueError("the candidate was not compared")
     calibration, notes = calibrate_answers(source.contract, verdict.outputs, images.held_out)
+    notes += describe_missing_labels(source.contract, images.held_out)
     graph = passed.graph
     if calibration.temperature != source.contract.temperature:
         graph = replace_end(graph, source.contract, calibration.temperature)
-    folder = source.path.absolute().parent.parent
+    folder = source.folder
     version = next_version(folder)
     quantization = _describe_quantization(request, source, images, climb, verdict, verdict.counts)
     contract = build_quantized_contract(
@@ -179,17 +206,25 @@ def _write_version(
         ms=verdict.speed.candidate_ms if verdict.speed else None,
         golden=Engine(content, provider="cpu", threads=1).check_golden_set(),
         golden_tolerance=contract.golden.logit_tolerance["cpu/float32"],
+        accuracy=contract.accuracy,
         temperature=calibration.temperature,
         notes=tuple(notes),
         unreadable=images.unreadable,
     )
 
-    def write_files(hidden_folder: Path) -> None:
-        (hidden_folder / MODEL_FILE).write_bytes(content)
+    def write_files(hidden_folder: Path, version: str) -> None:
+        nonlocal report
+        if version != report.version:  # another program has just added a version
+            new_content = embed_contract(graph, replace(contract, version=version))
+            report = replace(report, version=version, bytes=len(new_content))
+        else:
+            new_content = content
+        (hidden_folder / MODEL_FILE).write_bytes(new_content)
         (hidden_folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     try:
-        return report, add_version(folder, write_files)
+        new_folder = add_version(folder, write_files)
+        return report, new_folder
     except OSError as error:
         raise QuantizeRefused(
             f"cannot write version {version} into {folder}: {error.strerror}; nothing was written"

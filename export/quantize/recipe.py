@@ -219,6 +219,8 @@ def _convert_to_float16(graph: ModelProto, region: Region) -> ModelProto:
         _copy_graph(graph), keep_io_types=True, node_block_list=list(region.outside)
     )
     converted_graph: ModelProto = copy
+    # The converter writes float16 as the type of weights that stay in float32, too. ONNX needs no types here.
+    del converted_graph.graph.value_info[:]
     return converted_graph
 
 

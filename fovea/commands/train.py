@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -138,6 +139,6 @@ def train(
         raise typer.Exit(130)
     if export:
         export_and_report(*result, export, default=True)
-        console.print(f"next: fovea serve --models {export.parent.parent}", soft_wrap=True)
+        console.print(f"next: fovea serve --models {shlex.quote(str(export.parent.parent))}", soft_wrap=True)
     else:
-        console.print(f"next: fovea export {options.out} --out zoo/NAME/1", soft_wrap=True)
+        console.print(f"next: fovea export {shlex.quote(str(options.out))} --out zoo/NAME/1", soft_wrap=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fovea.model.atomic_files import write_file
 from fovea.model.networks.network import Net, NetConfig
+from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.errors import FoveaError
 
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -80,6 +81,16 @@ def load_checkpoint(folder: Path, name: str = WEIGHTS_FILE) -> Checkpoint:
         return Checkpoint(tensors, json.loads(file.metadata()[METADATA_KEY]))
 
 
+def explain_missing_weights(folder: Path) -> str | None:
+    """Return a sentence on a folder with a model to serve and no weights to train; None for other folders."""
+    if not (folder / MODEL_FILE).is_file():
+        return None
+    return (
+        f"{folder / MODEL_FILE} was imported or quantized, and only `fovea train` and `fovea export` write "
+        "weights; for a quantized version, take the float version from which it was made"
+    )
+
+
 def load_metadata(folder: Path, name: str) -> dict[str, Any]:
     """Return the metadata of `folder/name` without reading its tensors.
 
@@ -94,7 +105,8 @@ def load_metadata(folder: Path, name: str) -> dict[str, Any]:
 def _open_checkpoint(folder: Path, name: str) -> Iterator[Any]:
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"there is no {path}; `fovea train --out {folder}` makes one")
+        reason = explain_missing_weights(folder) or f"`fovea train --out {folder}` makes one"
+        raise CheckpointError(f"there is no {path}; {reason}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -15,7 +15,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fovea.model.networks.checkpoint import METADATA_KEY, WEIGHTS_FILE
+from fovea.model.networks.checkpoint import METADATA_KEY, WEIGHTS_FILE, explain_missing_weights
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError, to_one_line
@@ -136,6 +136,8 @@ def _find_file(source: str) -> Path:
                 return file
     except OSError as error:
         raise PretrainedError(f"cannot read {source}: {error.strerror}") from None
+    if reason := explain_missing_weights(path):
+        raise PretrainedError(f"{source} has no {WEIGHTS_FILE}: {reason}")
     raise PretrainedError(
         f"{source} is neither a file nor a folder with {WEIGHTS_FILE} or {_WEIGHTS_FILE}; for weights on the "
         "hub, write hf:owner/repository"

@@ -21,23 +21,25 @@ _MAX_ATTEMPTS: Final = 100
 """Number of attempts to create a folder that other calls remove; then the cause is permanent: a dead link."""
 
 
-def add_version(folder: Path, write_files: Callable[[Path], None]) -> Path:
+def add_version(folder: Path, write_files: Callable[[Path, str], None]) -> Path:
     """Let `write_files` fill a hidden folder, then rename this folder to the next version number.
 
-    Return the new folder. An interruption never leaves a partial version, and the next call can proceed.
+    `write_files` gets the hidden folder and the version. If another call adds this version first,
+    `write_files` is called again with the next version. Return the new folder. An interruption never leaves a
+    partial version, and the next call can proceed.
     Raises `OSError`, and the errors of `write_files`.
     """
     _remove_abandoned(folder)
     try:
         with _create_hidden_folder(folder) as hidden_folder:
-            write_files(hidden_folder)
-            # Flush the files before the rename: after a power failure, a visible version must be complete.
-            for path in hidden_folder.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            _sync_folder(hidden_folder)
             while True:
                 version = folder / next_version(folder)
+                write_files(hidden_folder, version.name)
+                # Flush the files before the rename: after a power failure, a visible version is complete.
+                for path in hidden_folder.iterdir():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                _sync_folder(hidden_folder)
                 try:
                     hidden_folder.rename(version)
                     break

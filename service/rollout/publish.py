@@ -46,7 +46,7 @@ def _add_version(path: Path, fingerprint: tuple[int, ...], folder: Path) -> Path
     Raises `OSError`, or `ModelError` when the file has changed since it was validated.
     """
 
-    def copy_file(hidden_folder: Path) -> None:
+    def copy_file(hidden_folder: Path, _version: str) -> None:
         shutil.copyfile(path, hidden_folder / MODEL_FILE)
         if fingerprint_of(path) != fingerprint:
             raise ModelError(f"{path} has changed while it was published; publish it again")

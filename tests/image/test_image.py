@@ -120,7 +120,7 @@ def test_container_health_check_follows_arguments(docker: Docker, image: str) ->
 
 def test_container_publishes_a_model(docker: Docker, image: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    model = "/app/zoo/cifar10/3/model.onnx"
+    model = "/app/zoo/cifar10/4/model.onnx"
     volume = f"{tmp_path}:/models"
     output = docker(
         "run", "--rm", *read_run_line(), "--volume", volume, image, "publish", model, "--models", "/models"

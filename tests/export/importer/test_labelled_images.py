@@ -150,6 +150,15 @@ def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:
     assert (check.top1, check.top5) == (1 / 8, 5 / 8)
 
 
+def test_images_at_several_depths_have_the_labels_of_the_sub_folders(tmp_path: Path) -> None:
+    folder = draw_labelled_images(tmp_path / "photos", COLOURS, 3)
+    (folder / "red" / "more").mkdir()
+    (folder / "red" / "0.png").rename(folder / "red" / "more" / "0.png")
+    check = import_graph(build_colour_model(), tmp_path, list(COLOURS), check=folder).report.check
+    assert check is not None
+    assert (check.images, check.top1) == (9, 1)
+
+
 def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
     folder = draw_labelled_images(tmp_path / "photos", COLOURS, 2)
     (folder / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
 
 from fovea.export.quantize import pipeline
+from fovea.export.quantize.candidate import GraphRunner
 from fovea.export.quantize.gate import Limits
+from fovea.export.quantize.images import load_images
 from fovea.export.quantize.refusal import QuantizeRefused
+from fovea.model.evaluation.metrics import calibration_error, reliability_bins
+from fovea.service.artifact import new_version
 from fovea.service.artifact.contract import Contract, Precision
 from fovea.service.errors import GoldenError
 from fovea.service.explain.explainer import Explainer
 from fovea.service.explain.introspection import IntrospectedModel
 from fovea.service.explain.messages import ExplanationRequest
-from fovea.service.inference.engine import Engine
+from fovea.service.inference.engine import Engine, decode_golden_pixels
+from fovea.service.rollout.publish import publish_model
 from tests.export.imports import PLAN
 from tests.export.quantize.models import (
     add_version,
@@ -83,6 +91,51 @@ def test_calibration_is_made_anew_from_held_out_images(tmp_path: Path, images: P
     np.testing.assert_allclose(
         load(folder).run(pixels), powers / powers.sum(axis=1, keepdims=True), atol=1e-5
     )
+
+
+def test_calibration_error_is_measured_on_images_that_fitted_no_temperature(
+    tmp_path: Path, images: Path
+) -> None:
+    """Every second held-out image fits the temperature."""
+    source = add_version(build_colour_graph(), tmp_path / "zoo")
+    request = make_request(source, images)
+    report, folder, _ = quantize_quietly(request)
+    engine = load(folder)
+    held_out = load_images(images, engine.contract, request.calibration_images, is_unlabelled=False).held_out
+    assert held_out.targets is not None
+    pixels = np.concatenate(list(held_out.iterate_batches(64)))
+    probabilities, targets = torch.from_numpy(engine.run(pixels)), torch.from_numpy(held_out.targets)
+    bins = reliability_bins(probabilities[1::2], targets[1::2], engine.contract.task)
+    assert engine.contract.accuracy is not None
+    assert engine.contract.accuracy.ece == pytest.approx(calibration_error(bins), abs=1e-6)
+    assert report.accuracy == engine.contract.accuracy
+
+
+def test_labels_without_images_are_named(tmp_path: Path, images: Path) -> None:
+    two_labels = tmp_path / "photos"
+    for label in ("red", "blue"):
+        shutil.copytree(images / label, two_labels / label)
+    source = add_version(build_colour_graph(), tmp_path / "zoo")
+    report, _, _ = quantize_quietly(make_request(source, two_labels, limits=Limits(0.2, 0.0)))
+    assert report.notes == (
+        "no held-out image shows 2 of the 4 labels: the comparison says nothing about these",
+    )
+
+
+def test_version_that_another_program_adds_meanwhile_is_skipped(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = add_version(build_colour_graph(), tmp_path / "zoo")
+
+    def add_competitor(folder: Path, write_files: Callable[[Path, str], None]) -> Path:
+        publish_model(source / "model.onnx", tmp_path / "zoo", "colours")
+        return new_version.add_version(folder, write_files)
+
+    monkeypatch.setattr(pipeline, "add_version", add_competitor)
+    report, folder, _ = quantize_quietly(make_request(source, images))
+    assert (folder.name, report.version, load(folder).contract.version) == ("3", "3", "3")
+    assert json.loads((folder / "report.json").read_text())["version"] == "3"
+    assert report.bytes == (folder / "model.onnx").stat().st_size
 
 
 def test_without_labels_answers_are_compared_and_conformal_sets_dropped(tmp_path: Path, images: Path) -> None:
@@ -203,7 +256,7 @@ def test_reduced_range_has_weights_of_7_bits(tmp_path: Path, images: Path) -> No
 
 def test_float16_keeps_the_interface_of_the_graph(tmp_path: Path, images: Path) -> None:
     source = add_version(build_colour_graph(2), tmp_path / "zoo")
-    report, folder, _ = quantize_quietly(make_request(source, images, is_float16=True))
+    report, folder, _ = quantize_quietly(make_request(source, images, is_float16=True, is_reduced=None))
     engine = load(folder)
     assert engine.check_golden_set().images == 8
     assert report.quantization.precision is Precision.FLOAT16
@@ -212,6 +265,28 @@ def test_float16_keeps_the_interface_of_the_graph(tmp_path: Path, images: Path) 
         one.data_type for one in onnx.load(folder / "model.onnx").graph.initializer if len(one.dims) == 4
     }
     assert types == {onnx.TensorProto.FLOAT16}
+
+
+def test_float16_compares_all_images_and_accepts_types_of_weights(tmp_path: Path, images: Path) -> None:
+    """torch's exporter writes the type of every weight; those of the normalisation stay in float32."""
+    graph = build_colour_graph(2)
+    graph.graph.value_info.extend(
+        helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+        for weight in graph.graph.initializer
+    )
+    source = add_version(graph, tmp_path / "zoo")
+    report, folder, lines = quantize_quietly(make_request(source, images, is_float16=True, is_reduced=None))
+    assert lines[0] == "280 images compare both models"
+    assert (report.quantization.calibration_images, report.quantization.images) == (0, 280)
+    assert load(folder).check_golden_set().images == 8
+
+
+def test_refusal_of_float16_gives_advice_for_float16(tmp_path: Path, images: Path) -> None:
+    source = add_version(build_colour_graph(), tmp_path / "zoo")
+    unreachable = Limits(-0.1, 0.0)
+    request = make_request(source, images, is_float16=True, is_reduced=None, limits=unreachable)
+    with pytest.raises(QuantizeRefused, match=r"; allow more with --max-loss, or serve the float model$"):
+        quantize_quietly(request)
 
 
 def test_batch_norms_are_folded_into_convolutions(tmp_path: Path, images: Path) -> None:
@@ -235,3 +310,30 @@ def test_contract_survives_its_document(tmp_path: Path, images: Path) -> None:
     _, folder, _ = quantize_quietly(make_request(source, images))
     contract = load(folder).contract
     assert Contract.from_json(contract.to_json()) == contract
+
+
+def test_tolerance_on_cuda_covers_operands_in_tf32(tmp_path: Path, images: Path) -> None:
+    """float16 has as many significant bits as TF32, and all operands lie in its range."""
+    source = add_version(build_colour_graph(2), tmp_path / "zoo")
+    _, folder, _ = quantize_quietly(make_request(source, images))
+    graph = onnx.load(folder / "model.onnx")
+    nodes = []
+    for node in graph.graph.node:
+        for place in (0, 1) if node.op_type in ("Conv", "Gemm") else ():
+            half, rounded = (f"{node.name}_{place}_{part}" for part in ("half", "rounded"))
+            nodes += [
+                helper.make_node("Cast", [node.input[place]], [half], to=onnx.TensorProto.FLOAT16),
+                helper.make_node("Cast", [half], [rounded], to=onnx.TensorProto.FLOAT),
+            ]
+            node.input[place] = rounded
+        nodes.append(node)
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    contract = load(folder).contract
+    runner = GraphRunner(graph, contract, threads=1, unoptimized=True)
+    worst = max(
+        float(np.abs(runner.run(decode_golden_pixels(image)[None]).logits - np.array(image.logits)).max())
+        for image in contract.golden.images
+    )
+    assert worst > 0.02  # the tolerance of a float model, 0.05, would be narrow
+    assert 2.5 * worst <= contract.golden.logit_tolerance["cuda/float32"] <= 10 * worst

@@ -117,6 +117,25 @@ def test_full_disk(source: Path, images: Path) -> None:
     assert [path.name for path in source.parent.iterdir()] == ["1"]
 
 
+def test_read_only_repository_is_refused_before_any_measurement(
+    source: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user of the tests may write everywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != source.parent)
+    lines: list[str] = []
+    with pytest.raises(QuantizeRefused, match=r"cannot write the next version into .*read-only; copy the"):
+        quantize_model(make_request(source, images), lines.append)
+    assert lines == []
+
+
+def test_float16_with_reduced_range(
+    command: Command, capsys: pytest.CaptureFixture[str], source: Path, images: Path
+) -> None:
+    for option in ("--reduced-range", "--full-range"):
+        line = require_refusal(command, capsys, source, "--images", images, "--fp16", option)
+        assert "--fp16 has weights of 16 bits; leave out --reduced-range and --full-range" in line
+
+
 def test_full_temporary_disk(source: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -211,7 +230,9 @@ def test_path_that_is_no_version(
     command: Command, capsys: pytest.CaptureFixture[str], source: Path, images: Path, tmp_path: Path
 ) -> None:
     assert command("quantize", source / "nothing", "--images", images) == 2
-    assert "there is no" in read_error_line(capsys)
+    assert "give the folder of a version in a repository, such as zoo/pets/1" in read_error_line(capsys)
+    assert command("quantize", source.parent, "--images", images) == 2
+    assert f"give the folder of a version in a repository, such as {source}" in read_error_line(capsys)
     loose = tmp_path / "loose.onnx"
     loose.write_bytes((source / "model.onnx").read_bytes())
     assert command("quantize", loose, "--images", images) == 2

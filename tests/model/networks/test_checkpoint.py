@@ -23,7 +23,9 @@ from fovea.model.networks.checkpoint import (
     save_checkpoint,
 )
 from fovea.model.networks.network import Net, NetConfig
+from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 from fovea.service.artifact.contract import Task
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL
 from tests.training import limit_file_size
 
 CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))
@@ -227,3 +229,15 @@ def test_restored_momentum_gives_the_same_next_step() -> None:
     take_step(resumed_net, resumed_optimizer)
     assert is_same(dict(resumed_net.state_dict()), dict(net.state_dict()))
     assert is_same(get_momentum_tensors(resumed_optimizer), get_momentum_tensors(optimizer))
+
+
+def test_version_without_weights_says_where_weights_are() -> None:
+    """The default model is quantized, and the float version beside it has weights."""
+    with pytest.raises(
+        CheckpointError,
+        match=r"4/weights\.safetensors; .*4/model\.onnx was imported or quantized.* take the float version",
+    ):
+        load_checkpoint(DEFAULT_MODEL.parent)
+    with pytest.raises(PretrainedError, match=r"4 has no weights\.safetensors: .* take the float version"):
+        read_pretrained(str(DEFAULT_MODEL.parent))
+    assert load_checkpoint(FLOAT_MODEL.parent).tensors

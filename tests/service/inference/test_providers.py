@@ -22,7 +22,7 @@ from fovea.service.rollout.trial import is_provider_error
 from tests.export.classifiers import build_classifier
 from tests.export.imports import import_graph
 from tests.graphs import build_model, read_contract, with_contract
-from tests.servers import DEFAULT_MODEL
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL
 from tests.tools import needs_openvino, without_openvino
 
 MODEL = build_model().SerializeToString()
@@ -81,7 +81,7 @@ def test_options_follow_threads_and_engine_cache() -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize("content", [MODEL, DEFAULT_MODEL.read_bytes()], ids=["small", "cifar10"])
+@pytest.mark.parametrize("content", [MODEL, FLOAT_MODEL.read_bytes()], ids=["small", "cifar10"])
 def test_openvino_gives_the_answers_of_the_cpu(content: bytes) -> None:
     """A processor with AMX would compute in bfloat16 by default, which the golden set would notice."""
     cpu = Engine(content, provider="cpu", threads=1)
@@ -111,6 +111,13 @@ def test_own_tolerance_of_openvino_goes_before_that_of_the_cpu() -> None:
 
 
 @needs_openvino
+def test_openvino_serves_the_int8_default_model() -> None:
+    engine = Engine.load(DEFAULT_MODEL, provider="openvino", threads=1)
+    assert engine.provider == "openvino"
+    assert engine.check_golden_set().images == 8
+
+
+@needs_openvino
 def test_openvino_takes_tensors(tmp_path: Path) -> None:
     content = import_graph(build_classifier(), tmp_path).path.read_bytes()
     cpu, openvino = (Engine(content, provider=one, threads=1) for one in ("cpu", "openvino"))
@@ -129,7 +136,7 @@ def test_openvino_agrees_on_int8(tmp_path: Path, cifar_test: Path) -> None:
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
     rows = np.arange(len(files)) % 220  # within each label
     operators = ["Conv", "MatMul", "Gemm", "Add", "MaxPool", "GlobalAveragePool", "Relu"]
-    quantize_file(DEFAULT_MODEL, tmp_path / "int8.onnx", pixels[rows < 20], operators)
+    quantize_file(FLOAT_MODEL, tmp_path / "int8.onnx", pixels[rows < 20], operators)
     content = (tmp_path / "int8.onnx").read_bytes()
     feed = {"pixels": pixels[rows >= 20]}
     cpu, openvino = (open_session(content, one, 1).run(["logits"], feed)[0] for one in ("cpu", "openvino"))

@@ -25,7 +25,7 @@ from fovea.service.inference.shared_weights import share_weights
 from tests.graphs import build_model
 from tests.memory_files import is_sealed
 from tests.pictures import make_jpeg
-from tests.servers import DEFAULT_MODEL, Server
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL, Server
 
 
 @pytest.fixture
@@ -36,10 +36,11 @@ def memory_file() -> Iterator[MemoryFile]:
     os.close(descriptor)
 
 
-def test_results_are_the_same(memory_file: MemoryFile) -> None:
-    private = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2)
+@pytest.mark.parametrize("path", [FLOAT_MODEL, DEFAULT_MODEL], ids=["float", "int8"])
+def test_results_are_the_same(memory_file: MemoryFile, path: Path) -> None:
+    private = Engine.load(path, provider="cpu", threads=1, wide_threads=2)
     shared = [
-        Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, wide_threads=2, weights_file=memory_file)
+        Engine.load(path, provider="cpu", threads=1, wide_threads=2, weights_file=memory_file)
         for _ in range(2)
     ]
     geometry = private.contract.input
@@ -52,21 +53,21 @@ def test_results_are_the_same(memory_file: MemoryFile) -> None:
         assert np.array_equal(engine.run(one, exclusive=True), private.run(one, exclusive=True))
         engine.check_golden_set()
     assert is_sealed(Path(memory_file.path))
-    assert Path(memory_file.path).stat().st_size >= 0.9 * DEFAULT_MODEL.stat().st_size
+    assert Path(memory_file.path).stat().st_size >= 0.9 * path.stat().st_size
 
 
 def test_sessions_have_no_copy_of_the_weights(memory_file: MemoryFile) -> None:
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     trim_heap()
     before = _read_anonymous_bytes()
     sessions = [open_session(b"", "cpu", threads, weights=weights) for threads in (1, 2)]
     trim_heap()
-    assert len(sessions) * DEFAULT_MODEL.stat().st_size > 4 * (_read_anonymous_bytes() - before)
+    assert len(sessions) * FLOAT_MODEL.stat().st_size > 4 * (_read_anonymous_bytes() - before)
 
 
 def test_sessions_keep_no_bytes() -> None:
-    content = DEFAULT_MODEL.read_bytes()
+    content = FLOAT_MODEL.read_bytes()
     references = sys.getrefcount(content)
     session = open_session(content, "cpu", 1)
     assert session.get_inputs()
@@ -79,7 +80,7 @@ def _read_anonymous_bytes() -> int:
 
 
 def test_sealed_weights_cannot_be_changed(memory_file: MemoryFile) -> None:
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
     mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:weights" in line]
     assert mappings
@@ -93,9 +94,9 @@ def test_sealed_weights_cannot_be_changed(memory_file: MemoryFile) -> None:
 def test_half_written_file_is_written_again(memory_file: MemoryFile) -> None:
     """A process may die while it writes; the lock ends with it."""
     Path(memory_file.path).write_bytes(b"half of the weights")
-    weights = share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    weights = share_weights(FLOAT_MODEL.read_bytes(), memory_file)
     assert weights is not None
-    assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
+    assert Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights
 
 
 def test_full_memory_leaves_an_empty_file_for_the_next_process(
@@ -107,18 +108,16 @@ def test_full_memory_leaves_an_empty_file_for_the_next_process(
 
     with monkeypatch.context() as context:
         context.setattr(shared_weights, "_write_optimized", write_half)
-        assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
+        assert share_weights(FLOAT_MODEL.read_bytes(), memory_file) is None
     assert not Path(memory_file.path).stat().st_size
-    assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file)
+    assert share_weights(FLOAT_MODEL.read_bytes(), memory_file)
 
 
 def test_weights_outside_of_the_model_are_not_read(
     memory_file: MemoryFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model could otherwise name any file of the machine as its weights."""
-    onnx.save(
-        onnx.load(DEFAULT_MODEL), tmp_path / "model.onnx", save_as_external_data=True, location="weights"
-    )
+    onnx.save(onnx.load(FLOAT_MODEL), tmp_path / "model.onnx", save_as_external_data=True, location="weights")
     monkeypatch.chdir(tmp_path)
     assert share_weights((tmp_path / "model.onnx").read_bytes(), memory_file) is None
     assert not Path(memory_file.path).stat().st_size
@@ -126,7 +125,7 @@ def test_weights_outside_of_the_model_are_not_read(
 
 def test_no_file_stays_open(memory_file: MemoryFile) -> None:
     files = [len(list(Path("/proc/self/fd").iterdir()))]
-    for model in (DEFAULT_MODEL.read_bytes(), b""):
+    for model in (FLOAT_MODEL.read_bytes(), b""):
         assert share_weights(model, memory_file)
         files.append(len(list(Path("/proc/self/fd").iterdir())))
     assert files == [files[0]] * 3
@@ -136,13 +135,13 @@ def test_other_providers_load_the_whole_model(
     memory_file: MemoryFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fovea.service.inference.engine.runs_on_cpu", lambda provider: False)
-    loaded = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)
+    loaded = Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=memory_file)
     assert loaded._weights is None
     assert not Path(memory_file.path).stat().st_size
 
 
 def test_process_waits_while_another_one_writes(memory_file: MemoryFile) -> None:
-    content = DEFAULT_MODEL.read_bytes()
+    content = FLOAT_MODEL.read_bytes()
     results = []
     with Path(memory_file.path).open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -162,7 +161,7 @@ def test_file_of_an_unloaded_model_is_not_mistaken_for_that_of_another_model() -
     os.close(descriptor)
     assert os.memfd_create("weights", os.MFD_ALLOW_SEALING) == descriptor
     with pytest.raises(ModelError, match="No such file"):
-        Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=unloaded)
+        Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=unloaded)
     assert not os.fstat(descriptor).st_size
     os.close(descriptor)
 
@@ -171,7 +170,7 @@ def test_model_that_cannot_be_loaded_is_not_shared(memory_file: MemoryFile) -> N
     """The usual way of loading names the reason, for the next process too."""
     for _ in range(2):
         assert share_weights(b"no model", memory_file) is None
-    model = onnx.load(DEFAULT_MODEL)
+    model = onnx.load(FLOAT_MODEL)
     model.graph.node[0].op_type = "Nonsense"
     with pytest.raises(ModelError, match="Nonsense"):
         Engine(model.SerializeToString(), provider="cpu", threads=1, weights_file=memory_file)
@@ -181,8 +180,8 @@ def test_weights_of_unknown_types_are_not_shared(
     memory_file: MemoryFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_weights, "_DTYPES", {})
-    assert share_weights(DEFAULT_MODEL.read_bytes(), memory_file) is None
-    assert Engine.load(DEFAULT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
+    assert share_weights(FLOAT_MODEL.read_bytes(), memory_file) is None
+    assert Engine.load(FLOAT_MODEL, provider="cpu", threads=1, weights_file=memory_file)._weights is None
     assert is_sealed(Path(memory_file.path))
     assert not Path(memory_file.path).stat().st_size, "a copy of the weights that no session uses"
 
