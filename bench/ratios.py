@@ -41,12 +41,12 @@ def compute_ratio(
     """Divide a value of `name` by that of `other`, for the cells of one workload and each round with both.
 
     A loop that is measured once per round is compared with all loads of that round. Disturbed rounds count
-    only if there are no others.
+    only if there are no others. A round in which `other` answered nothing in time does not count.
     """
     other_cells = select_cells(cells, other, connections)
     if not other_cells and other in LOOPS:
         other_cells = select_cells(cells, other)
-    by_round = {cell.round: cell for cell in other_cells}
+    by_round = {cell.round: cell for cell in other_cells if value(cell)}
     pairs = [
         (cell, by_round[cell.round])
         for cell in select_cells(cells, name, connections)
@@ -75,7 +75,7 @@ def select_cells(
 
 def tail_ratio(cells: Sequence[ClosedLoopCell], name: str, connections: int) -> float:
     """Return the 99th percentile of the latencies over their median, for one workload's cells."""
-    return median_or_nan(cell.p99 / cell.p50 for cell in select_cells(cells, name, connections))
+    return median_or_nan(cell.p99 / cell.p50 for cell in select_cells(cells, name, connections) if cell.p50)
 
 
 def median_or_nan(values: Iterable[float]) -> float:

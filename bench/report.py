@@ -62,7 +62,7 @@ def _format_closed_row(cells: Sequence[ClosedLoopCell]) -> list[str]:
         _format_number(median_or_nan(cell.rate for cell in cells), 1),
         _format_number(1e3 * median_or_nan(cell.p50 for cell in cells), 2),
         _format_number(1e3 * median_or_nan(cell.p99 for cell in cells), 2),
-        _format_number(median_or_nan(cell.p99 / cell.p50 for cell in cells), 2),
+        _format_number(median_or_nan(cell.p99 / cell.p50 for cell in cells if cell.p50), 2),
         _format_number(median_or_nan(cell.cpu_seconds / cell.seconds for cell in cells), 2),
         _format_number(max(cell.others for cell in cells), 2),
         _format_number(median_or_nan(cell.resident_bytes for cell in cells) / 1e6, 0),
