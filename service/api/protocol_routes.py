@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final
 from fastapi import FastAPI, Query
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from fovea.service.api.adapter import ProtocolAdapter
 from fovea.service.api.asgi_endpoint import AsgiEndpoint
@@ -52,6 +53,13 @@ class EndpointRoute(Route):
         self._method = method
         self._signature = signature
         self._options = options
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match a request. As in FastAPI's routes, the scope then names the route for the log and metrics."""
+        match, child_scope = super().matches(scope)
+        if match is not Match.NONE:
+            child_scope["route"] = self
+        return match, child_scope
 
     def create_document_route(self) -> APIRoute:
         """Return the route as FastAPI documents it."""

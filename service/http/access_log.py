@@ -5,7 +5,6 @@ A log line is JSON, or readable text in a terminal.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
@@ -236,7 +235,6 @@ class _ThreadedHandler(logging.Handler):
         self._is_urgent = threading.Event()
         """Event that is set when the writer thread shall not gather more lines."""
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
-        atexit.register(self._flush_lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line and write it at once, or drop the line if the queue is full.
@@ -274,7 +272,7 @@ class _ThreadedHandler(logging.Handler):
                     lines.append(self._lines.get_nowait())
             for content in _join_lines(lines):
                 self._write_content(content)
-            # After the write, so that `_flush_lines` also waits for the lines being written.
+            # After the write, so that `flush` also waits for the lines being written.
             for _ in lines:
                 self._lines.task_done()
 
@@ -286,10 +284,10 @@ class _ThreadedHandler(logging.Handler):
                 except BlockingIOError:  # another process that shares the stream made it non-blocking
                     select.select([], [self._descriptor], [])
 
-    def _flush_lines(self) -> None:
+    def flush(self) -> None:
         """Wait until the lines are written, for at most `_FLUSH_TIMEOUT` seconds.
 
-        `atexit` calls this on the main thread while the writer thread goes on writing.
+        `logging.shutdown` calls this when the process ends, while the writer thread goes on writing.
         """
         self._is_urgent.set()
         deadline = time.monotonic() + _FLUSH_TIMEOUT

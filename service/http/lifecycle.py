@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from enum import IntEnum
-from typing import Final
+from typing import Final, NoReturn
 
 from fovea.service.errors import Draining
 from fovea.service.observability.process_metrics import kill_descendants
@@ -48,6 +48,12 @@ class Lifecycle:
         """Raise `Draining` if the service no longer accepts new work."""
         if self.phase > Phase.DRAINING:
             raise Draining("the service is stopping and accepts no more requests", retry_after=1.0)
+
+
+def exit_after_internal_error() -> NoReturn:
+    """End this process at once, after the last lines of its log."""
+    logging.shutdown()
+    os._exit(70)  # sysexits.h: an internal error
 
 
 def force_exit_after(seconds: float) -> None:

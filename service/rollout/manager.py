@@ -64,7 +64,7 @@ class ModelManager:
 
     @property
     def change_timeout(self) -> float:
-        """Return the time limit in seconds of a change: a trial, and then a load in each runner."""
+        """Return the time limit in seconds of a change: `compute_change_timeout`."""
         return compute_change_timeout(self._settings.trial_seconds)
 
     def close(self) -> None:

@@ -181,10 +181,10 @@ def is_provider_error(error: Exception) -> bool:
 def compute_change_timeout(seconds: float) -> float:
     """Return the time limit in seconds for one process to prepare a change.
 
-    The limit covers a trial, and the same time again for the load in the runners. `seconds` is the processor
-    time of a trial.
+    The limit covers a trial, the same time again for the process that writes the weights, and once more for
+    the load in the runners. `seconds` is the processor time of a trial.
     """
-    return 2 * LOAD_TIMEOUT_FACTOR * seconds
+    return 3 * LOAD_TIMEOUT_FACTOR * seconds
 
 
 def check_result(result: ShadowTestResult, max_flip_rate: float, max_slowdown: float) -> None:

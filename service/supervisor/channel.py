@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, Generic, TypeVar
 
+from fovea.service.http.lifecycle import exit_after_internal_error
 from fovea.service.http.listener import OnConnection
 from fovea.service.runners.frames import FrameDecoder, FrameError
 from fovea.service.runners.messages import Message
@@ -294,7 +295,7 @@ class SupervisedSource:
                         self._on_message(message)
             except FrameError:  # this worker may have missed a change that the other workers have made
                 log.critical("the supervisor's message is invalid; this worker exits", exc_info=True)
-                os._exit(70)  # sysexits.h: an internal error
+                exit_after_internal_error()
 
     def _take_connection(self, descriptors: Sequence[int]) -> None:
         """Take over the connection that has arrived with these descriptors: one, or none."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
 from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Draining, Interrupted, ModelError, SwapRefused, to_one_line
+from fovea.service.http.lifecycle import exit_after_internal_error
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.frames import FrameError
 from fovea.service.supervisor.messages import (
@@ -95,7 +95,7 @@ class Participant:
             log.critical(
                 "this worker cannot make a change that the other workers make, and exits", exc_info=True
             )
-            os._exit(70)  # sysexits.h: an internal error
+            exit_after_internal_error()
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Load a model in all workers, as `service.api.oip.repository.ModelLoader` describes."""

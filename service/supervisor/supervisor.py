@@ -213,7 +213,7 @@ class Supervisor:
             case ConnectionReport():
                 self._dispatcher.update_connections(worker, message)
             case StartingHeartbeat():
-                stop_fork_server()  # `_read_messages` has noted it
+                pass  # `_read_messages` has noted it
             case PrepareReply():
                 self._coordinator.handle_reply(worker, message)
             case LostModelReport(name, is_lost):

@@ -118,6 +118,22 @@ def test_head_is_counted_under_its_route(server: Server) -> None:
     assert server.read_metric("fovea_requests_total", **labels) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("protocol", "path", "route"),
+    [
+        ("native", "/v1/classify", "/v1/classify"),
+        ("oip", "/v2/models/small/infer", "/v2/models/{name}/infer"),
+    ],
+)
+def test_wrong_method_is_counted_under_its_route(
+    server: Server, protocol: str, path: str, route: str
+) -> None:
+    labels = {"protocol": protocol, "route": route, "status": "405"}
+    before = server.read_metric("fovea_requests_total", **labels)
+    assert server.client.delete(path).status_code == 405
+    assert server.read_metric("fovea_requests_total", **labels) == before + 1
+
+
 def test_unknown_path_error_has_the_shape_of_its_prefix(server: Server) -> None:
     for path in ("/v2/trace/setting", "/v2/models/a/b/infer"):
         reply = server.client.get(path)

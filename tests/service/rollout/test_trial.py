@@ -11,8 +11,8 @@ from fovea.service.artifact.model_file import PinnedFile, fingerprint_of
 from fovea.service.errors import Interrupted, ModelError
 from fovea.service.inference.shared_weights import share_weights
 from fovea.service.rollout import trial
-from fovea.service.rollout.trial import ShadowTests
-from fovea.service.runners.child_process import ChildProcess
+from fovea.service.rollout.trial import ShadowTests, compute_change_timeout
+from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR, ChildProcess
 from fovea.service.runners.load_messages import LoadCommand, ProcessPlan
 from tests.memory_files import is_sealed, weights_path_of
 from tests.servers import DEFAULT_MODEL
@@ -64,3 +64,10 @@ def test_closed_tests_write_nothing(shadow_tests: ShadowTests, load: LoadCommand
     shadow_tests.close()
     with pytest.raises(Interrupted):
         shadow_tests.write_weights(load)
+
+
+def test_change_has_time_for_its_trial_its_weights_and_its_load() -> None:
+    """Otherwise the supervisor kills a worker whose steps all keep their limits."""
+    seconds = 2.0
+    trial_limit = weights_limit = load_limit = LOAD_TIMEOUT_FACTOR * seconds
+    assert compute_change_timeout(seconds) >= trial_limit + weights_limit + load_limit

@@ -186,6 +186,7 @@ def test_heartbeats_of_a_blocked_process_end_with_the_block() -> None:
 
 WORKER_CODE = """
 import asyncio, socket, sys
+from fovea.service.http.access_log import configure_logging
 from fovea.service.supervisor.channel import SupervisedSource
 from fovea.service.supervisor.participant import Participant
 
@@ -198,6 +199,7 @@ async def run():
         on_starved=sys.exit,
         on_gone=sys.exit,
     )
+    configure_logging("info", "json")
     source.start(sys.exit)
     await asyncio.sleep(60)
 

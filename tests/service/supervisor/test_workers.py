@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,14 +14,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import onnx
 import pytest
 
+from fovea.service.artifact.repository import scan_repository
+from fovea.service.http.listener import Listener
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.runners import child_process
+from fovea.service.settings import Settings
 from fovea.service.supervisor import worker
 from fovea.service.supervisor.channel import Channel, create_channel
-from fovea.service.supervisor.messages import WORKER_MESSAGES, PrepareReply
+from fovea.service.supervisor.messages import WORKER_MESSAGES, PrepareReply, StartingHeartbeat
+from fovea.service.supervisor.supervisor import Supervisor
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
@@ -369,6 +377,22 @@ def test_supervisor_keeps_no_fork_server(tmp_path: Path) -> None:
         wait_until(lambda: server.read_metric("fovea_workers") == 2)
         assert not server.child_pids("runners.fork_server_process")
     assert "new workers cannot load" in server.log
+
+
+def test_heartbeat_of_a_starting_worker_does_not_wait_for_a_trial(small_zoo: Path) -> None:
+    """The trial of a version may wait a second for its fork server, and a minute if the fork server hangs."""
+    unused: Any = None
+    with socket.socket() as listening_socket:
+        supervisor = Supervisor(
+            [], {}, Settings(models=small_zoo), listener=Listener(listening_socket, 1, print),
+            metrics=unused, serving_state=scan_repository(small_zoo), refusals=Refusals(), on_listening=print,
+        )  # fmt: skip
+        arguments = unused, StartingHeartbeat()
+        thread = threading.Thread(target=supervisor._handle_message, args=arguments, daemon=True)
+        with child_process._FORK_SERVER._lock:
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_wait_for_workers_that_cannot_be_killed_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
