@@ -84,7 +84,8 @@ class PinnedFile:
         A file that is not sealed yet is not complete. It becomes empty, and processes do not share weights.
         """
         if not fcntl.fcntl(self._weights_descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
-            os.ftruncate(self._weights_descriptor, 0)
+            fcntl.fcntl(self._weights_descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW)
+            os.ftruncate(self._weights_descriptor, 0)  # no process can write any more
             fcntl.fcntl(self._weights_descriptor, fcntl.F_ADD_SEALS, WEIGHTS_SEALS)
 
     def close(self) -> None:
