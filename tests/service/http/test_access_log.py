@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
+import select
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.typing import Processor
 
+from fovea.service.http import access_log
 from fovea.service.http.access_log import _join_lines
 from fovea.service.observability.metrics import STAGES
 from tests.pictures import make_jpeg
@@ -38,6 +42,55 @@ def test_lines_are_joined_up_to_what_a_pipe_takes_as_a_whole() -> None:
     pieces = list(_join_lines(lines))
     assert [len(piece) for piece in pieces] == [4002, 2001, 5001, 2]
     assert b"".join(pieces) == b"".join(lines)
+
+
+@pytest.fixture
+def log_pipe() -> Iterator[tuple[access_log._ThreadedHandler, int]]:
+    """A handler that writes events as they are, and the reading end of its pipe."""
+    read_end, write_end = os.pipe()
+    render: Processor = lambda _logger, _level, event: str(event["event"])  # noqa: E731
+    yield access_log._ThreadedHandler(logging.Formatter(), [render], write_end), read_end
+    os.close(read_end)
+
+
+def _can_read(descriptor: int, seconds: float) -> bool:
+    return bool(select.select([descriptor], [], [], seconds)[0])
+
+
+def test_lines_of_requests_are_gathered_and_other_lines_are_written_at_once(
+    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
+    handler, read_end = log_pipe
+    handler.write_event("info", {"event": "first"})
+    handler.write_event("info", {"event": "second"})
+    assert not _can_read(read_end, 0.2)
+    handler.emit(logging.makeLogRecord({"msg": "an error"}))
+    assert _can_read(read_end, 60)
+    assert os.read(read_end, 4096) == b"first\nsecond\nan error\n", (
+        "in the order in which they came, as one piece"
+    )
+
+
+def test_gathered_lines_are_written_when_the_process_ends(
+    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
+    handler, read_end = log_pipe
+    handler.write_event("info", {"event": "last"})
+    handler.flush()
+    assert _can_read(read_end, 60)
+    assert os.read(read_end, 4096) == b"last\n"
+
+
+def test_many_lines_are_written_before_the_queue_is_full(
+    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
+    handler, read_end = log_pipe
+    for _ in range(access_log._MAX_QUEUED_LINES // 2 + 2):
+        handler.write_event("info", {"event": "line"})
+    assert _can_read(read_end, 60)
 
 
 @pytest.fixture
