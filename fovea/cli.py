@@ -22,9 +22,12 @@ from fovea.commands.classify import classify, explain
 from fovea.commands.examples import EXAMPLES, SUMMARIES
 from fovea.commands.export import export
 from fovea.commands.import_ import import_
+from fovea.commands.models import models
 from fovea.commands.publish import publish
 from fovea.commands.quantize import quantize
+from fovea.commands.remove import remove
 from fovea.commands.serve import serve
+from fovea.commands.show import show
 from fovea.commands.train import train
 from fovea.service import __version__
 from fovea.service.errors import FoveaError, to_one_line
@@ -42,6 +45,9 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "quantize": quantize,
     "serve": serve,
     "publish": publish,
+    "models": models,
+    "show": show,
+    "remove": remove,
     "classify": classify,
     "explain": explain,
     "bench": bench,

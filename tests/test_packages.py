@@ -14,7 +14,7 @@ from tests.servers import ROOT
 
 SERVICE = [
     {"__main__"},
-    {"app", "cli"},
+    {"app", "cli", "model_display"},
     {"api", "supervisor"},
     {"explain", "rollout"},
     {"serving", "http"},

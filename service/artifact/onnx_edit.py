@@ -1,4 +1,6 @@
-"""Edit an ONNX file without the `onnx` package: add outputs, cut the graph in two, or list its weights.
+"""Edit and read an ONNX file without the `onnx` package.
+
+The edits add outputs or cut the graph in two. The readers list the weights and the metadata.
 
 ONNX Runtime returns only tensors that are outputs, and takes input only at the start of a graph.
 
@@ -9,18 +11,25 @@ version 11). The encoding is described at https://protobuf.dev/programming-guide
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Set
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import ModelError
 
-_GRAPH: Final = 7  # in ModelProto
+_GRAPH, _METADATA = 7, 14  # in ModelProto
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # in GraphProto
 _NODE_OUTPUT: Final = 2  # in NodeProto
 _DIMENSION, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA = 1, 2, 8, 13  # in TensorProto
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2  # in StringStringEntryProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+
+_MAX_MODEL_FIELDS: Final = 100_000
+"""Number of fields of a `ModelProto` from which a file counts as no model: reading more takes seconds."""
+
+_MAX_HEADER_BYTES: Final = 20
+"""Size of a field's key and length in bytes: two numbers of at most ten bytes."""
 
 _TYPE_NUMBERS: Final = {"float32": 1, "uint8": 2, "float16": 10}
 """Type numbers of `TensorProto.DataType`."""
@@ -97,6 +106,39 @@ def list_external_weights(model: bytes) -> list[ExternalWeight]:
     ]
 
 
+def read_metadata(file: BinaryIO) -> dict[str, str]:
+    """Return the metadata (`metadata_props`) of the model in an open file. The graph is skipped, not read.
+
+    Raises `OSError`, and `ModelError` when the file is not a protobuf message.
+    """
+    metadata: dict[str, str] = {}
+    size = file.seek(0, os.SEEK_END)
+    start = 0
+    for _ in range(_MAX_MODEL_FIELDS):
+        file.seek(start)
+        header = memoryview(file.read(_MAX_HEADER_BYTES))
+        if not header:
+            if not size:
+                raise ModelError("the file is empty")
+            return metadata
+        number, content_start, content_size = _parse_field_header(header)
+        end = start + content_start + content_size
+        if end > size:
+            raise ModelError("the ONNX model is cut short")
+        if number == _METADATA:
+            file.seek(start + content_start)
+            try:
+                parts = {
+                    one.number: str(one.content, "utf-8")
+                    for one in _parse_fields(memoryview(file.read(content_size)))
+                }
+            except UnicodeDecodeError:
+                raise ModelError("the metadata of the ONNX model is not UTF-8") from None
+            metadata[parts.get(_ENTRY_KEY, "")] = parts.get(_ENTRY_VALUE, "")
+        start = end
+    raise ModelError("the file is not an ONNX model")
+
+
 def _parse_external_weight(tensor: memoryview) -> ExternalWeight | None:
     """Return the weight that a `TensorProto` describes; None if it holds its values itself."""
     name, type_number = "", 0
@@ -158,21 +200,32 @@ class _Field(NamedTuple):
 def _parse_fields(message: memoryview) -> Iterator[_Field]:
     start = 0
     while start < len(message):
-        key, offset = _read_varint(message, start)
-        wire_type, size = key & 7, 0
-        if wire_type == _BYTES:
-            size, offset = _read_varint(message, offset)
-        elif wire_type == _VARINT:
-            _, offset = _read_varint(message, offset)
-        elif wire_type in (_FIXED32, _FIXED64):
-            offset += 4 if wire_type == _FIXED32 else 8
-        else:
-            raise ModelError("the file is not an ONNX model")
+        number, offset, size = _parse_field_header(message, start)
         end = offset + size
         if end > len(message):
             raise ModelError("the ONNX model is cut short")
-        yield _Field(key >> 3, message[offset:end], message[start:end])
+        yield _Field(number, message[offset:end], message[start:end])
         start = end
+
+
+def _parse_field_header(message: memoryview, start: int = 0) -> tuple[int, int, int]:
+    """Return the number of the field at `start`, and the offset and the size in bytes of its content.
+
+    A number has no content: the offset is behind it. Raises `ModelError`.
+    """
+    key, offset = _read_varint(message, start)
+    wire_type, size = key & 7, 0
+    if not key >> 3:
+        raise ModelError("the file is not an ONNX model")
+    if wire_type == _BYTES:
+        size, offset = _read_varint(message, offset)
+    elif wire_type == _VARINT:
+        _, offset = _read_varint(message, offset)
+    elif wire_type in (_FIXED32, _FIXED64):
+        offset += 4 if wire_type == _FIXED32 else 8
+    else:
+        raise ModelError("the file is not an ONNX model")
+    return key >> 3, offset, size
 
 
 def _read_numbers(field: _Field) -> list[int]:

@@ -157,7 +157,7 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
         return (ModelVersion.from_path(root, None, None),)
     folder = root / name
     config = read_config(folder)
-    available_versions = _list_available_versions(folder)
+    available_versions = list_available_versions(folder)
     requested_versions = (version,) if version else config.versions
     selected_versions = (
         sorted(set(requested_versions), key=_version_number)
@@ -171,13 +171,20 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
     return tuple(_describe_version(folder, one, config) for one in selected_versions)
 
 
-def _list_available_versions(folder: Path) -> list[str]:
-    """Return the versions that have a model file, the latest last. Raises `ModelError`."""
+def list_version_folders(folder: Path) -> list[str]:
+    """Return the versions that have a folder, the latest last. Raises `ModelError`."""
     try:
-        version_folders = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
+        return sorted((path.name for path in folder.iterdir() if path.name.isdecimal()), key=int)
     except OSError as error:
         raise ModelError(f"cannot read {folder}: {error.strerror}") from None
-    return sorted((one for one in version_folders if (version_folders[one] / MODEL_FILE).is_file()), key=int)
+
+
+def list_available_versions(folder: Path) -> list[str]:
+    """Return the versions that have a model file, the latest last. Raises `ModelError`."""
+    try:
+        return [one for one in list_version_folders(folder) if (folder / one / MODEL_FILE).is_file()]
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _describe_version(folder: Path, version: str, config: ModelConfig) -> ModelVersion:
@@ -207,7 +214,7 @@ def choose_versions(
     """
     folder = root / name
     config = read_config(folder)
-    available_versions = _list_available_versions(folder)
+    available_versions = list_available_versions(folder)
     refused_versions: list[RefusedVersion] = []
     if config.versions:
         pinned_versions: list[ModelVersion] = []
@@ -235,7 +242,7 @@ def find_fallback_version(
 ) -> ModelVersion | None:
     """Return the version of a model that would be served without this version, or None."""
     folder = root / (model_version.name or "")
-    for version in reversed(_list_available_versions(folder)):
+    for version in reversed(list_available_versions(folder)):
         if _version_number(version) < _version_number(model_version.version or ""):
             candidate = _describe_version(folder, version, model_version.config)
             if reason_to_refuse(candidate) is None:
@@ -306,7 +313,7 @@ def record_default_model(root: Path) -> None:
     """
     if not root.is_dir() or read_default_model(root) is not None:
         return
-    model_names = (name for name in list_model_names(root) if _list_available_versions(root / name))
+    model_names = (name for name in list_model_names(root) if list_available_versions(root / name))
     if name := find_single_model(model_names):
         path = root / DEFAULT_MODEL_FILE
         # The name starts with a dot and holds the process id, so that two processes do not share the file.

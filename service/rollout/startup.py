@@ -57,12 +57,27 @@ def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], No
 def find_serving_state(
     settings: Settings, refusals: Refusals, failure_reasons: Mapping[ModelVersion, str] | None = None
 ) -> ServingState:
+    """Return the versions to serve as `choose_serving_state` does, and log the problems with each model."""
+    state = choose_serving_state(settings, refusals, failure_reasons)
+    for versions in state.versions_by_model.values():
+        repository.warn_about_empty_versions(versions[-1])
+    for one in state.refused_versions:
+        log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
+    if state.is_empty:
+        log.error(
+            "%s has no <name>/<version>/model.onnx that can be served yet; waiting for one", settings.models
+        )
+    return state
+
+
+def choose_serving_state(
+    settings: Settings, refusals: Refusals, failure_reasons: Mapping[ModelVersion, str] | None = None
+) -> ServingState:
     """Return the versions to serve: the latest valid version of each model.
 
     Versions that were refused are left out. `failure_reasons` maps versions that have just failed to their
-    reasons, and these versions are left out too. A problem with one model is logged and does not affect the
-    other models. Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an
-    unknown model.
+    reasons, and these versions are left out too. A problem with one model does not affect the other models.
+    Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an unknown model.
     """
     root, configured_default = settings.models, settings.default_model
 
@@ -81,7 +96,6 @@ def find_serving_state(
         refused_versions += choice.refused_versions
         if choice.versions:
             versions_by_model[name] = choice.versions
-            repository.warn_about_empty_versions(choice.versions[-1])
     if configured_default and names and configured_default not in names:
         raise ModelError(f"FOVEA_DEFAULT_MODEL is {configured_default!r}; there are {', '.join(names)}")
     default = configured_default or _read_default(settings)
@@ -90,10 +104,6 @@ def find_serving_state(
         refused_versions.append(
             RefusedVersion(default, "", "the default model has no version in the repository yet")
         )
-    for one in refused_versions:
-        log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
-    if not versions_by_model:
-        log.error("%s has no <name>/<version>/model.onnx that can be served yet; waiting for one", root)
     return ServingState(
         versions_by_model,
         default or repository.find_single_model(known_names),
