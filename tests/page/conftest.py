@@ -1,4 +1,4 @@
-"""A real browser, a real server with five models, and a page that must log no error."""
+"""A real browser, a real server with six models, and a page that must log no error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.graphs import add_to_repository, build_model, build_unopenable
 from tests.page.browsers import launch_chromium
 from tests.page.networks import LABELS, build_deep_network, build_varied_network
 from tests.page.views import View
-from tests.servers import ROOT, Server
+from tests.servers import FLOAT_MODEL, ROOT, Server
 from tests.tools import require_tool
 
 TIMEOUT_MS = 20_000
@@ -27,15 +27,16 @@ REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of five models.
+    """A repository of six models.
 
-    `cifar10` is the default, `small` has seven nodes, `deep` has many layers, `varied` has no class
-    activation map, and `closed` has no maps of layers.
+    `cifar10` is the default, in int8, and `float` is the same in float32. `small` has seven nodes, `deep` has
+    many layers, `varied` has no class activation map, and `closed` has no maps of layers.
     """
     require_tool("chromium")  # before anything slow
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("models"))
     add_to_repository(build_unopenable(), root, "closed")
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
+    shutil.copytree(FLOAT_MODEL.parent, root / "float" / "1")
     (root / "default").write_text("cifar10\n")
     for name, network in (("varied", build_varied_network()), ("deep", build_deep_network())):
         model_folder = import_graph(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]

@@ -235,6 +235,7 @@ def test_default_model_is_selected_first(view: View) -> None:
         "cifar10",
         "closed",
         "deep",
+        "float",
         "small",
         "varied",
     ]

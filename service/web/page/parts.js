@@ -65,7 +65,7 @@ export function equation(terms, shown) {
   const summands = terms.map(({ name, value, kind }, at) =>
     summand({ name, value, kind, sign: value < 0 ? "−" : at ? "+" : "", text: figure(Math.abs(value)) }),
   );
-  return line(total, shown, ...summands, result(total, "the value in the map"));
+  return line(total, shown, ...summands, result(total, nameOf(total, shown)));
 }
 
 /** What goes in and what comes out. */
@@ -79,7 +79,18 @@ export function step(from, to, shown) {
  * @param {...Node} parts of `summand`, `sign` and `result`
  */
 export function line(total, shown, ...parts) {
-  return make("p", { class: "equation", data: { total, shown } }, ...parts);
+  const rounded = isRounded(total, shown) ? [result(shown, "after the model's rounding", "≈")] : [];
+  return make("p", { class: "equation", data: { total, shown } }, ...parts, ...rounded);
+}
+
+/** What a line comes to, in words. */
+export function nameOf(total, shown) {
+  return isRounded(total, shown) ? "the sum" : "the value in the map";
+}
+
+/** Whether a model has rounded, as int8 models do; the rounding of float32 is far smaller. */
+function isRounded(total, shown) {
+  return Math.abs(total - shown) > 1e-3 * Math.max(1, Math.abs(shown));
 }
 
 /** A number with its name below it. @param {{name: string, value: number, kind?: string, sign?: string, text?: string}} one */

@@ -4,7 +4,7 @@ import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
 import { counterpart, operand } from "../operands.js";
-import { equation, formula, line, result, sign, summand } from "../parts.js";
+import { equation, formula, line, nameOf, result, sign, summand } from "../parts.js";
 
 const OPERATIONS = {
   Sub: { sign: "−", of: (x, y) => x - y },
@@ -59,5 +59,5 @@ function written(layer, sources, values, shown) {
   if (!operation) return equation(terms, shown);
   const total = values.reduce((one, other) => operation.of(one, other));
   const parts = terms.flatMap((term, at) => [...(at ? [sign(operation.sign)] : []), summand(term)]);
-  return line(total, shown, ...parts, result(total, "the value in the map"));
+  return line(total, shown, ...parts, result(total, nameOf(total, shown)));
 }
