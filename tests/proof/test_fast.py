@@ -30,7 +30,7 @@ from tests.proof.large import (
     make_zone_plate,
     open_photographs,
 )
-from tests.servers import DEFAULT_MODEL
+from tests.servers import FLOAT_MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -126,10 +126,13 @@ def test_fast_labels_of_mosaics_differ_only_at_ties(photographs: list[Path]) -> 
 def _compare_labels(
     name: str, draw: Callable[[int], Image.Image], count: int, size: tuple[int, int]
 ) -> float:
-    """Return the share of images on which `fast` and `exact` agree; the others must be ties."""
+    """Return the share of images on which `fast` and `exact` agree; the others must be ties.
+
+    The float model answers: the rounding of int8 adds to the differences of the pixels.
+    """
     with ThreadPoolExecutor(2) as pool:
         pairs = list(pool.map(lambda index: decode_both(encode_phone_jpeg(draw(index)), SMALL), range(count)))
-    engine = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1)
+    engine = Engine.load(FLOAT_MODEL, provider="cpu", threads=1)
     assert engine.contract.input == SMALL
     fast, exact = (engine.run(np.stack(pixels)) for pixels in zip(*pairs, strict=True))
     agreement = float((fast.argmax(axis=1) == exact.argmax(axis=1)).mean())
