@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from structlog.typing import Processor
+from structlog.typing import EventDict
 
 from fovea.service.http import access_log
 from fovea.service.http.access_log import _join_lines
@@ -45,11 +45,15 @@ def test_lines_are_joined_up_to_what_a_pipe_takes_as_a_whole() -> None:
 
 
 @pytest.fixture
-def log_pipe() -> Iterator[tuple[access_log._ThreadedHandler, int]]:
-    """A handler that writes events as they are, and the reading end of its pipe."""
+def log_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[access_log._ThreadedHandler, int]]:
+    """A handler that writes events as they are and gathers for an hour, and the reading end of its pipe."""
+
+    def render_event(_logger: Any, _level: str, event: EventDict) -> str:
+        return str(event["event"])
+
+    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
     read_end, write_end = os.pipe()
-    render: Processor = lambda _logger, _level, event: str(event["event"])  # noqa: E731
-    yield access_log._ThreadedHandler(logging.Formatter(), [render], write_end), read_end
+    yield access_log._ThreadedHandler(logging.Formatter(), [render_event], write_end), read_end
     os.close(read_end)
 
 
@@ -58,9 +62,8 @@ def _can_read(descriptor: int, seconds: float) -> bool:
 
 
 def test_lines_of_requests_are_gathered_and_other_lines_are_written_at_once(
-    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+    log_pipe: tuple[access_log._ThreadedHandler, int],
 ) -> None:
-    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
     handler, read_end = log_pipe
     handler.write_event("info", {"event": "first"})
     handler.write_event("info", {"event": "second"})
@@ -73,9 +76,8 @@ def test_lines_of_requests_are_gathered_and_other_lines_are_written_at_once(
 
 
 def test_gathered_lines_are_written_when_the_process_ends(
-    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+    log_pipe: tuple[access_log._ThreadedHandler, int],
 ) -> None:
-    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
     handler, read_end = log_pipe
     handler.write_event("info", {"event": "last"})
     handler.flush()
@@ -84,9 +86,8 @@ def test_gathered_lines_are_written_when_the_process_ends(
 
 
 def test_many_lines_are_written_before_the_queue_is_full(
-    log_pipe: tuple[access_log._ThreadedHandler, int], monkeypatch: pytest.MonkeyPatch
+    log_pipe: tuple[access_log._ThreadedHandler, int],
 ) -> None:
-    monkeypatch.setattr(access_log, "_GATHER_SECONDS", 3600)
     handler, read_end = log_pipe
     for _ in range(access_log._MAX_QUEUED_LINES // 2 + 2):
         handler.write_event("info", {"event": "line"})
