@@ -45,7 +45,7 @@ def import_network(
         from fovea.export.importer.inspect import ImportRequest  # not needed if everything exists
         from fovea.export.importer.pipeline import import_model
         from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
-        from fovea.model.atomic_files import write_file
+        from fovea.service.atomic_files import write_file
 
         ARITHMETICS[arithmetic](name, side, network.original_file)
         labels = folder / "labels.txt"
@@ -70,9 +70,9 @@ def _export_network(name: str, side: int, file: Path, *, half: bool) -> None:
     import torch
 
     from fovea.export.from_checkpoint import export_graph
-    from fovea.model.atomic_files import write_file
     from fovea.model.networks.network import NETS, NetConfig
     from fovea.service.artifact.contract import Task
+    from fovea.service.atomic_files import write_file
 
     torch.manual_seed(0)
     features = NETS[name](NetConfig(Task.MULTICLASS, LABEL_COUNT, name, side))

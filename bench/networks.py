@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from fovea.bench.servers.plain import MEAN, STD
 from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph, export_graph
-from fovea.model.atomic_files import write_file
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize
 from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training
+from fovea.service.atomic_files import write_file
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
 

@@ -35,10 +35,10 @@ from fovea.export.importer.graph_input import GraphInput, Layout, read_graph_inp
 from fovea.export.importer.graph_output import GraphOutput, ValueKind
 from fovea.export.importer.preprocessing import IMAGENET
 from fovea.export.importer.wrap import wrap_model
-from fovea.model.atomic_files import write_file
 from fovea.model.data.dataset import square_geometry
 from fovea.model.networks.network import NETS, NetConfig, Normalize
 from fovea.service.artifact.contract import Task
+from fovea.service.atomic_files import write_file
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.session import open_session
 

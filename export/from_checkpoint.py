@@ -22,7 +22,6 @@ from fovea.export.drift_reference import measure_reference
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
-from fovea.model.atomic_files import write_file
 from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
@@ -48,6 +47,7 @@ from fovea.service.artifact.repository import (
     record_default_model,
 )
 from fovea.service.artifact.strict_json import from_plain
+from fovea.service.atomic_files import write_file
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine, GoldenDifferences
 from fovea.service.inference.pixels import Pixels

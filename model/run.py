@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from fovea.model.atomic_files import write_file
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Dataset, load_dataset
 from fovea.model.data.inventory import format_count, to_printable
@@ -27,6 +26,7 @@ from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
 from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
 from fovea.model.training.trainer import require_unused_folder, train_net
 from fovea.model.training.training_run import InitialState, choose_precision
+from fovea.service.atomic_files import write_file
 
 
 @dataclass(frozen=True)

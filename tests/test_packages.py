@@ -21,6 +21,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
+    {"atomic_files"},
     {
         "allocator",
         "environment",
@@ -35,7 +36,7 @@ SERVICE = [
 ]
 """Layers from the top down. Packages of one layer import each other only as `ALLOWED_SIDEWAYS` lists."""
 
-MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
+MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}]
 
 EXPORT = [
     {"quantize"},
@@ -47,7 +48,7 @@ EXPORT = [
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-SHARED_SERVICE_PACKAGES = {"errors", "resources", "artifact", "inference", "providers"}
+SHARED_SERVICE_PACKAGES = {"errors", "atomic_files", "resources", "artifact", "inference", "providers"}
 """Packages of `service` that `model` and `export` may import."""
 
 

@@ -38,7 +38,6 @@ from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_r
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.export.verify import VerificationError
-from fovea.model.atomic_files import write_file
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
@@ -58,6 +57,7 @@ from fovea.service.artifact.repository import (
     next_version,
     record_default_model,
 )
+from fovea.service.atomic_files import write_file
 from fovea.service.inference.engine import Engine, GoldenDifferences
 
 _COARSE_TOLERANCE: Final = 5e-2

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from fovea.model.atomic_files import replace_file
 from fovea.model.data.decoding import ImageHashes, compute_digest
 from fovea.model.data.disk_source import Folder
 from fovea.model.data.examples import DataError
@@ -23,6 +22,7 @@ from fovea.model.data.inventory import File, Part
 from fovea.model.data.perceptual_hash import hash_images
 from fovea.model.data.sources import EncodedImage
 from fovea.model.data.tar_archive import Archive
+from fovea.service.atomic_files import replace_file
 from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

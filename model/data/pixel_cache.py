@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from fovea.model.atomic_files import replace_file, write_file
 from fovea.model.data.decoding import DIGEST_BYTES, ImageHashes
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Inventory, Part
 from fovea.model.data.pixels import Pixels, map_pixels
+from fovea.service.atomic_files import replace_file, write_file
 
 INDEX_FILE: Final = "index.json"
 PIXELS_FILE: Final = "pixels.u8"

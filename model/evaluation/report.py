@@ -13,7 +13,6 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from fovea.model.atomic_files import write_file
 from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.data.inventory import join_names
 from fovea.model.evaluation import metrics
@@ -21,6 +20,7 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.evaluation.plots import plot_curves, plot_reliability, render_legend
 from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
+from fovea.service.atomic_files import write_file
 
 REPORT_FILE: Final = "report.html"
 

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fovea.model.atomic_files import write_file
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.repository import MODEL_FILE
+from fovea.service.atomic_files import write_file
 from fovea.service.errors import FoveaError
 
 WEIGHTS_FILE: Final = "weights.safetensors"

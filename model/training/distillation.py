@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model.atomic_files import WriteError
 from fovea.model.data.dataset import Dataset
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Views
+from fovea.service.atomic_files import WriteError
 
 LOGITS_PATTERN: Final = "answers-*.f16"
 """File name pattern of cached teacher logits in a run's folder; the star stands for a digest."""

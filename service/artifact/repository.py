@@ -8,7 +8,6 @@ from its contract.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.atomic_files import WriteError, write_file
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.providers import ProviderSetting
 from fovea.service.validation import describe_error
@@ -315,14 +315,10 @@ def record_default_model(root: Path) -> None:
         return
     model_names = (name for name in list_model_names(root) if list_available_versions(root / name))
     if name := find_single_model(model_names):
-        path = root / DEFAULT_MODEL_FILE
-        # The name starts with a dot and holds the process id, so that two processes do not share the file.
-        temporary_path = root / f".{DEFAULT_MODEL_FILE}-{os.getpid()}"
         try:
-            temporary_path.write_text(f"{name}\n")
-            temporary_path.replace(path)  # replace atomically: a partly written name would be another name
-        except OSError as error:
-            raise ModelError(f"cannot write {path}: {error.strerror}") from None
+            write_file(root / DEFAULT_MODEL_FILE, f"{name}\n")  # a partly written name would be another name
+        except WriteError as error:
+            raise ModelError(str(error)) from None
 
 
 def _version_number(version: str) -> int:

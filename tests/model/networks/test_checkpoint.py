@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fovea.model.atomic_files import WriteError
 from fovea.model.networks.checkpoint import (
     RESUME_FILE,
     WEIGHTS_FILE,
@@ -25,6 +24,7 @@ from fovea.model.networks.checkpoint import (
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 from fovea.service.artifact.contract import Task
+from fovea.service.atomic_files import WriteError
 from tests.servers import DEFAULT_MODEL, FLOAT_MODEL
 from tests.training import limit_file_size
 

@@ -17,13 +17,13 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fovea.model.atomic_files import WriteError
 from fovea.model.data.dataset import Dataset
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Batches, Views
 from fovea.model.training.distillation import LOGITS_PATTERN, average_logits, compute_teacher_logits
+from fovea.service.atomic_files import WriteError
 from tests.training import draw_dataset, limit_file_size, make_net, stack_pixels
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
