@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fovea.export import golden
 from fovea.export.drift_reference import measure_reference
+from fovea.export.known_threshold import measure_known_score
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
@@ -99,7 +100,11 @@ def export_checkpoint(
         checkpoint.metadata, geometry, net, graph, calibration, name, version
     )
     engine = Engine(embed_contract(graph, contract), provider="cpu", threads=1)
-    contract = replace(contract, reference=measure_reference(engine, data.validation, data.conformal))
+    contract = replace(
+        contract,
+        reference=measure_reference(engine, data.validation, data.conformal),
+        known=measure_known_score(engine, data.validation, data.conformal),
+    )
     accuracy = measure_accuracy(engine, examples, f"{data.name}, {split_name}")
     # Before the model is written: beside a second model, a model without this record is not the default.
     record_default_model(out.parent.parent)
@@ -298,6 +303,7 @@ def build_contract(
         training=training,
         accuracy=None,
         reference=None,
+        known=None,
         quantization=None,
         layers=layers,
         golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, compute_logits)),

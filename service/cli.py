@@ -38,6 +38,7 @@ from fovea.service.serving.ranking import (
     compute_label_set,
     find_coverage,
     find_label_index,
+    is_known,
     rank_labels,
 )
 from fovea.service.settings import Settings, load_settings
@@ -333,6 +334,8 @@ class _TextPrinter(_Printer):
             for warning in outcome.answer.warnings:
                 line = f"  {warning.code}: {warning.text}"
                 console.print(line, style="yellow", markup=False, soft_wrap=True)
+            if is_known(outcome) is False:
+                console.print("  unlike the images that the model was trained on", style="yellow")
             console.print(_create_bar_table(outcome, self.options.top_k))
             if self.options.coverage:
                 console.print(

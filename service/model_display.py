@@ -188,6 +188,7 @@ def _describe_contract(contract: Contract) -> Iterator[tuple[str, str]]:
     yield "layers", f"{len(contract.layers)}, {sum(one.parameters for one in contract.layers):,} parameters"
     yield "golden set", _describe_golden_set(contract)
     yield "drift", _describe_drift_reference(contract)
+    yield "known", _describe_known(contract)
     yield "training", _describe_training(contract)
     yield "made by", contract.training.command or "not recorded"
     if contract.quantization:
@@ -272,6 +273,15 @@ def _describe_drift_reference(contract: Contract) -> str:
     if contract.reference is None:
         return "no reference: drift cannot be measured"
     return f"reference of {_format_count(contract.reference.images, 'image')}"
+
+
+def _describe_known(contract: Contract) -> str:
+    if contract.known is None:
+        return "no score: answers do not tell whether an image is like the training images"
+    return (
+        f"score of at least {contract.known.threshold:.2f}, as of {contract.known.accepted:.0%} of "
+        f"{_format_count(contract.known.images, 'held-out image')}"
+    )
 
 
 def _describe_training(contract: Contract) -> str:

@@ -65,8 +65,9 @@ MIN_FAST_IMAGES: Final = 100
 If no answer of 100 changes, fewer than 3 % of all answers change, in 19 of 20 cases (rule of three).
 """
 
-PredictPixels = Callable[[Pixels], Floats]
-"""Function from pixels, uint8 (n, H, W, 3), to probabilities, float32 (n, labels)."""
+PredictPixels = Callable[[Pixels], tuple[Floats, Floats]]
+"""Function from pixels, uint8 (n, H, W, 3), to probabilities, float32 (n, labels), and known scores, float32
+(n,)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Scores:
     """Number of labels that are more probable than the true label, int64 (n,)."""
     brightness: Floats
     probabilities: Floats
+    known_scores: Floats
+    """Likeness to the training images (`service.inference.known`), float32 (n,)."""
 
     @property
     def hits(self) -> npt.NDArray[np.float64]:
@@ -236,16 +239,17 @@ def score_images(predict: PredictPixels, images: LabelledImages, geometry: Geome
     """Return the predictions of `predict` for readable images."""
     parts = []
     for pixels in _stack_chunks(_decode_images(images, geometry)):
-        parts.append((predict(pixels), brightness_of(pixels)))
-    probabilities = np.concatenate([part for part, _ in parts])
+        parts.append((*predict(pixels), brightness_of(pixels)))
+    probabilities, known_scores, brightness = (np.concatenate(values) for values in zip(*parts, strict=True))
     true_probability = probabilities[np.arange(len(images)), images.targets]
     return Scores(
         top_label=probabilities.argmax(axis=1).astype(np.int64),
         confidence=probabilities.max(axis=1),
         true_probability=true_probability,
         rank=_rank_true_labels(probabilities, images.targets),
-        brightness=np.concatenate([part for _, part in parts]),
+        brightness=brightness,
         probabilities=probabilities,
+        known_scores=known_scores,
     )
 
 

@@ -206,6 +206,7 @@ def _build_contract(
         ),
         accuracy=check_result.accuracy if check_result else None,
         reference=check_result.reference if check_result else None,
+        known=check_result.known if check_result else None,
         quantization=None,
         layers=layers,
         golden=GoldenSet(

@@ -25,10 +25,12 @@ from fovea.export.importer.labelled_images import (
 )
 from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
 from fovea.export.importer.wrap import WrappedModel
+from fovea.export.known_threshold import choose_threshold
 from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
-from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
+from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, KnownScore, PixelPath, Task
 from fovea.service.inference.engine import Floats
+from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import Pixels
 
 
@@ -60,6 +62,7 @@ class CheckResult:
     pixel_path: PixelPath
     accuracy: Accuracy
     reference: DriftReference
+    known: KnownScore | None
     report: CheckReport
 
 
@@ -71,7 +74,7 @@ def check_recipe(
     Raises `ImportRefused`.
     """
     images, unreadable = filter_readable(load_labelled_images(folder, labels), geometry)
-    predict = _build_predictor(foreign.wrap(foreign.normalization))
+    predict = _build_predictor(foreign.wrap(foreign.normalization), foreign.task)
     own_scores = score_images(predict, images, geometry)
     others = _try_other_recipes(request, foreign, geometry, images, own_scores)
     fast = score_images(predict, images, replace(geometry, pixel_path=PixelPath.FAST))
@@ -101,15 +104,18 @@ def check_recipe(
         reference=build_reference(
             labels.names, chosen_scores.top_label, chosen_scores.confidence, chosen_scores.brightness
         ),
+        known=choose_threshold(chosen_scores.known_scores),
         report=report,
     )
 
 
-def _build_predictor(wrapped_model: WrappedModel) -> PredictPixels:
+def _build_predictor(wrapped_model: WrappedModel, task: Task) -> PredictPixels:
     reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
 
-    def predict(pixels: Pixels) -> Floats:
-        return reference(pixels)[wrapped_model.probabilities].astype(np.float32)
+    def predict(pixels: Pixels) -> tuple[Floats, Floats]:
+        outputs = reference(pixels)
+        logits = outputs[wrapped_model.logits].astype(np.float32)
+        return outputs[wrapped_model.probabilities].astype(np.float32), compute_known_scores(logits, task)
 
     return predict
 
@@ -132,7 +138,7 @@ def _try_other_recipes(
         request.preprocessing, foreign, geometry
     ).items():
         scores_by_recipe[name] = score_images(
-            _build_predictor(foreign.wrap(normalization)), sample, recipe_geometry
+            _build_predictor(foreign.wrap(normalization), foreign.task), sample, recipe_geometry
         )
     better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
     if better_recipe and not request.force:

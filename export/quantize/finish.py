@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fovea.export import golden
 from fovea.export.drift_reference import build_reference
+from fovea.export.known_threshold import choose_threshold
 from fovea.export.layer_table import build_layer_table
 from fovea.export.quantize.candidate import GraphRunner, Outputs
 from fovea.export.quantize.float_model import FloatModel
@@ -30,6 +31,7 @@ from fovea.service.artifact.contract import (
     Task,
 )
 from fovea.service.inference.engine import Floats, decode_golden_pixels
+from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import Pixels, brightness_of
 
 _MIN_FIT_IMAGES: Final = 100
@@ -166,6 +168,7 @@ def build_quantized_contract(
         coverage=tuple(Coverage(level, quantile) for level, quantile in calibration.coverage),
         accuracy=_measure_accuracy(contract, calibration, probabilities, images, quantization.data),
         reference=_measure_reference(contract, probabilities, images),
+        known=choose_threshold(compute_known_scores(outputs.logits, contract.task)),
         quantization=quantization,
         layers=layers,
         golden=_record_golden_set(graph, contract, images),

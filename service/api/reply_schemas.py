@@ -45,6 +45,9 @@ _WARNINGS_DESCRIPTION: Final = (
 )
 
 
+_KNOWN_DESCRIPTION: Final = "Whether the image is like those that the model was trained on; left out for a model without such a score."
+
+
 class LabelSet(BaseModel):
     """A set of labels, most probable first, that contains the true label in `level` of all cases."""
 
@@ -80,6 +83,8 @@ class ImageReply(BaseModel):
 
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
+    known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
+    known_score: float | None = None
     image: ImageInfo | None = None
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     error: ErrorDetail | None = None
@@ -91,6 +96,8 @@ class ClassifyReply(BaseModel):
     model: ModelName
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
+    known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
+    known_score: float | None = None
     image: ImageInfo | None = None
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     results: list[ImageReply] | None = None

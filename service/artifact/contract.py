@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 from fovea.service.artifact.strict_json import from_plain, require
 from fovea.service.errors import ContractError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Version of the document's layout that Fovea writes. It reads this version and all earlier ones.
 
 Raise it with every change of a field or of a field's meaning, and add the step from the previous version to
@@ -180,6 +180,22 @@ class DriftReference:
 
 
 @dataclass(frozen=True)
+class KnownScore:
+    """The score from which an image counts as like the training images (`service.inference.known`)."""
+
+    threshold: float
+    """Lowest score of an image that counts as known."""
+    accepted: float
+    """Share of held-out images with at least this score."""
+    images: int
+    """Number of held-out images."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.accepted <= 1, "known: accepted is not in (0, 1]")
+        require(self.images > 0, "known: images must be positive")
+
+
+@dataclass(frozen=True)
 class GoldenImage:
     """One encoded image, its expected pixels, and the expected logits for these pixels.
 
@@ -298,6 +314,8 @@ class Contract:
     accuracy: Accuracy | None
     reference: DriftReference | None
     """Null for a model that was imported without images: its drift cannot be measured."""
+    known: KnownScore | None
+    """Null for a model that was imported without images: it does not tell what it knows."""
     quantization: Quantization | None
     """Null for a model that computes as it was trained or imported."""
     layers: tuple[Layer, ...]
@@ -366,6 +384,7 @@ Upgrade: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
 _UPGRADES: Final[dict[int, Upgrade]] = {
     1: lambda document: {**document, "quantization": None},
+    2: lambda document: {**document, "known": None},
 }
 """Functions that convert a parsed document of one version to the next version, by the old version."""
 

@@ -145,6 +145,9 @@ class Metrics:
         buckets=_SECONDS_BUCKETS,
     )
     images = _counter("Images classified.", "model", "version")
+    unknown_images = _counter(
+        "Images classified that are unlike the training images, for models that tell.", "model", "version"
+    )
     explanations = _counter("Heatmaps computed.", "model", "version", "method")
     images_in_flight = _gauge("Images accepted and not yet answered.")
     images_limit = _gauge(

@@ -176,6 +176,8 @@ class Answer(NamedTuple):
     """Mean of all values of the model's input, from 0 to 1; None if unknown."""
     entropy: float
     """Normalised entropy of the probabilities, from 0 (certain) to 1 (all labels equal)."""
+    known_score: float | None
+    """Likeness to the training images (`service.inference.known`); None if the model has no threshold for it."""
     probabilities: memoryview[float]
     """Probabilities, float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
@@ -254,7 +256,7 @@ class BatchReport(NamedTuple):
             if not isinstance(head, list):
                 answers.append(error_from_dict(head))
                 continue
-            warning_values, image_format, width, height, brightness, entropy, *timing = head
+            warning_values, image_format, width, height, brightness, entropy, known_score, *timing = head
             middle, stop, logits_stop = start + row_size, start + 2 * row_size, logits_start + logits_row_size
             answers.append(
                 Answer(
@@ -263,6 +265,7 @@ class BatchReport(NamedTuple):
                     height,
                     brightness,
                     entropy,
+                    known_score,
                     content[start:middle].cast("f"),
                     content[middle:stop].cast("i"),
                     ImageTiming(*timing),

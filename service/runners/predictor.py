@@ -20,6 +20,7 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.engine_cache import lock_engine_cache
+from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import brightness_of
 from fovea.service.inference.preprocess import decode_image
 from fovea.service.providers import PROVIDERS
@@ -186,8 +187,15 @@ class Predictor:
         batch = self._engine.allocate_batch((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
             self._fill_row(row, one.values)
-        outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=include_logits)
-        results = _split_outputs(outputs, None if tensor.preprocessing else batch, self.contract.task)
+        contract = self.contract
+        with_logits = include_logits or contract.known is not None
+        outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
+        known_scores = compute_known_scores(outputs[1], contract.task) if contract.known else None
+        if not include_logits:
+            del outputs[1:]
+        results = _split_outputs(
+            outputs, None if tensor.preprocessing else batch, contract.task, known_scores
+        )
         inference = time.monotonic() - started_at
         answers: Iterator[Answer | RequestError] = (
             Answer(
@@ -196,6 +204,7 @@ class Predictor:
                 one.height,
                 brightness,
                 entropy,
+                known_score,
                 probabilities,
                 ranking,
                 ImageTiming(decode_started_at, decode_seconds, started_at, inference, len(batch)),
@@ -205,6 +214,7 @@ class Predictor:
             for (one, decode_started_at, decode_seconds), (
                 brightness,
                 entropy,
+                known_score,
                 probabilities,
                 ranking,
                 image_logits,
@@ -277,11 +287,13 @@ def _replace_nonfinite(
     return (answer if is_finite else error for answer, is_finite in zip(answers, finite, strict=True))
 
 
-_ImageResult: TypeAlias = tuple[float | None, float, Any, Any, Any]
+_ImageResult: TypeAlias = tuple[float | None, float, float | None, Any, Any, Any]
 
 
-def _split_outputs(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Iterator[_ImageResult]:
-    """Yield brightness, entropy, probabilities, ranking and logits of each image.
+def _split_outputs(
+    outputs: Sequence[Floats], pixels: Values | None, task: Task, known_scores: Floats | None
+) -> Iterator[_ImageResult]:
+    """Yield brightness, entropy, known score, probabilities, ranking and logits of each image.
 
     The last three are memory views; the logits are None if the model did not return them.
     """
@@ -291,6 +303,7 @@ def _split_outputs(outputs: Sequence[Floats], pixels: Values | None, task: Task)
     return zip(
         [None] * count if pixels is None else brightness_of(pixels).tolist(),
         entropy_of(probabilities, task).tolist(),
+        [None] * count if known_scores is None else known_scores.tolist(),
         (row.data for row in np.ascontiguousarray(probabilities)),
         (row.data for row in rankings),
         (row.data for row in np.ascontiguousarray(logits[0])) if logits else [None] * count,

@@ -35,6 +35,8 @@ class _CountedImage(NamedTuple):
     confidence: float
     entropy: float
     brightness: float | None
+    is_unknown: bool
+    """True if the image is unlike the training images."""
     format: str
     width: int
     height: int
@@ -59,6 +61,8 @@ class PredictionTally:
         self._confidence = metrics.prediction_confidence.labels(*identity)
         self._entropy = metrics.prediction_entropy.labels(*identity)
         self._brightness = metrics.image_brightness.labels(*identity)
+        self._known = model.contract.known
+        self._unknown_counter = metrics.unknown_images.labels(*identity) if self._known else None
         self._width, self._height = (metrics.image_pixels.labels(side) for side in ("width", "height"))
         reference = model.contract.reference
         self._drift = DriftMonitor(reference, labels, drift_images) if reference else None
@@ -75,6 +79,7 @@ class PredictionTally:
                 answer.probabilities[label],
                 answer.entropy,
                 answer.brightness,
+                self._is_unknown(answer),
                 answer.format,
                 answer.width,
                 answer.height,
@@ -87,6 +92,10 @@ class PredictionTally:
         # A request may have many images: counting thousands at once would block the event loop.
         if len(self._images) >= _MAX_PENDING_IMAGES:
             self.fold()
+
+    def _is_unknown(self, answer: Answer) -> bool:
+        score = answer.known_score
+        return self._known is not None and score is not None and score < self._known.threshold
 
     def fold(self) -> None:
         """Count the images in the metrics, the statistics and the drift monitor."""
@@ -103,6 +112,8 @@ class PredictionTally:
         observe_all(self._height, [image.height for image in encoded_images])
         brightnesses = [image.brightness for image in images if image.brightness is not None]
         observe_all(self._brightness, brightnesses)
+        if self._unknown_counter:
+            self._unknown_counter.inc(sum(image.is_unknown for image in images))
         is_drift_due = False
         for image in images:
             self._statistics.count_image(image.queue_seconds, image.timing, image.answered_at)

@@ -76,6 +76,12 @@ class LabelSet(NamedTuple):
     labels."""
 
 
+def is_known(classification: Classification) -> bool | None:
+    """Return whether an image is like the training images; None if the model does not tell."""
+    known, score = classification.model.contract.known, classification.answer.known_score
+    return None if known is None or score is None else score >= known.threshold
+
+
 MAX_SET_LABELS: Final = 5
 """Maximum number of labels in an informative set. With ten labels, a set of six is also too large."""
 

@@ -16,7 +16,7 @@ from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.live_model import LiveModel
-from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, rank_labels
+from fovea.service.serving.ranking import Prediction, compute_label_set, find_coverage, is_known, rank_labels
 
 _SET_LABELS_PER_PREDICTION: Final = 16
 """Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may
@@ -83,6 +83,9 @@ def render_outcome(outcome: Classification | RequestError, reply_options: ReplyO
     result: dict[str, Any] = {"predictions": render_predictions(predictions)}
     if reply_options.coverage:
         result["coverage"] = compute_label_set(outcome, reply_options.coverage)._asdict()
+    if answer.known_score is not None:
+        result["known"] = is_known(outcome)
+        result["known_score"] = answer.known_score
     result["image"] = {"format": answer.format, "width": answer.width, "height": answer.height}
     if answer.warnings:
         result["warnings"] = render_warnings(answer.warnings)

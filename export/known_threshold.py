@@ -1,0 +1,44 @@
+"""The threshold of the score that tells known from unknown images, from held-out images."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+
+from fovea.model.data.examples import Examples
+from fovea.model.evaluation.evaluate import BATCH_SIZE
+from fovea.service.artifact.contract import KnownScore
+from fovea.service.inference.engine import Engine, Floats
+from fovea.service.inference.known import compute_known_scores
+
+_ACCEPTED: Final = 0.95
+"""Share of held-out images that count as known."""
+
+_MIN_IMAGES: Final = 100
+"""Minimum number of held-out images. The lowest 5 % of fewer images are too few to tell a threshold."""
+
+
+def measure_known_score(engine: Engine, *example_sets: Examples) -> KnownScore | None:
+    """Return the threshold from the logits of `engine` on the held-out images; None for too few images."""
+    scores = [
+        compute_known_scores(engine.compute_logits(part.pixels[rows].numpy()), engine.contract.task)
+        for part in example_sets
+        for rows in torch.split(torch.arange(len(part)), BATCH_SIZE)
+        if len(rows)
+    ]
+    return choose_threshold(np.concatenate(scores))
+
+
+def choose_threshold(scores: Floats) -> KnownScore | None:
+    """Return the threshold that accepts 95 % of held-out images with these scores, (n,); None for too few.
+
+    At least 95 % of new images like these are accepted, too (split conformal prediction: Vovk et al., 2005).
+    """
+    count = len(scores)
+    if count < _MIN_IMAGES:
+        return None
+    rejected_count = int((count + 1) * (1 - _ACCEPTED))  # of new images, including the one at the threshold
+    threshold = float(np.sort(scores)[rejected_count - 1])
+    return KnownScore(threshold, float((scores >= np.float32(threshold)).mean()), count)
