@@ -45,7 +45,9 @@ _WARNINGS_DESCRIPTION: Final = (
 )
 
 
-_KNOWN_DESCRIPTION: Final = "Whether the image is like those that the model was trained on; left out for a model without such a score."
+_KNOWN_DESCRIPTION: Final = (
+    "Whether the image is like those that the model was trained on; left out if the model does not tell."
+)
 
 
 class LabelSet(BaseModel):

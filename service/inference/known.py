@@ -8,8 +8,8 @@ Out-of-distribution Detection", NeurIPS):
     multilabel    sum ln (1 + exp(z)) over the labels (Wang, Liu, Bocchieri and Li, 2021, "Can multi-label
                   classification networks know what they don't know?", NeurIPS)
 
-A network has large logits for what it was trained on. Unlike the largest probability, the score does not become
-high where one small logit is merely larger than the others.
+A network has large logits for what it was trained on. Unlike the largest probability, the score does not
+become high where one small logit is merely larger than the others.
 """
 
 from __future__ import annotations

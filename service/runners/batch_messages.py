@@ -177,7 +177,7 @@ class Answer(NamedTuple):
     entropy: float
     """Normalised entropy of the probabilities, from 0 (certain) to 1 (all labels equal)."""
     known_score: float | None
-    """Likeness to the training images (`service.inference.known`); None if the model has no threshold for it."""
+    """Likeness to the training images (`service.inference.known`); None if the model does not tell."""
     probabilities: memoryview[float]
     """Probabilities, float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
