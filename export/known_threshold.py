@@ -19,6 +19,9 @@ _ACCEPTED: Final = 0.95
 _MIN_IMAGES: Final = 100
 """Minimum number of held-out images. The lowest 5 % of fewer images are too few to tell a threshold."""
 
+_MIN_SPREAD: Final = 1e-2
+"""Smallest difference between the highest and the lowest score that tells images apart, not roundings."""
+
 
 def measure_known_score(engine: Engine, *example_sets: Examples) -> KnownScore | None:
     """Return the threshold from the logits of `engine` on the held-out images; None for too few images."""
@@ -32,12 +35,15 @@ def measure_known_score(engine: Engine, *example_sets: Examples) -> KnownScore |
 
 
 def choose_threshold(scores: Floats) -> KnownScore | None:
-    """Return the threshold that accepts 95 % of held-out images with these scores, (n,); None for too few.
+    """Return the threshold that accepts 95 % of held-out images with these scores, (n,).
+
+    Return None for too few images, and for scores that tell nothing: logits that were computed from
+    probabilities give 0 for every image.
 
     At least 95 % of new images like these are accepted, too (split conformal prediction: Vovk et al., 2005).
     """
     count = len(scores)
-    if count < _MIN_IMAGES:
+    if count < _MIN_IMAGES or np.ptp(scores) < _MIN_SPREAD:
         return None
     rejected_count = int((count + 1) * (1 - _ACCEPTED))  # of new images, including the one at the threshold
     threshold = float(np.sort(scores)[rejected_count - 1])

@@ -193,9 +193,8 @@ class Predictor:
         known_scores = compute_known_scores(outputs[1], contract.task) if contract.known else None
         if not include_logits:
             del outputs[1:]
-        results = _split_outputs(
-            outputs, None if tensor.preprocessing else batch, contract.task, known_scores
-        )
+        pixels = None if tensor.preprocessing else batch
+        results = _split_outputs(outputs, pixels, contract.task, known_scores)
         inference = time.monotonic() - started_at
         answers: Iterator[Answer | RequestError] = (
             Answer(

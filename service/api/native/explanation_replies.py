@@ -70,6 +70,7 @@ def _to_classification(model: LiveModel, model_input: ModelInput) -> Classificat
         height=photo.height,
         brightness=0.0,
         entropy=0.0,
+        known_score=None,
         probabilities=memoryview(array("f", probabilities)),
         ranking=memoryview(array("i", ranking)),
         timing=_NO_TIMING,

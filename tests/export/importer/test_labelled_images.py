@@ -301,9 +301,8 @@ def make_scores(is_correct: Sequence[bool], true_probabilities: Sequence[float])
     zeros = np.zeros(count, np.float32)
     best = np.zeros(count, np.int64)
     rank = np.where(is_correct, 0, 1)
-    return Scores(
-        best, zeros, np.array(true_probabilities, np.float32), rank, zeros, np.zeros((count, 2), np.float32)
-    )
+    true_probability = np.array(true_probabilities, np.float32)
+    return Scores(best, zeros, true_probability, rank, zeros, np.zeros((count, 2), np.float32), zeros)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_warnings_survive_encoding_of_the_batch_report() -> None:
         ImageWarning(WarningCode.HDR, "it is bright"),
     ]
     answers = [
-        Answer("PNG", 1, 2, 0.5, 0.1, *row, ImageTiming(0, 0, 0, 0, 1), warnings=image_warnings)
+        Answer("PNG", 1, 2, 0.5, 0.1, None, *row, ImageTiming(0, 0, 0, 0, 1), warnings=image_warnings)
         for image_warnings in (warnings, [])
     ]
     (frame,) = FrameDecoder().feed(BatchReport(answers, [0.0, 0.0], 0.0, 2).to_bytes())

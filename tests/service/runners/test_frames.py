@@ -351,6 +351,7 @@ ANSWER = Answer(
     4,
     0.5,
     0.25,
+    -3.5,
     memoryview(bytes(12)).cast("f"),
     memoryview(bytes(12)).cast("i"),
     ImageTiming(1.0, 0.5, 2.0, 0.25, 2),

@@ -22,7 +22,7 @@ def add_image(tally: PredictionTally) -> None:
     probabilities: memoryview[float] = memoryview(array("f", [0.25, 0.75]))
     ranking: memoryview[int] = memoryview(array("i", [1, 0]))
     timing = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
-    tally.add_image(Answer("JPEG", 8, 8, 0.5, 0.8, probabilities, ranking, timing), job)
+    tally.add_image(Answer("JPEG", 8, 8, 0.5, 0.8, None, probabilities, ranking, timing), job)
 
 
 def test_images_are_counted_at_the_next_fold(monkeypatch: pytest.MonkeyPatch) -> None:
