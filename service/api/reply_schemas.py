@@ -193,6 +193,8 @@ class ExplainReply(BaseModel):
     note: str | None = Field(description="Reason why there is no class activation map; null if there is one.")
     heatmap: Heatmap
     predictions: list[Label]
+    known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
+    known_score: float | None = None
     image: ImageInfo
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     what_the_model_saw: SeenInput

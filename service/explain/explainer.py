@@ -42,6 +42,7 @@ from fovea.service.explain.occlusion import OcclusionStep, occlude_image
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.engine import Floats
+from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image, decode_upright
 from fovea.service.inference.session import open_session, run_outputs
@@ -112,7 +113,8 @@ class Explainer:
             trace=trace,
         )
         pixels = decoded_image.pixels
-        probabilities = self._run_session([self.contract.probabilities_name], pixels[None])[0][0]
+        names = [self.contract.probabilities_name, self.contract.logits_name]
+        (probabilities,), logits = self._run_session(names, pixels[None])
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
         region = InputRegion((decoded_image.width, decoded_image.height), trace.crop_box, pixels.shape[:2])
@@ -120,7 +122,10 @@ class Explainer:
         steps = [PreprocessingStep(*step) for step in trace.steps]
         picture = InputPicture(width, height, _encode_png(pixels), region.box, steps)
         photo = Photo(decoded_image.format, *region.photo_size)
-        model_input = ModelInput(probabilities.tolist(), photo, decoded_image.warnings, picture)
+        known_score = (
+            float(compute_known_scores(logits, self.contract.task)[0]) if self.contract.known else None
+        )
+        model_input = ModelInput(probabilities.tolist(), known_score, photo, decoded_image.warnings, picture)
         return pixels, region, model_input
 
     def explain(

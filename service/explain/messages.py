@@ -74,6 +74,8 @@ class ModelInput:
 
     probabilities: Sequence[float]
     """Probability of every label, in the contract's order."""
+    known_score: float | None
+    """Likeness to the training images (`service.inference.known`); None if the model does not tell."""
     photo: Photo
     warnings: Sequence[ImageWarning]
     picture: InputPicture

@@ -83,13 +83,17 @@ def render_outcome(outcome: Classification | RequestError, reply_options: ReplyO
     result: dict[str, Any] = {"predictions": render_predictions(predictions)}
     if reply_options.coverage:
         result["coverage"] = compute_label_set(outcome, reply_options.coverage)._asdict()
-    if answer.known_score is not None:
-        result["known"] = is_known(outcome)
-        result["known_score"] = answer.known_score
+    result |= render_known(outcome)
     result["image"] = {"format": answer.format, "width": answer.width, "height": answer.height}
     if answer.warnings:
         result["warnings"] = render_warnings(answer.warnings)
     return result
+
+
+def render_known(classification: Classification) -> dict[str, Any]:
+    """Return whether the image is like the training images, as plain values; empty if unknown."""
+    known = is_known(classification)
+    return {} if known is None else {"known": known, "known_score": classification.answer.known_score}
 
 
 def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:

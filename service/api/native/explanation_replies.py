@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api.native.classification_replies import (
+    render_known,
     render_model_name,
     render_predictions,
     render_warnings,
@@ -51,10 +52,12 @@ def render_progress(model: LiveModel, query: ExplainOptions, progress: HeatmapPr
 
 
 def _render_input(model: LiveModel, query: ExplainOptions, model_input: ModelInput) -> dict[str, Any]:
-    predictions = rank_labels(_to_classification(model, model_input), top_k=query.top_k)
+    classification = _to_classification(model, model_input)
+    predictions = rank_labels(classification, top_k=query.top_k)
     warnings = render_warnings(model_input.warnings)
     return {
         "predictions": render_predictions(predictions),
+        **render_known(classification),
         "image": model_input.photo,
         **({"warnings": warnings} if warnings else {}),
         "what_the_model_saw": model_input.picture,
@@ -70,7 +73,7 @@ def _to_classification(model: LiveModel, model_input: ModelInput) -> Classificat
         height=photo.height,
         brightness=0.0,
         entropy=0.0,
-        known_score=None,
+        known_score=model_input.known_score,
         probabilities=memoryview(array("f", probabilities)),
         ranking=memoryview(array("i", ranking)),
         timing=_NO_TIMING,

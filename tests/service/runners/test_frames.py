@@ -77,6 +77,7 @@ MODEL = LoadedModel('{"labels": []}', "cpu", 8, 1e6, 0.25, {"logits": 0.5})
 HEATMAP = HeatmapValues(1, 2, [[0.5, None]])
 INPUT = ModelInput(
     [0.25, 0.75],
+    2.5,
     Photo("PNG", 5, 4),
     [ImageWarning("end_missing", "the end is missing")],
     InputPicture(3, 2, "aGk=", [0.0, 0.0, 5.0, 4.0], [PreprocessingStep("crop", "cropped")]),
