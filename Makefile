@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -75,6 +75,9 @@ bench-inline: $(VENV)/.dev ## Compare with replicas that run models on their eve
 
 bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layout and type (6 minutes)
 	$(BIN)/python -m fovea.bench.wrapping $(WRAPPING)
+
+bench-known: $(VENV)/.dev ## Measure how well the default models tell other images from known ones (1 minute)
+	$(BIN)/python -m fovea.bench.known $(KNOWN)
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
 	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)
