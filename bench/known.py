@@ -2,8 +2,8 @@
 
 Known images are the test images of CIFAR-10 (JPEG files). The others are the validation images of twenty
 classes of Tiny ImageNet, 50 each, which show none of the ten labels. They are decoded by each model's own
-geometry, so both have the same size. AUROC is the probability that a known image has a higher score than another
-one. The largest probability is compared with the score, because it costs nothing.
+geometry, so both have the same size. AUROC is the probability that a known image has a higher score than
+another one. The largest probability is compared with the score, because it costs nothing.
 """
 
 from __future__ import annotations

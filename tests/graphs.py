@@ -26,6 +26,7 @@ from fovea.service.artifact.contract import (
     GoldenSet,
     Histogram,
     Interpolation,
+    KnownScore,
     Layer,
     PixelPath,
     Resize,
@@ -45,6 +46,7 @@ def build_model(
     labels: Sequence[str] = ("ant", "bee", "cow", "dog"),
     geometry: Geometry = SMALL_GEOMETRY,
     seed: int = 0,
+    known: KnownScore | None = None,
 ) -> onnx.ModelProto:
     """Return a graph of seven nodes with random weights, and its contract."""
     graph = _build_graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
@@ -68,6 +70,7 @@ def build_model(
         reference=DriftReference(
             10, {labels[0]: 6, labels[1]: 3}, Histogram((0.5,), (4, 6)), Histogram((0.2, 0.6), (1, 8, 1))
         ),
+        known=known,
         quantization=None,
         layers=layers,
         golden=GoldenSet(
