@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from PIL import Image
 
 from fovea.service.artifact.contract import KnownScore, Task
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.known import compute_known_scores
 from tests.graphs import build_model
-from tests.pictures import make_png
+from tests.pictures import encode_image
 from tests.servers import Server
 
 LOGITS = np.array([[3.0, -1.0, 0.5], [-200.0, 0.0, 100.0], [0.0, -math.inf, 0.0]], np.float32)
@@ -67,9 +68,14 @@ def known_zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return zoo
 
 
+def draw_grey(level: int) -> bytes:
+    return encode_image(Image.new("RGB", (16, 16), (level, level, level)), "PNG")
+
+
 def score_images(engine: Engine) -> list[float]:
     pixels = np.stack([np.full((16, 16, 3), level, np.uint8) for level in (0, 255)])
-    return compute_known_scores(engine.compute_logits(pixels), engine.contract.task).tolist()
+    scores: list[float] = compute_known_scores(engine.compute_logits(pixels), engine.contract.task).tolist()
+    return scores
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def test_answer_says_whether_the_image_is_known(server: Server, known_zoo: Path)
     engine = Engine.load(known_zoo / "tells" / "1" / "model.onnx", provider="cpu", threads=1)
     assert engine.contract.known
     threshold, expected_scores = engine.contract.known.threshold, score_images(engine)
-    images = [make_png(np.full((16, 16, 3), level, np.uint8)) for level in (0, 255)]
+    images = [draw_grey(level) for level in (0, 255)]
     unknown_count = server.read_metric("fovea_unknown_images_total", model="tells", version="1")
     for path in ("/v1/classify", "/v1/explain"):
         answers = [server.client.post(path, content=image).json() for image in images]
@@ -94,7 +100,7 @@ def test_answer_says_whether_the_image_is_known(server: Server, known_zoo: Path)
 
 
 def test_model_without_threshold_says_nothing(server: Server) -> None:
-    image = make_png(np.zeros((16, 16, 3), np.uint8))
+    image = draw_grey(0)
     for path in ("/v1/models/silent/classify", "/v1/models/silent/explain"):
         answer: httpx.Response = server.client.post(path, content=image)
         assert answer.status_code == 200
