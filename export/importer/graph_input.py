@@ -10,6 +10,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
+from fovea.service.artifact.geometry import MAX_SIDE
 
 
 class Layout(StrEnum):
@@ -28,12 +29,6 @@ class Layout(StrEnum):
         """Axis of the channels."""
         return 1 if self is Layout.NCHW else 3
 
-
-MAX_SIDE: Final = 2800
-"""Maximum side of the input and of the resized image, in pixels.
-
-Golden images for a larger side would exceed their own limit.
-"""
 
 SUPPORTED_TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),

@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.export.importer.preprocessing import PRESETS, ChannelValues, Preset
+from fovea.service.artifact.geometry import MAX_SIDE
 
 EnumT = TypeVar("EnumT", bound=StrEnum)
 

@@ -9,8 +9,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
-from fovea.export.importer.graph_input import MAX_SIDE
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.geometry import MAX_SIDE, Geometry, Interpolation, PixelPath
 from fovea.service.inference.pixels import Pixels
 
 ChannelValues: TypeAlias = tuple[float, float, float]
@@ -236,8 +235,9 @@ class PreprocessingOptions:
             raise ImportRefused(
                 f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
             )
-        resize_mode = Resize.STRETCH if stretch else Resize.SHORTER
-        return Geometry(height, width, resize_mode, resize, interpolation, PixelPath.EXACT)
+        if stretch:
+            return Geometry.stretched(height, width, interpolation, PixelPath.EXACT)
+        return Geometry.cropped(height, width, resize, interpolation, PixelPath.EXACT)
 
     @property
     def arithmetic_options(self) -> tuple[str, ...]:

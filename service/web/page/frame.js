@@ -52,18 +52,24 @@ export class PhotoFrame {
       this.#lay(this.substitute, box);
     }
     this.seen.hidden = false;
-    this.#lay(this.seen, box);
+    this.#lay(this.seen, this.#clip(box));
   }
 
   /** Mark a part of the photo, or none. @param {Box | null} box */
   showField(box) {
     this.field.hidden = box === null;
-    if (box) this.#lay(this.field, box);
+    if (box) this.#lay(this.field, this.#clip(box));
   }
 
   #resize(width, height) {
     this.size = { width, height };
     setStyles(this.element, { "--ratio": width / height });
+  }
+
+  /** The part of a box inside the photo: the border of an input lies outside. @param {Box} box @returns {Box} */
+  #clip([left, top, right, bottom]) {
+    const { width, height } = this.size;
+    return [Math.max(0, left), Math.max(0, top), Math.min(width, right), Math.min(height, bottom)];
   }
 
   #lay(element, [left, top, right, bottom]) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.explain.heatmap import (
     Heatmap,
     InputRegion,
@@ -25,8 +26,8 @@ from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.preprocess import decode_image
 from tests.pictures import encode_image
 
-SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)
-STRETCH = Geometry(32, 48, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.EXACT)
+SHORTER = Geometry.cropped(32, 32, 40, Interpolation.BILINEAR, PixelPath.EXACT)
+STRETCH = Geometry.stretched(32, 48, Interpolation.BILINEAR, PixelPath.EXACT)
 
 
 def draw_spot(width: int, height: int, centre: tuple[int, int]) -> Image.Image:
@@ -44,7 +45,7 @@ def test_heat_is_projected_to_its_place_in_the_photo(
     geometry: Geometry, path: PixelPath, orientation: int, centre: tuple[int, int]
 ) -> None:
     """With brightness as the map, the hottest place is the bright spot after EXIF, resize and crop."""
-    geometry = Geometry(**{**geometry.__dict__, "pixel_path": path})
+    geometry = replace(geometry, pixel_path=path)
     photo = draw_spot(400, 240, centre)
     rotations = {
         3: Image.Transpose.ROTATE_180,
@@ -83,7 +84,7 @@ def test_crop_box_lies_inside_the_photo(width: int, height: int, geometry: Geome
     left, top, right, bottom = trace.crop_box
     assert -1e-6 <= left < right <= width + 1e-6
     assert -1e-6 <= top < bottom <= height + 1e-6
-    if geometry.resize is Resize.STRETCH:
+    if geometry is STRETCH:
         assert trace.crop_box == pytest.approx((0, 0, width, height))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, decode_image
@@ -21,8 +21,8 @@ from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 WIDTH, HEIGHT = 1500, 1400
 GEOMETRIES = [
-    Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.FAST),
-    Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT),
+    Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.FAST),
+    Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.EXACT),
 ]
 
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import decode_image
@@ -31,7 +31,7 @@ from tests.raw import Wire, classify_request
 from tests.servers import ROOT, Server
 from tests.service.inference.peaks import estimate_bytes
 
-EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
+EXACT = Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 50_000_000
 SECONDS = 30
