@@ -51,6 +51,7 @@ def _find_input_resize(graph: GraphProto, graph_input: GraphInput) -> NodeProto 
     if sides and any(sides[axis].dim_value > 0 for axis in axes):
         return None
     tensors = {graph_input.name}
+    node: NodeProto
     for node in graph.node:
         if node.input and node.input[0] in tensors and node.op_type in _RESIZE_OPERATORS:
             return node

@@ -68,7 +68,8 @@ def trace_geometry(trace: DecodeTrace, size: Size, geometry: Geometry) -> None:
     """
     plan = plan_steps(size, geometry)
     for planned_step in plan:
-        if planned_step.box != (0, 0, *planned_step.target_size):
+        before = planned_step.size
+        if planned_step.target_size != before or planned_step.box != (0, 0, *before):
             trace.add_step(*_describe_step(planned_step))
     trace.crop_box = find_visible_box(plan)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -106,6 +106,12 @@ def crop_aspect_by_keras(image: Image.Image, height: int, width: int) -> Image.I
     return image.crop((left, top, left + crop_width, top + crop_height))
 
 
+def pad_by_pillow(image: Image.Image) -> Image.Image:
+    """`ImageOps.pad`, which leaves an image of no width where a strip is too thin; Fovea keeps a pixel."""
+    assume(max(image.size) < 40 * min(image.size))
+    return ImageOps.pad(image, (56, 40), LANCZOS, color=(1, 2, 3))
+
+
 PIPELINES: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
     "torchvision": (
         "resize cover 36 x 36 bilinear, crop 32 x 32",
@@ -137,7 +143,7 @@ PIPELINES: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
     ),
     "ImageOps.pad": (
         "resize contain 40 x 56 lanczos round, pad 40 x 56 fill 1/2/3 round",
-        lambda image: ImageOps.pad(image, (56, 40), LANCZOS, color=(1, 2, 3)),
+        pad_by_pillow,
     ),
     "ImageOps.fit": (
         "crop aspect 40 x 56 unrounded, resize stretch 40 x 56 lanczos",
@@ -289,8 +295,8 @@ def test_fast_is_exact_where_it_cannot_save_work(text: str) -> None:
     assert EXACT_TEXTS[text] in fast.fast_obstacle
     content = make_jpeg(1700, 1100)
     exact = replace(fast, pixel_path=PixelPath.EXACT)
-    pixels = [decode_image(content, one, max_pixels=10**7).pixels for one in (fast, exact)]
-    assert np.array_equal(*pixels)
+    fast_pixels = decode_image(content, fast, max_pixels=10**7).pixels
+    assert np.array_equal(fast_pixels, decode_image(content, exact, max_pixels=10**7).pixels)
 
 
 # --- places --------------------------------------------------------------------------------------
@@ -323,6 +329,16 @@ def test_trace_names_the_steps_that_change_the_image() -> None:
         ("crop", "the middle 90 x 60, 0 from the left and 5 from the top"),
         ("resize", "from 90 x 60 to 40 x 26, bilinear without antialiasing"),
         ("pad", "to 44 x 40 with a border of the colour 1/2/3, 2 on the left and 7 at the top"),
+    ]
+
+
+def test_trace_names_a_crop_that_begins_in_the_corner() -> None:
+    trace = DecodeTrace()
+    geometry = make_geometry("resize cover 32 x 32 bilinear, crop 32 x 32")
+    decode_image(encode_image(draw_picture(66, 64), "PNG"), geometry, max_pixels=10**5, trace=trace)
+    assert trace.steps[1:] == [
+        ("resize", "from 66 x 64 to 33 x 32, bilinear"),
+        ("crop", "the middle 32 x 32, 0 from the left and 0 from the top"),
     ]
 
 
