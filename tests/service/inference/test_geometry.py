@@ -289,11 +289,14 @@ def test_fast_is_close_to_exact(text: str, orientation: int, size: tuple[int, in
         assert np.array_equal(pixels[border], expected[border])
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("text", EXACT_TEXTS)
-def test_fast_is_exact_where_it_cannot_save_work(text: str) -> None:
+def test_fast_is_exact_where_it_cannot_save_work(text: str, orientation: int) -> None:
     fast = make_geometry(text, PixelPath.FAST)
     assert EXACT_TEXTS[text] in fast.fast_obstacle
-    content = make_jpeg(1700, 1100)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = make_jpeg(1700, 1100, exif=exif)
     exact = replace(fast, pixel_path=PixelPath.EXACT)
     fast_pixels = decode_image(content, fast, max_pixels=10**7).pixels
     assert np.array_equal(fast_pixels, decode_image(content, exact, max_pixels=10**7).pixels)
