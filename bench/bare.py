@@ -54,7 +54,7 @@ def make_fovea_classifier(model: Path, threads: int) -> ImageClassifier:
 
 def preprocessing_sizes(geometry: Geometry) -> tuple[int, int]:
     """Return the arguments of `preprocess_image` for a geometry: the side of the crop and of the resize."""
-    return geometry.height, geometry.resize_to
+    return geometry.height, geometry.longest_resize_side
 
 
 def main() -> None:

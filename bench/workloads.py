@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "bench"
@@ -192,8 +192,8 @@ def _warn_once(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-_IMAGENET: Final = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
-_CIFAR: Final = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.FAST)
+_IMAGENET: Final = Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.FAST)
+_CIFAR: Final = Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.FAST)
 
 WORKLOADS: Final = {
     workload.name: workload

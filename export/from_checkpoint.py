@@ -39,6 +39,7 @@ from fovea.service.artifact.contract import (
     Task,
     Training,
 )
+from fovea.service.artifact.geometry_upgrade import read_geometry
 from fovea.service.artifact.repository import (
     DEFAULT_MODEL_FILE,
     MODEL_FILE,
@@ -47,7 +48,6 @@ from fovea.service.artifact.repository import (
     next_version,
     record_default_model,
 )
-from fovea.service.artifact.strict_json import from_plain
 from fovea.service.atomic_files import write_file
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine, GoldenDifferences
@@ -91,7 +91,7 @@ def export_checkpoint(
         )
     net = checkpoint.build_net().eval()
     split_name, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
-    geometry = from_plain(Geometry, checkpoint.metadata["geometry"], "geometry")
+    geometry = read_geometry(checkpoint.metadata["geometry"], "geometry")
     if "calibration" not in checkpoint.metadata:
         raise ExportError("the run was interrupted before its end; continue it with `fovea train --resume`")
     calibration = Calibration.from_dict(checkpoint.metadata["calibration"])

@@ -52,7 +52,7 @@ def draw_golden_images(
 
     `compute_logits` maps a batch of pixels, uint8 (n, H, W, 3), to the reference logits, float32 (n, labels).
     """
-    side = geometry.resize_to or max(geometry.height, geometry.width)
+    side = geometry.longest_resize_side
     encoded_images = {
         "jpeg-420-orientation-6": _encode_image(
             _draw_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_build_exif(6)
@@ -94,7 +94,11 @@ def _draw_scene(width: int, height: int, seed: int) -> Image.Image:
 
 def _draw_large_scene(geometry: Geometry) -> Image.Image:
     """Draw a soft scene that is just large enough for the `fast` path to decode at half size, if allowed."""
-    side = next(side for side in count(256, 256) if choose_draft_scale((side, side), geometry) > 1)
+    side = next(
+        side
+        for side in count(256, 256)
+        if geometry.fast_obstacle or choose_draft_scale((side, side), geometry) > 1
+    )
     size = 5 * side // 4, 9 * side // 8
     # the limit applies above a resize to 430 px; above 512 px the image is decoded at full scale
     if math.prod(size) > MAX_GOLDEN_PIXELS:

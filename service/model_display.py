@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.artifact.contract import Contract, Geometry, PixelPath, Quantization, Resize, Task
+from fovea.service.artifact.contract import Contract, Quantization, Task
+from fovea.service.artifact.geometry import Geometry, PixelPath
+from fovea.service.artifact.geometry_text import format_steps
 from fovea.service.errors import ModelError
 from fovea.service.rollout.inventory import Inventory, InventoryEntry
 
@@ -179,8 +181,9 @@ def _describe_contract(contract: Contract) -> Iterator[tuple[str, str]]:
         yield "threshold", f"{contract.thresholds[0]:g} for {contract.labels[1]}"
     elif contract.thresholds:
         yield "thresholds", f"from {min(contract.thresholds):g} to {max(contract.thresholds):g}"
-    yield "input", _describe_geometry(contract.input)
-    yield "pixels", _PIXEL_PATHS[contract.input.pixel_path]
+    yield "input", f"{contract.input.height} x {contract.input.width} pixels (height x width), RGB"
+    yield "geometry", format_steps(contract.input.steps)
+    yield "pixels", _describe_pixel_path(contract.input)
     yield "normalisation", _describe_normalisation(contract)
     yield "calibration", _describe_calibration(contract)
     yield "accuracy", _describe_accuracy(contract)
@@ -212,12 +215,10 @@ def _describe_labels(labels: Sequence[str]) -> str:
     return f"{len(labels)}: {names}{f' and {more} more' if more > 0 else ''}"
 
 
-def _describe_geometry(geometry: Geometry) -> str:
-    size = f"{geometry.width} x {geometry.height} pixels (width x height), RGB"
-    if geometry.resize is Resize.STRETCH:
-        return f"{size}; the image is stretched to this size ({geometry.interpolation})"
-    resizing = f"{size}; the shorter side becomes {geometry.resize_to} ({geometry.interpolation})"
-    return f"{resizing}, then the centre is cropped"
+def _describe_pixel_path(geometry: Geometry) -> str:
+    if geometry.pixel_path is PixelPath.FAST and geometry.fast_obstacle:
+        return f"fast, which is exact here: {geometry.fast_obstacle}"
+    return _PIXEL_PATHS[geometry.pixel_path]
 
 
 def _describe_normalisation(contract: Contract) -> str:

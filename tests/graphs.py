@@ -29,7 +29,6 @@ from fovea.service.artifact.contract import (
     KnownScore,
     Layer,
     PixelPath,
-    Resize,
     Task,
     Training,
 )
@@ -38,7 +37,7 @@ from fovea.service.inference.pixels import Pixels
 COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
 """Coverage sets for random weights, which give very certain answers: the last has two or three labels."""
 
-SMALL_GEOMETRY = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
+SMALL_GEOMETRY = Geometry.cropped(16, 16, 16, Interpolation.BILINEAR, PixelPath.FAST)
 
 
 def build_model(

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovea.service.artifact.contract import Interpolation, Resize, Task
+from fovea.service.artifact.contract import Interpolation, Task
+from fovea.service.artifact.geometry import CropStep, Fit, ResizeStep
 from fovea.service.inference.engine import Engine
 from tests.commands import Command, read_error_line
 from tests.export.classifiers import build_classifier, prepare_imagenet, run_onnx, softmax
@@ -58,7 +59,7 @@ def test_import_output_lists_every_fact_of_the_model(
         "labels": "5, from 'label 0' to 'label 4'",
         "normalise": "RGB, (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
-        "resize": "shorter side to 18, then the middle 16 x 16, bilinear "
+        "geometry": "resize cover 18 x 18 bilinear, crop 16 x 16 "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
         "pixel path": "exact (only --check can show whether fast loses nothing)",
     }
@@ -107,8 +108,7 @@ def test_import_options_reach_the_model(tmp_path: Path, command: Command) -> Non
     assert command(*arguments) == 0
     engine = Engine.load(tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1)
     geometry = engine.contract.input
-    assert (geometry.height, geometry.width, geometry.resize_to) == (24, 20, 40)
-    assert (geometry.resize, geometry.interpolation) == (Resize.SHORTER, Interpolation.LANCZOS)
+    assert geometry.steps == (ResizeStep(Fit.COVER, 40, 40, Interpolation.LANCZOS), CropStep(24, 20))
     assert engine.contract.task is Task.MULTILABEL
     assert (tmp_path / "zoo" / "default").read_text() == "thing\n"
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 20, 3), dtype=np.uint8)
@@ -128,7 +128,7 @@ def test_second_import_adds_version_and_keeps_default(tmp_path: Path, command: C
     contract = Engine.load(
         tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1
     ).contract
-    assert (contract.version, contract.input.resize) == ("2", Resize.STRETCH)
+    assert (contract.version, [step.step for step in contract.input.steps]) == ("2", ["resize"])
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ from fovea.service.artifact.contract import (
     Geometry,
     GoldenSet,
     PixelPath,
-    Resize,
     Task,
     Training,
 )
+from fovea.service.artifact.geometry_text import format_steps
 from fovea.service.artifact.repository import (
     DEFAULT_MODEL_FILE,
     MODEL_FILE,
@@ -266,7 +266,7 @@ def _collect_facts(
     return (
         ("labels", _describe_labels(labels)),
         ("normalise", _describe_normalization(request, foreign)),
-        ("resize", _describe_geometry(request, geometry)),
+        ("geometry", _describe_geometry(request, geometry)),
         ("pixel path", _describe_pixel_path(geometry.pixel_path, check_result)),
     )
 
@@ -286,11 +286,7 @@ def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> st
 
 
 def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
-    details = f"{geometry.interpolation} ({request.preprocessing.geometry_origin})"
-    if geometry.resize is Resize.STRETCH:
-        return f"stretched to {geometry.height} x {geometry.width}, {details}"
-    crop = f"{geometry.height} x {geometry.width}"
-    return f"shorter side to {geometry.resize_to}, then the middle {crop}, {details}"
+    return f"{format_steps(geometry.steps)} ({request.preprocessing.geometry_origin})"
 
 
 def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:

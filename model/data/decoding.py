@@ -19,7 +19,7 @@ from rich.progress import Progress
 from fovea.model.data.perceptual_hash import Hashes, hash_images
 from fovea.model.data.pixels import get_thread_count
 from fovea.model.data.sources import MAX_BYTES, EncodedImage, Source
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, RequestError, to_one_line
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.preprocess import decode_image
@@ -57,7 +57,7 @@ For small images, threads would mostly wait for the interpreter lock. Two thread
 
 def square_geometry(size: int) -> Geometry:
     """Return the geometry of Fovea's own models: shorter side to `size`, centre crop, the `fast` path."""
-    return Geometry(size, size, Resize.SHORTER, size, Interpolation.BILINEAR, PixelPath.FAST)
+    return Geometry.cropped(size, size, size, Interpolation.BILINEAR, PixelPath.FAST)
 
 
 def decode_pixels(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:

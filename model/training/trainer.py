@@ -20,6 +20,7 @@ from fovea.model.recipe import Recipe
 from fovea.model.training.distillation import compute_teacher_logits
 from fovea.model.training.forecast import Forecast
 from fovea.model.training.training_run import SUMS_KEY, InitialState, TrainingRun, TrainState
+from fovea.service.artifact.geometry_upgrade import read_geometry, to_plain_geometry
 
 
 def train_net(
@@ -92,6 +93,8 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
         previous_value, current_value = previous_run.metadata.get(key), run.metadata[key]
         if key == "recipe" and previous_value is not None:
             previous_value = {"epoch_steps": None, **previous_value}  # older runs do not have this field
+        if key == "geometry" and previous_value is not None:
+            previous_value = to_plain_geometry(read_geometry(previous_value, key))
         if previous_value != current_value:
             raise CheckpointError(
                 f"{out} holds a run with another {key}: "

@@ -33,6 +33,7 @@ from fovea.model.networks.network import Net, compute_loss, distillation_loss
 from fovea.model.recipe import Precision, Recipe, compute_learning_rate
 from fovea.model.training.batches import Batch, Batches
 from fovea.model.training.provenance import describe_provenance
+from fovea.service.artifact.geometry_upgrade import to_plain_geometry
 
 
 @dataclass
@@ -227,7 +228,7 @@ def _build_metadata(
     return {
         "net": net.config.to_dict(),
         "labels": list(data.labels),
-        "geometry": asdict(data.geometry),
+        "geometry": to_plain_geometry(data.geometry),
         "recipe": asdict(recipe),
         "data": {
             "name": data.name,

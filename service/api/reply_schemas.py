@@ -176,7 +176,8 @@ class SeenInput(BaseModel):
     height: int
     png: str = Field(description="The input as a PNG image, base64.")
     box: list[float] = Field(
-        description="Left, top, right, bottom of the part that it shows, in the photo's pixels."
+        description="Left, top, right, bottom of the part that it shows, in the photo's pixels. "
+        "The part is larger than the photo where the input has a border."
     )
     steps: list[ReceiptStep]
 

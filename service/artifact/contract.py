@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
+from fovea.service.artifact.geometry import Geometry as Geometry
+from fovea.service.artifact.geometry import Interpolation as Interpolation
+from fovea.service.artifact.geometry import PixelPath as PixelPath
+from fovea.service.artifact.geometry_upgrade import upgrade_geometry
 from fovea.service.artifact.strict_json import from_plain, require
 from fovea.service.errors import ContractError
 
@@ -38,58 +42,6 @@ class Task(StrEnum):
     """The second of two labels is true or false: one logit and a sigmoid, returned as [1 - p, p]."""
     MULTILABEL = "multilabel"
     """Any number of labels is true: one sigmoid for each label."""
-
-
-class Resize(StrEnum):
-    """The method that fits an image of any shape to the shape of the model."""
-
-    SHORTER = "shorter"
-    """The shorter side becomes `resize_to` and the longer side follows. Then the centre is cropped."""
-    STRETCH = "stretch"
-    """Both sides become those of the model. The aspect ratio is ignored."""
-
-
-class Interpolation(StrEnum):
-    """A Pillow resampling filter. All filters except `nearest` antialias when they shrink."""
-
-    NEAREST = "nearest"
-    BOX = "box"
-    BILINEAR = "bilinear"
-    HAMMING = "hamming"
-    BICUBIC = "bicubic"
-    LANCZOS = "lanczos"
-
-
-class PixelPath(StrEnum):
-    """The fidelity of decoding and resizing to a hand-written Pillow pipeline."""
-
-    EXACT = "exact"
-    """Full decode, resize of the whole image, crop: identical bit for bit."""
-    FAST = "fast"
-    """Scaled JPEG decoding, and a resize of the cropped region only."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The transformation from an image of any size to the model's input. Sizes are in pixels."""
-
-    height: int
-    width: int
-    resize: Resize
-    resize_to: int
-    """Length of the shorter side before the crop, in pixels; 0 for `stretch`, where it has no meaning."""
-    interpolation: Interpolation
-    pixel_path: PixelPath
-
-    def __post_init__(self) -> None:
-        require(self.height > 0 and self.width > 0, "input: height and width must be positive")
-        if self.resize is Resize.SHORTER:
-            require(
-                self.resize_to >= max(self.height, self.width),
-                f"input: resize_to {self.resize_to} is smaller than the crop",
-            )
-        else:
-            require(self.resize_to == 0, "input: resize_to must be 0 with resize 'stretch'")
 
 
 @dataclass(frozen=True)
@@ -384,7 +336,11 @@ Upgrade: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
 _UPGRADES: Final[dict[int, Upgrade]] = {
     1: lambda document: {**document, "quantization": None},
-    2: lambda document: {**document, "known": None},
+    2: lambda document: {
+        **document,
+        "input": upgrade_geometry(document.get("input"), "contract.input"),
+        "known": None,
+    },
 }
 """Functions that convert a parsed document of one version to the next version, by the old version."""
 

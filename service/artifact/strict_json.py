@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from typing import Any, Final, TypeVar
@@ -46,7 +46,8 @@ def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
     values = {
         name: _decode_value(types_by_name[name], value[name], f"{path}.{name}") for name in types_by_name
     }
-    return kind(**values)
+    # A field that is no parameter has one value, its default, which its decoder has checked.
+    return kind(**{one.name: values[one.name] for one in fields(kind) if one.init})
 
 
 @cache
@@ -54,8 +55,35 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+@cache
+def _find_tag(kind: Any) -> tuple[str, Mapping[Any, Any]] | None:
+    """Return the tag of a union of dataclasses, or None.
+
+    The tag is the first field, and a `Literal` in all of them. It comes with the dataclasses by its values.
+    """
+    kinds: dict[tuple[str, Any], Any] = {}
+    for choice in typing.get_args(kind):
+        if not is_dataclass(choice):
+            return None
+        field_types: dict[str, Any] = _field_types(typing.cast(Any, choice))
+        name, field_kind = next(iter(field_types.items()))
+        if typing.get_origin(field_kind) is not typing.Literal:
+            return None
+        kinds |= {(name, value): choice for value in typing.get_args(field_kind)}
+    (name, *others) = {name for name, _ in kinds}
+    return None if others else (name, {value: choice for (_, value), choice in kinds.items()})
+
+
 def _decode_union(kind: Any, value: Any, path: str) -> Any:
-    """Decode the value as the first type that accepts it, or raise the error of the first type."""
+    """Decode the value as the first type that accepts it, or raise the error of the first type.
+
+    The value of a tag, if the types have one, chooses the type.
+    """
+    if tag := _find_tag(kind):
+        name, kinds = tag
+        require(isinstance(value, dict), f"{path} must be an object")
+        require(name in value, f"{path} lacks {name}, one of {', '.join(kinds)}")
+        return _decode_value(kinds[_decode_choice(tuple(kinds), value[name], f"{path}.{name}")], value, path)
     messages = []
     for choice in typing.get_args(kind):
         try:
@@ -80,9 +108,16 @@ def _decode_mapping(kind: Any, value: Any, path: str) -> Any:
 
 
 def _decode_enum(kind: type[StrEnum], value: Any, path: str) -> Any:
-    choices = [member.value for member in kind]
+    return kind(_decode_choice([member.value for member in kind], value, path))
+
+
+def _decode_literal(kind: Any, value: Any, path: str) -> Any:
+    return _decode_choice(typing.get_args(kind), value, path)
+
+
+def _decode_choice(choices: Sequence[str], value: Any, path: str) -> str:
     require(value in choices, f"{path} is {value!r}; known are {', '.join(choices)}")
-    return kind(value)
+    return typing.cast(str, value)
 
 
 def _decode_null(_kind: Any, value: Any, path: str) -> None:
@@ -103,6 +138,11 @@ def _decode_text(_kind: Any, value: Any, path: str) -> str:
     return typing.cast(str, value)
 
 
+def _decode_bool(_kind: Any, value: Any, path: str) -> bool:
+    require(type(value) is bool, f"{path} must be bool, not {type(value).__name__}")
+    return typing.cast(bool, value)
+
+
 def _decode_int(_kind: Any, value: Any, path: str) -> int:
     require(type(value) is int, f"{path} must be int, not {type(value).__name__}")
     return typing.cast(int, value)
@@ -111,10 +151,12 @@ def _decode_int(_kind: Any, value: Any, path: str) -> int:
 _DECODERS: Final[Mapping[Any, Callable[[Any, Any, str], Any]]] = {
     "dataclass": _decode_dataclass,
     "enum": _decode_enum,
+    typing.Literal: _decode_literal,
     types.UnionType: _decode_union,
     tuple: _decode_list,
     dict: _decode_mapping,
     types.NoneType: _decode_null,
+    bool: _decode_bool,
     float: _decode_float,
     str: _decode_text,
     int: _decode_int,

@@ -43,7 +43,10 @@ class InputRegion:
     photo_size: tuple[int, int]
     """Width and height of the photo in pixels."""
     box: tuple[float, float, float, float]
-    """Part of the photo that the input shows: left, top, right and bottom in pixels of the photo."""
+    """Part of the photo that the input shows: left, top, right and bottom in pixels of the photo.
+
+    The part is larger than the photo where the input has a border.
+    """
     input_size: tuple[int, int]
     """Height and width of the input in pixels."""
 
@@ -181,7 +184,7 @@ def _paint_bands(
     photo: Image.Image, heatmap: Heatmap, region: InputRegion
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield bands of painted rows, (rows, width, 3)."""
-    left, top, right, bottom = (round(side) for side in region.box)
+    left, top, right, bottom = (max(0, round(side)) for side in region.box)  # a border lies outside
     for first, band in heatmap.iterate_bands(region, _BAND_ROWS):
         pixels = np.asarray(photo.crop((0, first, photo.width, first + len(band))), np.float32)
         brightness = np.full(band.shape, _OUTSIDE_BRIGHTNESS, np.float32)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from PIL import ImageFile
 
-from fovea.service.artifact.contract import Geometry
+from fovea.service.artifact.geometry import Geometry, PadStep, ResizeStep
 from fovea.service.inference.colour import Conversion
+from fovea.service.inference.geometry_plan import PlannedStep, Size, find_visible_box, plan_steps
+from fovea.service.inference.geometry_warnings import format_size
 from fovea.service.inference.pixels import Box
-from fovea.service.inference.resize import compute_crop_corner, compute_target_size, format_size
 from fovea.service.inference.rotation import ROTATIONS, Rotation
 
 
@@ -20,7 +21,10 @@ class DecodeTrace:
     steps: list[tuple[str, str]] = field(default_factory=list)
     """Names and descriptions, in order, of the steps that changed something."""
     crop_box: Box = (0, 0, 0, 0)
-    """Region of the upright image that the pixels cover, in pixels of that image."""
+    """Region of the upright image that the pixels cover, in pixels of that image.
+
+    The region is larger than the image where the input has a border.
+    """
 
     def add_step(self, name: str, description: str) -> None:
         """Append a step."""
@@ -57,26 +61,33 @@ def trace_conversion(
         trace.add_step("convert", f"from {image_file.mode} to RGB")
 
 
-def trace_resize(trace: DecodeTrace, size: tuple[int, int], geometry: Geometry) -> None:
-    """Record resize and crop of an upright image of full `size`.
+def trace_geometry(trace: DecodeTrace, size: Size, geometry: Geometry) -> None:
+    """Record the steps of the geometry for an upright image of full `size`.
 
     The region outside the crop may not have been resized, which the trace does not show.
     """
-    target_size = compute_target_size(size, geometry)
-    left, top = compute_crop_corner(target_size, geometry)
-    crop_size = geometry.width, geometry.height
-    if target_size != size:
-        trace.add_step(
-            "resize", f"from {format_size(size)} to {format_size(target_size)}, {geometry.interpolation}"
-        )
-    if target_size != crop_size:
-        trace.add_step(
-            "crop", f"the middle {format_size(crop_size)}, {left} from the left and {top} from the top"
-        )
-    scale_x, scale_y = size[0] / target_size[0], size[1] / target_size[1]
-    trace.crop_box = (
-        left * scale_x,
-        top * scale_y,
-        (left + crop_size[0]) * scale_x,
-        (top + crop_size[1]) * scale_y,
+    plan = plan_steps(size, geometry)
+    for planned_step in plan:
+        before = planned_step.size
+        if planned_step.target_size != before or planned_step.box != (0, 0, *before):
+            trace.add_step(*_describe_step(planned_step))
+    trace.crop_box = find_visible_box(plan)
+
+
+def _describe_step(planned_step: PlannedStep) -> tuple[str, str]:
+    """Return the name and a description of a step that changes the image."""
+    step, size, box, target_size = planned_step
+    if isinstance(step, ResizeStep):
+        filter_ = step.interpolation if step.antialias else f"{step.interpolation} without antialiasing"
+        return "resize", f"from {format_size(size)} to {format_size(target_size)}, {filter_}"
+    if isinstance(step, PadStep) or min(box[:2]) < 0:
+        fill = step.fill if isinstance(step, PadStep) else (0, 0, 0)
+        colour = "black" if not any(fill) else f"the colour {'/'.join(map(str, fill))}"
+        name = "pad" if isinstance(step, PadStep) else "crop"
+        border = f"{max(0, int(-box[0]))} on the left and {max(0, int(-box[1]))} at the top"
+        return name, f"to {format_size(target_size)} with a border of {colour}, {border}"
+    # An aspect crop without rounding may have fractions.
+    left, top, width, height = (
+        f"{one:.2f}".removesuffix(".00") for one in (*box[:2], box[2] - box[0], box[3] - box[1])
     )
+    return "crop", f"the middle {width} x {height}, {left} from the left and {top} from the top"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fovea.service.artifact.contract import Geometry
+from fovea.service.artifact.geometry import Geometry
 
 _MIN_DRAFT_RATIO: Final = 4
 """Minimum ratio of the sides of the decoded image to those of the resized image.
@@ -23,7 +23,8 @@ millisecond.
 
 def choose_draft_scale(size: tuple[int, int], geometry: Geometry) -> int:
     """Return the largest divisor (1, 2, 4 or 8) at which `fast` may decode a JPEG of `size`, in pixels."""
-    # For `stretch` use the longer side, because EXIF, read later, may swap the sides.
-    target = geometry.resize_to or max(geometry.width, geometry.height)
-    max_scale = min(size) // max(_MIN_DRAFT_RATIO * target, _MIN_DRAFT_SIDE)
+    if geometry.fast_obstacle:
+        return 1
+    # Use the longer side of the box, because EXIF, read later, may swap the sides.
+    max_scale = min(size) // max(_MIN_DRAFT_RATIO * geometry.longest_resize_side, _MIN_DRAFT_SIDE)
     return next((scale for scale in (8, 4, 2) if scale <= max_scale), 1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from fovea.service.artifact.contract import Geometry, PixelPath, Resize
+from fovea.service.artifact.geometry import CropStep, Geometry, ResizeStep
 from fovea.service.inference.colour import Profile
+from fovea.service.inference.geometry_plan import PLAN_CACHE_SIZE, PlannedStep, Size, plan_steps
 from fovea.service.inference.image_opening import has_many_scans
 from fovea.service.inference.image_source import ImageSource
-from fovea.service.inference.resize import WHOLE_RESIZE_PIXELS, compute_target_size
+from fovea.service.inference.resize import WHOLE_RESIZE_PIXELS
+from fovea.service.inference.sampling import PEAK_BYTES
 from fovea.service.inference.tiff import ROWS_PER_STRIP, TILE_LENGTH, TILE_WIDTH
 
 _WORK_BYTES: Final = 1 << 20
@@ -35,7 +38,7 @@ _LOW_BYTES_MEMORY: Final = 20
 """Bytes per pixel for the lower bytes, their differences from the upper bytes, and sums."""
 
 
-def estimate_source_peak_bytes(source: ImageSource, full_size: tuple[int, int], geometry: Geometry) -> int:
+def estimate_source_peak_bytes(source: ImageSource, full_size: Size, geometry: Geometry | None) -> int:
     """Return an upper bound on the peak bytes of decoding, including the encoded image."""
     peak_bytes = len(source.encoded_image) + estimate_peak_bytes(source.image_file, full_size, geometry)
     if source.has_low_bytes:
@@ -45,22 +48,23 @@ def estimate_source_peak_bytes(source: ImageSource, full_size: tuple[int, int], 
     return peak_bytes
 
 
-def estimate_peak_bytes(
-    image_file: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry
-) -> int:
+def estimate_peak_bytes(image_file: ImageFile.ImageFile, full_size: Size, geometry: Geometry | None) -> int:
     """Return an upper bound, from the header only, on the peak bytes of decoding.
 
-    `image_file` is drafted and not loaded yet. `full_size` is the size in its header, in pixels.
+    `image_file` is drafted and not loaded yet. `full_size` is the size in its header, in pixels. Without a
+    geometry, the whole upright image is the result.
     """
     pixels = image_file.width * image_file.height
     kind = image_file.format or ""
     image_bytes = pixels * _PIXEL_BYTES.get(image_file.mode, 4)
     rotation_bytes = (
-        image_bytes if geometry.pixel_path is PixelPath.EXACT or _is_rotated_by_pillow(image_file) else 0
+        image_bytes if geometry is None or geometry.is_exact or _is_rotated_by_pillow(image_file) else 0
     )
-    processing_bytes = max(
-        rotation_bytes, pixels * _convert_bytes(image_file) + _resize_bytes(image_file.size, geometry)
-    )
+    processing_bytes = pixels * _convert_bytes(image_file)
+    if geometry is None:
+        processing_bytes += rotation_bytes  # the image before the rotation is still there
+    else:
+        processing_bytes = max(rotation_bytes, processing_bytes + _geometry_bytes(image_file.size, geometry))
     decoder_bytes = _decoder_bytes(image_file, full_size) or pixels * _DECODER_BYTES.get(kind, 0)
     return (
         _WORK_BYTES
@@ -74,7 +78,7 @@ def _is_rotated_by_pillow(image_file: ImageFile.ImageFile) -> bool:
     return type(image_file) is TiffImagePlugin.TiffImageFile
 
 
-def _decoder_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
+def _decoder_bytes(image_file: ImageFile.ImageFile, full_size: Size) -> int:
     """Return the bytes of a decoder that do not depend on the decoded pixels; 0 for other decoders.
 
     A strip or tile of a TIFF has up to four samples of 16 bits per pixel. For a JPEG with many scans the
@@ -103,16 +107,45 @@ def _convert_bytes(image_file: ImageFile.ImageFile) -> int:
     return 0 if image_file.mode == "RGB" else 4
 
 
-def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
-    """Return the bytes of the result and of the image between the two passes.
+@lru_cache(PLAN_CACHE_SIZE)
+def _geometry_bytes(size: Size, geometry: Geometry) -> int:
+    """Return the peak bytes that the steps allocate beside the image before them.
 
-    The intermediate image has the width of the result and the height of the source. EXIF, read later, may
-    swap the sides, so the larger of both cases counts.
+    EXIF, read later, may swap the sides, so the larger of both cases counts.
     """
-    width, height = compute_target_size(size, geometry)
-    if geometry.pixel_path is PixelPath.EXACT and width * height <= WHOLE_RESIZE_PIXELS:
-        cropped_pixels = max(width * height, geometry.width * size[1])  # `resize._resize_whole` crops early
-        return 4 * (max(width * size[1], height * size[0]) + cropped_pixels)
-    max_width = max(geometry.width, geometry.height)
-    rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # rows that the crop keeps
-    return 4 * max_width * (rows + max_width)
+    return max(
+        _steps_bytes(plan_steps(one, geometry), is_exact=geometry.is_exact) for one in (size, size[::-1])
+    )
+
+
+def _steps_bytes(plan: tuple[PlannedStep, ...], *, is_exact: bool) -> int:
+    """Return the peak bytes of the steps for an image of one size.
+
+    A resize has an image between its two passes, with the width of its result and the height of its source.
+    `resize._resize_whole` crops early, and keeps an image of the width of the crop there.
+    """
+    peak_bytes = held_bytes = 0
+    for index, (step, size, _, target_size) in enumerate(plan):
+        (width, height), (target_width, target_height) = size, target_size
+        if isinstance(step, ResizeStep):
+            following = plan[index + 1] if index + 1 < len(plan) else None
+            kept_width, kept_height = (
+                following.target_size if following and isinstance(following.step, CropStep) else target_size
+            )
+            if not step.antialias:
+                step_bytes = PEAK_BYTES + 30 * width + 7 * kept_width * kept_height
+                target_width, target_height = kept_width, kept_height
+            elif is_exact and target_width * target_height <= WHOLE_RESIZE_PIXELS:
+                step_bytes = 4 * max(
+                    target_width * height + target_width * target_height, (target_width + kept_width) * height
+                )
+            else:
+                # The widest filter, lanczos, reads three pixels of the result more on each side.
+                rows = min(height, (kept_height + 6) * height // target_height + 8)
+                step_bytes = 4 * kept_width * (rows + kept_height)
+                target_width, target_height = kept_width, kept_height
+        else:
+            step_bytes = 4 * target_width * target_height
+        peak_bytes = max(peak_bytes, held_bytes + step_bytes)
+        held_bytes = 4 * target_width * target_height
+    return peak_bytes

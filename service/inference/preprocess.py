@@ -8,7 +8,7 @@ pixels that it was trained on. An image takes these steps, always in this order:
     decode      the first frame (`image_source`); with `fast` the JPEG decoder may scale down by 2, 4 or 8
     orient      by EXIF; a corrupt EXIF block is ignored (`rotation`)
     convert     to 8-bit sRGB, by the image's profile (`embedded_profile`) and its mode (`rgb_conversion`)
-    resize      and crop, by the model's `Geometry` (`resize`)
+    resize      crop and pad, by the steps of the model's `Geometry` (`resize`)
 
 `fast` orients last, where the image is smallest. The result is the same except for the order in which the
 resize rounds.
@@ -29,20 +29,21 @@ from warnings import filterwarnings
 
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, _imaging
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference import jpeg
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.decode_trace import DecodeTrace, trace_conversion, trace_decoding, trace_resize
+from fovea.service.inference.decode_trace import DecodeTrace, trace_conversion, trace_decoding, trace_geometry
 from fovea.service.inference.embedded_profile import find_conversion
+from fovea.service.inference.geometry_warnings import find_geometry_warnings
 from fovea.service.inference.image_format import identify_format
 from fovea.service.inference.image_opening import check_limits, open_image
 from fovea.service.inference.image_source import load_image
 from fovea.service.inference.peak_memory import estimate_peak_bytes, estimate_source_peak_bytes
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.repair import find_repairs
-from fovea.service.inference.resize import draft_jpeg, find_geometry_warnings, resize_and_crop
+from fovea.service.inference.resize import apply_geometry, draft_jpeg
 from fovea.service.inference.rgb_conversion import to_rgb
 from fovea.service.inference.rotation import find_rotation
 
@@ -91,7 +92,7 @@ def decode_image(
 
 def identity_geometry(height: int, width: int) -> Geometry:
     """Return a geometry that changes no pixel of an image of this size, in pixels."""
-    return Geometry(height, width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
+    return Geometry.stretched(height, width, Interpolation.NEAREST, PixelPath.EXACT)
 
 
 def decode_upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None) -> Image.Image:
@@ -165,12 +166,7 @@ def _digest_pixels(image: bytes, scale: int, max_pixels: int, memory: DecodeMemo
     check_limits(image_file, max_pixels, image)
     size = image_file.size
     image_file.draft(None, (max(1, size[0] // scale), max(1, size[1] // scale)))
-    peak_bytes = (
-        len(image)
-        + estimate_peak_bytes(image_file, size, identity_geometry(image_file.height, image_file.width))
-        if memory
-        else 0
-    )
+    peak_bytes = len(image) + estimate_peak_bytes(image_file, size, None) if memory else 0
     with memory.reserve(peak_bytes) if memory else nullcontext():
         image_file.load()
         return hashlib.blake2b(image_file.tobytes()).digest()
@@ -222,14 +218,14 @@ def _decode_pixels(
         conversion = find_conversion(source.profile, image.mode, warnings)
         if trace:
             trace_conversion(trace, image_file, rotation, conversion)
-            trace_resize(trace, (width, height), geometry)
+            trace_geometry(trace, (width, height), geometry)
         del image_file, source  # 50 MP take 200 MB: free the previous step's image
-        if rotation and geometry.pixel_path is PixelPath.EXACT:
+        if rotation and geometry.is_exact:
             image = image.transpose(rotation.method)
             rotation = None  # the box is now the whole image, in any orientation
             box = 0, 0, image.width, image.height
         image = to_rgb(image, conversion, warnings)
-        pixels = resize_and_crop(image, geometry, (width, height), box, rotation)
+        pixels = apply_geometry(image, geometry, (width, height), box, rotation)
     warnings += find_geometry_warnings((width, height), geometry)
     return DecodedImage(pixels, kind, width, height, tuple(warnings))
 
@@ -239,8 +235,7 @@ def _decode_upright(
 ) -> Image.Image:
     """Run the steps up to the conversion on one image."""
     source = open_image(kind, encoded_image, max_pixels, [])
-    geometry = identity_geometry(source.image_file.height, source.image_file.width)
-    peak_bytes = estimate_source_peak_bytes(source, source.image_file.size, geometry) if memory else 0
+    peak_bytes = estimate_source_peak_bytes(source, source.image_file.size, None) if memory else 0
     with memory.reserve(peak_bytes) if memory else nullcontext():
         image = load_image(source)
         rotation = find_rotation(source.image_file, source.orientation)

@@ -1,4 +1,8 @@
-"""Resize and crop of an image to the geometry of a model."""
+"""Execution of a geometry's steps on one image.
+
+`exact` runs the steps one by one. `fast` finds the region of the source that the steps keep, and resizes only
+that region.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,26 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from fovea.service.artifact.contract import Geometry, PixelPath, Resize
-from fovea.service.image_warnings import ImageWarning, WarningCode
+from fovea.service.artifact.geometry import (
+    AspectCropStep,
+    CropStep,
+    Fit,
+    Geometry,
+    PadStep,
+    ResizeStep,
+    Rounding,
+    Step,
+)
 from fovea.service.inference.draft_scale import choose_draft_scale
+from fovea.service.inference.geometry_plan import (
+    Size,
+    compute_aspect_box,
+    compute_box,
+    compute_target_size,
+)
 from fovea.service.inference.pixels import Box, Pixels
 from fovea.service.inference.rotation import Rotation
+from fovea.service.inference.sampling import sample_bilinear
 
 
 def draft_jpeg(image: ImageFile.ImageFile, geometry: Geometry) -> Box:
@@ -20,7 +39,7 @@ def draft_jpeg(image: ImageFile.ImageFile, geometry: Geometry) -> Box:
     If the scale does not divide a side, the decoder rounds up and the last row or column is only partly
     filled. The box then has fractions.
     """
-    if geometry.pixel_path is PixelPath.FAST and isinstance(image, JpegImagePlugin.JpegImageFile):
+    if not geometry.is_exact and isinstance(image, JpegImagePlugin.JpegImageFile):
         scale = choose_draft_scale(image.size, geometry)
         if scale > 1 and (draft_result := image.draft(None, (image.width // scale, image.height // scale))):
             return draft_result[1]
@@ -28,131 +47,192 @@ def draft_jpeg(image: ImageFile.ImageFile, geometry: Geometry) -> Box:
 
 
 WHOLE_RESIZE_PIXELS: Final = 16_000_000
-"""Number of pixels after the resize above which `exact` resizes only the region that the crop keeps.
+"""Number of pixels after a resize above which `exact` resizes only the region that the crop keeps.
 
 Otherwise a 1 x 20,000 strip for a model of 224 would become 224 x 4,480,000. Photographs stay far below: a
 10:1 panorama for a model of 384 makes 1.5 million.
 """
 
-
-def compute_target_size(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Return width and height of the whole image after the resize, in pixels.
-
-    The longer side is rounded down, like in torchvision's `Resize`.
-    """
-    if geometry.resize is Resize.STRETCH:
-        return geometry.width, geometry.height
-    width, height = size
-    shorter = min(size)
-    return geometry.resize_to * width // shorter, geometry.resize_to * height // shorter
+_FILTERS: Final = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
-def compute_crop_corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Return left and top of the crop in an image of `size`, rounded like torchvision's `CenterCrop`."""
-    return round((size[0] - geometry.width) / 2), round((size[1] - geometry.height) / 2)
-
-
-def resize_and_crop(
-    image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: Box, rotation: Rotation | None
+def apply_geometry(
+    image: Image.Image, geometry: Geometry, full_size: Size, box: Box, rotation: Rotation | None
 ) -> Pixels:
-    """Resize, crop, then rotate the image; return uint8 (height, width, 3).
+    """Run the steps on an RGB image; return uint8 (height, width, 3).
 
-    The full image, upright of `full_size`, fills `box` of `image`.
+    The full image, upright of `full_size`, fills `box` of `image`. With a `rotation`, `image` is not upright
+    yet. If `geometry.is_exact`, the image is upright and whole.
     """
-    width, height = compute_target_size(full_size, geometry)
-    left, top = compute_crop_corner((width, height), geometry)
-    filter_ = Image.Resampling[geometry.interpolation.upper()]
-    if geometry.pixel_path is PixelPath.EXACT and width * height <= WHOLE_RESIZE_PIXELS:
-        return _to_array(_resize_whole(image, (width, height), (left, top), geometry, filter_))
-    size = geometry.width, geometry.height
-    crop_box: Box = left, top, left + geometry.width, top + geometry.height  # in the resized image
-    if rotation:
-        crop_box = rotation.unrotate_box(
-            crop_box, (height, width) if rotation.swaps_axes else (width, height)
-        )
-        size = (geometry.height, geometry.width) if rotation.swaps_axes else size
-        width, height = (height, width) if rotation.swaps_axes else (width, height)
-    scale_x, scale_y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
-    source_box = (
-        box[0] + crop_box[0] * scale_x,
-        box[1] + crop_box[1] * scale_y,
-        min(box[0] + crop_box[2] * scale_x, image.width),  # float rounding may exceed the edge
-        min(box[1] + crop_box[3] * scale_y, image.height),
-    )
-    if (image.size, source_box) != (size, (0, 0, *size)):
-        image = image.resize(size, filter_, box=source_box)
-    return _to_array(image.transpose(rotation.method) if rotation else image)
+    if geometry.is_exact:
+        return _run_steps(image, geometry.steps)
+    return _resize_region(image, geometry, full_size, box, rotation)
+
+
+# --- exact ---------------------------------------------------------------------------------------
+
+
+def _run_steps(image: Image.Image, steps: tuple[Step, ...]) -> Pixels:
+    source_box: Box | None = None  # that of an aspect crop without rounding
+    skipped_crop: CropStep | None = None
+    for index, step in enumerate(steps):
+        if isinstance(step, ResizeStep):
+            following = steps[index + 1] if index + 1 < len(steps) else None
+            skipped_crop = following if isinstance(following, CropStep) else None
+            image = _resize_and_crop(image, step, skipped_crop, source_box)
+            source_box = None
+        elif isinstance(step, AspectCropStep):
+            box = compute_aspect_box(step, image.size)
+            if step.rounding is Rounding.NONE:
+                source_box = box
+            elif box != (0, 0, *image.size):
+                image = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
+        elif isinstance(step, PadStep):
+            image = _pad(image, step)
+        elif step is not skipped_crop:
+            image = image.crop(compute_box(step, image.size))  # black outside the image
+    return _to_array(image)
+
+
+def _resize_and_crop(
+    image: Image.Image, step: ResizeStep, crop: CropStep | None, source_box: Box | None
+) -> Image.Image:
+    """Resize the image, or its `source_box`, and crop the result if there is a crop."""
+    size = compute_target_size(step, image.size)
+    crop_box = compute_box(crop, size) if crop else (0, 0, *size)
+    filter_ = _FILTERS[step.interpolation]
+    if source_box is None and step.antialias and size[0] * size[1] <= WHOLE_RESIZE_PIXELS:
+        return _resize_whole(image, size, crop_box, step, filter_)
+    # The part of the crop inside the image; `Image.crop` then adds the black border.
+    left, top, right, bottom = crop_box
+    part_box = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    if not step.antialias:
+        image = Image.fromarray(sample_bilinear(image, size, part_box))
+    elif size[0] * size[1] <= WHOLE_RESIZE_PIXELS:
+        image = image.resize(size, filter_, box=source_box).crop(part_box)
+    else:
+        image = _resize_part(image, source_box or (0, 0, *image.size), size, part_box, filter_)
+    border_box = left - part_box[0], top - part_box[1], right - part_box[0], bottom - part_box[1]
+    return image if border_box == (0, 0, *image.size) else image.crop(border_box)
 
 
 def _resize_whole(
     image: Image.Image,
-    size: tuple[int, int],
-    corner: tuple[int, int],
-    geometry: Geometry,
+    size: Size,
+    crop_box: tuple[int, int, int, int],
+    step: ResizeStep,
     filter_: Image.Resampling,
 ) -> Image.Image:
-    """Return the image as if it was resized to `size` and then cropped at `corner`, with the same values.
+    """Return the image as if it was resized to `size` and then cropped to `crop_box`, with the same values.
 
     Pillow resizes the rows of an image in landscape format first, and then the columns. The columns that the
     crop drops need not be resized. The rows that it drops need not be computed if the scale is exact in the
     32 bits in which Pillow keeps a box: other scales would change one value in a thousand by 1.
     """
-    (width, height), (left, top) = size, corner
-    right, bottom = left + geometry.width, top + geometry.height
-    keeps_aspect = geometry.resize is Resize.SHORTER and filter_ is not Image.Resampling.NEAREST
-    if keeps_aspect and image.width >= image.height > height and min(corner) >= 0:
+    (width, height), (left, top, right, bottom) = size, crop_box
+    crop_size = right - left, bottom - top
+    keeps_aspect = step.fit is Fit.COVER and filter_ is not Image.Resampling.NEAREST
+    if keeps_aspect and image.width >= image.height > height and min(left, top) >= 0:
         image = image.resize((width, image.height), filter_).crop((left, 0, right, image.height))
-        left, right = 0, geometry.width
+        left, right = 0, crop_size[0]
         if height.bit_count() == 1:  # dividing by a power of two is exact
             scale = image.height / height
             box = (0, top * scale, right, bottom * scale)
-            return image.resize((geometry.width, geometry.height), filter_, box=box)
-        image = image.resize((geometry.width, height), filter_)
+            return image.resize(crop_size, filter_, box=box)
+        image = image.resize((crop_size[0], height), filter_)
     elif image.size != size:
         image = image.resize(size, filter_)
-    if image.size != (geometry.width, geometry.height):
+    if image.size != crop_size:
         image = image.crop((left, top, right, bottom))
     return image
+
+
+def _pad(image: Image.Image, step: PadStep) -> Image.Image:
+    left, top, right, bottom = compute_box(step, image.size)
+    if (left, top, right, bottom) == (0, 0, *image.size):
+        return image
+    padded_image = Image.new("RGB", (step.width, step.height), step.fill)
+    padded_image.paste(image, (-left, -top))
+    return padded_image
 
 
 def _to_array(image: Image.Image) -> Pixels:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
-_MIN_VISIBLE_SHARE: Final = 0.2
-_MAX_STRETCH: Final = 5
-_MAX_ENLARGEMENT: Final = 8
-"""Limits that photographs do not reach.
-
-The middle 224 x 224 of a photograph of 2.2:1, resized to 256, is a third of it. An image of 32 x 32 for a
-model of 256 is enlarged eight times.
-"""
+# --- fast ----------------------------------------------------------------------------------------
 
 
-def find_geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageWarning]:
-    """Return warnings about large changes by resize and crop of an upright image of this size."""
+def _resize_region(
+    image: Image.Image, geometry: Geometry, size: Size, box: Box, rotation: Rotation | None
+) -> Pixels:
+    """Resize the region that the steps keep, rotate it, and add the border. See `apply_geometry`.
+
+    `Geometry.fast_obstacle` is empty: there may be one aspect crop, one resize, one crop inside the resized
+    image, and one border, in this order.
+    """
     width, height = size
-    warnings = []
-    if geometry.resize is Resize.SHORTER:
-        shorter = min(size)
-        enlargement = geometry.resize_to / shorter
-        visible_share = geometry.width * geometry.height / (enlargement * enlargement * width * height)
-        if visible_share < _MIN_VISIBLE_SHARE:
-            text = f"the model sees only the middle {visible_share:.1%} of the {format_size(size)} image"
-            warnings.append(ImageWarning(WarningCode.CROPPED, text))
-    else:
-        scale_x, scale_y = geometry.width / width, geometry.height / height
-        enlargement = max(scale_x, scale_y)
-        if enlargement > _MAX_STRETCH * min(scale_x, scale_y):
-            target_size = format_size((geometry.width, geometry.height))
-            text = f"the image was stretched from {format_size(size)} to {target_size}"
-            warnings.append(ImageWarning(WarningCode.STRETCHED, text))
-    if enlargement > _MAX_ENLARGEMENT:
-        text = f"the image is only {format_size(size)} and was enlarged {enlargement:.0f} times"
-        warnings.append(ImageWarning(WarningCode.ENLARGED, text))
-    return warnings
+    crop_box: Box = (0, 0, 0, 0)  # in the resized image
+    filter_, pad = Image.Resampling.NEAREST, None
+    for step in geometry.steps:
+        if isinstance(step, AspectCropStep):
+            region = compute_aspect_box(step, size)
+            box = _locate_region(region, size, box, rotation)
+            size = max(1, int(region[2] - region[0])), max(1, int(region[3] - region[1]))
+        elif isinstance(step, ResizeStep):
+            width, height = compute_target_size(step, size)
+            crop_box = 0, 0, width, height
+            filter_ = _FILTERS[step.interpolation]
+        elif isinstance(step, CropStep):
+            crop_box = compute_box(step, (width, height))
+        else:
+            pad = step
+    if rotation:
+        stored_size = (height, width) if rotation.swaps_axes else (width, height)
+        crop_box = rotation.unrotate_box(crop_box, stored_size)
+        width, height = stored_size
+    image = _resize_part(image, box, (width, height), crop_box, filter_)
+    image = image.transpose(rotation.method) if rotation else image
+    return _to_array(_pad(image, pad) if pad else image)
 
 
-def format_size(size: tuple[int, int]) -> str:
-    """Return width and height for people."""
-    return f"{size[0]} x {size[1]}"
+def _locate_region(region: Box, size: Size, box: Box, rotation: Rotation | None) -> Box:
+    """Return the place of a region of the upright image, of `size`, in the decoded image.
+
+    The whole upright image fills `box` of the decoded image.
+    """
+    width, height = size
+    if rotation:
+        width, height = (height, width) if rotation.swaps_axes else (width, height)
+        region = rotation.unrotate_box(region, (width, height))
+    scale_x, scale_y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
+    return (
+        box[0] + region[0] * scale_x,
+        box[1] + region[1] * scale_y,
+        box[0] + region[2] * scale_x,
+        box[1] + region[3] * scale_y,
+    )
+
+
+def _resize_part(
+    image: Image.Image, box: Box, size: Size, part_box: Box, filter_: Image.Resampling
+) -> Image.Image:
+    """Return `part_box` of the image that results when `box` of `image` is resized to `size`."""
+    scale_x, scale_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+    source_box = (
+        box[0] + part_box[0] * scale_x,
+        box[1] + part_box[1] * scale_y,
+        min(box[0] + part_box[2] * scale_x, image.width),  # float rounding may exceed the edge
+        min(box[1] + part_box[3] * scale_y, image.height),
+    )
+    part_size = int(part_box[2] - part_box[0]), int(part_box[3] - part_box[1])
+    if (image.size, source_box) != (part_size, (0, 0, *part_size)):
+        image = image.resize(part_size, filter_, box=source_box)
+    return image

@@ -14,15 +14,15 @@ from PIL import Image, ImageFile, JpegImagePlugin
 
 from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, draw_golden_images
 from fovea.model.data.dataset import square_geometry
-from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath
 from fovea.service.errors import ModelError
 from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.engine import Engine, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
 from tests.graphs import build_model, read_contract, with_contract
 
-PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)
-STRETCHED = Geometry(24, 40, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.FAST)
+PHOTO = Geometry.cropped(224, 224, 256, Interpolation.BICUBIC, PixelPath.FAST)
+STRETCHED = Geometry.stretched(24, 40, Interpolation.BILINEAR, PixelPath.FAST)
 SMALL = square_geometry(32)
 GEOMETRIES = [square_geometry(16), SMALL, replace(PHOTO, pixel_path=PixelPath.EXACT), PHOTO, STRETCHED]
 

@@ -13,14 +13,14 @@ from typing import Final
 
 from PIL import Image, ImageCms
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.inference.colour import Profile
 from fovea.service.inference.preprocess import decode_image
 from tests.pictures import draw_picture, encode_image
 from tests.profiles import display_p3_profile
 from tests.proof.large import PHONE_SIZE
 
-FAST: Final = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
+FAST: Final = Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.FAST)
 
 
 def main() -> None:

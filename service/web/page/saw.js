@@ -10,6 +10,7 @@ const WORDS = {
   convert: "Converted",
   resize: "Resized",
   crop: "Cropped",
+  pad: "Padded",
   scale: "Scaled",
 };
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from fovea.export.golden import LOGIT_TOLERANCE
 from fovea.export.importer.foreign_model import Arithmetic
-from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.export.importer.inspect import TOLERANCE
 from fovea.export.importer.preprocessing import (
     INCEPTION,
@@ -27,9 +26,9 @@ from fovea.service.artifact.contract import (
     Geometry,
     Interpolation,
     PixelPath,
-    Resize,
     Training,
 )
+from fovea.service.artifact.geometry import MAX_SIDE
 from fovea.service.inference.preprocess import decode_image
 from tests.export.classifiers import (
     Array,
@@ -82,8 +81,8 @@ def test_network_agrees_with_the_handwritten_pipeline(tmp_path: Path, name: str,
     graph = export_foreign(name, size)
     resize = round(size * 256 / 224)
     model = import_graph(graph, tmp_path, 7)
-    assert model.contract.input == Geometry(
-        size, size, Resize.SHORTER, resize, Interpolation.BILINEAR, PixelPath.EXACT
+    assert model.contract.input == Geometry.cropped(
+        size, size, resize, Interpolation.BILINEAR, PixelPath.EXACT
     )
     expected = [softmax(run_onnx(graph, prepare_imagenet(image, resize, size))) for image in IMAGES]
     assert np.ptp(np.concatenate(expected), axis=0).max() > 0.1  # the images get different answers
@@ -376,7 +375,7 @@ def test_next_version_number_is_used(tmp_path: Path) -> None:
 def test_golden_set_of_a_large_input_is_within_its_limit(tmp_path: Path) -> None:
     """The input of 512 pixels, with a resize to 585, is larger than that of any of Fovea's networks."""
     model = import_graph(build_classifier(size=512), tmp_path)
-    assert model.contract.input.resize_to == 585
+    assert model.contract.input.longest_resize_side == 585
     assert model.engine.check_golden_set().images == 8
     assert 2 * MAX_SIDE**2 <= MAX_GOLDEN_PIXELS  # the largest is twice as wide as high
 

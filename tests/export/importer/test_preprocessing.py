@@ -20,7 +20,7 @@ from PIL import Image
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import PRESETS, PreprocessingOptions
-from fovea.service.artifact.contract import Interpolation, Resize
+from fovea.service.artifact.geometry import CropStep, Fit, Interpolation, ResizeStep
 from tests.export.classifiers import Array, run_onnx, stretch_image
 from tests.export.imports import import_graph
 from tests.pictures import encode_image
@@ -190,14 +190,9 @@ def test_keras_mobilenet_with_nearest_stretch_is_refused(tmp_path: Path, photos:
 
 
 def test_zero_one_preset_stretches_to_oblong_inputs(tmp_path: Path) -> None:
-    geometry = PreprocessingOptions(preset=PRESETS["zero-one"]).build_geometry(16, 24)
-    assert (geometry.resize, geometry.resize_to, geometry.interpolation) == (
-        Resize.STRETCH,
-        0,
-        Interpolation.BILINEAR,
-    )
-    assert (
-        PreprocessingOptions(preset=PRESETS["zero-one"], resize=30).build_geometry(16, 24).resize
-        is Resize.SHORTER
-    )
-    assert PreprocessingOptions(preset=PRESETS["clip"]).build_geometry(16, 24).resize is Resize.SHORTER
+    stretched = PreprocessingOptions(preset=PRESETS["zero-one"]).build_geometry(16, 24)
+    assert stretched.steps == (ResizeStep(Fit.STRETCH, 16, 24, Interpolation.BILINEAR),)
+    cropped = PreprocessingOptions(preset=PRESETS["zero-one"], resize=30).build_geometry(16, 24)
+    assert cropped.steps == (ResizeStep(Fit.COVER, 30, 30, Interpolation.BILINEAR), CropStep(16, 24))
+    cropped = PreprocessingOptions(preset=PRESETS["clip"]).build_geometry(16, 24)
+    assert cropped.steps == (ResizeStep(Fit.COVER, 24, 24, Interpolation.BICUBIC), CropStep(16, 24))

@@ -28,8 +28,8 @@ from fovea.export.node_builder import NodeBuilder
 from fovea.export.pixel_steps import PixelSteps
 from fovea.service.artifact.contract import (
     Interpolation,
-    Resize,
 )
+from fovea.service.artifact.geometry import CropStep, Fit, ResizeStep
 from tests.documents import read_page
 from tests.export.classifiers import (
     Array,
@@ -90,7 +90,9 @@ def test_documentation_lists_every_preset() -> None:
     ],
 )
 def test_presets_scale_the_resize_with_the_input(preset: str, side: int, resize: int) -> None:
-    assert PreprocessingOptions(preset=PRESETS[preset]).build_geometry(side, side).resize_to == resize
+    assert (
+        PreprocessingOptions(preset=PRESETS[preset]).build_geometry(side, side).longest_resize_side == resize
+    )
 
 
 CAFFE = PreprocessingOptions(
@@ -124,12 +126,11 @@ def test_options_override_the_preset(tmp_path: Path) -> None:
     )
     assert options.normalization == Normalization(1 / 255, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
     geometry = options.build_geometry(16, 16)
-    assert (geometry.resize_to, geometry.interpolation) == (17, Interpolation.LANCZOS)
-    assert (
-        PreprocessingOptions(preset=KERAS_MOBILENET, resize=20).build_geometry(16, 16).resize
-        is Resize.SHORTER
-    )
-    assert PreprocessingOptions(preset=CLIP, stretch=True).build_geometry(16, 16).resize is Resize.STRETCH
+    assert geometry.steps[0] == ResizeStep(Fit.COVER, 17, 17, Interpolation.LANCZOS)
+    geometry = PreprocessingOptions(preset=KERAS_MOBILENET, resize=20).build_geometry(16, 16)
+    assert geometry.steps == (ResizeStep(Fit.COVER, 20, 20, Interpolation.BILINEAR), CropStep(16, 16))
+    geometry = PreprocessingOptions(preset=CLIP, stretch=True).build_geometry(16, 16)
+    assert geometry.steps == (ResizeStep(Fit.STRETCH, 16, 16, Interpolation.BICUBIC),)
 
 
 def run_steps(normalization: Normalization, pixels: Array) -> dict[tuple[bool, bool], list[Array]]:

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL import Image
 from fovea.export.importer.inspect import ImportRequest
 from fovea.export.importer.pipeline import import_model
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
 from fovea.service.inference.preprocess import decode_image
 from tests import tokens
 from tests.graphs import SMALL_GEOMETRY as SMALL_GEOMETRY
@@ -54,7 +54,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         onnx.save(graph, file)
         labels.write_text("\n".join(words))
         import_model(ImportRequest(file, labels, name, zoo, PreprocessingOptions(preset=IMAGENET)))
-    large = replace(SMALL_GEOMETRY, height=160, width=160, resize_to=160)
+    large = Geometry.cropped(160, 160, 160, Interpolation.BILINEAR, PixelPath.FAST)
     add_to_repository(build_model(geometry=large), zoo, "large")
     (zoo / "default").write_text("small")
     return zoo

@@ -37,7 +37,7 @@ def describe_type(kind: Any) -> str:
     if inner := typing.get_args(kind):
         kinds = ", ".join(describe_type(part) for part in inner if part is not Ellipsis)
         return f"{getattr(typing.get_origin(kind), '__name__', kind)}[{kinds}]"
-    return str(kind.__name__)
+    return repr(kind) if isinstance(kind, str) else str(kind.__name__)  # text is the value of a literal
 
 
 def describe_fields() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.explain.heatmap import (
     Heatmap,
     InputRegion,
@@ -25,8 +27,17 @@ from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.preprocess import decode_image
 from tests.pictures import encode_image
 
-SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)
-STRETCH = Geometry(32, 48, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.EXACT)
+SHORTER = Geometry.cropped(32, 32, 40, Interpolation.BILINEAR, PixelPath.EXACT)
+STRETCH = Geometry.stretched(32, 48, Interpolation.BILINEAR, PixelPath.EXACT)
+LETTERBOX = Geometry(
+    48,
+    40,
+    parse_steps("resize contain 36 bilinear round, pad 48 x 40 fill 9/9/9"),
+    PixelPath.EXACT,
+)
+ASPECT = Geometry(
+    32, 48, parse_steps("crop aspect 1 unrounded, resize stretch 32 x 48 bilinear"), PixelPath.EXACT
+)
 
 
 def draw_spot(width: int, height: int, centre: tuple[int, int]) -> Image.Image:
@@ -36,7 +47,7 @@ def draw_spot(width: int, height: int, centre: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("geometry", [SHORTER, STRETCH])
+@pytest.mark.parametrize("geometry", [SHORTER, STRETCH, LETTERBOX, ASPECT])
 @pytest.mark.parametrize("path", [PixelPath.EXACT, PixelPath.FAST])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("centre", [(150, 80), (220, 150), (190, 110)])
@@ -44,7 +55,7 @@ def test_heat_is_projected_to_its_place_in_the_photo(
     geometry: Geometry, path: PixelPath, orientation: int, centre: tuple[int, int]
 ) -> None:
     """With brightness as the map, the hottest place is the bright spot after EXIF, resize and crop."""
-    geometry = Geometry(**{**geometry.__dict__, "pixel_path": path})
+    geometry = replace(geometry, pixel_path=path)
     photo = draw_spot(400, 240, centre)
     rotations = {
         3: Image.Transpose.ROTATE_180,
@@ -83,7 +94,7 @@ def test_crop_box_lies_inside_the_photo(width: int, height: int, geometry: Geome
     left, top, right, bottom = trace.crop_box
     assert -1e-6 <= left < right <= width + 1e-6
     assert -1e-6 <= top < bottom <= height + 1e-6
-    if geometry.resize is Resize.STRETCH:
+    if geometry is STRETCH:
         assert trace.crop_box == pytest.approx((0, 0, width, height))
 
 
@@ -101,6 +112,16 @@ def test_heat_lies_at_centres_of_receptive_fields() -> None:
     grid = heat.project_to_grid(InputRegion((32, 32), (0, 0, 32, 32), (32, 32)), (32, 32))
     assert grid[16].argmax() == 20
     assert grid[16, 31] < 0.2  # it does not reach to the edge
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90)])
+def test_photo_inside_a_border_is_painted_whole(size: tuple[int, int]) -> None:
+    photo = Image.new("RGB", size, (100, 100, 100))
+    trace = DecodeTrace()
+    decode_image(encode_image(photo, "PNG"), LETTERBOX, max_pixels=10**6, trace=trace)
+    heat = Heatmap(np.zeros((4, 4), np.float32), compute_even_centres(4, 48), compute_even_centres(4, 40))
+    overlay = draw_overlay(photo, heat, InputRegion(size, trace.crop_box, (48, 40)))
+    assert (np.asarray(Image.open(BytesIO(overlay))) == 100).all()  # no part is darkened
 
 
 def test_cropped_area_has_no_heat() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference import colour
 from fovea.service.inference.colour import (
@@ -31,7 +31,7 @@ from fovea.service.inference.preprocess import DecodedImage, decode_image, decod
 from tests import profiles
 from tests.pictures import draw_picture, encode_image
 
-EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+EXACT = Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 GEOMETRIES = [EXACT, replace(EXACT, pixel_path=PixelPath.FAST)]
 
 GREEN = (97, 176, 89)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
+from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Task
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.inference.engine import BATCH_TOLERANCE, Engine, Floats, decode_golden_pixels
 from fovea.service.inference.pixels import Pixels
@@ -122,7 +122,9 @@ def test_weights_that_give_nan_fail_the_golden_check() -> None:
 def test_other_resize_size_fails_the_golden_check() -> None:
     model = build_model()
     contract = read_contract(model)
-    changed_contract = replace(contract, input=replace(contract.input, resize_to=20))
+    changed_contract = replace(
+        contract, input=Geometry.cropped(16, 16, 20, Interpolation.BILINEAR, PixelPath.FAST)
+    )
     with pytest.raises(ModelError, match="pixels are off"):
         make_engine_with(model, changed_contract).check_golden_set()
 
@@ -228,7 +230,7 @@ def test_missing_cuda_is_an_error_and_auto_uses_the_cpu() -> None:
 
 
 def test_golden_set_passes_with_a_large_geometry() -> None:
-    geometry = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.EXACT)
+    geometry = Geometry.cropped(224, 224, 256, Interpolation.BICUBIC, PixelPath.EXACT)
     assert make_engine(build_model(geometry=geometry)).check_golden_set().images == 8
 
 
@@ -262,7 +264,7 @@ def test_memory_of_a_large_batch_is_released(tmp_path: Path, wide_threads: int) 
     """Sixteen small batches free it, whichever session runs them; the next large batch allocates it again."""
     path = tmp_path / "large.onnx"
     onnx.save(
-        build_model(geometry=Geometry(224, 224, Resize.SHORTER, 224, Interpolation.BILINEAR, PixelPath.FAST)),
+        build_model(geometry=Geometry.cropped(224, 224, 224, Interpolation.BILINEAR, PixelPath.FAST)),
         path,
     )
     command = [sys.executable, "-c", MEASURE_MEMORY_CODE, str(path), str(wide_threads)]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.preprocess import DecodedImage, decode_image, decode_upright
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
-EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+EXACT = Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 20_000_000
 
@@ -261,7 +261,7 @@ def round_to_bytes(pixels: Any) -> Any:
     return np.floor(pixels.astype(np.float64) * 255 / 65535 + 0.5)
 
 
-WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
+WHOLE = Geometry.stretched(64, 64, Interpolation.NEAREST, PixelPath.EXACT)
 
 
 @pytest.mark.parametrize("is_interlaced", [False, True])
@@ -409,7 +409,7 @@ def test_opaque_white_picture_gives_no_warning() -> None:
     assert list_warning_codes(encode_image(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
 
 
-PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
+PHOTO = Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.FAST)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
 )
 def test_extreme_shapes_give_warning(size: tuple[int, int], code: str | None) -> None:
     assert list_warning_codes(make_jpeg(*size), PHOTO) == ([code] if code else [])
-    stretch_geometry = replace(PHOTO, resize=Resize.STRETCH, resize_to=0)
+    stretch_geometry = Geometry.stretched(224, 224, Interpolation.BILINEAR, PixelPath.FAST)
     expected = [WarningCode.STRETCHED] if code == WarningCode.CROPPED else [code] if code else []
     assert list_warning_codes(make_jpeg(*size), stretch_geometry) == expected
 

@@ -18,20 +18,21 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath, ResizeStep
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import DecodedImage, decode_image
-from fovea.service.inference.resize import compute_crop_corner, compute_target_size, resize_and_crop
+from fovea.service.inference.resize import apply_geometry
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.proof.large import make_mosaic, open_photographs
 from tests.servers import ROOT
 
-EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+EXACT = Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
-PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
+PHOTO = Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.EXACT)
+UNCROPPED = Geometry.cropped(224, 224, 224, Interpolation.BILINEAR, PixelPath.EXACT)
 MAX_PIXELS = 50_000_000
 
 
@@ -41,14 +42,13 @@ def decode_default(image: bytes | memoryview, geometry: Geometry = EXACT) -> Dec
 
 def preprocess_by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
     """Run the usual pipeline, like torchvision's Resize and CenterCrop."""
+    resize = geometry.steps[0]
+    assert isinstance(resize, ResizeStep)
     width, height = image.size
-    scale = geometry.resize_to / min(width, height)
-    size = (
-        (int(width * scale), geometry.resize_to)
-        if width > height
-        else (geometry.resize_to, int(height * scale))
-    )
-    resized_image = image.resize(size, Image.Resampling[geometry.interpolation.upper()])
+    side = resize.height
+    scale = side / min(width, height)
+    size = (int(width * scale), side) if width > height else (side, int(height * scale))
+    resized_image = image.resize(size, Image.Resampling[resize.interpolation.upper()])
     left = round((size[0] - geometry.width) / 2)
     top = round((size[1] - geometry.height) / 2)
     return np.asarray(resized_image.crop((left, top, left + geometry.width, top + geometry.height)))
@@ -193,7 +193,7 @@ def test_unreadable_exif_is_ignored() -> None:
 def test_exact_path_equals_the_hand_written_pipeline(
     size: tuple[int, int], interpolation: Interpolation
 ) -> None:
-    geometry = replace(PHOTO, interpolation=interpolation)
+    geometry = Geometry.cropped(224, 224, 256, interpolation, PixelPath.EXACT)
     image = draw_picture(*size)
     assert np.array_equal(
         decode_default(encode_image(image, "PNG"), geometry).pixels, preprocess_by_hand(image, geometry)
@@ -212,18 +212,18 @@ def test_exact_path_leaves_out_only_what_the_crop_drops(
 ) -> None:
     """Noise shows a difference of one value in the last bit, which smooth pictures hide."""
     crop = max(1, int(resize_to * crop_share))
-    geometry = Geometry(crop, crop, Resize.SHORTER, resize_to, interpolation, PixelPath.EXACT)
+    geometry = Geometry.cropped(crop, crop, resize_to, interpolation, PixelPath.EXACT)
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    size = compute_target_size((width, height), geometry)
-    left, top = compute_crop_corner(size, geometry)
+    size = resize_to * width // min(width, height), resize_to * height // min(width, height)
+    left, top = (round((side - crop) / 2) for side in size)
     filter_ = Image.Resampling[interpolation.upper()]
     expected = Image.fromarray(noise).resize(size, filter_).crop((left, top, left + crop, top + crop))
-    pixels = resize_and_crop(Image.fromarray(noise), geometry, (width, height), (0, 0, width, height), None)
+    pixels = apply_geometry(Image.fromarray(noise), geometry, (width, height), (0, 0, width, height), None)
     assert np.array_equal(pixels, np.asarray(expected))
 
 
 def test_stretch_uses_the_whole_image() -> None:
-    geometry = Geometry(20, 60, Resize.STRETCH, 0, Interpolation.BICUBIC, PixelPath.EXACT)
+    geometry = Geometry.stretched(20, 60, Interpolation.BICUBIC, PixelPath.EXACT)
     image = draw_picture(100, 90)
     expected = np.asarray(image.resize((60, 20), Image.Resampling.BICUBIC))
     assert np.array_equal(decode_default(encode_image(image, "PNG"), geometry).pixels, expected)
@@ -241,7 +241,7 @@ def test_fast_path_is_close_to_exact_on_photographs(
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("geometry", [EXACT, replace(PHOTO, resize_to=224), PHOTO], ids=["32", "224", "256"])
+@pytest.mark.parametrize("geometry", [EXACT, UNCROPPED, PHOTO], ids=["32", "224", "256"])
 def test_fast_path_is_close_to_exact_on_a_phone_photograph(
     photographs: list[Path], geometry: Geometry, orientation: int
 ) -> None:
@@ -255,7 +255,7 @@ def test_fast_path_is_close_to_exact_on_a_phone_photograph(
 
 @pytest.mark.parametrize("geometry", [FAST, replace(PHOTO, pixel_path=PixelPath.FAST)], ids=["32", "224"])
 def test_draft_keeps_four_times_the_target_and_256_px(geometry: Geometry) -> None:
-    minimum = max(4 * geometry.resize_to, 256)
+    minimum = max(4 * geometry.longest_resize_side, 256)
     for shorter_side in (minimum, 2 * minimum - 1, 2 * minimum, 4 * minimum, 8 * minimum, 16 * minimum):
         scale = choose_draft_scale((shorter_side, 2 * shorter_side), geometry)
         assert shorter_side // scale >= minimum
@@ -312,11 +312,15 @@ def test_long_strip_is_cropped_to_its_middle() -> None:
     assert (decode_default(encode_image(Image.fromarray(strip), "PNG"), PHOTO).pixels == 255).all()
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(Resize), st.sampled_from(PixelPath))
+@given(st.integers(1, 300), st.integers(1, 300), st.booleans(), st.sampled_from(PixelPath))
 def test_any_size_gives_the_shape_of_the_model(
-    width: int, height: int, resize: Resize, path: PixelPath
+    width: int, height: int, stretches: bool, path: PixelPath
 ) -> None:
-    geometry = Geometry(24, 32, resize, 36 if resize is Resize.SHORTER else 0, Interpolation.BILINEAR, path)
+    geometry = (
+        Geometry.stretched(24, 32, Interpolation.BILINEAR, path)
+        if stretches
+        else Geometry.cropped(24, 32, 36, Interpolation.BILINEAR, path)
+    )
     pixels = decode_default(encode_image(Image.new("RGB", (width, height)), "JPEG"), geometry).pixels
     assert pixels.shape == (24, 32, 3)
     assert pixels.dtype == np.uint8

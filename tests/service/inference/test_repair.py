@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_memory import DecodeMemory
@@ -21,9 +21,9 @@ from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import DecodedImage, decode_image
 from tests.pictures import draw_picture, encode_image, make_jpeg
 
-EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+EXACT = Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
-TALL_GEOMETRY = Geometry(32, 32, Resize.SHORTER, 36, Interpolation.BILINEAR, PixelPath.FAST)
+TALL_GEOMETRY = Geometry.cropped(32, 32, 36, Interpolation.BILINEAR, PixelPath.FAST)
 MEMORY = DecodeMemory(1 << 28)
 
 
