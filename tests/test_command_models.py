@@ -327,7 +327,7 @@ def test_show_describes_the_contract(command: Command, capsys: Output) -> None:
     assert command("show", "cifar10", "--models", ROOT / "zoo") == 0
     facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     facts = {name: fact.strip() for name, fact in facts.items()}
-    assert facts["model"] == "cifar10 version 4 (contract format 2)"
+    assert facts["model"] == "cifar10 version 4 (contract format 3)"
     assert facts["labels"].startswith("10: airplane, automobile, bird, ")
     assert facts["task"] == "multiclass: exactly one label is true"
     assert facts["input"] == (

@@ -117,6 +117,7 @@ def test_metrics_named_in_docs_and_deployment_exist(
         "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",  # once a version was tried
         "fovea_container_throttled_seconds", "fovea_container_memory_bytes",
         "fovea_container_memory_limit_bytes", "fovea_container_memory_working_set_bytes",
+        "fovea_unknown_images",  # of models that tell
         "fovea_versions_refused",  # once there is one
         "fovea_worker_deaths",  # of several workers
     }  # fmt: skip
