@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from fovea.service.errors import (
     BadImage,
     BadRequest,
-    BodyTooLarge,
     FileError,
     RequestError,
     TooManyPixels,
     to_one_line,
 )
+from fovea.service.image_files import check_image_size, read_image_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,8 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
     """
     if _is_image(images):
         return [images], True
-    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+    # Files and dictionaries can be iterated too, but their lines and keys are no images.
+    if not isinstance(images, Iterable) or isinstance(images, Mapping) or hasattr(images, "read"):
         raise TypeError(_describe_type(images))
     sources = list(images)
     for index, source in enumerate(sources):
@@ -90,14 +91,14 @@ def _is_instance(value: Any, module: str, name: str) -> bool:
 
 def _describe_type(value: Any) -> str:
     kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     advice = ""
     if hasattr(value, "read"):
         advice = "; pass the bytes that its `read()` returns"
     elif hasattr(value, "numpy"):
         advice = "; pass a uint8 array (height, width, 3)"
     return (
-        f"{kind.__module__}.{kind.__qualname__} is not an image; pass a path, bytes, a PIL image or a uint8 "
-        f"array, or a list of them{advice}"
+        f"{name} is not an image; pass a path, bytes, a PIL image or a uint8 array, or a list of them{advice}"
     )
 
 
@@ -136,31 +137,14 @@ def encode_source(source: Any, *, max_bytes: int, max_pixels: int | None = None)
     if isinstance(source, str | os.PathLike):
         if str(source).startswith(("http://", "https://")):
             raise FileError("an address is not read; download the image, and pass its bytes")
-        return _read_file(Path(source), max_bytes)
+        return read_image_file(Path(source), max_bytes)
     if isinstance(source, bytes | bytearray | memoryview):
         content = bytes(source)
-        _check_size(len(content), max_bytes, "the image")
+        check_image_size(len(content), max_bytes, "the image")
         return content
     if _is_instance(source, "numpy", "ndarray"):
         return _encode_array(source, max_pixels)
     return _encode_image(source, max_pixels)
-
-
-def _read_file(path: Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        raise FileError.from_os_error(error) from error
-    except ValueError as error:  # a null byte
-        raise FileError(f"the file cannot be read: {error}") from None
-    _check_size(len(content), max_bytes, "the file")
-    return content
-
-
-def _check_size(size: int, max_bytes: int, subject: str) -> None:
-    if size > max_bytes:
-        raise BodyTooLarge(f"{subject} has more than {max_bytes} bytes (FOVEA_BODY_BYTES)")
 
 
 def _check_pixels(width: int, height: int, max_pixels: int | None) -> None:

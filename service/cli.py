@@ -16,12 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.api.native.classification_replies import ReplyOptions
 from fovea.service.api.native.outcomes import render_model_name, render_outcome
+from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, FileError, RequestError, StartError, UnsupportedFormat
 from fovea.service.explain.explainer import Explainer, Explanation
 from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
+from fovea.service.image_files import read_image_file
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
@@ -80,11 +81,9 @@ def classify_files(
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = _load_model(settings, model)
-    options = ReplyOptions(
-        top_k, coverage=None if coverage is None else find_coverage(live_model.contract, coverage)
-    )
+    label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     is_single = len(files) == 1 and not files[0].is_dir()
-    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, options, is_single)
+    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, top_k, label_set, is_single)
     skipped_files: list[Path] = []
     failure_count = 0
     try:
@@ -236,12 +235,9 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
 def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int) -> Outcome:
     """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        return FileError.from_os_error(error)
-    if len(content) > max_bytes:
-        return BodyTooLarge(f"the file has more than {max_bytes} bytes (FOVEA_BODY_BYTES)")
+        content = read_image_file(path, max_bytes)
+    except (FileError, BodyTooLarge) as error:
+        return error
     answer = predictor.predict_batch([content], exclusive=True).answers[0]
     return answer if isinstance(answer, RequestError) else Classification(live_model, answer)
 
@@ -249,9 +245,9 @@ def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_
 class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
-    def __init__(self, live_model: LiveModel, options: ReplyOptions, is_single: bool) -> None:
+    def __init__(self, live_model: LiveModel, top_k: int, coverage: Coverage | None, is_single: bool) -> None:
         """Create a printer; with `is_single`, one file was given and its answer is not in a list."""
-        self.live_model, self.options, self.is_single = live_model, options, is_single
+        self.live_model, self.top_k, self.coverage, self.is_single = live_model, top_k, coverage, is_single
         self.outcome_count = 0
 
     def show_outcome(self, path: Path, outcome: Outcome) -> None:
@@ -275,7 +271,7 @@ class _JsonPrinter(_Printer):
         outcome_fields = (
             {"error": outcome.to_dict()}
             if isinstance(outcome, FileError)
-            else render_outcome(outcome, top_k=self.options.top_k, coverage=self.options.coverage)
+            else render_outcome(outcome, top_k=self.top_k, coverage=self.coverage)
         )
         if self.is_single:
             model_field = (
@@ -310,10 +306,10 @@ class _TextPrinter(_Printer):
             for warning in outcome.answer.warnings:
                 line = f"  {warning.code}: {warning.text}"
                 console.print(line, style="yellow", markup=False, soft_wrap=True)
-            console.print(_create_bar_table(outcome, self.options.top_k))
-            if self.options.coverage:
+            console.print(_create_bar_table(outcome, self.top_k))
+            if self.coverage:
                 console.print(
-                    _format_label_set(compute_label_set(outcome, self.options.coverage)),
+                    _format_label_set(compute_label_set(outcome, self.coverage)),
                     markup=False,
                     soft_wrap=True,
                 )

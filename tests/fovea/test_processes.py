@@ -20,6 +20,9 @@ from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.servers import ROOT, Server
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+"""Python 3.12 warns of `fork` in a process with threads, which is what these tests try."""
+
 IMAGES = [make_jpeg(64, 48, seed) for seed in range(4)]
 
 
@@ -69,7 +72,7 @@ if not pid:
     sys.exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-W", "ignore", "-c", code]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (process.stdout, process.stderr, process.returncode) == ("7\n", "", 0)
 
