@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakValueDictionary
@@ -20,7 +22,7 @@ from weakref import WeakValueDictionary
 from fovea.images import ImageError, ImageSource, check_on_error, encode_source, list_images, name_error
 from fovea.results import Result
 from fovea.service.api.native.outcomes import render_model_name, render_outcome
-from fovea.service.artifact.contract import Contract
+from fovea.service.artifact.contract import Contract, Coverage
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, FileError, RequestError
 from fovea.service.inference.preprocess import configure_pillow
@@ -178,19 +180,21 @@ class Model:
             raise BadRequest(f"top_k is {top_k}; it must be at least 0")
         label_set = None if coverage is None else find_coverage(self.contract, coverage)
         results: list[Result | ImageError] = []
-        outcomes = self._get_predictor().predict(sources, self._max_bytes, self._max_pixels)
-        for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, RequestError | FileError):
-                if on_error == "raise":
+        # Closing the outcomes cancels the batches that have not begun, after an error and after Ctrl-C.
+        with closing(self._get_predictor().predict(sources, self._max_bytes, self._max_pixels)) as outcomes:
+            for index, outcome in enumerate(outcomes):
+                if isinstance(outcome, Answer):
+                    results.append(self._create_result(outcome, top_k, label_set))
+                elif on_error == "return":
+                    results.append(outcome)
+                else:
                     raise name_error(outcome, sources[index], None if is_single else index)
-                results.append(outcome)
-                continue
-            classification = Classification(self._live_model, outcome)
-            reply = render_outcome(classification, top_k=top_k, coverage=label_set)
-            reply["model"] = render_model_name(self._live_model)
-            has_all = not top_k or top_k >= len(self.labels)
-            results.append(Result.from_reply(reply, 0 if has_all else top_k))
         return results[0] if is_single else results
+
+    def _create_result(self, answer: Answer, top_k: int, coverage: Coverage | None) -> Result:
+        reply = render_outcome(Classification(self._live_model, answer), top_k=top_k, coverage=coverage)
+        reply["model"] = render_model_name(self._live_model)
+        return Result.from_reply(reply, 0 if top_k >= len(self.labels) else top_k)
 
     def _get_predictor(self) -> _SharedPredictor:
         """Return the predictor of this process, which may be a child of the process that loaded the model."""
@@ -243,7 +247,7 @@ class _SharedPredictor:
         self._call_count = 0
         """Number of calls of the predictor that run now."""
 
-    def predict(self, sources: Sequence[Any], max_bytes: int, max_pixels: int) -> Iterator[_Outcome]:
+    def predict(self, sources: Sequence[Any], max_bytes: int, max_pixels: int) -> Generator[_Outcome, None, None]:
         """Yield the outcome of each image, in order.
 
         Like the service at full load, each thread decodes and classifies batches of its own. A single batch
@@ -256,16 +260,22 @@ class _SharedPredictor:
         batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
         if len(batches) == 1 or self._workers == 1:
             for batch in batches:
-                yield from self._predict_batch(batch, max_bytes, max_pixels)
+                yield from self._predict_batch(batch, max_bytes, max_pixels, is_alone=True)
             return
+        predict_batch = partial(
+            self._predict_batch, max_bytes=max_bytes, max_pixels=max_pixels, is_alone=False
+        )
         # Closing this generator closes the map, which cancels the batches that have not begun.
-        for outcomes in self._executor.map(
-            self._predict_batch, batches, [max_bytes] * len(batches), [max_pixels] * len(batches)
-        ):
+        for outcomes in self._executor.map(predict_batch, batches):
             yield from outcomes
 
-    def _predict_batch(self, sources: Sequence[Any], max_bytes: int, max_pixels: int) -> list[_Outcome]:
-        """Read, decode and classify a batch; a failed image gets its error, and the others their answers."""
+    def _predict_batch(
+        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, is_alone: bool
+    ) -> list[_Outcome]:
+        """Read, decode and classify a batch; a failed image gets its error, and the others their answers.
+
+        With `is_alone` no other batch of the same call runs, though other calls may.
+        """
         contents: list[bytes] = []
         outcomes: list[_Outcome | None] = []
         for source in sources:
@@ -278,7 +288,7 @@ class _SharedPredictor:
             return [outcome for outcome in outcomes if outcome is not None]
         with self._lock:
             self._call_count += 1
-            is_exclusive = self._call_count == 1
+            is_exclusive = is_alone and self._call_count == 1
         try:
             answers = iter(self.predictor.predict_batch(contents, exclusive=is_exclusive).answers)
         finally:
