@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fovea.client import AsyncClient, Client
     from fovea.errors import FileError, FoveaError, ModelError, RequestError
+    from fovea.images import ImageSource
     from fovea.local import Model, load
     from fovea.results import Prediction, Result
     from fovea.service import __version__
@@ -26,6 +27,7 @@ __all__ = [
     "Client",
     "FileError",
     "FoveaError",
+    "ImageSource",
     "Model",
     "ModelError",
     "Prediction",
@@ -40,6 +42,7 @@ _MODULES = {
     "Client": "fovea.client",
     "FileError": "fovea.errors",
     "FoveaError": "fovea.errors",
+    "ImageSource": "fovea.images",
     "Model": "fovea.local",
     "ModelError": "fovea.errors",
     "Prediction": "fovea.results",

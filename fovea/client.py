@@ -131,7 +131,7 @@ class Client(_ClientOptions):
     """
 
     @overload
-    def classify(
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,
@@ -143,7 +143,7 @@ class Client(_ClientOptions):
     ) -> Result: ...
 
     @overload
-    def classify(
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,
@@ -256,7 +256,7 @@ class AsyncClient(_ClientOptions):
     """
 
     @overload
-    async def classify(
+    async def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,
@@ -268,7 +268,7 @@ class AsyncClient(_ClientOptions):
     ) -> Result: ...
 
     @overload
-    async def classify(
+    async def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -84,7 +85,7 @@ class ClassifyCall:
         while len(results) < len(sources):
             batch = sources[len(results) : len(results) + self.batch_size]
             # Reading and encoding take time: the asynchronous client does it in a thread.
-            outcomes = yield lambda batch=batch: _encode_batch(batch)
+            outcomes = yield partial(_encode_batch, batch)
             positions = [index for index, one in enumerate(outcomes) if isinstance(one, bytes)]
             answers = yield from self._send_batch(
                 [outcomes[index] for index in positions], path, make_request, retries

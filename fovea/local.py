@@ -116,7 +116,7 @@ class Model:
         return self._live_model.load_result.provider
 
     @overload
-    def classify(
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,
@@ -126,7 +126,7 @@ class Model:
     ) -> Result: ...
 
     @overload
-    def classify(
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
         self,
         images: ImageSource,
         *,
@@ -247,7 +247,9 @@ class _SharedPredictor:
         self._call_count = 0
         """Number of calls of the predictor that run now."""
 
-    def predict(self, sources: Sequence[Any], max_bytes: int, max_pixels: int) -> Generator[_Outcome, None, None]:
+    def predict(
+        self, sources: Sequence[Any], max_bytes: int, max_pixels: int
+    ) -> Generator[_Outcome, None, None]:
         """Yield the outcome of each image, in order.
 
         Like the service at full load, each thread decodes and classifies batches of its own. A single batch

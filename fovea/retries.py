@@ -43,7 +43,7 @@ class Retries:
         Raises `error` if the request must not be sent again, or if there is no time left.
         """
         self._connection_count += is_connection
-        wait = getattr(error, "retry_after", None)
+        wait: float | None = getattr(error, "retry_after", None)
         if wait is None:
             wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._count)
         wait *= 1 + random.uniform(0, _JITTER)  # noqa: S311 - not a secret

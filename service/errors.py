@@ -120,11 +120,13 @@ class RequestError(FoveaError):
 
     `status` is the HTTP status, `code` is Fovea's own error code. `retry_after` is the time in seconds after
     which the caller should try again; None if another attempt has no better chance.
+    `request_id` is the id of the request in the service's log, in errors that a client of the service raises.
     """
 
     status: ClassVar[int]
     code: ClassVar[str]
     retry_after: float | None = None
+    request_id: str | None = None
 
     def __init__(self, message: str) -> None:
         """Create the error. A long message is cut, because it may quote input of any length."""

@@ -339,7 +339,8 @@ def test_ready_follows_the_service(stub: Stub) -> None:
 
 
 def test_ready_of_a_real_server(server: Server) -> None:
-    assert fovea.Client(server.url + "/").ready() is True
+    with fovea.Client(server.url + "/") as client:
+        assert client.ready() is True
 
 
 def test_closed_clients_refuse_to_work(stub: Stub) -> None:

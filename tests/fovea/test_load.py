@@ -182,7 +182,16 @@ def test_bad_images_are_raised_with_their_place(zoo: Path, tmp_path: Path) -> No
 
 def test_errors_are_values_on_request(zoo: Path, tmp_path: Path) -> None:
     model = fovea.load(zoo)
-    images = [PHOTO, b"", tmp_path, "nowhere.jpg", b"no image", PHOTO, "https://example.org/cat.jpg", "a\0b"]
+    images: list[fovea.ImageSource] = [
+        PHOTO,
+        b"",
+        tmp_path,
+        "nowhere.jpg",
+        b"no image",
+        PHOTO,
+        "https://example.org/cat.jpg",
+        "a\0b",
+    ]
     outcomes = model.classify(images, on_error="return")
     codes = [None if isinstance(one, fovea.Result) else one.code for one in outcomes]
     assert codes == [

@@ -49,6 +49,12 @@ def server(zoo: Path) -> Iterator[Server]:
         yield instance
 
 
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[fovea.Client]:
+    with fovea.Client(server.url) as instance:
+        yield instance
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -59,10 +65,9 @@ def server(zoo: Path) -> Iterator[Server]:
     ],
 )
 def test_dict_is_the_reply_of_the_service(
-    name: str, options: dict[str, Any], zoo: Path, server: Server
+    name: str, options: dict[str, Any], zoo: Path, server: Server, client: fovea.Client
 ) -> None:
     model = fovea.load(zoo / name)
-    client = fovea.Client(server.url)
     replies = []
     for image in IMAGES:
         replies.append(
@@ -78,12 +83,18 @@ def test_dict_is_the_reply_of_the_service(
     assert any("warnings" in reply for reply in replies)
 
 
-def test_pixels_in_memory_get_the_same_answer_over_http(zoo: Path, server: Server) -> None:
-    model, client = fovea.load(zoo), fovea.Client(server.url)
+def test_pixels_in_memory_get_the_same_answer_over_http(zoo: Path, client: fovea.Client) -> None:
+    model = fovea.load(zoo)
     picture = draw_picture(80, 60)
     transparent = picture.copy()
     transparent.putalpha(picture.convert("L"))
-    sources = [picture, np.asarray(picture), picture.convert("L"), transparent, Image.fromarray(GREY16)]
+    sources: list[fovea.ImageSource] = [
+        picture,
+        np.asarray(picture),
+        picture.convert("L"),
+        transparent,
+        Image.fromarray(GREY16),
+    ]
     assert model.classify(sources) == client.classify(sources)
     assert model.classify(picture).predictions == model.classify(encode_image(picture, "PNG")).predictions
 
@@ -91,9 +102,9 @@ def test_pixels_in_memory_get_the_same_answer_over_http(zoo: Path, server: Serve
 GREY16 = np.linspace(0, 65535, 80 * 60).astype(np.uint16).reshape(60, 80)
 
 
-def test_errors_are_those_of_the_service(zoo: Path, server: Server) -> None:
-    model, client = fovea.load(zoo), fovea.Client(server.url)
-    images = [IMAGES[0], b"", b"no image", IMAGES[0][:500], IMAGES[1], "nowhere.jpg"]
+def test_errors_are_those_of_the_service(zoo: Path, client: fovea.Client) -> None:
+    model = fovea.load(zoo)
+    images: list[fovea.ImageSource] = [IMAGES[0], b"", b"no image", IMAGES[0][:500], IMAGES[1], "nowhere.jpg"]
     local, remote = model.classify(images, on_error="return"), client.classify(images, on_error="return")
     for ours, theirs in zip(local, remote, strict=True):
         assert type(ours) is type(theirs)
@@ -114,8 +125,7 @@ def test_errors_are_those_of_the_service(zoo: Path, server: Server) -> None:
         client.classify(images[0], top_k=-1)
 
 
-def test_client_chooses_model_and_version(server: Server, zoo: Path) -> None:
-    client = fovea.Client(server.url)
+def test_client_chooses_model_and_version(client: fovea.Client, zoo: Path) -> None:
     image = IMAGES[0]
     assert client.classify(image) == fovea.load(zoo).classify(image)
     assert client.classify(image, model="animals", version=1) == fovea.load(zoo, version=1).classify(image)
