@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakValueDictionary
 
@@ -81,7 +80,7 @@ class Model:
             overrides["runners"] = overrides["runner_threads"] = 0
             changes["threads"] = None
         settings = load_settings(**overrides)
-        self._arguments = version.path, version.name, version.version, provider, threads
+        self._arguments = str(version.path), version.name, version.version, provider, threads
         version = replace(version, config=version.config.model_copy(update=changes))
         self._max_bytes, self._max_pixels = settings.body_bytes, settings.image_pixels
         self._load = create_load(version, settings, threads)
@@ -223,7 +222,7 @@ class Model:
 
 
 def _restore_model(
-    path: Path, name: str | None, version: str | None, provider: ProviderSetting | None, threads: int | None
+    path: str, name: str | None, version: str | None, provider: ProviderSetting | None, threads: int | None
 ) -> Model:
     """Load a pickled model.
 

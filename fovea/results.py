@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Final
 
@@ -70,7 +70,7 @@ class Result:
     """Warnings about how the pixels were made from the image."""
     coverage: LabelSet | None
     """Label set; None unless `coverage` was requested."""
-    top_k: int
+    top_k: int = field(compare=False)
     """Largest number of labels that was requested; 0 for all."""
 
     @classmethod

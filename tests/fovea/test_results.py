@@ -129,8 +129,8 @@ def test_client_chooses_model_and_version(client: fovea.Client, zoo: Path) -> No
     image = IMAGES[0]
     assert client.classify(image) == fovea.load(zoo).classify(image)
     assert client.classify(image, model="animals", version=1) == fovea.load(zoo, version=1).classify(image)
-    with pytest.raises(ModelNotFound, match="there is no model 'cats/1'"):
-        client.classify(image, model="cats/1")
+    with pytest.raises(ModelNotFound, match="there is no model 'cats 1'"):
+        client.classify(image, model="cats 1")
     with pytest.raises(ModelNotFound, match="has no version '7'"):
         client.classify(image, model="animals", version="7")
     with pytest.raises(ValueError, match="version is '1', but model is missing"):
