@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fovea.service.errors import (
     BadImage,
-    BadRequest,
     FileError,
     RequestError,
     TooManyPixels,
@@ -52,8 +51,6 @@ _MODE_REPLACEMENTS: Final = {
     "PA": "RGBA",
 }
 """Modes of PIL images that a TIFF cannot hold, or holds in another way, and the mode that they become."""
-
-_TIFF_MODES: Final = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "I;16L", "I;16B"})
 
 _ORIENTATION: Final = 0x0112
 """EXIF and TIFF tag of the orientation."""
@@ -193,8 +190,6 @@ def _encode_image(image: Image.Image, max_pixels: int | None) -> bytes:
     mode = _MODE_REPLACEMENTS.get(image.mode, image.mode)
     if "transparency" in image.info and not mode.startswith("I;16"):
         mode = "RGBA"
-    if mode not in _TIFF_MODES:
-        raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
     return _to_tiff(image if mode == image.mode else image.convert(mode), orientation)
 
 
@@ -204,5 +199,5 @@ def _to_tiff(image: Image.Image, orientation: Any = None) -> bytes:
     try:
         image.save(buffer, "TIFF", compression=None, tiffinfo=tags)
     except (OSError, ValueError, TypeError) as error:
-        raise BadRequest(f"the image cannot be encoded: {to_one_line(error)}") from error
+        raise BadImage(f"the image cannot be encoded: {to_one_line(error)}") from error
     return buffer.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -74,6 +75,8 @@ class StubRequest:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    port: int
+    """Port of the client's end of the connection."""
 
 
 class Stub:
@@ -89,7 +92,7 @@ class Stub:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                stub.requests.append(StubRequest(self.path, dict(self.headers), body))
+                stub.requests.append(StubRequest(self.path, dict(self.headers), body, self.client_address[1]))
                 reply = stub.replies.pop(0) if len(stub.replies) > 1 else stub.replies[0]
                 if reply.release:
                     reply.release.wait(60)
@@ -359,6 +362,19 @@ def test_closed_clients_refuse_to_work(stub: Stub) -> None:
 
     with pytest.raises(RuntimeError, match="the client is closed"):
         asyncio.run(classify_after_close())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_child_opens_connections_of_its_own(stub: Stub) -> None:
+    """Two processes that use one connection would get each other's replies."""
+    with fovea.Client(stub.url) as client:
+        client.classify(PHOTO)
+        child = multiprocessing.get_context("fork").Process(target=client.classify, args=(PHOTO,))
+        child.start()
+        child.join()
+        client.classify(PHOTO)
+    parent_port, child_port, later_port = (request.port for request in stub.requests)
+    assert parent_port == later_port != child_port
 
 
 def test_connections_are_used_again(server: Server) -> None:

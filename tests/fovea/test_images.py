@@ -15,7 +15,7 @@ import fovea
 from fovea.errors import BadImage, TooManyPixels
 from fovea.images import encode_source
 from fovea.service.inference.preprocess import decode_upright
-from tests.pictures import draw_picture, encode_image, make_jpeg
+from tests.pictures import draw_picture, encode_image, make_jpeg, make_png_header
 from tests.profiles import display_p3_profile
 
 PICTURE = draw_picture(60, 40)
@@ -157,8 +157,10 @@ def test_damaged_and_huge_pil_images_are_refused_before_they_are_decoded(
     content = make_jpeg(600, 400)
     with pytest.raises(BadImage, match="the PIL image cannot be decoded"):
         model.classify(Image.open(BytesIO(content[: len(content) // 2])))
-    huge = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (10_000, 10_000, 3))
     with pytest.raises(TooManyPixels, match="image is 10000 x 10000 px; at most 50 MP"):
+        model.classify(Image.open(BytesIO(make_png_header(10_000, 10_000))))
+    huge = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (1_000_000, 1_000_000, 3))  # 3 TB
+    with pytest.raises(TooManyPixels, match="image is 1000000 x 1000000 px; at most 50 MP"):
         model.classify(huge)
 
 
