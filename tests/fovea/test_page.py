@@ -1,4 +1,4 @@
-"""The examples of `docs/python.md` run, and print what their comments say."""
+"""The examples of the pages run, and those of `docs/python.md` print what their comments say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ import pytest
 from tests.documents import read_page
 from tests.servers import ROOT, Server
 
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", read_page("python"), re.MULTILINE | re.DOTALL)
+
+def find_examples(page: str) -> list[str]:
+    """Return the examples in Python."""
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = find_examples(read_page("python"))
 
 OUTPUTS = {4: "ship\nunreadable_file\nunsupported_format\n"}
 """Outputs that the text of the page states, by the number of the example; others stand behind `print`."""
@@ -26,11 +32,9 @@ def server() -> Iterator[Server]:
         yield instance
 
 
-@pytest.mark.parametrize("number", range(1, len(EXAMPLES) + 1))
-def test_example_prints_what_it_says(number: int, server: Server, tmp_path: Path) -> None:
-    example = EXAMPLES[number - 1]
-    expected = re.findall(r"^.*print\(.*\)  # (.*)$", example, re.MULTILINE)
-    script = tmp_path / "example.py"
+def run_example(example: str, server: Server, folder: Path) -> str:
+    """Return what an example prints, with the address of the server in place of its own."""
+    script = folder / "example.py"
     script.write_text(example.replace("http://127.0.0.1:8000", server.url))
     process = subprocess.run(
         [sys.executable, script],
@@ -42,8 +46,24 @@ def test_example_prints_what_it_says(number: int, server: Server, tmp_path: Path
         check=False,
     )
     assert (process.stderr, process.returncode) == ("", 0)
-    assert process.stdout == OUTPUTS.get(number, "".join(f"{line}\n" for line in expected))
-    assert process.stdout
+    return process.stdout
+
+
+@pytest.mark.parametrize("number", range(1, len(EXAMPLES) + 1))
+def test_example_prints_what_it_says(number: int, server: Server, tmp_path: Path) -> None:
+    example = EXAMPLES[number - 1]
+    expected = re.findall(r"^.*print\(.*\)  # (.*)$", example, re.MULTILINE)
+    output = run_example(example, server, tmp_path)
+    assert output == OUTPUTS.get(number, "".join(f"{line}\n" for line in expected))
+    assert output
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_examples_of_other_pages_run(page: str, server: Server, tmp_path: Path) -> None:
+    examples = find_examples((ROOT / page).read_text())
+    assert examples
+    for example in examples:
+        assert "ship" in run_example(example, server, tmp_path)
 
 
 def test_page_has_examples_of_both_ways() -> None:
