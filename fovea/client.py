@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from fovea.errors import AnswerTimeout, ConnectionFailed
 from fovea.http_calls import ClassifyCall, Sleep, Steps, send_with_retries
@@ -33,8 +33,6 @@ def import_httpx() -> ModuleType:
 
 _MISSING_PACKAGE: Final = "the client needs a package: pip install httpx"
 
-_T = TypeVar("_T", bound="httpx.Client | httpx.AsyncClient")
-
 
 class _ClientOptions:
     """The options of a client, and what both kinds of client do with them."""
@@ -56,7 +54,6 @@ class _ClientOptions:
 
         Raises `ImportError` without httpx, and `ValueError` for a value out of range.
         """
-        import_httpx()
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}; it must start with http:// or https://")
         for name, value in (("timeout", timeout), ("batch_size", batch_size)):
@@ -67,22 +64,32 @@ class _ClientOptions:
         self._retry_seconds = retry_seconds
         self._batch_size = batch_size
         self._headers = dict(headers or {})
-        self._http: Any = None
-        self._pid = 0
         self._is_closed = False
+        self._open_http()
 
-    def _get_http(self, client_type: type[_T]) -> _T:
+    def _open_http(self) -> None:
+        """Create the httpx client of this process, which has no connections yet."""
+        httpx = import_httpx()
+        try:
+            self._http: Any = self._get_http_type()(
+                base_url=self.url,
+                timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS)),
+                headers=self._headers,
+            )
+        except httpx.InvalidURL as error:
+            raise ValueError(f"url is {self.url!r}: {error}") from None
+        self._pid = os.getpid()
+
+    def _get_http_type(self) -> type[httpx.Client | httpx.AsyncClient]:
+        raise NotImplementedError
+
+    def _get_http(self) -> Any:
         """Return the httpx client of this process. A forked child must not use its parent's connections."""
         if self._is_closed:
             raise RuntimeError("the client is closed")
         if self._pid != os.getpid():
-            import httpx
-
-            timeout = httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS))
-            self._http = client_type(base_url=self.url, timeout=timeout, headers=self._headers)
-            self._pid = os.getpid()
-        http: _T = self._http
-        return http
+            self._open_http()
+        return self._http
 
     def _classify(
         self,
@@ -126,9 +133,15 @@ class _ClientOptions:
 class Client(_ClientOptions):
     """A client of the service. It may be used from several threads at once.
 
-    with fovea.Client("http://127.0.0.1:8000") as client:
-        print(client.classify("cat.jpg").label)
+    `close`, or the end of a `with` block, closes its connections:
+
+        with fovea.Client("http://127.0.0.1:8000") as client:
+            print(client.classify("cat.jpg").label)
     """
+
+    def _get_http_type(self) -> type[httpx.Client]:
+        http_type: type[httpx.Client] = import_httpx().Client
+        return http_type
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
@@ -198,13 +211,13 @@ class Client(_ClientOptions):
         `AnswerTimeout`, and `UnexpectedReply` for a reply that is not Fovea's. These errors concern the
         whole call, and are raised in any case.
         """
-        http = self._get_http(import_httpx().Client)
+        http: httpx.Client = self._get_http()
         steps = self._classify(http, images, top_k, coverage, on_error, model, version)
         return self._run(http, steps)
 
     def ready(self) -> bool:
         """Return whether the service can classify now. Raises `UnexpectedReply` if it is not Fovea."""
-        http = self._get_http(import_httpx().Client)
+        http: httpx.Client = self._get_http()
         is_ready: bool = self._run(http, self._check_ready(http))
         return is_ready
 
@@ -249,11 +262,17 @@ class Client(_ClientOptions):
 
 
 class AsyncClient(_ClientOptions):
-    """An asynchronous client of the service, for asyncio and trio.
+    """An asynchronous client of the service, for asyncio.
 
-    async with fovea.AsyncClient("http://127.0.0.1:8000") as client:
-        print((await client.classify("cat.jpg")).label)
+    `aclose`, or the end of an `async with` block, closes its connections:
+
+        async with fovea.AsyncClient("http://127.0.0.1:8000") as client:
+            print((await client.classify("cat.jpg")).label)
     """
+
+    def _get_http_type(self) -> type[httpx.AsyncClient]:
+        http_type: type[httpx.AsyncClient] = import_httpx().AsyncClient
+        return http_type
 
     @overload
     async def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
@@ -323,22 +342,22 @@ class AsyncClient(_ClientOptions):
         `AnswerTimeout`, and `UnexpectedReply` for a reply that is not Fovea's. These errors concern the
         whole call, and are raised in any case.
         """
-        http = self._get_http(import_httpx().AsyncClient)
+        http: httpx.AsyncClient = self._get_http()
         steps = self._classify(http, images, top_k, coverage, on_error, model, version)
         return await self._run(http, steps)
 
     async def ready(self) -> bool:
         """Return whether the service can classify now. Raises `UnexpectedReply` if it is not Fovea."""
-        http = self._get_http(import_httpx().AsyncClient)
+        http: httpx.AsyncClient = self._get_http()
         is_ready: bool = await self._run(http, self._check_ready(http))
         return is_ready
 
     async def _run(self, http: httpx.AsyncClient, steps: Steps) -> Any:
         """Perform the steps of a call, and return its result."""
-        value: Any = None
-        error: Exception | None = None
         import anyio
 
+        value: Any = None
+        error: Exception | None = None
         while True:
             try:
                 step = steps.send(value) if error is None else steps.throw(error)

@@ -407,6 +407,7 @@ def test_cancelled_call_leaves_the_client_usable(stub: Stub) -> None:
     ("arguments", "sentence"),
     [
         ({"url": "127.0.0.1:8000"}, "url is '127.0.0.1:8000'; it must start with http:// or https://"),
+        ({"url": "http://host:port"}, "url is 'http://host:port': Invalid port"),
         ({"timeout": 0}, "timeout is 0; it must be more than 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be more than 0"),
     ],
