@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,22 +16,20 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.api.native.classification_replies import ReplyOptions, render_model_name, render_outcome
+from fovea.service.api.native.outcomes import render_model_name, render_outcome
+from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import scan_repository
-from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
+from fovea.service.errors import BodyTooLarge, FileError, RequestError, StartError, UnsupportedFormat
 from fovea.service.explain.explainer import Explainer, Explanation
 from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
-from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.image_files import read_image_file
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
-from fovea.service.resources import threads
-from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.live_model import LiveModel
-from fovea.service.serving.process_plan import create_plan
 from fovea.service.serving.ranking import (
     LabelSet,
     compute_label_set,
@@ -41,6 +38,7 @@ from fovea.service.serving.ranking import (
     is_known,
     rank_labels,
 )
+from fovea.service.serving.standalone import create_load, load_predictor
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import delay_interrupt
 
@@ -59,25 +57,6 @@ _SYSTEM_NAMES: Final = frozenset(
 
 _MAX_NAMED_FILES: Final = 3
 """Number of skipped files that the summary names."""
-
-
-@dataclass(frozen=True)
-class FileError:
-    """An error for a file that cannot be read.
-
-    It is not a `RequestError` because there is no request.
-    """
-
-    message: str
-
-    code = "unreadable_file"
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the error in the JSON form of the service."""
-        return {"code": self.code, "message": self.message}
-
-    def __str__(self) -> str:
-        return self.message
 
 
 Outcome = Classification | RequestError | FileError
@@ -103,11 +82,9 @@ def classify_files(
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = _load_model(settings, model)
-    options = ReplyOptions(
-        top_k, coverage=None if coverage is None else find_coverage(live_model.contract, coverage)
-    )
+    label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     is_single = len(files) == 1 and not files[0].is_dir()
-    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, options, is_single)
+    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, top_k, label_set, is_single)
     skipped_files: list[Path] = []
     failure_count = 0
     try:
@@ -247,9 +224,8 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
     version = single_file[-1] if single_file else catalog.get(name)
     if isinstance(version, LiveModel):
         raise RuntimeError("nothing is loaded yet")
-    plan = create_plan(settings, threads.plan_threads(settings, threads.available_cpus()), version.config)
-    load = LoadCommand(0, str(version.path), str(version.path), version.fingerprint, plan)
-    predictor = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
+    load = create_load(version, settings)
+    predictor = load_predictor(load)
     live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
     catalog.add(live_model)
     catalog.check_default_model()
@@ -260,12 +236,9 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
 def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int) -> Outcome:
     """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except OSError as error:
-        return FileError(f"the file cannot be read: {error.strerror or to_one_line(error)}")
-    if len(content) > max_bytes:
-        return BodyTooLarge(f"the file has more than {max_bytes} bytes (FOVEA_BODY_BYTES)")
+        content = read_image_file(path, max_bytes)
+    except (FileError, BodyTooLarge) as error:
+        return error
     answer = predictor.predict_batch([content], exclusive=True).answers[0]
     return answer if isinstance(answer, RequestError) else Classification(live_model, answer)
 
@@ -273,9 +246,9 @@ def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_
 class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
-    def __init__(self, live_model: LiveModel, options: ReplyOptions, is_single: bool) -> None:
+    def __init__(self, live_model: LiveModel, top_k: int, coverage: Coverage | None, is_single: bool) -> None:
         """Create a printer; with `is_single`, one file was given and its answer is not in a list."""
-        self.live_model, self.options, self.is_single = live_model, options, is_single
+        self.live_model, self.top_k, self.coverage, self.is_single = live_model, top_k, coverage, is_single
         self.outcome_count = 0
 
     def show_outcome(self, path: Path, outcome: Outcome) -> None:
@@ -299,7 +272,7 @@ class _JsonPrinter(_Printer):
         outcome_fields = (
             {"error": outcome.to_dict()}
             if isinstance(outcome, FileError)
-            else render_outcome(outcome, self.options)
+            else render_outcome(outcome, top_k=self.top_k, coverage=self.coverage)
         )
         if self.is_single:
             model_field = (
@@ -336,10 +309,10 @@ class _TextPrinter(_Printer):
                 console.print(line, style="yellow", markup=False, soft_wrap=True)
             if is_known(outcome) is False:
                 console.print("  unlike the images that the model was trained on", style="yellow")
-            console.print(_create_bar_table(outcome, self.options.top_k))
-            if self.options.coverage:
+            console.print(_create_bar_table(outcome, self.top_k))
+            if self.coverage:
                 console.print(
-                    _format_label_set(compute_label_set(outcome, self.options.coverage)),
+                    _format_label_set(compute_label_set(outcome, self.coverage)),
                     markup=False,
                     soft_wrap=True,
                 )

@@ -8,6 +8,7 @@
     │       ├── Unproven       the trial of the model ended in a way that the host may have caused
     │       ├── ContractError  the contract is missing or invalid
     │       └── GoldenError    this host does not reproduce the golden set
+    ├── FileError           a file with an image cannot be read; also an `OSError`
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
@@ -42,6 +43,11 @@ from typing import Any, ClassVar
 
 class FoveaError(Exception):
     """The base class of all errors that are raised on purpose."""
+
+    @property
+    def message(self) -> str:
+        """What is wrong, as a sentence for people."""
+        return str(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Restore the error from its message and attributes, independent of its constructor's parameters."""
@@ -94,14 +100,33 @@ class GoldenError(ModelError):
     """This host does not reproduce the results of the golden set."""
 
 
+class FileError(FoveaError, OSError):
+    """A file with an image cannot be read, where Fovea runs without a server: there is no request."""
+
+    code: ClassVar[str] = "unreadable_file"
+
+    @classmethod
+    def from_os_error(cls, error: OSError) -> FileError:
+        """Return the error for the system's refusal."""
+        return cls(f"the file cannot be read: {error.strerror or to_one_line(error)}")
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the code and the message as plain values, like `RequestError.to_dict`."""
+        return {"code": self.code, "message": str(self)}
+
+
 class RequestError(FoveaError):
     """One request, or one image of it, cannot be answered.
 
-    `status` is the HTTP status, `code` is Fovea's own error code.
+    `status` is the HTTP status, `code` is Fovea's own error code. `retry_after` is the time in seconds after
+    which the caller should try again; None if another attempt has no better chance.
+    `request_id` is the id of the request in the service's log, in errors that a client of the service raises.
     """
 
     status: ClassVar[int]
     code: ClassVar[str]
+    retry_after: float | None = None
+    request_id: str | None = None
 
     def __init__(self, message: str) -> None:
         """Create the error. A long message is cut, because it may quote input of any length."""
@@ -202,9 +227,10 @@ class HeaderTooLarge(RequestError):
 
 
 class Unavailable(RequestError):
-    """The service cannot answer now. `retry_after` is the time in seconds until the caller should retry."""
+    """The service cannot answer now, and the caller should try again after `retry_after` seconds."""
 
     status = 503
+    retry_after: float
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
@@ -248,6 +274,19 @@ def error_from_dict(values: dict[str, str]) -> RequestError:
     """
     error_types = {kind.code: kind for kind in _IMAGE_ERRORS}
     return error_types.get(values["code"], Internal)(values["message"])
+
+
+def restore_request_error(code: str, message: str) -> RequestError | None:
+    """Return the error that a service described with this code and message; None for an unknown code.
+
+    The caller sets `retry_after`, which is not in the body of the reply.
+    """
+    for error_type in _iterate_subclasses(RequestError):
+        if error_type.__dict__.get("code") == code:
+            error = error_type.__new__(error_type, message)  # a constructor may take other parameters
+            error.retry_after = None
+            return error
+    return None
 
 
 _IMAGE_ERRORS = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)

@@ -21,7 +21,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"atomic_files"},
+    {"atomic_files", "image_files"},
     {
         "allocator",
         "environment",
@@ -141,5 +141,18 @@ def test_model_does_not_import_export() -> None:
         for _, file in list_files("model")
         for module in list_imports(file)
         if module[:2] == ("fovea", "export")
+    ]
+    assert violations == []
+
+
+@pytest.mark.parametrize("package", ["service", "model", "export"])
+def test_packages_do_not_import_the_python_api(package: str) -> None:
+    """The modules of `fovea/` stand above the packages that it links to."""
+    own_modules = {path.stem for path in (ROOT / "fovea").glob("*.py")} | {"commands"}
+    violations = [
+        f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
+        for _, file in list_files(package)
+        for module in list_imports(file)
+        if module[0] == "fovea" and len(module) > 1 and module[1] in own_modules
     ]
     assert violations == []

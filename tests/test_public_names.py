@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from typer.main import get_command
 
+import fovea
 from fovea.cli import app as command_line
 from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
@@ -45,6 +47,29 @@ def list_options() -> Iterator[str]:
             yield f"command {name} {words}"
 
 
+def list_python_names() -> Iterator[str]:
+    """Yield the names of the Python API, with the members of classes and the parameters of functions.
+
+    Callers construct only the clients; `fovea.load` and `classify` make the other objects.
+    """
+    for name in fovea.__all__:
+        value = getattr(fovea, name)
+        yield f"python fovea.{name}"
+        if inspect.isfunction(value) or name.endswith("Client"):
+            yield from _list_parameters(name, value)
+        if isinstance(value, type):
+            kinds = [kind for kind in value.__mro__ if kind.__module__.startswith("fovea.")]
+            for member in {one for kind in kinds for one in vars(kind) if not one.startswith("_")}:
+                yield f"python fovea.{name}.{member}"
+                if inspect.isfunction(getattr(value, member)):
+                    yield from _list_parameters(f"{name}.{member}", getattr(value, member))
+
+
+def _list_parameters(name: str, function: Any) -> Iterator[str]:
+    parameters = inspect.signature(function).parameters
+    yield from (f"python fovea.{name} {one}" for one in parameters if one != "self")
+
+
 def list_routes(document: dict[str, Any]) -> Iterator[str]:
     """Yield the routes with their parameters, and the fields of all JSON that is described."""
     for path, methods in document["paths"].items():
@@ -59,7 +84,13 @@ def list_routes(document: dict[str, Any]) -> Iterator[str]:
 def format_public_names(server: Server) -> str:
     """Return the whole list, sorted."""
     document = server.client.get("/openapi.json").json()
-    names = {*list_settings(), *list_metrics(), *list_options(), *list_routes(document)}
+    names = {
+        *list_settings(),
+        *list_metrics(),
+        *list_options(),
+        *list_python_names(),
+        *list_routes(document),
+    }
     return "".join(f"{name}\n" for name in sorted(names))
 
 

@@ -246,7 +246,7 @@ def _decode_upright(
 def configure_pillow() -> None:
     """Configure Pillow for the whole process.
 
-    Only the main module of a process may call this, before the first image is decoded.
+    Only the main module of a process and `fovea.load` may call this, before the first image is decoded.
     """
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # decode threads are limited by Fovea
     filterwarnings("ignore", module="PIL")  # a damaged file is refused: it must not be logged too

@@ -118,11 +118,12 @@ class Predictor:
             )
 
     def predict_batch(self, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
-        """Decode and run one batch. Call this in one thread at a time.
+        """Decode and run one batch. Several threads may call this at once.
 
         A bad image gets an error as its answer and does not affect the other images.
 
-        `exclusive` promises that no other batch runs: the call may use all processors.
+        `exclusive` promises that no other batch runs: the call may use all processors. If another batch runs
+        all the same, both are slower.
 
         Raises `ModelError` when the graph does not run.
         """

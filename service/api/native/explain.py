@@ -20,7 +20,6 @@ from fovea.service.api import bodies
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.asgi_endpoint import AsgiEndpoint
 from fovea.service.api.body_parser import parse_body
-from fovea.service.api.native.classification_replies import render_model_name
 from fovea.service.api.native.explanation_replies import (
     NDJSON,
     NPY,
@@ -30,6 +29,7 @@ from fovea.service.api.native.explanation_replies import (
     render_progress,
     send_line,
 )
+from fovea.service.api.native.outcomes import render_model_name
 from fovea.service.api.options import parse_query, refuse_options
 from fovea.service.api.protocol_routes import RAW_IMAGE_CONTENT, add_endpoint_route
 from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersReply, build_error_responses

@@ -10,7 +10,7 @@ import orjson
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fovea.service.api.native.classification_replies import (
+from fovea.service.api.native.outcomes import (
     render_known,
     render_model_name,
     render_predictions,

@@ -1,0 +1,192 @@
+"""The answer for one image, the same from a model in this process and from a service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any, Final
+
+_BAR_PIXELS: Final = 160
+"""Width of the bar of probability 1 in a notebook, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One label with its probability, from 0 to 1."""
+
+    label: str
+    index: int
+    """Position of the label in the model's list of labels."""
+    probability: float
+    selected: bool | None = None
+    """True if the label passes the model's threshold; None for multi-class models, which have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """A set of labels, most probable first, that contains the true label in a share `level` of all cases."""
+
+    level: float
+    labels: tuple[str, ...]
+    abstain: bool
+    """True if the set is empty, or too large to be useful."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """The format of an image, and its size in pixels after the EXIF orientation was applied."""
+
+    format: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageWarning:
+    """A warning about an image: a stable code for programs, and a message for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """The name and the version of the model that answered."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Result:
+    """The answer for one image."""
+
+    model: ModelName
+    predictions: tuple[Prediction, ...]
+    """The most probable labels, best first: at most `top_k` of them."""
+    image: ImageInfo
+    warnings: tuple[ImageWarning, ...]
+    """Warnings about how the pixels were made from the image."""
+    coverage: LabelSet | None
+    """Label set; None unless `coverage` was requested."""
+    known: bool | None
+    """Whether the image is like those that the model was trained on; None if the model does not tell."""
+    known_score: float | None
+    """Score on which `known` rests; higher is more alike."""
+    top_k: int = field(compare=False)
+    """Largest number of labels that was requested; 0 for all."""
+
+    @classmethod
+    def from_reply(cls, reply: Mapping[str, Any], top_k: int) -> Result:
+        """Create the result from the native JSON reply to one image, for which `top_k` labels were requested.
+
+        Raises `KeyError` or `TypeError` if the reply is not of this form. Unknown fields are ignored.
+        """
+        label_set = reply.get("coverage")
+        return cls(
+            model=ModelName(reply["model"]["name"], reply["model"]["version"]),
+            predictions=tuple(
+                Prediction(one["label"], one["index"], one["probability"], one.get("selected"))
+                for one in reply["predictions"]
+            ),
+            image=ImageInfo(reply["image"]["format"], reply["image"]["width"], reply["image"]["height"]),
+            warnings=tuple(ImageWarning(one["code"], one["message"]) for one in reply.get("warnings", ())),
+            coverage=label_set
+            and LabelSet(label_set["level"], tuple(label_set["labels"]), label_set["abstain"]),
+            known=reply.get("known"),
+            known_score=reply.get("known_score"),
+            top_k=top_k,
+        )
+
+    @property
+    def label(self) -> str:
+        """The most probable label."""
+        return self.predictions[0].label
+
+    @property
+    def probability(self) -> float:
+        """Probability of the most probable label, from 0 to 1."""
+        return self.predictions[0].probability
+
+    @property
+    def selected_labels(self) -> tuple[str, ...]:
+        """Labels that pass the model's thresholds, most probable first.
+
+        Raises `ValueError` for a multi-class model, which has no thresholds, and if labels are missing here
+        because of `top_k`.
+        """
+        if self.predictions[0].selected is None:
+            raise ValueError(f"{self.model.name} is a multi-class model, which has no thresholds")
+        self._require_labels(None)
+        return tuple(one.label for one in self.predictions if one.selected)
+
+    def top(self, count: int = 5) -> tuple[Prediction, ...]:
+        """Return the `count` most probable labels, best first; all labels if the model has no more.
+
+        Raises `ValueError` if labels are missing here because of `top_k`.
+        """
+        if count < 0:
+            raise ValueError(f"top({count}): the number of labels must be at least 0")
+        self._require_labels(count)
+        return self.predictions[:count]
+
+    def _require_labels(self, count: int | None) -> None:
+        """Raise `ValueError` unless the result holds `count` labels, or all of them for None."""
+        if not self.top_k or len(self.predictions) < self.top_k:  # all labels are here
+            return
+        if count is None or count > len(self.predictions):
+            needed = "all labels are needed" if count is None else f"{count} labels are needed"
+            raise ValueError(
+                f"{needed}, but the result holds {len(self.predictions)}; classify with top_k={count or 0}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values with the keys of the service's JSON reply to one image."""
+        fields: dict[str, Any] = {
+            "model": {"name": self.model.name, "version": self.model.version},
+            "predictions": [
+                {"label": one.label, "index": one.index, "probability": one.probability}
+                | ({} if one.selected is None else {"selected": one.selected})
+                for one in self.predictions
+            ],
+        }
+        if self.coverage:
+            fields["coverage"] = {
+                "level": self.coverage.level,
+                "labels": list(self.coverage.labels),
+                "abstain": self.coverage.abstain,
+            }
+        if self.known is not None:
+            fields |= {"known": self.known, "known_score": self.known_score}
+        image = self.image
+        fields["image"] = {"format": image.format, "width": image.width, "height": image.height}
+        if self.warnings:
+            fields["warnings"] = [{"code": one.code, "message": one.message} for one in self.warnings]
+        return fields
+
+    def __repr__(self) -> str:
+        """Return the best label in one line."""
+        codes = f", warnings: {', '.join(one.code for one in self.warnings)}" if self.warnings else ""
+        unknown = ", unlike the training images" if self.known is False else ""
+        name = f"{self.model.name} {self.model.version}"
+        return f"<Result {self.label!r} {self.probability:.4f} by {name}{unknown}{codes}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the labels with bars, which notebooks show."""
+        rows = "".join(
+            f"<tr><td>{escape(one.label)}</td><td>{one.probability:.1%}</td>"
+            f'<td style="text-align: left"><div style="background: #2a9d5c; height: 0.8em; '
+            f'width: {_BAR_PIXELS * one.probability:.0f}px"></div></td></tr>'
+            for one in self.predictions
+        )
+        lines = [f"{escape(one.code)}: {escape(one.message)}" for one in self.warnings]
+        if self.known is False:
+            lines.append("unlike the images that the model was trained on")
+        if self.coverage:
+            labels = escape(", ".join(self.coverage.labels)) or "none"
+            doubt = " (too uncertain to decide)" if self.coverage.abstain else ""
+            lines.append(f"{100 * self.coverage.level:g}% sure to be among: {labels}{doubt}")
+        caption = escape(f"{self.model.name} version {self.model.version}")
+        notes = "".join(f"<div>{line}</div>" for line in lines)
+        return f"<table><caption>{caption}</caption>{rows}</table>{notes}"
