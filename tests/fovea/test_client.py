@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -434,3 +435,17 @@ def test_unreachable_host_is_a_connection_error(classify: Classify) -> None:
     with pytest.raises(ConnectionFailed) as failure:
         classify(f"http://127.0.0.1:{port}", PHOTO, options={"retry_seconds": 0})
     assert isinstance(failure.value.__cause__, httpx.ConnectError)
+
+
+@pytest.mark.long
+def test_overloaded_server_answers_every_image_in_the_end(small_zoo: Path) -> None:
+    images = [make_jpeg(1200, 900, seed) for seed in range(24)]
+    limits = {"FOVEA_QUEUE_IMAGES": "2", "FOVEA_REQUEST_IMAGES": "2"}
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), **limits) as server,
+        fovea.Client(server.url, retry_seconds=60) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        results = list(pool.map(client.classify, images))
+        assert server.read_metric("fovea_errors_total", reason="overloaded") > 0
+    assert results == fovea.load(small_zoo).classify(images)
