@@ -49,8 +49,8 @@ class _ClientOptions:
         """Create a client for the service at `url`. It connects with the first call.
 
         A request ends after `timeout` seconds without an answer. Replies 429 and 503 and failed connections
-        are retried, for `retry_seconds` at most; 0 for no retry. A list of images is sent `batch_size` images
-        at a time. `headers` go with every request, for proxies that ask for a key.
+        are retried, each request for `retry_seconds` at most; 0 for no retry. A list of images is sent
+        `batch_size` images at a time. `headers` go with every request, for proxies that ask for a key.
 
         Raises `ImportError` without httpx, and `ValueError` for a value out of range.
         """

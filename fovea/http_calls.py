@@ -80,7 +80,6 @@ class ClassifyCall:
         sources, is_single = list_images(self.images)
         check_on_error(self.on_error)
         path = _classify_path(self.model, self.version)
-        retries = Retries(self.retry_seconds)
         results: list[Result | ImageError] = []
         while len(results) < len(sources):
             batch = sources[len(results) : len(results) + self.batch_size]
@@ -88,7 +87,7 @@ class ClassifyCall:
             outcomes = yield partial(_encode_batch, batch)
             positions = [index for index, one in enumerate(outcomes) if isinstance(one, bytes)]
             answers = yield from self._send_batch(
-                [outcomes[index] for index in positions], path, make_request, retries
+                [outcomes[index] for index in positions], path, make_request
             )
             for index, answer in zip(positions, answers, strict=True):
                 outcomes[index] = answer
@@ -98,9 +97,7 @@ class ClassifyCall:
             results += outcomes
         return results[0] if is_single else results
 
-    def _send_batch(
-        self, images: Sequence[bytes], path: str, make_request: MakeRequest, retries: Retries
-    ) -> Steps:
+    def _send_batch(self, images: Sequence[bytes], path: str, make_request: MakeRequest) -> Steps:
         """Return the results or errors of encoded images. A batch that is too large is sent in two parts."""
         if not images:
             return []
@@ -118,7 +115,7 @@ class ClassifyCall:
         try:
             reply = yield from send_with_retries(
                 lambda: make_request("POST", path, params=options, **body),
-                retries,
+                Retries(self.retry_seconds),
             )
         except _IMAGE_ERRORS as error:
             if len(images) == 1:
@@ -126,8 +123,8 @@ class ClassifyCall:
             if not isinstance(error, BodyTooLarge):
                 raise
             middle = len(images) // 2
-            first_half = yield from self._send_batch(images[:middle], path, make_request, retries)
-            second_half = yield from self._send_batch(images[middle:], path, make_request, retries)
+            first_half = yield from self._send_batch(images[:middle], path, make_request)
+            second_half = yield from self._send_batch(images[middle:], path, make_request)
             return [*first_half, *second_half]
         return _parse_results(reply, len(images), self.top_k)
 

@@ -26,7 +26,7 @@ _CONNECTION_RETRIES: Final = 4
 
 
 class Retries:
-    """The retries of one call, which wait `seconds` in total at most; 0 for no retry.
+    """The retries of one request, which wait `seconds` in total at most; 0 for no retry.
 
     Classification changes nothing, so that a request whose connection failed may be sent again although the
     service may have received it.

@@ -206,6 +206,12 @@ def test_no_retry_outlasts_the_time_for_retries(stub: Stub, classify: Classify) 
     assert len(stub.requests) == 2
 
 
+def test_each_batch_has_its_own_time_for_retries(stub: Stub, classify: Classify) -> None:
+    busy = make_refusal(503, "overloaded", Retry_After="1")
+    stub.replies = [busy, OK, busy, OK]
+    assert len(classify(stub.url, 2 * [PHOTO], options={"batch_size": 1, "retry_seconds": 1.9})) == 2
+
+
 def test_lost_connection_is_retried(stub: Stub, classify: Classify) -> None:
     stub.replies = [LOST, LOST, OK]
     assert classify(stub.url, PHOTO).label == "cat"
