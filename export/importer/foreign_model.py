@@ -11,8 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, version_converter
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+    inliner,
+    numpy_helper,
+    version_converter,
+)
 
+from fovea.export.importer.file_format import describe_folder, describe_other_format
 from fovea.service.errors import FoveaError, to_one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
@@ -21,8 +32,13 @@ MAX_BYTES: Final = (1 << 31) - (64 << 20)
 Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
 """
 
+Array: TypeAlias = npt.NDArray[Any]
+
 _KNOWN_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains of the operators that ONNX Runtime itself implements."""
+
+_INTERNAL_DOMAINS: Final = ("com.microsoft.", "com.ms.")
+"""Prefixes of ONNX Runtime's internal domains, such as `com.microsoft.nchwc`, which its optimiser writes."""
 
 _MIN_OPSET: Final = 8
 """Lowest operator set version that is kept; added nodes need `Expand` and `Max` of two shapes."""
@@ -33,12 +49,9 @@ _TARGET_OPSET: Final = 13
 _MIN_IR_VERSION: Final = 4
 """Lowest IR version in which weights need not be inputs too."""
 
-_OTHER_FORMATS: Final = (
-    (b"PK\x03\x04", "a ZIP archive, as PyTorch and Keras write them"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
-    (b"\x80\x02", "a Python pickle, as older PyTorch writes them"),
+_HALVE_ADVICE: Final = (
+    "convert it to float16, which halves it, such as with convert_float_to_float16 of onnxconverter-common"
 )
-"""First bytes of files that users mistake for ONNX."""
 
 
 class ImportRefused(FoveaError):
@@ -46,7 +59,14 @@ class ImportRefused(FoveaError):
 
 
 class MissingInformation(ImportRefused):
-    """A fact that is not in the file must be given as an option."""
+    """A fact that is not in the file must be given as an option.
+
+    `example` is an option with a value that supplies it, such as `--layout nchw`.
+    """
+
+    def __init__(self, message: str, example: str = "") -> None:
+        super().__init__(message)
+        self.example = example
 
 
 def read_model(path: Path) -> ModelProto:
@@ -54,6 +74,7 @@ def read_model(path: Path) -> ModelProto:
 
     Raises `ImportRefused`.
     """
+    _require_onnx(path)
     model = _parse_model(path, _read_content(path))
     _load_external_weights(model, path)
     if model.functions:
@@ -62,20 +83,29 @@ def read_model(path: Path) -> ModelProto:
     return _modernize_model(path, model)
 
 
+def _require_onnx(path: Path) -> None:
+    """Raise `ImportRefused` for files and folders of other formats, which are named."""
+    try:
+        description = describe_folder(path) if path.is_dir() else describe_other_format(path)
+    except OSError as error:
+        raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
+    if description:
+        raise ImportRefused(description)
+
+
 def _read_content(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise ImportRefused(f"{path} has {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file")
+            raise ImportRefused(
+                f"{path} has {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file: {_HALVE_ADVICE}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
 
 
 def _parse_model(path: Path, content: bytes) -> ModelProto:
-    for start, kind in _OTHER_FORMATS:
-        if content.startswith(start):
-            raise ImportRefused(f"{path} is {kind}, not ONNX; export the model to ONNX first")
     try:
         model: ModelProto = ModelProto.FromString(content)
     except Exception:  # protobuf's own exception, whose module has no types
@@ -89,8 +119,14 @@ def _require_known_operators(path: Path, model: ModelProto) -> None:
     unknown_operators = {
         f"{node.domain}.{node.op_type}"
         for node in walk_nodes(model.graph)
-        if node.domain not in _KNOWN_DOMAINS
+        if node.domain not in _KNOWN_DOMAINS or node.op_type == "EPContext"  # a compiled graph
     }
+    internal_operators = [one for one in unknown_operators if one.startswith(_INTERNAL_DOMAINS)]
+    if internal_operators:
+        raise ImportRefused(
+            f"{path} was optimised by ONNX Runtime for one kind of processor, with operators of its own such "
+            f"as {min(internal_operators)}: import the file it was made from"
+        )
     if unknown_operators:
         raise ImportRefused(
             f"{path} has operators that ONNX Runtime does not include: "
@@ -130,7 +166,7 @@ def _load_external_weights(model: ModelProto, path: Path) -> None:
     Raises `ImportRefused` for weights elsewhere.
     """
     size = model.ByteSize()
-    for tensor in _walk_tensors(model):
+    for tensor in walk_tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             size += _load_external_tensor(tensor, path, MAX_BYTES - size)
 
@@ -147,7 +183,8 @@ def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> in
             length = size - offset if length < 0 else length
             if length > max_bytes:
                 raise ImportRefused(
-                    f"{path} has more than 2 GB of weights, which is the limit for one ONNX file"
+                    f"{path} has more than 2 GB of weights, which is the limit for one ONNX file: "
+                    f"{_HALVE_ADVICE}"
                 )
             if not 0 <= offset <= offset + length <= size:
                 raise ImportRefused(
@@ -196,18 +233,19 @@ def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """Yield the nodes of a graph and of its inner graphs."""
     for node in graph.node:
         yield node
-        for inner in _inner_graphs(node.attribute):
+        for inner in inner_graphs(node.attribute):
             yield from walk_nodes(inner)
 
 
-def _inner_graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
+def inner_graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
+    """Yield the graphs that a node holds in its attributes."""
     for attribute in attributes:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         yield from attribute.graphs
 
 
-def _walk_tensors(model: ModelProto) -> Iterator[TensorProto]:
+def walk_tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Yield all tensors with values: weights and constants, also in inner graphs and functions."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
@@ -227,8 +265,20 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-        for inner in _inner_graphs(node.attribute):
+        for inner in inner_graphs(node.attribute):
             yield from _graph_tensors(inner)
+
+
+def read_constant(model: ModelProto, name: str) -> Array | None:
+    """Return the value of a weight or of a Constant node; None for other tensors."""
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            return np.asarray(numpy_helper.to_array(tensor))
+    for node in model.graph.node:
+        if node.op_type == "Constant" and name in node.output:
+            value = helper.get_attribute_value(node.attribute[0])
+            return np.asarray(numpy_helper.to_array(value) if isinstance(value, TensorProto) else value)
+    return None
 
 
 def tensor_names(graph: GraphProto) -> set[str]:
@@ -236,7 +286,7 @@ def tensor_names(graph: GraphProto) -> set[str]:
     names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     for node in walk_nodes(graph):
         names.update(node.input, node.output)
-        for inner in _inner_graphs(node.attribute):
+        for inner in inner_graphs(node.attribute):
             names.update(value.name for value in (*inner.input, *inner.initializer))
     return names
 
@@ -244,7 +294,7 @@ def tensor_names(graph: GraphProto) -> set[str]:
 def find_input_names(node: NodeProto) -> set[str]:
     """Return the names that a node reads: its inputs, and the names that its inner graphs may capture."""
     names = set(node.input)
-    for inner in _inner_graphs(node.attribute):
+    for inner in inner_graphs(node.attribute):
         names.update(name for nested in walk_nodes(inner) for name in nested.input)
         names.update(value.name for value in inner.output)
     return names
@@ -263,14 +313,12 @@ def arithmetic_of(model: ModelProto) -> Arithmetic:
     if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in walk_nodes(model.graph)):
         return Arithmetic.INT8
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    if any(tensor.data_type in halves for tensor in _walk_tensors(model)):
+    if any(tensor.data_type in halves for tensor in walk_tensors(model)):
         return Arithmetic.FLOAT16
     return Arithmetic.FLOAT32
 
 
 # --- execution in ONNX Runtime -------------------------------------------------------------------
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 class ReferenceModel:

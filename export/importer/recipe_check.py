@@ -166,8 +166,11 @@ def _list_other_recipes(
             preset.normalization,
             PreprocessingOptions(preset=preset).build_geometry(geometry.height, geometry.width),
         )
-        if recipe != (own_normalization, geometry):
+        is_possible = foreign.graph_input.channels == 3 or preset.normalization.is_uniform
+        if is_possible and recipe != (own_normalization, geometry):
             recipes[f"--preset {name}"] = recipe
+    if foreign.graph_input.channels == 1:
+        return recipes
     recipes["--rgb" if own_normalization.bgr else "--bgr"] = (
         own_normalization.with_reversed_channels,
         geometry,
