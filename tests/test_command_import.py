@@ -208,7 +208,7 @@ def test_layout_and_size_are_asked_for_together(
     assert command(*arguments, "--preset", "imagenet") == 2
     message = read_error_line(capsys)
     assert "give --layout nchw or --layout nhwc; and set the size to serve with --crop" in message
-    assert message.endswith("--preset imagenet --layout nchw --crop 224\n".strip())
+    assert message.rstrip().endswith("--preset imagenet --layout nchw --crop 224")
     assert command(*arguments, "--preset", "imagenet", "--layout", "nchw", "--crop", "16") == 0
 
 

@@ -347,7 +347,8 @@ def to_probabilities(rows: Float64Array, kind: ValueKind, task: Task, total: flo
         return np.hstack([1 - positive, positive])
     if kind is ValueKind.INDEPENDENT and task is not Task.MULTILABEL:
         rows = np.maximum(rows, np.finfo(np.float32).tiny)  # no label at all is as likely as any other
-        return rows / rows.sum(axis=1, keepdims=True)
+        shares: Float64Array = rows / rows.sum(axis=1, keepdims=True)
+        return shares
     if kind in (ValueKind.PROBABILITIES, ValueKind.INDEPENDENT):
         return rows
     return sigmoid(rows) if task is Task.MULTILABEL else softmax(rows)

@@ -123,6 +123,10 @@ class ForeignModel:
             merges=merges,
         )
 
+    def open_wrapped(self, wrapped_model: WrappedModel) -> ReferenceModel:
+        """Return a wrapped model in plain ONNX Runtime."""
+        return ReferenceModel(wrapped_model.model, threads=get_thread_count())
+
     def compute_probabilities(self, pixels: Pixels) -> Array:
         """Return the probabilities of pixels (n, H, W, 3), computed with numpy and the original file.
 

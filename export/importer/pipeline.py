@@ -34,6 +34,7 @@ from fovea.export.importer.inspect import (
 )
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
+from fovea.export.importer.measured_shapes import measure_shapes
 from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
@@ -172,7 +173,7 @@ def _build_contract(
     version: str,
     check_result: CheckResult | None,
 ) -> Contract:
-    layers = build_layer_table(wrapped_model.model)
+    layers = build_layer_table(wrapped_model.model, measure_shapes(foreign, wrapped_model))
     reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
     images = golden.draw_golden_images(
         geometry, lambda pixels: reference(pixels)[wrapped_model.logits].astype(np.float32)

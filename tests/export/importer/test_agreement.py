@@ -23,6 +23,15 @@ from tests.export.importer.test_refused import replace_softmax, wrap_with_change
 from tests.export.imports import has_no_output, import_graph
 
 
+def build_close_race(**options: Any) -> onnx.ModelProto:
+    """Build a graph with large logits that hardly differ, so that their rounding shows in probabilities."""
+    graph = build_classifier(spread=0.2, **options)
+    (bias,) = [tensor for tensor in graph.graph.initializer if tensor.name == "bias"]
+    values = numpy_helper.to_array(bias)
+    bias.CopyFrom(numpy_helper.from_array(values + np.asarray(10, values.dtype), bias.name))
+    return graph
+
+
 def shift_first_logit(graph: onnx.GraphProto, amount: float) -> None:
     (bias,) = [tensor for tensor in graph.initializer if tensor.name == "bias"]
     values = numpy_helper.to_array(bias).copy()
@@ -42,7 +51,7 @@ def test_rounding_of_large_logits_is_accepted(
 ) -> None:
     """A difference of 1e-5 of the largest logit changes a probability by more than 1e-5."""
     shift_logits(monkeypatch, 2e-4)
-    model = import_graph(build_classifier(end=end, spread=6), tmp_path)
+    model = import_graph(build_close_race(end=end), tmp_path)
     worst = max(model.report.agreement, key=lambda agreement: agreement.probabilities)
     assert worst.logits is not None
     assert worst.logits <= LOGIT_TOLERANCE[Arithmetic.FLOAT32]
@@ -58,10 +67,10 @@ def test_larger_differences_are_refused_with_figures_and_a_way_out(
         r"largest logit, \S+; at most 5e-05 for float32\. If .* accept the difference with --tolerance (\S+),"
     )
     with pytest.raises(VerificationError, match=message) as error_info:
-        import_graph(build_classifier(spread=3), tmp_path)
+        import_graph(build_classifier(spread=0.5), tmp_path)
     assert has_no_output(tmp_path)
     tolerance = float(str(error_info.value).rpartition("--tolerance ")[2].partition(",")[0])
-    model = import_graph(build_classifier(spread=3), tmp_path, tolerance=tolerance)
+    model = import_graph(build_classifier(spread=0.5), tmp_path, tolerance=tolerance)
     assert model.report.tolerance == tolerance
     assert model.facts["tolerance"] == f"{tolerance:g} (from --tolerance)"
     report = json.loads((model.path.parent / "report.json").read_text())
@@ -79,13 +88,13 @@ def test_wide_tolerance_is_recorded_in_the_contract(tmp_path: Path) -> None:
 def test_tolerance_counts_instead_of_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shift_logits(monkeypatch, 2e-4)
     with pytest.raises(VerificationError, match=r"off by \S+; at most 2e-06\. If "):
-        import_graph(build_classifier(spread=6), tmp_path, tolerance=2e-6)
+        import_graph(build_classifier(spread=0.5), tmp_path, tolerance=2e-6)
 
 
 def test_float16_logits_may_differ_by_their_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference of 0.015 was refused for networks whose input is float16."""
-    shift_logits(monkeypatch, 0.06)
-    model = import_graph(build_classifier(dtype="float16", spread=3), tmp_path)
+    shift_logits(monkeypatch, 0.1)
+    model = import_graph(build_close_race(dtype="float16"), tmp_path)
     worst = max(agreement.probabilities for agreement in model.report.agreement)
     assert worst > TOLERANCE[Arithmetic.FLOAT16]
 

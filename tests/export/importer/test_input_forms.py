@@ -246,8 +246,8 @@ def build_with_switch(kind: int = TensorProto.BOOL, shape: tuple[int | str, ...]
     graph = build_classifier(names=("image", "row"))
     value = helper.make_tensor_value_info("training", kind, shape)
     graph.graph.input.append(value)
-    graph.graph.initializer.append(numpy_helper.from_array(np.float32(-2), "factor"))
-    graph.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(-2, np.float32), "factor"))
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
     graph.graph.node.extend(
         [
             helper.make_node("Cast", ["training"], ["switch"], to=FLOAT),

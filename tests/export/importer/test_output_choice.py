@@ -29,11 +29,6 @@ def expected_logits(count: int = 5, seed: int = 0, **options: Any) -> np.ndarray
     return run_onnx(build_classifier(count=count, seed=seed, **options), planes)
 
 
-def find_end(graph: onnx.ModelProto) -> str:
-    """Return the tensor that the last node, an identity, makes the output."""
-    return graph.graph.node[-1].input[0]
-
-
 def add_nodes(graph: onnx.ModelProto, *nodes: onnx.NodeProto, **constants: Any) -> onnx.ModelProto:
     """Append nodes, and constants by name."""
     graph.graph.node.extend(nodes)
@@ -62,7 +57,8 @@ def build_zip_map(
     graph = build_classifier(end=end, count=len(labels), names=("data", "row"))
     is_text = isinstance(labels[0], str)
     key = "classlabels_strings" if is_text else "classlabels_int64s"
-    nodes = [helper.make_node("ZipMap", ["row"], ["loss"], domain=ML, **{key: labels})]
+    attributes: dict[str, Any] = {key: labels}
+    nodes = [helper.make_node("ZipMap", ["row"], ["loss"], domain=ML, **attributes)]
     if has_label_output:
         nodes += [
             helper.make_node("ArgMax", ["row"], ["best"], axis=1, keepdims=0),
