@@ -9,10 +9,11 @@ from typing import Final
 import numpy as np
 
 from fovea.export.importer.batch_check import BATCHES
-from fovea.export.importer.foreign_model import Arithmetic
+from fovea.export.importer.foreign_model import Arithmetic, Array
 from fovea.export.importer.inspect import TOLERANCE, ForeignModel, draw_noise
 from fovea.export.verify import VerificationError
 from fovea.service.inference.engine import Engine
+from fovea.service.inference.pixels import Pixels
 
 LOGIT_TOLERANCE: Final = {Arithmetic.FLOAT32: 5e-5, Arithmetic.FLOAT16: 1e-2, Arithmetic.INT8: 1e-2}
 """Maximum difference of a logit as a share of the largest logit, by the graph's arithmetic.
@@ -36,16 +37,32 @@ class Agreement:
     """Difference of a logit as a share of the largest logit, at least 1; None if the file has no logits."""
 
 
-def compare_with_file(
-    foreign: ForeignModel, engine: Engine, tolerance: float | None
-) -> tuple[Agreement, ...]:
+@dataclass(frozen=True)
+class FileAnswers:
+    """The answers of the original file to images, for the comparison."""
+
+    pixels: Pixels
+    probabilities: Array
+    logits: Array | None
+    """Logits (n, logits); None if the file has only probabilities."""
+    arithmetic: Arithmetic
+
+
+def run_file(foreign: ForeignModel) -> FileAnswers:
+    """Run the original file in plain ONNX Runtime. Raises `VerificationError`."""
+    pixels = draw_noise(4 * max(BATCHES), foreign.graph_input)
+    return FileAnswers(
+        pixels, foreign.compute_probabilities(pixels), foreign.compute_logits(pixels), foreign.arithmetic
+    )
+
+
+def compare_with_file(answers: FileAnswers, engine: Engine, tolerance: float | None) -> tuple[Agreement, ...]:
     """Compare the engine with the original file at each of `BATCHES`.
 
     The probabilities must agree to `tolerance`, or, without one, the probabilities or the logits to their
     usual tolerances. Raises `VerificationError`.
     """
-    pixels = draw_noise(4 * max(BATCHES), foreign.graph_input)
-    expected, expected_logits = foreign.compute_probabilities(pixels), foreign.compute_logits(pixels)
+    pixels, expected, expected_logits = answers.pixels, answers.probabilities, answers.logits
     largest_logit = 1.0 if expected_logits is None else max(1.0, float(np.abs(expected_logits).max()))
     agreements = []
     for batch in BATCHES:
@@ -56,7 +73,7 @@ def compare_with_file(
             logits = np.concatenate([engine.compute_logits(part) for part in parts])
             worst_logit = float(np.abs(logits - expected_logits).max()) / largest_logit
         agreement = Agreement(batch, worst, worst_logit)
-        _require_agreement(agreement, largest_logit, foreign.arithmetic, tolerance)
+        _require_agreement(agreement, largest_logit, answers.arithmetic, tolerance)
         agreements.append(agreement)
     return tuple(agreements)
 

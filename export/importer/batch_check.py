@@ -36,7 +36,7 @@ def is_equivalent(
     if not _are_different(expected_rows[indices], arithmetic):
         return False  # a row in the wrong place would not be noticed
     try:
-        candidate = ReferenceModel(model, threads=1)
+        candidate = ReferenceModel(model, threads=1, weights=reference.weights)
         batches = [indices[:batch] for batch in BATCHES]
         for batch in (*batches, *(one[::-1] for one in batches)):
             output = candidate.run_batch(images[batch])[graph_output.name]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import (
-    AttributeProto,
-    GraphProto,
     ModelProto,
-    NodeProto,
     TensorProto,
-    helper,
     inliner,
-    numpy_helper,
     version_converter,
 )
 
 from fovea.export.importer.file_format import describe_folder, describe_other_format
+from fovea.export.importer.graph_contents import Array as Array
+from fovea.export.importer.graph_contents import walk_nodes, walk_tensors
+from fovea.export.importer.large_weights import NO_WEIGHTS, LargeWeights
 from fovea.service.errors import FoveaError, to_one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
@@ -31,8 +28,6 @@ MAX_BYTES: Final = (1 << 31) - (64 << 20)
 
 Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
 """
-
-Array: TypeAlias = npt.NDArray[Any]
 
 _KNOWN_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains of the operators that ONNX Runtime itself implements."""
@@ -165,10 +160,10 @@ def _load_external_weights(model: ModelProto, path: Path) -> None:
 
     Raises `ImportRefused` for weights elsewhere.
     """
-    size = model.ByteSize()
-    for tensor in walk_tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            size += _load_external_tensor(tensor, path, MAX_BYTES - size)
+    tensors = [one for one in walk_tensors(model) if one.data_location == TensorProto.EXTERNAL]
+    size = model.ByteSize() if tensors else 0  # protobuf writes the whole message to count its bytes
+    for tensor in tensors:
+        size += _load_external_tensor(tensor, path, MAX_BYTES - size)
 
 
 def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> int:
@@ -226,78 +221,7 @@ def _resolve_weights_path(path: Path, location: str, tensor_name: str) -> Path:
     return weights_path
 
 
-# --- graph contents ------------------------------------------------------------------------------
-
-
-def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Yield the nodes of a graph and of its inner graphs."""
-    for node in graph.node:
-        yield node
-        for inner in inner_graphs(node.attribute):
-            yield from walk_nodes(inner)
-
-
-def inner_graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
-    """Yield the graphs that a node holds in its attributes."""
-    for attribute in attributes:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def walk_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Yield all tensors with values: weights and constants, also in inner graphs and functions."""
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-        for inner in inner_graphs(node.attribute):
-            yield from _graph_tensors(inner)
-
-
-def read_constant(model: ModelProto, name: str) -> Array | None:
-    """Return the value of a weight or of a Constant node; None for other tensors."""
-    for tensor in model.graph.initializer:
-        if tensor.name == name:
-            return np.asarray(numpy_helper.to_array(tensor))
-    for node in model.graph.node:
-        if node.op_type == "Constant" and name in node.output:
-            value = helper.get_attribute_value(node.attribute[0])
-            return np.asarray(numpy_helper.to_array(value) if isinstance(value, TensorProto) else value)
-    return None
-
-
-def tensor_names(graph: GraphProto) -> set[str]:
-    """Return the names of all tensors, including those in inner graphs."""
-    names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
-    for node in walk_nodes(graph):
-        names.update(node.input, node.output)
-        for inner in inner_graphs(node.attribute):
-            names.update(value.name for value in (*inner.input, *inner.initializer))
-    return names
-
-
-def find_input_names(node: NodeProto) -> set[str]:
-    """Return the names that a node reads: its inputs, and the names that its inner graphs may capture."""
-    names = set(node.input)
-    for inner in inner_graphs(node.attribute):
-        names.update(name for nested in walk_nodes(inner) for name in nested.input)
-        names.update(value.name for value in inner.output)
-    return names
+# --- arithmetic ----------------------------------------------------------------------------------
 
 
 class Arithmetic(StrEnum):
@@ -325,14 +249,21 @@ class ReferenceModel:
     """A graph in plain ONNX Runtime, one image at a time; the reference for verifying an import."""
 
     def __init__(
-        self, model: ModelProto, *, threads: int, batch_size: int = 1, extra_outputs: Sequence[str] = ()
+        self,
+        model: ModelProto,
+        *,
+        threads: int,
+        batch_size: int = 1,
+        extra_outputs: Sequence[str] = (),
+        weights: LargeWeights = NO_WEIGHTS,
     ) -> None:
         """Load the graph.
 
         `batch_size` is the only batch size that the graph accepts, if it is fixed. `extra_outputs` names
-        tensors to return besides the outputs. Raises `ImportRefused` if ONNX Runtime cannot load the graph.
+        tensors to return besides the outputs. `weights` are those that `model` lacks. Raises `ImportRefused`
+        if ONNX Runtime cannot load the graph.
         """
-        self._model, self._threads, self._batch_size = model, threads, batch_size
+        self._model, self._threads, self._batch_size, self.weights = model, threads, batch_size, weights
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -342,7 +273,10 @@ class ReferenceModel:
         extra.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in output_names
         )
-        content = model.SerializeToString() + extra.SerializeToString()
+        content = model.SerializeToString()
+        if extra.graph.output:
+            content += extra.SerializeToString()
+        weights.add_to(options, model)
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
@@ -350,10 +284,19 @@ class ReferenceModel:
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
         self._input_name: str = self._session.get_inputs()[0].name
 
+    def close(self) -> None:
+        """Free the session and the weights, after the last run."""
+        self._session = None
+        self.weights.clear()
+
     def with_outputs(self, *names: str) -> ReferenceModel:
         """Return the same graph with additional tensors among its outputs."""
         return ReferenceModel(
-            self._model, threads=self._threads, batch_size=self._batch_size, extra_outputs=names
+            self._model,
+            threads=self._threads,
+            batch_size=self._batch_size,
+            extra_outputs=names,
+            weights=self.weights,
         )
 
     def __call__(self, images: Array) -> dict[str, Array]:

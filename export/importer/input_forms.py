@@ -22,15 +22,8 @@ from onnx import (
     numpy_helper,
 )
 
-from fovea.export.importer.foreign_model import (
-    ImportRefused,
-    MissingInformation,
-    inner_graphs,
-    opset_of,
-    read_constant,
-    walk_nodes,
-    walk_tensors,
-)
+from fovea.export.importer.foreign_model import ImportRefused, MissingInformation, opset_of
+from fovea.export.importer.graph_contents import inner_graphs, read_constant, walk_nodes, walk_tensors
 from fovea.export.importer.graph_input import Layout, format_shape
 
 _IMAGE_TYPES: Final = frozenset(

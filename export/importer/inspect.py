@@ -40,6 +40,7 @@ from fovea.export.importer.graph_output import (
 from fovea.export.importer.grey import to_grey
 from fovea.export.importer.input_forms import prepare_input
 from fovea.export.importer.label_file import Labels, read_labels, require_label_count
+from fovea.export.importer.large_weights import take_large_weights
 from fovea.export.importer.own_normalization import find_own_normalization
 from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
 from fovea.export.importer.wrap import WrappedModel, wrap_model
@@ -125,7 +126,7 @@ class ForeignModel:
 
     def open_wrapped(self, wrapped_model: WrappedModel) -> ReferenceModel:
         """Return a wrapped model in plain ONNX Runtime."""
-        return ReferenceModel(wrapped_model.model, threads=get_thread_count())
+        return ReferenceModel(wrapped_model.model, threads=get_thread_count(), weights=self.reference.weights)
 
     def compute_probabilities(self, pixels: Pixels) -> Array:
         """Return the probabilities of pixels (n, H, W, 3), computed with numpy and the original file.
@@ -184,7 +185,11 @@ def inspect_model(request: ImportRequest) -> ForeignModel:
     notes = prepare_input(model, dict(request.settings), request.layout)
     graph_input = read_graph_input(model, request.layout, request.size, notes)
     normalization = _choose_normalization(request.preprocessing, graph_input)
-    reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
+    arithmetic = arithmetic_of(model)
+    model, weights = take_large_weights(model)
+    reference = ReferenceModel(
+        model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1, weights=weights
+    )
     images, extreme_images = draw_probe_images(graph_input, normalization)
     graph_output = detect_graph_output(
         model, reference, images, extreme_images, request.output, len(labels.names)
@@ -193,7 +198,6 @@ def inspect_model(request: ImportRequest) -> ForeignModel:
         request.labels or "the graph's own list of labels", len(labels.names), graph_output.count
     )
     task, reason = choose_task(graph_output, request.task)
-    arithmetic = arithmetic_of(model)
     repeated_image = np.repeat(images[:1], graph_input.batch_size or 1, axis=0)
 
     # `make_batch_dynamic` calls both functions in this thread, before it returns: the first to read tensors

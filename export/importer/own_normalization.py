@@ -7,7 +7,8 @@ from typing import Final
 from onnx import ModelProto, NodeProto
 
 from fovea.export.importer.dynamic_batch import ReadTensors, find_constants
-from fovea.export.importer.foreign_model import Array, read_constant
+from fovea.export.importer.foreign_model import Array
+from fovea.export.importer.graph_contents import read_constant
 
 _PASSED_OPERATORS: Final = frozenset(
     {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Resize", "Upsample", "Gather"}

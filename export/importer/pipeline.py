@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from onnx import ModelProto
 
 from fovea.export import golden
 from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
-from fovea.export.importer.agreement import Agreement, compare_with_file
-from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, ReferenceModel
+from fovea.export.importer.agreement import Agreement, compare_with_file, run_file
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused
 from fovea.export.importer.inspect import (
     TOLERANCE,
     ForeignModel,
@@ -111,9 +112,13 @@ def import_model(request: ImportRequest) -> ImportReport:
         geometry = replace(geometry, pixel_path=check_result.pixel_path)
     out = request.out / request.name / _find_next_version(request.out / request.name)
     contract = _build_contract(request, foreign, wrapped_model, geometry, labels, out.name, check_result)
-    content = embed_contract(wrapped_model.model, contract)
+    content = foreign.reference.weights.serialize(
+        ModelProto.FromString(embed_contract(wrapped_model.model, contract))
+    )
+    answers = run_file(foreign)
+    foreign.reference.close()  # one copy of the weights less while the engine loads its own
     engine = Engine(content, provider="cpu", threads=get_thread_count())
-    agreement = compare_with_file(foreign, engine, request.tolerance)
+    agreement = compare_with_file(answers, engine, request.tolerance)
     report = ImportReport(
         model=contract.name,
         version=contract.version,
@@ -140,7 +145,7 @@ def import_model(request: ImportRequest) -> ImportReport:
 def _wrap_model(foreign: ForeignModel) -> WrappedModel:
     """Return the wrapped model, with merged steps unless their last bits show in the answers."""
     wrapped_model = foreign.wrap(foreign.normalization)
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    reference = foreign.open_wrapped(wrapped_model)
     pixels = draw_noise(_MERGE_IMAGE_COUNT, foreign.graph_input)
     differences = reference(pixels)[wrapped_model.probabilities] - foreign.compute_probabilities(pixels)
     if np.abs(differences).max() <= TOLERANCE[foreign.arithmetic] / 2:
@@ -174,7 +179,7 @@ def _build_contract(
     check_result: CheckResult | None,
 ) -> Contract:
     layers = build_layer_table(wrapped_model.model, measure_shapes(foreign, wrapped_model))
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    reference = foreign.open_wrapped(wrapped_model)
     images = golden.draw_golden_images(
         geometry, lambda pixels: reference(pixels)[wrapped_model.logits].astype(np.float32)
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fovea.export.drift_reference import build_reference
-from fovea.export.importer.foreign_model import ImportRefused, ReferenceModel
+from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import (
@@ -24,8 +24,6 @@ from fovea.export.importer.labelled_images import (
     score_images,
 )
 from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
-from fovea.export.importer.wrap import WrappedModel
-from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
 from fovea.service.inference.engine import Floats
@@ -71,7 +69,7 @@ def check_recipe(
     Raises `ImportRefused`.
     """
     images, unreadable = filter_readable(load_labelled_images(folder, labels), geometry)
-    predict = _build_predictor(foreign.wrap(foreign.normalization))
+    predict = _build_predictor(foreign, foreign.normalization)
     own_scores = score_images(predict, images, geometry)
     others = _try_other_recipes(request, foreign, geometry, images, own_scores)
     fast = score_images(predict, images, replace(geometry, pixel_path=PixelPath.FAST))
@@ -105,8 +103,9 @@ def check_recipe(
     )
 
 
-def _build_predictor(wrapped_model: WrappedModel) -> PredictPixels:
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+def _build_predictor(foreign: ForeignModel, normalization: Normalization | None) -> PredictPixels:
+    wrapped_model = foreign.wrap(normalization)
+    reference = foreign.open_wrapped(wrapped_model)
 
     def predict(pixels: Pixels) -> Floats:
         return reference(pixels)[wrapped_model.probabilities].astype(np.float32)
@@ -132,7 +131,7 @@ def _try_other_recipes(
         request.preprocessing, foreign, geometry
     ).items():
         scores_by_recipe[name] = score_images(
-            _build_predictor(foreign.wrap(normalization)), sample, recipe_geometry
+            _build_predictor(foreign, normalization), sample, recipe_geometry
         )
     better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
     if better_recipe and not request.force:

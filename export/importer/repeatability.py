@@ -7,7 +7,8 @@ from typing import Final
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from fovea.export.importer.foreign_model import Array, ImportRefused, ReferenceModel, walk_nodes
+from fovea.export.importer.foreign_model import Array, ImportRefused, ReferenceModel
+from fovea.export.importer.graph_contents import walk_nodes
 
 _RANDOM_OPERATORS: Final = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}

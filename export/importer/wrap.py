@@ -11,7 +11,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from fovea.export.importer.dynamic_batch import BATCH_AXIS
-from fovea.export.importer.foreign_model import find_input_names, tensor_names
+from fovea.export.importer.graph_contents import find_input_names, tensor_names
 from fovea.export.importer.graph_input import GraphInput, Layout
 from fovea.export.importer.graph_output import GraphOutput, ValueKind
 from fovea.export.importer.grey import add_grey_steps
