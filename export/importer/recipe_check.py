@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.pixels import Pixels
+
+_MUCH_WIDER: Final = 8.0
+"""Factor from which a range of values is much wider; those of the presets for 0 … 1 differ by 4.5."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,16 @@ def _try_other_recipes(
     rows = images.sample_rows
     sample, own_scores = images.select(rows), all_scores.select(rows)
     scores_by_recipe: dict[str, Scores] = {}
+    wider_recipes: set[str] = set()
     for name, (normalization, recipe_geometry) in _list_other_recipes(
         request.preprocessing, foreign, geometry
     ).items():
         scores_by_recipe[name] = score_images(
             _build_predictor(foreign, normalization), sample, recipe_geometry
         )
-    better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
+        if _measure_range(normalization) > _MUCH_WIDER * _measure_range(foreign.normalization):
+            wider_recipes.add(name)
+    better_recipe = choose_best_recipe(scores_by_recipe, own_scores, wider_recipes)
     if better_recipe and not request.force:
         own_name = request.preprocessing.preset.name if request.preprocessing.preset else "the given recipe"
         raise ImportRefused(
@@ -145,6 +152,11 @@ def _try_other_recipes(
         name: (one.top1, float(one.true_probability.mean()))
         for name, one in {"own": own_scores, **scores_by_recipe}.items()
     }
+
+
+def _measure_range(normalization: Normalization | None) -> float:
+    """Return the difference between the values of a white and a black pixel, in the widest channel."""
+    return 255 * abs(normalization.scale) / min(normalization.std) if normalization else 255.0
 
 
 def _format_scores(scores: Scores) -> str:
