@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ast
 import math
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
 
 import onnx
 
 from fovea.service.artifact.contract import Layer
+
+Shape: TypeAlias = tuple[int | None, ...]
+"""Shape of a tensor without its first axis; None for a length that is known only at run time."""
 
 _CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
 """Operators that produce feature maps from any input."""
@@ -25,10 +29,17 @@ _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 """Metadata key under which torch's exporter records the enclosing modules and the operation of a node."""
 
 
-def build_layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    """Return one `Layer` for each node, in the order of computation."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
+def build_layer_table(
+    model: onnx.ModelProto, measured_shapes: Mapping[str, Shape] | None = None
+) -> tuple[Layer, ...]:
+    """Return one `Layer` for each node, in the order of computation.
+
+    `measured_shapes` are those of outputs whose shape does not follow from the graph.
+    """
+    # A Reshape for any batch has a shape that the graph computes, and that `data_prop` follows.
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {value.name: _shape_of(value) for value in [*graph.value_info, *graph.input, *graph.output]}
+    shapes |= measured_shapes or {}
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
     return tuple(
         Layer(
@@ -61,7 +72,7 @@ def find_feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
     return tuple(maps)
 
 
-def _shape_of(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+def _shape_of(value: onnx.ValueInfoProto) -> Shape:
     """Return the shape without the batch axis; a size that is known only at run time is None."""
     dimensions = value.type.tensor_type.shape.dim
     return tuple(size.dim_value if size.HasField("dim_value") else None for size in dimensions[1:])

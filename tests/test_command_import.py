@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from fovea.service.artifact.contract import Interpolation, Task
 from fovea.service.artifact.geometry import CropStep, Fit, ResizeStep
@@ -15,7 +16,9 @@ from fovea.service.inference.engine import Engine
 from tests.commands import Command, read_error_line
 from tests.export.classifiers import build_classifier, prepare_imagenet, run_onnx, softmax
 from tests.export.importer.test_graph_output import append_steps, make_step
+from tests.export.importer.test_input_forms import build_with_switch
 from tests.export.importer.test_labelled_images import COLOURS, build_colour_model, draw_labelled_images
+from tests.export.importer.test_output_choice import NAMES, build_zip_map
 from tests.export.importer.test_pipeline import build_batch_mean
 from tests.export.imports import make_labels
 from tests.graphs import add_to_repository, build_model
@@ -62,6 +65,7 @@ def test_import_output_lists_every_fact_of_the_model(
         "geometry": "resize cover 18 x 18 bilinear, crop 16 x 16 "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
         "pixel path": "exact (only --check can show whether fast loses nothing)",
+        "check": "not checked on images; --check FOLDER tries this and other recipes on yours",
     }
     for line in (
         "batch 1: probabilities agree with the file's to ",
@@ -175,6 +179,63 @@ def test_missing_import_options_are_listed_with_an_example(
     assert (
         command(*arguments, "--size", "16") == 0
     )  # the example lacks only the size, which this graph leaves open
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "imagenet"]])
+def test_questions_that_need_a_run_are_in_the_same_message(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """The size is open, and sigmoids do not say whether one label or several may be true."""
+    arguments = write_import_files(tmp_path, size=None, count=4, end="sigmoid", labels=make_labels(4))
+    assert command(*arguments, *options) == 2
+    message = read_error_line(capsys)
+    assert "takes images of any size: set the size to serve with --crop, such as --crop 224" in message
+    assert "give --task multilabel if any number of labels may be true" in message
+    assert ("the file does not say how to normalise pixels" in message) == (not options)
+    example = message.partition("; such as: fovea ")[2].split()
+    assert example[-4:] == ["--crop", "224", "--task", "multilabel"]
+    answers = example[example.index("--preset") :]
+    assert command(*arguments, *answers) == 0
+
+
+def test_layout_and_size_are_asked_for_together(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = write_import_files(tmp_path)
+    graph = build_classifier()
+    graph.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, [None] * 4))
+    (tmp_path / "foreign.onnx").write_bytes(graph.SerializeToString())
+    assert command(*arguments, "--preset", "imagenet") == 2
+    message = read_error_line(capsys)
+    assert "give --layout nchw or --layout nhwc; and set the size to serve with --crop" in message
+    assert message.rstrip().endswith("--preset imagenet --layout nchw --crop 224")
+    assert command(*arguments, "--preset", "imagenet", "--layout", "nchw", "--crop", "16") == 0
+
+
+def test_labels_of_the_graph_need_no_option(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "foreign.onnx").write_bytes(build_zip_map(NAMES).SerializeToString())
+    arguments = ["import", tmp_path / "foreign.onnx", "--name", "thing", "--out", tmp_path / "zoo"]
+    assert command(*arguments, "--preset", "imagenet") == 0
+    engine = Engine.load(tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1)
+    assert engine.contract.labels == tuple(NAMES)
+
+
+def test_further_inputs_and_tolerance_are_options(tmp_path: Path, command: Command) -> None:
+    arguments = write_import_files(tmp_path)
+    (tmp_path / "foreign.onnx").write_bytes(build_with_switch().SerializeToString())
+    arguments += ["--preset", "imagenet", "--tolerance", "2e-3"]
+    assert command(*arguments) == 2
+    assert command(*arguments, "--set", "training=false") == 0
+    engine = Engine.load(tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1)
+    assert engine.contract.golden.logit_tolerance["cpu/float32"] >= 8e-3
+
+
+@pytest.mark.parametrize(("option", "value"), [("--crop", "0"), ("--size", "0")])
+def test_malformed_size_is_called_by_the_first_name_of_its_option(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    assert command(*write_import_files(tmp_path), "--preset", "imagenet", option, value) == 2
+    assert "--crop is '0'; it takes pixels such as 224" in read_error_line(capsys)
 
 
 def test_uint8_graph_needs_no_normalisation_options(

@@ -18,8 +18,10 @@ def show_report(report: ImportReport, out: Path) -> None:
     for fact_name, fact in report.facts:
         console.print(f"{fact_name:<10}  {fact}")
     for agreement in report.agreement:
+        logits = "" if agreement.logits is None else f", logits to {agreement.logits:.1e} of the largest"
         console.print(
             f"batch {agreement.batch}: probabilities agree with the file's to {agreement.probabilities:.1e}"
+            f"{logits}"
         )
     console.print(
         f"golden set: {report.golden.images} images, logits to {report.golden.logit_difference:.1e}"

@@ -22,7 +22,7 @@ def with_input_size(model: ModelProto, graph_input: GraphInput, batch: int | str
     del copy.graph.value_info[:]
     (value,) = copy.graph.input
     shape: list[int | str] = [batch, 0, 0, 0]
-    shape[graph_input.layout.channel_axis] = 3
+    shape[graph_input.layout.channel_axis] = graph_input.channels
     for axis, side in zip(
         graph_input.layout.spatial_axes, (graph_input.height, graph_input.width), strict=True
     ):

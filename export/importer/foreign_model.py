@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, version_converter
+from onnx import (
+    ModelProto,
+    TensorProto,
+    inliner,
+    version_converter,
+)
 
+from fovea.export.importer.file_format import describe_folder, describe_other_format
+from fovea.export.importer.graph_contents import Array as Array
+from fovea.export.importer.graph_contents import walk_nodes, walk_tensors
+from fovea.export.importer.large_weights import NO_WEIGHTS, LargeWeights
 from fovea.service.errors import FoveaError, to_one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
@@ -24,6 +32,9 @@ Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
 _KNOWN_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains of the operators that ONNX Runtime itself implements."""
 
+_INTERNAL_DOMAINS: Final = ("com.microsoft.", "com.ms.")
+"""Prefixes of ONNX Runtime's internal domains, such as `com.microsoft.nchwc`, which its optimiser writes."""
+
 _MIN_OPSET: Final = 8
 """Lowest operator set version that is kept; added nodes need `Expand` and `Max` of two shapes."""
 
@@ -33,12 +44,9 @@ _TARGET_OPSET: Final = 13
 _MIN_IR_VERSION: Final = 4
 """Lowest IR version in which weights need not be inputs too."""
 
-_OTHER_FORMATS: Final = (
-    (b"PK\x03\x04", "a ZIP archive, as PyTorch and Keras write them"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
-    (b"\x80\x02", "a Python pickle, as older PyTorch writes them"),
+_HALVE_ADVICE: Final = (
+    "convert it to float16, which halves it, such as with convert_float_to_float16 of onnxconverter-common"
 )
-"""First bytes of files that users mistake for ONNX."""
 
 
 class ImportRefused(FoveaError):
@@ -46,7 +54,14 @@ class ImportRefused(FoveaError):
 
 
 class MissingInformation(ImportRefused):
-    """A fact that is not in the file must be given as an option."""
+    """A fact that is not in the file must be given as an option.
+
+    `example` is an option with a value that supplies it, such as `--layout nchw`.
+    """
+
+    def __init__(self, message: str, example: str = "") -> None:
+        super().__init__(message)
+        self.example = example
 
 
 def read_model(path: Path) -> ModelProto:
@@ -54,6 +69,7 @@ def read_model(path: Path) -> ModelProto:
 
     Raises `ImportRefused`.
     """
+    _require_onnx(path)
     model = _parse_model(path, _read_content(path))
     _load_external_weights(model, path)
     if model.functions:
@@ -62,20 +78,29 @@ def read_model(path: Path) -> ModelProto:
     return _modernize_model(path, model)
 
 
+def _require_onnx(path: Path) -> None:
+    """Raise `ImportRefused` for files and folders of other formats, which are named."""
+    try:
+        description = describe_folder(path) if path.is_dir() else describe_other_format(path)
+    except OSError as error:
+        raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
+    if description:
+        raise ImportRefused(description)
+
+
 def _read_content(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise ImportRefused(f"{path} has {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file")
+            raise ImportRefused(
+                f"{path} has {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file: {_HALVE_ADVICE}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
 
 
 def _parse_model(path: Path, content: bytes) -> ModelProto:
-    for start, kind in _OTHER_FORMATS:
-        if content.startswith(start):
-            raise ImportRefused(f"{path} is {kind}, not ONNX; export the model to ONNX first")
     try:
         model: ModelProto = ModelProto.FromString(content)
     except Exception:  # protobuf's own exception, whose module has no types
@@ -89,8 +114,14 @@ def _require_known_operators(path: Path, model: ModelProto) -> None:
     unknown_operators = {
         f"{node.domain}.{node.op_type}"
         for node in walk_nodes(model.graph)
-        if node.domain not in _KNOWN_DOMAINS
+        if node.domain not in _KNOWN_DOMAINS or node.op_type == "EPContext"  # a compiled graph
     }
+    internal_operators = [one for one in unknown_operators if one.startswith(_INTERNAL_DOMAINS)]
+    if internal_operators:
+        raise ImportRefused(
+            f"{path} was optimised by ONNX Runtime for one kind of processor, with operators of its own such "
+            f"as {min(internal_operators)}: import the file it was made from"
+        )
     if unknown_operators:
         raise ImportRefused(
             f"{path} has operators that ONNX Runtime does not include: "
@@ -129,10 +160,10 @@ def _load_external_weights(model: ModelProto, path: Path) -> None:
 
     Raises `ImportRefused` for weights elsewhere.
     """
-    size = model.ByteSize()
-    for tensor in _walk_tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            size += _load_external_tensor(tensor, path, MAX_BYTES - size)
+    tensors = [one for one in walk_tensors(model) if one.data_location == TensorProto.EXTERNAL]
+    size = model.ByteSize() if tensors else 0  # protobuf writes the whole message to count its bytes
+    for tensor in tensors:
+        size += _load_external_tensor(tensor, path, MAX_BYTES - size)
 
 
 def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> int:
@@ -147,7 +178,8 @@ def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> in
             length = size - offset if length < 0 else length
             if length > max_bytes:
                 raise ImportRefused(
-                    f"{path} has more than 2 GB of weights, which is the limit for one ONNX file"
+                    f"{path} has more than 2 GB of weights, which is the limit for one ONNX file: "
+                    f"{_HALVE_ADVICE}"
                 )
             if not 0 <= offset <= offset + length <= size:
                 raise ImportRefused(
@@ -189,65 +221,7 @@ def _resolve_weights_path(path: Path, location: str, tensor_name: str) -> Path:
     return weights_path
 
 
-# --- graph contents ------------------------------------------------------------------------------
-
-
-def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Yield the nodes of a graph and of its inner graphs."""
-    for node in graph.node:
-        yield node
-        for inner in _inner_graphs(node.attribute):
-            yield from walk_nodes(inner)
-
-
-def _inner_graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
-    for attribute in attributes:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _walk_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Yield all tensors with values: weights and constants, also in inner graphs and functions."""
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-        for inner in _inner_graphs(node.attribute):
-            yield from _graph_tensors(inner)
-
-
-def tensor_names(graph: GraphProto) -> set[str]:
-    """Return the names of all tensors, including those in inner graphs."""
-    names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
-    for node in walk_nodes(graph):
-        names.update(node.input, node.output)
-        for inner in _inner_graphs(node.attribute):
-            names.update(value.name for value in (*inner.input, *inner.initializer))
-    return names
-
-
-def find_input_names(node: NodeProto) -> set[str]:
-    """Return the names that a node reads: its inputs, and the names that its inner graphs may capture."""
-    names = set(node.input)
-    for inner in _inner_graphs(node.attribute):
-        names.update(name for nested in walk_nodes(inner) for name in nested.input)
-        names.update(value.name for value in inner.output)
-    return names
+# --- arithmetic ----------------------------------------------------------------------------------
 
 
 class Arithmetic(StrEnum):
@@ -263,28 +237,33 @@ def arithmetic_of(model: ModelProto) -> Arithmetic:
     if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in walk_nodes(model.graph)):
         return Arithmetic.INT8
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    if any(tensor.data_type in halves for tensor in _walk_tensors(model)):
+    if any(tensor.data_type in halves for tensor in walk_tensors(model)):
         return Arithmetic.FLOAT16
     return Arithmetic.FLOAT32
 
 
 # --- execution in ONNX Runtime -------------------------------------------------------------------
 
-Array: TypeAlias = npt.NDArray[Any]
-
 
 class ReferenceModel:
     """A graph in plain ONNX Runtime, one image at a time; the reference for verifying an import."""
 
     def __init__(
-        self, model: ModelProto, *, threads: int, batch_size: int = 1, extra_outputs: Sequence[str] = ()
+        self,
+        model: ModelProto,
+        *,
+        threads: int,
+        batch_size: int = 1,
+        extra_outputs: Sequence[str] = (),
+        weights: LargeWeights = NO_WEIGHTS,
     ) -> None:
         """Load the graph.
 
         `batch_size` is the only batch size that the graph accepts, if it is fixed. `extra_outputs` names
-        tensors to return besides the outputs. Raises `ImportRefused` if ONNX Runtime cannot load the graph.
+        tensors to return besides the outputs. `weights` are those that `model` lacks. Raises `ImportRefused`
+        if ONNX Runtime cannot load the graph.
         """
-        self._model, self._threads, self._batch_size = model, threads, batch_size
+        self._model, self._threads, self._batch_size, self.weights = model, threads, batch_size, weights
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -294,7 +273,10 @@ class ReferenceModel:
         extra.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in output_names
         )
-        content = model.SerializeToString() + extra.SerializeToString()
+        content = model.SerializeToString()
+        if extra.graph.output:
+            content += extra.SerializeToString()
+        weights.add_to(options, model)
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
@@ -302,10 +284,19 @@ class ReferenceModel:
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
         self._input_name: str = self._session.get_inputs()[0].name
 
+    def close(self) -> None:
+        """Free the session and the weights, after the last run."""
+        self._session = None
+        self.weights.clear()
+
     def with_outputs(self, *names: str) -> ReferenceModel:
         """Return the same graph with additional tensors among its outputs."""
         return ReferenceModel(
-            self._model, threads=self._threads, batch_size=self._batch_size, extra_outputs=names
+            self._model,
+            threads=self._threads,
+            batch_size=self._batch_size,
+            extra_outputs=names,
+            weights=self.weights,
         )
 
     def __call__(self, images: Array) -> dict[str, Array]:

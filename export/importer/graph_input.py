@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -51,10 +52,12 @@ class GraphInput:
     """Fixed batch size according to the file; None for any batch size."""
     facts: tuple[tuple[str, str], ...]
     """Each of these facts with its origin."""
+    channels: int = 3
+    """Number of channels: 3 for RGB or BGR, 1 for grey."""
 
     def from_pixel_values(self, values: Array) -> Array:
-        """Convert values (n, H, W, 3) to the layout and type of the graph's input."""
-        # (n, 3, H, W) or (n, H, W, 3)
+        """Convert values (n, H, W, channels) to the layout and type of the graph's input."""
+        # (n, channels, H, W) or (n, H, W, channels)
         transposed_values = values.transpose(0, 3, 1, 2) if self.layout is Layout.NCHW else values
         return np.ascontiguousarray(transposed_values, dtype=self.dtype)
 
@@ -64,12 +67,12 @@ def read_graph_input(
     layout: Layout | None,
     size: tuple[int, int] | None,
     geometry_size: tuple[int, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> GraphInput:
     """Return the graph's input; `layout` and `size` (height, width) supply facts that the file lacks.
 
     `geometry_size` is the size that the steps of `--geometry` end with. It counts if nothing else does.
-
-    Raises `ImportRefused`.
+    `notes` are those of `prepare_input`. Raises `ImportRefused`.
     """
     value = _require_single_input(model)
     dtype = SUPPORTED_TYPES.get(int(value.type.tensor_type.elem_type))
@@ -79,12 +82,12 @@ def read_graph_input(
             f"the input {value.name!r} has type {kind}; supported types are float32, float16 and uint8"
         )
     shape = _read_shape(value)
-    input_layout = layout or _detect_layout(value.name, shape)
+    input_layout = layout or _detect_layout(value.name, shape, has_size=size is not None)
     channels = shape[input_layout.channel_axis]
-    if channels not in (None, 3):
+    if channels not in (None, 1, 3):
         raise ImportRefused(
-            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout "
-            f"{input_layout}; 3 channels (RGB) are needed, greyscale and others are not supported"
+            f"the input {value.name!r}, {format_shape(shape)}, has {channels} channels in layout "
+            f"{input_layout}; 3 channels (RGB) or 1 (grey) are needed, others are not supported"
         )
     (height, size_origin), (width, _) = (
         _choose_length(
@@ -96,13 +99,14 @@ def read_graph_input(
         raise ImportRefused(
             f"the input {value.name!r} is {height} x {width} pixels; the maximum side is {MAX_SIDE}"
         )
-    layout_origin = "from --layout" if layout else f"three channels on axis {input_layout.channel_axis}"
+    number = "one channel" if channels == 1 else "three channels"
+    layout_origin = "from --layout" if layout else f"{number} on axis {input_layout.channel_axis}"
     facts = (
-        ("input", f"{value.name}: {dtype.name}, {_format_shape(shape)}"),
+        ("input", "; ".join([f"{value.name}: {dtype.name}, {format_shape(shape)}", *notes])),
         ("layout", f"{input_layout} ({layout_origin})"),
         ("size", f"{height} x {width} ({size_origin})"),
     )
-    return GraphInput(value.name, dtype, input_layout, height, width, shape[0], facts)
+    return GraphInput(value.name, dtype, input_layout, height, width, shape[0], facts, channels or 3)
 
 
 def _require_single_input(model: ModelProto) -> ValueInfoProto:
@@ -124,22 +128,28 @@ def _read_shape(value: ValueInfoProto) -> tuple[int | None, ...]:
     shape = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
     if len(shape) != 4:
         raise ImportRefused(
-            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; "
+            f"the input {value.name!r} has {len(shape)} axes, {format_shape(shape)}; "
             "images in a batch have four"
         )
     return shape
 
 
-def _detect_layout(name: str, shape: tuple[int | None, ...]) -> Layout:
+def _detect_layout(name: str, shape: tuple[int | None, ...], *, has_size: bool) -> Layout:
     candidates = [layout for layout in Layout if shape[layout.channel_axis] == 3]
     if not candidates:
         candidates = [
             layout for layout in Layout if shape[layout.channel_axis] == 1 or _is_plausible(layout, shape)
         ]
     if len(candidates) != 1:
-        raise MissingInformation(
-            f"the shape of the input {name!r}, {_format_shape(shape)}, does not tell where the channels are: "
+        message = (
+            f"the shape of the input {name!r}, {format_shape(shape)}, does not tell where the channels are: "
             "give --layout nchw or --layout nhwc"
+        )
+        if has_size or len([side for side in shape[1:] if side]) > 1:
+            raise MissingInformation(message, "--layout nchw")
+        raise MissingInformation(
+            f"{message}; and set the size to serve with --crop, such as --crop 224",
+            "--layout nchw --crop 224",
         )
     return candidates[0]
 
@@ -159,18 +169,20 @@ def _choose_length(
 ) -> tuple[int, str]:
     """Return a side of the image and its origin."""
     if graph_length and requested_length and graph_length != requested_length:
-        raise ImportRefused(f"--size is {requested_length}, but the graph takes only {_format_shape(shape)}")
+        raise ImportRefused(f"--crop is {requested_length}, but the graph takes only {format_shape(shape)}")
     if graph_length:
         return graph_length, "the graph's own"
     if requested_length:
-        return requested_length, "from --size; the graph takes any"
+        return requested_length, "from --crop; the graph takes any"
     if geometry_length:
         return geometry_length, "the last step of --geometry; the graph takes any"
     raise MissingInformation(
-        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: set the size to serve "
-        "with --size, such as --size 224"
+        f"the input {name!r}, {format_shape(shape)}, takes images of any size: set the size to serve "
+        "with --crop, such as --crop 224",
+        "--crop 224",
     )
 
 
-def _format_shape(shape: tuple[int | None, ...]) -> str:
+def format_shape(shape: tuple[int | None, ...]) -> str:
+    """Return a shape as text, such as "any x 3 x 224 x 224"."""
     return " x ".join("any" if side is None else str(side) for side in shape)

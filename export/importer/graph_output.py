@@ -11,14 +11,26 @@ from enum import StrEnum
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto
 
-from fovea.export.importer.foreign_model import Array, ImportRefused, ReferenceModel
+from fovea.export.importer.foreign_model import (
+    Array,
+    ImportRefused,
+    MissingInformation,
+    ReferenceModel,
+)
 from fovea.export.importer.last_step import LastStep, find_last_step
+from fovea.export.importer.output_choice import (
+    DECISION_OPERATORS,
+    Float64Array,
+    choose_output,
+    describe_shape,
+    sigmoid,
+    softmax,
+    to_rows,
+)
+from fovea.export.importer.repeatability import require_repeatable
 from fovea.service.artifact.contract import Task
-
-Float64Array = npt.NDArray[np.float64]
 
 
 class ValueKind(StrEnum):
@@ -45,8 +57,10 @@ class GraphOutput:
     """Reason for the choice of this output."""
     total: float = 1.0
     """Sum of one image's values if they are scaled probabilities: 100 for percentages."""
-    is_constant: bool = False
-    """Flag for values that are the same for every image that was tried."""
+    has_softmax: bool = False
+    """Flag for logits whose softmax is another output of the graph."""
+    sums: tuple[float, float] = (0.0, 0.0)
+    """Smallest and largest sum of one image's values among the images that were tried."""
 
     @property
     def description(self) -> str:
@@ -54,11 +68,11 @@ class GraphOutput:
         kind = str(self.kind)
         if self.total != 1:
             kind = f"probabilities times {self.total:g} (each row sums to that), divided by it"
-        note = "; the same for every image" if self.is_constant else ""
-        return f"{self.count} {kind} (measured by running the graph{note})"
+        return f"{self.count} {kind} (measured by running the graph)"
 
 
-_FLOAT_TYPES: Final = frozenset({"float16", "float32", "float64"})
+_REPEATED_IMAGE_COUNT: Final = 3
+"""Number of images that the graph gets twice, to see whether its answers are the same."""
 
 _SUM_TOLERANCE: Final = {"float16": 1e-2, "float32": 1e-3, "float64": 1e-3}
 """Tolerance for a sum of probabilities to count as 1.
@@ -78,9 +92,6 @@ _BOUNDED_OPERATORS: Final = frozenset(
     {"Softmax", "Sigmoid", "HardSigmoid", "Tanh", "Softsign", "QLinearSoftmax", "QLinearSigmoid"}
 )
 """Operators with bounded outputs, which are not logits even if shifted or scaled."""
-
-_DECISION_OPERATORS: Final = frozenset({"ArgMax", "ArgMin", "Hardmax", "TopK", "OneHot"})
-"""Operators that choose labels and drop their probabilities."""
 
 _FULL_SCALES: Final = (100.0, 255.0)
 """Maximum values of shares of a whole: percentages and bytes."""
@@ -102,18 +113,25 @@ def detect_graph_output(
     `output_name` names the output; None selects the only plausible output. Raises `ImportRefused`.
     """
     outputs = reference(images)
-    name, reason = _choose_output(outputs, len(images), output_name, label_count)
+    choice = choose_output(model, outputs, len(images), output_name, label_count)
+    name = choice.name
     rows = to_rows(outputs[name], len(images))
     if rows is None:
         raise ImportRefused(
-            f"the output {name!r} is {_describe_shape(outputs[name])}: not a row of values for each image"
+            f"the output {name!r} is {describe_shape(outputs[name])}: not a row of values for each image"
         )
+    require_repeatable(model, reference, name, images[-_REPEATED_IMAGE_COUNT:])
     if not np.isfinite(rows).all():
         raise ImportRefused(f"the output {name!r} is not finite for every image; is the normalisation right?")
     if rows.min() == rows.max():
         raise ImportRefused(
             f"the output {name!r} is {rows.min():g} for every label and image, from black to white: its last "
             "step uses the wrong axis, or the graph ignores its input"
+        )
+    if (rows == rows[0]).all():
+        raise ImportRefused(
+            f"the output {name!r} says the same for every image, from black to white: the graph ignores its "
+            "input, its weights are missing or zero, or the normalisation is far from that of its training"
         )
     dtype = outputs[name].dtype
     last_step = find_last_step(model, name)
@@ -131,56 +149,18 @@ def detect_graph_output(
             kind, total = detect_kind(rows, extreme_rows, dtype)
     if logits_tensor is None:
         _require_scores(name, rows, extreme_rows, kind, last_step)
-    is_constant = bool((rows == rows[0]).all())
-    return GraphOutput(name, dtype, rows.shape[1], kind, logits_tensor, reason, total, is_constant)
-
-
-def _choose_output(
-    outputs: dict[str, Array], image_count: int, output_name: str | None, label_count: int
-) -> tuple[str, str]:
-    """Return the intended output and the reason for the choice."""
-    if output_name is not None:
-        if output_name not in outputs:
-            raise ImportRefused(f"there is no output {output_name!r}; there are {', '.join(outputs)}")
-        return output_name, "from --output"
-    rows = {
-        name: matrix for name, value in outputs.items() if (matrix := to_rows(value, image_count)) is not None
-    }
-    if not rows:
-        shapes = "; ".join(f"{name}: {_describe_shape(value)}" for name, value in outputs.items())
-        raise ImportRefused(
-            f"no output is a row of values for each image ({shapes or 'none has one shape for all images'}): "
-            f"not an image classifier{_integer_hint(outputs)}"
-        )
-    if len(outputs) == 1:
-        return next(iter(rows)), "the only one"
-    counts = {label_count, 1} if label_count == 2 else {label_count}
-    candidates = [name for name, matrix in rows.items() if matrix.shape[1] in counts]
-    if len(candidates) != 1:
-        shapes = ", ".join(f"{name} ({matrix.shape[1]} values)" for name, matrix in rows.items())
-        raise ImportRefused(
-            f"the graph has several outputs, {shapes}: select the one for the labels with --output"
-        )
-    return candidates[0], f"the only one of {len(outputs)} that fits the labels"
-
-
-def to_rows(value: Array, image_count: int) -> Float64Array | None:
-    """Return values as float64 (n, count), or None if they have more than one axis longer than 1."""
-    if value.dtype.name not in _FLOAT_TYPES or value.ndim < 1 or len(value) != image_count:
-        return None
-    long_axes = [side for side in value.shape[1:] if side != 1]
-    return value.reshape(image_count, -1).astype(np.float64) if len(long_axes) <= 1 else None  # (n, count)
-
-
-def _describe_shape(value: Array) -> str:
-    return f"{value.dtype.name} {' x '.join(map(str, ('images', *value.shape[1:])))}"
-
-
-def _integer_hint(outputs: dict[str, Array]) -> str:
-    """Return a hint for graphs with 8-bit scores, else an empty string."""
-    if any(value.dtype.name in ("uint8", "int8") for value in outputs.values()):
-        return "; 8-bit scores need a DequantizeLinear: export the graph with one at its end"
-    return ""
+    sums = rows.sum(axis=1)
+    return GraphOutput(
+        name,
+        dtype,
+        rows.shape[1],
+        kind,
+        logits_tensor,
+        choice.reason,
+        total,
+        choice.has_softmax,
+        (float(sums.min()), float(sums.max())),
+    )
 
 
 # --- logits or probabilities ---------------------------------------------------------------------
@@ -245,7 +225,7 @@ def _require_scores(
 ) -> None:
     """Raise `ImportRefused` for values that are neither logits nor probabilities."""
     oddity = None
-    if last_step.op_type in _DECISION_OPERATORS:
+    if last_step.op_type in DECISION_OPERATORS:
         oddity = f"decisions (its {last_step.op_type}), which do not say how probable a label is"
     elif kind is ValueKind.LOGITS:
         oddity = _describe_oddity(rows, extreme_rows, last_step)
@@ -319,24 +299,35 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
     if output.count == 1:
         return _require_task(requested_task, Task.BINARY, "one value for an image")
     if output.kind is ValueKind.INDEPENDENT:
-        if requested_task is not Task.MULTILABEL:
-            raise ImportRefused(
-                f"the output {output.name!r} has {output.kind}: give --task multilabel "
-                "if any number of labels may be true of an image"
+        if requested_task is None:
+            low, high = output.sums
+            raise MissingInformation(
+                f"the output {output.name!r} has {output.kind}, which sum to {low:.2g} … {high:.2g}: give "
+                "--task multilabel if any number of labels may be true of an image, or --task multiclass if "
+                "exactly one is true; its probabilities are then divided by their sum",
+                "--task multilabel",
             )
-        return Task.MULTILABEL, "from --task"
+        if requested_task is Task.BINARY and output.count != 2:
+            raise ImportRefused(_describe_binary(output))
+        is_multilabel = requested_task is Task.MULTILABEL
+        note = "" if is_multilabel else "; each probability is divided by their sum"
+        return requested_task, f"from --task{note}"
     if requested_task is Task.MULTILABEL and output.kind is not ValueKind.LOGITS:
         raise ImportRefused(f"the output {output.name!r} has {output.kind}: that is not multilabel")
     if requested_task is Task.BINARY and output.count != 2:
-        raise ImportRefused(
-            f"--task binary takes one value or two for an image; the graph gives {output.count}"
-        )
+        raise ImportRefused(_describe_binary(output))
     if requested_task is not None:
         return requested_task, "from --task"
     if output.count == 2:
         return Task.BINARY, "assumed from two labels; --task overrides it"
+    if output.has_softmax:
+        return Task.MULTICLASS, "the graph has their softmax as another output"
     is_certain = output.kind is not ValueKind.LOGITS
     return Task.MULTICLASS, output.kind.value if is_certain else "assumed from logits; --task overrides it"
+
+
+def _describe_binary(output: GraphOutput) -> str:
+    return f"--task binary takes one value or two for an image; the graph gives {output.count}"
 
 
 def _require_task(requested_task: Task | None, task: Task, reason: str) -> tuple[Task, str]:
@@ -348,26 +339,16 @@ def _require_task(requested_task: Task | None, task: Task, reason: str) -> tuple
 # --- reference computation -----------------------------------------------------------------------
 
 
-def softmax(rows: Float64Array) -> Float64Array:
-    """Return the softmax over the last axis."""
-    powers = np.exp(rows - rows.max(axis=-1, keepdims=True))
-    result: Float64Array = powers / powers.sum(axis=-1, keepdims=True)
-    return result
-
-
-def sigmoid(rows: Float64Array) -> Float64Array:
-    """Return the sigmoid of each value."""
-    with np.errstate(over="ignore"):
-        result: Float64Array = 1 / (1 + np.exp(-rows))
-    return result
-
-
 def to_probabilities(rows: Float64Array, kind: ValueKind, task: Task, total: float = 1.0) -> Float64Array:
     """Return probabilities, float64 (n, labels), from the graph's values; for `binary` [1 - p, p]."""
     rows = rows / total
     if rows.shape[1] == 1:
         positive = rows if kind is ValueKind.INDEPENDENT else sigmoid(rows)
         return np.hstack([1 - positive, positive])
+    if kind is ValueKind.INDEPENDENT and task is not Task.MULTILABEL:
+        rows = np.maximum(rows, np.finfo(np.float32).tiny)  # no label at all is as likely as any other
+        shares: Float64Array = rows / rows.sum(axis=1, keepdims=True)
+        return shares
     if kind in (ValueKind.PROBABILITIES, ValueKind.INDEPENDENT):
         return rows
     return sigmoid(rows) if task is Task.MULTILABEL else softmax(rows)

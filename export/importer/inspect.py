@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,34 +12,43 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from fovea.export.importer.dynamic_batch import make_batch_dynamic, with_input_size
+from fovea.export.importer.batch_check import BATCHES, is_equivalent
+from fovea.export.importer.dynamic_batch import ReadTensors, make_batch_dynamic, with_input_size
 from fovea.export.importer.foreign_model import (
     Arithmetic,
     Array,
     ImportRefused,
+    MissingInformation,
     ReferenceModel,
     arithmetic_of,
     read_model,
 )
 from fovea.export.importer.graph_input import GraphInput, Layout, read_graph_input
+from fovea.export.importer.graph_labels import (
+    add_output,
+    read_graph_labels,
+    replace_map_outputs,
+    require_same_order,
+)
 from fovea.export.importer.graph_output import (
     GraphOutput,
+    ValueKind,
     choose_task,
     detect_graph_output,
     to_probabilities,
-    to_rows,
 )
 from fovea.export.importer.graph_resize import describe_own_resize
-from fovea.export.importer.label_file import Labels, require_label_count
+from fovea.export.importer.grey import to_grey
+from fovea.export.importer.input_forms import prepare_input
+from fovea.export.importer.label_file import Labels, read_labels, require_label_count
+from fovea.export.importer.large_weights import take_large_weights
+from fovea.export.importer.own_normalization import find_own_normalization
 from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
 from fovea.export.importer.wrap import WrappedModel, wrap_model
 from fovea.export.verify import VerificationError
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.pixels import Pixels
-
-BATCHES: Final = (1, 2, 3)
-"""Batch sizes at which an import is compared with the original file."""
 
 TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-5, Arithmetic.FLOAT16: 5e-3, Arithmetic.INT8: 5e-3}
 """Maximum difference of a probability, by the graph's arithmetic.
@@ -52,12 +62,6 @@ between two levels may be rounded to either.
 _PROBE_IMAGE_COUNT: Final = 14
 """Number of images for determining the kind of the graph's output."""
 
-_NEIGHBOUR_TOLERANCE: Final = 1e-5
-"""Maximum difference of an answer with other neighbours in a batch of the same size.
-
-The difference is relative to the largest value. The sums are the same in any arithmetic.
-"""
-
 _EXTREME_FACTOR: Final = 1000.0
 """Factor on the graph's normal input; logits do not stay between 0 and 1 under it."""
 
@@ -67,7 +71,8 @@ class ImportRequest:
     """An import request with its options."""
 
     file: Path
-    labels: Path
+    labels: Path | None
+    """File of the labels; None for a graph with labels of its own."""
     name: str
     out: Path
     preprocessing: PreprocessingOptions
@@ -76,6 +81,11 @@ class ImportRequest:
     size: tuple[int, int] | None = None
     """Height and width, in pixels."""
     output: str | None = None
+    """Name of the output, or of a tensor inside the graph."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Names and values of inputs besides the image, as given."""
+    tolerance: float | None = None
+    """Maximum difference of a probability from the original file; None for the usual one."""
     check: Path | None = None
     force: bool = False
     """Flag to accept a recipe although another recipe does better."""
@@ -94,6 +104,7 @@ class ForeignModel:
     """Original file in plain ONNX Runtime."""
     graph_input: GraphInput
     graph_output: GraphOutput
+    labels: Labels
     task: Task
     normalization: Normalization | None
     """Normalisation; None for a graph that takes uint8 pixels directly."""
@@ -114,55 +125,93 @@ class ForeignModel:
             merges=merges,
         )
 
+    def open_wrapped(self, wrapped_model: WrappedModel) -> ReferenceModel:
+        """Return a wrapped model in plain ONNX Runtime."""
+        return ReferenceModel(wrapped_model.model, threads=get_thread_count(), weights=self.reference.weights)
+
     def compute_probabilities(self, pixels: Pixels) -> Array:
         """Return the probabilities of pixels (n, H, W, 3), computed with numpy and the original file.
 
         A file with a fixed batch size gets different images in its places, unlike during inspection. Raises
         `VerificationError` unless every value of a run belongs to one of its images.
         """
-        values: Array = self.normalization(pixels) if self.normalization else pixels
+        rows = self._run_rows(pixels, self.graph_output.name)
+        return to_probabilities(rows, self.graph_output.kind, self.task, self.graph_output.total)
+
+    def compute_logits(self, pixels: Pixels) -> Array | None:
+        """Return the logits of pixels (n, H, W, 3) in the original file; None if it has only probabilities.
+
+        Raises `VerificationError` as `compute_probabilities` does.
+        """
+        output = self.graph_output
+        has_logits = output.kind in (ValueKind.LOGITS, ValueKind.LOG_PROBABILITIES)
+        if output.logits_tensor is None and not has_logits:
+            return None
+        if output.kind is ValueKind.INDEPENDENT and output.count > 1 and self.task is not Task.MULTILABEL:
+            return None  # the logits are those of shares of a sum
+        rows = self._run_rows(pixels, output.logits_tensor or output.name)
+        if self.task is Task.BINARY and output.count == 2:
+            return rows[:, 1:] - rows[:, :1]  # (n, 1)
+        return rows
+
+    def _run_rows(self, pixels: Pixels, tensor: str) -> Array:
+        """Return a tensor of the original file, float64 (n, count), for pixels (n, H, W, 3)."""
+        values = _prepare_values(pixels, self.graph_input, self.normalization)
         images, batch_size = self.graph_input.from_pixel_values(values), self.graph_input.batch_size or 1
         rows = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             full_batch = np.concatenate([batch, *([batch[-1:]] * (batch_size - len(batch)))])
-            output = self.reference.run_batch(full_batch)[self.graph_output.name]
+            output = self.reference.run_batch(full_batch)[tensor]
             if output.size != batch_size * self.graph_output.count:
                 raise VerificationError(
-                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} "
+                    f"the output {tensor!r} has {output.size} values for {batch_size} "
                     f"images; expected {self.graph_output.count} for each"
                 )
             # (images, count)
             rows.append(output.astype(np.float64).reshape(batch_size, self.graph_output.count)[: len(batch)])
-        return to_probabilities(
-            np.concatenate(rows), self.graph_output.kind, self.task, self.graph_output.total
-        )
+        return np.concatenate(rows)
 
 
-def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
-    """Read the file, run it, and make its batch size dynamic.
+def inspect_model(request: ImportRequest) -> ForeignModel:
+    """Read the file and its labels, run it, and make its batch size dynamic.
 
     Raises `ImportRefused` if a fact must be given as an option.
     """
+    given_labels = read_labels(request.labels) if request.labels else None
     model = read_model(request.file)
-    graph_input = read_graph_input(model, request.layout, request.size, request.preprocessing.geometry_size)
+    labels = _choose_labels(model, given_labels)
+    replace_map_outputs(model)
+    add_output(model, request.output)
+    notes = prepare_input(model, dict(request.settings), request.layout)
+    geometry_size = request.preprocessing.geometry_size
+    graph_input = read_graph_input(model, request.layout, request.size, geometry_size, notes)
     normalization = _choose_normalization(request.preprocessing, graph_input)
-    reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
-    images, extreme_images = _draw_probe_images(graph_input, normalization)
+    arithmetic = arithmetic_of(model)
+    model, weights = take_large_weights(model)
+    reference = ReferenceModel(
+        model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1, weights=weights
+    )
+    images, extreme_images = draw_probe_images(graph_input, normalization)
     graph_output = detect_graph_output(
         model, reference, images, extreme_images, request.output, len(labels.names)
     )
-    require_label_count(request.labels, len(labels.names), graph_output.count)
+    require_label_count(
+        request.labels or "the graph's own list of labels", len(labels.names), graph_output.count
+    )
     task, reason = choose_task(graph_output, request.task)
-    arithmetic = arithmetic_of(model)
     repeated_image = np.repeat(images[:1], graph_input.batch_size or 1, axis=0)
+
     # `make_batch_dynamic` calls both functions in this thread, before it returns: the first to read tensors
     # of the unchanged file, the second for each candidate graph. A candidate may not run at all.
+    def read_tensors(names: Iterable[str]) -> dict[str, Array]:
+        return reference.with_outputs(*names).run_batch(repeated_image)
+
     dynamic_model = make_batch_dynamic(
         model,
         graph_input,
-        lambda names: reference.with_outputs(*names).run_batch(repeated_image),
-        partial(_is_equivalent, reference, images, graph_output, arithmetic),
+        read_tensors,
+        partial(is_equivalent, reference, images, graph_output, arithmetic),
     )
     if dynamic_model is None and (graph_input.batch_size or 1) > 1:
         raise ImportRefused(
@@ -170,11 +219,13 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
             "other batch sizes, or its answer for one image depends on the others; export it with a dynamic "
             "batch size, or with a batch of 1"
         )
+    tensor = graph_output.logits_tensor
     return ForeignModel(
         model=with_input_size(model, graph_input, 1) if dynamic_model is None else dynamic_model,
-        reference=reference,
+        reference=reference if tensor is None else reference.with_outputs(tensor),
         graph_input=graph_input,
         graph_output=graph_output,
+        labels=labels,
         task=task,
         normalization=normalization,
         has_dynamic_batch=dynamic_model is not None,
@@ -187,11 +238,44 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
             ("output", f"{graph_output.name} ({graph_output.choice_reason})"),
             ("values", graph_output.description),
             ("task", f"{task} ({reason})"),
+            *_find_warnings(model, graph_input, normalization, request.preprocessing, read_tensors),
         ),
     )
 
 
-def _draw_probe_images(
+def _find_warnings(
+    model: ModelProto,
+    graph_input: GraphInput,
+    normalization: Normalization | None,
+    preprocessing: PreprocessingOptions,
+    read_tensors: ReadTensors,
+) -> Iterator[tuple[str, str]]:
+    """Yield facts that may be mistakes."""
+    if normalization is None or not normalization.operations:
+        return
+    own_normalization = find_own_normalization(model, graph_input.name, read_tensors)
+    if own_normalization is not None:
+        levels = np.array([[[[0] * graph_input.channels]], [[[255] * graph_input.channels]]], np.uint8)
+        values = normalization(levels)
+        yield (
+            "warning",
+            "pixels are normalised twice: the graph begins with a normalisation of its own "
+            f"({own_normalization}), and gets {values.min():.3g} … {values.max():.3g} from "
+            f"{preprocessing.arithmetic_origin}; if it takes 0 … 255, import it with --preset raw",
+        )
+
+
+def _choose_labels(model: ModelProto, given_labels: Labels | None) -> Labels:
+    own_labels = read_graph_labels(model)
+    if given_labels:
+        require_same_order(given_labels, own_labels)
+        return given_labels
+    if own_labels is None:
+        raise MissingInformation("the file has no labels: give them with --labels")
+    return own_labels
+
+
+def draw_probe_images(
     graph_input: GraphInput, normalization: Normalization | None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return random images as the graph takes them, and the same images far outside the usual range.
@@ -199,22 +283,32 @@ def _draw_probe_images(
     Without a normalization there is no range to leave, and both are the same.
     """
     pixels = draw_noise(_PROBE_IMAGE_COUNT, graph_input)
+    values = _prepare_values(pixels, graph_input, normalization)
+    images = graph_input.from_pixel_values(values)
     if normalization is None:
-        images = graph_input.from_pixel_values(pixels)
         return images, images
     with np.errstate(over="ignore"):
-        extreme_pixels = normalization(pixels) * np.float32(_EXTREME_FACTOR)
-        return (
-            graph_input.from_pixel_values(normalization(pixels)),
-            graph_input.from_pixel_values(extreme_pixels),
-        )
+        return images, graph_input.from_pixel_values(values * np.float32(_EXTREME_FACTOR))
+
+
+def _prepare_values(pixels: Pixels, graph_input: GraphInput, normalization: Normalization | None) -> Array:
+    """Return the values of pixels (n, H, W, 3) that the graph takes, (n, H, W, channels)."""
+    levels: Array = to_grey(pixels) if graph_input.channels == 1 else pixels
+    return normalization(levels) if normalization else levels
 
 
 def _choose_normalization(
     preprocessing: PreprocessingOptions, graph_input: GraphInput
 ) -> Normalization | None:
     if graph_input.dtype != np.uint8:
-        return preprocessing.normalization
+        normalization = preprocessing.normalization
+        if graph_input.channels == 1 and not normalization.is_uniform:
+            raise ImportRefused(
+                f"the input {graph_input.name!r} has one channel, grey, but the normalisation differs "
+                f"between channels ({preprocessing.arithmetic_origin}): give one number each, such as "
+                "--mean 0.5 --std 0.5, and leave out --bgr"
+            )
+        return normalization
     if preprocessing.arithmetic_options:
         raise ImportRefused(
             "the graph takes uint8 pixels and normalises them itself; leave out "
@@ -232,86 +326,6 @@ def draw_noise(count: int, graph_input: GraphInput) -> Pixels:
         colour = random.integers(0, 256, 3, dtype=np.uint8)
         image[:] = (1 - share) * colour + share * random.integers(0, 256, image.shape, dtype=np.uint8)
     return pixels
-
-
-def _is_equivalent(
-    reference: ReferenceModel,
-    images: Array,
-    graph_output: GraphOutput,
-    arithmetic: Arithmetic,
-    model: ModelProto,
-) -> bool:
-    """Return whether the model gives in batches the results of the file for single images."""
-    expected_rows = to_rows(reference(images)[graph_output.name], len(images))
-    if expected_rows is None:
-        return False
-    indices = _pick_different_rows(expected_rows, max(BATCHES) + 1)
-    if not _are_different(expected_rows[indices], arithmetic):
-        return False  # a row in the wrong place would not be noticed
-    try:
-        candidate = ReferenceModel(model, threads=1)
-        batches = [indices[:batch] for batch in BATCHES]
-        for batch in (*batches, *(one[::-1] for one in batches)):
-            output = candidate.run_batch(images[batch])[graph_output.name]
-            if output.size != len(batch) * graph_output.count:
-                return False
-            if not _are_close(
-                output.reshape(len(batch), graph_output.count), expected_rows[batch], arithmetic
-            ):
-                return False
-        return all(
-            _is_independent(candidate, graph_output, images, index, indices, expected_rows)
-            for index in indices
-        )
-    except ImportRefused:
-        return False
-
-
-def _is_independent(
-    candidate: ReferenceModel,
-    graph_output: GraphOutput,
-    images: Array,
-    index: int,
-    indices: list[int],
-    expected_rows: Array,
-) -> bool:
-    """Return whether one image's answer is independent of the other image in a batch of two.
-
-    The answer depends on the other image if values are rounded to a scale that the batch shares, as by
-    DynamicQuantizeLinear.
-    """
-    batches = [[index, other] for other in indices if other != index]
-    outputs = [candidate.run_batch(images[batch])[graph_output.name] for batch in batches]
-    # (pairs, count)
-    rows = np.stack([output.reshape(2, graph_output.count)[0].astype(np.float64) for output in outputs])
-    return bool(
-        np.ptp(rows, axis=0).max() <= _NEIGHBOUR_TOLERANCE * max(1.0, float(np.abs(expected_rows).max()))
-    )
-
-
-def _pick_different_rows(rows: Array, count: int) -> list[int]:
-    """Return the positions of rows that are as far apart as possible."""
-    indices = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
-    while len(indices) < count:
-        distances = np.min([np.abs(rows - rows[index]).max(axis=1) for index in indices], axis=0)
-        indices.append(int(distances.argmax()))
-    return indices
-
-
-def _are_different(rows: Array, arithmetic: Arithmetic) -> bool:
-    """Return whether all rows are distinguishable."""
-    return not any(
-        _are_close(rows[one], rows[other], arithmetic) for one in range(len(rows)) for other in range(one)
-    )
-
-
-def _are_close(actual: Array, expected: Array, arithmetic: Arithmetic) -> bool:
-    """Return whether the values agree up to rounding, relative to the largest value.
-
-    A wrong row differs by about as much as the largest value.
-    """
-    tolerance = 1e-5 if arithmetic is Arithmetic.FLOAT32 else 1e-2
-    return bool(np.abs(actual - expected).max() <= tolerance * max(1.0, float(np.abs(expected).max())))
 
 
 def _describe_batch(graph_input: GraphInput, is_dynamic: bool) -> str:

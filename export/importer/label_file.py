@@ -12,6 +12,7 @@ from pathlib import Path
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_lines import parse_lines
 from fovea.export.importer.label_literals import parse_literal
+from fovea.export.importer.label_syntax import IdAndLabel
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,24 @@ def read_labels(path: Path) -> Labels:
         pairs = parse_literal(path, text)
     else:
         pairs = parse_lines(path, text, notes)
-    names = [name for _, name in pairs]
+    return build_labels(path, pairs, notes)
+
+
+def build_labels(origin: Path | str, pairs: Sequence[IdAndLabel], notes: Sequence[str] = ()) -> Labels:
+    """Return labels in the order of the outputs; `origin` names their source in messages.
+
+    Raises `ImportRefused` for labels that cannot be shown or told apart.
+    """
+    names, notes = [name for _, name in pairs], list(notes)
     if len(names) < 2:
-        raise ImportRefused(f"{path} has {len(names)} labels; at least two are needed")
+        raise ImportRefused(f"{origin} has {len(names)} labels; at least two are needed")
     for index, name in enumerate(names):
         if not name or not name.isprintable():
-            raise ImportRefused(f"{path}: label {index} is {name!r}, which is empty or not printable")
-    unique, shared_names = _make_unique(path, names)
+            raise ImportRefused(f"{origin}: label {index} is {name!r}, which is empty or not printable")
+    unique, shared_names = _make_unique(origin, names)
     notes.extend(_find_similar_labels(unique))
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        notes.append("these are placeholders of transformers: no labels were named in training")
     return Labels(unique, tuple(wordnet for wordnet, _ in pairs), shared_names, tuple(notes))
 
 
@@ -72,7 +83,7 @@ def _read_text(path: Path) -> str:
 # --- similar labels ------------------------------------------------------------------------------
 
 
-def _make_unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _make_unique(origin: Path | str, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return labels with a number suffix where several outputs share a label, and the shared labels."""
     normalized_names = [unicodedata.normalize("NFC", name) for name in names]  # é may be one character or two
     counts = Counter(normalized_names)
@@ -82,7 +93,7 @@ def _make_unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[s
     )
     if len(set(unique)) < len(unique):
         raise ImportRefused(
-            f"{path} has duplicate labels, and labels that already end in a number; rename them"
+            f"{origin} has duplicate labels, and labels that already end in a number; rename them"
         )
     return unique, tuple(name for name, count in counts.items() if count > 1)
 
@@ -97,11 +108,11 @@ def _find_similar_labels(names: Sequence[str]) -> Iterator[str]:
             yield f"{' and '.join(map(repr, group))} differ only in case or spaces: are they two labels?"
 
 
-def require_label_count(path: Path, label_count: int, output_count: int) -> None:
+def require_label_count(origin: Path | str, label_count: int, output_count: int) -> None:
     """Raise `ImportRefused` unless there is a label for each of the graph's outputs."""
     if label_count == output_count or (label_count == 2 and output_count == 1):
         return
-    sentence = f"{path} has {label_count} labels, the graph gives {output_count} values for an image"
+    sentence = f"{origin} has {label_count} labels, the graph gives {output_count} values for an image"
     if output_count == 1:
         raise ImportRefused(f"{sentence}; one value needs two labels, and is the probability of the second")
     if (label_count, output_count) == (1000, 1001):

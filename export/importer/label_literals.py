@@ -6,7 +6,7 @@ import ast
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_syntax import (
@@ -16,6 +16,9 @@ from fovea.export.importer.label_syntax import (
     IdAndLabel,
     find_wordnet_id,
 )
+
+_CONFIG_KEYS: Final = frozenset({"model_type", "architectures", "transformers_version", "architecture"})
+"""Keys of a `config.json` of transformers or timm."""
 
 
 def parse_literal(path: Path, text: str) -> list[IdAndLabel]:
@@ -99,6 +102,11 @@ def _from_config(path: Path, value: dict[str, Any]) -> list[Any]:
 
     Raises `ImportRefused`.
     """
+    if "id2label" not in value and not _CONFIG_KEYS.isdisjoint(value):
+        raise ImportRefused(
+            f"{path} has no id2label: it configures a model without naming its labels; give a file with one "
+            "label per line"
+        )
     if "id2label" not in value:
         return _sort_labels(path, value)
     labels, inverse = _sort_labels(path, value["id2label"]), value.get("label2id")

@@ -13,7 +13,7 @@ import difflib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -305,9 +305,10 @@ def _decode_images(images: LabelledImages, geometry: Geometry) -> Iterator[Pixel
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def is_clearly_better(other: Scores, own_scores: Scores) -> bool:
+def is_clearly_better(other: Scores, own_scores: Scores, *, hits_alone: bool = False) -> bool:
     """Return whether `other` is better in top-1 or the true label's probability beyond chance.
 
+    With `hits_alone` only top-1 counts, because the probabilities cannot be compared.
     The mean paired difference must be at least `_MIN_IMPROVEMENT`, and more than `_MIN_STANDARD_ERRORS` of
     its standard errors.
     """
@@ -316,7 +317,7 @@ def is_clearly_better(other: Scores, own_scores: Scores) -> bool:
         (other.true_probability.astype(np.float64), own_scores.true_probability.astype(np.float64)),
     )
     return len(own_scores.top_label) >= _MIN_IMAGES and any(
-        _is_significant(left - right) for left, right in pairs
+        _is_significant(left - right) for left, right in pairs[: 1 if hits_alone else 2]
     )
 
 
@@ -325,11 +326,23 @@ def _is_significant(difference: npt.NDArray[np.float64]) -> bool:
     return bool(difference.mean() >= _MIN_IMPROVEMENT and difference.mean() > _MIN_STANDARD_ERRORS * error)
 
 
-def choose_best_recipe(others: Mapping[str, Scores], own_scores: Scores) -> str | None:
-    """Return the best recipe among the clearly better ones; None if there is none."""
-    better = {name: one for name, one in others.items() if is_clearly_better(one, own_scores)}
+def choose_best_recipe(
+    others: Mapping[str, Scores], own_scores: Scores, wider: Set[str] = frozenset()
+) -> str | None:
+    """Return the best recipe among the clearly better ones; None if there is none.
+
+    `wider` are recipes with a much wider range of values, such as 0 … 255. A network makes larger logits of
+    larger values, so that its answers are more certain without being better.
+    """
+    better = {
+        name: one
+        for name, one in others.items()
+        if is_clearly_better(one, own_scores, hits_alone=name in wider)
+    }
     return max(
-        better, key=lambda name: (better[name].top1, better[name].true_probability.mean()), default=None
+        better,
+        key=lambda name: (better[name].top1, name not in wider, better[name].true_probability.mean()),
+        default=None,
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import PRESETS, ChannelValues, Preset
 from fovea.service.artifact.geometry import MAX_SIDE, Step, find_last_size
 from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.errors import ContractError
+
+MAX_TOLERANCE: Final = 0.1
+"""Largest difference of a probability that may be accepted; a larger one changes labels."""
 
 EnumT = TypeVar("EnumT", bound=StrEnum)
 
@@ -42,6 +46,14 @@ def parse_number(option: str, text: str) -> float:
         raise ImportRefused(f"{option} is {text!r}, which is not a number") from None
 
 
+def parse_tolerance(option: str, text: str) -> float:
+    """Parse the largest difference of a probability to accept."""
+    value = parse_number(option, text)
+    if not 0 < value <= MAX_TOLERANCE:
+        raise ImportRefused(f"{option} is {text!r}; it takes a number above 0 and at most {MAX_TOLERANCE:g}")
+    return value
+
+
 def parse_size(option: str, text: str) -> tuple[int, int]:
     """Parse height and width in pixels: one number for both, or two such as 224x320."""
     parts = text.lower().split("x")
@@ -60,6 +72,19 @@ def parse_geometry(option: str, text: str) -> tuple[Step, ...]:
     except ContractError as error:
         raise ImportRefused(f"{option}: {str(error).removeprefix('input: ')}") from None
     return steps
+
+
+def parse_settings(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Parse values of inputs besides the image, each as NAME=VALUE."""
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not (name and separator and value):
+            raise ImportRefused(f"--set is {text!r}; it takes NAME=VALUE, such as training=false")
+        if name in settings:
+            raise ImportRefused(f"--set gives {name!r} twice, as {settings[name]} and as {value}")
+        settings[name] = value
+    return tuple(settings.items())
 
 
 def parse_choice(option: str, enum_class: type[EnumT], text: str) -> EnumT:

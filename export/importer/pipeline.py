@@ -20,24 +20,25 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from onnx import ModelProto
 
 from fovea.export import golden
 from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
-from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, ReferenceModel
+from fovea.export.importer.agreement import Agreement, compare_with_file, run_file
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused
 from fovea.export.importer.inspect import (
-    BATCHES,
     TOLERANCE,
     ForeignModel,
     ImportRequest,
     draw_noise,
     inspect_model,
 )
-from fovea.export.importer.label_file import Labels, read_labels
+from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
+from fovea.export.importer.measured_shapes import measure_shapes
 from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
-from fovea.export.verify import VerificationError
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
@@ -77,14 +78,6 @@ _MERGE_IMAGE_COUNT: Final = 6
 
 
 @dataclass(frozen=True)
-class ProbabilityAgreement:
-    """The largest difference of a probability from the original file, at one batch size."""
-
-    batch: int
-    probabilities: float
-
-
-@dataclass(frozen=True)
 class ImportReport:
     """The facts and verification results of an import."""
 
@@ -96,7 +89,9 @@ class ImportReport:
     sha256: str
     facts: tuple[tuple[str, str], ...]
     """Properties of the model with their origin, as displayed."""
-    agreement: tuple[ProbabilityAgreement, ...]
+    agreement: tuple[Agreement, ...]
+    tolerance: float
+    """Maximum difference of a probability from the original file, unless the logits agree."""
     golden: GoldenDifferences
     check: CheckReport | None
 
@@ -108,8 +103,8 @@ def import_model(request: ImportRequest) -> ImportReport:
     """
     if not MODEL_NAME_PATTERN.fullmatch(request.name):
         raise ImportRefused(f"--name is {request.name!r}; {MODEL_NAME_RULE}")
-    labels = read_labels(request.labels)
-    foreign = inspect_model(request, labels)
+    foreign = inspect_model(request)
+    labels = foreign.labels
     geometry = request.preprocessing.build_geometry(foreign.graph_input.height, foreign.graph_input.width)
     wrapped_model = _wrap_model(foreign)
     check_result = check_recipe(request.check, request, foreign, geometry, labels) if request.check else None
@@ -117,9 +112,13 @@ def import_model(request: ImportRequest) -> ImportReport:
         geometry = replace(geometry, pixel_path=check_result.pixel_path)
     out = request.out / request.name / _find_next_version(request.out / request.name)
     contract = _build_contract(request, foreign, wrapped_model, geometry, labels, out.name, check_result)
-    content = embed_contract(wrapped_model.model, contract)
+    content = foreign.reference.weights.serialize(
+        ModelProto.FromString(embed_contract(wrapped_model.model, contract))
+    )
+    answers = run_file(foreign)
+    foreign.reference.close()  # one copy of the weights less while the engine loads its own
     engine = Engine(content, provider="cpu", threads=get_thread_count())
-    agreement = _compare_with_file(foreign, engine)
+    agreement = compare_with_file(answers, engine, request.tolerance)
     report = ImportReport(
         model=contract.name,
         version=contract.version,
@@ -129,6 +128,7 @@ def import_model(request: ImportRequest) -> ImportReport:
         sha256=_compute_sha256(request.file),
         facts=(*foreign.facts, *_collect_facts(request, foreign, labels, geometry, check_result)),
         agreement=agreement,
+        tolerance=request.tolerance or TOLERANCE[foreign.arithmetic],
         golden=engine.check_golden_set(),
         check=check_result.report if check_result else None,
     )
@@ -145,7 +145,7 @@ def import_model(request: ImportRequest) -> ImportReport:
 def _wrap_model(foreign: ForeignModel) -> WrappedModel:
     """Return the wrapped model, with merged steps unless their last bits show in the answers."""
     wrapped_model = foreign.wrap(foreign.normalization)
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    reference = foreign.open_wrapped(wrapped_model)
     pixels = draw_noise(_MERGE_IMAGE_COUNT, foreign.graph_input)
     differences = reference(pixels)[wrapped_model.probabilities] - foreign.compute_probabilities(pixels)
     if np.abs(differences).max() <= TOLERANCE[foreign.arithmetic] / 2:
@@ -178,8 +178,8 @@ def _build_contract(
     version: str,
     check_result: CheckResult | None,
 ) -> Contract:
-    layers = build_layer_table(wrapped_model.model)
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    layers = build_layer_table(wrapped_model.model, measure_shapes(foreign, wrapped_model))
+    reference = foreign.open_wrapped(wrapped_model)
     images = golden.draw_golden_images(
         geometry, lambda pixels: reference(pixels)[wrapped_model.logits].astype(np.float32)
     )
@@ -210,7 +210,8 @@ def _build_contract(
         quantization=None,
         layers=layers,
         golden=GoldenSet(
-            _compute_logit_tolerance(foreign, [one for image in images for one in image.logits]), images
+            _compute_logit_tolerance(request, foreign, [one for image in images for one in image.logits]),
+            images,
         ),
     )
 
@@ -220,37 +221,18 @@ def _replace_invalid_bytes(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _compute_logit_tolerance(foreign: ForeignModel, logits: list[float]) -> dict[str, float]:
+def _compute_logit_tolerance(
+    request: ImportRequest, foreign: ForeignModel, logits: list[float]
+) -> dict[str, float]:
     tolerance = dict(golden.LOGIT_TOLERANCE)
     if foreign.arithmetic is not Arithmetic.FLOAT32:
         tolerance = dict.fromkeys(tolerance, _COARSE_TOLERANCE)
     if foreign.arithmetic is Arithmetic.INT8:
         tolerance["openvino/float32"] = golden.OPENVINO_INT8_TOLERANCE
     factor = max(1.0, max(map(abs, logits)) / _USUAL_LOGIT)
-    return {provider: one * factor for provider, one in tolerance.items()}
-
-
-# --- verification --------------------------------------------------------------------------------
-
-
-def _compare_with_file(foreign: ForeignModel, engine: Engine) -> tuple[ProbabilityAgreement, ...]:
-    """Compare the engine with the original file in plain ONNX Runtime.
-
-    Raises `VerificationError`.
-    """
-    pixels = draw_noise(4 * max(BATCHES), foreign.graph_input)
-    expected, limit = foreign.compute_probabilities(pixels), TOLERANCE[foreign.arithmetic]
-    agreements = []
-    for batch in BATCHES:
-        parts = [engine.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
-        worst = float(np.abs(np.concatenate(parts) - expected).max())
-        if not worst <= limit:  # a NaN is a disagreement too
-            raise VerificationError(
-                f"at batch {batch} a probability of the imported graph is off by {worst:.3g}; "
-                f"at most {limit:g}"
-            )
-        agreements.append(ProbabilityAgreement(batch, worst))
-    return tuple(agreements)
+    # Near 0.5, a logit changes by four times as much as its probability.
+    least = 4 * (request.tolerance or 0.0)
+    return {provider: max(one * factor, least) for provider, one in tolerance.items()}
 
 
 # --- displayed facts -----------------------------------------------------------------------------
@@ -264,25 +246,35 @@ def _collect_facts(
     check_result: CheckResult | None,
 ) -> tuple[tuple[str, str], ...]:
     return (
-        ("labels", _describe_labels(labels)),
+        ("labels", _describe_labels(request, labels)),
         ("normalise", _describe_normalization(request, foreign)),
         ("geometry", _describe_geometry(request, geometry)),
+        *((("tolerance", f"{request.tolerance:g} (from --tolerance)"),) if request.tolerance else ()),
         ("pixel path", _describe_pixel_path(geometry.pixel_path, check_result)),
+        *(
+            ()
+            if check_result
+            else (("check", "not checked on images; --check FOLDER tries this and other recipes on yours"),)
+        ),
     )
 
 
-def _describe_labels(labels: Labels) -> str:
+def _describe_labels(request: ImportRequest, labels: Labels) -> str:
     text = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
     if labels.shared_names:
         text += f"; {', '.join(map(repr, labels.shared_names))} occurred several times and are now numbered"
+    if request.labels is None:
+        text += "; the graph's own"
     return "; ".join([text, *labels.notes])
 
 
 def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> str:
     if foreign.normalization is None:
         note = "; of the preset only the geometry is used" if request.preprocessing.preset else ""
-        return f"uint8, RGB, unchanged: the graph normalises them itself{note}"
-    return f"{foreign.normalization} ({request.preprocessing.arithmetic_origin})"
+        colours = "grey (ITU-R 601)" if foreign.graph_input.channels == 1 else "RGB"
+        return f"uint8, {colours}, unchanged: the graph normalises them itself{note}"
+    text = foreign.normalization.describe(foreign.graph_input.channels)
+    return f"{text} ({request.preprocessing.arithmetic_origin})"
 
 
 def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:

@@ -38,11 +38,17 @@ class Normalization:
     bgr: bool = False
 
     def __call__(self, pixels: Pixels) -> Array:
-        """Return the normalised values, float32 (n, H, W, 3)."""
+        """Return the normalised values, float32, of pixels (n, H, W, 3), or of grey levels (n, H, W, 1)."""
         values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32)
         values = values / np.float32(self.divisor) if self.divisor else values * np.float32(self.scale)
-        result: Array = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        mean, std = (np.array(one, np.float32)[: values.shape[-1]] for one in (self.mean, self.std))
+        result: Array = (values - mean) / std
         return result
+
+    @property
+    def is_uniform(self) -> bool:
+        """Flag for a normalisation that is the same for all channels, as grey images need."""
+        return len(set(self.mean)) == len(set(self.std)) == 1 and not self.bgr
 
     @property
     def divisor(self) -> float | None:
@@ -69,11 +75,19 @@ class Normalization:
         return replace(self, mean=(c, b, a), std=(f, e, d), bgr=not self.bgr)
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, channels: int = 3) -> str:
+        """Return the normalisation as a formula."""
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         order, operation = (
             "BGR" if self.bgr else "RGB",
             f"/ {self.divisor:g}" if self.divisor else f"* {self.scale:g}",
         )
+        if channels == 1:
+            order, mean, std = "grey (ITU-R 601)", f"{self.mean[0]:g}", f"{self.std[0]:g}"
+        if not self.operations:
+            return f"{order}, 0 … 255 as they are"
         return f"{order}, (pixels {operation} - ({mean})) / ({std})"
 
 
@@ -176,7 +190,40 @@ The steps are `Resize(size)`, bilinear, `CenterCrop(size)`, `ToTensor()`, mean 0
 input, `Resize` gets both sides and stretches.
 """
 
-PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION, CLIP, ZERO_ONE)}
+RAW: Final = Preset(
+    "raw",
+    "keras.applications' EfficientNet, which normalises inside the graph, resized as by Google",
+    Normalization(1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    256,
+    224,
+    Interpolation.BICUBIC,
+)
+"""Recipe of networks that take pixels 0 … 255 as they are, such as `keras.applications.efficientnet`.
+
+Its `preprocess_input` returns the pixels unchanged, because the network begins with a `Rescaling` layer; the
+same holds for EfficientNetV2, MobileNetV3, ConvNeXt and RegNet of keras.applications. Keras does not specify
+the resize. The weights are Google's: `preprocess_for_eval` of `tensorflow/tpu`, `efficientnet/preprocessing`,
+crops the middle 224 / (224 + 32) of an image and resizes it bicubically, as 256 and 224 do.
+"""
+
+CAFFE: Final = Preset(
+    "caffe",
+    "ResNet, VGG and others of keras.applications in mode 'caffe'",
+    Normalization(1.0, (103.939, 116.779, 123.68), (1.0, 1.0, 1.0), bgr=True),
+    256,
+    224,
+    Interpolation.BILINEAR,
+)
+"""Recipe of `keras.applications.resnet.preprocess_input`, which is `imagenet_utils` in mode `caffe`.
+
+The function reverses RGB to BGR and subtracts the means 103.939, 116.779 and 123.68 (blue, green, red), of
+VGG's authors; pixels keep their scale. `vgg_preprocessing` of TensorFlow's slim resizes the shorter side to
+256, bilinearly, and crops the middle 224. Caffe's own networks have other means: 104, 117 and 123 in
+`bvlc_googlenet/train_val.prototxt` and in open_nsfw, which are the rounded averages of its
+`ilsvrc_2012_mean.npy` (104.007, 116.669, 122.679). Give `--mean 104,117,123` beside this preset for them.
+"""
+
+PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION, CLIP, ZERO_ONE, RAW, CAFFE)}
 
 
 @dataclass(frozen=True)
@@ -211,7 +258,8 @@ class PreprocessingOptions:
         if mean is None or std is None:
             raise MissingInformation(
                 "the file does not say how to normalise pixels: give --preset "
-                f"({', '.join(PRESETS)}), or --mean and --std"
+                f"({', '.join(PRESETS)}), or --mean and --std",
+                "--preset imagenet",
             )
         scale = self.scale
         if scale is None:
@@ -243,7 +291,8 @@ class PreprocessingOptions:
         if interpolation is None or not (stretch or resize):
             raise MissingInformation(
                 "the file does not say how to resize images: give --preset, or --interpolation "
-                f"({', '.join(Interpolation)}) and one of --resize and --stretch, or --geometry"
+                f"({', '.join(Interpolation)}) and one of --resize and --stretch, or --geometry",
+                "--preset imagenet",
             )
         if resize > MAX_SIDE:
             raise ImportRefused(f"--resize is {resize} pixels; the maximum is {MAX_SIDE}")
@@ -313,7 +362,8 @@ def _derive_scale(mean: ChannelValues, std: ChannelValues) -> float:
         return 1 / 255
     raise MissingInformation(
         "--mean and --std do not tell whether pixels go from 0 to 255 or from 0 to 1: "
-        "give --scale 1 or --scale 1/255"
+        "give --scale 1 or --scale 1/255",
+        "--scale 1/255",
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 
 from fovea.export.drift_reference import build_reference
-from fovea.export.importer.foreign_model import ImportRefused, ReferenceModel
+from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import (
@@ -24,14 +25,15 @@ from fovea.export.importer.labelled_images import (
     score_images,
 )
 from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
-from fovea.export.importer.wrap import WrappedModel
 from fovea.export.known_threshold import choose_threshold
-from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, KnownScore, PixelPath, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import Pixels
+
+_MUCH_WIDER: Final = 8.0
+"""Factor from which a range of values is much wider; those of the presets for 0 … 1 differ by 4.5."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_recipe(
     Raises `ImportRefused`.
     """
     images, unreadable = filter_readable(load_labelled_images(folder, labels), geometry)
-    predict = _build_predictor(foreign.wrap(foreign.normalization), foreign.task)
+    predict = _build_predictor(foreign, foreign.normalization)
     own_scores = score_images(predict, images, geometry)
     others = _try_other_recipes(request, foreign, geometry, images, own_scores)
     fast = score_images(predict, images, replace(geometry, pixel_path=PixelPath.FAST))
@@ -109,13 +111,15 @@ def check_recipe(
     )
 
 
-def _build_predictor(wrapped_model: WrappedModel, task: Task) -> PredictPixels:
-    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+def _build_predictor(foreign: ForeignModel, normalization: Normalization | None) -> PredictPixels:
+    wrapped_model = foreign.wrap(normalization)
+    reference = foreign.open_wrapped(wrapped_model)
 
     def predict(pixels: Pixels) -> tuple[Floats, Floats]:
         outputs = reference(pixels)
         logits = outputs[wrapped_model.logits].astype(np.float32)
-        return outputs[wrapped_model.probabilities].astype(np.float32), compute_known_scores(logits, task)
+        known_scores = compute_known_scores(logits, foreign.task)
+        return outputs[wrapped_model.probabilities].astype(np.float32), known_scores
 
     return predict
 
@@ -134,13 +138,16 @@ def _try_other_recipes(
     rows = images.sample_rows
     sample, own_scores = images.select(rows), all_scores.select(rows)
     scores_by_recipe: dict[str, Scores] = {}
+    wider_recipes: set[str] = set()
     for name, (normalization, recipe_geometry) in _list_other_recipes(
         request.preprocessing, foreign, geometry
     ).items():
         scores_by_recipe[name] = score_images(
-            _build_predictor(foreign.wrap(normalization), foreign.task), sample, recipe_geometry
+            _build_predictor(foreign, normalization), sample, recipe_geometry
         )
-    better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
+        if _measure_range(normalization) > _MUCH_WIDER * _measure_range(foreign.normalization):
+            wider_recipes.add(name)
+    better_recipe = choose_best_recipe(scores_by_recipe, own_scores, wider_recipes)
     if better_recipe and not request.force:
         own_name = request.preprocessing.preset.name if request.preprocessing.preset else "the given recipe"
         raise ImportRefused(
@@ -152,6 +159,11 @@ def _try_other_recipes(
         name: (one.top1, float(one.true_probability.mean()))
         for name, one in {"own": own_scores, **scores_by_recipe}.items()
     }
+
+
+def _measure_range(normalization: Normalization | None) -> float:
+    """Return the difference between the values of a white and a black pixel, in the widest channel."""
+    return 255 * abs(normalization.scale) / min(normalization.std) if normalization else 255.0
 
 
 def _format_scores(scores: Scores) -> str:
@@ -172,8 +184,11 @@ def _list_other_recipes(
             preset.normalization,
             PreprocessingOptions(preset=preset).build_geometry(geometry.height, geometry.width),
         )
-        if recipe != (own_normalization, geometry):
+        is_possible = foreign.graph_input.channels == 3 or preset.normalization.is_uniform
+        if is_possible and recipe != (own_normalization, geometry):
             recipes[f"--preset {name}"] = recipe
+    if foreign.graph_input.channels == 1:
+        return recipes
     recipes["--rgb" if own_normalization.bgr else "--bgr"] = (
         own_normalization.with_reversed_channels,
         geometry,

@@ -11,9 +11,10 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from fovea.export.importer.dynamic_batch import BATCH_AXIS
-from fovea.export.importer.foreign_model import find_input_names, tensor_names
+from fovea.export.importer.graph_contents import find_input_names, tensor_names
 from fovea.export.importer.graph_input import GraphInput, Layout
 from fovea.export.importer.graph_output import GraphOutput, ValueKind
+from fovea.export.importer.grey import add_grey_steps
 from fovea.export.importer.preprocessing import Normalization
 from fovea.export.node_builder import NodeBuilder
 from fovea.export.pixel_steps import TO_PLANES, PixelSteps, find_rounding, prefers_planes, round_to_half
@@ -103,7 +104,9 @@ def _add_preprocessing(
 ) -> None:
     """Add the steps from `pixels` to the input of `graph`."""
     has_planes = graph_input.layout is Layout.NCHW
-    if normalization is None:
+    if graph_input.channels == 1:
+        tensor = _add_grey_preprocessing(builder, pixels, graph_input, normalization)
+    elif normalization is None:
         tensor = builder.add("Transpose", pixels, perm=TO_PLANES) if has_planes else pixels
     else:
         steps = PixelSteps(
@@ -123,6 +126,23 @@ def _add_preprocessing(
     builder.add("Identity", tensor, output_name=graph_input.name)
 
 
+def _add_grey_preprocessing(
+    builder: NodeBuilder, pixels: str, graph_input: GraphInput, normalization: Normalization | None
+) -> str:
+    """Add the steps from `pixels` to grey values in the layout and type of the graph's input."""
+    tensor = add_grey_steps(builder, pixels)
+    if normalization is not None:
+        tensor = builder.add("Cast", tensor, to=TensorProto.FLOAT)
+        for op_type, values in normalization.operations:
+            tensor = builder.add(op_type, tensor, values.ravel()[:1].reshape(()))
+    if normalization is None or graph_input.dtype != np.float32:
+        tensor = builder.add("Cast", tensor, to=helper.np_dtype_to_tensor_dtype(graph_input.dtype))
+    if graph_input.layout is Layout.NHWC:  # the order of one channel's values is the same
+        shape = np.array([-1, graph_input.height, graph_input.width, 1], np.int64)
+        tensor = builder.add("Reshape", tensor, shape)
+    return tensor
+
+
 # --- steps after the graph -----------------------------------------------------------------------
 
 
@@ -139,7 +159,12 @@ def _add_postprocessing(
     if graph_output.total != 1:
         rows = builder.add("Mul", rows, np.array(1 / graph_output.total, np.float32))
     own_probabilities = None
-    if graph_output.logits_tensor is None and graph_output.kind in (
+    if graph_output.kind is ValueKind.INDEPENDENT and graph_output.count > 1 and task is not Task.MULTILABEL:
+        # One of the labels is meant: the softmax of the logarithms divides each probability by their sum.
+        if graph_output.logits_tensor is not None:
+            rows = builder.add("Sigmoid", rows)
+        rows = _add_logarithm(builder, rows)
+    elif graph_output.logits_tensor is None and graph_output.kind in (
         ValueKind.PROBABILITIES,
         ValueKind.INDEPENDENT,
     ):

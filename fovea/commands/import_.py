@@ -27,8 +27,8 @@ def import_(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Preprocessing: imagenet, keras-mobilenet, inception, clip or zero-one. The options below "
-            "override single values of the preset."
+            help="Preprocessing: imagenet, keras-mobilenet, inception, clip, zero-one, raw or caffe. The "
+            "options below override single values of the preset."
         ),
     ] = None,
     mean: Annotated[
@@ -80,7 +80,19 @@ def import_(
         str | None, typer.Option(help="Order of the input's axes, nchw or nhwc, if its shape is ambiguous.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Name of the output with the labels, if there are several.")
+        str | None,
+        typer.Option(help="Name of the output with the labels, if there are several, or of an inner tensor."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Value of an input besides the image, as NAME=VALUE; may be repeated."),
+    ] = None,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest difference of a probability from the file's, for a network that is sensitive to "
+            "rounding; default: 1e-5, or 5e-3 for float16 and int8."
+        ),
     ] = None,
     check: Annotated[
         Path | None,
@@ -100,17 +112,19 @@ def import_(
 ) -> None:
     """Import an ONNX classifier from another tool, add what is missing, and verify the result."""
     from fovea.export.importer.display import show_report
-    from fovea.export.importer.foreign_model import ImportRefused
+    from fovea.export.importer.foreign_model import MissingInformation
     from fovea.export.importer.graph_input import Layout
     from fovea.export.importer.inspect import ImportRequest
-    from fovea.export.importer.missing_facts import find_missing_facts
+    from fovea.export.importer.missing_facts import build_refusal, find_missing_facts, has_own_labels
     from fovea.export.importer.option_values import (
         find_preset,
         parse_channel_values,
         parse_choice,
         parse_geometry,
         parse_number,
+        parse_settings,
         parse_size,
+        parse_tolerance,
     )
     from fovea.export.importer.pipeline import import_model
     from fovea.export.importer.preprocessing import PreprocessingOptions
@@ -133,31 +147,51 @@ def import_(
     )
     chosen_task = None if task is None else parse_choice("--task", Task, task)
     chosen_layout = None if layout is None else parse_choice("--layout", Layout, layout)
-    input_size = None if size is None else parse_size("--size", size)
+    input_size = None if size is None else parse_size("--crop", size)
+    chosen_settings = parse_settings(settings or ())
     required_options = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
+    if labels is None and has_own_labels(file):
+        del required_options["--labels"]
     missing_options = [option for option, value in required_options.items() if value is None]
-    missing_facts = find_missing_facts(None, preprocessing, None, input_size)
-    if missing_options or missing_facts:
-        # The file may state what the options lack. Only then is it read here; the import reads it again.
-        missing_facts = find_missing_facts(file, preprocessing, chosen_layout, input_size)
-    if file is None or labels is None or name is None or out is None or missing_facts:
-        problems = [f"`fovea import` needs {', '.join(missing_options)}"] if missing_options else []
-        raise ImportRefused(f"{'; '.join([*problems, *missing_facts])}; such as: {EXAMPLES['import']}")
-    report = import_model(
-        ImportRequest(
-            file=file,
+
+    def find_questions(path: Path | None) -> list[MissingInformation]:
+        return find_missing_facts(
+            path,
+            preprocessing,
+            chosen_layout,
+            input_size,
+            dict(chosen_settings),
             labels=labels,
-            name=name,
-            out=out,
-            preprocessing=preprocessing,
-            task=chosen_task,
-            layout=chosen_layout,
-            size=input_size,
             output=output,
-            check=check,
-            force=force,
-            default=default,
-            command=format_command_line(),
+            task=chosen_task,
         )
-    )
+
+    questions = find_questions(None)
+    if missing_options or questions:
+        # The file may state what the options lack. Only then is it read here; the import reads it again.
+        questions = find_questions(file)
+    if file is None or name is None or out is None or missing_options or questions:
+        raise build_refusal(EXAMPLES["import"], missing_options, questions)
+    try:
+        report = import_model(
+            ImportRequest(
+                file=file,
+                labels=labels,
+                name=name,
+                out=out,
+                preprocessing=preprocessing,
+                task=chosen_task,
+                layout=chosen_layout,
+                size=input_size,
+                output=output,
+                settings=chosen_settings,
+                tolerance=None if tolerance is None else parse_tolerance("--tolerance", tolerance),
+                check=check,
+                force=force,
+                default=default,
+                command=format_command_line(),
+            )
+        )
+    except MissingInformation as error:  # found on the way: all other questions go into the same message
+        raise build_refusal(EXAMPLES["import"], [], find_questions(file) or [error]) from None
     show_report(report, out)

@@ -75,11 +75,14 @@ def find_original_output(contract: Contract) -> tuple[str, str] | None:
     name is that of its input.
 
     The nodes after the original output identify it: the import takes the logarithm of probabilities, divides
-    percentages by 100 (a Mul), and computes one logit from two.
+    percentages by 100 (a Mul), computes one logit from two, and divides independent probabilities of which
+    one is meant by their sum (a Softmax of logarithms).
     """
     steps = list(takewhile(lambda layer: layer.name.startswith(_NODE_PREFIX), reversed(contract.layers)))
     kinds = {step.kind for step in steps}
     if not steps or kinds & {"MatMul", "Mul"} or ("Log" in kinds and contract.task is Task.BINARY):
+        return None
+    if {"Log", "Softmax"} <= kinds:
         return None
     our_output = contract.probabilities_name if "Log" in kinds else contract.logits_name
     return steps[-1].inputs[0], our_output

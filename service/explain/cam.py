@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -71,33 +72,58 @@ def find_head(contract: Contract) -> Head:
     def find_producer(tensor: str) -> Layer | None:
         """Return the layer that computed the values of a tensor."""
         layer = producers.get(tensor)
-        while layer and layer.kind in _SHAPE_KINDS:
-            layer = producers.get(layer.inputs[0])
+        while layer and (source := find_same_values(layer)):
+            layer = producers.get(source)
         return layer
 
-    def find_averaged_layout(layer: Layer | None) -> TensorLayout | None:
-        """Return the layout of the maps that a layer seems to average; `verify_cam` verifies the guess."""
-        input_layout = layouts.get(layer.inputs[0]) if layer else None
-        return input_layout if layer and input_layout and _is_global_average(layer, input_layout) else None
+    def find_same_values(layer: Layer) -> str | None:
+        """Return the tensor whose values a layer gives in another shape; None for other layers."""
+        if layer.kind in _SHAPE_KINDS:
+            return layer.inputs[0]
+        # torch exports adaptive pooling as a mean and an `as_strided` of the same shape, which is a Gather.
+        flat = producers.get(layer.inputs[0]) if layer.kind == "Gather" else None
+        source = producers.get(flat.inputs[0]) if flat and flat.kind == "Reshape" else None
+        return source.outputs[0] if source and source.shape == layer.shape else None
+
+    def find_maps(layer: Layer | None) -> tuple[str, TensorLayout] | None:
+        """Return the maps that a layer seems to average, with their layout; `verify_cam` verifies the guess.
+
+        Averages may be taken of the same values in another shape, such as one row of all places.
+        """
+        if layer and layer.kind in ("Mul", "Div"):  # a sum, divided by the number of places
+            layer = find_producer(next((name for name in layer.inputs if name in image_tensors), ""))
+            if layer and layer.kind != "ReduceSum":
+                return None
+        elif layer and layer.kind == "ReduceSum":
+            return None
+        source = layer
+        while layer and source:
+            tensor = source.inputs[0]
+            layout = layouts.get(tensor)
+            if layout and _is_global_average(layer, layout):
+                return tensor, layout
+            source = producers.get(tensor)
+            if source and source.kind not in _SHAPE_KINDS:
+                break
+        return None
 
     last_layer = find_producer(contract.logits_name)
     if last_layer and last_layer.kind == "Add":  # the bias
         last_layer = find_producer(next((name for name in last_layer.inputs if name in image_tensors), ""))
-    if last_layer and (layout := find_averaged_layout(last_layer)):
-        return Head(last_layer.inputs[0], layout, None)
+    if maps := find_maps(last_layer):
+        return Head(*maps, None)
     if (
         last_layer is None
         or last_layer.kind not in ("Gemm", "MatMul", "Conv")
         or last_layer.inputs[1] in image_tensors
     ):
         raise NoCam(_NO_CAM_REASON)
-    pooling_layer = find_producer(last_layer.inputs[0])
-    layout = find_averaged_layout(pooling_layer)
-    if pooling_layer is None or layout is None:
+    maps = find_maps(find_producer(last_layer.inputs[0]))
+    if maps is None:
         raise NoCam(_NO_CAM_REASON)
     # ONNX defines `alpha` of a Gemm as a float.
     factor = float(last_layer.attributes.get("alpha", 1.0))  # type: ignore[arg-type]
-    return Head(pooling_layer.inputs[0], layout, last_layer.inputs[1], is_transposed(last_layer), factor)
+    return Head(*maps, last_layer.inputs[1], is_transposed(last_layer), factor)
 
 
 _NO_CAM_REASON: Final = "the network does not end in an average over its last maps and one linear layer"
@@ -106,9 +132,12 @@ _NO_CAM_REASON: Final = "the network does not end in an average over its last ma
 def _is_global_average(layer: Layer, layout: TensorLayout) -> bool:
     """Return True if the layer averages over the whole height and width."""
     if layer.kind == "AveragePool":
-        return tuple(layer.attributes.get("kernel_shape", ())) == layout.shape[1:]  # type: ignore[arg-type]
+        kernel_shape: tuple[int, ...] = tuple(layer.attributes.get("kernel_shape", ()))  # type: ignore[arg-type]
+        return prod(kernel_shape) == layout.height * layout.width
     sizes = [size for size in layer.shape if size != 1]
-    return layer.kind == "GlobalAveragePool" or (layer.kind == "ReduceMean" and sizes == [layout.channels])
+    return layer.kind == "GlobalAveragePool" or (
+        layer.kind in ("ReduceMean", "ReduceSum") and sizes == [layout.channels]
+    )
 
 
 RunGraph: TypeAlias = Callable[[list[str], Pixels], Sequence[Floats]]

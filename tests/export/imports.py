@@ -59,17 +59,29 @@ def make_labels(count: int) -> list[str]:
 def import_graph(
     model: onnx.ModelProto | bytes,
     folder: Path,
-    labels: int | Sequence[str] = 5,
+    labels: int | Sequence[str] | None = 5,
     preprocessing: PreprocessingOptions | None = None,
     **options: Any,
 ) -> ImportedModel:
-    """Import a graph as `thing`, with torchvision's preset unless `preprocessing` is given."""
+    """Import a graph as `thing`, with torchvision's preset unless `preprocessing` is given.
+
+    Without `labels` the graph has labels of its own.
+    """
     model_file, label_file = folder / "foreign.onnx", folder / "labels.txt"
     model_file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    label_file.write_text("\n".join(make_labels(labels) if isinstance(labels, int) else labels) + "\n")
+    if labels is not None:
+        names = make_labels(labels) if isinstance(labels, int) else labels
+        label_file.write_text("\n".join(names) + "\n")
     preprocessing = preprocessing or PreprocessingOptions(preset=IMAGENET)
     report = import_model(
-        ImportRequest(model_file, label_file, "thing", folder / ZOO, preprocessing, **options)
+        ImportRequest(
+            model_file,
+            None if labels is None else label_file,
+            "thing",
+            folder / ZOO,
+            preprocessing,
+            **options,
+        )
     )
     path = folder / ZOO / report.model / report.version / "model.onnx"
     return ImportedModel(report, path, Engine.load(path, provider="cpu", threads=1))

@@ -265,3 +265,21 @@ def test_folder_belongs_to_the_label_with_its_exact_name(label_file: Path) -> No
     assert [lookup("cardigan"), lookup("Cardigan"), lookup("cafe\u0301"), lookup("CAFÉ")] == [1, 0, 2, 2]
     with pytest.raises(ImportRefused, match="fits several labels: 'Cardigan', 'cardigan'"):
         lookup("CARDIGAN")
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "vit", "num_labels": 5}, {"architecture": "resnet18", "num_classes": 1000}]
+)
+def test_configuration_without_labels_says_so(label_file: Path, config: dict[str, object]) -> None:
+    label_file.write_text(json.dumps(config))
+    with pytest.raises(
+        ImportRefused, match="has no id2label: it configures a model without naming its labels"
+    ):
+        read_labels(label_file)
+
+
+def test_placeholders_of_labels_are_noted(label_file: Path) -> None:
+    label_file.write_text(json.dumps({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
+    labels = read_labels(label_file)
+    assert labels.names == ("LABEL_0", "LABEL_1")
+    assert "placeholders" in labels.notes[0]

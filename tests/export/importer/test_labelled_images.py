@@ -18,6 +18,7 @@ from fovea.export.importer.labelled_images import (
     MIN_FAST_IMAGES,
     LabelLookup,
     Scores,
+    choose_best_recipe,
     is_clearly_better,
     is_lossless,
 )
@@ -142,7 +143,8 @@ def test_models_with_two_labels_are_checked(
 def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:
     """Labels with higher numbers are more probable, for every image."""
     values = np.arange(8, dtype=np.float32)
-    graph = replace_weights(build_classifier(count=8), matrix=np.zeros((8, 8), np.float32), bias=values)
+    matrix = np.eye(8, dtype=np.float32) / 1000  # a graph with a constant answer is refused
+    graph = replace_weights(build_classifier(count=8), matrix=matrix, bias=values)
     labels = [f"label {number}" for number in range(8)]
     folder = draw_labelled_images(tmp_path / "photos", dict.fromkeys(labels, (90, 90, 90)), 1)
     check = import_graph(graph, tmp_path, 8, check=folder).report.check
@@ -384,3 +386,16 @@ def test_pixel_path_is_exact_without_check_images(tmp_path: Path) -> None:
     model = import_graph(build_classifier(), tmp_path)
     assert model.contract.input.pixel_path is PixelPath.EXACT
     assert model.facts["pixel path"] == "exact (only --check can show whether fast loses nothing)"
+
+
+def test_certainty_of_a_much_wider_range_is_no_reason() -> None:
+    """Pixels 0 … 255 make answers of a network for 0 … 1 more certain, with nearly the same hits."""
+    hits = [True] * 90 + [False] * 10
+    own_scores = make_scores(hits, [0.7] * 90 + [0.1] * 10)
+    certain = make_scores([*hits[1:], False], [1.0] * 89 + [0.0] * 11)
+    assert choose_best_recipe({"--preset raw": certain}, own_scores) == "--preset raw"
+    assert choose_best_recipe({"--preset raw": certain}, own_scores, {"--preset raw"}) is None
+    right = make_scores([True] * 100, [0.8] * 100)
+    certain = make_scores([True] * 100, [1.0] * 100)
+    recipes = {"--preset raw": certain, "--rgb": right}
+    assert choose_best_recipe(recipes, own_scores, {"--preset raw"}) == "--rgb"

@@ -17,9 +17,11 @@ from onnx import helper
 from PIL import Image
 
 from fovea.export.importer.preprocessing import (
+    CAFFE,
     CLIP,
     KERAS_MOBILENET,
     PRESETS,
+    RAW,
     Normalization,
     PreprocessingOptions,
     Preset,
@@ -48,6 +50,11 @@ def apply_preset(preset: Preset, image: bytes) -> Array:
         Interpolation.BILINEAR: Image.Resampling.BILINEAR,
         Interpolation.BICUBIC: Image.Resampling.BICUBIC,
     }
+    if preset is RAW:
+        return resize_and_crop(image, 18, 16, Image.Resampling.BICUBIC)
+    if preset is CAFFE:
+        blue_green_red = np.array([103.939, 116.779, 123.68], np.float32)
+        return resize_and_crop(image, 18, 16, Image.Resampling.BILINEAR)[..., ::-1] - blue_green_red
     if preset is KERAS_MOBILENET:
         return resize_and_crop(image, 18, 16, Image.Resampling.BILINEAR) / np.float32(127.5) - 1
     resize = {"imagenet": 18, "inception": 18, "clip": 16, "zero-one": 16}[preset.name]
@@ -62,7 +69,7 @@ def apply_preset(preset: Preset, image: bytes) -> Array:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_preset_matches_its_source(tmp_path: Path, preset: Preset, layout: str) -> None:
-    graph = build_classifier(layout=layout)
+    graph = build_classifier(layout=layout, spread=0.02 if preset in (RAW, CAFFE) else 3.0)
     model = import_graph(graph, tmp_path, preprocessing=PreprocessingOptions(preset=preset))
     axes = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
     expected = [softmax(run_onnx(graph, apply_preset(preset, image).transpose(axes))) for image in IMAGES]
@@ -72,7 +79,8 @@ def test_preset_matches_its_source(tmp_path: Path, preset: Preset, layout: str) 
 
 
 def test_documentation_lists_every_preset() -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", read_page("importing"), re.MULTILINE)
+    table = read_page("importing").partition("## Presets")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)
     assert rows == list(PRESETS)
 
 
@@ -87,6 +95,8 @@ def test_documentation_lists_every_preset() -> None:
         ("inception", 224, 256),
         ("clip", 336, 336),
         ("zero-one", 224, 224),
+        ("raw", 224, 256),
+        ("caffe", 224, 256),
     ],
 )
 def test_presets_scale_the_resize_with_the_input(preset: str, side: int, resize: int) -> None:
@@ -95,7 +105,7 @@ def test_presets_scale_the_resize_with_the_input(preset: str, side: int, resize:
     )
 
 
-CAFFE = PreprocessingOptions(
+CAFFE_OPTIONS = PreprocessingOptions(
     mean=(103.939, 116.779, 123.68),
     std=(1.0, 1.0, 1.0),
     bgr=True,
@@ -107,7 +117,7 @@ CAFFE = PreprocessingOptions(
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_bgr_channels_and_values_up_to_255_are_supported(tmp_path: Path, layout: str) -> None:
     graph = build_classifier(layout=layout, spread=0.02)
-    model = import_graph(graph, tmp_path, preprocessing=CAFFE)
+    model = import_graph(graph, tmp_path, preprocessing=CAFFE_OPTIONS)
     axes = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
     expected = []
     for image in IMAGES:

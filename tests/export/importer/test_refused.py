@@ -42,20 +42,12 @@ def test_truncated_files_are_refused(tmp_path: Path, length: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("start", "message"),
-    [(b"PK\x03\x04", "as PyTorch and Keras"), (b"\x89HDF\r\n", "HDF5"), (b"\x80\x02}", "pickle")],
-)
-def test_files_of_other_formats_are_refused(tmp_path: Path, start: bytes, message: str) -> None:
-    assert_refused(tmp_path, f"{message}.* not ONNX; export the model to ONNX first", start + bytes(100))
-
-
 def test_file_above_two_gigabytes_is_refused(tmp_path: Path) -> None:
     """A sparse file takes no space on the disk and is not read."""
     file = tmp_path / "zeros.onnx"
     with file.open("wb") as stream:
         stream.truncate(3 << 30)
-    with pytest.raises(ImportRefused, match=r"zeros\.onnx has 3\.2 GB; at most 2 GB fit into one ONNX file"):
+    with pytest.raises(ImportRefused, match=r"has 3\.2 GB; at most 2 GB .* convert it to float16"):
         read_model(file)
 
 
@@ -177,7 +169,11 @@ def test_weights_above_two_gigabytes_are_refused(tmp_path: Path, monkeypatch: py
     graph = build_classifier()
     (tmp_path / "weights.bin").write_bytes(read_matrix(graph))
     monkeypatch.setattr(foreign_model, "MAX_BYTES", graph.ByteSize() - 20)
-    assert_refused(tmp_path, "more than 2 GB of weights", move_matrix_outside(graph, "weights.bin"))
+    assert_refused(
+        tmp_path,
+        "more than 2 GB of weights.*convert it to float16",
+        move_matrix_outside(graph, "weights.bin"),
+    )
 
 
 # --- graph inputs --------------------------------------------------------------------------------
@@ -186,6 +182,12 @@ def test_weights_above_two_gigabytes_are_refused(tmp_path: Path, monkeypatch: py
 def build_two_inputs() -> onnx.ModelProto:
     graph = build_classifier()
     graph.graph.input.append(helper.make_tensor_value_info("phase", TensorProto.BOOL, []))
+    return graph
+
+
+def build_two_images() -> onnx.ModelProto:
+    graph = build_classifier()
+    graph.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1, 3, 16, 16]))
     return graph
 
 
@@ -204,7 +206,8 @@ def build_with_type(kind: int) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (build_two_inputs, r"takes 2 inputs \('image', 'phase'\); an image classifier takes one"),
+        (build_two_inputs, r"takes 'phase' \(bool\) besides the image 'image': give each a value with --set"),
+        (build_two_images, r"takes 2 inputs \('image', 'other'\); an image classifier takes one"),
         (
             lambda: build_with_shape("N", 48),
             r"the input 'image' has 2 axes, any x 48; images in a batch have four",
@@ -216,11 +219,10 @@ def build_with_type(kind: int) -> onnx.ModelProto:
         ),
         (lambda: build_with_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
         (
-            lambda: build_classifier(channels=1),
-            "has 1 channels in layout nchw; 3 channels .RGB. are needed",
+            lambda: build_classifier(channels=4),
+            r"has 4 channels in layout nchw; 3 channels \(RGB\) or 1 \(grey\) are needed",
         ),
-        (lambda: build_classifier(channels=4), "has 4 channels in layout nchw"),
-        (lambda: build_classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
+        (lambda: build_classifier(channels=2, layout="nhwc"), "has 2 channels in layout nhwc"),
         (lambda: build_classifier(size=100_000), "is 100000 x 100000 pixels; the maximum side is 2800"),
         (
             lambda: build_with_type(TensorProto.INT64),
@@ -228,7 +230,7 @@ def build_with_type(kind: int) -> onnx.ModelProto:
         ),
         (
             lambda: build_classifier(size=None),
-            "takes images of any size: set the size .* with --size, such as --size 224",
+            "takes images of any size: set the size .* with --crop, such as --crop 224",
         ),
         (
             lambda: build_batch_mean(4),
@@ -244,7 +246,7 @@ def test_inputs_that_are_not_images_are_refused(
 
 def test_size_that_contradicts_the_graph_is_refused(tmp_path: Path) -> None:
     assert_refused(
-        tmp_path, "--size is 20, but the graph takes only any x 3", build_classifier(), size=(20, 20)
+        tmp_path, "--crop is 20, but the graph takes only any x 3", build_classifier(), size=(20, 20)
     )
 
 
@@ -300,7 +302,7 @@ def build_nan_bias() -> onnx.ModelProto:
             {},
             r"no output is a row of values .*scores: float32 images x 8 x 16 x 16\): not an image classifier",
         ),
-        (build_argmax_output, {}, r"no output is a row .*int64"),
+        (build_argmax_output, {}, r"the output 'scores' gives decisions \(its ArgMax\)"),
         (
             build_map_output,
             {"output": "scores"},
@@ -345,10 +347,9 @@ def test_wrong_number_of_labels_is_refused(tmp_path: Path, count: int, labels: i
             build_classifier(end="sigmoid"),
             5,
             None,
-            "independent probabilities from 0 to 1: give --task multilabel",
+            "independent probabilities from 0 to 1, which sum to .*: give --task multilabel",
         ),
-        (build_classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
-        (build_classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
+        (build_classifier(end="sigmoid"), 5, Task.BINARY, "--task binary takes one value or two"),
         (
             build_classifier(end="softmax"),
             5,
