@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +13,29 @@ from fovea.commands.examples import EXAMPLES
 
 
 def import_(
-    file: Annotated[
-        Path | None, typer.Argument(help="ONNX file of an image classifier, from any tool.")
+    source: Annotated[
+        str | None,
+        typer.Argument(help="ONNX file of an image classifier from any tool, or a folder with such a file."),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Labels of the outputs: a file with one label per line, or a JSON list or map."),
+        typer.Option(
+            help="Labels of the outputs: a file with one label per line, or a JSON list or map; default: "
+            "those that the source states."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model in the repository.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the repository; default: that of the source.")
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Repository, such as zoo; the file is <name>/<next version>/model.onnx in it."),
+        typer.Option(
+            help="Repository; the file is <name>/<next version>/model.onnx in it [FOVEA_MODELS, or zoo]."
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", help="File of the source if it has several, or a precision, such as fp16."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -75,6 +88,13 @@ def import_(
     output: Annotated[
         str | None, typer.Option(help="Name of the output with the labels, if there are several.")
     ] = None,
+    drop_background: Annotated[
+        bool,
+        typer.Option(
+            "--drop-background",
+            help="Leave out the first label, the background class of TensorFlow's ImageNet models.",
+        ),
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -91,12 +111,10 @@ def import_(
         bool, typer.Option("--default", help="Make it the default model, for requests that name no model.")
     ] = False,
 ) -> None:
-    """Import an ONNX classifier from another tool, add what is missing, and verify the result."""
+    """Import a classifier from another tool, add what is missing, and verify the result."""
     from fovea.export.importer.display import show_report
     from fovea.export.importer.foreign_model import ImportRefused
     from fovea.export.importer.graph_input import Layout
-    from fovea.export.importer.inspect import ImportRequest
-    from fovea.export.importer.missing_facts import find_missing_facts
     from fovea.export.importer.option_values import (
         find_preset,
         parse_channel_values,
@@ -106,10 +124,14 @@ def import_(
     )
     from fovea.export.importer.pipeline import import_model
     from fovea.export.importer.preprocessing import PreprocessingOptions
+    from fovea.export.importer.sources.completion import GivenOptions, complete_request
+    from fovea.export.importer.sources.resolve import resolve_source
     from fovea.service.artifact.contract import Interpolation, Task
     from fovea.service.inference.preprocess import configure_pillow
 
     configure_pillow()
+    if source is None:
+        raise ImportRefused(f"`fovea import` needs a source, such as: {EXAMPLES['import']}")
     preprocessing = PreprocessingOptions(
         preset=None if preset is None else find_preset(preset),
         mean=None if mean is None else parse_channel_values("--mean", mean),
@@ -122,33 +144,28 @@ def import_(
         if interpolation is None
         else parse_choice("--interpolation", Interpolation, interpolation),
     )
-    chosen_task = None if task is None else parse_choice("--task", Task, task)
-    chosen_layout = None if layout is None else parse_choice("--layout", Layout, layout)
-    input_size = None if size is None else parse_size("--size", size)
-    required_options = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
-    missing_options = [option for option, value in required_options.items() if value is None]
-    missing_facts = find_missing_facts(None, preprocessing, None, input_size)
-    if missing_options or missing_facts:
-        # The file may state what the options lack. Only then is it read here; the import reads it again.
-        missing_facts = find_missing_facts(file, preprocessing, chosen_layout, input_size)
-    if file is None or labels is None or name is None or out is None or missing_facts:
-        problems = [f"`fovea import` needs {', '.join(missing_options)}"] if missing_options else []
-        raise ImportRefused(f"{'; '.join([*problems, *missing_facts])}; such as: {EXAMPLES['import']}")
-    report = import_model(
-        ImportRequest(
-            file=file,
-            labels=labels,
-            name=name,
-            out=out,
-            preprocessing=preprocessing,
-            task=chosen_task,
-            layout=chosen_layout,
-            size=input_size,
-            output=output,
-            check=check,
-            force=force,
-            default=default,
-            command=format_command_line(),
-        )
+    options = GivenOptions(
+        out=out or _find_repository(),
+        preprocessing=preprocessing,
+        labels=labels,
+        name=name,
+        task=None if task is None else parse_choice("--task", Task, task),
+        layout=None if layout is None else parse_choice("--layout", Layout, layout),
+        size=None if size is None else parse_size("--size", size),
+        output=output,
+        check=check,
+        force=force,
+        default=default,
+        drops_background=drop_background,
+        command=format_command_line(),
     )
-    show_report(report, out)
+    with resolve_source(source, file, options.size) as resolved_source:
+        report = import_model(complete_request(options, resolved_source))
+    show_report(report, options.out)
+
+
+def _find_repository() -> Path:
+    """Return the repository of the settings, which need not exist yet."""
+    from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
+
+    return Path(os.environ.get(f"{ENVIRONMENT_PREFIX}MODELS") or Settings.model_fields["models"].default)
