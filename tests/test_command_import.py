@@ -59,7 +59,7 @@ def test_import_output_lists_every_fact_of_the_model(
         "labels": "5, from 'label 0' to 'label 4'",
         "normalise": "RGB, (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
-        "resize": "shorter side to 18, then the middle 16 x 16, bilinear "
+        "geometry": "resize cover 18 x 18 bilinear, crop 16 x 16 "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
         "pixel path": "exact (only --check can show whether fast loses nothing)",
     }

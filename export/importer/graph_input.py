@@ -59,8 +59,15 @@ class GraphInput:
         return np.ascontiguousarray(transposed_values, dtype=self.dtype)
 
 
-def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, int] | None) -> GraphInput:
+def read_graph_input(
+    model: ModelProto,
+    layout: Layout | None,
+    size: tuple[int, int] | None,
+    geometry_size: tuple[int, int] | None = None,
+) -> GraphInput:
     """Return the graph's input; `layout` and `size` (height, width) supply facts that the file lacks.
+
+    `geometry_size` is the size that the steps of `--geometry` end with. It counts if nothing else does.
 
     Raises `ImportRefused`.
     """
@@ -80,7 +87,9 @@ def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, 
             f"{input_layout}; 3 channels (RGB) are needed, greyscale and others are not supported"
         )
     (height, size_origin), (width, _) = (
-        _choose_length(shape[axis], size and size[index], value.name, shape)
+        _choose_length(
+            shape[axis], size and size[index], geometry_size and geometry_size[index], value.name, shape
+        )
         for index, axis in enumerate(input_layout.spatial_axes)
     )
     if max(height, width) > MAX_SIDE:
@@ -142,7 +151,11 @@ def _is_plausible(layout: Layout, shape: tuple[int | None, ...]) -> bool:
 
 
 def _choose_length(
-    graph_length: int | None, requested_length: int | None, name: str, shape: tuple[int | None, ...]
+    graph_length: int | None,
+    requested_length: int | None,
+    geometry_length: int | None,
+    name: str,
+    shape: tuple[int | None, ...],
 ) -> tuple[int, str]:
     """Return a side of the image and its origin."""
     if graph_length and requested_length and graph_length != requested_length:
@@ -151,6 +164,8 @@ def _choose_length(
         return graph_length, "the graph's own"
     if requested_length:
         return requested_length, "from --size; the graph takes any"
+    if geometry_length:
+        return geometry_length, "the last step of --geometry; the graph takes any"
     raise MissingInformation(
         f"the input {name!r}, {_format_shape(shape)}, takes images of any size: set the size to serve "
         "with --size, such as --size 224"

@@ -28,6 +28,7 @@ from fovea.export.importer.graph_output import (
     to_probabilities,
     to_rows,
 )
+from fovea.export.importer.graph_resize import describe_own_resize
 from fovea.export.importer.label_file import Labels, require_label_count
 from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
 from fovea.export.importer.sources.facts import Provenance
@@ -147,7 +148,7 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     Raises `ImportRefused` if a fact must be given as an option.
     """
     model = read_model(request.file)
-    graph_input = read_graph_input(model, request.layout, request.size)
+    graph_input = read_graph_input(model, request.layout, request.size, request.preprocessing.geometry_size)
     normalization = _choose_normalization(request.preprocessing, graph_input)
     reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
     images, extreme_images = _draw_probe_images(graph_input, normalization)
@@ -183,6 +184,7 @@ def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
         arithmetic=arithmetic,
         facts=(
             *graph_input.facts,
+            *describe_own_resize(model, graph_input),
             ("arithmetic", arithmetic.value),
             ("batch", _describe_batch(graph_input, dynamic_model is not None)),
             ("output", f"{graph_output.name} ({graph_output.choice_reason})"),

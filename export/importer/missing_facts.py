@@ -23,10 +23,10 @@ def find_missing_facts(
     The sentences cover the graph's input. Raises `ImportRefused` if the file cannot be read.
     """
     sentences = []
-    input_size, is_uint8 = size or (224, 224), False
+    input_size, is_uint8 = size or preprocessing.geometry_size or (224, 224), False
     if file is not None:
         try:
-            graph_input = read_graph_input(read_model(file), layout, size)
+            graph_input = read_graph_input(read_model(file), layout, size, preprocessing.geometry_size)
             input_size, is_uint8 = (graph_input.height, graph_input.width), graph_input.dtype == np.uint8
         except MissingInformation as error:
             sentences.append(str(error))

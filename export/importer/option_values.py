@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import PRESETS, ChannelValues, Preset
-from fovea.service.artifact.geometry import MAX_SIDE
+from fovea.service.artifact.geometry import MAX_SIDE, Step, find_last_size
+from fovea.service.artifact.geometry_text import parse_steps
+from fovea.service.errors import ContractError
 
 EnumT = TypeVar("EnumT", bound=StrEnum)
 
@@ -48,6 +50,16 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
             f"{option} is {text!r}; it takes pixels such as 224, or height x width as 224x320"
         )
     return int(parts[0]), int(parts[-1])
+
+
+def parse_geometry(option: str, text: str) -> tuple[Step, ...]:
+    """Parse the steps of a geometry, such as `resize cover 256 x 256 bilinear, crop 224 x 224`."""
+    try:
+        steps = parse_steps(text)
+        find_last_size(steps)
+    except ContractError as error:
+        raise ImportRefused(f"{option}: {str(error).removeprefix('input: ')}") from None
+    return steps
 
 
 def parse_choice(option: str, enum_class: type[EnumT], text: str) -> EnumT:

@@ -9,7 +9,14 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
-from fovea.service.artifact.geometry import MAX_SIDE, Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry import (
+    MAX_SIDE,
+    Geometry,
+    Interpolation,
+    PixelPath,
+    Step,
+    find_last_size,
+)
 from fovea.service.inference.pixels import Pixels
 
 ChannelValues: TypeAlias = tuple[float, float, float]
@@ -184,6 +191,13 @@ class PreprocessingOptions:
     resize: int | None = None
     stretch: bool = False
     interpolation: Interpolation | None = None
+    geometry: tuple[Step, ...] | None = None
+    """All steps, in place of those of the preset and of `resize`, `stretch` and `interpolation`."""
+
+    @property
+    def geometry_size(self) -> tuple[int, int] | None:
+        """Height and width of the input that the steps of `geometry` end with, if there are steps."""
+        return None if self.geometry is None else find_last_size(self.geometry)
 
     @property
     def normalization(self) -> Normalization:
@@ -215,6 +229,8 @@ class PreprocessingOptions:
 
         Raises `ImportRefused` if the options do not specify it.
         """
+        if self.geometry is not None:
+            return self._build_given_geometry(self.geometry, height, width)
         preset = self.preset
         interpolation = self.interpolation or (preset.interpolation if preset else None)
         if self.stretch and self.resize is not None:
@@ -227,7 +243,7 @@ class PreprocessingOptions:
         if interpolation is None or not (stretch or resize):
             raise MissingInformation(
                 "the file does not say how to resize images: give --preset, or --interpolation "
-                f"({', '.join(Interpolation)}) and one of --resize and --stretch"
+                f"({', '.join(Interpolation)}) and one of --resize and --stretch, or --geometry"
             )
         if resize > MAX_SIDE:
             raise ImportRefused(f"--resize is {resize} pixels; the maximum is {MAX_SIDE}")
@@ -238,6 +254,17 @@ class PreprocessingOptions:
         if stretch:
             return Geometry.stretched(height, width, interpolation, PixelPath.EXACT)
         return Geometry.cropped(height, width, resize, interpolation, PixelPath.EXACT)
+
+    def _build_given_geometry(self, steps: tuple[Step, ...], height: int, width: int) -> Geometry:
+        options = [option for option in self._geometry_options if option != "--geometry"]
+        if options:
+            raise ImportRefused(f"--geometry names every step; leave out {', '.join(options)}")
+        size = find_last_size(steps)
+        if size != (height, width):
+            raise ImportRefused(
+                f"--geometry ends with {size[0]} x {size[1]} pixels; the graph takes {height} x {width}"
+            )
+        return Geometry(height, width, steps, PixelPath.EXACT)
 
     @property
     def arithmetic_options(self) -> tuple[str, ...]:
@@ -256,14 +283,19 @@ class PreprocessingOptions:
     @property
     def geometry_origin(self) -> str:
         """Origin of the geometry."""
+        if self.geometry is not None:
+            return "--geometry"
+        return ", ".join([*self._preset_origin, *self._geometry_options])
+
+    @property
+    def _geometry_options(self) -> tuple[str, ...]:
         options = {
             "--resize": self.resize,
             "--stretch": self.stretch or None,
             "--interpolation": self.interpolation,
+            "--geometry": self.geometry,
         }
-        return ", ".join(
-            [*self._preset_origin, *(option for option, value in options.items() if value is not None)]
-        )
+        return tuple(option for option, value in options.items() if value is not None)
 
     @property
     def _preset_origin(self) -> tuple[str, ...]:

@@ -79,6 +79,13 @@ def import_(
     stretch: Annotated[
         bool, typer.Option("--stretch", help="Stretch images to the input's size instead of cropping.")
     ] = False,
+    geometry: Annotated[
+        str | None,
+        typer.Option(
+            help="All steps from an image to the input, in place of --resize, --stretch and --interpolation: "
+            "'resize stretch 256 x 256 bilinear, crop 224 x 224'."
+        ),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="Kind of classifier: multiclass, binary or multilabel.")
     ] = None,
@@ -119,6 +126,7 @@ def import_(
         find_preset,
         parse_channel_values,
         parse_choice,
+        parse_geometry,
         parse_number,
         parse_size,
     )
@@ -143,6 +151,7 @@ def import_(
         interpolation=None
         if interpolation is None
         else parse_choice("--interpolation", Interpolation, interpolation),
+        geometry=None if geometry is None else parse_geometry("--geometry", geometry),
     )
     options = GivenOptions(
         out=out or _find_repository(),

@@ -6,10 +6,10 @@ are height x width in pixels, and all steps are centred. `geometry_text` writes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from fovea.service.artifact.strict_json import require
 
@@ -187,6 +187,17 @@ class Geometry:
             f"input: the steps end with {size[0]} x {size[1]} pixels; the input has "
             f"{self.height} x {self.width}",
         )
+
+    def __hash__(self) -> int:
+        return self._hash  # caches of plans look it up for every image
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields only, to be pickled: the hash of text is another one in another process."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.height, self.width, self.steps, self.pixel_path))
 
     @classmethod
     def cropped(

@@ -61,9 +61,12 @@ def _find_tag(kind: Any) -> tuple[str, Mapping[Any, Any]] | None:
 
     The tag is the first field, and a `Literal` in all of them. It comes with the dataclasses by its values.
     """
-    kinds = {}
+    kinds: dict[tuple[str, Any], Any] = {}
     for choice in typing.get_args(kind):
-        name, field_kind = next(iter(_field_types(choice).items())) if is_dataclass(choice) else ("", None)
+        if not is_dataclass(choice):
+            return None
+        field_types: dict[str, Any] = _field_types(typing.cast(Any, choice))
+        name, field_kind = next(iter(field_types.items()))
         if typing.get_origin(field_kind) is not typing.Literal:
             return None
         kinds |= {(name, value): choice for value in typing.get_args(field_kind)}

@@ -68,7 +68,8 @@ def trace_geometry(trace: DecodeTrace, size: Size, geometry: Geometry) -> None:
     """
     plan = plan_steps(size, geometry)
     for planned_step in plan:
-        if planned_step.box != (0, 0, *planned_step.target_size):
+        before = planned_step.size
+        if planned_step.target_size != before or planned_step.box != (0, 0, *before):
             trace.add_step(*_describe_step(planned_step))
     trace.crop_box = find_visible_box(plan)
 
@@ -83,7 +84,10 @@ def _describe_step(planned_step: PlannedStep) -> tuple[str, str]:
         fill = step.fill if isinstance(step, PadStep) else (0, 0, 0)
         colour = "black" if not any(fill) else f"the colour {'/'.join(map(str, fill))}"
         name = "pad" if isinstance(step, PadStep) else "crop"
-        border = f"{max(0, -box[0]):g} on the left and {max(0, -box[1]):g} at the top"
+        border = f"{max(0, int(-box[0]))} on the left and {max(0, int(-box[1]))} at the top"
         return name, f"to {format_size(target_size)} with a border of {colour}, {border}"
-    crop_size = f"{box[2] - box[0]:g} x {box[3] - box[1]:g}"
-    return "crop", f"the middle {crop_size}, {box[0]:g} from the left and {box[1]:g} from the top"
+    # An aspect crop without rounding may have fractions.
+    left, top, width, height = (
+        f"{one:.2f}".removesuffix(".00") for one in (*box[:2], box[2] - box[0], box[3] - box[1])
+    )
+    return "crop", f"the middle {width} x {height}, {left} from the left and {top} from the top"

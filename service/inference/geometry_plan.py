@@ -5,7 +5,8 @@ Sizes are (width, height), in pixels.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from functools import lru_cache
+from typing import Final, NamedTuple, TypeAlias
 
 from fovea.service.artifact.geometry import (
     AspectCropStep,
@@ -37,14 +38,22 @@ class PlannedStep(NamedTuple):
     """Size of the image after the step; of an aspect crop without rounding, rounded down."""
 
 
-def plan_steps(size: Size, geometry: Geometry) -> list[PlannedStep]:
+PLAN_CACHE_SIZE: Final = 256
+"""Number of image sizes for which plans are kept.
+
+Thumbnails often have one size. Their decoding takes 0.1 ms, and a plan and its warnings 0.01 ms.
+"""
+
+
+@lru_cache(PLAN_CACHE_SIZE)
+def plan_steps(size: Size, geometry: Geometry) -> tuple[PlannedStep, ...]:
     """Return the steps for an upright image of this size."""
     plan = []
     for step in geometry.steps:
         planned_step = plan_step(step, size)
         plan.append(planned_step)
         size = planned_step.target_size
-    return plan
+    return tuple(plan)
 
 
 def plan_step(step: Step, size: Size) -> PlannedStep:
@@ -56,7 +65,7 @@ def plan_step(step: Step, size: Size) -> PlannedStep:
     return PlannedStep(step, size, box, (max(1, target_size[0]), max(1, target_size[1])))
 
 
-def find_visible_box(plan: list[PlannedStep]) -> Box:
+def find_visible_box(plan: tuple[PlannedStep, ...]) -> Box:
     """Return the region of the upright image that the model's input shows.
 
     The region is larger than the image where the input has a border.

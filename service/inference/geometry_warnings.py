@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from fovea.service.artifact.geometry import Geometry
 from fovea.service.image_warnings import ImageWarning, WarningCode
-from fovea.service.inference.geometry_plan import Size, find_visible_box, plan_steps
+from fovea.service.inference.geometry_plan import PLAN_CACHE_SIZE, Size, find_visible_box, plan_steps
 
 _MIN_VISIBLE_SHARE: Final = 0.2
 _MAX_STRETCH: Final = 5
@@ -18,7 +19,8 @@ model of 256 is enlarged eight times.
 """
 
 
-def find_geometry_warnings(size: Size, geometry: Geometry) -> list[ImageWarning]:
+@lru_cache(PLAN_CACHE_SIZE)
+def find_geometry_warnings(size: Size, geometry: Geometry) -> tuple[ImageWarning, ...]:
     """Return warnings about large changes by the steps to an upright image of this size."""
     width, height = size
     left, top, right, bottom = find_visible_box(plan_steps(size, geometry))
@@ -37,7 +39,7 @@ def find_geometry_warnings(size: Size, geometry: Geometry) -> list[ImageWarning]
     if enlargement > _MAX_ENLARGEMENT:
         text = f"the image is only {format_size(size)} and was enlarged {enlargement:.0f} times"
         warnings.append(ImageWarning(WarningCode.ENLARGED, text))
-    return warnings
+    return tuple(warnings)
 
 
 def format_size(size: Size) -> str:

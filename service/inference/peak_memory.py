@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from fovea.service.artifact.geometry import CropStep, Geometry, ResizeStep
 from fovea.service.inference.colour import Profile
-from fovea.service.inference.geometry_plan import PlannedStep, Size, plan_steps
+from fovea.service.inference.geometry_plan import PLAN_CACHE_SIZE, PlannedStep, Size, plan_steps
 from fovea.service.inference.image_opening import has_many_scans
 from fovea.service.inference.image_source import ImageSource
 from fovea.service.inference.resize import WHOLE_RESIZE_PIXELS
@@ -106,6 +107,7 @@ def _convert_bytes(image_file: ImageFile.ImageFile) -> int:
     return 0 if image_file.mode == "RGB" else 4
 
 
+@lru_cache(PLAN_CACHE_SIZE)
 def _geometry_bytes(size: Size, geometry: Geometry) -> int:
     """Return the peak bytes that the steps allocate beside the image before them.
 
@@ -116,7 +118,7 @@ def _geometry_bytes(size: Size, geometry: Geometry) -> int:
     )
 
 
-def _steps_bytes(plan: list[PlannedStep], *, is_exact: bool) -> int:
+def _steps_bytes(plan: tuple[PlannedStep, ...], *, is_exact: bool) -> int:
     """Return the peak bytes of the steps for an image of one size.
 
     A resize has an image between its two passes, with the width of its result and the height of its source.

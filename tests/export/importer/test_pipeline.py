@@ -15,7 +15,6 @@ from PIL import Image
 
 from fovea.export.golden import LOGIT_TOLERANCE
 from fovea.export.importer.foreign_model import Arithmetic
-from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.export.importer.inspect import TOLERANCE
 from fovea.export.importer.preprocessing import (
     INCEPTION,
@@ -29,6 +28,7 @@ from fovea.service.artifact.contract import (
     PixelPath,
     Training,
 )
+from fovea.service.artifact.geometry import MAX_SIDE
 from fovea.service.inference.preprocess import decode_image
 from tests.export.classifiers import (
     Array,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.explain.heatmap import (
     Heatmap,
     InputRegion,
@@ -28,6 +29,15 @@ from tests.pictures import encode_image
 
 SHORTER = Geometry.cropped(32, 32, 40, Interpolation.BILINEAR, PixelPath.EXACT)
 STRETCH = Geometry.stretched(32, 48, Interpolation.BILINEAR, PixelPath.EXACT)
+LETTERBOX = Geometry(
+    48,
+    40,
+    parse_steps("resize contain 36 bilinear round, pad 48 x 40 fill 9/9/9"),
+    PixelPath.EXACT,
+)
+ASPECT = Geometry(
+    32, 48, parse_steps("crop aspect 1 unrounded, resize stretch 32 x 48 bilinear"), PixelPath.EXACT
+)
 
 
 def draw_spot(width: int, height: int, centre: tuple[int, int]) -> Image.Image:
@@ -37,7 +47,7 @@ def draw_spot(width: int, height: int, centre: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("geometry", [SHORTER, STRETCH])
+@pytest.mark.parametrize("geometry", [SHORTER, STRETCH, LETTERBOX, ASPECT])
 @pytest.mark.parametrize("path", [PixelPath.EXACT, PixelPath.FAST])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("centre", [(150, 80), (220, 150), (190, 110)])
@@ -102,6 +112,16 @@ def test_heat_lies_at_centres_of_receptive_fields() -> None:
     grid = heat.project_to_grid(InputRegion((32, 32), (0, 0, 32, 32), (32, 32)), (32, 32))
     assert grid[16].argmax() == 20
     assert grid[16, 31] < 0.2  # it does not reach to the edge
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90)])
+def test_photo_inside_a_border_is_painted_whole(size: tuple[int, int]) -> None:
+    photo = Image.new("RGB", size, (100, 100, 100))
+    trace = DecodeTrace()
+    decode_image(encode_image(photo, "PNG"), LETTERBOX, max_pixels=10**6, trace=trace)
+    heat = Heatmap(np.zeros((4, 4), np.float32), compute_even_centres(4, 48), compute_even_centres(4, 40))
+    overlay = draw_overlay(photo, heat, InputRegion(size, trace.crop_box, (48, 40)))
+    assert (np.asarray(Image.open(BytesIO(overlay))) == 100).all()  # no part is darkened
 
 
 def test_cropped_area_has_no_heat() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath, find_last_size
+from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.errors import TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, decode_image
@@ -23,6 +24,16 @@ WIDTH, HEIGHT = 1500, 1400
 GEOMETRIES = [
     Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.FAST),
     Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.EXACT),
+    *(
+        Geometry(*find_last_size(steps), steps, PixelPath.FAST)
+        for steps in map(
+            parse_steps,
+            (
+                "crop aspect 224, resize stretch 224 bilinear no-antialias",
+                "crop 1300, resize contain 900 lanczos round, pad 900 x 1000",
+            ),
+        )
+    ),
 ]
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath, ResizeStep
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.image_format import supported_formats
@@ -40,16 +40,18 @@ def decode_default(image: bytes | memoryview, geometry: Geometry = EXACT) -> Dec
     return decode_image(image, geometry, max_pixels=MAX_PIXELS)
 
 
-def preprocess_by_hand(image: Image.Image, interpolation: Interpolation) -> Pixels:
+def preprocess_by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
     """Run the usual pipeline, like torchvision's Resize and CenterCrop."""
+    resize = geometry.steps[0]
+    assert isinstance(resize, ResizeStep)
     width, height = image.size
-    side, crop = 256, 224
+    side = resize.height
     scale = side / min(width, height)
     size = (int(width * scale), side) if width > height else (side, int(height * scale))
-    resized_image = image.resize(size, Image.Resampling[interpolation.upper()])
-    left = round((size[0] - crop) / 2)
-    top = round((size[1] - crop) / 2)
-    return np.asarray(resized_image.crop((left, top, left + crop, top + crop)))
+    resized_image = image.resize(size, Image.Resampling[resize.interpolation.upper()])
+    left = round((size[0] - geometry.width) / 2)
+    top = round((size[1] - geometry.height) / 2)
+    return np.asarray(resized_image.crop((left, top, left + geometry.width, top + geometry.height)))
 
 
 # --- formats and modes ---------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def test_exact_path_equals_the_hand_written_pipeline(
     geometry = Geometry.cropped(224, 224, 256, interpolation, PixelPath.EXACT)
     image = draw_picture(*size)
     assert np.array_equal(
-        decode_default(encode_image(image, "PNG"), geometry).pixels, preprocess_by_hand(image, interpolation)
+        decode_default(encode_image(image, "PNG"), geometry).pixels, preprocess_by_hand(image, geometry)
     )
 
 
@@ -212,7 +214,7 @@ def test_exact_path_leaves_out_only_what_the_crop_drops(
     crop = max(1, int(resize_to * crop_share))
     geometry = Geometry.cropped(crop, crop, resize_to, interpolation, PixelPath.EXACT)
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    size = tuple(resize_to * side // min(width, height) for side in (width, height))
+    size = resize_to * width // min(width, height), resize_to * height // min(width, height)
     left, top = (round((side - crop) / 2) for side in size)
     filter_ = Image.Resampling[interpolation.upper()]
     expected = Image.fromarray(noise).resize(size, filter_).crop((left, top, left + crop, top + crop))
