@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,15 +52,16 @@ def complete_request(options: GivenOptions, source: Source) -> ImportRequest:
     missing_flags: list[str] = []
     labels = options.labels or (facts.labels.value if facts.labels else None)
     name = options.name or facts.name
-    layout, size, is_uint8 = _complete_input(options, source, problems, missing_flags)
+    graph_input = _complete_input(options, source, problems, missing_flags)
+    layout, size, is_uint8 = graph_input.layout, graph_input.size, graph_input.is_uint8
     preprocessing, provenance = _complete_preprocessing(options, source, is_uint8=is_uint8)
-    if size is not None and options.size is None and facts.geometry:
+    if size is not None and options.size is None and facts.geometry and provenance.steps is not None:
         provenance = replace(provenance, size=facts.geometry.origin)
     if layout is not None and options.layout is None and facts.layout:
         provenance = replace(provenance, layout=facts.layout.origin)
     _find_missing_preprocessing(
         preprocessing,
-        size,
+        graph_input.graph_size,
         problems,
         missing_flags,
         is_uint8=is_uint8,
@@ -96,10 +98,22 @@ def complete_request(options: GivenOptions, source: Source) -> ImportRequest:
     )
 
 
+class _CompletedInput(NamedTuple):
+    """The graph's input with the options and facts that it needs."""
+
+    layout: Layout | None
+    """Layout by the options or the source, if the graph leaves it open."""
+    size: tuple[int, int] | None
+    """Height and width by the options or the source, if the graph leaves them open."""
+    graph_size: tuple[int, int] | None
+    """Height and width of the input; None if nothing states them."""
+    is_uint8: bool
+
+
 def _complete_input(
     options: GivenOptions, source: Source, problems: list[str], missing_flags: list[str]
-) -> tuple[Layout | None, tuple[int, int] | None, bool]:
-    """Return layout and size for the import, and whether the graph takes uint8 pixels.
+) -> _CompletedInput:
+    """Return the input with the options and facts that its graph needs.
 
     The facts of the source count for what the graph leaves open. Raises `ImportRefused` if the graph's own
     size contradicts them.
@@ -107,13 +121,14 @@ def _complete_input(
     model = read_model(source.file)
     geometry = source.facts.geometry
     stated_size = (geometry.value.height, geometry.value.width) if geometry else None
-    uses_geometry = options.preprocessing.preset is None and options.size is None
+    given_size = options.preprocessing.geometry_size
+    uses_geometry = options.preprocessing.preset is None and options.size is None and given_size is None
     layout, size = options.layout, options.size
     try:
-        graph_input = read_graph_input(model, layout, size)
+        graph_input = read_graph_input(model, layout, size, given_size)
     except MissingInformation:
         layout = layout or (source.facts.layout.value if source.facts.layout else None)
-        size = size or stated_size
+        size = size or given_size or stated_size
         assumed_layout = layout
         for _ in range(2):  # layout and size are reported one after the other
             try:
@@ -124,7 +139,7 @@ def _complete_input(
                 problems.append(str(error))
                 missing_flags.append("--layout nchw" if is_layout else "--size 224")
                 if not is_layout:
-                    return layout, size, False
+                    return _CompletedInput(layout, size, None, False)
                 assumed_layout = Layout.NCHW
     graph_size = (graph_input.height, graph_input.width)
     if geometry and uses_geometry and stated_size != graph_size:
@@ -133,7 +148,7 @@ def _complete_input(
             f"the graph takes {graph_size[0]} x {graph_size[1]}; give --preset, or --resize, --crop and "
             "--interpolation"
         )
-    return layout, size or graph_size, graph_input.dtype == np.uint8
+    return _CompletedInput(layout, size, graph_size, graph_input.dtype == np.uint8)
 
 
 def _find_missing_preprocessing(
@@ -195,7 +210,7 @@ def _complete_preprocessing(
         given = preprocessing.arithmetic_options
         preprocessing = _complete_normalization(preprocessing, facts)
         provenance = replace(provenance, normalization=", ".join([facts.normalization.origin, *given]))
-    if facts.geometry:
+    if facts.geometry and preprocessing.geometry is None:
         given_geometry = preprocessing.geometry_origin
         stated = facts.geometry.value
         steps = None

@@ -72,11 +72,13 @@ def _choose_steps(
         resize = ResizeStep(Fit.STRETCH, *box, interpolation)
         return (resize,) if box == size else (resize, crop)
     if mode == "border":
+        if box != size:  # timm then crops one side and pads the other, which no steps can say
+            raise ConfigError(f"crop_mode is border with crop_pct {values['crop_pct']}; Fovea reproduces 1")
         mean = to_channel_values("mean", _require(values, "mean"))
         red, green, blue = (round(255 * one) for one in mean)
         resize = ResizeStep(Fit.CONTAIN, *box, interpolation, Rounding.ROUND)
         pad = PadStep(*box, (red, green, blue))
-        return (resize, pad) if box == size else (resize, pad, crop)
+        return resize, pad
     if mode != "center":
         raise ConfigError(f"crop_mode is {mode!r}; Fovea reproduces center, squash and border")
     if size[0] == size[1]:  # torchvision's Resize, which rounds down

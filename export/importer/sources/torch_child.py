@@ -86,8 +86,8 @@ def restrict_pickles() -> Iterator[None]:
     """
     import torch
 
-    load, names = torch.load, ("load", "loads", "Unpickler")
-    originals = {name: getattr(pickle, name) for name in names}
+    load = torch.load
+    originals = {name: getattr(pickle, name) for name in ("load", "loads", "Unpickler")}
 
     def load_weights(*arguments: Any, **options: Any) -> Any:
         try:
@@ -98,9 +98,16 @@ def restrict_pickles() -> Iterator[None]:
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise ImportRefused(_describe_pickle("an object of Python"))
 
+    class Unpickler(pickle.Unpickler):
+        """An unpickler without classes; a class, because other code derives from it."""
+
+        def find_class(self, module_name: str, global_name: str, /) -> Any:
+            """Raise `ImportRefused`."""
+            raise ImportRefused(_describe_pickle(f"{module_name}.{global_name}"))
+
     torch.load = load_weights
-    for name in names:
-        setattr(pickle, name, refuse)
+    for name, replacement in {"load": refuse, "loads": refuse, "Unpickler": Unpickler}.items():
+        setattr(pickle, name, replacement)
     try:
         yield
     finally:

@@ -48,7 +48,6 @@ def save_timm_model(folder: Path, **pretrained: Any) -> Path:
         {"crop_pct": 1.0, "crop_mode": "squash"},
         {"crop_pct": 0.9, "crop_mode": "squash"},
         {"crop_pct": 1.0, "crop_mode": "border"},
-        {"crop_pct": 0.95, "crop_mode": "border"},
         {"crop_pct": 0.9, "input_size": [3, 128, 160]},
     ],
     ids=str,

@@ -53,6 +53,7 @@ def draw_pixels(size: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_is_converted(tmp_path: Path, labels: Path) -> None:
     torch.jit.save(torch.jit.script(SmallNet()), tmp_path / "pets.pt")
     message = read_refusal(tmp_path, tmp_path / "pets.pt", labels=labels, **OPTIONS)
