@@ -26,6 +26,8 @@ from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
 from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
 from fovea.model.training.trainer import require_unused_folder, train_net
 from fovea.model.training.training_run import InitialState, choose_precision
+from fovea.service.artifact.geometry import Geometry
+from fovea.service.artifact.geometry_text import format_steps
 from fovea.service.artifact.geometry_upgrade import read_geometry
 from fovea.service.atomic_files import write_file
 
@@ -263,13 +265,21 @@ def _load_teacher(folder: Path, data: Dataset) -> Net:
     teacher = checkpoint.load_checkpoint(folder)
     for property_name, teacher_value, data_value in (
         ("set of labels", teacher.metadata["labels"], list(data.labels)),
-        ("input", read_geometry(teacher.metadata["geometry"], "geometry"), data.geometry),
+        (
+            "input",
+            _describe_input(read_geometry(teacher.metadata["geometry"], "geometry")),
+            _describe_input(data.geometry),
+        ),
     ):
         if teacher_value != data_value:
             raise CheckpointError(
                 f"the teacher in {folder} has another {property_name}: {teacher_value}, not {data_value}"
             )
     return teacher.build_net()
+
+
+def _describe_input(geometry: Geometry) -> str:
+    return f"{format_steps(geometry.steps)} ({geometry.pixel_path})"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from fovea.service.inference.geometry_plan import PLAN_CACHE_SIZE, PlannedStep, 
 from fovea.service.inference.image_opening import has_many_scans
 from fovea.service.inference.image_source import ImageSource
 from fovea.service.inference.resize import WHOLE_RESIZE_PIXELS
-from fovea.service.inference.sampling import BAND_BYTES
+from fovea.service.inference.sampling import PEAK_BYTES
 from fovea.service.inference.tiff import ROWS_PER_STRIP, TILE_LENGTH, TILE_WIDTH
 
 _WORK_BYTES: Final = 1 << 20
@@ -133,7 +133,7 @@ def _steps_bytes(plan: tuple[PlannedStep, ...], *, is_exact: bool) -> int:
                 following.target_size if following and isinstance(following.step, CropStep) else target_size
             )
             if not step.antialias:
-                step_bytes = 30 * BAND_BYTES + 30 * width + 7 * kept_width * kept_height
+                step_bytes = PEAK_BYTES + 30 * width + 7 * kept_width * kept_height
                 target_width, target_height = kept_width, kept_height
             elif is_exact and target_width * target_height <= WHOLE_RESIZE_PIXELS:
                 step_bytes = 4 * max(

@@ -13,8 +13,17 @@ from fovea.service.inference.pixels import Pixels
 _WEIGHT_BITS: Final = 11
 """Bits of a weight. OpenCV's `INTER_LINEAR` has as many for uint8 (`INTER_RESIZE_COEF_BITS`)."""
 
-BAND_BYTES: Final = 1 << 19
-"""Bytes of the pixels, RGB, that are computed at once. The sums need about 30 times as much."""
+BAND_BYTES: Final = 1 << 18
+"""Bytes of the pixels, RGB, that are computed at once; `PEAK_BYTES` allows for the sums."""
+
+_MAX_SOURCE_BYTES: Final = 8 * BAND_BYTES
+"""Maximum bytes of source rows that are copied at once."""
+
+_CROP_BYTES: Final = 12_000
+"""Bytes that can be copied in the time that one crop takes, 10 µs."""
+
+PEAK_BYTES: Final = 40 * BAND_BYTES + 3 * _MAX_SOURCE_BYTES
+"""Peak bytes beside the image and the result, unless two rows of the image are more than `BAND_BYTES`."""
 
 
 def sample_bilinear(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Pixels:
@@ -34,9 +43,7 @@ def sample_bilinear(image: Image.Image, size: tuple[int, int], box: tuple[int, i
     for start in range(0, len(result), step):
         band = slice(start, start + step)
         numbers, places = np.unique(rows[:, band], return_inverse=True)
-        # Far fewer rows than all are needed if the image shrinks much.
-        content = b"".join(image.crop((first, row, end, row + 1)).tobytes() for row in numbers.tolist())
-        source = np.frombuffer(content, np.uint8).reshape(len(numbers), end - first, 3)
+        source = _read_rows(image, numbers, first, end)
         across = source[:, columns[0]] * column_weights[0][:, None]  # (rows, columns, 3)
         across += source[:, columns[1]] * column_weights[1][:, None]
         across >>= 4
@@ -45,6 +52,17 @@ def sample_bilinear(image: Image.Image, size: tuple[int, int], box: tuple[int, i
         down += across[upper] * row_weights[1, band, None, None] >> 16
         result[band] = (down + 2) >> 2
     return result
+
+
+def _read_rows(image: Image.Image, numbers: npt.NDArray[np.intp], first: int, end: int) -> Pixels:
+    """Return rows of an RGB image by rising numbers, from column `first` to `end`, uint8 (n, columns, 3)."""
+    row_bytes, (top, bottom) = 3 * (end - first), (int(numbers[0]), int(numbers[-1]) + 1)
+    whole_bytes = (bottom - top) * row_bytes
+    if whole_bytes <= min(_MAX_SOURCE_BYTES, len(numbers) * (row_bytes + _CROP_BYTES)):
+        return np.asarray(image.crop((first, top, end, bottom)))[numbers - top]
+    # The image shrinks much: far fewer rows than all are needed.
+    content = b"".join(image.crop((first, row, end, row + 1)).tobytes() for row in numbers.tolist())
+    return np.frombuffer(content, np.uint8).reshape(len(numbers), end - first, 3)
 
 
 def _find_neighbours(

@@ -338,6 +338,36 @@ def test_model_input_known_before_the_photo_is_aligned(view: View) -> None:
     expect(view.page.locator("#wide .seen")).to_have_attribute("style", re.compile(r"width: 50%"))
 
 
+def test_border_of_the_input_lies_outside_the_photo(view: View) -> None:
+    """The input is square, and a photo twice as wide as high lies in the middle of it."""
+    view.page.evaluate(
+        """async ([wide, square, unknown]) => {
+          const {PhotoFrame} = await import("/page/frame.js");
+          for (const [id, content] of Object.entries({wide, unknown})) {
+            const frame = new PhotoFrame();
+            frame.element.id = id;
+            document.body.append(frame.element);
+            frame.show({url: `data:image/png;base64,${content}`, name: id});
+            frame.showSeen({box: [0, -5, 20, 15], png: square});
+          }
+        }""",
+        [
+            base64.b64encode(content).decode()
+            for content in (
+                encode_image(draw_picture(20, 10), "PNG"),
+                encode_image(draw_picture(20, 20), "PNG"),
+                b"II*",
+            )
+        ],
+    )
+    outline = re.compile(r"top: 0%; width: 100%; height: 100%")
+    expect(view.page.locator("#wide .seen")).to_have_attribute("style", outline)
+    expect(view.page.locator("#unknown .seen")).to_have_attribute("style", outline)
+    substitute = view.page.locator("#unknown .substitute")
+    expect(substitute).to_have_attribute("style", re.compile(r"top: -50%; width: 100%; height: 200%"))
+    expect(substitute).to_have_css("clip-path", "inset(25% 0%)")
+
+
 def test_unreachable_service_shows_an_error_and_a_retry(view: View) -> None:
     def refuse(route: Route) -> None:
         route.abort()

@@ -50,6 +50,7 @@ export class PhotoFrame {
       this.substitute.src = `data:image/png;base64,${png}`;
       this.substitute.hidden = false;
       this.#lay(this.substitute, box);
+      this.#hideBorder(this.substitute, box);
     }
     this.seen.hidden = false;
     this.#lay(this.seen, this.#clip(box));
@@ -70,6 +71,15 @@ export class PhotoFrame {
   #clip([left, top, right, bottom]) {
     const { width, height } = this.size;
     return [Math.max(0, left), Math.max(0, top), Math.min(width, right), Math.min(height, bottom)];
+  }
+
+  /** Show only the part of an input that is photo. @param {HTMLElement} element @param {Box} box */
+  #hideBorder(element, [left, top, right, bottom]) {
+    const { width, height } = this.size;
+    const part = (outside, size) => `${(100 * Math.max(0, outside)) / size}%`;
+    const [across, down] = [right - left, bottom - top];
+    const sides = [part(-top, down), part(right - width, across), part(bottom - height, down), part(-left, across)];
+    setStyles(element, { "clip-path": `inset(${sides.join(" ")})` });
   }
 
   #lay(element, [left, top, right, bottom]) {

@@ -182,12 +182,17 @@ def test_resuming_a_different_run_is_refused(
 
 
 def test_run_of_an_earlier_version_is_resumed(tmp_path: Path, data: Dataset) -> None:
-    """The recipe of an earlier version has no `epoch_steps`."""
+    """The recipe of an earlier version has no `epoch_steps`, and its geometry has no steps."""
     with interrupt_training(1):
         assert train_quietly(data, SHORT_RECIPE, tmp_path) is None
     for name in (RESUME_FILE, WEIGHTS_FILE):
         earlier = checkpoint.load_checkpoint(tmp_path, name)
         del earlier.metadata["recipe"]["epoch_steps"]
+        size = data.geometry.height
+        earlier.metadata["geometry"] = {
+            "height": size, "width": size, "resize": "shorter", "resize_to": size,
+            "interpolation": "bilinear", "pixel_path": "fast",
+        }  # fmt: skip
         checkpoint.save_checkpoint(tmp_path, name, earlier)
     assert train_to_end(data, SHORT_RECIPE, tmp_path, resume=True).metadata["progress"]["step"] == STEPS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -160,6 +161,14 @@ def test_fill_of_other_than_three_bytes_is_refused(fill: list[int]) -> None:
     document["input"]["steps"].append(pad)
     with pytest.raises(ContractError, match="three numbers from 0 to 255"):
         Contract.from_json(json.dumps(document))
+
+
+def test_pickled_geometry_has_no_hash_of_this_process() -> None:
+    """The hash of text is another one in another process, so an old hash would find nothing in a set."""
+    geometry = Geometry.cropped(16, 24, 30, Interpolation.BICUBIC, PixelPath.FAST)
+    assert geometry in {geometry}
+    copy = pickle.loads(pickle.dumps(geometry))  # noqa: S301 - our own bytes
+    assert (copy, vars(copy).keys()) == (geometry, {"height", "width", "steps", "pixel_path"})
 
 
 def test_many_steps_are_refused() -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
+from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import decode_image
@@ -74,6 +75,17 @@ def test_decoding_takes_no_more_than_estimated(peaks: list[tuple[str, str, int, 
 def test_estimate_is_not_far_above_the_peak(peaks: list[tuple[str, str, int, int]]) -> None:
     """An estimate that is too high keeps images waiting for memory that nobody uses."""
     assert [peak for peak in peaks if peak[3] > 4 * peak[2] + 9_000_000] == []
+
+
+def test_hostile_steps_fit_with_the_largest_images_or_are_refused_by_the_header() -> None:
+    limit = Settings(models=ROOT / "zoo").decode_bytes
+    resizes = "resize stretch 2800 lanczos, resize cover 2800 box, crop 2800, " * 2
+    hostile = Geometry(2800, 2800, parse_steps(f"{resizes} crop 2800, pad 2800"), PixelPath.FAST)
+    assert estimate_bytes(make_png_header(7_071, 7_071), hostile) <= limit
+    strip = make_png_header(1, 50_000_000)
+    cover = Geometry(2800, 2800, parse_steps("resize cover 2800 lanczos, crop 2800"), PixelPath.EXACT)
+    assert estimate_bytes(strip, cover) <= limit  # only the part that the crop keeps is resized
+    assert estimate_bytes(strip, hostile) > 4 * 2800 * 50_000_000  # between the passes of the first resize
 
 
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from fovea.service.artifact.geometry import Geometry, PixelPath, find_last_size
 from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.inference.decode_trace import DecodeTrace
-from fovea.service.inference.geometry_plan import find_visible_box, plan_steps
+from fovea.service.inference.draft_scale import choose_draft_scale
+from fovea.service.inference.geometry_plan import find_visible_box, plan_step, plan_steps
 from fovea.service.inference.geometry_warnings import find_geometry_warnings
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
@@ -179,6 +180,12 @@ def test_exact_equals_the_pipeline_of_the_library(name: str, width: int, height:
     assert np.array_equal(run_steps(image, make_geometry(text)), expected)
 
 
+@pytest.mark.parametrize(("height", "rounded"), [(3, 2), (5, 2), (7, 4), (9, 4), (4, 2)])
+def test_side_of_half_a_pixel_is_rounded_to_the_even_number(height: int, rounded: int) -> None:
+    step = make_geometry("resize contain 5 x 5 box round, pad 5").steps[0]
+    assert plan_step(step, (10, height)).target_size == (5, rounded)
+
+
 def test_strip_is_not_resized_as_a_whole() -> None:
     """The whole strip would have a billion pixels; the middle is the same up to rounding."""
     strip = make_noise(2, 20_000)
@@ -289,11 +296,15 @@ def test_fast_is_close_to_exact(text: str, orientation: int, size: tuple[int, in
         assert np.array_equal(pixels[border], expected[border])
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("text", EXACT_TEXTS)
-def test_fast_is_exact_where_it_cannot_save_work(text: str) -> None:
+def test_fast_is_exact_where_it_cannot_save_work(text: str, orientation: int) -> None:
     fast = make_geometry(text, PixelPath.FAST)
     assert EXACT_TEXTS[text] in fast.fast_obstacle
-    content = make_jpeg(1700, 1100)
+    assert choose_draft_scale((1700, 1100), fast) == 1
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = make_jpeg(1700, 1100, exif=exif)
     exact = replace(fast, pixel_path=PixelPath.EXACT)
     fast_pixels = decode_image(content, fast, max_pixels=10**7).pixels
     assert np.array_equal(fast_pixels, decode_image(content, exact, max_pixels=10**7).pixels)
@@ -310,13 +321,14 @@ def test_fast_is_exact_where_it_cannot_save_work(text: str) -> None:
         ("resize contain 20 x 20 bilinear, pad 20 x 20", (80, 40), (0, -20, 80, 60)),
         ("resize contain 20 x 20 bilinear, pad 40 x 40", (40, 80), (-60, -40, 100, 120)),
         ("crop aspect 1 x 1 unrounded, resize stretch 9 x 9 box", (81, 40), (20.5, 0, 60.5, 40)),
+        ("crop aspect 2 x 3 unrounded, resize stretch 4 x 4 box", (10, 10), (0, 5 / 3, 10, 25 / 3)),
         ("crop 60 x 60, resize stretch 30 x 30 box", (80, 40), (10, -10, 70, 50)),
     ],
 )
 def test_visible_box_is_the_place_of_the_input_in_the_photo(
     text: str, size: tuple[int, int], box: tuple[float, ...]
 ) -> None:
-    assert find_visible_box(plan_steps(size, make_geometry(text))) == box
+    assert find_visible_box(plan_steps(size, make_geometry(text))) == pytest.approx(box)
 
 
 def test_trace_names_the_steps_that_change_the_image() -> None:
