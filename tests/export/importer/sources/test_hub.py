@@ -19,6 +19,8 @@ from tests.export.importer.sources.layouts import (
 )
 from tests.export.importer.test_refused import move_matrix_outside
 from tests.hub import TOKEN, HubRepository, run_commands, run_hub
+from tests.pictures import make_jpeg
+from tests.servers import Server
 
 COMMIT = "1" * 40
 GONE = "http://127.0.0.1:9"
@@ -44,6 +46,9 @@ def test_repository_needs_no_options_and_is_cached(tmp_path: Path) -> None:
             "/onnx/model.onnx",
             "/preprocessor_config.json",
         ]
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:  # `fovea serve` is the second command
+        reply = server.client.post("/v1/classify", files={"file": make_jpeg(90, 70, 1)}).json()
+    assert {one["label"] for one in reply["predictions"]} <= set(LABELS)
     contract = load_engine(tmp_path, "vit").contract
     assert contract.labels == LABELS
     assert contract.training.data == f"imported: hf:house/vit@{COMMIT}, onnx/model.onnx"
