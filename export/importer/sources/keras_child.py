@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Final
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.sources.child import run_child
+
+_ANY_SIDE: Final = 224
+"""Side of an example for a model that takes images of any size, in pixels."""
 
 
 def convert(file: str, out: str) -> None:
@@ -31,6 +35,8 @@ def convert(file: str, out: str) -> None:
             f"the model has {len(model.inputs)} inputs and {len(model.outputs)} outputs; an image classifier "
             "has one of each"
         )
+    shape = [side or _ANY_SIDE for side in model.inputs[0].shape[1:]]
+    model(keras.ops.zeros((1, *shape)))  # Keras exports only a model that has been called
     model.export(out, format="onnx", verbose=False)
 
 
