@@ -41,6 +41,9 @@ _SHOWN_COMMIT: Final = 12
 _TIMEOUT: Final = 30.0
 """Time limit for the answer about a repository, in seconds. Downloads have the limit of `huggingface_hub`."""
 
+_STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+"""Errors of the disk with the cache, and not of the network."""
+
 _CACHED_FILES: Final = (CONFIG_FILE, "onnx/model.onnx", "model.onnx", *PROCESSOR_FILES, CARD_FILE)
 """Files by which a snapshot in the cache is found."""
 
@@ -260,7 +263,7 @@ def _translate_errors(reference: HubReference, what: str) -> Iterator[None]:
             ) from None
         raise _HubUnreachable(f"status {status}" if status else to_one_line(error)) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno in _STORAGE_ERRORS:
             raise ImportRefused(
                 f"cannot store {what} of {reference} in {os.environ.get('HF_HOME', '~/.cache/huggingface')}: "
                 f"{error.strerror}; free space, or set HF_HOME to another folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.geometry import Interpolation
+from fovea.service.atomic_files import WriteError
 from tests.export.classifiers import build_classifier, run_onnx, softmax
 from tests.export.importer.sources.imports import import_source, read_refusal
 from tests.export.importer.sources.layouts import (
@@ -198,3 +200,16 @@ def test_name_without_usable_characters_is_asked_for(tmp_path: Path) -> None:
     folder = write_hub_folder(tmp_path / "模型")
     assert "`fovea import` needs --name" in read_refusal(tmp_path, folder)
     assert import_source(tmp_path, write_hub_folder(tmp_path / "my model (2)"))[0].model == "my-model-2"
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A limit of the size of files stands in for a full disk: writing fails in the middle of the model."""
+    folder = write_hub_folder(tmp_path / "vit")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"cannot write .*/zoo/vit: File too large; nothing was written"):
+            import_source(tmp_path, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "zoo").exists()
