@@ -21,6 +21,7 @@ from fovea.export import golden
 from fovea.export.drift_reference import measure_reference
 from fovea.export.known_threshold import measure_known_score
 from fovea.export.layer_table import build_layer_table, find_feature_maps
+from fovea.export.model_card import write_model_card
 from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
 from fovea.model.data.dataset import Dataset, Examples
@@ -40,6 +41,7 @@ from fovea.service.artifact.contract import (
     Training,
 )
 from fovea.service.artifact.geometry_upgrade import read_geometry
+from fovea.service.artifact.model_card import ModelCard
 from fovea.service.artifact.repository import (
     DEFAULT_MODEL_FILE,
     MODEL_FILE,
@@ -130,7 +132,8 @@ def write_verified_model(
 
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
-    content = embed_contract(graph, replace(contract, accuracy=accuracy))
+    contract = replace(contract, accuracy=accuracy)
+    content = embed_contract(graph, contract)
     engine = Engine(content, provider="cpu", threads=1)
     agreement = compare_outputs(net, engine, _verification_pixels(examples))
     report = ExportReport(
@@ -144,6 +147,7 @@ def write_verified_model(
     )
     write_file(out / MODEL_FILE, content)
     write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+    write_model_card(contract, ModelCard(library="fovea"), out)
     return report
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from fovea.service.artifact.contract import Contract, Quantization, Task
 from fovea.service.artifact.geometry import Geometry, PixelPath
 from fovea.service.artifact.geometry_text import format_steps
+from fovea.service.artifact.model_card import read_model_card
 from fovea.service.errors import ModelError
 from fovea.service.rollout.inventory import Inventory, InventoryEntry
 
@@ -94,11 +95,16 @@ def _create_table(entries: Iterable[InventoryEntry], gap: int) -> Table:
     table.add_column("calibrated", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("served", no_wrap=True)
+    entries = list(entries)
+    has_licence = any(one.card.licence for one in entries)
+    if has_licence:
+        table.add_column("licence", overflow="fold")
     for one in entries:
         size = "-" if one.size is None else f"{one.size / 1e6:.1f} MB"
         cells = [_format_name(one), *_format_contract_cells(one.contract), size]
         served = Text("yes", "green") if one.is_served else Text("no", "red" if one.reason else "")
-        table.add_row(*map(Text, cells), served)
+        licence = [Text(_make_printable(one.card.licence or "-"))] if has_licence else []
+        table.add_row(*map(Text, cells), served, *licence)
     return table
 
 
@@ -157,6 +163,8 @@ def _render_entry(entry: InventoryEntry) -> dict[str, Any]:
         "calibrated": _is_calibrated(contract) if contract else None,
         "served": entry.is_served,
         "reason": entry.reason and _make_printable(entry.reason),
+        "source": _make_printable(entry.card.source) or None,
+        "licence": _make_printable(entry.card.licence) or None,
     }
 
 
@@ -169,7 +177,8 @@ def show_contract(contract: Contract, path: Path) -> None:
     Raises `ModelError` when the file cannot be read any more.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for fact_name, fact in (*_describe_contract(contract), *_describe_file(path)):
+    facts = (*_describe_contract(contract), *_describe_card(path), *_describe_file(path))
+    for fact_name, fact in facts:
         console.print(f"{fact_name:<13}  {_make_printable(fact)}")
 
 
@@ -196,6 +205,15 @@ def _describe_contract(contract: Contract) -> Iterator[tuple[str, str]]:
     yield "made by", contract.training.command or "not recorded"
     if contract.quantization:
         yield "converted by", contract.quantization.command
+
+
+def _describe_card(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the source and licence of the model card beside the file."""
+    card = read_model_card(path.parent)
+    if card.source:
+        yield "source", card.source
+    if card.licence:
+        yield "licence", card.licence
 
 
 def _describe_file(path: Path) -> Iterator[tuple[str, str]]:

@@ -159,26 +159,33 @@ def test_missing_import_options_are_listed_with_an_example(
 ) -> None:
     assert command("import") == 2
     message = read_error_line(capsys)
-    assert message.startswith(
-        "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; the file does not say how"
-    )
-    for part in ("--preset (imagenet, keras-mobilenet", "--mean and --std", "one of --resize and --stretch"):
-        assert part in message
-    example = message.partition("; such as: fovea ")[2].split()
-    assert example[:2] == ["import", "model.onnx"]
+    assert message.startswith("fovea: `fovea import` needs a source, such as: fovea import model.onnx")
     (tmp_path / "model.onnx").write_bytes(build_classifier(size=None).SerializeToString())
     (tmp_path / "labels.txt").write_text("\n".join(make_labels(5)))
-    assert command("import", tmp_path / "model.onnx", "--name", "thing", "--mean", "0", "--std", "1") == 2
+    assert command("import", tmp_path / "model.onnx", "--name", "thing", "--out", tmp_path / "zoo") == 2
     message = read_error_line(capsys)
-    assert (
-        "needs --labels, --out; the input 'image', any x 3 x any x any, takes images of any size" in message
-    )
-    assert "give --scale 1 or --scale 1/255" in message
-    paths = {"model.onnx", "labels.txt", "zoo"}
-    arguments = [tmp_path / part if part in paths else part for part in example]
-    assert (
-        command(*arguments, "--size", "16") == 0
-    )  # the example lacks only the size, which this graph leaves open
+    for part in (
+        "needs --labels; the input 'image', any x 3 x any x any, takes images of any size",
+        "--preset (imagenet, keras-mobilenet",
+        "--mean and --std",
+        "one of --resize and --stretch",
+    ):
+        assert part in message
+    example = message.partition("; such as: fovea ")[2].split()
+    assert example[-6:] == ["--labels", "labels.txt", "--size", "224", "--preset", "imagenet"]
+    arguments = [tmp_path / part if part == "labels.txt" else part for part in example]
+    assert command(*arguments) == 0
+    assert command("import", tmp_path / "model.onnx", "--mean", "0", "--std", "1") == 2
+    assert "give --scale 1 or --scale 1/255" in read_error_line(capsys)
+
+
+def test_name_and_repository_have_defaults(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOVEA_MODELS", str(tmp_path / "models"))
+    arguments = write_import_files(tmp_path)[:4]
+    assert command(*arguments, "--preset", "imagenet") == 0
+    assert (tmp_path / "models" / "foreign" / "1" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "imagenet"]])

@@ -100,8 +100,26 @@ def test_json_has_the_facts_of_the_contract(command: Command, capsys: Output) ->
         "calibrated": True,
         "served": True,
         "reason": None,
+        "source": None,
+        "licence": None,
     }
     assert inventory["models"][0]["precision"] == "float32"
+
+
+def test_source_and_licence_come_from_the_model_card(zoo: Path, command: Command, capsys: Output) -> None:
+    card = '---\nlicense: agpl-3.0\nsource: "hf:a/b@1\\u001b[31m, model.onnx"\n---\n'
+    (zoo / "small" / "2" / "README.md").write_text(card)
+    assert [one["licence"] for one in list_models(command, capsys)["models"]] == [None, "agpl-3.0", None]
+    assert command("models") == 0
+    heading, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert heading.split()[-1] == "licence"
+    assert (first.split()[-1], second.split()[-1]) == ("-", "agpl-3.0")
+    assert command("show", "small/2") == 0
+    output = capsys.readouterr().out
+    assert "\nlicence        agpl-3.0\n" in output
+    assert "\nsource         hf:a/b@1\\x1b[31m, model.onnx\n" in output
+    assert command("show", "small/1") == 0
+    assert "\nlicence " not in capsys.readouterr().out
 
 
 def test_one_file_is_a_list_of_one_model(zoo: Path, command: Command, capsys: Output) -> None:

@@ -42,7 +42,7 @@ EXPORT = [
     {"quantize"},
     {"importer"},
     {"from_checkpoint"},
-    {"drift_reference", "golden", "known_threshold", "layer_table", "pixel_steps", "verify"},
+    {"drift_reference", "golden", "known_threshold", "layer_table", "model_card", "pixel_steps", "verify"},
     {"node_builder"},
 ]
 

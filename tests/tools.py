@@ -34,6 +34,13 @@ without_openvino = pytest.mark.skipif(HAS_OPENVINO, reason=f"{SYSTEM_REASON}has 
 """Mark of tests of the refusal without the plugin."""
 
 
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None,
+    reason=f"{SYSTEM_REASON}has no transformers: pip install 'fovea-serve[hub]'",
+)
+"""Mark of tests that convert models of transformers or run its image processors."""
+
+
 def find_tool(tool: str) -> str | None:
     """Return the path of a program, also from the sbin folders; None if it is missing."""
     return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")

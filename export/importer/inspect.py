@@ -44,6 +44,7 @@ from fovea.export.importer.label_file import Labels, read_labels, require_label_
 from fovea.export.importer.large_weights import take_large_weights
 from fovea.export.importer.own_normalization import find_own_normalization
 from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
+from fovea.export.importer.sources.facts import Provenance
 from fovea.export.importer.wrap import WrappedModel, wrap_model
 from fovea.export.verify import VerificationError
 from fovea.model.data.pixels import get_thread_count
@@ -92,6 +93,8 @@ class ImportRequest:
     default: bool = False
     """Flag to make the model the default model for requests without a model name."""
     command: str = "fovea import"
+    provenance: Provenance | None = None
+    """Source of the file and of its facts; None for a file alone."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fovea.export.importer.graph_input import GraphInput, Layout, read_graph_inp
 from fovea.export.importer.graph_labels import add_output, read_graph_labels, replace_map_outputs
 from fovea.export.importer.graph_output import choose_task, detect_graph_output
 from fovea.export.importer.input_forms import prepare_input
-from fovea.export.importer.inspect import draw_probe_images
+from fovea.export.importer.inspect import ImportRequest, draw_probe_images
 from fovea.export.importer.label_file import read_labels
 from fovea.export.importer.preprocessing import ZERO_ONE, PreprocessingOptions
 from fovea.model.data.pixels import get_thread_count
@@ -28,6 +28,8 @@ from fovea.service.artifact.contract import Task
 
 _USUAL_SIZE: Final = (224, 224)
 """Height and width, in pixels, for a graph that takes any size."""
+
+_OPTION_EXAMPLES: Final = {"--labels": "--labels labels.txt", "--name": "--name pets"}
 
 
 def has_own_labels(file: Path | None) -> bool:
@@ -45,10 +47,12 @@ def find_missing_facts(
     labels: Path | None = None,
     output: str | None = None,
     task: Task | None = None,
+    has_geometry: bool = False,
 ) -> list[MissingInformation]:
     """Return a sentence for each fact that is neither in the file nor in the options.
 
-    `settings` are values of inputs besides the image. Raises `ImportRefused` if the file cannot be read.
+    `settings` are values of inputs besides the image. `has_geometry` says that the source states how images
+    are resized. Raises `ImportRefused` if the file cannot be read.
     """
     questions: list[MissingInformation] = []
     input_size, is_uint8 = size or preprocessing.geometry_size or _USUAL_SIZE, False
@@ -61,7 +65,9 @@ def find_missing_facts(
         except MissingInformation as error:
             questions.append(error)
         questions += _find_output_questions(model, layout, size, labels, output, task)
-    checks: list[Callable[[], object]] = [lambda: preprocessing.build_geometry(*input_size)]
+    checks: list[Callable[[], object]] = []
+    if not has_geometry:
+        checks.append(lambda: preprocessing.build_geometry(*input_size))
     if not is_uint8:
         checks.insert(0, lambda: preprocessing.normalization)
     for run_check in checks:
@@ -118,11 +124,34 @@ def _guess_input(model: ModelProto, layout: Layout | None, size: tuple[int, int]
     raise ImportRefused("the input is not known")
 
 
+def find_request_questions(request: ImportRequest) -> list[MissingInformation]:
+    """Return a sentence for each fact that neither the file nor a request states."""
+    return find_missing_facts(
+        request.file,
+        request.preprocessing,
+        request.layout,
+        request.size,
+        dict(request.settings),
+        labels=request.labels,
+        output=request.output,
+        task=request.task,
+        has_geometry=request.provenance is not None and request.provenance.steps is not None,
+    )
+
+
 def build_refusal(
-    command: str, missing_options: Sequence[str], questions: Sequence[MissingInformation]
+    command: str,
+    missing_options: Sequence[str],
+    questions: Sequence[MissingInformation],
+    reasons: Sequence[str] = (),
 ) -> ImportRefused:
-    """Return an error that lists everything that is missing, with an example that extends `command`."""
+    """Return an error that lists everything that is missing, with an example that extends `command`.
+
+    `reasons` say why the source does not state it.
+    """
     sentences = [f"`fovea import` needs {', '.join(missing_options)}"] if missing_options else []
     sentences += map(str, questions)
-    options = dict.fromkeys(one.example for one in questions if one.example not in command)
-    return ImportRefused(f"{'; '.join(sentences)}; such as: {' '.join([command, *options])}")
+    explanation = f" ({'; '.join(reasons)})" if reasons else ""
+    examples = [_OPTION_EXAMPLES[option] for option in missing_options]
+    examples += dict.fromkeys(one.example for one in questions if one.example not in command)
+    return ImportRefused(f"{'; '.join(sentences)}{explanation}; such as: {' '.join([command, *examples])}")

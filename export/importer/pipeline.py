@@ -14,8 +14,7 @@ given and assumed. The steps are:
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -23,9 +22,10 @@ import numpy as np
 from onnx import ModelProto
 
 from fovea.export import golden
-from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
+from fovea.export.from_checkpoint import embed_contract
 from fovea.export.importer.agreement import Agreement, compare_with_file, run_file
 from fovea.export.importer.foreign_model import Arithmetic, ImportRefused
+from fovea.export.importer.import_files import write_import
 from fovea.export.importer.inspect import (
     TOLERANCE,
     ForeignModel,
@@ -37,6 +37,13 @@ from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
 from fovea.export.importer.measured_shapes import measure_shapes
 from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
+from fovea.export.importer.sources.comparison import Comparison
+from fovea.export.importer.sources.origins import (
+    compare_with_source,
+    describe_data,
+    describe_source,
+    name_origins,
+)
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.model.data.pixels import get_thread_count
@@ -52,13 +59,13 @@ from fovea.service.artifact.contract import (
 from fovea.service.artifact.geometry_text import format_steps
 from fovea.service.artifact.repository import (
     DEFAULT_MODEL_FILE,
-    MODEL_FILE,
     MODEL_NAME_PATTERN,
     MODEL_NAME_RULE,
     next_version,
     record_default_model,
 )
 from fovea.service.atomic_files import write_file
+from fovea.service.errors import ContractError, to_one_line
 from fovea.service.inference.engine import Engine, GoldenDifferences
 
 _COARSE_TOLERANCE: Final = 5e-2
@@ -94,6 +101,8 @@ class ImportReport:
     """Maximum difference of a probability from the original file, unless the logits agree."""
     golden: GoldenDifferences
     check: CheckReport | None
+    comparison: Comparison | None = None
+    """Comparison with the source's own pipeline; None if there is none here."""
 
 
 def import_model(request: ImportRequest) -> ImportReport:
@@ -105,7 +114,7 @@ def import_model(request: ImportRequest) -> ImportReport:
         raise ImportRefused(f"--name is {request.name!r}; {MODEL_NAME_RULE}")
     foreign = inspect_model(request)
     labels = foreign.labels
-    geometry = request.preprocessing.build_geometry(foreign.graph_input.height, foreign.graph_input.width)
+    geometry = _build_geometry(request, foreign)
     wrapped_model = _wrap_model(foreign)
     check_result = check_recipe(request.check, request, foreign, geometry, labels) if request.check else None
     if check_result:
@@ -119,24 +128,29 @@ def import_model(request: ImportRequest) -> ImportReport:
     foreign.reference.close()  # one copy of the weights less while the engine loads its own
     engine = Engine(content, provider="cpu", threads=get_thread_count())
     agreement = compare_with_file(answers, engine, request.tolerance)
+    comparison, comparison_note = compare_with_source(request, foreign, geometry, engine)
     report = ImportReport(
         model=contract.name,
         version=contract.version,
         bytes=len(content),
         parameters=wrapped_model.parameters,
-        file=_replace_invalid_bytes(request.file.name),
+        file=_replace_invalid_bytes(request.provenance.file if request.provenance else request.file.name),
         sha256=_compute_sha256(request.file),
-        facts=(*foreign.facts, *_collect_facts(request, foreign, labels, geometry, check_result)),
+        facts=(
+            *name_origins(foreign.facts, request.provenance),
+            *_collect_facts(request, foreign, labels, geometry, check_result),
+            *((("compared", comparison_note),) if comparison_note else ()),
+        ),
         agreement=agreement,
         tolerance=request.tolerance or TOLERANCE[foreign.arithmetic],
         golden=engine.check_golden_set(),
         check=check_result.report if check_result else None,
+        comparison=comparison,
     )
     # All checks have passed: nothing is written before, so that a failed import leaves no file. The default
     # is recorded first: beside a second model, a model without this record is not the default.
     record_default_model(request.out)
-    write_file(out / MODEL_FILE, content)
-    write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+    report = write_import(request, report, contract, wrapped_model.model, content)
     if request.default:
         write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
     return report
@@ -151,6 +165,20 @@ def _wrap_model(foreign: ForeignModel) -> WrappedModel:
     if np.abs(differences).max() <= TOLERANCE[foreign.arithmetic] / 2:
         return wrapped_model
     return foreign.wrap(foreign.normalization, merges=False)
+
+
+def _build_geometry(request: ImportRequest, foreign: ForeignModel) -> Geometry:
+    """Return the geometry of the source, or of the options."""
+    height, width = foreign.graph_input.height, foreign.graph_input.width
+    if request.provenance is None or request.provenance.steps is None:
+        return request.preprocessing.build_geometry(height, width)
+    try:
+        return Geometry(height, width, request.provenance.steps, PixelPath.EXACT)
+    except ContractError as error:
+        raise ImportRefused(
+            f"{request.provenance.geometry} does not fit the graph: {to_one_line(error)}; give --preset, or "
+            "--resize, --crop and --interpolation"
+        ) from None
 
 
 def _find_next_version(folder: Path) -> str:
@@ -199,7 +227,7 @@ def _build_contract(
         temperature=1.0,
         coverage=(),
         training=Training(
-            f"imported: {_replace_invalid_bytes(request.file.name)}",
+            f"imported: {_replace_invalid_bytes(describe_data(request))}",
             0,
             f"sha256:{_compute_sha256(request.file)}",
             _replace_invalid_bytes(request.command),
@@ -246,6 +274,7 @@ def _collect_facts(
     check_result: CheckResult | None,
 ) -> tuple[tuple[str, str], ...]:
     return (
+        *describe_source(request.provenance),
         ("labels", _describe_labels(request, labels)),
         ("normalise", _describe_normalization(request, foreign)),
         ("geometry", _describe_geometry(request, geometry)),
@@ -261,6 +290,8 @@ def _collect_facts(
 
 def _describe_labels(request: ImportRequest, labels: Labels) -> str:
     text = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
+    if request.provenance and request.provenance.labels:
+        text += f" ({request.provenance.labels})"
     if labels.shared_names:
         text += f"; {', '.join(map(repr, labels.shared_names))} occurred several times and are now numbered"
     if request.labels is None:
@@ -274,11 +305,13 @@ def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> st
         colours = "grey (ITU-R 601)" if foreign.graph_input.channels == 1 else "RGB"
         return f"uint8, {colours}, unchanged: the graph normalises them itself{note}"
     text = foreign.normalization.describe(foreign.graph_input.channels)
-    return f"{text} ({request.preprocessing.arithmetic_origin})"
+    stated_origin = request.provenance.normalization if request.provenance else None
+    return f"{text} ({stated_origin or request.preprocessing.arithmetic_origin})"
 
 
 def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
-    return f"{format_steps(geometry.steps)} ({request.preprocessing.geometry_origin})"
+    stated_origin = request.provenance.geometry if request.provenance else None
+    return f"{format_steps(geometry.steps)} ({stated_origin or request.preprocessing.geometry_origin})"
 
 
 def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:

@@ -20,6 +20,7 @@ import onnxruntime
 from onnx import ModelProto
 
 from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
+from fovea.export.model_card import render_model_card
 from fovea.export.quantize.comparison import CONFIDENCE, PairedCounts, share_confidence
 from fovea.export.quantize.finish import (
     build_quantized_contract,
@@ -36,6 +37,7 @@ from fovea.export.quantize.recipe import Recipe, RecipeKind, convert_graph, get_
 from fovea.export.quantize.refusal import QuantizeRefused
 from fovea.export.quantize.regions import Region, find_region
 from fovea.service.artifact.contract import Accuracy, Precision, Quantization
+from fovea.service.artifact.model_card import CARD_FILE, read_model_card
 from fovea.service.artifact.new_version import add_version
 from fovea.service.artifact.repository import MODEL_FILE, next_version
 from fovea.service.inference.engine import Engine, GoldenDifferences
@@ -221,6 +223,8 @@ def _write_version(
             new_content = content
         (hidden_folder / MODEL_FILE).write_bytes(new_content)
         (hidden_folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
+        card = render_model_card(replace(contract, version=version), read_model_card(folder / source.version))
+        (hidden_folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     try:
         new_folder = add_version(folder, write_files)

@@ -23,7 +23,7 @@ EXAMPLES: Final = {
 
 SUMMARIES: Final = {
     "export": "Export a checkpoint to one ONNX file.",
-    "import": "Import an ONNX classifier from another tool.",
+    "import": "Import a classifier from the hub or another tool.",
     "quantize": "Make a faster version in int8, proven on images.",
     "publish": "Add a model to a repository.",
     "models": "List the models in a repository.",

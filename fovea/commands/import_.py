@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +13,29 @@ from fovea.commands.examples import EXAMPLES
 
 
 def import_(
-    file: Annotated[
-        Path | None, typer.Argument(help="ONNX file of an image classifier, from any tool.")
+    source: Annotated[
+        str | None,
+        typer.Argument(help="ONNX file of an image classifier from any tool, or a folder with such a file."),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Labels of the outputs: a file with one label per line, or a JSON list or map."),
+        typer.Option(
+            help="Labels of the outputs: a file with one label per line, or a JSON list or map; default: "
+            "those that the source states."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model in the repository.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the repository; default: that of the source.")
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Repository, such as zoo; the file is <name>/<next version>/model.onnx in it."),
+        typer.Option(
+            help="Repository; the file is <name>/<next version>/model.onnx in it [FOVEA_MODELS, or zoo]."
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", help="File of the source if it has several, or a precision, such as fp16."),
     ] = None,
     preset: Annotated[
         str | None,
@@ -94,6 +107,13 @@ def import_(
             "rounding; default: 1e-5, or 5e-3 for float16 and int8."
         ),
     ] = None,
+    drop_background: Annotated[
+        bool,
+        typer.Option(
+            "--drop-background",
+            help="Leave out the first label, the background class of TensorFlow's ImageNet models.",
+        ),
+    ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -110,12 +130,11 @@ def import_(
         bool, typer.Option("--default", help="Make it the default model, for requests that name no model.")
     ] = False,
 ) -> None:
-    """Import an ONNX classifier from another tool, add what is missing, and verify the result."""
+    """Import a classifier from another tool, add what is missing, and verify the result."""
     from fovea.export.importer.display import show_report
-    from fovea.export.importer.foreign_model import MissingInformation
+    from fovea.export.importer.foreign_model import ImportRefused, MissingInformation
     from fovea.export.importer.graph_input import Layout
-    from fovea.export.importer.inspect import ImportRequest
-    from fovea.export.importer.missing_facts import build_refusal, find_missing_facts, has_own_labels
+    from fovea.export.importer.missing_facts import build_refusal, find_request_questions
     from fovea.export.importer.option_values import (
         find_preset,
         parse_channel_values,
@@ -128,10 +147,14 @@ def import_(
     )
     from fovea.export.importer.pipeline import import_model
     from fovea.export.importer.preprocessing import PreprocessingOptions
+    from fovea.export.importer.sources.completion import GivenOptions, complete_request
+    from fovea.export.importer.sources.resolve import resolve_source
     from fovea.service.artifact.contract import Interpolation, Task
     from fovea.service.inference.preprocess import configure_pillow
 
     configure_pillow()
+    if source is None:
+        raise ImportRefused(f"`fovea import` needs a source, such as: {EXAMPLES['import']}")
     preprocessing = PreprocessingOptions(
         preset=None if preset is None else find_preset(preset),
         mean=None if mean is None else parse_channel_values("--mean", mean),
@@ -145,53 +168,34 @@ def import_(
         else parse_choice("--interpolation", Interpolation, interpolation),
         geometry=None if geometry is None else parse_geometry("--geometry", geometry),
     )
-    chosen_task = None if task is None else parse_choice("--task", Task, task)
-    chosen_layout = None if layout is None else parse_choice("--layout", Layout, layout)
-    input_size = None if size is None else parse_size("--crop", size)
-    chosen_settings = parse_settings(settings or ())
-    required_options = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
-    if labels is None and has_own_labels(file):
-        del required_options["--labels"]
-    missing_options = [option for option, value in required_options.items() if value is None]
+    options = GivenOptions(
+        out=out or _find_repository(),
+        preprocessing=preprocessing,
+        labels=labels,
+        name=name,
+        task=None if task is None else parse_choice("--task", Task, task),
+        layout=None if layout is None else parse_choice("--layout", Layout, layout),
+        size=None if size is None else parse_size("--crop", size),
+        output=output,
+        settings=parse_settings(settings or ()),
+        tolerance=None if tolerance is None else parse_tolerance("--tolerance", tolerance),
+        check=check,
+        force=force,
+        default=default,
+        drops_background=drop_background,
+        command=format_command_line(),
+    )
+    with resolve_source(source, file, options.size) as resolved_source:
+        request = complete_request(options, resolved_source)
+        try:
+            report = import_model(request)
+        except MissingInformation as error:  # found on the way: all other questions go into the same message
+            raise build_refusal(options.command, (), find_request_questions(request) or [error]) from None
+    show_report(report, options.out)
 
-    def find_questions(path: Path | None) -> list[MissingInformation]:
-        return find_missing_facts(
-            path,
-            preprocessing,
-            chosen_layout,
-            input_size,
-            dict(chosen_settings),
-            labels=labels,
-            output=output,
-            task=chosen_task,
-        )
 
-    questions = find_questions(None)
-    if missing_options or questions:
-        # The file may state what the options lack. Only then is it read here; the import reads it again.
-        questions = find_questions(file)
-    if file is None or name is None or out is None or missing_options or questions:
-        raise build_refusal(EXAMPLES["import"], missing_options, questions)
-    try:
-        report = import_model(
-            ImportRequest(
-                file=file,
-                labels=labels,
-                name=name,
-                out=out,
-                preprocessing=preprocessing,
-                task=chosen_task,
-                layout=chosen_layout,
-                size=input_size,
-                output=output,
-                settings=chosen_settings,
-                tolerance=None if tolerance is None else parse_tolerance("--tolerance", tolerance),
-                check=check,
-                force=force,
-                default=default,
-                command=format_command_line(),
-            )
-        )
-    except MissingInformation as error:  # found on the way: all other questions go into the same message
-        raise build_refusal(EXAMPLES["import"], [], find_questions(file) or [error]) from None
-    show_report(report, out)
+def _find_repository() -> Path:
+    """Return the repository of the settings, which need not exist yet."""
+    from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
+
+    return Path(os.environ.get(f"{ENVIRONMENT_PREFIX}MODELS") or Settings.model_fields["models"].default)

@@ -7,13 +7,14 @@ because its trial fails.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fovea.service.artifact import repository
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.contract_file import read_contract
+from fovea.service.artifact.model_card import ModelCard, read_model_card
 from fovea.service.artifact.repository import MODEL_FILE, ModelVersion, ServingState
 from fovea.service.errors import ModelError, to_one_line
 from fovea.service.rollout.refusals import Refusals
@@ -38,6 +39,8 @@ class InventoryEntry:
     """True if a start would serve this version."""
     reason: str | None
     """Reason why the version cannot be served; None for a version that is served, or that is only older."""
+    card: ModelCard = field(default_factory=ModelCard)
+    """Origin by the model card beside the file; empty without a card."""
 
 
 class Inventory(NamedTuple):
@@ -177,7 +180,7 @@ def _read_entries(root: Path) -> Iterator[InventoryEntry]:
 def _read_entry(name: str, version: str, path: Path) -> InventoryEntry:
     entry = InventoryEntry(name, version, path, None, None, False, None)
     try:
-        entry = replace(entry, size=path.stat().st_size)
+        entry = replace(entry, size=path.stat().st_size, card=read_model_card(path.parent))
         return replace(entry, contract=read_contract(path))
     except (FileNotFoundError, NotADirectoryError):
         return replace(entry, path=None, reason=f"the folder has no {MODEL_FILE}")

@@ -99,7 +99,13 @@ def test_exported_model_passes_its_golden_set(exported_model: ExportedModel) -> 
 
 def test_report_is_written_beside_the_model(exported_model: ExportedModel) -> None:
     report = exported_model.report
-    assert exported_model.files == ("model.onnx", "report.json", "weights.json", "weights.safetensors")
+    assert exported_model.files == (
+        "README.md",
+        "model.onnx",
+        "report.json",
+        "weights.json",
+        "weights.safetensors",
+    )
     assert json.loads(exported_model.report_json) == json.loads(json.dumps(asdict(report)))
     assert (report.model, report.version, report.bytes) == ("squares-16", "7", len(exported_model.content))
     assert report.parameters == sum(weight.numel() for weight in exported_model.net.parameters())
@@ -216,7 +222,7 @@ def test_valid_graph_replaces_the_earlier_file(tmp_path: Path, exported_model: E
     )
     assert (tmp_path / "opened").read_bytes() == b"earlier"
     assert (out / "model.onnx").read_bytes() == exported_model.content
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.onnx", "report.json"]
 
 
 def test_golden_set_of_another_network_is_refused(tmp_path: Path, exported_model: ExportedModel) -> None:

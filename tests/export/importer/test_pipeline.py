@@ -361,7 +361,11 @@ def test_report_is_written_beside_the_model(tmp_path: Path) -> None:
     assert [agreement["batch"] for agreement in report["agreement"]] == [1, 2, 3]
     assert all(agreement["probabilities"] <= 1e-5 for agreement in report["agreement"])
     assert report["parameters"] == 8 * 3 * 9 + 8 * 5 + 5
-    assert sorted(path.name for path in model.path.parent.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in model.path.parent.iterdir()) == [
+        "README.md",
+        "model.onnx",
+        "report.json",
+    ]
 
 
 def test_next_version_number_is_used(tmp_path: Path) -> None:

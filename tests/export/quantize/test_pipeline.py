@@ -53,7 +53,7 @@ def test_next_version_is_int8_and_records_how_it_was_proven(tmp_path: Path, imag
     source = add_version(build_colour_graph(2), tmp_path / "zoo")
     report, folder, lines = quantize_quietly(make_request(source, images))
     assert folder == tmp_path / "zoo" / "colours" / "2"
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.onnx", "report.json"]
     engine = load(folder)
     assert engine.check_golden_set().logit_difference < engine.contract.golden.logit_tolerance["cpu/float32"]
     contract, quantization = engine.contract, engine.contract.quantization

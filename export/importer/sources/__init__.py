@@ -1,0 +1,1 @@
+"""Sources of models: each resolves to an ONNX file and to the facts that the source states."""

@@ -1,0 +1,83 @@
+"""ZIP archives with a model: an export of Azure Custom Vision, and files of PyTorch and Keras."""
+
+from __future__ import annotations
+
+import zipfile
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from fovea.export.importer.foreign_model import MAX_BYTES, ImportRefused
+
+_MAX_MEMBERS: Final = 20_000
+_READ_SUFFIXES: Final = (".onnx", ".txt", ".json", ".manifest", ".data", ".onnx_data")
+"""Files of an archive that are read; programs, notebooks and pictures are left out."""
+
+
+class ArchiveKind(Enum):
+    """The tool that wrote an archive."""
+
+    MODEL_FOLDER = "a folder with an ONNX file"
+    TORCHSCRIPT = "TorchScript"
+    EXPORTED_PROGRAM = "a program of torch.export"
+    PICKLE = "a pickle of PyTorch"
+    KERAS = "a model of Keras"
+    TEACHABLE_MACHINE = "an export of Teachable Machine"
+    OTHER = "another archive"
+
+
+def find_archive_kind(path: Path) -> ArchiveKind:
+    """Return the kind of a ZIP archive by the names of its files.
+
+    Raises `ImportRefused` if the archive is damaged.
+    """
+    names = [PurePosixPath(one.filename) for one in _list_members(path)]
+    last_parts = {name.name for name in names}
+    suffixes = {name.suffix for name in names}
+    if ".onnx" in suffixes:
+        return ArchiveKind.MODEL_FOLDER
+    if ".tflite" in suffixes and "labels.txt" in last_parts:
+        return ArchiveKind.TEACHABLE_MACHINE
+    if {"config.json", "metadata.json"} <= last_parts and "model.weights.h5" in last_parts:
+        return ArchiveKind.KERAS
+    if "archive_format" in last_parts or "serialized_exported_program.json" in last_parts:
+        return ArchiveKind.EXPORTED_PROGRAM
+    if "constants.pkl" in last_parts and any("code" in name.parts for name in names):
+        return ArchiveKind.TORCHSCRIPT
+    return ArchiveKind.PICKLE if "data.pkl" in last_parts else ArchiveKind.OTHER
+
+
+def extract_model(path: Path, folder: Path) -> Path:
+    """Extract the model, labels and metadata into `folder`; return the folder with the ONNX file.
+
+    Raises `ImportRefused`.
+    """
+    members = [
+        one
+        for one in _list_members(path)
+        if one.filename.endswith(_READ_SUFFIXES) and not one.is_dir() and "__MACOSX" not in one.filename
+    ]
+    size = sum(one.file_size for one in members)
+    if size > MAX_BYTES:
+        raise ImportRefused(f"{path} holds {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file")
+    with zipfile.ZipFile(path) as archive:
+        for one in members:
+            try:
+                archive.extract(one, folder)  # which removes `..` and absolute paths from the names
+            except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+                raise ImportRefused(f"{path} is damaged or encrypted at {one.filename}: {error}") from None
+    files = sorted(folder.rglob("*.onnx"), key=lambda one: len(one.parts))
+    if not files:
+        raise ImportRefused(f"{path} has no ONNX file")
+    return files[0].parent
+
+
+def _list_members(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ImportRefused(f"{path} is a damaged ZIP archive ({error}); copy or download it again") from None
+    if len(members) > _MAX_MEMBERS:
+        raise ImportRefused(f"{path} has {len(members)} files; a model has at most {_MAX_MEMBERS}")
+    return members

@@ -1,0 +1,194 @@
+"""The comparison of an imported model with the source's own pipeline, from image files to probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fovea.export.importer.foreign_model import Arithmetic, Array, ImportRefused
+from fovea.export.importer.graph_output import to_probabilities
+from fovea.export.importer.inspect import ForeignModel
+from fovea.export.importer.output_choice import to_rows
+from fovea.export.importer.sources.facts import ReferencePipeline
+from fovea.export.verify import VerificationError
+from fovea.service.artifact.geometry import Geometry, PixelPath
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.pixels import Pixels
+from fovea.service.inference.preprocess import decode_image
+
+GENERATED_IMAGES: Final = 32
+"""Number of generated images."""
+
+MAX_USER_IMAGES: Final = 32
+"""Maximum number of the user's images that are compared too."""
+
+PIXEL_TOLERANCE: Final = 1.0
+"""Maximum difference of a pixel, in levels of 255: that of one rounding."""
+
+PROBABILITY_TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-3, Arithmetic.FLOAT16: 2e-2, Arithmetic.INT8: 1e-1}
+"""Maximum difference of a probability, by the graph's arithmetic.
+
+float32: pixels are the same or differ by a rounding, and torch adds in another order than ONNX Runtime. int8:
+a value between two levels may be rounded to either, in several layers.
+"""
+
+_MAX_PIXELS: Final = 50_000_000
+"""Maximum number of pixels of a user's image that is compared."""
+
+_PIXEL_MARGIN: Final = 1e-2
+"""Part of a level that float32 loses between normalised values and levels."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences between the imported model and the source's own pipeline."""
+
+    pipeline: str
+    images: int
+    user_images: int
+    pixel_difference: float
+    """Largest difference of a pixel, in levels of 255."""
+    different_pixels: float
+    """Share of pixel values that differ by more than a hundredth of a level."""
+    probability_difference: float
+    """Largest difference of a probability."""
+    same_labels: int
+    """Number of images with the same most probable label."""
+    probability_tolerance: float
+
+    def __str__(self) -> str:
+        user_images = f" and {self.user_images} of your" if self.user_images else ""
+        labels = "all" if self.same_labels == self.images else f"{self.same_labels} of {self.images}"
+        share = f" ({self.different_pixels:.2%} of them differ)" if self.different_pixels else ""
+        return (
+            f"{self.pipeline} on {self.images - self.user_images} generated{user_images} images: pixels to "
+            f"{self.pixel_difference:.2g} of 255 levels{share}, probabilities to "
+            f"{self.probability_difference:.1e} (at most {self.probability_tolerance:g}), {labels} labels "
+            "the same"
+        )
+
+
+def compare_with_pipeline(
+    pipeline: ReferencePipeline,
+    foreign: ForeignModel,
+    geometry: Geometry,
+    engine: Engine,
+    user_images: Sequence[Path] = (),
+) -> Comparison:
+    """Compare pixels and probabilities of generated images and of the user's images.
+
+    Raises `VerificationError` if they disagree, and `ImportRefused` if the pipeline does not run.
+    """
+    with TemporaryDirectory(prefix="fovea-import-") as folder:
+        files = write_images(Path(folder), geometry.height, geometry.width)
+        files += _copy_user_images(user_images, Path(folder))
+        answers = pipeline.run(files)
+        exact_geometry = replace(geometry, pixel_path=PixelPath.EXACT)
+        pixels = np.stack([_decode(file, exact_geometry) for file in files])
+    theirs = answers.values.transpose(0, 2, 3, 1)  # (n, H, W, 3)
+    if theirs.shape != pixels.shape:
+        raise VerificationError(
+            f"{answers.name} makes images of {theirs.shape[1]} x {theirs.shape[2]} pixels, and the import "
+            f"makes {pixels.shape[1]} x {pixels.shape[2]}"
+        )
+    differences = _compute_pixel_differences(foreign, pixels, theirs)
+    expected = _compute_probabilities(foreign, theirs, answers.outputs)
+    actual = engine.run(pixels)
+    comparison = Comparison(
+        pipeline=answers.name,
+        images=len(files),
+        user_images=len(files) - GENERATED_IMAGES,
+        pixel_difference=float(differences.max()),
+        different_pixels=float((differences > _PIXEL_MARGIN).mean()),
+        probability_difference=float(np.abs(actual - expected).max()),
+        same_labels=int((actual.argmax(axis=1) == expected.argmax(axis=1)).sum()),
+        probability_tolerance=PROBABILITY_TOLERANCE[foreign.arithmetic],
+    )
+    _require_agreement(comparison)
+    return comparison
+
+
+def _require_agreement(comparison: Comparison) -> None:
+    if not comparison.pixel_difference <= PIXEL_TOLERANCE + _PIXEL_MARGIN:  # a NaN is a disagreement too
+        raise VerificationError(
+            f"the import does not make the pixels of {comparison.pipeline}: they differ by up to "
+            f"{comparison.pixel_difference:.3g} of 255 levels, and {comparison.different_pixels:.1%} of them "
+            "differ; give the preprocessing as options, such as --preset imagenet"
+        )
+    if not comparison.probability_difference <= comparison.probability_tolerance:
+        raise VerificationError(
+            f"the import does not give the probabilities of {comparison.pipeline}: they differ by up to "
+            f"{comparison.probability_difference:.3g}; at most {comparison.probability_tolerance:g}"
+        )
+
+
+def _compute_pixel_differences(foreign: ForeignModel, pixels: Pixels, theirs: Array) -> Array:
+    """Return the differences in levels of 255, (n, H, W, 3)."""
+    normalization = foreign.normalization
+    if normalization is None:  # the graph takes pixels
+        return np.abs(theirs - pixels)
+    levels = np.array(normalization.std, np.float64) / abs(normalization.scale)
+    differences: Array = np.abs(normalization(pixels) - theirs) * levels
+    return differences
+
+
+def _compute_probabilities(foreign: ForeignModel, theirs: Array, outputs: Array | None) -> Array:
+    """Return the probabilities of the source's network, or of the original file in ONNX Runtime."""
+    output = foreign.graph_output
+    if outputs is None:
+        images = foreign.graph_input.from_pixel_values(theirs)
+        rows = to_rows(foreign.reference(images)[output.name], len(images))
+        if rows is None:
+            raise ImportRefused(f"the output {output.name!r} has another shape for each image")
+    else:
+        rows = outputs.astype(np.float64)
+    return to_probabilities(rows, output.kind, foreign.task, output.total)
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, height: int, width: int) -> list[Path]:
+    """Write generated images as PNG, larger and smaller than the input, oblong and with odd sides."""
+    random = np.random.default_rng(0)
+    files = []
+    for index in range(GENERATED_IMAGES):
+        scales = random.uniform(0.5, 2.5, 2)
+        size = (max(2, int(width * scales[0])), max(2, int(height * scales[1])))
+        coarse = random.integers(0, 256, (*random.integers(2, 9, 2), 3), dtype=np.uint8)
+        shapes = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32)
+        noise = random.normal(0, random.uniform(0, 40), shapes.shape)
+        file = folder / f"{index}.png"
+        Image.fromarray(np.clip(shapes + noise, 0, 255).astype(np.uint8)).save(file, compress_level=1)
+        files.append(file)
+    return files
+
+
+def _copy_user_images(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Write the user's images as PNG, turned as EXIF says: how files are decoded is not compared."""
+    copies: list[Path] = []
+    for file in files:
+        if len(copies) == MAX_USER_IMAGES:
+            break
+        try:
+            with Image.open(file) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    continue
+                copy = folder / f"user-{len(copies)}.png"
+                pixels = ImageOps.exif_transpose(image).convert("RGB")
+                pixels.info.clear()
+                pixels.save(copy, compress_level=1)
+        except (OSError, ValueError, SyntaxError):  # of Pillow, for damaged files
+            continue
+        copies.append(copy)
+    return copies
+
+
+def _decode(file: Path, geometry: Geometry) -> Pixels:
+    return np.array(decode_image(file.read_bytes(), geometry, max_pixels=_MAX_PIXELS).pixels)

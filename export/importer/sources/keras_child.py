@@ -1,0 +1,44 @@
+"""Conversion of a `.keras` file to ONNX, with Keras on torch.
+
+Runs as a process of its own: `python -m fovea.export.importer.sources.keras_child FILE OUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Final
+
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.sources.child import run_child
+
+_ANY_SIDE: Final = 224
+"""Side of an example for a model that takes images of any size, in pixels."""
+
+
+def convert(file: str, out: str) -> None:
+    """Convert a model without custom code. Raises `ImportRefused`."""
+    os.environ["KERAS_BACKEND"] = "torch"  # read when Keras is imported
+    warnings.simplefilter("ignore")
+    import keras
+
+    try:
+        model = keras.saving.load_model(file, compile=False, safe_mode=True)
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        message = " ".join(str(error).split())
+        raise ImportRefused(
+            f"keras {keras.__version__} cannot load {Path(file).name}: {message[:300]}"
+        ) from None
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ImportRefused(
+            f"the model has {len(model.inputs)} inputs and {len(model.outputs)} outputs; an image classifier "
+            "has one of each"
+        )
+    shape = [side or _ANY_SIDE for side in model.inputs[0].shape[1:]]
+    model(keras.ops.zeros((1, *shape)))  # Keras exports only a model that has been called
+    model.export(out, format="onnx", verbose=False)
+
+
+if __name__ == "__main__":
+    run_child(convert)

@@ -1,0 +1,23 @@
+"""`.keras` files: conversion in a child process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from fovea.export.importer.graph_input import Layout
+from fovea.export.importer.sources.conversion import run_converter
+from fovea.export.importer.sources.facts import Source, SourceFacts, Stated
+
+_CHILD: Final = "fovea.export.importer.sources.keras_child"
+
+
+def convert_keras_file(path: Path, name: str | None, work: Path) -> Source:
+    """Return a model of Keras as ONNX. The file states neither labels nor how images are resized.
+
+    Raises `ImportRefused`.
+    """
+    file = work / "converted.onnx"
+    run_converter(_CHILD, [path, file], what=str(path))
+    facts = SourceFacts(name, layout=Stated(Layout.NHWC, "Keras"), library="keras")
+    return Source(file, path.name, str(path), facts, work)

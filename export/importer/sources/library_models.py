@@ -1,0 +1,80 @@
+"""Models of transformers and timm: conversion from safetensors, and their own pipeline as the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from fovea.export.importer.sources.answers import read_answers
+from fovea.export.importer.sources.config_values import ConfigError, to_side
+from fovea.export.importer.sources.conversion import run_converter
+from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline, SourceFacts, Stated
+
+_CHILDREN: Final = {
+    "transformers": "fovea.export.importer.sources.transformers_child",
+    "timm": "fovea.export.importer.sources.timm_child",
+}
+"""Converter of each library."""
+
+_USUAL_SIDE: Final = 224
+"""Side of the input if neither the processor nor the model states it, in pixels."""
+
+
+def convert_safetensors(
+    folder: Path, origin: str, facts: SourceFacts, config: Mapping[str, Any], work: Path
+) -> tuple[Path, SourceFacts]:
+    """Convert `model.safetensors` to ONNX by the library of the facts.
+
+    Return the file, and the facts with the labels that the library knows. Raises `ImportRefused`.
+    """
+    height, width = choose_export_size(facts, config)
+    file, labels = work / "converted.onnx", work / "library-labels.json"
+    arguments: list[str | Path] = ["export", folder, str(height), str(width), file]
+    if facts.library == "timm":
+        arguments.append(labels)
+    run_converter(_CHILDREN[facts.library or ""], arguments, what=origin)
+    if facts.labels is None and labels.is_file():
+        facts = replace(facts, labels=Stated(labels, "ImageNetInfo of timm"))
+    return file, facts
+
+
+def choose_export_size(facts: SourceFacts, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width of the input: those of the processor, or of the model."""
+    if facts.geometry:
+        return facts.geometry.value.height, facts.geometry.value.width
+    side = config.get("image_size")
+    try:
+        if isinstance(side, list) and len(side) == 2:
+            return to_side("image_size", side[0]), to_side("image_size", side[1])
+        return to_side("image_size", side), to_side("image_size", side)
+    except ConfigError:
+        return _USUAL_SIDE, _USUAL_SIDE
+
+
+def create_reference(
+    folder: Path, origin: str, library: str, work: Path, *, with_model: bool
+) -> ReferencePipeline | None:
+    """Return the pipeline of the library, or None if the library is not installed.
+
+    `with_model` runs the network in torch too.
+    """
+    if importlib.util.find_spec(library) is None:
+        return None
+    return ReferencePipeline(
+        library, partial(_answer, folder, origin, _CHILDREN[library], work, with_model=with_model)
+    )
+
+
+def _answer(
+    folder: Path, origin: str, child: str, work: Path, images: Sequence[Path], *, with_model: bool
+) -> ReferenceAnswers:
+    result = work / "answers.npz"
+    what = "model" if with_model else "processor"
+    run_converter(
+        child, ["answer", folder, what, result, *images], what=f"images by the pipeline of {origin}"
+    )
+    return read_answers(result)

@@ -1,0 +1,79 @@
+"""The source of an import in its report, contract and model card, and the comparison with its pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.inspect import ForeignModel, ImportRequest
+from fovea.export.importer.sources.comparison import Comparison, compare_with_pipeline
+from fovea.export.importer.sources.facts import Provenance
+from fovea.service.artifact.geometry import Geometry
+from fovea.service.artifact.model_card import ModelCard
+from fovea.service.errors import to_one_line
+from fovea.service.inference.engine import Engine
+
+
+def describe_source(provenance: Provenance | None) -> tuple[tuple[str, str], ...]:
+    """Return the source, unless it is simply the file, and its licence, for the report."""
+    if provenance is None:
+        return ()
+    note = f" ({provenance.note})" if provenance.note else ""
+    is_file = Path(provenance.source).name == provenance.file
+    source = () if is_file else (("source", f"{provenance.source}, {provenance.file}{note}"),)
+    return (*source, *((("licence", provenance.licence),) if provenance.licence else ()))
+
+
+def describe_data(request: ImportRequest) -> str:
+    """Return the name of a file on this machine, or a published source with its revision."""
+    provenance = request.provenance
+    if provenance is None:
+        return request.file.name
+    return provenance.file if provenance.is_local else f"{provenance.source}, {provenance.file}"
+
+
+def create_card(request: ImportRequest) -> ModelCard:
+    """Return the facts of the source for the model card."""
+    provenance = request.provenance
+    return ModelCard(
+        source=describe_data(request).encode(errors="replace").decode(),
+        licence=(provenance.licence if provenance else None) or "",
+        library=(provenance.library if provenance else None) or "",
+    )
+
+
+def name_origins(
+    facts: tuple[tuple[str, str], ...], provenance: Provenance | None
+) -> tuple[tuple[str, str], ...]:
+    """Return the facts of the graph with the source's files in place of options that nobody gave."""
+    if provenance is None:
+        return facts
+    origins = {
+        "size": ("--size", provenance.size),
+        "layout": ("--layout", provenance.layout),
+        "task": ("--task", provenance.task),
+    }
+    named_facts = []
+    for name, text in facts:
+        option, origin = origins.get(name, ("", None))
+        named_facts.append((name, text.replace(f"from {option}", f"from {origin}") if origin else text))
+    return tuple(named_facts)
+
+
+def compare_with_source(
+    request: ImportRequest, foreign: ForeignModel, geometry: Geometry, engine: Engine
+) -> tuple[Comparison | None, str]:
+    """Return the comparison with the source's own pipeline, and a sentence on it.
+
+    Raises `VerificationError` if they disagree.
+    """
+    provenance = request.provenance
+    if provenance is None or provenance.reference is None:
+        reason = provenance.not_compared if provenance else ""
+        return None, f"not with the source's own pipeline: {reason}" if reason else ""
+    user_images = sorted(one for one in request.check.rglob("*") if one.is_file()) if request.check else []
+    try:
+        comparison = compare_with_pipeline(provenance.reference, foreign, geometry, engine, user_images)
+    except ImportRefused as error:
+        return None, f"not with the source's own pipeline: {to_one_line(error)}"
+    return comparison, f"with {comparison}"

@@ -1,0 +1,131 @@
+"""Conversion of TorchScript and of programs of torch.export to ONNX, without unpickling any object.
+
+Runs as a process of its own: `python -m fovea.export.importer.sources.torch_child`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.sources.child import run_child
+
+_ANY_SIDE: Final = 224
+"""Side of the example for a graph that takes images of any size, in pixels."""
+
+
+def convert(kind: str, file: str, height: str, width: str, out: str) -> None:
+    """Convert a file of `kind`, `script` or `program`.
+
+    TorchScript is converted for images of `height` x `width` pixels; 0 for any size.
+    """
+    warnings.simplefilter("ignore")
+    if kind == "script":
+        export_script(Path(file), int(height), int(width), Path(out))
+    else:
+        export_program(Path(file), Path(out))
+
+
+def export_script(file: Path, height: int, width: int, out: Path) -> None:
+    """Convert TorchScript, whose own reader makes no Python objects."""
+    import torch
+
+    try:
+        module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ImportRefused(f"torch cannot read {file.name}: {_shorten(error)}") from None
+    has_size = height > 0
+    example = torch.zeros(1, 3, height, width) if has_size else torch.zeros(1, 3, _ANY_SIDE, _ANY_SIDE)
+    try:
+        with torch.no_grad():
+            module(example)
+    except Exception as error:  # TorchScript raises anything
+        raise ImportRefused(
+            f"{file.name} does not run on an image of {' x '.join(map(str, example.shape[1:]))}: "
+            f"{_shorten(error)}; set the size with --crop"
+        ) from None
+    torch.onnx.export(
+        module,
+        (example,),
+        str(out),
+        input_names=["image"],
+        output_names=["scores"],
+        dynamic_axes={"image": {0: "batch"} if has_size else {0: "batch", 2: "height", 3: "width"}},
+        dynamo=False,
+    )
+
+
+def export_program(file: Path, out: Path) -> None:
+    """Convert a program of torch.export."""
+    import torch
+
+    try:
+        with restrict_pickles():
+            program = torch.export.load(file)
+    except ImportRefused as error:
+        raise ImportRefused(f"{file.name} {error}") from None
+    except Exception as error:  # torch.export raises anything
+        raise ImportRefused(f"torch {torch.__version__} cannot read {file.name}: {_shorten(error)}") from None
+    onnx_program = torch.onnx.export(program, verbose=False)
+    if onnx_program is None:
+        raise ImportRefused(f"torch exported nothing from {file.name}")
+    onnx_program.save(out, external_data=False)
+
+
+@contextmanager
+def restrict_pickles() -> Iterator[None]:
+    """Let `torch.load` read tensors and plain values only, and let `pickle` read nothing.
+
+    `torch.export.load` asks for `weights_only=False`, and unpickles constants itself. The restriction is in
+    place of a check of the archive beforehand, which could overlook a file that torch finds.
+    """
+    import torch
+
+    load = torch.load
+    originals = {name: getattr(pickle, name) for name in ("load", "loads", "Unpickler")}
+
+    def load_weights(*arguments: Any, **options: Any) -> Any:
+        try:
+            return load(*arguments, **{**options, "weights_only": True})
+        except Exception as error:  # UnpicklingError, RuntimeError, EOFError and others
+            raise ImportRefused(_describe_pickle(error)) from None
+
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise ImportRefused(_describe_pickle("an object of Python"))
+
+    class Unpickler(pickle.Unpickler):
+        """An unpickler without classes; a class, because other code derives from it."""
+
+        def find_class(self, module_name: str, global_name: str, /) -> Any:
+            """Raise `ImportRefused`."""
+            raise ImportRefused(_describe_pickle(f"{module_name}.{global_name}"))
+
+    torch.load = load_weights
+    for name, replacement in {"load": refuse, "loads": refuse, "Unpickler": Unpickler}.items():
+        setattr(pickle, name, replacement)
+    try:
+        yield
+    finally:
+        torch.load = load
+        for name, original in originals.items():
+            setattr(pickle, name, original)
+
+
+def _describe_pickle(reason: Any) -> str:
+    return (
+        f"has a pickle that does not load with weights_only=True ({_shorten(reason)}) and might run any "
+        "program; export the model to ONNX instead"
+    )
+
+
+def _shorten(error: Any) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+if __name__ == "__main__":
+    run_child(convert)

@@ -1,0 +1,119 @@
+"""The comparison with a source's own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fovea.export.importer.pipeline import ImportReport, import_model
+from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
+from fovea.export.importer.sources.comparison import GENERATED_IMAGES
+from fovea.export.importer.sources.completion import GivenOptions, complete_request
+from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline
+from fovea.export.importer.sources.resolve import resolve_source
+from fovea.export.verify import VerificationError
+from tests.export.classifiers import Array
+from tests.export.importer.sources.layouts import PROCESSOR, write_hub_folder
+from tests.export.importer.test_labelled_images import draw_labelled_images
+
+Resize = Callable[[Image.Image], Image.Image]
+
+
+def resize_as_transformers(image: Image.Image) -> Image.Image:
+    """Return the shorter side as 20 pixels, and the centre of 16 x 16, both rounded down."""
+    width, height = (
+        20 if side == min(image.size) else int(20 * side / min(image.size)) for side in image.size
+    )
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - 16) // 2, (height - 16) // 2
+    return resized.crop((left, top, left + 16, top + 16))
+
+
+def create_pipeline(resize: Resize, outputs: Array | None = None) -> ReferencePipeline:
+    def run(images: Sequence[Path]) -> ReferenceAnswers:
+        pixels = np.stack([np.asarray(resize(Image.open(one).convert("RGB"))) for one in images])
+        values = (pixels / 255 - np.array(PROCESSOR["image_mean"])) / np.array(PROCESSOR["image_std"])
+        return ReferenceAnswers("House 1.0", values.transpose(0, 3, 1, 2).astype(np.float32), outputs)
+
+    return ReferencePipeline("house", run)
+
+
+def import_with(
+    tmp_path: Path, pipeline: ReferencePipeline, preprocessing: Any = None, **options: Any
+) -> ImportReport:
+    """Import a folder of the hub's layout whose own pipeline is `pipeline`."""
+    folder = write_hub_folder(tmp_path / "vit")
+    given = GivenOptions(tmp_path / "zoo", preprocessing or PreprocessingOptions(), **options)
+    with resolve_source(str(folder)) as source:
+        return import_model(complete_request(given, replace(source, reference=pipeline)))
+
+
+def test_report_says_what_was_compared(tmp_path: Path) -> None:
+    report = import_with(tmp_path, create_pipeline(resize_as_transformers))
+    comparison = report.comparison
+    assert comparison is not None
+    assert (comparison.pipeline, comparison.images, comparison.user_images) == ("House 1.0", 32, 0)
+    assert comparison.pixel_difference < 1e-3
+    assert comparison.different_pixels == 0
+    assert comparison.probability_difference < 1e-5
+    assert comparison.same_labels == GENERATED_IMAGES
+    text = dict(report.facts)["compared"]
+    assert text.startswith("with House 1.0 on 32 generated images: pixels to ")
+    assert text.endswith("(at most 0.001), all labels the same")
+
+
+def test_images_of_the_user_are_compared_too(tmp_path: Path) -> None:
+    photos = draw_labelled_images(tmp_path / "photos", {"tench": (200, 40, 40), "goldfish": (40, 40, 200)}, 3)
+    (photos / "tench" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    report = import_with(tmp_path, create_pipeline(resize_as_transformers), check=photos, force=True)
+    assert report.comparison is not None
+    assert (report.comparison.images, report.comparison.user_images) == (38, 6)
+
+
+def test_other_pixels_refuse_the_import(tmp_path: Path) -> None:
+    pipeline = create_pipeline(lambda image: image.resize((16, 16), Image.Resampling.BICUBIC))
+    with pytest.raises(VerificationError, match="does not make the pixels of House"):
+        import_with(tmp_path, pipeline)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_corner_that_is_rounded_refuses_the_import(tmp_path: Path) -> None:
+    """One pixel of difference in a crop is enough."""
+
+    def resize(image: Image.Image) -> Image.Image:
+        width, height = (
+            20 if side == min(image.size) else int(20 * side / min(image.size)) for side in image.size
+        )
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = -((16 - width) // 2), -((16 - height) // 2)
+        return resized.crop((left, top, left + 16, top + 16))
+
+    with pytest.raises(VerificationError, match="does not make the pixels"):
+        import_with(tmp_path, create_pipeline(resize))
+
+
+def test_other_size_refuses_the_import(tmp_path: Path) -> None:
+    pipeline = create_pipeline(lambda image: image.resize((20, 16)))
+    with pytest.raises(VerificationError, match="makes images of 16 x 20 pixels, and the import"):
+        import_with(tmp_path, pipeline)
+
+
+def test_other_answers_refuse_the_import(tmp_path: Path) -> None:
+    outputs = np.random.default_rng(0).normal(0, 3, (GENERATED_IMAGES, 5)).astype(np.float32)
+    with pytest.raises(VerificationError, match="does not give the probabilities of House"):
+        import_with(tmp_path, create_pipeline(resize_as_transformers, outputs))
+
+
+def test_options_of_the_user_are_not_compared(tmp_path: Path) -> None:
+    preprocessing = PreprocessingOptions(preset=IMAGENET)
+    report = import_with(tmp_path, create_pipeline(resize_as_transformers), preprocessing)
+    assert report.comparison is None
+    assert dict(report.facts)["compared"] == (
+        "not with the source's own pipeline: options replace the source's preprocessing"
+    )

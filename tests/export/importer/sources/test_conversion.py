@@ -1,0 +1,73 @@
+"""Converters in a child process: limits, refusals and missing packages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.sources.conversion import Limits, run_converter
+
+WriteModule = Callable[[str], str]
+
+FRAME = """
+from fovea.export.importer.sources.child import run_child
+from fovea.export.importer.foreign_model import ImportRefused
+
+def convert(*arguments):
+    {body}
+
+run_child(convert)
+"""
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(body: str) -> str:
+        (tmp_path / "own_converter.py").write_text(FRAME.format(body=body))
+        return "own_converter"
+
+    return write
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("body", "limits", "message"),
+    [
+        ("raise ImportRefused('it has no head')", Limits(), "^it has no head$"),
+        ("import no_such_package.inner", Limits(), "of pets needs no_such_package: pip install no_such_pack"),
+        ("raise KeyError('x')", Limits(), "of pets failed: KeyError: 'x'"),
+        ("import os; os._exit(9)", Limits(), "of pets failed: exit code 9"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", Limits(), "of pets was ended by SIGSEGV"),
+        ("import time; time.sleep(600)", Limits(seconds=3), "of pets took more than 3 s and was ended"),
+        (
+            "data = bytearray(1 << 30); import time; time.sleep(600)",
+            Limits(memory_bytes=600_000_000),
+            r"of pets needed \d\.\d GB of memory, more than the limit of 0.6 GB",
+        ),
+    ],
+)
+def test_end_of_a_converter_is_one_sentence(
+    write_module: WriteModule, body: str, limits: Limits, message: str
+) -> None:
+    module = write_module(body)
+    start = time.monotonic()
+    with pytest.raises(ImportRefused, match=message):
+        run_converter(module, ["a"], what="pets", limits=limits)
+    assert time.monotonic() - start < 300
+
+
+@pytest.mark.long
+def test_converter_gets_its_arguments_and_no_network(write_module: WriteModule, tmp_path: Path) -> None:
+    body = (
+        "import os, pathlib; "
+        "pathlib.Path(arguments[0]).write_text(arguments[1] + os.environ['HF_HUB_OFFLINE'])"
+    )
+    module = write_module(body)
+    run_converter(module, [tmp_path / "out", "b"], what="pets")
+    assert (tmp_path / "out").read_text() == "b1"
