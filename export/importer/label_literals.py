@@ -102,6 +102,8 @@ def _from_config(path: Path, value: dict[str, Any]) -> list[Any]:
 
     Raises `ImportRefused`.
     """
+    if all(type(one) is int for one in value.values()):
+        return _sort_labels(path, value)  # from labels to numbers; one of the labels may be "id2label"
     if "id2label" not in value and not _CONFIG_KEYS.isdisjoint(value):
         raise ImportRefused(
             f"{path} has no id2label: it configures a model without naming its labels; give a file with one "

@@ -37,12 +37,12 @@ from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
 from fovea.export.importer.measured_shapes import measure_shapes
 from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
-from fovea.export.importer.sources.comparison import Comparison
+from fovea.export.importer.sources.comparison import Comparison, compare_with_pipeline
 from fovea.export.importer.sources.origins import (
-    compare_with_source,
     describe_data,
     describe_source,
     name_origins,
+    run_source,
 )
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
@@ -125,10 +125,13 @@ def import_model(request: ImportRequest) -> ImportReport:
         ModelProto.FromString(embed_contract(wrapped_model.model, contract))
     )
     answers = run_file(foreign)
+    source_run, comparison_note = run_source(request, foreign, geometry)
     foreign.reference.close()  # one copy of the weights less while the engine loads its own
     engine = Engine(content, provider="cpu", threads=get_thread_count())
     agreement = compare_with_file(answers, engine, request.tolerance)
-    comparison, comparison_note = compare_with_source(request, foreign, geometry, engine)
+    comparison = compare_with_pipeline(source_run, foreign, engine) if source_run else None
+    if comparison:
+        comparison_note = f"with {comparison}"
     report = ImportReport(
         model=contract.name,
         version=contract.version,

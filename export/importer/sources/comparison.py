@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,16 +74,25 @@ class Comparison:
         )
 
 
-def compare_with_pipeline(
-    pipeline: ReferencePipeline,
-    foreign: ForeignModel,
-    geometry: Geometry,
-    engine: Engine,
-    user_images: Sequence[Path] = (),
-) -> Comparison:
-    """Compare pixels and probabilities of generated images and of the user's images.
+class PipelineRun(NamedTuple):
+    """What a source's own pipeline makes of some images, and what it must agree with."""
 
-    Raises `VerificationError` if they disagree, and `ImportRefused` if the pipeline does not run.
+    pipeline: str
+    """Name and version of the pipeline."""
+    pixels: Pixels
+    """The same images as pixels of the import, uint8 (n, H, W, 3)."""
+    differences: Array
+    """Differences of the pixels in levels of 255, (n, H, W, 3)."""
+    probabilities: Array
+    """Probabilities of the source's network, (n, labels)."""
+
+
+def run_pipeline(
+    pipeline: ReferencePipeline, foreign: ForeignModel, geometry: Geometry, user_images: Sequence[Path] = ()
+) -> PipelineRun:
+    """Run a source's own pipeline on generated images and on the user's images.
+
+    Raises `VerificationError` if it makes images of another size, and `ImportRefused` if it does not run.
     """
     with TemporaryDirectory(prefix="fovea-import-") as folder:
         files = write_images(Path(folder), geometry.height, geometry.width)
@@ -98,14 +107,23 @@ def compare_with_pipeline(
             f"makes {pixels.shape[1]} x {pixels.shape[2]}"
         )
     differences = _compute_pixel_differences(foreign, pixels, theirs)
-    expected = _compute_probabilities(foreign, theirs, answers.outputs)
-    actual = engine.run(pixels)
+    return PipelineRun(
+        answers.name, pixels, differences, _compute_probabilities(foreign, theirs, answers.outputs)
+    )
+
+
+def compare_with_pipeline(run: PipelineRun, foreign: ForeignModel, engine: Engine) -> Comparison:
+    """Compare the imported model with the run of a source's own pipeline.
+
+    Raises `VerificationError` if they disagree.
+    """
+    actual, expected, count = engine.run(run.pixels), run.probabilities, len(run.pixels)
     comparison = Comparison(
-        pipeline=answers.name,
-        images=len(files),
-        user_images=len(files) - GENERATED_IMAGES,
-        pixel_difference=float(differences.max()),
-        different_pixels=float((differences > _PIXEL_MARGIN).mean()),
+        pipeline=run.pipeline,
+        images=count,
+        user_images=count - GENERATED_IMAGES,
+        pixel_difference=float(run.differences.max()),
+        different_pixels=float((run.differences > _PIXEL_MARGIN).mean()),
         probability_difference=float(np.abs(actual - expected).max()),
         same_labels=int((actual.argmax(axis=1) == expected.argmax(axis=1)).sum()),
         probability_tolerance=PROBABILITY_TOLERANCE[foreign.arithmetic],

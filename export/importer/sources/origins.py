@@ -6,12 +6,11 @@ from pathlib import Path
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
-from fovea.export.importer.sources.comparison import Comparison, compare_with_pipeline
+from fovea.export.importer.sources.comparison import PipelineRun, run_pipeline
 from fovea.export.importer.sources.facts import Provenance
 from fovea.service.artifact.geometry import Geometry
 from fovea.service.artifact.model_card import ModelCard
 from fovea.service.errors import to_one_line
-from fovea.service.inference.engine import Engine
 
 
 def describe_source(provenance: Provenance | None) -> tuple[tuple[str, str], ...]:
@@ -60,12 +59,12 @@ def name_origins(
     return tuple(named_facts)
 
 
-def compare_with_source(
-    request: ImportRequest, foreign: ForeignModel, geometry: Geometry, engine: Engine
-) -> tuple[Comparison | None, str]:
-    """Return the comparison with the source's own pipeline, and a sentence on it.
+def run_source(
+    request: ImportRequest, foreign: ForeignModel, geometry: Geometry
+) -> tuple[PipelineRun | None, str]:
+    """Return a run of the source's own pipeline, or the reason why there is none; empty for a file alone.
 
-    Raises `VerificationError` if they disagree.
+    Raises `VerificationError` if it makes images of another size.
     """
     provenance = request.provenance
     if provenance is None or provenance.reference is None:
@@ -73,7 +72,6 @@ def compare_with_source(
         return None, f"not with the source's own pipeline: {reason}" if reason else ""
     user_images = sorted(one for one in request.check.rglob("*") if one.is_file()) if request.check else []
     try:
-        comparison = compare_with_pipeline(provenance.reference, foreign, geometry, engine, user_images)
+        return run_pipeline(provenance.reference, foreign, geometry, user_images), ""
     except ImportRefused as error:
         return None, f"not with the source's own pipeline: {to_one_line(error)}"
-    return comparison, f"with {comparison}"
