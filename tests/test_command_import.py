@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from fovea.service.artifact.contract import Interpolation, Task
 from fovea.service.artifact.geometry import CropStep, Fit, ResizeStep
+from fovea.service.artifact.geometry_text import format_steps
 from fovea.service.inference.engine import Engine
 from tests.commands import Command, read_error_line
 from tests.export.classifiers import build_classifier, prepare_imagenet, run_onnx, softmax
@@ -123,6 +124,20 @@ def test_import_options_reach_the_model(tmp_path: Path, command: Command) -> Non
     assert np.abs(engine.run(pixels) - expected).max() <= 1e-5
 
 
+def test_geometry_option_reaches_the_model_and_the_report(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "resize stretch 20 x 20 bilinear no-antialias, crop 16 x 16 floor"
+    assert command(*write_import_files(tmp_path), "--preset", "clip", "--geometry", text) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"geometry    {text} (--geometry)" in lines
+    reason = "a resize without antialiasing reads single pixels of the full image"
+    assert f"pixel path  exact (fast is the same here: {reason})" in lines
+    path = tmp_path / "zoo" / "thing" / "1" / "model.onnx"
+    contract = Engine.load(path, provider="cpu", threads=1).contract
+    assert format_steps(contract.input.steps) == text
+
+
 def test_second_import_adds_version_and_keeps_default(tmp_path: Path, command: Command) -> None:
     add_to_repository(build_model(), tmp_path / "zoo", "first")
     arguments = [*write_import_files(tmp_path), "--preset", "clip", "--stretch"]
@@ -144,6 +159,15 @@ def test_second_import_adds_version_and_keeps_default(tmp_path: Path, command: C
         (["--preset", "clip", "--layout", "chw"], "--layout is 'chw'; it takes nchw, nhwc"),
         (["--preset", "clip", "--interpolation", "x"], "--interpolation is 'x'; it takes nearest, box"),
         (["--preset", "clip", "--check", "nowhere"], "--check nowhere is not a folder"),
+        (
+            ["--preset", "clip", "--geometry", "warp 3"],
+            "--geometry: a step is 'warp 3'; steps begin with resize",
+        ),
+        (["--preset", "clip", "--geometry", "pad 16"], "--geometry: pad 16 x 16 needs a smaller image"),
+        (
+            ["--preset", "clip", "--geometry", "crop 24"],
+            "--geometry ends with 24 x 24 pixels; the graph takes 16",
+        ),
     ],
 )
 def test_invalid_import_call_ends_with_one_error_line(

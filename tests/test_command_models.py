@@ -18,6 +18,8 @@ import onnx
 import pytest
 
 from fovea.service.artifact.contract import Contract, Task
+from fovea.service.artifact.geometry import Geometry, PixelPath
+from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.rollout.refusals import Refusals
 from tests.commands import Command, make_command, read_error_line
@@ -338,6 +340,14 @@ def run_without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # --- fovea show ----------------------------------------------------------------------------------
+
+
+def test_show_says_why_fast_is_exact(tmp_path: Path, command: Command, capsys: Output) -> None:
+    geometry = Geometry(16, 16, parse_steps("crop 20, resize stretch 16 bilinear"), PixelPath.FAST)
+    root = add_to_repository(build_model(geometry=geometry), tmp_path / "zoo", "small")
+    assert command("show", "small", "--models", root) == 0
+    reason = "a crop of a fixed size or several crops precede the resize"
+    assert f"pixels         fast, which is exact here: {reason}\n" in capsys.readouterr().out
 
 
 def test_show_describes_the_contract(command: Command, capsys: Output) -> None:

@@ -52,7 +52,6 @@ from fovea.service.artifact.contract import (
     Contract,
     Geometry,
     GoldenSet,
-    PixelPath,
     Task,
     Training,
 )
@@ -282,7 +281,7 @@ def _collect_facts(
         ("normalise", _describe_normalization(request, foreign)),
         ("geometry", _describe_geometry(request, geometry)),
         *((("tolerance", f"{request.tolerance:g} (from --tolerance)"),) if request.tolerance else ()),
-        ("pixel path", _describe_pixel_path(geometry.pixel_path, check_result)),
+        ("pixel path", _describe_pixel_path(geometry, check_result)),
         *(
             ()
             if check_result
@@ -317,7 +316,10 @@ def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
     return f"{format_steps(geometry.steps)} ({stated_origin or request.preprocessing.geometry_origin})"
 
 
-def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:
+def _describe_pixel_path(geometry: Geometry, check_result: CheckResult | None) -> str:
+    path = geometry.pixel_path
+    if geometry.fast_obstacle:
+        return f"{path} (fast is the same here: {geometry.fast_obstacle})"
     if check_result is None:
         return f"{path} (only --check can show whether fast loses nothing)"
     report = check_result.report
