@@ -128,11 +128,6 @@ def detect_graph_output(
             f"the output {name!r} is {rows.min():g} for every label and image, from black to white: its last "
             "step uses the wrong axis, or the graph ignores its input"
         )
-    if (rows == rows[0]).all():
-        raise ImportRefused(
-            f"the output {name!r} says the same for every image, from black to white: the graph ignores its "
-            "input, its weights are missing or zero, or the normalisation is far from that of its training"
-        )
     dtype = outputs[name].dtype
     last_step = find_last_step(model, name)
     extreme_rows = _run_extreme_images(reference, name, extreme)
@@ -147,6 +142,11 @@ def detect_graph_output(
             logits_tensor = last_step.source
         else:
             kind, total = detect_kind(rows, extreme_rows, dtype)
+    if (rows == rows[0]).all() and not _varies(reference, images, logits_tensor):
+        raise ImportRefused(
+            f"the output {name!r} says the same for every image, from black to white: the graph ignores its "
+            "input, its weights are missing or zero, or the normalisation is far from that of its training"
+        )
     if logits_tensor is None:
         _require_scores(name, rows, extreme_rows, kind, last_step)
     sums = rows.sum(axis=1)
@@ -267,6 +267,14 @@ def _describe_oddity(rows: Float64Array, extreme_rows: Float64Array, last_step: 
                 sign = "-" if factor < 0 else ""
                 return f"{sign}log p{base} ({span}), not the natural logarithm of p"
     return None
+
+
+def _varies(reference: ReferenceModel, images: Array, logits_tensor: str | None) -> bool:
+    """Return whether the logits differ between images although their softmax is saturated."""
+    if logits_tensor is None:
+        return False
+    values = reference.with_outputs(logits_tensor)(images)[logits_tensor]
+    return bool((values != values[0]).any())
 
 
 def _is_explained_by(

@@ -64,6 +64,8 @@ def test_model_without_its_weights_runs_with_them() -> None:
     assert set(weights.arrays) == {"square"}  # the others are small
     assert rest.ByteSize() < size / 2
     assert np.array_equal(ReferenceModel(rest, threads=1, weights=weights)(images)["scores"], expected)
+    shown = ReferenceModel(rest, threads=1, weights=weights).with_outputs("square").run_batch(images[:1])
+    assert np.array_equal(shown["square"], weights.arrays["square"])  # weights can be outputs too
     whole = onnx.load_from_string(weights.serialize(rest))
     assert np.array_equal(ReferenceModel(whole, threads=1)(images)["scores"], expected)
     onnx.checker.check_model(whole)

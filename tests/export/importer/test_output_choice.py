@@ -306,3 +306,13 @@ def test_random_numbers_beside_the_answer_are_accepted(tmp_path: Path) -> None:
 def test_graph_with_the_same_answer_for_every_image_is_refused(tmp_path: Path) -> None:
     message = "'scores' says the same for every image, from black to white: the graph ignores its input"
     assert_refused(tmp_path, message, build_classifier(spread=0.0))
+    assert_refused(tmp_path, message, build_classifier(spread=0.0, end="softmax"))
+
+
+def test_saturated_softmax_is_no_constant_answer(tmp_path: Path) -> None:
+    """A network with a label for everything unknown is certain of it for every image that is tried."""
+    graph = build_classifier(spread=0.1, end="softmax")
+    (bias,) = [tensor for tensor in graph.graph.initializer if tensor.name == "bias"]
+    values = np.array([0, 0, 0, 0, 500], np.float32)
+    bias.CopyFrom(numpy_helper.from_array(values, "bias"))
+    assert import_graph(graph, tmp_path).facts["values"].startswith("5 probabilities")

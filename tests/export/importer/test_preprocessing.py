@@ -91,6 +91,12 @@ PUBLISHERS = {
     "zero-one": Publisher(
         lambda image: resize_and_crop_middle(image, 32, BILINEAR) / 255, "nchw", softmax=True
     ),
+    "raw": Publisher(lambda image: resize_and_crop_middle(image, 37, BICUBIC), "nhwc", softmax=True),
+    "caffe": Publisher(
+        lambda image: resize_and_crop_middle(image, 37, BILINEAR)[..., ::-1] - [103.939, 116.779, 123.68],
+        "nhwc",
+        softmax=True,
+    ),
 }
 
 
