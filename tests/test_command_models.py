@@ -345,13 +345,11 @@ def test_show_describes_the_contract(command: Command, capsys: Output) -> None:
     assert command("show", "cifar10", "--models", ROOT / "zoo") == 0
     facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     facts = {name: fact.strip() for name, fact in facts.items()}
-    assert facts["model"] == "cifar10 version 4 (contract format 2)"
+    assert facts["model"] == "cifar10 version 4 (contract format 3)"
     assert facts["labels"].startswith("10: airplane, automobile, bird, ")
     assert facts["task"] == "multiclass: exactly one label is true"
-    assert facts["input"] == (
-        "32 x 32 pixels (width x height), RGB; the shorter side becomes 32 (bilinear), "
-        "then the centre is cropped"
-    )
+    assert facts["input"] == "32 x 32 pixels (height x width), RGB"
+    assert facts["geometry"] == "resize cover 32 x 32 bilinear, crop 32 x 32"
     assert facts["normalisation"].startswith("inside the graph (Reshape, Cast, BatchNormalization, ")
     assert facts["calibration"].startswith("temperature 0.7196; coverage sets for 20 levels, 80% to 99%")
     assert facts["accuracy"].startswith("91.14% of 9,900 images, calibration error ")

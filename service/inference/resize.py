@@ -27,6 +27,7 @@ from fovea.service.inference.geometry_plan import (
     compute_aspect_box,
     compute_box,
     compute_target_size,
+    plan_steps,
 )
 from fovea.service.inference.pixels import Box, Pixels
 from fovea.service.inference.rotation import Rotation
@@ -181,17 +182,15 @@ def _resize_region(
     width, height = size
     crop_box: Box = (0, 0, 0, 0)  # in the resized image
     filter_, pad = Image.Resampling.NEAREST, None
-    for step in geometry.steps:
-        if isinstance(step, AspectCropStep):
-            region = compute_aspect_box(step, size)
-            box = _locate_region(region, size, box, rotation)
-            size = max(1, int(region[2] - region[0])), max(1, int(region[3] - region[1]))
-        elif isinstance(step, ResizeStep):
-            width, height = compute_target_size(step, size)
+    for step, step_size, step_box, target_size in plan_steps(size, geometry):
+        if isinstance(step, ResizeStep):
+            width, height = target_size
             crop_box = 0, 0, width, height
             filter_ = _FILTERS[step.interpolation]
         elif isinstance(step, CropStep):
-            crop_box = compute_box(step, (width, height))
+            crop_box = step_box
+        elif isinstance(step, AspectCropStep):
+            box = _locate_region(step_box, step_size, box, rotation)
         else:
             pad = step
     if rotation:
