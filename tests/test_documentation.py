@@ -19,7 +19,9 @@ from tests.servers import ROOT, Server
 
 SETTINGS = read_page("settings")
 
-FOREIGN_CLASSES = {"BeforeValidator", "MobileNetV2ImageProcessor", "NoDecode"}
+FOREIGN_CLASSES = {"BeforeValidator", "NoDecode"} | {
+    f"{name}ImageProcessor" for name in ("ConvNext", "Levit", "MobileNetV2")
+}
 """Names of other projects that pages quote."""
 
 FOLDERS = ("service", "model", "export", "bench", "tests", "fovea")

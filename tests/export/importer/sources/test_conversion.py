@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.sources.conversion import Limits, run_converter
+from tests.servers import ROOT, wait_until
 
 WriteModule = Callable[[str], str]
 
@@ -71,3 +74,32 @@ def test_converter_gets_its_arguments_and_no_network(write_module: WriteModule, 
     module = write_module(body)
     run_converter(module, [tmp_path / "out", "b"], what="pets")
     assert (tmp_path / "out").read_text() == "b1"
+
+
+IMPORT = """
+from fovea.export.importer.sources.conversion import run_converter
+run_converter("own_converter", [], what="pets")
+"""
+
+
+@pytest.mark.long
+def test_converter_ends_with_a_killed_import(write_module: WriteModule, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    write_module(
+        f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); "
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT)
+    try:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not is_running(int(pid_file.read_text())))
+
+
+def is_running(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

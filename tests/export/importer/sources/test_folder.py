@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.export.importer.sources.layouts import (
     write_hub_folder,
 )
 from tests.export.importer.test_refused import move_matrix_outside
+from tests.tools import SYSTEM_REASON
 
 
 def test_folder_needs_no_options(tmp_path: Path) -> None:
@@ -213,3 +215,13 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason=f"{SYSTEM_REASON}has it")
+def test_missing_transformers_is_one_sentence(tmp_path: Path) -> None:
+    files = {"onnx/model.onnx": None, "model.safetensors": b"weights"}
+    folder = write_hub_folder(tmp_path / "vit", **files)
+    assert read_refusal(tmp_path, folder) == (
+        f"the conversion of {folder} needs transformers: pip install 'fovea-serve[hub]'"
+    )
