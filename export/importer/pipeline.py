@@ -52,6 +52,7 @@ from fovea.service.artifact.contract import (
     Contract,
     Geometry,
     GoldenSet,
+    PixelPath,
     Task,
     Training,
 )

@@ -107,9 +107,9 @@ def test_everything_that_is_missing_is_asked_for_at_once(tmp_path: Path) -> None
     for part in (
         "`fovea import` needs --labels",
         "give --layout nchw or --layout nhwc",
-        "set the size to serve with --size",
+        "set the size to serve with --crop",
         "give --preset",
-        "such as: fovea import vit --labels labels.txt --layout nchw --size 224 --preset imagenet",
+        "such as: fovea import vit --labels labels.txt --layout nchw --crop 224 --preset imagenet",
     ):
         assert part in message
 
