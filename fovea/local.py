@@ -48,8 +48,9 @@ def load(
     """Load a model into this process, and check it against its golden set.
 
     `source` is a model folder such as `zoo/pets`, a repository with one model or a default model, a version
-    folder such as `zoo/pets/3`, or an ONNX file with a contract. `version` chooses a version of a model
-    folder or a repository; by default the one that the service would serve.
+    folder such as `zoo/pets/3`, an ONNX file with a contract, or `hf:OWNER/MODEL[@REVISION]` on the Hugging
+    Face hub, which is imported once for each commit (`fovea.hub_models`). `version` chooses a version of a
+    model folder or a repository; by default the one that the service would serve.
 
     `provider` is an execution provider, such as `cpu` or `cuda`. `threads` is the number of processors that
     the model may use; by default all. The other settings are those of the service, from `FOVEA_*` variables.

@@ -1,4 +1,4 @@
-"""The model file that a source names: a folder, a repository or a file."""
+"""The model file that a source names: a folder, a repository, a file, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from fovea.hub_models import HUB_PREFIX, find_hub_model
 from fovea.service.artifact.repository import (
     MODEL_FILE,
     ModelVersion,
@@ -32,6 +33,8 @@ def find_model(
     single file, if the file's own contract does not decide.
     """
     path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 - keeps links: they name models
+    if not path.exists() and str(source).startswith(HUB_PREFIX):
+        path = find_hub_model(str(source))
     if not path.exists():
         _check_scheme(str(source))
         raise ModelError(
@@ -52,10 +55,10 @@ def find_model(
 
 
 def _check_scheme(source: str) -> None:
-    """Raise `ModelError` for a source of `fovea import`. A source that `load` can fetch belongs here."""
+    """Raise `ModelError` for a source of `fovea import` that `load` does not fetch."""
     if scheme := _SCHEME.match(source):
         raise ModelError(
-            f"fovea.load reads folders and files, not {scheme[1]}: sources; import the model with "
+            f"fovea.load reads folders, files and hf: sources, not {scheme[1]}:; import the model with "
             "`fovea import`, and load the result"
         )
 

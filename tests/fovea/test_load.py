@@ -94,7 +94,7 @@ def test_repository_without_default_names_its_models(zoo: Path) -> None:
         fovea.load(zoo)
 
 
-@pytest.mark.parametrize("source", ["hf:timm/resnet18.a1_in1k", "torchvision:resnet18"])
+@pytest.mark.parametrize("source", ["timm:resnet18.a1_in1k", "torchvision:resnet18"])
 def test_sources_of_import_are_named(source: str) -> None:
     with pytest.raises(ModelError, match="import the model with `fovea import`"):
         fovea.load(source)

@@ -113,11 +113,7 @@ def read_hub_repository(text: str, work: Path, choice: str | None) -> Source:
     The weights are downloaded last: what is known before can rule the model out. Raises `ImportRefused`.
     """
     reference = HubReference.parse(text)
-    try:
-        import huggingface_hub  # noqa: F401 - only whether it is installed
-    except ImportError:
-        raise ImportRefused(f"{text} needs huggingface_hub: pip install 'fovea-serve[hub]'") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of missing tokens
+    _require_library(text)
     snapshot = _open_snapshot(reference)
     origin = f"{HUB_PREFIX}{reference.repository}@{snapshot.commit}"
     for name in (CONFIG_FILE, *PROCESSOR_FILES, CARD_FILE):
@@ -144,6 +140,24 @@ def read_hub_repository(text: str, work: Path, choice: str | None) -> Source:
         note="from the local cache: the hub cannot be reached" if snapshot.cached_folder else "",
     )
     return replace(source, facts=facts, is_local=False)
+
+
+def pin_reference(text: str) -> str:
+    """Return `hf:OWNER/MODEL@COMMIT` for a reference, by the hub or, without it, by the cache.
+
+    Raises `ImportRefused`.
+    """
+    reference = HubReference.parse(text)
+    _require_library(text)
+    return f"{HUB_PREFIX}{reference.repository}@{_open_snapshot(reference).commit}"
+
+
+def _require_library(text: str) -> None:
+    try:
+        import huggingface_hub  # noqa: F401 - only whether it is installed
+    except ImportError:
+        raise ImportRefused(f"{text} needs huggingface_hub: pip install 'fovea-serve[hub]'") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of missing tokens
 
 
 def _require_image_classifier(reference: HubReference, path: Path, tag: str | None) -> None:
