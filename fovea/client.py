@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -57,8 +58,10 @@ class _ClientOptions:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}; it must start with http:// or https://")
         for name, value in (("timeout", timeout), ("batch_size", batch_size)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be more than 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be more than 0, and finite")
+        if not 0 <= retry_seconds < math.inf:
+            raise ValueError(f"retry_seconds is {retry_seconds}; it must be at least 0, and finite")
         self.url = url
         self._timeout = timeout
         self._retry_seconds = retry_seconds

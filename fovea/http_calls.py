@@ -119,7 +119,7 @@ class ClassifyCall:
             )
         except _IMAGE_ERRORS as error:
             if len(images) == 1:
-                return [error]
+                return [error.with_traceback(None)]  # its frames would keep the images alive
             if not isinstance(error, BodyTooLarge):
                 raise
             middle = len(images) // 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -54,6 +55,17 @@ _MODE_REPLACEMENTS: Final = {
 
 _ORIENTATION: Final = 0x0112
 """EXIF and TIFF tag of the orientation."""
+
+_LOADING_LOCKS: Final = [threading.Lock() for _ in range(64)]
+"""Locks of PIL images, by their ids. An image that was opened and not read has one position in its file."""
+
+
+def _renew_locks() -> None:
+    """Replace the locks in a forked child: a thread of the parent may have held one."""
+    _LOADING_LOCKS[:] = [threading.Lock() for _ in _LOADING_LOCKS]
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
@@ -183,12 +195,13 @@ def _encode_image(image: Image.Image, max_pixels: int | None) -> bytes:
     if 0 in image.size:
         raise BadImage(f"an image of {image.width} x {image.height} px has no pixels")
     try:
-        image.load()
-        orientation = image.getexif().get(_ORIENTATION)
+        with _LOADING_LOCKS[id(image) // 16 % len(_LOADING_LOCKS)]:
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION)
     except Exception as error:  # Pillow raises almost anything for a damaged file
         raise BadImage(f"the PIL image cannot be decoded: {to_one_line(error)}") from error
     mode = _MODE_REPLACEMENTS.get(image.mode, image.mode)
-    if "transparency" in image.info and not mode.startswith("I;16"):
+    if image.has_transparency_data and mode not in ("RGBA", "LA") and not mode.startswith("I;16"):
         mode = "RGBA"
     return _to_tiff(image if mode == image.mode else image.convert(mode), orientation)
 

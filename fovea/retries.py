@@ -14,9 +14,11 @@ RETRIED_STATUSES: Final = frozenset({429, 503})
 """Statuses of replies that ask the client to come back later. The service has not classified anything."""
 
 _FIRST_WAIT: Final = 0.1
-"""Time in seconds before the second attempt, if the reply does not give a time. It doubles each time."""
+"""Time in seconds before the second attempt, if the reply gives no time or 0. It doubles each time."""
 
 _LONGEST_WAIT: Final = 5.0
+
+_MAX_DOUBLINGS: Final = 10
 
 _JITTER: Final = 0.2
 """Largest share of a wait that is added at random, so that many clients do not come back at once."""
@@ -44,8 +46,8 @@ class Retries:
         """
         self._connection_count += is_connection
         wait: float | None = getattr(error, "retry_after", None)
-        if wait is None:
-            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._count)
+        if not wait:  # a service that says 0 while it is overloaded must not be asked without a pause
+            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(self._count, _MAX_DOUBLINGS))
         wait *= 1 + random.uniform(0, _JITTER)  # noqa: S311 - not a secret
         self._count += 1
         if self._connection_count > _CONNECTION_RETRIES or time.monotonic() + wait > self._deadline:
@@ -62,7 +64,7 @@ def parse_retry_after(value: str | None) -> float | None:
         return None
     try:
         return max(0.0, float(value)) if value.strip().isdecimal() else _seconds_until(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

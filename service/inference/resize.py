@@ -140,7 +140,8 @@ def _resize_whole(
     (width, height), (left, top, right, bottom) = size, crop_box
     crop_size = right - left, bottom - top
     keeps_aspect = step.fit is Fit.COVER and filter_ is not Image.Resampling.NEAREST
-    if keeps_aspect and image.width >= image.height > height and min(left, top) >= 0:
+    is_inside = 0 <= left < right <= width and 0 <= top < bottom <= height
+    if keeps_aspect and image.width >= image.height > height and is_inside:
         image = image.resize((width, image.height), filter_).crop((left, 0, right, image.height))
         left, right = 0, crop_size[0]
         if height.bit_count() == 1:  # dividing by a power of two is exact

@@ -159,7 +159,7 @@ class Predictor:
         try:
             outcome = self._create_input(image)
         except RequestError as error:
-            outcome = error
+            outcome = error.with_traceback(None)  # its frames would keep the image alive
         return outcome, started_at, time.monotonic() - started_at
 
     def _create_input(self, image: Item) -> _Input:

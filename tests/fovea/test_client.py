@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
 import socket
 import subprocess
@@ -415,8 +416,11 @@ def test_cancelled_call_leaves_the_client_usable(stub: Stub) -> None:
     [
         ({"url": "127.0.0.1:8000"}, "url is '127.0.0.1:8000'; it must start with http:// or https://"),
         ({"url": "http://host:port"}, "url is 'http://host:port': Invalid port"),
-        ({"timeout": 0}, "timeout is 0; it must be more than 0"),
-        ({"batch_size": 0}, "batch_size is 0; it must be more than 0"),
+        ({"timeout": 0}, "timeout is 0; it must be more than 0, and finite"),
+        ({"timeout": math.inf}, "timeout is inf; it must be more than 0, and finite"),
+        ({"retry_seconds": -1}, "retry_seconds is -1; it must be at least 0, and finite"),
+        ({"retry_seconds": math.nan}, "retry_seconds is nan; it must be at least 0, and finite"),
+        ({"batch_size": 0}, "batch_size is 0; it must be more than 0, and finite"),
     ],
 )
 def test_wrong_options_are_refused(arguments: dict[str, Any], sentence: str) -> None:

@@ -122,6 +122,10 @@ PIPELINES: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
         "resize cover 21 x 21 bicubic, crop 32 x 48",
         lambda image: crop_by_torchvision(resize_by_torchvision(image, 21, BICUBIC), 32, 48),
     ),
+    "torchvision, crop larger by a pixel": (
+        "resize cover 32 x 32 bilinear, crop 33 x 33",
+        lambda image: crop_by_torchvision(resize_by_torchvision(image, 32, BILINEAR), 33, 33),
+    ),
     "transformers": (
         "resize cover 36 x 36 bilinear, crop 31 x 32 floor",
         lambda image: crop_by_transformers(resize_by_torchvision(image, 36, BILINEAR), 31, 32),
