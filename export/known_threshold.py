@@ -9,7 +9,7 @@ import torch
 
 from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH_SIZE
-from fovea.service.artifact.contract import KnownScore
+from fovea.service.artifact.contract import KnownScore, Task
 from fovea.service.inference.engine import Engine, Floats
 from fovea.service.inference.known import compute_known_scores
 
@@ -24,7 +24,12 @@ _MIN_SPREAD: Final = 1e-2
 
 
 def measure_known_score(engine: Engine, *example_sets: Examples) -> KnownScore | None:
-    """Return the threshold from the logits of `engine` on the held-out images; None for too few images."""
+    """Return the threshold from the logits of `engine` on the held-out images.
+
+    Return None for too few images, and for a binary model, which has no score.
+    """
+    if engine.contract.task is Task.BINARY:
+        return None
     scores = [
         compute_known_scores(engine.compute_logits(part.pixels[rows].numpy()), engine.contract.task)
         for part in example_sets
@@ -37,8 +42,7 @@ def measure_known_score(engine: Engine, *example_sets: Examples) -> KnownScore |
 def choose_threshold(scores: Floats) -> KnownScore | None:
     """Return the threshold that accepts 95 % of held-out images with these scores, (n,).
 
-    Return None for too few images, and for scores that tell nothing: logits that were computed from
-    probabilities give 0 for every image.
+    Return None for too few images, and for scores that tell nothing because all are equal.
 
     At least 95 % of new images like these are accepted, too (split conformal prediction: Vovk et al., 2005).
     """

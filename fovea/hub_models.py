@@ -26,6 +26,8 @@ def find_hub_model(source: str) -> Path:
     then leaves no model in the cache.
     """
     try:
+        # `pipeline` needs every package of an import.
+        from fovea.export.importer import pipeline  # noqa: F401
         from fovea.export.importer.sources.hub import pin_reference
     except ImportError as error:
         raise ModelError(

@@ -63,6 +63,11 @@ class GraphOutput:
     """Smallest and largest sum of one image's values among the images that were tried."""
 
     @property
+    def has_logits(self) -> bool:
+        """True if the graph has logits, and not only probabilities or their logarithms."""
+        return self.kind is ValueKind.LOGITS or self.logits_tensor is not None
+
+    @property
     def description(self) -> str:
         """Description for the report."""
         kind = str(self.kind)

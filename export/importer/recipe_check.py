@@ -106,9 +106,19 @@ def check_recipe(
         reference=build_reference(
             labels.names, chosen_scores.top_label, chosen_scores.confidence, chosen_scores.brightness
         ),
-        known=choose_threshold(chosen_scores.known_scores),
+        known=_choose_known_score(foreign, chosen_scores),
         report=report,
     )
+
+
+def _choose_known_score(foreign: ForeignModel, scores: Scores) -> KnownScore | None:
+    """Return the threshold of the score; None for a graph that does not yield what the score needs.
+
+    The logarithms of probabilities are no logits: their score is the rounding of a sum that is always 1.
+    """
+    if foreign.task is Task.BINARY or not foreign.graph_output.has_logits:
+        return None
+    return choose_threshold(scores.known_scores)
 
 
 def _build_predictor(foreign: ForeignModel, normalization: Normalization | None) -> PredictPixels:

@@ -26,6 +26,7 @@ from fovea.service.artifact.contract import (
     Coverage,
     DriftReference,
     GoldenSet,
+    KnownScore,
     Layer,
     Quantization,
     Task,
@@ -168,7 +169,7 @@ def build_quantized_contract(
         coverage=tuple(Coverage(level, quantile) for level, quantile in calibration.coverage),
         accuracy=_measure_accuracy(contract, calibration, probabilities, images, quantization.data),
         reference=_measure_reference(contract, probabilities, images),
-        known=choose_threshold(compute_known_scores(outputs.logits, contract.task)),
+        known=_measure_known_score(contract, outputs),
         quantization=quantization,
         layers=layers,
         golden=_record_golden_set(graph, contract, images),
@@ -212,6 +213,13 @@ def _measure_reference(
         probabilities.max(axis=1),
         brightness,
     )
+
+
+def _measure_known_score(contract: Contract, outputs: Outputs) -> KnownScore | None:
+    """Return the threshold for this model's scores, or the float model's if there are few images."""
+    if contract.known is None:
+        return None
+    return choose_threshold(compute_known_scores(outputs.logits, contract.task)) or contract.known
 
 
 def _record_golden_set(graph: ModelProto, contract: Contract, images: PixelSelection) -> GoldenSet:

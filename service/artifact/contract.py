@@ -267,7 +267,7 @@ class Contract:
     reference: DriftReference | None
     """Null for a model that was imported without images: its drift cannot be measured."""
     known: KnownScore | None
-    """Null for a model that was imported without images: it does not tell what it knows."""
+    """Null for a binary model and for one that was imported without images: they do not tell."""
     quantization: Quantization | None
     """Null for a model that computes as it was trained or imported."""
     layers: tuple[Layer, ...]
@@ -281,6 +281,7 @@ class Contract:
         threshold_count = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(self.labels)}[self.task]
         require(len(self.thresholds) == threshold_count, f"thresholds: {self.task} takes {threshold_count}")
         require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
+        require(not self.known or self.task is not Task.BINARY, "known: binary has no score")
         require(self.temperature > 0, "temperature must be positive")
         _require_coverage(self.coverage, self.task)
         if self.reference:

@@ -4,12 +4,12 @@ The score is the negative free energy of the logits z (Liu, Wang, Owens and Li, 
 Out-of-distribution Detection", NeurIPS):
 
     multiclass    ln sum exp(z)
-    binary        ln (exp(z / 2) + exp(-z / 2)), for the one logit z stands for two logits that differ by z
     multilabel    sum ln (1 + exp(z)) over the labels (Wang, Liu, Bocchieri and Li, 2021, "Can multi-label
                   classification networks know what they don't know?", NeurIPS)
 
 A network has large logits for what it was trained on. Unlike the largest probability, the score does not
-become high where one small logit is merely larger than the others.
+become high where one small logit is merely larger than the others. A binary model has one logit and no such
+score: what its logit says is how sure it is.
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ def compute_known_scores(logits: Floats, task: Task) -> Floats:
 def _sum_up(logits: Floats, task: Task) -> Floats:
     if task is Task.MULTILABEL:
         scores: Floats = np.add.reduce(np.logaddexp(logits, np.float32(0)), axis=1)
-    elif task is Task.BINARY:
-        halves = logits[:, 0] / 2
-        scores = np.logaddexp(halves, -halves)
     else:
         largest = np.maximum.reduce(logits, axis=1)
         scores = np.log(np.add.reduce(np.exp(logits - largest[:, None]), axis=1)) + largest

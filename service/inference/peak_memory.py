@@ -148,4 +148,5 @@ def _steps_bytes(plan: tuple[PlannedStep, ...], *, is_exact: bool) -> int:
             step_bytes = 4 * target_width * target_height
         peak_bytes = max(peak_bytes, held_bytes + step_bytes)
         held_bytes = 4 * target_width * target_height
-    return peak_bytes
+    _, _, _, (width, height) = plan[-1]
+    return max(peak_bytes, held_bytes + 6 * width * height)  # the pixels as an array, and the parts before

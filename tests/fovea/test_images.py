@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,11 @@ def test_other_arrays_follow_the_rules_of_files(array: Any, image: Image.Image, 
         (with_alpha(PICTURE.convert("L")), "PNG"),
         (PICTURE.quantize(16), "PNG"),
         (with_alpha(PICTURE.copy()), "PNG"),
+        (with_alpha(PICTURE.copy()).quantize(16), "PNG"),
         (Image.fromarray(GREY16), "PNG"),
         (PICTURE.convert("CMYK"), "TIFF"),
     ],
-    ids=["RGB", "1", "L", "LA", "P", "RGBA", "I;16", "CMYK"],
+    ids=["RGB", "1", "L", "LA", "P", "RGBA", "P of RGBA", "I;16", "CMYK"],
 )
 def test_pil_image_gets_the_answer_of_its_file(image: Image.Image, kind: str, model: fovea.Model) -> None:
     in_file = model.classify(encode_image(image, kind)).to_dict()
@@ -168,3 +170,15 @@ def test_bytes_may_be_any_buffer(model: fovea.Model) -> None:
     content = make_jpeg()
     expected = model.classify(content)
     assert model.classify(bytearray(content)) == model.classify(memoryview(content)) == expected
+
+
+def test_opened_image_may_be_shared_between_threads(tmp_path: Path) -> None:
+    """Pillow reads the file at the first use, and all threads use its one position."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(make_jpeg(1600, 1200, 1))
+    with Image.open(path) as image:
+        expected = to_pixels(image)
+    for _ in range(4):
+        with Image.open(path) as image, ThreadPoolExecutor(4) as pool:
+            for pixels in pool.map(to_pixels, [image] * 4):
+                assert np.array_equal(pixels, expected)

@@ -204,6 +204,8 @@ def test_errors_are_values_on_request(zoo: Path, tmp_path: Path) -> None:
         "unreadable_file",
         "unreadable_file",
     ]
+    for outcome in outcomes:  # the frames of a traceback would keep the images alive
+        assert isinstance(outcome, fovea.Result) or outcome.__traceback__ is None
     assert [str(one) for one in outcomes[2:4]] == [
         "the file cannot be read: Is a directory",
         "the file cannot be read: No such file or directory",

@@ -34,6 +34,7 @@ def test_retry_after_may_be_a_date() -> None:
     for date in (format_datetime(later, usegmt=True), later.strftime("%a, %d %b %Y %H:%M:%S -0000")):
         assert 40 < (parse_retry_after(date) or 0) <= 50
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert parse_retry_after("Mon, 99999999999999999999 Jan 2020 00:00:00 GMT") is None
 
 
 def test_waits_grow_and_end_before_the_limit() -> None:
@@ -42,6 +43,11 @@ def test_waits_grow_and_end_before_the_limit() -> None:
     waits = [retries.next_wait(error) for _ in range(9)]
     for wait, least in zip(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
         assert least <= wait <= 1.2 * least
+    retries = Retries(1000)
+    refusal = UnexpectedReply("busy", status=503, retry_after=0)
+    waits = [retries.next_wait(refusal) for _ in range(2000)]
+    assert waits[0] >= 0.1
+    assert waits[-1] >= 5
     for seconds in (0, 0.05):
         with pytest.raises(UnexpectedReply):
             Retries(seconds).next_wait(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,9 +15,10 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import KnownScore, Task
+from fovea.service.errors import ContractError
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.known import compute_known_scores
-from tests.graphs import build_model
+from tests.graphs import build_model, read_contract
 from tests.pictures import encode_image
 from tests.servers import Server
 
@@ -38,33 +40,31 @@ def test_multilabel_score_is_the_sum_over_the_labels() -> None:
     assert compute_known_scores(LOGITS, Task.MULTILABEL).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_binary_score_is_the_same_for_both_labels() -> None:
-    scores = compute_known_scores(np.array([[4.0], [-4.0], [0.0]], np.float32), Task.BINARY)
-    two_logits = np.array([[2.0, -2.0]], np.float32)
-    assert scores[0] == scores[1] == pytest.approx(compute_known_scores(two_logits, Task.MULTICLASS)[0])
-    assert scores[2] == pytest.approx(math.log(2))
+def test_binary_model_has_no_score() -> None:
+    """Its one logit says how sure it is, and nothing else."""
+    contract = read_contract(build_model(Task.BINARY, ("ant", "bee")))
+    with pytest.raises(ContractError, match="known: binary has no score"):
+        replace(contract, known=KnownScore(1.0, 0.95, 1000))
 
 
 def test_score_of_an_infinite_logit_is_finite() -> None:
     """Its probability is 1, so the image has an answer."""
     logits = np.array([[math.inf, 0.0]], np.float32)
     assert np.isfinite(compute_known_scores(logits, Task.MULTILABEL)).all()
-    assert np.isfinite(compute_known_scores(logits[:, :1], Task.BINARY)).all()
 
 
 # --- through the service -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[Task.MULTICLASS, Task.BINARY, Task.MULTILABEL])
+@pytest.fixture(scope="module", params=[Task.MULTICLASS, Task.MULTILABEL])
 def known_zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models: `tells` with a threshold between the scores of two images, and `silent` without one."""
     zoo = tmp_path_factory.mktemp("zoo")
-    labels = ("ant", "bee") if request.param is Task.BINARY else ("ant", "bee", "cow", "dog")
-    model = build_model(request.param, labels)
+    model = build_model(request.param)
     threshold = float(np.mean(score_images(Engine(model.SerializeToString(), provider="cpu", threads=1))))
     for name, known in (("tells", KnownScore(threshold, 0.95, 1000)), ("silent", None)):
         (zoo / name / "1").mkdir(parents=True)
-        onnx.save(build_model(request.param, labels, known=known), zoo / name / "1" / "model.onnx")
+        onnx.save(build_model(request.param, known=known), zoo / name / "1" / "model.onnx")
     return zoo
 
 
