@@ -315,7 +315,7 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
         if requested_task is None:
             low, high = output.sums
             raise MissingInformation(
-                f"the output {output.name!r} has {output.kind}, which sum to {low:.2g} … {high:.2g}: give "
+                f"the output {output.name!r} has {output.kind}, which sum to {low:.3g} … {high:.3g}: give "
                 "--task multilabel if any number of labels may be true of an image, or --task multiclass if "
                 "exactly one is true; its probabilities are then divided by their sum",
                 "--task multilabel",
