@@ -26,13 +26,15 @@ def round_probabilities(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.output[index] = "logits"
     graph.node.extend(
         [
-            helper.make_node("Softmax", ["logits"], ["exact"], axis=-1),
+            helper.make_node("Mul", ["logits", "softness"], ["soft"]),
+            helper.make_node("Softmax", ["soft"], ["exact"], axis=-1),
             helper.make_node("Mul", ["exact", "steps"], ["scaled"]),
             helper.make_node("Round", ["scaled"], ["rounded"]),
             helper.make_node("Div", ["rounded", "steps"], [logits]),
         ]
     )
-    graph.initializer.append(numpy_helper.from_array(np.array(32, np.float32), "steps"))
+    for name, value in (("softness", 0.2), ("steps", 32)):
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
     return model
 
 
