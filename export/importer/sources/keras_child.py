@@ -18,7 +18,7 @@ _ANY_SIDE: Final = 224
 """Side of an example for a model that takes images of any size, in pixels."""
 
 _MIN_VERSION: Final = (3, 12)
-"""Oldest version of Keras whose safe mode has no known gap (CVE-2025-1550, 8747, 9905, 9906, 12058, 12060)."""
+"""Oldest version of Keras whose safe mode has no known gap (CVE-2025-1550, 8747, 9905, 9906, 12058)."""
 
 
 def convert(file: str, out: str) -> None:
