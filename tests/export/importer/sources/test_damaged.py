@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import ModelProto, TensorProto
 
 from fovea.export.importer.foreign_model import MAX_BYTES, ImportRefused
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
@@ -15,7 +17,13 @@ from fovea.export.importer.sources.facts import SourceFacts
 from fovea.export.importer.sources.hub import HubReference
 from fovea.export.importer.sources.metadata import add_metadata_facts
 from tests.export.importer.sources.imports import read_refusal
-from tests.export.importer.sources.layouts import PROCESSOR, build_hub_graph, make_config, write_hub_folder
+from tests.export.importer.sources.layouts import (
+    PROCESSOR,
+    build_hub_graph,
+    make_config,
+    write_files,
+    write_hub_folder,
+)
 from tests.export.importer.test_large_weights import build_wide_network
 
 CENTRAL_ENTRY = b"PK\x01\x02"
@@ -61,18 +69,35 @@ def test_names_that_the_hub_allows_are_accepted(name: str) -> None:
     validate(name)
 
 
-def test_weights_that_are_shorter_than_their_shape_are_refused(tmp_path: Path) -> None:
-    graph = build_wide_network(200)
-    tensor = next(one for one in graph.graph.initializer if one.name == "square")
+def shorten(graph: ModelProto, name: str) -> None:
+    """Cut the last four bytes of a weight."""
+    tensor = next(one for one in graph.graph.initializer if one.name == name)
     tensor.raw_data = tensor.raw_data[:-4]
-    (tmp_path / "net.onnx").write_bytes(graph.SerializeToString())
-    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne")
-    options = {
-        "labels": tmp_path / "labels.txt",
-        "preprocessing": PreprocessingOptions(preset=IMAGENET),
-    }
-    message = read_refusal(tmp_path, tmp_path / "net.onnx", **options)
-    assert "raw_data size (159996 bytes) does not match" in message
+
+
+def set_input(graph: ModelProto, *, count: int = 0, kind: int = TensorProto.FLOAT) -> None:
+    """Set the batch size and the type of the input."""
+    tensor_type = graph.graph.input[0].type.tensor_type
+    tensor_type.shape.dim[0].dim_value = count
+    tensor_type.elem_type = kind
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda graph: shorten(graph, "square"), "net.onnx is damaged: the values of 'square' do not fit"),
+        (lambda graph: shorten(graph, "last"), "net.onnx is damaged: the values of 'last' do not fit"),
+        (lambda graph: set_input(graph, count=1 << 40), "batches of 1099511627776 images; at most 1024"),
+        (lambda graph: set_input(graph, kind=99), "has type number 99; supported types are"),
+    ],
+)
+def test_damaged_graphs_are_named(tmp_path: Path, damage: Callable[[ModelProto], None], reason: str) -> None:
+    graph = build_wide_network(200)
+    damage(graph)
+    write_files(tmp_path, {"net.onnx": graph, "labels.txt": "a\nb\nc\nd\ne"})
+    options: dict[str, Any] = {"preprocessing": PreprocessingOptions(preset=IMAGENET)}
+    message = read_refusal(tmp_path, tmp_path / "net.onnx", labels=tmp_path / "labels.txt", **options)
+    assert reason in message
 
 
 @pytest.mark.parametrize(
