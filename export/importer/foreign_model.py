@@ -14,6 +14,7 @@ from onnx import (
     ModelProto,
     TensorProto,
     inliner,
+    numpy_helper,
     version_converter,
 )
 
@@ -72,6 +73,7 @@ def read_model(path: Path) -> ModelProto:
     _require_onnx(path)
     model = _parse_model(path, _read_content(path))
     _load_external_weights(model, path)
+    _require_whole_tensors(path, model)
     if model.functions:
         model = inliner.inline_local_functions(model)
     _require_known_operators(path, model)
@@ -108,6 +110,18 @@ def _parse_model(path: Path, content: bytes) -> ModelProto:
     if not model.graph.node or not model.opset_import:
         raise ImportRefused(f"{path} is not an ONNX file, or it is cut short: it has no operators")
     return model
+
+
+def _require_whole_tensors(path: Path, model: ModelProto) -> None:
+    """Raise `ImportRefused` if a weight or constant has more or fewer values than its shape."""
+    for tensor in walk_tensors(model):
+        try:
+            numpy_helper.to_array(tensor)  # which copies no values that lie in `raw_data`
+        except Exception as error:  # ValueError, TypeError and KeyError, for each fault another
+            raise ImportRefused(
+                f"{path} is damaged: the values of {tensor.name!r} do not fit its type and shape "
+                f"({to_one_line(error)}); export or download it again"
+            ) from None
 
 
 def _require_known_operators(path: Path, model: ModelProto) -> None:

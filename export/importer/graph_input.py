@@ -62,6 +62,10 @@ class GraphInput:
         return np.ascontiguousarray(transposed_values, dtype=self.dtype)
 
 
+_MAX_BATCH: Final = 1024
+"""Maximum size of a batch that the file fixes. The import runs batches of the same image."""
+
+
 def read_graph_input(
     model: ModelProto,
     layout: Layout | None,
@@ -77,11 +81,17 @@ def read_graph_input(
     value = _require_single_input(model)
     dtype = SUPPORTED_TYPES.get(int(value.type.tensor_type.elem_type))
     if dtype is None:
-        kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        type_number = value.type.tensor_type.elem_type
+        is_known = type_number in TensorProto.DataType.values()
+        kind = TensorProto.DataType.Name(type_number).lower() if is_known else f"number {type_number}"
         raise ImportRefused(
             f"the input {value.name!r} has type {kind}; supported types are float32, float16 and uint8"
         )
     shape = _read_shape(value)
+    if shape[0] is not None and shape[0] > _MAX_BATCH:
+        raise ImportRefused(
+            f"the input {value.name!r} takes batches of {shape[0]} images; at most {_MAX_BATCH} are supported"
+        )
     input_layout = layout or _detect_layout(value.name, shape, has_size=size is not None)
     channels = shape[input_layout.channel_axis]
     if channels not in (None, 1, 3):

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 def write_import(
-    request: ImportRequest, report: ImportReport, contract: Contract, model: ModelProto, content: bytes
+    request: ImportRequest, report: ImportReport, contract: Contract, content: bytes
 ) -> ImportReport:
     """Add the version to the repository. Return the report with the version that it got.
 
-    `content` is `model` with the contract. Raises `WriteError`, and then leaves no file.
+    `content` is the whole model with the contract. Raises `WriteError`, and then leaves no file.
     """
 
     def write_files(folder: Path, version: str) -> None:
         nonlocal report, content
         if version != report.version:  # another program has just added a version
             new_contract = replace(contract, version=version)
-            content = embed_contract(model, new_contract)
+            content = embed_contract(ModelProto.FromString(content), new_contract)
             report = replace(report, version=version, bytes=len(content))
         card = render_model_card(replace(contract, version=version), create_card(request))
         (folder / MODEL_FILE).write_bytes(content)

@@ -102,7 +102,8 @@ def take_large_weights(model: ModelProto) -> tuple[ModelProto, LargeWeights]:
     arrays: dict[str, npt.NDArray[Any]] = {}
     for tensor in model.graph.initializer:
         size = math.prod(tensor.dims) * _item_bytes(tensor)
-        if size >= _MIN_BYTES and tensor.data_type in _TYPES and tensor.HasField("raw_data"):
+        # A weight with more or fewer bytes than its shape needs stays inside, for ONNX Runtime to refuse.
+        if size >= _MIN_BYTES and tensor.data_type in _TYPES and len(tensor.raw_data) == size:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             arrays[tensor.name] = np.frombuffer(tensor.raw_data, dtype).reshape(tuple(tensor.dims))
             tensor.ClearField("raw_data")

@@ -153,7 +153,7 @@ def import_model(request: ImportRequest) -> ImportReport:
     # All checks have passed: nothing is written before, so that a failed import leaves no file. The default
     # is recorded first: beside a second model, a model without this record is not the default.
     record_default_model(request.out)
-    report = write_import(request, report, contract, wrapped_model.model, content)
+    report = write_import(request, report, contract, content)
     if request.default:
         write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
     return report

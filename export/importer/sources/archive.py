@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
+import zlib
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -12,6 +15,18 @@ from fovea.export.importer.foreign_model import MAX_BYTES, ImportRefused
 _MAX_MEMBERS: Final = 20_000
 _READ_SUFFIXES: Final = (".onnx", ".txt", ".json", ".manifest", ".data", ".onnx_data")
 """Files of an archive that are read; programs, notebooks and pictures are left out."""
+
+_ARCHIVE_ERRORS: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+"""Errors of `zipfile` for archives that are damaged, encrypted or of a kind that it does not know."""
 
 
 class ArchiveKind(Enum):
@@ -64,7 +79,11 @@ def extract_model(path: Path, folder: Path) -> Path:
         for one in members:
             try:
                 archive.extract(one, folder)  # which removes `..` and absolute paths from the names
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+            except (*_ARCHIVE_ERRORS, OSError) as error:
+                if (
+                    isinstance(error, OSError) and error.errno is not None
+                ):  # of the disk, not of a decompressor
+                    raise
                 raise ImportRefused(f"{path} is damaged or encrypted at {one.filename}: {error}") from None
     files = sorted(folder.rglob("*.onnx"), key=lambda one: len(one.parts))
     if not files:
@@ -76,7 +95,7 @@ def _list_members(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except _ARCHIVE_ERRORS as error:
         raise ImportRefused(f"{path} is a damaged ZIP archive ({error}); copy or download it again") from None
     if len(members) > _MAX_MEMBERS:
         raise ImportRefused(f"{path} has {len(members)} files; a model has at most {_MAX_MEMBERS}")

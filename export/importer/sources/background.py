@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from fovea.export.importer.foreign_model import ImportRefused, opset_of, read_model
 from fovea.export.importer.graph_contents import tensor_names
 from fovea.export.importer.label_file import read_labels
-from fovea.export.importer.sources.facts import Source
+from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline, Source
 from fovea.export.importer.sources.model_config import write_labels
 
 _NAMES: Final = ("background", "dummy", "__background__")
@@ -28,7 +29,18 @@ def drop_background(source: Source) -> Source:
     remove_first_label(model)
     file = source.work / "without-background.onnx"
     file.write_bytes(model.SerializeToString())
-    return replace(source, file=file)
+    reference = source.reference and _drop_first_output(source.reference)
+    return replace(source, file=file, reference=reference)
+
+
+def _drop_first_output(pipeline: ReferencePipeline) -> ReferencePipeline:
+    """Return the pipeline without the first logit of its network."""
+
+    def run(images: Sequence[Path]) -> ReferenceAnswers:
+        answers = pipeline.run(images)
+        return answers if answers.outputs is None else replace(answers, outputs=answers.outputs[:, 1:])
+
+    return replace(pipeline, run=run)
 
 
 def drop_background_label(path: Path, source: Source) -> Path:

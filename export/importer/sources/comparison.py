@@ -118,6 +118,11 @@ def compare_with_pipeline(run: PipelineRun, foreign: ForeignModel, engine: Engin
     Raises `VerificationError` if they disagree.
     """
     actual, expected, count = engine.run(run.pixels), run.probabilities, len(run.pixels)
+    if actual.shape != expected.shape:
+        raise VerificationError(
+            f"{run.pipeline} gives {expected.shape[1]} probabilities, and the import gives "
+            f"{actual.shape[1]}; the ONNX file is of another network, choose another with --file"
+        )
     comparison = Comparison(
         pipeline=run.pipeline,
         images=count,

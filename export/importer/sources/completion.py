@@ -166,7 +166,7 @@ def _complete_preprocessing(
         task=facts.task.origin if facts.task and options.task is None else None,
     )
     if source.reference:
-        if _has_options(preprocessing):
+        if preprocessing != PreprocessingOptions() or _changes_size(options, facts):
             reason = "options replace the source's preprocessing"
             provenance = replace(provenance, not_compared=reason)
         else:
@@ -221,8 +221,10 @@ def _find_interpolation(steps: tuple[Step, ...]) -> Interpolation | None:
     return next((step.interpolation for step in steps if isinstance(step, ResizeStep)), None)
 
 
-def _has_options(preprocessing: PreprocessingOptions) -> bool:
-    return preprocessing != PreprocessingOptions()
+def _changes_size(options: GivenOptions, facts: SourceFacts) -> bool:
+    """Return whether the options set another size of the input than the source's."""
+    stated_size = (facts.geometry.value.height, facts.geometry.value.width) if facts.geometry else None
+    return options.size not in (None, stated_size)
 
 
 def _complete_normalization(preprocessing: PreprocessingOptions, facts: SourceFacts) -> PreprocessingOptions:

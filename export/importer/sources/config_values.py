@@ -58,9 +58,13 @@ def to_side(key: str, value: Any) -> int:
 
 def to_number(key: str, value: Any) -> float:
     """Return a finite number. Raises `ConfigError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{key} is {value!r}, which is not a number")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # JSON has integers of any length
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{key} is {repr(value)[:80]}, which is not a number, or is too large")
+    return number
 
 
 def to_channel_values(key: str, value: Any) -> ChannelValues:

@@ -128,7 +128,7 @@ def _find_memory_bytes() -> int:
 
 
 def _create_environment(environment: Mapping[str, str], *, may_download: bool) -> dict[str, str]:
-    """Return the environment: this Fovea, no network, and no messages of the packages."""
+    """Return the environment: this Fovea and no other code, no network, no messages of the packages."""
     root = str(Path(next(iter(fovea.__path__))).parent)
     paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
     return {
@@ -136,6 +136,7 @@ def _create_environment(environment: Mapping[str, str], *, may_download: bool) -
         **({} if may_download else {"HF_HUB_OFFLINE": "1"}),
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",  # else `python -m` imports modules from the current folder first
         "PYTHONWARNINGS": "ignore",
     }
 

@@ -35,6 +35,9 @@ HUB_PREFIX: Final = "hf:"
 _WEIGHTS: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Files with safetensors, in one or several parts."""
 
+_REPOSITORY: Final = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]*\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""Names of repositories that the hub allows. `huggingface_hub` raises an error of its own for others."""
+
 _SHOWN_COMMIT: Final = 12
 """Number of digits of a commit in messages; records have all."""
 
@@ -59,7 +62,7 @@ class HubReference:
     def parse(cls, text: str) -> HubReference:
         """Parse `hf:OWNER/MODEL[@REVISION]`. Raises `ImportRefused`."""
         repository, separator, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) or (separator and not revision):
+        if not _REPOSITORY.fullmatch(repository) or (separator and not revision):
             raise ImportRefused(
                 f"{text!r} is not hf:OWNER/MODEL or hf:OWNER/MODEL@REVISION, such as hf:google/vit-base@main"
             )

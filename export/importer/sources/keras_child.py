@@ -6,6 +6,7 @@ Runs as a process of its own: `python -m fovea.export.importer.sources.keras_chi
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,9 @@ from fovea.export.importer.sources.child import run_child
 _ANY_SIDE: Final = 224
 """Side of an example for a model that takes images of any size, in pixels."""
 
+_MIN_VERSION: Final = (3, 12)
+"""Oldest version of Keras whose safe mode has no known gap (CVE-2025-1550, 8747, 9905, 9906, 12058)."""
+
 
 def convert(file: str, out: str) -> None:
     """Convert a model without custom code. Raises `ImportRefused`."""
@@ -23,6 +27,12 @@ def convert(file: str, out: str) -> None:
     warnings.simplefilter("ignore")
     import keras
 
+    version = tuple(int(one) for one in re.findall(r"\d+", keras.__version__)[:2])
+    if version < _MIN_VERSION:
+        raise ImportRefused(
+            f"keras {keras.__version__} can run code that a file brings along; install keras "
+            f"{'.'.join(map(str, _MIN_VERSION))} or newer: pip install --upgrade keras"
+        )
     try:
         model = keras.saving.load_model(file, compile=False, safe_mode=True)
     except (TypeError, ValueError, OSError, KeyError) as error:

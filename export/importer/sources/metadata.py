@@ -11,7 +11,8 @@ from typing import Any, Final
 import onnx
 from onnx import ModelProto
 
-from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.file_format import describe_other_format
+from fovea.export.importer.foreign_model import MAX_BYTES, ImportRefused
 from fovea.export.importer.preprocessing import Normalization
 from fovea.export.importer.sources.facts import SourceFacts, Stated, StatedGeometry
 from fovea.export.importer.sources.model_config import write_labels
@@ -40,6 +41,8 @@ def add_metadata_facts(file: Path, origin: str, facts: SourceFacts, work: Path) 
     changes nothing: the import explains it.
     """
     try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES or describe_other_format(file):
+            return facts
         model = onnx.load_model(file, load_external_data=False)
     except Exception:  # protobuf's own exceptions, and OSError
         return facts

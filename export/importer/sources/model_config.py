@@ -64,7 +64,7 @@ class ModelConfig:
 
 def require_image_classifier(origin: str, config: Mapping[str, Any], pipeline_tag: str | None = None) -> None:
     """Raise `ImportRefused` if configuration or tag say that the model is of another kind."""
-    name = next((one for one in config.get("architectures") or () if isinstance(one, str)), "")
+    name = next(iter(_read_architectures(config)), "")
     if "ForImageClassification" in name:
         return
     if kind := next((kind for end, kind in _OTHER_KINDS if name.endswith(end)), ""):
@@ -85,8 +85,7 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """Return the facts of a `config.json`."""
     problems: list[str] = []
     labels = _read_labels(config, problems)
-    architectures = config.get("architectures")
-    names = [one for one in architectures if isinstance(one, str)] if isinstance(architectures, list) else []
+    names = _read_architectures(config)
     architecture = config.get("architecture")
     model_type = config.get("model_type")
     problem_type = config.get("problem_type")
@@ -100,6 +99,11 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
         ),
         problems=tuple(problems),
     )
+
+
+def _read_architectures(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [one for one in names if isinstance(one, str)] if isinstance(names, list) else []
 
 
 def is_timm_config(config: Mapping[str, Any]) -> bool:
@@ -140,4 +144,4 @@ def _read_labels(
 
 def write_labels(labels: tuple[str, ...] | tuple[tuple[str, str], ...], path: Path) -> None:
     """Write labels to a file that `read_labels` reads."""
-    path.write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(labels), encoding="utf-8")  # in ASCII: half a surrogate pair has no UTF-8

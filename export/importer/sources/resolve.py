@@ -58,6 +58,8 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
         raise ImportRefused(_explain_missing_source(text))
     if path.is_dir():
         return read_folder(path, work, choice)
+    if not path.is_file():
+        raise ImportRefused(f"{text} is neither a file nor a folder; copy the model to a file first")
     start = _read_start(path)
     kind = find_archive_kind(path) if start.startswith(b"PK\x03\x04") else None
     if kind is ArchiveKind.MODEL_FOLDER:

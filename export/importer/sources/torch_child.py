@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.sources.child import run_child
+from fovea.export.importer.sources.torch_code import check_program_records, check_script, restrict_json
 
 _ANY_SIDE: Final = 224
 """Side of the example for a graph that takes images of any size, in pixels."""
@@ -36,7 +37,10 @@ def export_script(file: Path, height: int, width: int, out: Path) -> None:
     import torch
 
     try:
+        check_script(file)
         module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except ImportRefused as error:
+        raise ImportRefused(f"{file.name} {error}") from None
     except RuntimeError as error:
         raise ImportRefused(f"torch cannot read {file.name}: {_shorten(error)}") from None
     has_size = height > 0
@@ -65,7 +69,8 @@ def export_program(file: Path, out: Path) -> None:
     import torch
 
     try:
-        with restrict_pickles():
+        check_program_records(file)
+        with restrict_pickles(), restrict_json():
             program = torch.export.load(file)
     except ImportRefused as error:
         raise ImportRefused(f"{file.name} {error}") from None

@@ -12,7 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export.importer.foreign_model import ReferenceModel
+from fovea.export.importer.import_files import write_import
+from fovea.export.importer.inspect import ImportRequest
 from fovea.export.importer.large_weights import NO_WEIGHTS, take_large_weights
+from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
+from fovea.service.inference.engine import Engine
 from tests.export.classifiers import build_classifier, prepare_imagenet, run_onnx, softmax
 from tests.export.importer.test_pipeline import IMAGES, find_largest_difference
 from tests.export.imports import import_graph, make_labels
@@ -70,6 +74,19 @@ def test_model_without_its_weights_runs_with_them() -> None:
     assert np.array_equal(ReferenceModel(whole, threads=1)(images)["scores"], expected)
     onnx.checker.check_model(whole)
     assert NO_WEIGHTS.serialize(whole) == whole.SerializeToString()
+
+
+def test_version_that_another_import_takes_first_leaves_the_weights_whole(tmp_path: Path) -> None:
+    model = import_graph(build_wide_network(200), tmp_path)
+    request = ImportRequest(
+        tmp_path / "foreign.onnx", None, "thing", tmp_path / "zoo", PreprocessingOptions(preset=IMAGENET)
+    )
+    # Version 1 exists when the checked import is written, as if another import had just added it.
+    report = write_import(request, model.report, model.contract, model.path.read_bytes())
+    assert report.version == "2"
+    second = Engine.load(tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1)
+    assert second.contract.version == "2"
+    assert np.array_equal(second.run(model.pixels(IMAGES[0])[None]), model(IMAGES[0]))
 
 
 @pytest.mark.slow

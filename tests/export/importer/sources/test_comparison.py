@@ -18,8 +18,14 @@ from fovea.export.importer.sources.completion import GivenOptions, complete_requ
 from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline
 from fovea.export.importer.sources.resolve import resolve_source
 from fovea.export.verify import VerificationError
-from tests.export.classifiers import Array
-from tests.export.importer.sources.layouts import PROCESSOR, write_hub_folder
+from tests.export.classifiers import Array, run_onnx
+from tests.export.importer.sources.layouts import (
+    LABELS,
+    PROCESSOR,
+    build_hub_graph,
+    make_config,
+    write_hub_folder,
+)
 from tests.export.importer.test_labelled_images import draw_labelled_images
 
 Resize = Callable[[Image.Image], Image.Image]
@@ -117,3 +123,37 @@ def test_options_of_the_user_are_not_compared(tmp_path: Path) -> None:
     assert dict(report.facts)["compared"] == (
         "not with the source's own pipeline: options replace the source's preprocessing"
     )
+
+
+@pytest.mark.parametrize("size", [None, (16, 16), (24, 24)])
+def test_other_size_of_the_user_is_not_compared(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    report = import_with(tmp_path, create_pipeline(resize_as_transformers), size=size)
+    assert (report.comparison is None) == (size == (24, 24))
+    if size == (24, 24):
+        assert dict(report.facts)["compared"].endswith("options replace the source's preprocessing")
+
+
+@pytest.mark.parametrize("drops_background", [True, False])
+def test_network_with_a_background_class_is_compared(tmp_path: Path, drops_background: bool) -> None:
+    graph, labels = build_hub_graph(count=6), ("background", *LABELS)
+    folder = write_hub_folder(
+        tmp_path / "net", **{"onnx/model.onnx": graph, "config.json": make_config(labels)}
+    )
+    pipeline = create_pipeline(resize_as_transformers)
+
+    def run(images: Sequence[Path]) -> ReferenceAnswers:
+        answers = pipeline.run(images)
+        return replace(answers, outputs=run_onnx(graph, answers.values))
+
+    given = GivenOptions(tmp_path / "zoo", PreprocessingOptions(), drops_background=drops_background)
+    with resolve_source(str(folder)) as source:
+        reference = ReferencePipeline("house", run)
+        report = import_model(complete_request(given, replace(source, reference=reference)))
+    assert report.comparison is not None
+    assert report.comparison.probability_difference < 1e-5
+
+
+def test_other_number_of_answers_refuses_the_import(tmp_path: Path) -> None:
+    outputs = np.zeros((GENERATED_IMAGES, 6), np.float32)
+    with pytest.raises(VerificationError, match=r"House 1\.0 gives 6 probabilities, and the import gives 5"):
+        import_with(tmp_path, create_pipeline(resize_as_transformers, outputs))

@@ -76,6 +76,26 @@ def test_converter_gets_its_arguments_and_no_network(write_module: WriteModule, 
     assert (tmp_path / "out").read_text() == "b1"
 
 
+@pytest.mark.long
+def test_modules_in_the_current_folder_are_not_imported(
+    write_module: WriteModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    (folder / "difflib.py").write_text("import pathlib; pathlib.Path('exploded').touch()")
+    monkeypatch.chdir(folder)
+    run_converter(write_module("import difflib; difflib.SequenceMatcher"), [], what="pets")
+    assert not (folder / "exploded").exists()
+
+
+@pytest.mark.long
+def test_old_keras_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keras.py").write_text("__version__ = '3.11.3'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportRefused, match=r"^keras 3\.11\.3 can run .*; install keras 3\.12 or newer"):
+        run_converter("fovea.export.importer.sources.keras_child", ["pets.keras", "out"], what="pets")
+
+
 IMPORT = """
 from fovea.export.importer.sources.conversion import run_converter
 run_converter("own_converter", [], what="pets")
