@@ -308,8 +308,7 @@ def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> st
         colours = "grey (ITU-R 601)" if foreign.graph_input.channels == 1 else "RGB"
         return f"uint8, {colours}, unchanged: the graph normalises them itself{note}"
     text = foreign.normalization.describe(foreign.graph_input.channels)
-    stated_origin = request.provenance.normalization if request.provenance else None
-    return f"{text} ({stated_origin or request.preprocessing.arithmetic_origin})"
+    return f"{text} ({request.normalization_origin})"
 
 
 def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:

@@ -75,7 +75,8 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
         raise ImportRefused(
             f"{text} is an export of Teachable Machine for TFLite; unpack it, then run python -m "
             "tf2onnx.convert --tflite model_unquant.tflite --output model.onnx, and import model.onnx with "
-            "--labels labels.txt --preset keras-mobilenet"
+            "--labels labels.txt --preset keras-mobilenet --geometry 'crop aspect 224 unrounded, resize "
+            "stretch 224 lanczos'"
         )
     if kind is ArchiveKind.PICKLE or (kind is None and is_pickle(start, path)):
         refuse_pickle(path)
