@@ -55,7 +55,7 @@ def complete_request(options: GivenOptions, source: Source) -> ImportRequest:
     Raises `ImportRefused` that names everything that neither states, with an example of a command.
     """
     if options.drops_background:
-        source = drop_background(source)
+        source = replace(drop_background(source), original=source.original or source.file)
     if source.facts.labels and options.labels is None and has_label_names(source.file):
         source = replace(source, facts=replace(source.facts, labels=None))
     facts = source.facts
@@ -166,6 +166,7 @@ def _complete_preprocessing(
         source=source.origin,
         file=source.file_name,
         is_local=source.is_local,
+        original=source.original,
         note=facts.note,
         labels=facts.labels.origin if facts.labels and options.labels is None else None,
         licence=facts.licence,
@@ -178,10 +179,8 @@ def _complete_preprocessing(
             provenance = replace(provenance, not_compared=reason)
         else:
             provenance = replace(provenance, reference=source.reference)
-    elif facts.library in ("transformers", "timm"):
-        provenance = replace(
-            provenance, not_compared=f"its own pipeline needs {facts.library}, which is not installed"
-        )
+    else:
+        provenance = replace(provenance, not_compared=source.not_compared)
     if preprocessing.preset is not None:  # a preset replaces the source's preprocessing as a whole
         return preprocessing, provenance
     if facts.normalization and not is_uint8:

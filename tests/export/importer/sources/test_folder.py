@@ -251,6 +251,31 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param(
+            {},
+            "its own pipeline needs transformers, which is not installed",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("transformers") is not None, reason=f"{SYSTEM_REASON}has it"
+            ),
+        ),
+        ({"preprocessor_config.json": None}, "there is no preprocessor_config.json"),
+    ],
+)
+@pytest.mark.parametrize("file", ["", "onnx/model.onnx"])
+def test_reason_for_no_comparison_is_named(
+    tmp_path: Path, file: str, changes: dict[str, Any], reason: str
+) -> None:
+    folder = write_hub_folder(tmp_path / "vit", **changes)
+    options: dict[str, Any] = {}
+    if changes:
+        options = {"size": (16, 16), "preprocessing": PreprocessingOptions(preset=IMAGENET)}
+    report, _ = import_source(tmp_path, folder / file, **options)
+    assert dict(report.facts)["compared"] == f"not with the source's own pipeline: {reason}"
+
+
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is not None, reason=f"{SYSTEM_REASON}has it")
 def test_missing_transformers_is_one_sentence(tmp_path: Path) -> None:

@@ -192,6 +192,14 @@ def test_damaged_archive_is_refused(tmp_path: Path) -> None:
     assert "is a damaged ZIP archive" in read_refusal(tmp_path, tmp_path / "pets.zip")
 
 
+def test_archive_with_several_onnx_files_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("a.onnx", b"x")
+        archive.writestr("b.onnx", b"x")
+    message = read_refusal(tmp_path, tmp_path / "pets.zip")
+    assert message.startswith(f"{tmp_path / 'pets.zip'} has 2 ONNX files: a.onnx (0.0 MB), b.onnx")
+
+
 def test_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
         archive.writestr("../../evil.onnx", b"x")
