@@ -62,14 +62,20 @@ def _restore_error(error_type: type[FoveaError], arguments: tuple[Any, ...]) -> 
 def to_one_line(error: Exception) -> str:
     """Return the message of any error without line breaks, for stderr and for other messages.
 
-    Cuts a message that is too long, because a library may quote a hostile file at any length.
+    Shortens a message that is too long, because a library may quote a hostile file at any length. The end
+    stays, because it says what to do.
     """
     line = " ".join(str(error).split())
-    return line if len(line) <= _MAX_MESSAGE_LENGTH else f"{line[:_MAX_MESSAGE_LENGTH]}…"
+    if len(line) <= _MAX_MESSAGE_LENGTH:
+        return line
+    return f"{line[: _MAX_MESSAGE_LENGTH - _MAX_END_LENGTH]} … {line[-_MAX_END_LENGTH:]}"
 
 
-_MAX_MESSAGE_LENGTH = 1000
+_MAX_MESSAGE_LENGTH = 1500
 """Maximum length of a message in characters."""
+
+_MAX_END_LENGTH = 500
+"""Length of the end of a message that is shortened, in characters: a command with several long paths."""
 
 
 class StartError(FoveaError):

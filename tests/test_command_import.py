@@ -196,7 +196,7 @@ def test_missing_import_options_are_listed_with_an_example(
     ):
         assert part in message
     example = message.partition("; such as: fovea ")[2].split()
-    assert example[-6:] == ["--labels", "labels.txt", "--size", "224", "--preset", "imagenet"]
+    assert example[-6:] == ["--labels", "labels.txt", "--crop", "224", "--preset", "imagenet"]
     arguments = [tmp_path / part if part == "labels.txt" else part for part in example]
     assert command(*arguments) == 0
     assert command("import", tmp_path / "model.onnx", "--mean", "0", "--std", "1") == 2
@@ -224,9 +224,8 @@ def test_questions_that_need_a_run_are_in_the_same_message(
     assert "give --task multilabel if any number of labels may be true" in message
     assert ("the file does not say how to normalise pixels" in message) == (not options)
     example = message.partition("; such as: fovea ")[2].split()
-    assert example[-4:] == ["--crop", "224", "--task", "multilabel"]
-    answers = example[example.index("--preset") :]
-    assert command(*arguments, *answers) == 0
+    assert "--crop 224 --task multilabel" in " ".join(example)
+    assert command(*example) == 0
 
 
 def test_layout_and_size_are_asked_for_together(

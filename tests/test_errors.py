@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fovea import bench, export, model, service
-from fovea.service.errors import BodyTimeout, FoveaError, Overloaded
+from fovea.service.errors import BodyTimeout, FoveaError, Overloaded, to_one_line
 
 VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
 """An argument for each type of constructor parameter."""
@@ -77,3 +77,10 @@ def test_pickled_error_keeps_message_and_retry_after(error: FoveaError) -> None:
     duplicate = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
     assert str(duplicate) == str(error)
     assert getattr(duplicate, "retry_after", None) == getattr(error, "retry_after", None)
+
+
+def test_long_message_keeps_its_end() -> None:
+    line = to_one_line(ValueError(f"it is wrong: {'x' * 10_000}\nsuch as: fovea import model.onnx"))
+    assert line.startswith("it is wrong: xxx")
+    assert line.endswith("xxx such as: fovea import model.onnx")
+    assert len(line) < 1600

@@ -98,8 +98,8 @@ def _describe_start(head: bytes) -> tuple[str, str] | None:
     # safetensors: the length of a JSON text in eight bytes, then the text
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100 << 20:
         return "a safetensors file, which has weights without their network", (
-            "load it with the program that made it, and export the model to ONNX (optimum-cli export onnx "
-            "for transformers)"
+            "import its folder if config.json of transformers or timm is there; else export the model to "
+            "ONNX with the program that made it"
         )
     return None
 
@@ -123,21 +123,12 @@ def _describe_archive(file: BinaryIO, head: bytes) -> tuple[str, str] | None:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "a ZIP archive that is cut short", "copy or download it again"
-    base_names = {Path(name).name for name in names}
-    if "model.weights.h5" in base_names:
-        return "a Keras model (.keras)", f"load it in Keras, and {_TO_ONNX}: model.export"
-    if "archive_format" in base_names or "serialized_exported_program.json" in base_names:
-        return "a program of torch.export (.pt2)", f"{_TO_ONNX}: torch.onnx.export"
-    if "constants.pkl" in base_names:
-        return "a TorchScript file", f"load it with torch.jit.load, and {_TO_ONNX}: torch.onnx.export"
-    if "data.pkl" in base_names:
-        return "a checkpoint of PyTorch, which is a Python pickle in a ZIP archive", _PICKLE_ADVICE
-    for suffix, kind in ((".onnx", "ONNX"), (".tflite", "TensorFlow Lite")):
-        models = sorted(name for name in names if name.lower().endswith(suffix))
-        if models:
-            listed = ", ".join(models[:3]) + (", …" if len(models) > 3 else "")
-            what = "import it" if suffix == ".onnx" else "convert it to ONNX"
-            return f"a ZIP archive with {kind} inside ({listed})", f"unpack it, and {what}"
+    models = sorted(name for name in names if name.lower().endswith(".tflite"))
+    if models:
+        listed = ", ".join(models[:3]) + (", …" if len(models) > 3 else "")
+        return f"a ZIP archive with TensorFlow Lite inside ({listed})", "unpack it, and convert it to ONNX"
+    if any(name.endswith(".onnx") for name in names):  # an archive in place of a file of a folder
+        return "a ZIP archive", "unpack it, and import the ONNX file inside"
     return "a ZIP archive without an ONNX file inside", _TO_ONNX
 
 

@@ -31,6 +31,12 @@ class Layout(StrEnum):
         return 1 if self is Layout.NCHW else 3
 
 
+LAYOUT_OPTION: Final = "from --layout"
+"""Origin of a layout that the file does not state."""
+
+SIZE_OPTION: Final = "from --crop"
+"""Origin of a size that the file does not state."""
+
 SUPPORTED_TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),
     int(TensorProto.FLOAT16): np.dtype(np.float16),
@@ -110,7 +116,7 @@ def read_graph_input(
             f"the input {value.name!r} is {height} x {width} pixels; the maximum side is {MAX_SIDE}"
         )
     number = "one channel" if channels == 1 else "three channels"
-    layout_origin = "from --layout" if layout else f"{number} on axis {input_layout.channel_axis}"
+    layout_origin = LAYOUT_OPTION if layout else f"{number} on axis {input_layout.channel_axis}"
     facts = (
         ("input", "; ".join([f"{value.name}: {dtype.name}, {format_shape(shape)}", *notes])),
         ("layout", f"{input_layout} ({layout_origin})"),
@@ -183,7 +189,7 @@ def _choose_length(
     if graph_length:
         return graph_length, "the graph's own"
     if requested_length:
-        return requested_length, "from --crop; the graph takes any"
+        return requested_length, f"{SIZE_OPTION}; the graph takes any"
     if geometry_length:
         return geometry_length, "the last step of --geometry; the graph takes any"
     raise MissingInformation(

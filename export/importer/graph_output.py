@@ -32,6 +32,9 @@ from fovea.export.importer.output_choice import (
 from fovea.export.importer.repeatability import require_repeatable
 from fovea.service.artifact.contract import Task
 
+TASK_OPTION: Final = "from --task"
+"""Origin of a task that is given."""
+
 
 class ValueKind(StrEnum):
     """The kind of the values of one image."""
@@ -324,13 +327,13 @@ def choose_task(output: GraphOutput, requested_task: Task | None) -> tuple[Task,
             raise ImportRefused(_describe_binary(output))
         is_multilabel = requested_task is Task.MULTILABEL
         note = "" if is_multilabel else "; each probability is divided by their sum"
-        return requested_task, f"from --task{note}"
+        return requested_task, f"{TASK_OPTION}{note}"
     if requested_task is Task.MULTILABEL and output.kind is not ValueKind.LOGITS:
         raise ImportRefused(f"the output {output.name!r} has {output.kind}: that is not multilabel")
     if requested_task is Task.BINARY and output.count != 2:
         raise ImportRefused(_describe_binary(output))
     if requested_task is not None:
-        return requested_task, "from --task"
+        return requested_task, TASK_OPTION
     if output.count == 2:
         return Task.BINARY, "assumed from two labels; --task overrides it"
     if output.has_softmax:

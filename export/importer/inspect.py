@@ -96,6 +96,12 @@ class ImportRequest:
     provenance: Provenance | None = None
     """Source of the file and of its facts; None for a file alone."""
 
+    @property
+    def normalization_origin(self) -> str:
+        """Source or options that state the normalisation."""
+        stated_origin = self.provenance.normalization if self.provenance else None
+        return stated_origin or self.preprocessing.arithmetic_origin
+
 
 @dataclass(frozen=True)
 class ForeignModel:
@@ -189,7 +195,7 @@ def inspect_model(request: ImportRequest) -> ForeignModel:
     notes = prepare_input(model, dict(request.settings), request.layout)
     geometry_size = request.preprocessing.geometry_size
     graph_input = read_graph_input(model, request.layout, request.size, geometry_size, notes)
-    normalization = _choose_normalization(request.preprocessing, graph_input)
+    normalization = _choose_normalization(request, graph_input)
     arithmetic = arithmetic_of(model)
     model, weights = take_large_weights(model)
     reference = ReferenceModel(
@@ -241,7 +247,7 @@ def inspect_model(request: ImportRequest) -> ForeignModel:
             ("output", f"{graph_output.name} ({graph_output.choice_reason})"),
             ("values", graph_output.description),
             ("task", f"{task} ({reason})"),
-            *_find_warnings(model, graph_input, normalization, request.preprocessing, read_tensors),
+            *_find_warnings(model, graph_input, normalization, request.normalization_origin, read_tensors),
         ),
     )
 
@@ -250,10 +256,10 @@ def _find_warnings(
     model: ModelProto,
     graph_input: GraphInput,
     normalization: Normalization | None,
-    preprocessing: PreprocessingOptions,
+    origin: str,
     read_tensors: ReadTensors,
 ) -> Iterator[tuple[str, str]]:
-    """Yield facts that may be mistakes."""
+    """Yield facts that may be mistakes. `origin` is that of the normalisation."""
     if normalization is None or not normalization.operations:
         return
     own_normalization = find_own_normalization(model, graph_input.name, read_tensors)
@@ -264,7 +270,7 @@ def _find_warnings(
             "warning",
             "pixels are normalised twice: the graph begins with a normalisation of its own "
             f"({own_normalization}), and gets {values.min():.3g} … {values.max():.3g} from "
-            f"{preprocessing.arithmetic_origin}; if it takes 0 … 255, import it with --preset raw",
+            f"{origin}; if it takes 0 … 255, import it with --preset raw",
         )
 
 
@@ -300,15 +306,14 @@ def _prepare_values(pixels: Pixels, graph_input: GraphInput, normalization: Norm
     return normalization(levels) if normalization else levels
 
 
-def _choose_normalization(
-    preprocessing: PreprocessingOptions, graph_input: GraphInput
-) -> Normalization | None:
+def _choose_normalization(request: ImportRequest, graph_input: GraphInput) -> Normalization | None:
+    preprocessing = request.preprocessing
     if graph_input.dtype != np.uint8:
         normalization = preprocessing.normalization
         if graph_input.channels == 1 and not normalization.is_uniform:
             raise ImportRefused(
                 f"the input {graph_input.name!r} has one channel, grey, but the normalisation differs "
-                f"between channels ({preprocessing.arithmetic_origin}): give one number each, such as "
+                f"between channels ({request.normalization_origin}): give one number each, such as "
                 "--mean 0.5 --std 0.5, and leave out --bgr"
             )
         return normalization

@@ -37,6 +37,12 @@ def has_own_labels(file: Path | None) -> bool:
     return file is not None and read_graph_labels(read_model(file)) is not None
 
 
+def has_label_names(file: Path) -> bool:
+    """Return whether the graph in a file holds labels itself, and not only the numbers of its outputs."""
+    labels = read_graph_labels(read_model(file))
+    return labels is not None and labels.names != tuple(map(str, range(len(labels.names))))
+
+
 def find_missing_facts(
     file: Path | None,
     preprocessing: PreprocessingOptions,
@@ -61,7 +67,8 @@ def find_missing_facts(
         try:
             prepare_input(model, settings, layout)
             graph_input = read_graph_input(model, layout, size, preprocessing.geometry_size)
-            input_size, is_uint8 = (graph_input.height, graph_input.width), graph_input.dtype == np.uint8
+            size = input_size = (graph_input.height, graph_input.width)
+            is_uint8 = graph_input.dtype == np.uint8
         except MissingInformation as error:
             questions.append(error)
         questions += _find_output_questions(model, layout, size, labels, output, task)

@@ -138,7 +138,7 @@ def import_model(request: ImportRequest) -> ImportReport:
         bytes=len(content),
         parameters=wrapped_model.parameters,
         file=_replace_invalid_bytes(request.provenance.file if request.provenance else request.file.name),
-        sha256=_compute_sha256(request.file),
+        sha256=_compute_sha256(_find_original(request)),
         facts=(
             *name_origins(foreign.facts, request.provenance),
             *_collect_facts(request, foreign, labels, geometry, check_result),
@@ -192,6 +192,12 @@ def _find_next_version(folder: Path) -> str:
         raise ImportRefused(f"cannot list {folder}: {error.strerror}") from None
 
 
+def _find_original(request: ImportRequest) -> Path:
+    """Return the file that the report names: that of the request, or that which was converted to it."""
+    original = request.provenance.original if request.provenance else None
+    return original or request.file
+
+
 def _compute_sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -232,7 +238,7 @@ def _build_contract(
         training=Training(
             f"imported: {_replace_invalid_bytes(describe_data(request))}",
             0,
-            f"sha256:{_compute_sha256(request.file)}",
+            f"sha256:{_compute_sha256(_find_original(request))}",
             _replace_invalid_bytes(request.command),
         ),
         accuracy=check_result.accuracy if check_result else None,
@@ -308,8 +314,7 @@ def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> st
         colours = "grey (ITU-R 601)" if foreign.graph_input.channels == 1 else "RGB"
         return f"uint8, {colours}, unchanged: the graph normalises them itself{note}"
     text = foreign.normalization.describe(foreign.graph_input.channels)
-    stated_origin = request.provenance.normalization if request.provenance else None
-    return f"{text} ({stated_origin or request.preprocessing.arithmetic_origin})"
+    return f"{text} ({request.normalization_origin})"
 
 
 def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:

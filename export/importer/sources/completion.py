@@ -12,7 +12,12 @@ from fovea.export.importer.foreign_model import ImportRefused, MissingInformatio
 from fovea.export.importer.graph_input import Layout, read_graph_input
 from fovea.export.importer.input_forms import prepare_input
 from fovea.export.importer.inspect import ImportRequest
-from fovea.export.importer.missing_facts import build_refusal, find_missing_facts, has_own_labels
+from fovea.export.importer.missing_facts import (
+    build_refusal,
+    find_missing_facts,
+    has_label_names,
+    has_own_labels,
+)
 from fovea.export.importer.preprocessing import PreprocessingOptions
 from fovea.export.importer.sources.background import drop_background, drop_background_label
 from fovea.export.importer.sources.facts import Provenance, Source, SourceFacts, StatedGeometry
@@ -50,14 +55,16 @@ def complete_request(options: GivenOptions, source: Source) -> ImportRequest:
     Raises `ImportRefused` that names everything that neither states, with an example of a command.
     """
     if options.drops_background:
-        source = drop_background(source)
+        source = replace(drop_background(source), original=source.original or source.file)
+    if source.facts.labels and options.labels is None and has_label_names(source.file):
+        source = replace(source, facts=replace(source.facts, labels=None))
     facts = source.facts
     labels = options.labels or (facts.labels.value if facts.labels else None)
     name = options.name or facts.name
     task = options.task or (facts.task.value if facts.task else None)
     layout, size, is_uint8 = _complete_input(options, source)
     preprocessing, provenance = _complete_preprocessing(options, source, is_uint8=is_uint8)
-    if size is not None and options.size is None and facts.geometry and provenance.steps is not None:
+    if size is not None and options.size is None and facts.geometry:
         provenance = replace(provenance, size=facts.geometry.origin)
     if layout is not None and options.layout is None and facts.layout:
         provenance = replace(provenance, layout=facts.layout.origin)
@@ -133,8 +140,8 @@ def _complete_input(options: GivenOptions, source: Source) -> _CompletedInput:
             graph_input = read_graph_input(model, layout, size, given_size, notes)
         except MissingInformation:
             layout = layout or (source.facts.layout.value if source.facts.layout else None)
-            size = size or given_size or stated_size
-            graph_input = read_graph_input(model, layout, size, None, notes)
+            size = size or (None if given_size else stated_size)
+            graph_input = read_graph_input(model, layout, size, given_size, notes)
     except MissingInformation:  # it is asked for with everything else
         return _CompletedInput(layout, size, False)
     graph_size = (graph_input.height, graph_input.width)
@@ -159,6 +166,7 @@ def _complete_preprocessing(
         source=source.origin,
         file=source.file_name,
         is_local=source.is_local,
+        original=source.original,
         note=facts.note,
         labels=facts.labels.origin if facts.labels and options.labels is None else None,
         licence=facts.licence,
@@ -171,10 +179,8 @@ def _complete_preprocessing(
             provenance = replace(provenance, not_compared=reason)
         else:
             provenance = replace(provenance, reference=source.reference)
-    elif facts.library in ("transformers", "timm"):
-        provenance = replace(
-            provenance, not_compared=f"its own pipeline needs {facts.library}, which is not installed"
-        )
+    else:
+        provenance = replace(provenance, not_compared=source.not_compared)
     if preprocessing.preset is not None:  # a preset replaces the source's preprocessing as a whole
         return preprocessing, provenance
     if facts.normalization and not is_uint8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from fovea.export.importer.foreign_model import Array
 from fovea.export.importer.graph_input import Layout
@@ -14,6 +14,11 @@ from fovea.service.artifact.contract import Task
 from fovea.service.artifact.geometry import Step
 
 T = TypeVar("T")
+
+NO_PREPROCESSING: Final = (
+    "the file states no preprocessing, and its network was compared as ONNX only, not with {}"
+)
+"""Reason why a converted file is not compared with its own pipeline, with a place for its library."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,10 @@ class Source:
     reference: ReferencePipeline | None = None
     is_local: bool = True
     """True for a file or folder on this machine."""
+    original: Path | None = None
+    """File that was converted to `file`; None if nothing was converted."""
+    not_compared: str = ""
+    """Reason why there is no pipeline of the source's own, if one may be expected."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,8 @@ class Provenance:
     """Name of the file in the source."""
     is_local: bool = True
     """True for a file or folder on this machine."""
+    original: Path | None = None
+    """File on this machine that was converted; None if nothing was converted."""
     note: str = ""
     """Remark on the source for the report."""
     size: str | None = None

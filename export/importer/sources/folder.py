@@ -8,10 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from fovea.export.importer.file_format import describe_folder
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.graph_input import Layout
 from fovea.export.importer.sources.config_values import ConfigError, read_json
-from fovea.export.importer.sources.facts import ImageFacts, Source, SourceFacts, Stated
+from fovea.export.importer.sources.facts import (
+    ImageFacts,
+    ReferencePipeline,
+    Source,
+    SourceFacts,
+    Stated,
+)
 from fovea.export.importer.sources.library_models import convert_safetensors, create_reference
 from fovea.export.importer.sources.metadata import add_metadata_facts
 from fovea.export.importer.sources.model_config import (
@@ -52,21 +59,22 @@ def read_onnx_file(path: Path, work: Path) -> Source:
     if _USUAL_STEMS.fullmatch(stem):
         stem = folders[-1].absolute().name
     facts = add_metadata_facts(path, str(path), files.read_facts(to_model_name(stem), work), work)
-    return Source(path, path.name, str(path), facts, work)
+    reference, reason = _find_reference(files, str(path), facts, work, with_model=False)
+    return Source(path, path.name, str(path), facts, work, reference, not_compared=reason)
 
 
-def read_folder(folder: Path, work: Path, choice: str | None) -> Source:
+def read_folder(folder: Path, work: Path, choice: str | None, origin: str | None = None) -> Source:
     """Return the ONNX file in a folder of the hub's layout, and the facts that its files state.
 
-    Raises `ImportRefused`.
+    `origin` is the name of the folder in messages, if it is a temporary one. Raises `ImportRefused`.
     """
     sizes = list_files(folder)
-    origin = str(folder)
+    origin = origin or str(folder)
     files = HubFiles.find([folder])
     require_image_classifier(origin, files.config)
     name = choose_onnx_file(origin, sizes, choice)
     if name is None and not has_safetensors(sizes):
-        raise ImportRefused(explain_missing_onnx(origin, sizes))
+        raise ImportRefused(describe_folder(folder) or explain_missing_onnx(origin, sizes))
     return complete_source(folder, folder / name if name else None, name, origin, work)
 
 
@@ -86,21 +94,35 @@ def complete_source(folder: Path, file: Path | None, name: str | None, origin: s
     facts = files.read_facts(to_model_name(folder.absolute().name), work)
     if facts.labels is None and (folder / LABELS_FILE).is_file():
         facts = replace(facts, labels=Stated(folder / LABELS_FILE, LABELS_FILE))
-    is_converted = file is None
+    original: Path | None = None
     if file is None:
         if facts.library is None:
             raise ImportRefused(
                 f"{origin} has {WEIGHTS_FILE} without a {CONFIG_FILE} of transformers or timm, so its "
                 "network is unknown; export it to ONNX"
             )
+        name = WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else WEIGHTS_INDEX_FILE
+        original = folder / name
         file, facts = convert_safetensors(folder, origin, facts, files.config, work)
     else:
         facts = add_metadata_facts(file, origin, facts, work)
-    reference = None
-    pipeline_folder = folder if facts.library == "timm" else files.processor_folder
-    if pipeline_folder and facts.library in ("transformers", "timm"):
-        reference = create_reference(pipeline_folder, origin, facts.library, work, with_model=is_converted)
-    return Source(file, name or WEIGHTS_FILE, origin, facts, work, reference)
+    reference, reason = _find_reference(files, origin, facts, work, with_model=original is not None)
+    return Source(
+        file, name or file.name, origin, facts, work, reference, original=original, not_compared=reason
+    )
+
+
+def _find_reference(
+    files: HubFiles, origin: str, facts: SourceFacts, work: Path, *, with_model: bool
+) -> tuple[ReferencePipeline | None, str]:
+    """Return the pipeline of the library that made the model, or the reason why it cannot run."""
+    if facts.library not in ("transformers", "timm"):
+        return None, ""
+    folder = files.config_folder if facts.library == "timm" else files.processor_folder
+    if folder is None:
+        return None, f"there is no {PROCESSOR_FILES[0]}"
+    reference = create_reference(folder, origin, facts.library, work, with_model=with_model)
+    return reference, "" if reference else f"its own pipeline needs {facts.library}, which is not installed"
 
 
 def list_files(folder: Path) -> dict[str, int | None]:
@@ -137,6 +159,7 @@ class HubFiles:
     """The configuration files of a model in the hub's layout; {} for a file that is missing."""
 
     config: Mapping[str, Any]
+    config_folder: Path | None
     processor: Mapping[str, Any]
     processor_name: str
     processor_folder: Path | None
@@ -148,6 +171,7 @@ class HubFiles:
         """Read each file from the first of the folders that has it. A broken file is a problem."""
         problems: list[str] = []
         config = _read_first(folders, CONFIG_FILE, problems)
+        config_folder = next((one for one in folders if (one / CONFIG_FILE).is_file()), None)
         processor: Mapping[str, Any] = {}
         processor_name = PROCESSOR_FILES[0]
         processor_folder: Path | None = None
@@ -161,7 +185,7 @@ class HubFiles:
         card: Mapping[str, str] = {}
         for folder in folders:
             card = card or read_front_matter(folder / CARD_FILE)
-        return cls(config, processor, processor_name, processor_folder, card, tuple(problems))
+        return cls(config, config_folder, processor, processor_name, processor_folder, card, tuple(problems))
 
     @property
     def model_config(self) -> ModelConfig:

@@ -14,11 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.sources.config_values import ConfigError, read_json
+from fovea.export.importer.sources.config_values import ConfigError, read_json, to_mapping
 from fovea.export.importer.sources.facts import Source
 from fovea.export.importer.sources.folder import (
     CONFIG_FILE,
     PROCESSOR_FILES,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX_FILE,
     complete_source,
     explain_missing_onnx,
     has_safetensors,
@@ -83,6 +85,8 @@ class _Snapshot:
     pipeline_tag: str | None
     cached_folder: Path | None
     """Folder in the cache if the hub cannot be reached."""
+    reason: str = ""
+    """Reason why the hub cannot be reached."""
 
     def fetch(self, name: str) -> Path:
         """Return the path of a file, downloaded or cached. Raises `ImportRefused`."""
@@ -127,6 +131,8 @@ def read_hub_repository(text: str, work: Path, choice: str | None) -> Source:
                 _require_image_classifier(reference, folder / name, snapshot.pipeline_tag)
     if CONFIG_FILE not in snapshot.sizes:
         require_image_classifier(str(reference), {}, snapshot.pipeline_tag)
+    if snapshot.cached_folder is not None:
+        _require_cached_weights(snapshot, choice)
     onnx_name = choose_onnx_file(str(reference), snapshot.sizes, choice)
     if onnx_name is None and not has_safetensors(snapshot.sizes):
         raise ImportRefused(explain_missing_onnx(str(reference), snapshot.sizes))
@@ -224,12 +230,49 @@ def _find_cached_snapshot(reference: HubReference, reason: str) -> _Snapshot:
         path = try_to_load_from_cache(reference.repository, name, revision=reference.revision)
         if isinstance(path, str):
             folder = Path(path).parents[len(PurePosixPath(name).parts) - 1]
-            return _Snapshot(reference, folder.name, list_files(folder), None, folder)
+            return _Snapshot(reference, folder.name, list_files(folder), None, folder, reason)
     raise ImportRefused(
         f"{reference}: the hub cannot be reached ({reason}), and the cache {constants.HF_HUB_CACHE} has no "
         f"{_CACHED_FILES[0]} and no ONNX file of {reference.repository} at {reference.revision or 'main'}; "
         "connect this machine, or copy the repository here and import its folder"
     )
+
+
+def _require_cached_weights(snapshot: _Snapshot, choice: str | None) -> None:
+    """Raise `ImportRefused` if the cache lacks the chosen ONNX file, or all or some of the weights."""
+    problem = _find_cache_problem(snapshot, choice)
+    if problem:
+        raise ImportRefused(
+            f"{snapshot.reference}: the hub cannot be reached ({snapshot.reason}), and {problem}; connect "
+            "this machine, or copy the repository here and import its folder"
+        )
+
+
+def _find_cache_problem(snapshot: _Snapshot, choice: str | None) -> str:
+    """Return a sentence on the files that the cache lacks; an empty text if it has enough."""
+    names = sorted(snapshot.sizes)
+    if choice is not None:
+        try:
+            choose_onnx_file("the cache", snapshot.sizes, choice)
+        except ImportRefused as error:
+            return str(error)
+    elif not any(name.endswith(".onnx") for name in names):
+        if not has_safetensors(names):
+            return f"the cache has only {', '.join(names)}"
+        missing_files = _find_missing_weights(snapshot)
+        return f"the cache lacks {', '.join(missing_files)}" if missing_files else ""
+    return ""
+
+
+def _find_missing_weights(snapshot: _Snapshot) -> list[str]:
+    """Return the files that the index of the weights names and the cache lacks."""
+    if snapshot.cached_folder is None or WEIGHTS_FILE in snapshot.sizes:
+        return []
+    try:
+        files = to_mapping("weight_map", read_json(snapshot.cached_folder / WEIGHTS_INDEX_FILE)["weight_map"])
+    except (ConfigError, KeyError):  # the conversion explains it
+        return []
+    return sorted({str(name) for name in files.values()} - snapshot.sizes.keys())
 
 
 def _download(reference: HubReference, commit: str | None, name: str, *, force: bool) -> Path:

@@ -7,7 +7,7 @@ from typing import Final
 
 from fovea.export.importer.graph_input import Layout
 from fovea.export.importer.sources.conversion import run_converter
-from fovea.export.importer.sources.facts import Source, SourceFacts, Stated
+from fovea.export.importer.sources.facts import NO_PREPROCESSING, Source, SourceFacts, Stated
 
 _CHILD: Final = "fovea.export.importer.sources.keras_child"
 
@@ -20,4 +20,6 @@ def convert_keras_file(path: Path, name: str | None, work: Path) -> Source:
     file = work / "converted.onnx"
     run_converter(_CHILD, [path, file], what=str(path))
     facts = SourceFacts(name, layout=Stated(Layout.NHWC, "Keras"), library="keras")
-    return Source(file, path.name, str(path), facts, work)
+    return Source(
+        file, path.name, str(path), facts, work, original=path, not_compared=NO_PREPROCESSING.format("Keras")
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,11 @@ _CHILDREN: Final = {
     "timm": "fovea.export.importer.sources.timm_child",
 }
 """Converter of each library."""
+
+_IMAGENET_TAG: Final = re.compile(r"in(1|12|21|22)k")
+"""Part of the tags of weights that were trained on ImageNet or on a subset, such as `a1_in1k`."""
+
+_TIMM_REPOSITORIES: Final = "hf:timm/"
 
 _USUAL_SIDE: Final = 224
 """Side of the input if neither the processor nor the model states it, in pixels."""
@@ -38,8 +44,22 @@ def convert_safetensors(
         arguments.append(labels)
     run_converter(_CHILDREN[facts.library or ""], arguments, what=origin)
     if facts.labels is None and labels.is_file():
-        facts = replace(facts, labels=Stated(labels, "ImageNetInfo of timm"))
+        if _states_imagenet(origin, config):
+            return file, replace(facts, labels=Stated(labels, "ImageNetInfo of timm"))
+        problem = f"{origin} has as many outputs as ImageNet, but no tag such as a1_in1k that says so"
+        facts = replace(facts, problems=(*facts.problems, problem))
     return file, facts
+
+
+def _states_imagenet(origin: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a model of timm states that its labels are ImageNet's or those of a subset.
+
+    timm itself infers this from the number of outputs.
+    """
+    inner = config.get("pretrained_cfg")
+    tag = (inner if isinstance(inner, Mapping) else config).get("tag")
+    has_tag = isinstance(tag, str) and _IMAGENET_TAG.search(tag) is not None
+    return has_tag or origin.startswith(_TIMM_REPOSITORIES)
 
 
 def choose_export_size(facts: SourceFacts, config: Mapping[str, Any]) -> tuple[int, int]:

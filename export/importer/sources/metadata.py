@@ -1,4 +1,4 @@
-"""Facts in the metadata of an ONNX file, as Ultralytics and Azure Custom Vision write them."""
+"""Facts in the metadata of an ONNX file, as Ultralytics, Azure Custom Vision and WinML write them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ _PIXEL_FORMAT: Final = "Image.BitmapPixelFormat"
 _PIXEL_RANGE: Final = "Image.NominalPixelRange"
 _CUSTOM_VISION_PREFIX: Final = "CustomVision."
 
+_SCALES: Final = {"NominalRange_0_255": 1.0, "Normalized_0_1": 1 / 255}
+"""Factor on pixels by `Image.NominalPixelRange`."""
+
+_PIXEL_FORMATS: Final = ("Rgb8", "Bgr8")
+"""Values of `Image.BitmapPixelFormat` that Fovea can make."""
+
 
 def add_metadata_facts(file: Path, origin: str, facts: SourceFacts, work: Path) -> SourceFacts:
     """Return the facts with those in the metadata of the file, which come before those beside the file.
@@ -49,8 +55,10 @@ def add_metadata_facts(file: Path, origin: str, facts: SourceFacts, work: Path) 
     values = {one.key: one.value for one in model.metadata_props if len(one.value) <= _MAX_TEXT}
     if "Ultralytics" in values.get("author", "") or {"names", "imgsz", "task"} <= values.keys():
         return _add_ultralytics_facts(values, model, origin, facts, work)
-    if _PIXEL_FORMAT in values or any(key.startswith(_CUSTOM_VISION_PREFIX) for key in values):
+    if any(key.startswith(_CUSTOM_VISION_PREFIX) for key in values):
         return _add_custom_vision_facts(values, model, origin, facts)
+    if _PIXEL_FORMAT in values or _PIXEL_RANGE in values:  # as tools for WinML write them
+        return _add_pixel_facts(values, "metadata of the file", facts)
     return facts
 
 
@@ -114,25 +122,38 @@ def _add_custom_vision_facts(
         raise ImportRefused(f"{origin} is an object detector ({method} in its metadata); export a classifier")
     size = _find_graph_size(model)
     stretch = ResizeStep(Fit.STRETCH, *size, Interpolation.BICUBIC) if size else None
-    normalization = Normalization(
-        1.0 if values.get(_PIXEL_RANGE) == "NominalRange_0_255" else 1 / 255,
-        (0.0,) * 3,
-        (1.0,) * 3,
-        bgr=values.get(_PIXEL_FORMAT) == "Bgr8",
-    )
     task = {"ClassificationMultiClass": Task.MULTICLASS, "ClassificationMultiLabel": Task.MULTILABEL}.get(
         method
     )
     origin_text = "metadata of Azure Custom Vision"
     return replace(
-        facts,
-        normalization=Stated(normalization, origin_text),
+        _add_pixel_facts(values, origin_text, facts),
         geometry=Stated(StatedGeometry(*size, (stretch,)), origin_text)
         if size and stretch
         else facts.geometry,
         task=Stated(task, origin_text) if task else facts.task,
         library="custom-vision",
     )
+
+
+def _add_pixel_facts(values: Mapping[str, str], origin: str, facts: SourceFacts) -> SourceFacts:
+    """Return the facts with the normalisation that range and order of the pixels state.
+
+    A range or an order that Fovea does not know is a problem.
+    """
+    problems = [
+        f"{key} in the metadata is {values[key]!r}; Fovea knows {' and '.join(known)}"
+        if key in values
+        else f"the metadata does not state {key}"
+        for key, known in ((_PIXEL_RANGE, tuple(_SCALES)), (_PIXEL_FORMAT, _PIXEL_FORMATS))
+        if values.get(key) not in known
+    ]
+    if problems:
+        return replace(facts, problems=(*facts.problems, *problems))
+    normalization = Normalization(
+        _SCALES[values[_PIXEL_RANGE]], (0.0,) * 3, (1.0,) * 3, bgr=values[_PIXEL_FORMAT] == "Bgr8"
+    )
+    return replace(facts, normalization=Stated(normalization, origin))
 
 
 def _parse_literal(text: str | None) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.graph_input import LAYOUT_OPTION, SIZE_OPTION
+from fovea.export.importer.graph_output import TASK_OPTION
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.sources.comparison import PipelineRun, run_pipeline
 from fovea.export.importer.sources.facts import Provenance
@@ -48,14 +50,14 @@ def name_origins(
     if provenance is None:
         return facts
     origins = {
-        "size": ("--size", provenance.size),
-        "layout": ("--layout", provenance.layout),
-        "task": ("--task", provenance.task),
+        "size": (SIZE_OPTION, provenance.size),
+        "layout": (LAYOUT_OPTION, provenance.layout),
+        "task": (TASK_OPTION, provenance.task),
     }
     named_facts = []
     for name, text in facts:
         option, origin = origins.get(name, ("", None))
-        named_facts.append((name, text.replace(f"from {option}", f"from {origin}") if origin else text))
+        named_facts.append((name, text.replace(option, f"from {origin}") if origin else text))
     return tuple(named_facts)
 
 

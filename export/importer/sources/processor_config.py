@@ -2,7 +2,7 @@
 
 The rules are those of the classes `…ImageProcessorPil` of transformers 5.24, which compute with Pillow. A key
 that the file lacks has the default of its class. The configuration of a class that is not in the table must
-state every value that is used.
+state every value that is used. Classes that are code of the repository (`auto_map`) are not read.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ class ProcessorClass:
     crop_size: int | None = None
     crops: bool = False
     """Default of `do_center_crop`."""
-    is_square: bool = True
-    """Flag that one number as `size` is the side of a square, and not the length of the shorter side."""
+    is_square: bool | None = True
+    """Flag that one number as `size` is the side of a square, and not the length of the shorter side.
+
+    None if that is not known.
+    """
     size_rule: SizeRule = SizeRule.PLAIN
     crop_pct: float | None = None
     can_normalize: bool = True
@@ -128,7 +131,7 @@ CLASSES: Final[dict[str, ProcessorClass]] = {
 }
 """Classes of transformers by their name without `ImageProcessor`."""
 
-_UNKNOWN_CLASS: Final = ProcessorClass(None, None, None, None)
+_UNKNOWN_CLASS: Final = ProcessorClass(None, None, None, None, is_square=None)
 
 _OTHER_CLASSES: Final = {
     "Donut": "pads images at one side",
@@ -169,10 +172,12 @@ def read_processor_config(config: Mapping[str, Any], model_type: str | None = No
     `model_type` is that of `config.json`. Parts that Fovea cannot reproduce are in `problems`.
     """
     name = find_class_name(config, model_type)
+    if config.get("auto_map"):
+        return ImageFacts(problems=("its processor is code of the repository, which Fovea never runs",))
     if name in _OTHER_CLASSES:
         reason = _OTHER_CLASSES[name]
         return ImageFacts(problems=(f"{name}ImageProcessor {reason}, which Fovea cannot reproduce",))
-    processor = _UNKNOWN_CLASS if "auto_map" in config else CLASSES.get(name, _UNKNOWN_CLASS)
+    processor = CLASSES.get(name, _UNKNOWN_CLASS)
     problems: list[str] = []
 
     def try_reading(read: Callable[[Mapping[str, Any], ProcessorClass], Any]) -> Any:
@@ -264,7 +269,8 @@ def _read_geometry(config: Mapping[str, Any], processor: ProcessorClass) -> Stat
 def _read_resize_steps(config: Mapping[str, Any], processor: ProcessorClass) -> list[Step]:
     interpolation = to_interpolation("resample", _require(config, "resample", processor.interpolation))
     value = _require(config, "size", processor.size)
-    side, box = _parse_size(value, is_square=processor.is_square and not config.get("use_square_size"))
+    is_square = False if config.get("use_square_size") else processor.is_square
+    side, box = _parse_size(value, is_square=is_square)
     if config.get("use_square_size") and side:  # KOSMOS-2's files
         return [_stretch((side, side), interpolation)]
     if processor.size_rule is SizeRule.CONVNEXT:
@@ -298,8 +304,12 @@ def _read_crop_pct(config: Mapping[str, Any], processor: ProcessorClass) -> floa
     return crop_pct
 
 
-def _parse_size(value: Any, *, is_square: bool) -> tuple[int | None, tuple[int, int] | None]:
+def _parse_size(value: Any, *, is_square: bool | None) -> tuple[int | None, tuple[int, int] | None]:
     """Return the length of the shorter side or None, and height and width or None."""
+    if isinstance(value, int | float) and is_square is None:
+        raise ConfigError(
+            f"size is {value!r}, which is the shorter side or both sides, depending on its class"
+        )
     if isinstance(value, int | float) and not is_square:
         return to_side("size", value), None
     if isinstance(value, Mapping):

@@ -64,9 +64,8 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
     kind = find_archive_kind(path) if start.startswith(b"PK\x03\x04") else None
     if kind is ArchiveKind.MODEL_FOLDER:
         folder = extract_model(path, work / "archive")
-        source = read_folder(folder, work, choice)
-        facts = replace(source.facts, name=to_model_name(path.stem))
-        return replace(source, origin=str(path), facts=facts)
+        source = read_folder(folder, work, choice, str(path))
+        return replace(source, facts=replace(source.facts, name=to_model_name(path.stem)))
     if choice is not None:
         raise ImportRefused(f"--file chooses a file of a folder or a repository, and {text} is neither")
     if kind in (ArchiveKind.TORCHSCRIPT, ArchiveKind.EXPORTED_PROGRAM):
@@ -77,7 +76,8 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
         raise ImportRefused(
             f"{text} is an export of Teachable Machine for TFLite; unpack it, then run python -m "
             "tf2onnx.convert --tflite model_unquant.tflite --output model.onnx, and import model.onnx with "
-            "--labels labels.txt --preset keras-mobilenet"
+            "--labels labels.txt --preset keras-mobilenet --geometry 'crop aspect 224 unrounded, resize "
+            "stretch 224 lanczos'"
         )
     if kind is ArchiveKind.PICKLE or (kind is None and is_pickle(start, path)):
         refuse_pickle(path)

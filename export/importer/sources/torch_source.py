@@ -9,7 +9,7 @@ from typing import Final
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.sources.archive import ArchiveKind
 from fovea.export.importer.sources.conversion import run_converter
-from fovea.export.importer.sources.facts import Source, SourceFacts
+from fovea.export.importer.sources.facts import NO_PREPROCESSING, Source, SourceFacts
 
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of pickles. Files of TorchScript, which are archives, may have them too."""
@@ -29,7 +29,10 @@ def convert_torch_file(
     action = "script" if kind is ArchiveKind.TORCHSCRIPT else "program"
     sides = (str(size[0]), str(size[1])) if size else ("0", "0")
     run_converter(_CHILD, [action, path, *sides, file], what=str(path))
-    return Source(file, path.name, str(path), SourceFacts(name), work)
+    not_compared = NO_PREPROCESSING.format("torch")
+    return Source(
+        file, path.name, str(path), SourceFacts(name), work, original=path, not_compared=not_compared
+    )
 
 
 def is_pickle(start: bytes, path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from fovea.export.importer.file_format import describe_other_format
 from fovea.export.importer.foreign_model import ImportRefused, read_model
 from tests.export.classifiers import build_classifier
+from tests.export.importer.sources.imports import read_refusal
 from tests.export.importer.test_refused import assert_refused
 
 
@@ -57,7 +59,7 @@ SAVED_MODEL = encode_field(1, 1) + encode_field(2, bytes(1000))
 FROZEN_GRAPH = encode_field(1, b"node") * 3 + encode_field(4, b"versions")
 
 FORMATS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "safetensors": (write_safetensors, "a safetensors file, .* without their network.* to ONNX"),
+    "safetensors": (write_safetensors, "a safetensors file, .* without their network.* import its folder"),
     "TFLite": (lambda: b"\x1c\0\0\0TFL3" + bytes(100), "a TensorFlow Lite model, .*tf2onnx.convert --tflite"),
     "ort": (
         lambda: b"\x18\0\0\0ORTM" + bytes(100),
@@ -65,21 +67,8 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "pickle": (lambda: pickle.dumps({"weight": [1.0]}), "a Python pickle.* is never loaded"),
     "old torch": (lambda: save_with_torch(is_zip=False), "a Python pickle.*torch.onnx.export"),
-    "torch": (lambda: save_with_torch(is_zip=True), "a checkpoint of PyTorch, which is a Python pickle"),
-    "TorchScript": (
-        lambda: write_zip("a/data.pkl", "a/code/a.py", "a/constants.pkl"),
-        "a TorchScript file.*torch.onnx.export",
-    ),
-    "pt2": (lambda: write_zip("a/archive_format", "a/models/model.json"), r"torch.export \(.pt2\)"),
-    "Keras": (
-        lambda: write_zip("metadata.json", "config.json", "model.weights.h5"),
-        r"a Keras model \(.keras",
-    ),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file, as Keras"),
-    "Custom Vision": (
-        lambda: write_zip("model.onnx", "labels.txt", "cvexport.manifest"),
-        r"with ONNX inside \(model.onnx\), .*unpack it, and import it",
-    ),
+    "ZIP with ONNX": (lambda: write_zip("model.onnx"), "a ZIP archive, .*import the ONNX file inside"),
     "Teachable Machine": (lambda: write_zip("model_unquant.tflite"), "with TensorFlow Lite inside"),
     "other ZIP": (lambda: write_zip("photo.jpg"), "a ZIP archive without an ONNX file"),
     "cut ZIP": (lambda: write_zip("model.onnx")[:60], "a ZIP archive that is cut short"),
@@ -98,6 +87,25 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_files_of_other_formats_are_named(tmp_path: Path, name: str) -> None:
     build, message = FORMATS[name]
     assert_refused(tmp_path, rf"foreign\.onnx is .*{message}", build())
+
+
+ARCHIVES_AND_PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "pickle": (lambda: pickle.dumps({"weight": [1.0]}), "is a pickle, which Fovea never loads"),
+    "old torch": (lambda: save_with_torch(is_zip=False), "is a pickle, which Fovea never loads"),
+    "torch": (lambda: save_with_torch(is_zip=True), "is a pickle, which Fovea never loads"),
+    "ZIP with ONNX": (lambda: write_zip("model.onnx"), "is not an ONNX file, or it is cut short"),
+    "cut ZIP": (lambda: write_zip("model.onnx")[:60], "is a damaged ZIP archive"),
+}
+"""Files that the import recognises before it reads them as ONNX."""
+
+
+@pytest.mark.parametrize("name", FORMATS | ARCHIVES_AND_PICKLES)
+def test_sources_of_other_formats_are_named(tmp_path: Path, name: str) -> None:
+    build, message = (FORMATS | ARCHIVES_AND_PICKLES)[name]
+    (tmp_path / "foreign.bin.onnx").write_bytes(build())
+    refusal = read_refusal(tmp_path, tmp_path / "foreign.bin.onnx")
+    assert re.search(rf"foreign\.bin\.onnx .*{message}", refusal)
+    assert "fovea-import-" not in refusal  # the folder for temporary files
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 10, 20, 40, 200, None])
@@ -123,3 +131,4 @@ def test_folders_of_other_formats_are_named(tmp_path: Path, names: list[str], me
         (tmp_path / name).write_bytes(b"content")
     with pytest.raises(ImportRefused, match=message):
         read_model(tmp_path)
+    assert message in read_refusal(tmp_path, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ def write_model(folder: Path, end: GraphEnd, label_count: int) -> Path:
 @pytest.mark.parametrize("label_count", [1000, 1001])
 def test_background_class_is_left_out(tmp_path: Path, end: GraphEnd, label_count: int) -> None:
     file = write_model(tmp_path, end, label_count)
-    _, engine = import_source(tmp_path, file, labels=tmp_path / "names.txt", drops_background=True, **OPTIONS)
+    report, engine = import_source(
+        tmp_path, file, labels=tmp_path / "names.txt", drops_background=True, **OPTIONS
+    )
+    assert (report.file, report.sha256) == ("net.onnx", hashlib.sha256(file.read_bytes()).hexdigest())
     assert len(engine.contract.labels) == 1000
     assert engine.contract.labels[0] == "label 0"
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ import pytest
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.geometry import Interpolation
+from fovea.service.artifact.geometry import CropStep, Interpolation
 from fovea.service.atomic_files import WriteError
 from tests.export.classifiers import build_classifier, run_onnx, softmax
 from tests.export.importer.sources.imports import import_source, read_refusal
@@ -26,8 +26,11 @@ from tests.export.importer.sources.layouts import (
     write_files,
     write_hub_folder,
 )
+from tests.export.importer.test_own_normalization import prepend_steps
 from tests.export.importer.test_refused import move_matrix_outside
 from tests.tools import SYSTEM_REASON
+
+PROCESSOR_ORIGIN = "preprocessor_config.json, CLIPImageProcessor"
 
 
 def test_folder_needs_no_options(tmp_path: Path) -> None:
@@ -38,6 +41,8 @@ def test_folder_needs_no_options(tmp_path: Path) -> None:
     assert facts["source"] == f"{tmp_path / 'vit-tiny'}, onnx/model.onnx"
     assert facts["licence"] == "apache-2.0"
     assert facts["labels"] == "5, from 'tench' to 'hammerhead' (config.json)"
+    assert facts["layout"] == "nchw (from transformers)"
+    assert facts["size"] == f"16 x 16 (from {PROCESSOR_ORIGIN}; the graph takes any)"
     assert "(preprocessor_config.json, CLIPImageProcessor)" in facts["normalise"]
     assert facts["geometry"] == (
         "resize cover 20 x 20 bicubic, crop 16 x 16 floor (preprocessor_config.json, CLIPImageProcessor)"
@@ -99,6 +104,35 @@ def test_preset_replaces_the_preprocessing_of_the_source(tmp_path: Path) -> None
     folder = write_hub_folder(tmp_path / "vit")
     report, _ = import_source(tmp_path, folder, preprocessing=PreprocessingOptions(preset=IMAGENET))
     assert "(preset imagenet: " in dict(report.facts)["normalise"]
+
+
+@pytest.mark.parametrize(
+    ("options", "origin"),
+    [
+        ({"size": (16, 16)}, "from --crop"),
+        ({"preprocessing": PreprocessingOptions(preset=IMAGENET)}, f"from {PROCESSOR_ORIGIN}"),
+        (
+            {"preprocessing": PreprocessingOptions(geometry=(CropStep(16, 16),))},
+            "the last step of --geometry",
+        ),
+    ],
+)
+def test_size_has_its_origin(tmp_path: Path, options: dict[str, Any], origin: str) -> None:
+    report, _ = import_source(tmp_path, write_hub_folder(tmp_path / "vit"), **options)
+    assert dict(report.facts)["size"] == f"16 x 16 ({origin}; the graph takes any)"
+
+
+def test_warning_names_the_source_of_the_normalisation(tmp_path: Path) -> None:
+    graph = prepend_steps(build_hub_graph(), ("Div", 255))
+    report, _ = import_source(tmp_path, write_hub_folder(tmp_path / "vit", **{"onnx/model.onnx": graph}))
+    assert f"from {PROCESSOR_ORIGIN}; if it takes 0 … 255" in dict(report.facts)["warning"]
+
+
+def test_refusal_of_a_grey_graph_names_the_source_of_the_normalisation(tmp_path: Path) -> None:
+    graph = build_hub_graph(channels=1)
+    graph.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+    message = read_refusal(tmp_path, write_hub_folder(tmp_path / "vit", **{"onnx/model.onnx": graph}))
+    assert f"differs between channels ({PROCESSOR_ORIGIN})" in message
 
 
 def test_everything_that_is_missing_is_asked_for_at_once(tmp_path: Path) -> None:
@@ -215,6 +249,31 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param(
+            {},
+            "its own pipeline needs transformers, which is not installed",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("transformers") is not None, reason=f"{SYSTEM_REASON}has it"
+            ),
+        ),
+        ({"preprocessor_config.json": None}, "there is no preprocessor_config.json"),
+    ],
+)
+@pytest.mark.parametrize("file", ["", "onnx/model.onnx"])
+def test_reason_for_no_comparison_is_named(
+    tmp_path: Path, file: str, changes: dict[str, Any], reason: str
+) -> None:
+    folder = write_hub_folder(tmp_path / "vit", **changes)
+    options: dict[str, Any] = {}
+    if changes:
+        options = {"size": (16, 16), "preprocessing": PreprocessingOptions(preset=IMAGENET)}
+    report, _ = import_source(tmp_path, folder / file, **options)
+    assert dict(report.facts)["compared"] == f"not with the source's own pipeline: {reason}"
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,37 @@ def test_unreachable_hub_says_what_the_cache_lacks(tmp_path: Path) -> None:
         f"the cache {cache} has no config.json and no ONNX file of house/vit at v2; connect"
         in result.error_line
     )
+
+
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("files", "options", "problem"),
+    [
+        ({}, [], "the cache has only config.json; connect"),
+        (
+            {"onnx/model.onnx": build_hub_graph()},
+            ["--file", "fp16"],
+            "the cache has no ONNX file 'fp16'; it has onnx/model.onnx (0.0 MB); connect",
+        ),
+        (
+            {"model.safetensors.index.json": INDEX, "model-00001-of-00002.safetensors": b"weights"},
+            [],
+            "the cache lacks model-00002-of-00002.safetensors; connect",
+        ),
+    ],
+)
+def test_unreachable_hub_is_not_blamed_on_the_repository(
+    tmp_path: Path, files: dict[str, Any], options: list[str], problem: str
+) -> None:
+    cache = tmp_path / "hf-home" / "hub" / "models--house--vit"
+    write_files(cache, {"refs/main": COMMIT})
+    write_files(cache / "snapshots" / COMMIT, {"config.json": make_config(), **files})
+    (result,) = run_commands(tmp_path, GONE, ["import", "hf:house/vit", *options])
+    assert "hf:house/vit: the hub cannot be reached (" in result.error_line
+    assert problem in result.error_line
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -55,6 +56,8 @@ def test_keras_file_is_converted(tmp_path: Path) -> None:
         tmp_path, f"keras:{tmp_path / 'pets.keras'}", labels=tmp_path / "labels.txt", **OPTIONS
     )
     assert (report.model, engine.contract.labels) == ("pets", LABELS)
+    assert report.sha256 == hashlib.sha256((tmp_path / "pets.keras").read_bytes()).hexdigest()
+    assert "compared as ONNX only, not with Keras" in dict(report.facts)["compared"]
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     assert np.abs(engine.run(pixels) - expected).max() < 1e-5
 

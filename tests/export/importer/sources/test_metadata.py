@@ -10,11 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
+from fovea.export.importer.option_values import parse_geometry
+from fovea.export.importer.preprocessing import PreprocessingOptions
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.geometry import CropStep, Fit, Interpolation, ResizeStep
+from fovea.service.artifact.geometry import AspectCropStep, CropStep, Fit, Interpolation, ResizeStep, Rounding
 from tests.export.classifiers import build_classifier, run_onnx
 from tests.export.importer.sources.imports import import_source, read_refusal
 from tests.export.importer.sources.layouts import LABELS, write_files
+from tests.export.importer.test_output_choice import build_zip_map
 
 ULTRALYTICS = {
     "description": "Ultralytics YOLO11n-cls model trained on imagenet",
@@ -84,12 +87,12 @@ def test_broken_names_of_ultralytics_are_asked_for(tmp_path: Path) -> None:
     assert "names in the metadata do not map the numbers from 0 on to labels" in message
 
 
-def write_custom_vision_export(folder: Path, **metadata: str) -> Path:
+def write_custom_vision_export(folder: Path, graph: onnx.ModelProto | None = None) -> Path:
     """Write an export as Azure Custom Vision does."""
     return write_files(
         folder,
         {
-            "model.onnx": build_described({**CUSTOM_VISION, **metadata}),
+            "model.onnx": graph or build_described(CUSTOM_VISION),
             "labels.txt": "\n".join(LABELS),
             "cvexport.manifest": {"DomainType": "Classification", "Flavor": "ONNX12"},
             "python/onnxruntime_predict.py": "print('not needed')",
@@ -115,19 +118,86 @@ def test_custom_vision_export_needs_no_options(tmp_path: Path, form: str) -> Non
 
 def test_normalised_range_of_custom_vision_is_read(tmp_path: Path) -> None:
     metadata = {"Image.NominalPixelRange": "Normalized_0_1", "Image.BitmapPixelFormat": "Rgb8"}
-    folder = write_custom_vision_export(tmp_path / "pets", **metadata)
+    folder = write_custom_vision_export(tmp_path / "pets", build_described({**CUSTOM_VISION, **metadata}))
     report, _ = import_source(tmp_path, folder)
     assert dict(report.facts)["normalise"].startswith("RGB, (pixels / 255 - (0, 0, 0)) / (1, 1, 1)")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("Image.NominalPixelRange", "Normalized_1_1", "is 'Normalized_1_1'; Fovea knows NominalRange_0_255"),
+        ("Image.NominalPixelRange", "NominalRange_16_235", "is 'NominalRange_16_235'; Fovea knows"),
+        ("Image.NominalPixelRange", None, "the metadata does not state Image.NominalPixelRange"),
+        ("Image.BitmapPixelFormat", "Gray8", "in the metadata is 'Gray8'; Fovea knows Rgb8 and Bgr8"),
+        ("Image.BitmapPixelFormat", None, "the metadata does not state Image.BitmapPixelFormat"),
+    ],
+)
+def test_pixels_that_the_metadata_leaves_open_are_asked_for(
+    tmp_path: Path, key: str, value: str | None, problem: str
+) -> None:
+    metadata = {**CUSTOM_VISION, key: value}
+    graph = build_described({name: one for name, one in metadata.items() if one is not None})
+    message = read_refusal(tmp_path, write_custom_vision_export(tmp_path / "pets", graph))
+    assert "the file does not say how to normalise pixels" in message
+    assert problem in message
+
+
+def test_metadata_of_other_tools_states_only_the_pixels(tmp_path: Path) -> None:
+    metadata = {"Image.NominalPixelRange": "Normalized_0_1", "Image.BitmapPixelFormat": "Bgr8"}
+    folder = write_files(
+        tmp_path / "pets", {"model.onnx": build_described(metadata), "labels.txt": "\n".join(LABELS)}
+    )
+    assert "the file does not say how to resize images" in read_refusal(tmp_path, folder)
+    geometry = PreprocessingOptions(stretch=True, interpolation=Interpolation.BILINEAR)
+    report, _ = import_source(tmp_path, folder, preprocessing=geometry)
+    assert dict(report.facts)["normalise"].endswith("(metadata of the file)")
+    assert "custom" not in (tmp_path / "zoo" / "pets" / "1" / "README.md").read_text().casefold()
+
+
+@pytest.mark.parametrize("is_numbered", [False, True])
+def test_labels_of_the_graph_come_before_a_file_in_another_order(tmp_path: Path, is_numbered: bool) -> None:
+    """Numbers of outputs are no labels."""
+    graph = build_zip_map([0, 1, 2, 3, 4] if is_numbered else list(LABELS))
+    onnx.helper.set_model_props(graph, CUSTOM_VISION)
+    folder = write_custom_vision_export(tmp_path / "pets", graph)
+    (folder / "labels.txt").write_text("\n".join(LABELS[::-1]))
+    report, engine = import_source(tmp_path, folder)
+    assert engine.contract.labels == (LABELS[::-1] if is_numbered else LABELS)
+    origin = "(labels.txt)" if is_numbered else "; the graph's own"
+    assert dict(report.facts)["labels"].endswith(origin)
+
+
+def test_export_of_teachable_machine_is_refused_with_its_recipe(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("model_unquant.tflite", b"x")
+        archive.writestr("labels.txt", "0 cat\n1 dog\n")
+    message = read_refusal(tmp_path, tmp_path / "pets.zip")
+    geometry = message.partition("--preset keras-mobilenet --geometry '")[2].removesuffix("'")
+    assert parse_geometry("--geometry", geometry) == (
+        AspectCropStep(224, 224, Rounding.NONE),
+        ResizeStep(Fit.STRETCH, 224, 224, Interpolation.LANCZOS),
+    )
+
+
 def test_detector_of_custom_vision_is_refused(tmp_path: Path) -> None:
-    folder = write_custom_vision_export(tmp_path / "pets", **{"CustomVision.Postprocess.Method": "Yolo"})
+    folder = write_custom_vision_export(
+        tmp_path / "pets", build_described({**CUSTOM_VISION, "CustomVision.Postprocess.Method": "Yolo"})
+    )
     assert "is an object detector (Yolo in its metadata)" in read_refusal(tmp_path, folder)
 
 
 def test_damaged_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pets.zip").write_bytes(b"PK\x03\x04" + b"\0" * 50)
     assert "is a damaged ZIP archive" in read_refusal(tmp_path, tmp_path / "pets.zip")
+
+
+def test_archive_with_several_onnx_files_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("a.onnx", b"x")
+        archive.writestr("b.onnx", b"x")
+    message = read_refusal(tmp_path, tmp_path / "pets.zip")
+    assert message.startswith(f"{tmp_path / 'pets.zip'} has 2 ONNX files: a.onnx (0.0 MB), b.onnx")
 
 
 def test_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:

@@ -375,12 +375,19 @@ def test_unknown_class_must_state_every_value() -> None:
     )
 
 
-def test_code_of_a_repository_is_not_taken_for_the_class_of_the_same_name() -> None:
-    config = {"image_processor_type": "ViTImageProcessor", "auto_map": {"AutoImageProcessor": "own.Own"}}
-    assert read_processor_config(config).problems == (
-        "it does not state image_mean",
-        "it does not state resample",
-    )
+def test_code_of_a_repository_is_not_read_as_a_class_of_transformers() -> None:
+    """The code may do anything with the values, even if the file states all of them."""
+    config, _, _ = HUB_FILES["a class of its own that states every value"]
+    facts = read_processor_config({**config, "auto_map": {"AutoImageProcessor": "own.Own"}})
+    assert (facts.geometry, facts.normalization) == (None, None)
+    assert facts.problems == ("its processor is code of the repository, which Fovea never runs",)
+
+
+def test_one_number_as_size_has_no_meaning_for_an_unknown_class() -> None:
+    config, _, normalization = HUB_FILES["a class of its own that states every value"]
+    facts = read_processor_config({**config, "size": 100})
+    assert (facts.geometry, facts.normalization) == (None, normalization)
+    assert facts.problems[0].startswith("size is 100, which is the shorter side or both sides")
 
 
 @pytest.mark.parametrize("name", ["Perceiver", "TextNet", "ImageGPT", "Donut", "Siglip2", "PPLCNet"])

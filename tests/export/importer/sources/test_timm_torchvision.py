@@ -63,6 +63,13 @@ def test_timm_model_is_converted_and_compared(tmp_path: Path, pretrained: dict[s
     assert comparison.probability_difference < 1e-4
 
 
+@needs_timm
+def test_number_of_outputs_alone_is_not_taken_for_imagenet(tmp_path: Path) -> None:
+    message = read_refusal(tmp_path, save_timm_model(tmp_path / "own", tag="plants"))
+    assert "`fovea import` needs --labels" in message
+    assert "own has as many outputs as ImageNet, but no tag such as a1_in1k that says so" in message
+
+
 @pytest.fixture
 def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return torch's cache with random weights of SqueezeNet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import zipfile
@@ -62,6 +63,10 @@ def test_torchscript_is_converted(tmp_path: Path, labels: Path) -> None:
     assert "takes images of any size: set the size" in message
     report, engine = import_source(tmp_path, tmp_path / "pets.pt", labels=labels, size=(24, 24), **OPTIONS)
     assert (report.model, report.file) == ("pets", "pets.pt")
+    digest = hashlib.sha256((tmp_path / "pets.pt").read_bytes()).hexdigest()
+    assert report.sha256 == digest
+    assert engine.contract.training.commit == f"sha256:{digest}"
+    assert "compared as ONNX only, not with torch" in dict(report.facts)["compared"]
     assert np.abs(engine.run(draw_pixels(24)) - compute_expected(draw_pixels(24))).max() < 1e-5
 
 

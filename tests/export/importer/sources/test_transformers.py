@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from fovea.export.importer.sources.processor_config import CLASSES, read_process
 from fovea.service.artifact.geometry import Geometry, PixelPath
 from fovea.service.inference.preprocess import decode_image
 from tests.export.importer.sources.imports import import_source, read_refusal
-from tests.export.importer.sources.layouts import LABELS
+from tests.export.importer.sources.layouts import LABELS, build_hub_graph, make_config, write_files
 from tests.tools import needs_transformers
 
 pytestmark = [needs_transformers, pytest.mark.long]
@@ -145,6 +146,18 @@ def test_weights_in_several_files_are_converted(tmp_path: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     report, _ = import_source(tmp_path, folder)
     assert report.comparison is not None
+    assert report.file == "model.safetensors.index.json"
+    assert report.sha256 == hashlib.sha256((folder / report.file).read_bytes()).hexdigest()
+
+
+def test_single_onnx_file_is_compared_with_the_processor_beside_it(tmp_path: Path) -> None:
+    graph = build_hub_graph()
+    files = {"model.onnx": graph, "config.json": make_config(LABELS)}
+    folder = write_files(tmp_path / "vit", files)
+    create_processor("ViT", {"size": {"height": 32, "width": 32}}).save_pretrained(folder)
+    report, _ = import_source(tmp_path, folder / "model.onnx")
+    assert report.comparison is not None
+    assert report.comparison.pixel_difference < 1e-2
 
 
 def test_network_without_a_trained_classifier_is_refused(tmp_path: Path) -> None:
