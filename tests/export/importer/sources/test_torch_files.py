@@ -116,7 +116,7 @@ def test_pickle_inside_a_program_never_runs(tmp_path: Path, labels: Path, protoc
 
 EVIL_TEXTS: dict[str, tuple[str, str]] = {
     "size": ("\"Symbol('s84', positive=True, integer=True)\"", '"print(PATH.touch())"'),
-    "text in a size": ("\"Symbol('s84', positive=True, integer=True)\"", "\"Max('PATH.touch()', 1)\""),
+    "text in a size": ("\"Symbol('s84', positive=True, integer=True)\"", "\"Max('print(1)', 1)\""),
     "name": ('"planes"', '"planes=PATH.touch()"'),
     "target": ('"torch.ops.aten.relu.default"', '"torch.os.system"'),
     "operator that writes": ('"torch.ops.aten.relu.default"', '"torch.ops.aten.save.default"'),
