@@ -14,6 +14,8 @@ import pytest
 from tests.documents import read_page
 from tests.servers import ROOT, Server
 
+pytestmark = pytest.mark.long
+
 
 def find_examples(page: str) -> list[str]:
     """Return the examples in Python."""

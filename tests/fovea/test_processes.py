@@ -20,7 +20,7 @@ from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.servers import ROOT, Server
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 """Python 3.12 warns of `fork` in a process with threads, which is what these tests try."""
 
 IMAGES = [make_jpeg(64, 48, seed) for seed in range(4)]

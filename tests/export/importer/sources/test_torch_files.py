@@ -180,6 +180,7 @@ def test_torchscript_writes_no_file(tmp_path: Path, labels: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*tracer:DeprecationWarning")
 def test_usual_torchscript_passes_the_check(tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def test_other_ways_to_files_are_refused(tmp_path: Path, code: str) -> None:
         check_script(tmp_path / "evil.pt")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_usual_program_passes_the_check(tmp_path: Path) -> None:
     class Net(nn.Module):
