@@ -103,7 +103,7 @@ def test_json_has_the_facts_of_the_contract(command: Command, capsys: Output) ->
         "served": True,
         "reason": None,
         "source": None,
-        "licence": None,
+        "licence": "mit",
     }
     assert inventory["models"][0]["precision"] == "float32"
 
