@@ -42,18 +42,13 @@ def add_output(model: ModelProto, name: str | None) -> None:
 
 
 def read_graph_labels(model: ModelProto) -> Labels | None:
-    """Return the labels of the graph's ZipMap, in the order of its values; None without a ZipMap.
+    """Return the labels of the graph's ZipMap, in the order of its values.
 
-    Raises `ImportRefused` for several maps with different labels.
+    Return None without a ZipMap, and for several with different labels: which of them is meant must be said.
     """
     names = {tuple(_read_zip_map(node)) for node in _find_zip_maps(model).values()}
-    if not names:
+    if len(names) != 1:
         return None
-    if len(names) > 1:
-        raise ImportRefused(
-            f"the graph has {len(names)} lists of labels of its own (ZipMap): give the labels of the output "
-            "with --labels"
-        )
     return build_labels("the graph's own list of labels", [("", name) for name in next(iter(names))])
 
 

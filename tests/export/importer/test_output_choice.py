@@ -103,6 +103,17 @@ def test_given_labels_in_another_order_than_the_graph_s_are_refused(tmp_path: Pa
     assert_refused(tmp_path, message, build_zip_map(NAMES), NAMES[::-1])
 
 
+def test_labels_choose_between_several_lists_of_the_graph(tmp_path: Path) -> None:
+    graph = build_zip_map(NAMES)
+    other = helper.make_node("ZipMap", ["row"], ["other"], domain=ML, classlabels_strings=NAMES[::-1])
+    add_nodes(graph, other)
+    graph.graph.output.append(graph.graph.output[-1])
+    graph.graph.output[-1].name = "other"
+    assert_refused(tmp_path, "give them with --labels", graph, None)
+    model = import_graph(graph, tmp_path, NAMES, output="row")
+    assert model.contract.labels == tuple(NAMES)
+
+
 def test_graph_without_labels_asks_for_them(tmp_path: Path) -> None:
     assert_refused(tmp_path, "has no labels: give them with --labels", build_classifier(), None)
 
