@@ -88,7 +88,9 @@ def test_environment_of_the_service_comes_first(starter: ForkServer, monkeypatch
     monkeypatch.setenv("PILLOW_BLOCKS_MAX", "0")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     starter.start()
-    variables = Path(f"/proc/{_get_pid(starter)}/environ").read_bytes().split(b"\0")
+    environment = Path(f"/proc/{_get_pid(starter)}/environ")
+    wait_until(lambda: environment.read_bytes() != b"")  # the file is empty for a moment after `exec`
+    variables = environment.read_bytes().split(b"\0")
     assert {b"PILLOW_BLOCKS_MAX=0", b"OPENBLAS_NUM_THREADS=1"} <= set(variables)
 
 
