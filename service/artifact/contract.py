@@ -146,6 +146,10 @@ class KnownScore:
         require(0 < self.accepted <= 1, "known: accepted is not in (0, 1]")
         require(self.images > 0, "known: images must be positive")
 
+    def accepts(self, score: float) -> bool:
+        """Return whether an image with this score counts as known."""
+        return score >= self.threshold
+
 
 @dataclass(frozen=True)
 class GoldenImage:

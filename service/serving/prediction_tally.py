@@ -95,7 +95,7 @@ class PredictionTally:
 
     def _is_unknown(self, answer: Answer) -> bool:
         score = answer.known_score
-        return self._known is not None and score is not None and score < self._known.threshold
+        return self._known is not None and score is not None and not self._known.accepts(score)
 
     def fold(self) -> None:
         """Count the images in the metrics, the statistics and the drift monitor."""

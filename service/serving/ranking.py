@@ -79,7 +79,7 @@ class LabelSet(NamedTuple):
 def is_known(classification: Classification) -> bool | None:
     """Return whether an image is like the training images; None if the model does not tell."""
     known, score = classification.model.contract.known, classification.answer.known_score
-    return None if known is None or score is None else score >= known.threshold
+    return None if known is None or score is None else known.accepts(score)
 
 
 MAX_SET_LABELS: Final = 5
