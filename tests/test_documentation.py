@@ -19,9 +19,12 @@ from tests.servers import ROOT, Server
 
 SETTINGS = read_page("settings")
 
-FOREIGN_CLASSES = {"BeforeValidator", "NoDecode"} | {
-    f"{name}ImageProcessor" for name in ("ConvNext", "Levit", "MobileNetV2")
-}
+FOREIGN_CLASSES = (
+    {"BeforeValidator", "NoDecode"}
+    | {f"{name}ImageProcessor" for name in ("ConvNext", "Levit", "MobileNetV2")}
+    | {"AverageValue", "ClusterServingRuntime", "IfNotPresent", "ImageVolume", "InferenceService"}
+    | {"LoadBalancer", "NodePort", "ReadOnlyMany", "ReadWriteMany"}
+)
 """Names of other projects that pages quote."""
 
 FOLDERS = ("service", "model", "export", "bench", "tests", "fovea")

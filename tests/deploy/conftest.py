@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+
 import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.observability.metrics import Metrics
+from tests.servers import ROOT
+from tests.tools import SYSTEM_REASON
 
 needs_promtool = pytest.mark.needs("promtool")
 
@@ -28,3 +34,19 @@ def list_metric_names() -> set[str]:
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
     names = {metric.name + end for metric in registry.collect() for end in suffixes.get(metric.type, ("",))}
     return names | EXTERNAL_METRICS
+
+
+def find_helm() -> str | None:
+    """Return the path of Helm: `HELM`, on the path, or where `make chart-test` has put it."""
+    program = os.environ.get("HELM") or shutil.which("helm")
+    downloaded = ROOT / "build" / "helm" / "helm" / "helm"
+    return program or (str(downloaded) if downloaded.exists() else None)
+
+
+HELM = find_helm()
+
+needs_helm = pytest.mark.skipif(
+    HELM is None or importlib.util.find_spec("kubernetes_validate") is None,
+    reason=f"{SYSTEM_REASON}has no Helm or no kubernetes-validate: make chart-test installs both",
+)
+"""Mark of tests that render the chart."""

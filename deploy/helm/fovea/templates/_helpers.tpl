@@ -1,0 +1,84 @@
+{{/* Name of all objects: the release's name, with the chart's name in it. */}}
+{{- define "fovea.fullname" -}}
+{{- if contains "fovea" .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-fovea" (.Release.Name | trunc 46 | trimSuffix "-") -}}
+{{- end -}}
+{{- end }}
+
+{{/* The rules in deploy/alerts.yml name job="fovea", which is app.kubernetes.io/name. */}}
+{{- define "fovea.selectorLabels" -}}
+app.kubernetes.io/name: fovea
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "fovea.labels" -}}
+{{ include "fovea.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "fovea.serviceAccountName" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "fovea.fullname" .) "default" .Values.serviceAccount.create) -}}
+{{- end }}
+
+{{- define "fovea.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{- printf "%s@%s" .repository .digest -}}
+{{- else -}}
+{{- printf "%s:%s" .repository (.tag | default $.Chart.AppVersion) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "fovea.podSecurityContext" -}}
+runAsNonRoot: true
+{{- with .Values.user }}
+runAsUser: {{ int . }}
+runAsGroup: {{ int . }}
+fsGroup: {{ int . }}
+fsGroupChangePolicy: OnRootMismatch
+{{- end }}
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "fovea.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* A setting as text: YAML reads whole numbers as floats, and 1610612736 would become 1.610612736e+09. */}}
+{{- define "fovea.text" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) -}}{{ printf "%.0f" . }}{{- else -}}{{ toString . }}{{- end -}}
+{{- end }}
+
+{{/* Folder or URI of the models; empty for those in the image. */}}
+{{- define "fovea.models" -}}
+{{- with .Values.models -}}
+{{- if .uri -}}{{ .uri }}
+{{- else if .image -}}{{ printf "/models/%s" (.image.path | default "") | trimSuffix "/" }}
+{{- else -}}/models
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Combinations that the schema cannot express. */}}
+{{- define "fovea.check" -}}
+{{- $settings := merge (deepCopy .Values.settings) (dict "FOVEA_DRAIN_GRACE" 7.0 "FOVEA_DRAIN_LIMIT" 20.0) -}}
+{{- $drain := addf (float64 $settings.FOVEA_DRAIN_GRACE) (float64 $settings.FOVEA_DRAIN_LIMIT) 3.0 -}}
+{{- if lt (float64 .Values.terminationGracePeriodSeconds) $drain -}}
+{{- fail (printf "terminationGracePeriodSeconds is %v: it must be at least %v, FOVEA_DRAIN_GRACE + FOVEA_DRAIN_LIMIT + 3, or requests are lost when a pod stops" .Values.terminationGracePeriodSeconds $drain) -}}
+{{- end -}}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}
+{{- fail (printf "autoscaling.minReplicas is %v, more than autoscaling.maxReplicas, %v" .Values.autoscaling.minReplicas .Values.autoscaling.maxReplicas) -}}
+{{- end -}}
+{{- if and .Values.models.image (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "models.image needs Kubernetes 1.33, which mounts images as volumes; this cluster has %s. Use models.initContainer or models.persistentVolumeClaim" .Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- end }}

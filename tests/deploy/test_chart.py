@@ -1,0 +1,446 @@
+"""The Helm chart: valid manifests for every kind of values, refused values, and names that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
+from tests.deploy.chart_files import CHART, render_chart_files
+from tests.deploy.conftest import list_metric_names, needs_helm
+from tests.deploy.manifests import (
+    NEWEST_KUBERNETES,
+    Manifest,
+    get_manifest,
+    render_chart,
+    run_helm,
+    validate_manifest,
+)
+from tests.documents import read_page
+from tests.servers import ROOT, Server
+
+RULES = ROOT / "deploy" / "alerts.yml"
+TEMPLATES = "\n".join(path.read_text() for path in sorted((CHART / "templates").rglob("*")) if path.is_file())
+VALUES: Manifest = yaml.safe_load((CHART / "values.yaml").read_text())
+SETTING_NAMES = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+
+KEDA = {"type": "keda", "minReplicas": 2, "maxReplicas": 6, "prometheus": "http://prometheus:9090"}
+ON = {"enabled": True}
+
+CASES: dict[str, Manifest] = {
+    "defaults": {},
+    "claim": {"models": {"persistentVolumeClaim": {"claimName": "zoo", "subPath": "a/b"}}},
+    "image": {"models": {"image": {"reference": "example/zoo@sha256:" + "0" * 64, "path": "models"}}},
+    "init": {
+        "models": {
+            "initContainer": {
+                "image": "example/copy:1",
+                "command": ["cp", "-r", "/zoo/.", "/models"],
+                "args": ["-v"],
+                "env": [{"name": "A", "value": "b"}],
+                "sizeLimit": "2Gi",
+            }
+        }
+    },
+    "uri": {"models": {"uri": "s3://bucket/zoo"}, "envFrom": [{"secretRef": {"name": "s3"}}]},
+    "hpa": {"autoscaling": {"type": "hpa", "target": 0.5}},
+    "keda": {"autoscaling": KEDA},
+    "ingress": {
+        "ingress": {
+            **ON,
+            "className": "nginx",
+            "hosts": ["a.example.com", "*.b.example.com"],
+            "tlsSecret": "certificate",
+            "annotations": {"a": "b"},
+        }
+    },
+    "route": {
+        "httpRoute": {
+            **ON,
+            "parentRefs": [{"name": "public", "namespace": "gateways", "sectionName": "https"}],
+            "hostnames": ["a.example.com"],
+        }
+    },
+    "monitoring": {
+        "serviceMonitor": {**ON, "labels": {"release": "prometheus"}},
+        "prometheusRule": {**ON, "labels": {"release": "prometheus"}},
+    },
+    "policy": {
+        "networkPolicy": {
+            "from": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
+            "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 4318}]}],
+        }
+    },
+    "gpu": {
+        "image": {"repository": "example/fovea", "tag": "0.1.1-cuda", "pullPolicy": "Always"},
+        "resources": {"limits": {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": 1}},
+        "settings": {"FOVEA_PROVIDER": "cuda"},
+        "runtimeClassName": "nvidia",
+        "nodeSelector": {"gpu": "true"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    },
+    "small": {
+        "replicas": 1,
+        "user": None,
+        "serviceAccount": {"create": False},
+        "podDisruptionBudget": {"enabled": False},
+        "networkPolicy": {"enabled": False},
+        "imagePullSecrets": [{"name": "pull"}],
+        "podLabels": {"team": "a"},
+        "podAnnotations": {"b": "c"},
+        "priorityClassName": "high",
+        "affinity": {"nodeAffinity": {}},
+        "service": {"type": "LoadBalancer", "port": 8080, "annotations": {"a": "b"}},
+        "env": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    },
+}
+
+KINDS = {"Deployment", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service", "ServiceAccount"}
+
+
+def test_derived_files_are_up_to_date() -> None:
+    for path, text in render_chart_files().items():
+        assert (CHART / path).read_text() == text, f"{path} is old; run `make chart`"
+
+
+@needs_helm
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_every_manifest_is_valid(case: str) -> None:
+    manifests = render_chart(CASES[case])
+    assert len({(one["kind"], one["metadata"]["name"]) for one in manifests}) == len(manifests)
+    oldest = re.search(r"^kubeVersion: .>=(.+)-0.$", (CHART / "Chart.yaml").read_text(), re.MULTILINE)
+    assert oldest is not None
+    for manifest in manifests:
+        validate_manifest(manifest, NEWEST_KUBERNETES)
+        if case != "image":  # refused there: `test_image_volume_needs_a_new_cluster`
+            validate_manifest(manifest, oldest[1])
+
+
+@needs_helm
+def test_cases_make_every_kind() -> None:
+    templates = set(re.findall(r"^kind: (\w+)$", TEMPLATES, re.MULTILINE))
+    assert {one["kind"] for case in CASES.values() for one in render_chart(case)} == templates
+    assert {one["kind"] for one in render_chart()} == KINDS
+
+
+@needs_helm
+def test_unknown_kinds_and_fields_are_refused() -> None:
+    manifests = render_chart(CASES["monitoring"])
+    for kind in ("Deployment", "ServiceMonitor"):
+        manifest = get_manifest(manifests, kind)
+        with pytest.raises(Exception, match="replicaz"):
+            validate_manifest({**manifest, "spec": {**manifest["spec"], "replicaz": 1}})
+    with pytest.raises(LookupError, match="no schema of ServiceMonitors"):
+        validate_manifest(
+            {**manifests[0], "kind": "ServiceMonitors", "apiVersion": "monitoring.coreos.com/v1"}
+        )
+
+
+@needs_helm
+def test_lint_finds_nothing() -> None:
+    process = run_helm("lint", "--strict", ".")
+    assert process.returncode == 0, process.stdout
+
+
+REFUSED: list[tuple[Manifest, str]] = [
+    ({"replica": 3}, "replica"),
+    ({"replicas": "three"}, "replicas"),
+    ({"replicas": -1}, "replicas"),
+    ({"image": {"repository": "Fovea"}}, "image/repository"),
+    ({"image": {"digest": "sha256:12"}}, "image/digest"),
+    ({"image": {"pullPolicy": "Sometimes"}}, "image/pullPolicy"),
+    ({"settings": {"FOVEA_QUEUE_IMAGE": 3}}, "FOVEA_QUEUE_IMAGE"),
+    ({"settings": {"FOVEA_QUEUE_IMAGES": 0}}, "FOVEA_QUEUE_IMAGES"),
+    ({"settings": {"FOVEA_PORT": 9000}}, "FOVEA_PORT"),
+    ({"settings": {"FOVEA_PROVIDER": "rocm"}}, "FOVEA_PROVIDER"),
+    ({"env": [{"name": "FOVEA_PORT", "value": "9000"}]}, "env/0/name"),
+    ({"models": {"uri": "s3:/bucket"}}, "models/uri"),
+    ({"models": {"uri": "s3://a", "persistentVolumeClaim": {"claimName": "b"}}}, "models"),
+    ({"models": {"persistentVolumeClaim": {}}}, "claimName"),
+    ({"resources": {"limits": {"cpu": "two"}}}, "resources/limits/cpu"),
+    ({"user": 0}, "user"),
+    ({"probes": {"startupSeconds": 0}}, "startupSeconds"),
+    ({"service": {"type": "ExternalName"}}, "service/type"),
+    ({"service": {"port": 70000}}, "service/port"),
+    ({"ingress": {"enabled": True}}, "ingress/hosts"),
+    ({"ingress": {"enabled": True, "hosts": ["https://a.example.com"]}}, "ingress/hosts/0"),
+    ({"httpRoute": {"enabled": True}}, "httpRoute/parentRefs"),
+    ({"autoscaling": {"type": "vpa"}}, "autoscaling/type"),
+    ({"autoscaling": {"type": "keda"}}, "autoscaling/prometheus"),
+    ({"autoscaling": {"target": 25}}, "autoscaling/target"),
+    ({"podDisruptionBudget": {"maxUnavailable": 0}}, "maxUnavailable"),
+    ({"networkPolicy": {"from": [{}]}}, "networkPolicy/from/0"),
+    ({"serviceMonitor": {"interval": "10"}}, "serviceMonitor/interval"),
+    ({"terminationGracePeriodSeconds": 20}, "it must be at least 30"),
+    ({"settings": {"FOVEA_DRAIN_GRACE": 30}}, "it must be at least 53"),
+    ({"autoscaling": {"type": "hpa", "minReplicas": 11}}, "more than autoscaling.maxReplicas, 10"),
+]
+
+
+@needs_helm
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_wrong_values_are_refused(values: Manifest, message: str) -> None:
+    with pytest.raises(AssertionError) as refusal:
+        render_chart(values)
+    assert message in str(refusal.value)
+
+
+def test_schema_refuses_unknown_keys_everywhere() -> None:
+    """Objects of Kubernetes' own types are free: the API server validates them."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"].keys() == VALUES.keys() | {"global"}
+    _assert_strict(schema)
+
+
+def _assert_strict(schema: Manifest) -> None:
+    if "properties" in schema and schema.get("type") == "object":
+        assert schema["additionalProperties"] is False, schema
+    parts = [*schema.get("properties", {}).values(), schema.get("items")]
+    for part in filter(None, parts):
+        _assert_strict(part)
+
+
+@needs_helm
+def test_image_volume_needs_a_new_cluster() -> None:
+    with pytest.raises(AssertionError, match=r"models\.image needs Kubernetes 1\.33"):
+        render_chart(CASES["image"], "--kube-version", "1.32.0")
+
+
+# --- names that exist ----------------------------------------------------------------------------
+
+
+def test_settings_metrics_and_paths_in_the_chart_exist(server: Server) -> None:
+    notes = (CHART / "values.yaml").read_text() + (CHART / "files" / "classify.py").read_text()
+    text = TEMPLATES + notes
+    assert set(re.findall(r"FOVEA_[A-Z_]+", text)) <= SETTING_NAMES
+    metrics = set(re.findall(r"\bfovea_[a-z_]+", text))
+    assert metrics == {"fovea_images_in_flight", "fovea_images_limit"}
+    assert metrics <= list_metric_names()
+    documented = server.client.get("/openapi.json").json()["paths"].keys() | {"/metrics"}
+    paths = set(re.findall(r"(/health/\w+|/metrics|/v1/\w+)", text))
+    assert {"/health/live", "/health/ready", "/metrics", "/v1/classify", "/v1/models"} <= paths <= documented
+
+
+def test_defaults_of_the_drain_are_the_services() -> None:
+    for name in ("drain_grace", "drain_limit"):
+        assert f'"FOVEA_{name.upper()}" {Settings.model_fields[name].default}' in TEMPLATES
+    drain = Settings.model_fields["drain_grace"].default + Settings.model_fields["drain_limit"].default
+    assert VALUES["terminationGracePeriodSeconds"] >= drain + 3
+
+
+@needs_helm
+def test_dockerfile_has_the_user_and_the_port_of_the_chart() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    users = set(re.findall(r"^USER (\d+):(\d+)$", text, re.MULTILINE))
+    ports = set(re.findall(r"^EXPOSE (\d+)$", text, re.MULTILINE))
+    pod = get_manifest(render_chart(), "Deployment")["spec"]["template"]["spec"]
+    context, (container,) = pod["securityContext"], pod["containers"]
+    assert users == {(str(context["runAsUser"]), str(context["runAsGroup"]))}
+    (port,) = container["ports"]
+    assert ports == {str(port["containerPort"])} == {_read_environment(container)["FOVEA_PORT"]}
+
+
+def _read_environment(container: Manifest) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+# --- what the objects say ------------------------------------------------------------------------
+
+
+@needs_helm
+@pytest.mark.parametrize("case", ["defaults", "init", "small"])
+def test_pods_are_restricted(case: str) -> None:
+    """The rules of the Pod Security Standard `restricted`, a read-only root, and no token."""
+    manifests = render_chart(CASES[case])
+    pods = [get_manifest(manifests, "Deployment")["spec"]["template"], get_manifest(manifests, "Pod")]
+    for pod in pods:
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert ("runAsUser" in spec["securityContext"]) == (case != "small")
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+@needs_helm
+def test_service_does_not_select_the_test_pod() -> None:
+    manifests = render_chart()
+    selector = get_manifest(manifests, "Service")["spec"]["selector"]
+    deployment = get_manifest(manifests, "Deployment")["spec"]
+    assert deployment["selector"]["matchLabels"] == selector
+    assert selector.items() <= deployment["template"]["metadata"]["labels"].items()
+    assert not selector.items() <= get_manifest(manifests, "Pod")["metadata"]["labels"].items()
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("case", "models", "volume"),
+    [
+        ("defaults", None, None),
+        ("claim", "/models", "persistentVolumeClaim"),
+        ("image", "/models/models", "image"),
+        ("init", "/models", "emptyDir"),
+        ("uri", "s3://bucket/zoo", None),
+    ],
+)
+def test_models_are_mounted_read_only(case: str, models: str | None, volume: str | None) -> None:
+    pod = get_manifest(render_chart(CASES[case]), "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert _read_environment(container).get("FOVEA_MODELS") == models
+    mounts = {one["name"]: one for one in container["volumeMounts"]}
+    volumes = {one["name"]: one for one in pod["volumes"]}
+    assert mounts.keys() == volumes.keys()
+    assert ("models" in volumes) == (volume is not None)
+    if volume:
+        assert volume in volumes["models"]
+        assert mounts["models"]["readOnly"] is True
+        assert f"{models}/".startswith(mounts["models"]["mountPath"] + "/")
+
+
+@needs_helm
+def test_settings_become_text_that_the_service_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {
+        "FOVEA_DECODE_BYTES": 1610612736,
+        "FOVEA_TRACES": True,
+        "FOVEA_DRAIN_GRACE": 0,
+        "FOVEA_BATCH_WAIT_MS": 1.5,
+        "FOVEA_SWAP_FLIPS": 0.02,
+        "FOVEA_TRUSTED_PROXIES": "10.0.0.0/8,::1",
+    }
+    manifests = render_chart({"settings": settings})
+    (container,) = get_manifest(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    environment = _read_environment(container)
+    assert environment["FOVEA_DECODE_BYTES"] == "1610612736"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    read = Settings()
+    assert (read.decode_bytes, read.traces, read.drain_grace) == (1610612736, True, 0)
+    assert (read.batch_wait_ms, read.swap_flips) == (1.5, 0.02)
+    assert read.trusted_proxies == ("10.0.0.0/8", "::1")
+
+
+@needs_helm
+def test_rules_are_those_of_the_repository() -> None:
+    rules = get_manifest(render_chart(CASES["monitoring"]), "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load(RULES.read_text())
+
+
+@needs_helm
+@pytest.mark.parametrize("name", ["fovea", "photos", "a" * 53])
+def test_targets_get_the_job_that_the_rules_name(name: str) -> None:
+    manifests = render_chart(CASES["monitoring"], name=name)
+    monitor = get_manifest(manifests, "ServiceMonitor")["spec"]
+    service = get_manifest(manifests, "Service")
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "fovea"
+    assert 'up{job="fovea"}' in RULES.read_text()
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+@needs_helm
+def test_scaler_compares_a_ratio_and_not_its_share_per_pod() -> None:
+    manifests = render_chart(CASES["keda"])
+    scaler, service = get_manifest(manifests, "ScaledObject")["spec"], get_manifest(manifests, "Service")
+    (trigger,) = scaler["triggers"]
+    labels = f'{{job="fovea", namespace="photos", service="{service["metadata"]["name"]}"}}'
+    assert trigger["metricType"] == "Value"
+    assert trigger["metadata"] == {
+        "serverAddress": "http://prometheus:9090",
+        "query": f"sum(fovea_images_in_flight{labels}) / sum(fovea_images_limit{labels})",
+        "threshold": "0.25",
+    }
+
+
+@needs_helm
+@pytest.mark.parametrize("case", ["hpa", "keda"])
+def test_autoscaled_deployment_has_no_number_of_replicas(case: str) -> None:
+    deployment = get_manifest(render_chart(CASES[case]), "Deployment")
+    assert "replicas" not in deployment["spec"]
+    assert get_manifest(render_chart(), "Deployment")["spec"]["replicas"] == 2
+
+
+@needs_helm
+def test_averages_for_the_autoscaler_are_in_thousandths() -> None:
+    scaler = get_manifest(render_chart(CASES["hpa"]), "HorizontalPodAutoscaler")["spec"]
+    assert scaler["metrics"][0]["pods"]["target"] == {"type": "AverageValue", "averageValue": "500m"}
+
+
+@needs_helm
+@pytest.mark.parametrize(("case", "ports"), [("defaults", []), ("uri", [53, 53, 443]), ("policy", [4318])])
+def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
+    policy = get_manifest(render_chart(CASES[case]), "NetworkPolicy")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == ports
+    (rule,) = policy["ingress"]
+    assert [port["port"] for port in rule["ports"]] == ["http"]
+    assert ("from" in rule) == (case == "policy")
+
+
+@needs_helm
+@pytest.mark.long
+def test_helm_test_classifies_with_a_real_service(server: Server) -> None:
+    """The pod's own command, with another host and port."""
+    (container,) = get_manifest(render_chart(), "Pod")["spec"]["containers"]
+    assert container["command"][0] == "python3"
+    host, port = server.url.removeprefix("http://").split(":")
+    command = [sys.executable, *container["command"][1:], container["args"][0], host, port]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("small: {")
+
+
+@needs_helm
+def test_notes_name_the_way_in() -> None:
+    words = ["--dry-run=client", "--namespace", "photos"]
+    process = run_helm("install", "fovea", ".", *words)
+    assert process.returncode == 0, process.stderr
+    assert "port-forward service/fovea 8000:80" in process.stdout
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_page_has_every_value_with_its_default() -> None:
+    table = read_page("kubernetes").partition("## Values")[2]
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", table, re.MULTILINE))
+    defaults = {name: "" if value is None else f"`{_format(value)}`" for name, value in _list_values(VALUES)}
+    assert rows == defaults
+
+
+def _list_values(values: Manifest, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _list_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _format(value: object) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+@needs_helm
+def test_commands_of_the_page_are_accepted() -> None:
+    """Each `helm install` or `helm upgrade` of the page renders."""
+    page = read_page("kubernetes").replace("\\\n", " ")
+    commands = re.findall(r"^\$ helm (?:install|upgrade) (\w+) deploy/helm/fovea(.*)$", page, re.MULTILINE)
+    assert len(commands) >= 5
+    for name, options in commands:
+        words = [word for word in shlex.split(options, comments=True) if word != "--reuse-values"]
+        process = run_helm("template", name, ".", *words)
+        assert process.returncode == 0, process.stderr
