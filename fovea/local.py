@@ -39,7 +39,7 @@ _Outcome: TypeAlias = Answer | RequestError | FileError
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
     *,
     version: str | int | None = None,
     provider: ProviderSetting | None = None,
@@ -49,8 +49,9 @@ def load(
 
     `source` is a model folder such as `zoo/pets`, a repository with one model or a default model, a version
     folder such as `zoo/pets/3`, an ONNX file with a contract, or `hf:OWNER/MODEL[@REVISION]` on the Hugging
-    Face hub, which is imported once for each commit (`fovea.hub_models`). `version` chooses a version of a
-    model folder or a repository; by default the one that the service would serve.
+    Face hub, which is imported once for each commit (`fovea.hub_models`). By default it is what `fovea serve`
+    serves: `FOVEA_MODELS`, `zoo`, or the model of the installation. `version` chooses a version of a model
+    folder or a repository; by default the one that the service would serve.
 
     `provider` is an execution provider, such as `cpu` or `cuda`. `threads` is the number of processors that
     the model may use; by default all. The other settings are those of the service, from `FOVEA_*` variables.
@@ -60,6 +61,8 @@ def load(
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1")
+    if source is None:
+        source = load_settings().models
     found = find_model(source, None if version is None else str(version))
     return Model(found, provider, threads)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -24,6 +25,7 @@ from fovea.service.environment import (
     read_own_port,
 )
 from fovea.service.errors import SettingsError
+from fovea.service.packaged_models import DEFAULT_FOLDER, find_packaged_models
 from fovea.service.providers import ProviderSetting
 from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
 
@@ -69,7 +71,7 @@ class Settings(BaseSettings):
         description="TCP port to listen on; 0 takes a free port. If it is not set, Fovea uses `PORT`.",
     )
     models: Annotated[Path, AfterValidator(check_path)] = Field(
-        Path("zoo"),
+        DEFAULT_FOLDER,
         validate_default=True,
         description="Model repository `<name>/<version>/model.onnx`, or one model file.",
     )
@@ -307,8 +309,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
-        return init_settings, EnvironmentSource(settings_cls)
+        """Read the environment without Kubernetes' variables, then what replaces missing ones."""
+        packaged = InitSettingsSource(settings_cls, find_packaged_models())
+        return init_settings, EnvironmentSource(settings_cls), packaged
 
     @model_validator(mode="after")
     def _check_limits(self) -> Settings:

@@ -27,6 +27,7 @@ SERVICE = [
         "environment",
         "errors",
         "image_warnings",
+        "packaged_models",
         "providers",
         "setting_values",
         "signals",

@@ -16,8 +16,7 @@ def publish(
     ] = None,
 ) -> None:
     """Add a model to a repository as its latest version. A running service tests it, then serves it."""
+    from fovea.commands.repository import choose_repository
     from fovea.service.rollout.publish import publish_model
-    from fovea.service.settings import load_settings
 
-    settings = load_settings(**({} if models is None else {"models": models}))
-    print(f"published {publish_model(model, settings.models, name)}")
+    print(f"published {publish_model(model, choose_repository(models), name)}")

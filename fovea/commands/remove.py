@@ -18,13 +18,12 @@ def remove(
     ] = False,
 ) -> None:
     """Remove one version from a repository. A running service unloads the version by itself."""
+    from fovea.commands.repository import choose_repository
     from fovea.service.artifact.removed_version import find_removable, remove_version
     from fovea.service.errors import StartError
     from fovea.service.model_display import format_path
-    from fovea.service.settings import load_settings
 
-    settings = load_settings(**({} if models is None else {"models": models}))
-    folder = find_removable(settings.models, model, may_be_last=last)
+    folder = find_removable(choose_repository(models), model, may_be_last=last)
     if not yes:
         if not sys.stdin.isatty():
             raise StartError(f"{format_path(folder)} is not removed without a question; add --yes")

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fovea.service import packaged_models
 from fovea.service.errors import SettingsError
 from fovea.service.settings import Settings, load_settings
+from tests.commands import Command
+from tests.servers import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,8 +105,30 @@ def test_missing_default_repository_error_names_setting(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "zoo").rmdir()
+    monkeypatch.setattr(packaged_models, "PACKAGED_MODELS", tmp_path / "none")
     with pytest.raises(SettingsError, match="FOVEA_MODELS"):
         load_from_variables(monkeypatch)
+
+
+def test_packaged_models_are_the_last_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder `zoo` takes precedence, then the variable, then the argument."""
+    packaged, other = packaged_models.PACKAGED_MODELS, tmp_path / "other"
+    assert load_from_variables(monkeypatch).models == Path("zoo")
+    (tmp_path / "zoo").rename(other)
+    assert load_from_variables(monkeypatch).models == packaged
+    assert load_from_variables(monkeypatch, FOVEA_MODELS=str(other)).models == other
+    with pytest.raises(SettingsError, match="FOVEA_MODELS is 'zoo'"):
+        load_from_variables(monkeypatch, FOVEA_MODELS="zoo")
+
+
+@pytest.mark.parametrize("words", [["publish", str(DEFAULT_MODEL)], ["remove", "cifar10/4", "--yes"]])
+def test_commands_leave_packaged_models_alone(
+    command: Command, capfd: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    (tmp_path / "zoo").rmdir()
+    assert command(*words) == 2
+    assert "the models of the installation are not changed" in capfd.readouterr().err
+    assert DEFAULT_MODEL.exists()
 
 
 @pytest.mark.parametrize("service", ["FOVEA", "FOVEA_CANARY", "FOVEA_GRPC", "FOVEA_HTTP_PORT", "FOVEA_V2"])
