@@ -77,6 +77,11 @@ def test_image_is_small_and_has_no_unwanted_files(docker: Docker, image: str) ->
     assert image_bytes - base_bytes < SIZE_GOAL
 
 
+def test_image_names_its_licence(docker: Docker, image: str) -> None:
+    label = '{{index .Config.Labels "org.opencontainers.image.licenses"}}'
+    assert docker.inspect(image, label) == "MIT"
+
+
 def test_container_serves_unprivileged_and_read_only(docker: Docker, container: Container) -> None:
     best = container.client.post("/v1/classify", content=SHIP).json()["predictions"][0]
     assert best["label"] == "ship"
