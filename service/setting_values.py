@@ -12,6 +12,9 @@ from pydantic.fields import FieldInfo
 _VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 
+_VALID_ROUTE: Final = re.compile(r"/[A-Za-z0-9._~:@!$&'()*+,;=/-]{0,255}")
+
+
 def parse_hosts(value: Any) -> Any:
     """Split a comma-separated list of host names.
 
@@ -54,6 +57,16 @@ def check_path(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{error.strerror}; give a model repository (--models) or one model file") from None
     return path
+
+
+def check_route(route: str | None) -> str | None:
+    """Return the path of a route if it is one.
+
+    Raises `ValueError`.
+    """
+    if route is not None and not _VALID_ROUTE.fullmatch(route):
+        raise ValueError("it must be a path without parameters, such as /predict")
+    return route
 
 
 def describe_values(field: FieldInfo) -> str:

@@ -17,15 +17,20 @@ from pydantic_settings import (
 )
 
 from fovea.service.environment import (
-    PLATFORM_PORT,
-    PORT_SETTING,
     EnvironmentSource,
+    find_platform_variable,
+    has_own_variable,
     is_kubernetes_variable,
-    read_own_port,
 )
 from fovea.service.errors import SettingsError
 from fovea.service.providers import ProviderSetting
-from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
+from fovea.service.setting_values import (
+    check_path,
+    check_route,
+    describe_values,
+    parse_hosts,
+    parse_networks,
+)
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
 
@@ -66,7 +71,7 @@ class Settings(BaseSettings):
         8000,
         ge=0,
         le=65535,
-        description="TCP port to listen on; 0 takes a free port. If it is not set, Fovea uses `PORT`.",
+        description="TCP port to listen on; 0 takes a free port. By default `AIP_HTTP_PORT` or `PORT`.",
     )
     models: Annotated[Path, AfterValidator(check_path)] = Field(
         Path("zoo"),
@@ -107,6 +112,12 @@ class Settings(BaseSettings):
     )
     protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
         PROTOCOLS, description="Protocols to serve, separated by commas; `native` must be among them."
+    )
+    health_route: Annotated[str | None, AfterValidator(check_route)] = Field(
+        None, description="Further path of `/health/ready`; by default `AIP_HEALTH_ROUTE`."
+    )
+    predict_route: Annotated[str | None, AfterValidator(check_route)] = Field(
+        None, description="Further path of `:predict` for the default model; by default `AIP_PREDICT_ROUTE`."
     )
     replay_images: int = Field(
         64,
@@ -307,7 +318,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
+        """Read the environment without Kubernetes' variables, and with those of cloud platforms."""
         return init_settings, EnvironmentSource(settings_cls)
 
     @model_validator(mode="after")
@@ -355,8 +366,8 @@ def load_settings(**overrides: Any) -> Settings:
             reason = f"it must be {describe_values(Settings.model_fields[field])}"
             reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
         name = ENVIRONMENT_PREFIX + field.upper()
-        if name == PORT_SETTING and "port" not in overrides and not read_own_port():
-            name = PLATFORM_PORT
+        if field not in overrides and not has_own_variable(name):
+            name = find_platform_variable(name) or name
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 
