@@ -99,6 +99,7 @@ def create_app(
         classifier.catalog.state,
         model_manager,
         configured_default=settings.default_model,
+        single_name=settings.model_name,
         refusals=refusals or Refusals(settings.state),
         has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
         change_timeout=2 * model_manager.change_timeout,

@@ -25,6 +25,7 @@ from fovea.service.environment import (
 from fovea.service.errors import SettingsError
 from fovea.service.providers import ProviderSetting
 from fovea.service.setting_values import (
+    check_model_name,
     check_path,
     check_route,
     describe_values,
@@ -76,7 +77,13 @@ class Settings(BaseSettings):
     models: Annotated[Path, AfterValidator(check_path)] = Field(
         Path("zoo"),
         validate_default=True,
-        description="Model repository `<name>/<version>/model.onnx`, or one model file.",
+        description="Model repository `<name>/<version>/model.onnx`, the versions of one model "
+        "(`<version>/model.onnx`), or one model file.",
+    )
+    model_name: Annotated[str | None, AfterValidator(check_model_name)] = Field(
+        None,
+        description="Name of the model if `FOVEA_MODELS` is one file or has the versions of one model; by "
+        "default the name in its contract.",
     )
     default_model: str | None = Field(
         None,
