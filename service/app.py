@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from fovea.service import __version__
-from fovea.service.api import huggingface, openapi, operations, page, tensorflow, torchserve
+from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
 from fovea.service.api.native import explain
@@ -99,6 +99,7 @@ def create_app(
         classifier.catalog.state,
         model_manager,
         configured_default=settings.default_model,
+        single_name=settings.model_name,
         refusals=refusals or Refusals(settings.state),
         has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
         change_timeout=2 * model_manager.change_timeout,
@@ -169,6 +170,7 @@ def _add_routes(
         if adapter.PROTOCOL.name in services.settings.protocols:
             with protocols.register_routes(app.routes, adapter.PROTOCOL):
                 adapter.add_routes(app, services)
+    clouds.add_routes(app, services, protocols)
     openapi.add_routes(app, services.classifier, _WEB_FOLDER)
     page.add_routes(app, _WEB_FOLDER)
     add_error_handlers(app, services.observer)

@@ -218,7 +218,7 @@ def _describe_method(explanation: Explanation) -> str:
 
 def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
-    serving_state = scan_repository(settings.models, settings.default_model)
+    serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
     single_file = serving_state.versions_by_model.get(None)
     version = single_file[-1] if single_file else catalog.get(name)

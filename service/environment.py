@@ -1,9 +1,11 @@
-"""Environment variables that are settings: without Kubernetes' variables, and with `PORT` as a fallback."""
+"""Environment variables that are settings: without those of Kubernetes, and with those of cloud platforms."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from pydantic_settings import BaseSettings, EnvSettingsSource
@@ -28,12 +30,24 @@ and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
 
 PORT_SETTING: Final = "FOVEA_PORT"
 
-PLATFORM_PORT: Final = "PORT"
-"""Environment variable by which many platforms specify the port of a service."""
+PLATFORM_VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
+    PORT_SETTING: ("AIP_HTTP_PORT", "PORT"),
+    "FOVEA_HEALTH_ROUTE": ("AIP_HEALTH_ROUTE",),
+    "FOVEA_PREDICT_ROUTE": ("AIP_PREDICT_ROUTE",),
+}
+"""Variables of platforms that stand in for a setting that is not set, the strongest first.
+
+`PORT` is known to Cloud Run, Knative and many others; `AIP_*` are Vertex AI's.
+"""
+
+SAGEMAKER_FOLDER: Final = Path("/opt/ml/model")
+"""Folder into which SageMaker unpacks the model. Its presence tells that SageMaker runs the container."""
+
+SAGEMAKER_PORT: Final = "8080"
 
 
 class EnvironmentSource(EnvSettingsSource):
-    """The environment without Kubernetes' variables, with `PORT` as a fallback for `FOVEA_PORT`."""
+    """The environment without Kubernetes' variables, with the variables of platforms as fallbacks."""
 
     def __init__(self, settings_class: type[BaseSettings]) -> None:
         super().__init__(settings_class)
@@ -42,17 +56,43 @@ class EnvironmentSource(EnvSettingsSource):
             for name, value in self.env_vars.items()
             if not is_kubernetes_variable(name, value or "")
         }
-        if os.environ.get(PLATFORM_PORT):
-            variables.setdefault(PORT_SETTING.lower(), os.environ[PLATFORM_PORT])
+        for setting in PLATFORM_VARIABLES:
+            if not variables.get(setting.lower()) and (name := find_platform_variable(setting)):
+                variables[setting.lower()] = os.environ[name]
+        for setting, value in read_sagemaker_settings().items():
+            if not variables.get(setting.lower()):
+                variables[setting.lower()] = value
         self.env_vars = variables
 
 
-def read_own_port() -> str:
-    """Return `FOVEA_PORT` in any letter case; empty if it is not set or comes from Kubernetes."""
-    for name, value in os.environ.items():
-        if name.upper() == PORT_SETTING and not is_kubernetes_variable(name, value):
-            return value
-    return ""
+def find_platform_variable(setting: str) -> str | None:
+    """Return the name of the platform's variable that stands in for a setting, if one is set."""
+    return next((name for name in PLATFORM_VARIABLES.get(setting, ()) if os.environ.get(name)), None)
+
+
+def read_sagemaker_settings() -> dict[str, str]:
+    """Return the settings that SageMaker expects, as text; empty elsewhere.
+
+    SageMaker sets no variable for them: the port is fixed, and the model lies in a fixed folder.
+    """
+    if not SAGEMAKER_FOLDER.is_dir():
+        return {}
+    settings = {PORT_SETTING: SAGEMAKER_PORT}
+    try:
+        has_model = any(not one.name.startswith(".") for one in SAGEMAKER_FOLDER.iterdir())
+    except OSError:
+        has_model = True  # the start says what is wrong with the folder
+    if has_model:  # without model data, the image brings its model along
+        settings["FOVEA_MODELS"] = str(SAGEMAKER_FOLDER)
+    return settings
+
+
+def has_own_variable(setting: str) -> bool:
+    """Return True if a setting is set by its own name, in any letter case, and not by Kubernetes."""
+    return any(
+        name.upper() == setting and value and not is_kubernetes_variable(name, value)
+        for name, value in os.environ.items()
+    )
 
 
 def is_kubernetes_variable(name: str, value: str) -> bool:

@@ -12,6 +12,11 @@ from pydantic.fields import FieldInfo
 _VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 
+_VALID_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+_VALID_ROUTE: Final = re.compile(r"/[A-Za-z0-9._~:@!$&'()*+,;=/-]{0,255}")
+
+
 def parse_hosts(value: Any) -> Any:
     """Split a comma-separated list of host names.
 
@@ -45,7 +50,7 @@ def parse_networks(value: Any) -> Any:
 
 
 def check_path(path: Path) -> Path:
-    """Return the path if it exists.
+    """Return the path if it exists, or the model file if that lies directly in the folder.
 
     Raises `ValueError` with the reason of the system.
     """
@@ -53,7 +58,28 @@ def check_path(path: Path) -> Path:
         path.stat()
     except OSError as error:
         raise ValueError(f"{error.strerror}; give a model repository (--models) or one model file") from None
-    return path
+    file = path / "model.onnx"  # as platforms mount a single model
+    return file if file.is_file() else path
+
+
+def check_model_name(name: str | None) -> str | None:
+    """Return the name of a model if it can be one.
+
+    Raises `ValueError`.
+    """
+    if name is not None and not _VALID_MODEL_NAME.fullmatch(name):
+        raise ValueError("use letters, digits and . _ - with a letter or digit first, such as resnet-50")
+    return name
+
+
+def check_route(route: str | None) -> str | None:
+    """Return the path of a route if it is one.
+
+    Raises `ValueError`.
+    """
+    if route is not None and not _VALID_ROUTE.fullmatch(route):
+        raise ValueError("it must be a path without parameters, such as /predict")
+    return route
 
 
 def describe_values(field: FieldInfo) -> str:

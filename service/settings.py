@@ -18,16 +18,22 @@ from pydantic_settings import (
 )
 
 from fovea.service.environment import (
-    PLATFORM_PORT,
-    PORT_SETTING,
     EnvironmentSource,
+    find_platform_variable,
+    has_own_variable,
     is_kubernetes_variable,
-    read_own_port,
 )
 from fovea.service.errors import SettingsError
 from fovea.service.packaged_models import DEFAULT_FOLDER, find_packaged_models
 from fovea.service.providers import ProviderSetting
-from fovea.service.setting_values import check_path, describe_values, parse_hosts, parse_networks
+from fovea.service.setting_values import (
+    check_model_name,
+    check_path,
+    check_route,
+    describe_values,
+    parse_hosts,
+    parse_networks,
+)
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
 
@@ -68,12 +74,18 @@ class Settings(BaseSettings):
         8000,
         ge=0,
         le=65535,
-        description="TCP port to listen on; 0 takes a free port. If it is not set, Fovea uses `PORT`.",
+        description="TCP port to listen on; 0 takes a free port. By default `AIP_HTTP_PORT` or `PORT`.",
     )
     models: Annotated[Path, AfterValidator(check_path)] = Field(
         DEFAULT_FOLDER,
         validate_default=True,
-        description="Model repository `<name>/<version>/model.onnx`, or one model file.",
+        description="Model repository `<name>/<version>/model.onnx`, the versions of one model "
+        "(`<version>/model.onnx`), or one model file.",
+    )
+    model_name: Annotated[str | None, AfterValidator(check_model_name)] = Field(
+        None,
+        description="Name of the model if `FOVEA_MODELS` is one file or has the versions of one model; by "
+        "default the name in its contract.",
     )
     default_model: str | None = Field(
         None,
@@ -109,6 +121,12 @@ class Settings(BaseSettings):
     )
     protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
         PROTOCOLS, description="Protocols to serve, separated by commas; `native` must be among them."
+    )
+    health_route: Annotated[str | None, AfterValidator(check_route)] = Field(
+        None, description="Further path of `/health/ready`; by default `AIP_HEALTH_ROUTE`."
+    )
+    predict_route: Annotated[str | None, AfterValidator(check_route)] = Field(
+        None, description="Further path of `:predict` for the default model; by default `AIP_PREDICT_ROUTE`."
     )
     replay_images: int = Field(
         64,
@@ -309,7 +327,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment without Kubernetes' variables, then what replaces missing ones."""
+        """Read the environment with those of cloud platforms, then the packaged models."""
         packaged = InitSettingsSource(settings_cls, find_packaged_models())
         return init_settings, EnvironmentSource(settings_cls), packaged
 
@@ -358,8 +376,8 @@ def load_settings(**overrides: Any) -> Settings:
             reason = f"it must be {describe_values(Settings.model_fields[field])}"
             reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
         name = ENVIRONMENT_PREFIX + field.upper()
-        if name == PORT_SETTING and "port" not in overrides and not read_own_port():
-            name = PLATFORM_PORT
+        if field not in overrides and not has_own_variable(name):
+            name = find_platform_variable(name) or name
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 

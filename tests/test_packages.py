@@ -21,7 +21,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"atomic_files", "image_files"},
+    {"atomic_files", "image_files", "remote"},
     {
         "allocator",
         "environment",

@@ -18,7 +18,9 @@ def option(name: str) -> str:
 
 
 # Kubernetes sets FOVEA_PORT to tcp://… for a Service named fovea.
-ports = (option("--port"), environment.get("FOVEA_PORT", ""), environment.get("PORT", ""), "8000")
+names = ("FOVEA_PORT", "AIP_HTTP_PORT", "PORT")
+default = "8080" if Path("/opt/ml/model").is_dir() else "8000"  # SageMaker's folder and port
+ports = (option("--port"), *(environment.get(name, "") for name in names), default)
 port = next(int(value) for value in ports if value.isdecimal())
 host = option("--host") or environment.get("FOVEA_HOST") or "127.0.0.1"
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - reads it

@@ -2,6 +2,7 @@
 
     POST /v1/models/{name}[/versions/{version}]:predict    {"instances": [{"b64": "…"}]} → {"predictions": …}
                                                            {"inputs": …}                 → {"outputs": …}
+                                                           {…, "parameters": {"labels": true, "top_k": 5}}
     POST /v1/models/{name}[/versions/{version}]:classify   {"examples": [{"image": {"b64": "…"}}]}
                                                            → {"result": [[[label, probability], …]]}
     GET  /v1/models/{name}[/versions/{version}]            → {"model_version_status": …}
@@ -59,6 +60,17 @@ _TENSORFLOW_TYPES: Final = {
 # --- requests and replies ------------------------------------------------------------------------
 
 
+class PredictParameters(StrictModel):
+    """What the reply says about each image. Vertex AI's clients send parameters beside `instances`."""
+
+    labels: bool = Field(
+        False, description="Reply with labels and their probabilities, and not with bare probabilities."
+    )
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Number of labels, highest probability first; all labels by default."
+    )
+
+
 class PredictRequest(StrictModel):
     """Rows (`instances`) or columns (`inputs`), but not both.
 
@@ -67,6 +79,7 @@ class PredictRequest(StrictModel):
     """
 
     signature_name: str | None = None
+    parameters: PredictParameters | None = None
     instances: list[Any] | None = Field(None, min_length=1, max_length=MAX_REQUEST_IMAGES)
     inputs: Any = None
 
@@ -82,14 +95,23 @@ class ClassificationRequest(StrictModel):
     examples: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_REQUEST_IMAGES)
 
 
+class LabelledPrediction(BaseModel):
+    """The prediction for one image with its labels, the highest probability first."""
+
+    label: str
+    probability: float
+    labels: list[str]
+    probabilities: list[float]
+
+
 class PredictReply(BaseModel):
-    """The probabilities of all labels for each image, in the model's order.
+    """The probabilities of all labels for each image, in the model's order, or labels on request.
 
     Rows get `predictions`, and columns get `outputs`.
     """
 
-    predictions: list[list[float]] | None = None
-    outputs: list[list[float]] | None = None
+    predictions: list[list[float] | LabelledPrediction] | None = None
+    outputs: list[list[float] | LabelledPrediction] | None = None
 
 
 class ClassificationReply(BaseModel):
@@ -140,7 +162,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
     for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
         routes.add_endpoint(
             f"{path}:predict",
-            _PredictAdapter(),
+            PredictAdapter(),
             summary="Every label's probability",
             reply_type=PredictReply,
             body_type=PredictRequest,
@@ -244,7 +266,9 @@ class _JsonAdapter(ProtocolAdapter):
         """
 
 
-class _PredictAdapter(_JsonAdapter):
+class PredictAdapter(_JsonAdapter):
+    """A parser of `:predict`."""
+
     def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
         predict_request = validate_json(PredictRequest, value)
         if (predict_request.instances is None) == (predict_request.inputs is None):
@@ -254,7 +278,16 @@ class _PredictAdapter(_JsonAdapter):
         else:
             key, rows = "outputs", _parse_columns(predict_request.inputs, request)
         items = _to_items(rows, predict_request.signature_name, request)
-        return ParsedRequest(items, _ProbabilitiesFormat(len(request.model.contract.labels), key))
+        parameters = predict_request.parameters or PredictParameters()
+        label_count = len(request.model.contract.labels)
+        if parameters.labels:
+            count = min(parameters.top_k or label_count, label_count)
+            return ParsedRequest(items, _LabelledFormat(count, key))
+        if parameters.top_k is not None:
+            raise BadRequest(
+                "`parameters.top_k` needs `parameters.labels`: numbers alone are in the model's order"
+            )
+        return ParsedRequest(items, _ProbabilitiesFormat(label_count, key))
 
 
 class _ClassifyAdapter(_JsonAdapter):
@@ -281,6 +314,30 @@ class _ProbabilitiesFormat(NamedTuple):
     def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
         """Render the results (`service.api.adapter.ReplyFormat`)."""
         return Reply.from_value({self.key: [one.answer.probabilities.tolist() for one in results]})
+
+
+class _LabelledFormat(NamedTuple):
+    """The content of a reply: the best labels of each image with their probabilities."""
+
+    labels_per_image: int
+    key: str
+
+    def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
+        """Render the results (`service.api.adapter.ReplyFormat`)."""
+        rankings = [rank_labels(one, top_k=self.labels_per_image) for one in results]
+        return Reply.from_value(
+            {
+                self.key: [
+                    {
+                        "label": labels[0].label,
+                        "probability": labels[0].probability,
+                        "labels": [one.label for one in labels],
+                        "probabilities": [one.probability for one in labels],
+                    }
+                    for labels in rankings
+                ]
+            }
+        )
 
 
 class _LabelsFormat(NamedTuple):

@@ -27,6 +27,8 @@ def find_removable(root: Path, reference: str, *, may_be_last: bool) -> Path:
     name, separator, version = reference.rstrip("/").rpartition("/")
     if not separator or not version.isdecimal():
         raise ModelError(f"{reference!r} is not NAME/VERSION; give a version of a model, such as pets/1")
+    if repository.has_versions_of_one_model(root):
+        raise ModelError(f"{root} has the versions of one model and is no repository; delete a folder itself")
     # Only an entry of the repository is a name: `..` and paths are none.
     if name not in (names := repository.list_model_names(root)):
         raise ModelError(f"there is no model {name!r} in {root}; there are {', '.join(names) or 'none'}")

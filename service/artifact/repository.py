@@ -1,8 +1,9 @@
 """The model repository on disk, with Triton's layout: `<root>/<name>/<version>/model.onnx`.
 
 The folders give the model names and versions, and the highest number is the latest version. An optional
-`<name>/config.toml` holds settings of one model. A single file is a repository with one model; its name comes
-from its contract.
+`<name>/config.toml` holds settings of one model. A single file is a repository with one model, and so is a
+root with the versions of one model, `<root>/<version>/model.onnx`, which platforms mount. The name of such a
+model is FOVEA_MODEL_NAME, or the name in its contract.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import logging
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fovea.service.artifact.contract_file import read_contract
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.atomic_files import WriteError, write_file
 from fovea.service.errors import ModelError, to_one_line
@@ -99,17 +102,22 @@ class ServingState(NamedTuple):
     """True while the repository has no version that can be served."""
 
 
-def scan_repository(root: Path, default_override: str | None = None) -> ServingState:
+def scan_repository(
+    root: Path, default_override: str | None = None, single_name: str | None = None
+) -> ServingState:
     """Return the models and versions in a repository that should be served.
 
-    `default_override` overrides the default model in the repository's own file.
+    `default_override` overrides the default model in the repository's own file. `single_name` is as in
+    `list_model_names`.
 
     Raises `ModelError` if the repository has no model, or not the default model.
     """
     if root.is_file():
         return ServingState({None: find_versions(root, None)}, default_override)
     versions_by_model: VersionsByModel = {
-        name: versions for name in list_model_names(root) if (versions := find_versions(root, name))
+        name: versions
+        for name in list_model_names(root, single_name)
+        if (versions := find_versions(root, name))
     }
     for versions in versions_by_model.values():
         warn_about_empty_versions(versions[-1])
@@ -135,15 +143,48 @@ def select_initial_versions(state: ServingState, max_versions: int) -> list[Mode
     return candidates[: max_versions or None]
 
 
-def list_model_names(root: Path) -> list[str]:
+def list_model_names(root: Path, single_name: str | None = None) -> list[str]:
     """Return the names of the folders that may be models.
+
+    If the root itself has the versions of one model, its name is `single_name`, or else the name in the
+    contract of the oldest version, which no new version changes.
 
     Raises `ModelError` when the repository cannot be read.
     """
     try:
-        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        names = sorted(
+            path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
     except OSError as error:
         raise ModelError(f"cannot read the repository {root}: {error.strerror}") from None
+    if not has_versions_of_one_model(root, names):
+        return names
+    return [single_name or _read_single_name(root)]
+
+
+def has_versions_of_one_model(root: Path, names: Iterable[str] | None = None) -> bool:
+    """Return True if the layout is `<root>/<version>/model.onnx`. `names` are the root's entries if known."""
+    try:
+        numbers = (one for one in names or (path.name for path in root.iterdir()) if one.isdecimal())
+        return any((root / one / MODEL_FILE).is_file() for one in numbers)
+    except OSError:
+        return False
+
+
+def find_model_folder(root: Path, name: str) -> Path:
+    """Return the folder with the versions of a model, which may not exist."""
+    folder = root / name
+    is_version = name.isdecimal() and (folder / MODEL_FILE).is_file()
+    if (folder.is_dir() and not is_version) or not has_versions_of_one_model(root):
+        return folder
+    return root
+
+
+def _read_single_name(root: Path) -> str:
+    for version in list_available_versions(root):
+        with suppress(ModelError):  # the version is refused later, with its reason
+            return read_contract(root / version / MODEL_FILE).name
+    return root.resolve().name
 
 
 def find_versions(root: Path, name: str | None, version: str | None = None) -> tuple[ModelVersion, ...]:
@@ -155,7 +196,7 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
     """
     if name is None:
         return (ModelVersion.from_path(root, None, None),)
-    folder = root / name
+    folder = find_model_folder(root, name)
     config = read_config(folder)
     available_versions = list_available_versions(folder)
     requested_versions = (version,) if version else config.versions
@@ -168,7 +209,7 @@ def find_versions(root: Path, name: str | None, version: str | None = None) -> t
         subject = f"version {missing_versions[0]} of {name}"
         prefix = subject if version else f"{folder / CONFIG_FILE} asks for {subject}, which"
         raise ModelError(f"{prefix} does not exist; there are {_join_versions(available_versions)}")
-    return tuple(_describe_version(folder, one, config) for one in selected_versions)
+    return tuple(_describe_version(folder, name, one, config) for one in selected_versions)
 
 
 def list_version_folders(folder: Path) -> list[str]:
@@ -187,9 +228,9 @@ def list_available_versions(folder: Path) -> list[str]:
         raise ModelError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _describe_version(folder: Path, version: str, config: ModelConfig) -> ModelVersion:
+def _describe_version(folder: Path, name: str, version: str, config: ModelConfig) -> ModelVersion:
     version_config = config.model_copy(update={"versions": None})  # a setting of the model only
-    return ModelVersion.from_path(folder / version / MODEL_FILE, folder.name, version, version_config)
+    return ModelVersion.from_path(folder / version / MODEL_FILE, name, version, version_config)
 
 
 class VersionChoice(NamedTuple):
@@ -212,7 +253,7 @@ def choose_versions(
     highest version down, until it accepts one. It may read files, so an event loop calls `choose_versions` in
     another thread. Raises `ModelError` when `config.toml` cannot be read.
     """
-    folder = root / name
+    folder = find_model_folder(root, name)
     config = read_config(folder)
     available_versions = list_available_versions(folder)
     refused_versions: list[RefusedVersion] = []
@@ -221,7 +262,7 @@ def choose_versions(
         for version in sorted(set(config.versions), key=_version_number):
             refusal: str | None = f"{folder / CONFIG_FILE} asks for it, but it does not exist"
             if version in available_versions:
-                candidate = _describe_version(folder, version, config)
+                candidate = _describe_version(folder, name, version, config)
                 refusal = reason_to_refuse(candidate)
             if refusal is None:
                 pinned_versions.append(candidate)
@@ -229,7 +270,7 @@ def choose_versions(
                 refused_versions.append(RefusedVersion(name, version, refusal, is_pinned=True))
         return VersionChoice(tuple(pinned_versions), tuple(refused_versions))
     for version in reversed(available_versions):
-        candidate = _describe_version(folder, version, config)
+        candidate = _describe_version(folder, name, version, config)
         refusal = reason_to_refuse(candidate)
         if refusal is None:
             return VersionChoice((candidate,), tuple(refused_versions))
@@ -241,10 +282,11 @@ def find_fallback_version(
     root: Path, model_version: ModelVersion, reason_to_refuse: Callable[[ModelVersion], str | None]
 ) -> ModelVersion | None:
     """Return the version of a model that would be served without this version, or None."""
-    folder = root / (model_version.name or "")
+    name = model_version.name or ""
+    folder = find_model_folder(root, name)
     for version in reversed(list_available_versions(folder)):
         if _version_number(version) < _version_number(model_version.version or ""):
-            candidate = _describe_version(folder, version, model_version.config)
+            candidate = _describe_version(folder, name, version, model_version.config)
             if reason_to_refuse(candidate) is None:
                 return candidate
     return None
@@ -311,7 +353,7 @@ def record_default_model(root: Path) -> None:
 
     Raises `ModelError` when the repository cannot be read or written.
     """
-    if not root.is_dir() or read_default_model(root) is not None:
+    if not root.is_dir() or has_versions_of_one_model(root) or read_default_model(root) is not None:
         return
     model_names = (name for name in list_model_names(root) if list_available_versions(root / name))
     if name := find_single_model(model_names):

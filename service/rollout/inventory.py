@@ -58,7 +58,7 @@ def take_inventory(settings: Settings) -> Inventory:
 
     Raises `ModelError` when the repository cannot be read.
     """
-    entries = list(_read_entries(settings.models))
+    entries = list(_read_entries(settings.models, settings.model_name))
     reasons = {one.path: one.reason for one in entries if one.path and one.reason}
     try:
         state = _choose_state(settings, reasons)
@@ -91,7 +91,7 @@ def find_shown_file(reference: str, settings: Settings) -> Path:
     latest version if none can be served. Raises `ModelError`.
     """
     root, refusals = settings.models, Refusals(settings.state)
-    names = repository.list_model_names(root) if root.is_dir() else []
+    names = repository.list_model_names(root, settings.model_name) if root.is_dir() else []
     name, _, version = reference.rstrip("/").partition("/")
     if name in names and (not version or version.isdecimal()):
         return _find_version_file(root, name, version, refusals)
@@ -112,7 +112,7 @@ def find_shown_file(reference: str, settings: Settings) -> Path:
 
 def _find_version_file(root: Path, name: str, version: str, refusals: Refusals) -> Path:
     """Return the file of a version; if `version` is empty, of the version that a start would serve."""
-    folder = root / name
+    folder = repository.find_model_folder(root, name)
     available_versions = repository.list_available_versions(folder)
     if not available_versions:
         raise ModelError(f"{folder} has no <version>/{MODEL_FILE}")
@@ -139,7 +139,7 @@ def _choose_state(settings: Settings, reasons: Mapping[Path, str]) -> ServingSta
     Raises `ModelError` when the start would end with an error.
     """
     if settings.strict or settings.models.is_file():
-        state = repository.scan_repository(settings.models, settings.default_model)
+        state = repository.scan_repository(settings.models, settings.default_model, settings.model_name)
         for versions in state.versions_by_model.values():
             for one in versions:
                 if reason := reasons.get(one.path):
@@ -160,15 +160,16 @@ def _choose_state(settings: Settings, reasons: Mapping[Path, str]) -> ServingSta
         failure_reasons |= broken_versions
 
 
-def _read_entries(root: Path) -> Iterator[InventoryEntry]:
+def _read_entries(root: Path, single_name: str | None) -> Iterator[InventoryEntry]:
     """Yield all versions, none of them served yet. Raises `ModelError` when the root cannot be read."""
     if root.is_file():
         entry = _read_entry(root.stem, "", root)
         contract = entry.contract
-        yield replace(entry, name=contract.name, version=contract.version) if contract else entry
+        name = single_name or (contract.name if contract else entry.name)
+        yield replace(entry, name=name, version=contract.version if contract else "")
         return
-    for name in repository.list_model_names(root):
-        folder = root / name
+    for name in repository.list_model_names(root, single_name):
+        folder = repository.find_model_folder(root, name)
         try:
             versions = repository.list_version_folders(folder)
         except ModelError:

@@ -11,6 +11,7 @@ from fovea.service.artifact.repository import (
     MODEL_FILE,
     MODEL_NAME_PATTERN,
     MODEL_NAME_RULE,
+    find_model_folder,
     record_default_model,
 )
 from fovea.service.errors import ModelError
@@ -32,7 +33,7 @@ def publish_model(path: Path, root: Path, name: str | None = None) -> Path:
     name = name or engine.contract.name
     if not MODEL_NAME_PATTERN.fullmatch(name):
         raise ModelError(f"the name is {name!r}; {MODEL_NAME_RULE}")
-    folder = root / name
+    folder = find_model_folder(root, name)
     try:
         record_default_model(root)
         return _add_version(path, fingerprint, folder) / MODEL_FILE

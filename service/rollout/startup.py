@@ -39,7 +39,8 @@ def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], No
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
-        run(repository.scan_repository(settings.models, settings.default_model), refusals)
+        state = repository.scan_repository(settings.models, settings.default_model, settings.model_name)
+        run(state, refusals)
         return
     state = _compare_versions(settings, find_serving_state(settings, refusals), refusals)
     while True:
@@ -86,7 +87,7 @@ def choose_serving_state(
 
     versions_by_model: dict[str | None, tuple[ModelVersion, ...]] = {}
     refused_versions: list[RefusedVersion] = []
-    names = repository.list_model_names(root)
+    names = repository.list_model_names(root, settings.model_name)
     for name in names:
         try:
             choice = repository.choose_versions(root, name, find_reason)

@@ -25,8 +25,9 @@ class VersionChoice(NamedTuple):
 class VersionChooser:
     """Reader of the repository for `Watcher`."""
 
-    def __init__(self, root: Path, refusals: Refusals) -> None:
+    def __init__(self, root: Path, refusals: Refusals, single_name: str | None = None) -> None:
         self._root = root
+        self._single_name = single_name
         self._refusals = refusals
 
     def list_names(self, served_names: Collection[str | None]) -> set[str | None]:
@@ -37,14 +38,17 @@ class VersionChooser:
         """
         if self._root.is_file() or None in served_names:
             return {None}
-        names = repository.list_model_names(self._root)
+        names = repository.list_model_names(self._root, self._single_name)
         if not names and served_names:
             raise ModelError(f"the repository {self._root} is empty; the served models stay")
         return {*names, *served_names}
 
+    def _find_folder(self, name: str) -> Path:
+        return repository.find_model_folder(self._root, name)
+
     async def find_versions(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
         """Return the versions of a model that its folder asks for."""
-        if name is not None and not (self._root / name).is_dir():
+        if name is not None and not self._find_folder(name).is_dir():
             return ()
         return await asyncio.to_thread(repository.find_versions, self._root, name, version)
 
@@ -52,7 +56,7 @@ class VersionChooser:
         self, name: str | None, pinned_version: str | None, served_versions: Sequence[ModelVersion]
     ) -> VersionChoice:
         """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
-        if name is None or not (self._root / name).is_dir():
+        if name is None or not self._find_folder(name).is_dir():
             return VersionChoice(await self.find_versions(name, pinned_version), (), force=False)
         if pinned_version:
             return await asyncio.to_thread(self._choose_pinned, name, pinned_version, served_versions)

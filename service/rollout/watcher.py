@@ -37,6 +37,7 @@ class Watcher:
         target: RolloutTarget,
         *,
         configured_default: str | None = None,
+        single_name: str | None = None,
         refusals: Refusals | None = None,
         has_limits: bool = False,
         change_timeout: float = 3600.0,
@@ -44,7 +45,8 @@ class Watcher:
     ) -> None:
         """Start from `state`, the current state.
 
-        With `configured_default`, the repository does not choose the default model.
+        With `configured_default`, the repository does not choose the default model. `single_name` is the
+        name of the model if the root has the versions of one model.
 
         With `has_limits`, a version that passes its comparison is remembered, so that no other service with
         the same verdicts refuses it. A requested change waits at most `change_timeout` seconds for other
@@ -57,7 +59,7 @@ class Watcher:
         self._default = state.default_model
         self._target = target
         self._refusals = refusals or Refusals()
-        self._chooser = VersionChooser(root, self._refusals)
+        self._chooser = VersionChooser(root, self._refusals, single_name)
         self._has_limits = has_limits
         self._change_timeout = change_timeout
         self._is_broken = is_broken
@@ -206,7 +208,11 @@ class Watcher:
                 if only_names is not None and name not in only_names:
                     continue
                 pinned_version = self._pinned_versions.get(name)
-                if name and pinned_version and not (self._root / name / pinned_version).is_dir():
+                if (
+                    name
+                    and pinned_version
+                    and not (repository.find_model_folder(self._root, name) / pinned_version).is_dir()
+                ):
                     del self._pinned_versions[name]
                     pinned_version = None
                 try:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from fovea.service.artifact.repository import has_versions_of_one_model
 from fovea.service.resources import threads
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
@@ -292,6 +293,8 @@ def _model_sizes(settings: Settings) -> list[int]:
     root = settings.models
     if root.is_file():
         return [_file_size(root)]
+    if has_versions_of_one_model(root):
+        return [_latest_version_size(root)]
     latest = sorted(
         (_latest_version_size(folder) for folder in root.iterdir() if folder.is_dir()), reverse=True
     )

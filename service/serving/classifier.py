@@ -89,7 +89,7 @@ class Classifier:
             threads.available_cpus() / settings.workers,
             gpu=threads.expects_gpu(settings.provider),
         )
-        state = scan_repository(settings.models, settings.default_model) if state is None else state
+        state = state or scan_repository(settings.models, settings.default_model, settings.model_name)
         self.catalog = ModelCatalog(settings, state, metrics)
         self.shared_bodies = SharedBodies(
             settings.queue_images,

@@ -64,7 +64,8 @@ class LiveModel:
             )
             for level in range(LEVEL_COUNT)
         ]
-        name, version = model_version.name or contract.name, model_version.version or contract.version
+        name = model_version.name or settings.model_name or contract.name
+        version = model_version.version or contract.version
         tensors = input_tensors_of(contract)
         return cls(
             name,

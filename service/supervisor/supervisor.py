@@ -99,6 +99,7 @@ class Supervisor:
             serving_state,
             self._coordinator,
             configured_default=settings.default_model,
+            single_name=settings.model_name,
             refusals=refusals,
             has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
             change_timeout=2 * patience,

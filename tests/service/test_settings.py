@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
-        if name.startswith("FOVEA_") or name == "PORT":
+        if name.startswith(("FOVEA_", "AIP_")) or name == "PORT":
             monkeypatch.delenv(name)
     (tmp_path / "zoo").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -198,3 +198,58 @@ def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_setting_has_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description and field.description.endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("variables", "port"),
+    [
+        ({"PORT": "1"}, 1),
+        ({"PORT": "1", "AIP_HTTP_PORT": "2"}, 2),
+        ({"PORT": "1", "AIP_HTTP_PORT": "2", "FOVEA_PORT": "3"}, 3),
+        ({"PORT": "1", "AIP_HTTP_PORT": "2", "FOVEA_PORT": "tcp://10.0.0.1:8000"}, 2),
+        ({"PORT": "1", "AIP_HTTP_PORT": ""}, 1),
+    ],
+)
+def test_port_of_the_platform(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], port: int) -> None:
+    assert load_from_variables(monkeypatch, **variables).port == port
+    assert load_settings(port=9000).port == 9000
+
+
+def test_routes_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "AIP_HEALTH_ROUTE": "/healthy",
+        "AIP_PREDICT_ROUTE": "/v1/endpoints/1/deployedModels/2:predict",
+    }
+    settings = load_from_variables(monkeypatch, **variables)
+    assert (settings.health_route, settings.predict_route) == tuple(variables.values())
+    assert load_from_variables(monkeypatch, FOVEA_HEALTH_ROUTE="/own").health_route == "/own"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AIP_PREDICT_ROUTE", "predict"),
+        ("AIP_HEALTH_ROUTE", "/models/{name}"),
+        ("FOVEA_HEALTH_ROUTE", "https://host/health"),
+        ("AIP_HTTP_PORT", "http"),
+        ("PORT", "80 80"),
+    ],
+)
+def test_bad_value_of_a_platform_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is "):
+        load_from_variables(monkeypatch, **{name: value})
+
+
+def test_sagemaker_is_known_by_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "opt" / "ml" / "model"
+    monkeypatch.setattr("fovea.service.environment.SAGEMAKER_FOLDER", folder)
+    assert load_settings().port == 8000
+    folder.mkdir(parents=True)
+    settings = load_settings()
+    assert (settings.port, settings.models) == (8080, Path("zoo"))  # the image has its model
+    (folder / "pets").mkdir()
+    assert load_settings().models == folder
+    settings = load_from_variables(monkeypatch, FOVEA_PORT="9000", FOVEA_MODELS=str(tmp_path))
+    assert (settings.port, settings.models) == (9000, tmp_path)

@@ -34,7 +34,9 @@ _EMPTY_BODY: Final = bodies.ParsedBody([])
 """Body without options of its own."""
 
 
-class _ClassifyAdapter(ProtocolAdapter):
+class ClassifyAdapter(ProtocolAdapter):
+    """A parser of raw images, forms and JSON in Fovea's own form."""
+
     reports_each_image = True
 
     def parse_options(self, query: bytes) -> ClassifyOptions:
@@ -58,7 +60,7 @@ class _ClassifyAdapter(ProtocolAdapter):
 def add_routes(app: FastAPI, services: Services) -> None:
     """Add the native routes."""
     classifier = services.classifier
-    endpoint = Endpoint(services, _ClassifyAdapter(), NATIVE)
+    endpoint = Endpoint(services, ClassifyAdapter(), NATIVE)
     for suffix, (path, model) in _CLASSIFY_ROUTES.items():
         add_endpoint_route(
             app,

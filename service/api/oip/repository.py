@@ -106,12 +106,13 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
 
         Runs in a thread, because it reads folders.
         """
-        root = classifier.settings.models
+        settings = classifier.settings
+        root = settings.models
         known_names = {one.name for one in statuses if one.state is not VersionState.REFUSED}
         refused = {(one.name, one.version) for one in statuses if one.state is VersionState.REFUSED}
         versions: list[tuple[str, str]] = []
         with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
-            for name in set() if root.is_file() else set(names_in(root)) - known_names:
+            for name in set() if root.is_file() else set(names_in(root, settings.model_name)) - known_names:
                 with suppress(ModelError, OSError):
                     versions += [(name, one.version or "") for one in find_versions(root, name)]
         single_name = catalog.single_model_name

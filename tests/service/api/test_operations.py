@@ -143,7 +143,7 @@ def test_documentation_examples_succeed(server: Server) -> None:
             if "top_k" in body["example"]:
                 assert len(reply.json()["predictions"]) == body["example"]["top_k"]
             tags.append(operation["tags"][0])
-    assert Counter(tags) == {"classify": 6, "oip": 2, "tensorflow": 4, "huggingface": 3}
+    assert Counter(tags) == {"classify": 6, "oip": 2, "tensorflow": 4, "huggingface": 3, "clouds": 1}
 
 
 def _parameter_examples(operation: dict[str, Any], place: str = "path") -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.removed_version import find_removable
 from fovea.service.artifact.repository import (
     ModelVersion,
     ServingState,
@@ -16,6 +17,8 @@ from fovea.service.artifact.repository import (
     scan_repository,
 )
 from fovea.service.errors import ModelError
+from fovea.service.rollout.publish import publish_model
+from tests.graphs import add_to_repository, build_model
 
 
 @pytest.fixture
@@ -150,3 +153,53 @@ def test_only_a_single_model_is_recorded_as_default(zoo: Path) -> None:
     (zoo / "default").unlink()
     record_default_model(zoo)  # with two models, neither is chosen
     assert not (zoo / "default").exists()
+
+
+@pytest.fixture
+def versions_of_one(tmp_path: Path) -> Path:
+    """A folder as KServe and SageMaker mount it: versions without a folder for the name."""
+    add_to_repository(build_model(), tmp_path, "mount", "1")
+    add_to_repository(build_model(seed=1), tmp_path, "mount", "10")
+    return tmp_path / "mount"
+
+
+def test_versions_of_one_model_need_no_folder_for_the_name(versions_of_one: Path) -> None:
+    state = scan_repository(versions_of_one)
+    assert {name: _list_versions(versions) for name, versions in state.versions_by_model.items()} == {
+        "mount": ["10"]  # the name in the contract
+    }
+    assert state.default_model == "mount"
+    named = scan_repository(versions_of_one, single_name="pets").versions_by_model
+    assert [(one.name, one.version) for one in named["pets"]] == [("pets", "10")]
+    assert named["pets"][0].path == versions_of_one / "10" / "model.onnx"
+    (versions_of_one / "config.toml").write_text('versions = ["1"]\n')
+    assert _list_versions(scan_repository(versions_of_one).versions_by_model["mount"]) == ["1"]
+
+
+def test_new_version_does_not_rename_the_only_model(versions_of_one: Path, tmp_path: Path) -> None:
+    add_to_repository(build_model(seed=2), tmp_path, "other", "11")
+    (tmp_path / "other" / "11").rename(versions_of_one / "11")
+    state = scan_repository(versions_of_one)
+    assert {name: _list_versions(one) for name, one in state.versions_by_model.items()} == {"mount": ["11"]}
+
+
+def test_model_whose_name_is_a_number_is_no_version(tmp_path: Path) -> None:
+    _write_model(tmp_path / "1" / "2")
+    _write_model(tmp_path / "7" / "1")
+    assert sorted(map(str, scan_repository(tmp_path).versions_by_model)) == ["1", "7"]
+
+
+def test_folder_with_broken_versions_has_the_name_of_the_folder(tmp_path: Path) -> None:
+    _write_model(tmp_path / "mount" / "1")
+    assert list(scan_repository(tmp_path / "mount").versions_by_model) == ["mount"]
+
+
+def test_versions_of_one_model_are_not_removed_by_command(versions_of_one: Path) -> None:
+    with pytest.raises(ModelError, match="versions of one model"):
+        find_removable(versions_of_one, "mount/1", may_be_last=True)
+
+
+def test_publishing_adds_a_version_to_the_only_model(versions_of_one: Path) -> None:
+    source = versions_of_one / "1" / "model.onnx"
+    assert publish_model(source, versions_of_one) == versions_of_one / "11" / "model.onnx"
+    assert not (versions_of_one / "default").exists()

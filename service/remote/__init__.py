@@ -1,0 +1,1 @@
+"""Files elsewhere: object stores through fsspec, and images by https URL."""

@@ -1,0 +1,136 @@
+"""The routes of cloud platforms. The tests play the platforms: probes, bodies and their answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.pictures import make_jpeg
+from tests.servers import Server
+
+IMAGE = make_jpeg()
+B64 = base64.b64encode(IMAGE).decode()
+VERTEX_ROUTE = "/v1/endpoints/123/deployedModels/456:predict"
+
+
+@pytest.fixture(scope="module")
+def vertex(small_zoo: Path) -> Iterator[Server]:
+    """A container as Vertex AI starts it."""
+    with Server(
+        FOVEA_MODELS=str(small_zoo),
+        AIP_HEALTH_ROUTE="/v1/endpoints/123/deployedModels/456",
+        AIP_PREDICT_ROUTE=VERTEX_ROUTE,
+        FOVEA_PROTOCOLS="native",
+    ) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"content": IMAGE, "headers": {"Content-Type": "application/x-image"}},
+        {"content": IMAGE, "headers": {"Content-Type": "image/jpeg", "Accept": "application/json"}},
+        {"content": IMAGE},
+        {"json": {"images": [{"b64": B64}]}},
+        {"files": {"image": ("a.jpg", IMAGE, "image/jpeg")}},
+    ],
+)
+def test_invocations_answers_as_classify(server: Server, content: dict[str, Any]) -> None:
+    expected = server.client.post("/v1/classify?top_k=3", **content)
+    reply = server.client.post("/invocations?top_k=3", **content)
+    assert reply.status_code == expected.status_code == 200, reply.text
+    assert reply.json().keys() == expected.json().keys()
+    if "predictions" in reply.json():
+        assert reply.json()["predictions"] == expected.json()["predictions"]
+    else:
+        assert [one["predictions"] for one in reply.json()["results"]] == [
+            one["predictions"] for one in expected.json()["results"]
+        ]
+
+
+def test_invocations_is_counted_and_refuses_as_native(server: Server) -> None:
+    reply = server.client.post("/invocations", content=b"nonsense")
+    assert reply.status_code in (415, 422)
+    assert reply.json()["error"]["code"]
+    labels = {"protocol": "native", "route": "/invocations", "status": str(reply.status_code)}
+    assert server.read_metric("fovea_requests_total", **labels) >= 1
+
+
+def test_ping_is_there_with_and_without_torchserve(server: Server, vertex: Server) -> None:
+    for one in (server, vertex):
+        assert one.client.get("/ping").status_code == 200
+
+
+def test_batch_transform_learns_its_limits(server: Server) -> None:
+    limits = server.client.get("/execution-parameters").json()
+    body_bytes = server.client.get("/runtime").json()["limits"]["body_bytes"]
+    assert limits == {
+        "MaxConcurrentTransforms": 64,
+        "BatchStrategy": "SINGLE_RECORD",
+        "MaxPayloadInMB": max(1, body_bytes >> 20),
+    }
+
+
+def test_vertex_probes_and_predicts(vertex: Server) -> None:
+    assert vertex.client.get("/v1/endpoints/123/deployedModels/456").json() == {"status": "ready"}
+    body = {"instances": [{"b64": B64}, {"b64": B64}], "parameters": {"labels": True, "top_k": 2}}
+    reply = vertex.client.post(VERTEX_ROUTE, json=body)
+    assert reply.status_code == 200, reply.text
+    expected = vertex.client.post("/v1/classify?top_k=2", content=IMAGE).json()["predictions"]
+    for prediction in reply.json()["predictions"]:
+        assert prediction["label"] == expected[0]["label"]
+        assert prediction["labels"] == [one["label"] for one in expected]
+        assert prediction["probabilities"] == pytest.approx([one["probability"] for one in expected])
+        assert prediction["probability"] == prediction["probabilities"][0]
+    rows = vertex.client.post(VERTEX_ROUTE, json={"instances": [{"b64": B64}]}).json()["predictions"]
+    assert all(isinstance(value, float) for value in rows[0])
+    assert vertex.client.get("/openapi.json").json()["paths"].keys().isdisjoint({VERTEX_ROUTE})
+
+
+def test_vertex_refusals_have_one_shape(vertex: Server) -> None:
+    reply = vertex.client.post(VERTEX_ROUTE, json={"instances": []})
+    assert reply.status_code == 400
+    assert isinstance(reply.json()["error"], str)
+    assert reply.json()["code"] == "bad_request"
+    assert vertex.read_metric("fovea_requests_total", protocol="tensorflow", status="400") >= 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"top_k": 2}, "needs"),
+        ({"labels": "yes"}, "labels"),
+        ({"labels": True, "top_k": 0}, "top_k"),
+        ({"confidenceThreshold": 0.5}, "confidenceThreshold"),
+    ],
+)
+def test_wrong_parameters_are_refused(server: Server, parameters: Any, reason: str) -> None:
+    body = {"instances": [{"b64": B64}], "parameters": parameters}
+    reply = httpx.post(f"{server.url}/v1/models/small:predict", content=json.dumps(body))
+    assert reply.status_code == 400
+    assert reason in reply.json()["error"]
+
+
+def test_labels_of_columns(server: Server) -> None:
+    body = {"inputs": [{"b64": B64}], "parameters": {"labels": True}}
+    (output,) = server.client.post("/v1/models/small:predict", json=body).json()["outputs"]
+    labels = server.client.get("/v1/models/small/contract").json()["labels"]
+    assert sorted(output["labels"]) == sorted(labels)
+    assert output["probabilities"] == sorted(output["probabilities"], reverse=True)
+
+
+def test_predict_route_takes_the_place_of_another_body_only(small_zoo: Path) -> None:
+    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_HEALTH_ROUTE": "/health/ready"}
+    with Server(**settings, FOVEA_PREDICT_ROUTE="/predict") as server:  # Hugging Face's path
+        reply = server.client.post("/predict", json={"instances": [{"b64": B64}]})
+        assert (reply.status_code, list(reply.json())) == (200, ["predictions"])
+        assert server.client.post("/", json={"inputs": B64}).status_code == 200
+        assert server.client.get("/health/ready").status_code == 200
+    with Server(**settings, FOVEA_PREDICT_ROUTE="/v1/classify") as server:
+        assert "predictions" in server.client.post("/v1/classify", content=IMAGE).json()
