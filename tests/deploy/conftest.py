@@ -45,8 +45,15 @@ def find_helm() -> str | None:
 
 HELM = find_helm()
 
+HAS_VALIDATION = importlib.util.find_spec("kubernetes_validate") is not None
+
+needs_validation = pytest.mark.skipif(
+    not HAS_VALIDATION, reason=f"{SYSTEM_REASON}has no kubernetes-validate: make chart-test installs it"
+)
+"""Mark of tests that validate objects of Kubernetes."""
+
 needs_helm = pytest.mark.skipif(
-    HELM is None or importlib.util.find_spec("kubernetes_validate") is None,
+    HELM is None or not HAS_VALIDATION,
     reason=f"{SYSTEM_REASON}has no Helm or no kubernetes-validate: make chart-test installs both",
 )
 """Mark of tests that render the chart."""

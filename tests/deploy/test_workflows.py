@@ -29,7 +29,7 @@ def get_script(job: str, name: str) -> str:
 
 
 def run_script(
-    script: str, folder: Path, programs: Path | None = None, **variables: str
+    script: str, folder: Path, variables: dict[str, str], programs: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([*([str(programs)] if programs else []), os.environ["PATH"]])
     return subprocess.run(
@@ -84,13 +84,13 @@ def test_tag_must_be_the_version(tmp_path: Path, tag: str, message: str) -> None
         shutil.copy(ROOT / name, tmp_path)
     script = get_script("build", "Compare the tag with the version")
     variables = {"GITHUB_REF_NAME": tag, "GITHUB_OUTPUT": str(tmp_path / "output")}
-    process = run_script(script, tmp_path, **variables)
+    process = run_script(script, tmp_path, variables)
     assert process.stderr == message
     assert (process.returncode == 0) == (not message)
     if not message:
         assert (tmp_path / "output").read_text() == f"version={VERSION}\n"
         (tmp_path / "CHANGELOG.md").write_text("# Changelog\n")
-        process = run_script(script, tmp_path, **variables)
+        process = run_script(script, tmp_path, variables)
         assert process.stderr == f"CHANGELOG.md has no section {VERSION}\n"
         assert process.returncode == 1
 
@@ -112,12 +112,13 @@ def test_image_is_built_from_digests_and_signed_by_its_own(tmp_path: Path, targe
         (programs / name).chmod(0o755)
     (tmp_path / "deploy" / "image").mkdir(parents=True)
     shutil.copy(BASES, tmp_path / "deploy" / "image")
-    process = run_script(
-        get_script("image", "Build and push, with SBOM and provenance"), tmp_path, programs,
-        TARGET=target, PLATFORMS="linux/amd64,linux/arm64", SUFFIX="-x", VERSION="1.2.3",
-        SOURCE="https://example.com/Some/Fovea", IMAGE="example.com/Some/Fovea", GITHUB_SHA="0" * 40,
-        RUNNER_TEMP=str(tmp_path), GITHUB_STEP_SUMMARY=str(tmp_path / "summary"),
-    )  # fmt: skip
+    script = get_script("image", "Build and push, with SBOM and provenance")
+    variables = {
+        "TARGET": target, "PLATFORMS": "linux/amd64,linux/arm64", "SUFFIX": "-x", "VERSION": "1.2.3",
+        "SOURCE": "https://example.com/Some/Fovea", "IMAGE": "example.com/Some/Fovea", "GITHUB_SHA": "0" * 40,
+        "RUNNER_TEMP": str(tmp_path), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
+    }  # fmt: skip
+    process = run_script(script, tmp_path, variables, programs)
     assert process.returncode == 0, process.stderr
     words = (tmp_path / "docker.txt").read_text().splitlines()
     assert {"--sbom=true", "--provenance=mode=max", "--push", "linux/amd64,linux/arm64"} <= set(words)
@@ -144,7 +145,7 @@ def test_chart_is_pushed_with_the_published_image(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy" / "helm", tmp_path / "deploy" / "helm")
     script = get_script("chart", "Package, push and sign")
     variables = {"VERSION": "1.2.3", "IMAGE": "example.com/Some/Fovea", "RUNNER_TEMP": str(tmp_path)}
-    process = run_script(script, tmp_path, programs, **variables)
+    process = run_script(script, tmp_path, variables, programs)
     assert process.returncode == 0, process.stderr
     values = yaml.safe_load((tmp_path / "deploy" / "helm" / "fovea" / "values.yaml").read_text())
     assert values["image"]["repository"] == "example.com/some/fovea"
@@ -176,6 +177,6 @@ def find_linter(name: str) -> str:
     ids=lambda command: command[0],
 )
 def test_linters_find_nothing(command: list[str]) -> None:
-    words = [find_linter(command[0]), *command[1:], *WORKFLOWS]
+    words = [find_linter(command[0]), *command[1:], *map(str, WORKFLOWS)]
     process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
