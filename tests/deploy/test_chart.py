@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.deploy.chart_files import CHART, render_chart_files
-from tests.deploy.conftest import list_metric_names, needs_helm
+from tests.deploy.conftest import list_metric_names, needs_helm, needs_promtool
 from tests.deploy.manifests import (
     NEWEST_KUBERNETES,
     Manifest,
@@ -313,6 +314,15 @@ def test_models_are_mounted_read_only(case: str, models: str | None, volume: str
 
 
 @needs_helm
+def test_copy_of_a_store_lies_in_a_volume() -> None:
+    pod = get_manifest(render_chart(CASES["uri"]), "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    cache = _read_environment(container)["XDG_CACHE_HOME"]
+    assert cache in {one["mountPath"] for one in container["volumeMounts"]}
+    assert "XDG_CACHE_HOME" not in str(render_chart())
+
+
+@needs_helm
 def test_settings_become_text_that_the_service_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {
         "FOVEA_DECODE_BYTES": 1610612736,
@@ -364,6 +374,27 @@ def test_scaler_compares_a_ratio_and_not_its_share_per_pod() -> None:
         "query": f"sum(fovea_images_in_flight{labels}) / sum(fovea_images_limit{labels})",
         "threshold": "0.25",
     }
+
+
+@needs_helm
+@needs_promtool
+def test_scaler_adds_up_the_pods_of_its_release(tmp_path: Path) -> None:
+    """Two pods of this release and one of another, by Prometheus' own evaluation."""
+    (trigger,) = get_manifest(render_chart(CASES["keda"]), "ScaledObject")["spec"]["triggers"]
+    pods = {"a": ("fovea", 64), "b": ("fovea", 32), "c": ("other", 256)}
+    series = []
+    for pod, (service, images) in pods.items():
+        labels = f'{{job="fovea", namespace="photos", service="{service}", pod="{pod}"}}'
+        series.append({"series": f"fovea_images_in_flight{labels}", "values": str(images)})
+        series.append({"series": f"fovea_images_limit{labels}", "values": "256"})
+    sample = {"labels": "{}", "value": (64 + 32) / (256 + 256)}
+    query = {"expr": trigger["metadata"]["query"], "eval_time": "0m", "exp_samples": [sample]}
+    text = yaml.safe_dump({"tests": [{"input_series": series, "promql_expr_test": [query]}]})
+    (tmp_path / "test.yml").write_text(text)
+    process = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @needs_helm

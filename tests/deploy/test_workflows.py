@@ -59,6 +59,13 @@ def test_jobs_have_only_the_permissions_that_they_need() -> None:
     assert "secrets." not in RELEASE_TEXT.replace("secrets.GITHUB_TOKEN", "")
 
 
+def test_no_checkout_leaves_its_token_behind() -> None:
+    steps = [step for job in RELEASE["jobs"].values() for step in job["steps"]]
+    checkouts = [step for step in steps if step.get("uses", "").startswith("actions/checkout@")]
+    assert len(checkouts) == 3
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
 def test_only_one_job_builds_the_distributions() -> None:
     builders = [name for name, job in RELEASE["jobs"].items() if "-m build" in str(job)]
     assert builders == ["build"]
