@@ -56,8 +56,8 @@ def main(**overrides: Any) -> int:
     try:
         settings = load_settings(**overrides)
         configure_logs(settings)
-        settings = memory_plan.fit_to_memory(settings)
         bound_socket = _bind_port(settings)
+        settings = memory_plan.fit_to_memory(_fetch_models(settings))
         if settings.workers == 1:
             child_process.start_fork_server()
             start_serving(settings, lambda *start: _serve_single_process(settings, bound_socket, *start))
@@ -336,6 +336,15 @@ def _create_registry() -> CollectorRegistry:
     registry.register(ContainerCollector(Cgroup()))
     PlatformCollector(registry=registry)
     return registry
+
+
+def _fetch_models(settings: Settings) -> Settings:
+    """Copy the models from a store, if FOVEA_MODELS is the URI of one. Raises `StartError`."""
+    if settings.store_uri is None:
+        return settings
+    from fovea.service.rollout.store_sync import fetch_models
+
+    return fetch_models(settings)
 
 
 def _bind_port(settings: Settings) -> socket.socket:

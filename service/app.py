@@ -37,6 +37,7 @@ from fovea.service.http.proxies import TrustedProxies
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.store_sync import StoreSync
 from fovea.service.rollout.watcher import Watcher
 from fovea.service.serving.classifier import Classifier
 from fovea.service.settings import Settings
@@ -94,6 +95,9 @@ def create_app(
     heatmap_explainer, layer_explainer = explainers = [
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)
     ]
+    store_sync = None
+    if settings.store_uri and not participant:  # with several workers, the supervisor updates the copy
+        store_sync = StoreSync(settings, metrics.process_metrics)
     watcher = Watcher(
         settings.models,
         classifier.catalog.state,
@@ -103,6 +107,7 @@ def create_app(
         refusals=refusals or Refusals(settings.state),
         has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
         change_timeout=2 * model_manager.change_timeout,
+        update_copy=store_sync.update if store_sync else None,
     )
     classifier.on_model_lost = model_manager.handle_lost_model
     # A model that is lost or refused must be recorded where the repository is watched. In a worker the
@@ -113,12 +118,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await classifier.start()
-        watch_task = None if participant else asyncio.create_task(watcher.run(settings.watch))
+        tasks = [] if participant else [asyncio.create_task(watcher.run(settings.watch))]
+        if store_sync:
+            tasks.append(asyncio.create_task(store_sync.run()))
         yield
         # The order matters: no new version may start once the service stops, and the explaining processes
         # reserve memory that the classifier owns.
-        if watch_task:
-            watch_task.cancel()
+        for task in tasks:
+            task.cancel()
         model_manager.close()
         for explainer in explainers:
             explainer.close()

@@ -8,7 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -26,6 +34,7 @@ from fovea.service.environment import (
 from fovea.service.errors import SettingsError
 from fovea.service.packaged_models import DEFAULT_FOLDER, find_packaged_models
 from fovea.service.providers import ProviderSetting
+from fovea.service.remote.store_uri import StoreError, check_store_uri, find_copy_folder, has_scheme
 from fovea.service.setting_values import (
     check_model_name,
     check_path,
@@ -80,7 +89,8 @@ class Settings(BaseSettings):
         DEFAULT_FOLDER,
         validate_default=True,
         description="Model repository `<name>/<version>/model.onnx`, the versions of one model "
-        "(`<version>/model.onnx`), or one model file.",
+        "(`<version>/model.onnx`), or one model file; or the URI of a store "
+        "with one of these, such as `s3://bucket/zoo`.",
     )
     model_name: Annotated[str | None, AfterValidator(check_model_name)] = Field(
         None,
@@ -104,6 +114,17 @@ class Settings(BaseSettings):
     )
     strict: bool = Field(
         False, description="End the start if a model cannot be served, instead of serving the others."
+    )
+    model_cache: Path | None = Field(
+        None,
+        description="Folder for the copy of a store; by default `fovea/models` in the user's cache, or a "
+        "folder for temporary files.",
+    )
+    store_poll: float = Field(
+        60.0,
+        ge=0,
+        le=86_400,
+        description="Seconds between two looks at a store for new versions; 0: at the start and on SIGHUP.",
     )
     watch: float = Field(
         2.0,
@@ -330,6 +351,30 @@ class Settings(BaseSettings):
         """Read the environment with those of cloud platforms, then the packaged models."""
         packaged = InitSettingsSource(settings_cls, find_packaged_models())
         return init_settings, EnvironmentSource(settings_cls), packaged
+
+    _store_uri: str | None = PrivateAttr(None)
+
+    @property
+    def store_uri(self) -> str | None:
+        """URI of the store of which `models` is the local copy; None if `models` is all there is."""
+        return self._store_uri
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _replace_uri(cls, data: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        """Let `models` be the local copy of a store if it is a URI."""
+        models = data.get("models") if isinstance(data, dict) else None
+        if not (isinstance(models, str) and has_scheme(models)):
+            return handler(data)
+        try:
+            uri = check_store_uri(models)
+        except StoreError as error:
+            raise ValueError(f"FOVEA_MODELS: {error}") from None
+        settings = handler({**data, "models": "/"})  # the copy need not exist yet
+        settings._store_uri = uri
+        folder = find_copy_folder(uri, settings.model_cache)
+        vars(settings)["models"] = check_path(folder) if folder.is_dir() else folder
+        return settings
 
     @model_validator(mode="after")
     def _check_limits(self) -> Settings:

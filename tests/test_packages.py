@@ -112,7 +112,7 @@ RUNNER_IMPORTS = "import fovea.service.runners.fork_server_process"
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
-        (SERVICE_IMPORTS, {"numpy", "PIL", "onnxruntime", "rich"}),
+        (SERVICE_IMPORTS, {"fsspec", "numpy", "PIL", "onnxruntime", "rich"}),
         (RUNNER_IMPORTS, {"asyncio", "ssl", "pydantic", "fastapi"}),
     ],
     ids=["service", "runner"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,12 +11,12 @@ from fovea.service.errors import SettingsError
 
 def serve(
     path: Annotated[
-        Path | None, typer.Argument(help="Model repository or one model file; same as --models.")
+        str | None, typer.Argument(help="Model repository, model file or URI of a store; same as --models.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [FOVEA_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [FOVEA_PORT].")] = None,
     models: Annotated[
-        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+        str | None, typer.Option(help="Model repository, model file or URI of a store [FOVEA_MODELS].")
     ] = None,
     workers: Annotated[
         int | None,

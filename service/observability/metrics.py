@@ -101,7 +101,8 @@ def _register_all(owner: object, registry: CollectorRegistry) -> None:
 class ProcessMetrics:
     """Metrics of the service's own processes.
 
-    The supervisor counts the workers. Each process counts the connections that lacked a file descriptor.
+    The supervisor counts the workers and the updates of the model store. Each process counts the connections
+    that lacked a file descriptor.
     """
 
     workers = _gauge("Worker processes that accept connections; 1 if the service is one process.")
@@ -114,11 +115,17 @@ class ProcessMetrics:
     connections_starved = _counter(
         "Connections that had to wait because a process had no free file descriptor."
     )
+    store_updates = _counter("Updates of the local copy of the model store, `ok` or `failed`.", "result")
+    store_updated_timestamp_seconds = _gauge(
+        "Time of the last successful update of that copy, in seconds since 1970; 0 without a store."
+    )
 
     def __init__(self, registry: CollectorRegistry) -> None:
         _register_all(self, registry)
         for reason in DEATH_REASONS:
             self.worker_deaths.labels(reason)  # every series exists from the start
+        for result in ("ok", "failed"):
+            self.store_updates.labels(result)
 
 
 class Metrics:

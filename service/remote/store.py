@@ -15,6 +15,7 @@ import importlib.util
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from typing import Any, BinaryIO, Final, cast
 
@@ -233,7 +234,9 @@ def open_store(uri: str) -> Store:
 def _read_marker(info: Mapping[str, Any]) -> str:
     """Return what the store says about the version of a file. Each store has another name for it."""
     names = ("ETag", "etag", "generation", "blob_id", "LastModified", "last_modified", "mtime", "created")
-    return next((str(info[name]) for name in names if info.get(name)), "")
+    value = next((info[name] for name in names if info.get(name)), "")
+    # A listing may give as a number, or in quotes, what a single file gives otherwise.
+    return repr(value.timestamp()) if isinstance(value, datetime) else str(value).strip('"')
 
 
 def _read_digest(info: Mapping[str, Any]) -> str | None:

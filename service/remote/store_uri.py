@@ -1,8 +1,15 @@
-"""URIs of object stores, and the packages that open them. Imports no package outside the standard library."""
+"""URIs of object stores, the packages that open them, and the folders of their copies.
+
+Imports no package outside the standard library.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -94,3 +101,20 @@ def is_safe_path(path: str) -> bool:
 def hide_credentials(uri: str) -> str:
     """Return a URI without user name and password, for messages."""
     return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "***@", uri)
+
+
+def find_copy_folder(uri: str, cache: Path | None) -> Path:
+    """Return the folder of the copy of a store. It need not exist.
+
+    Without `cache` it is in `XDG_CACHE_HOME` or `~/.cache`, or in the system's folder for temporary files if
+    there is no home that can be written to, as in a container.
+    """
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", uri).strip("-.")[-60:]
+    name = f"{words}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+    if cache is not None:
+        return cache / name
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    existing = next((one for one in (home, *home.parents) if one.exists()), Path("/"))
+    if home.is_absolute() and os.access(existing, os.W_OK | os.X_OK):
+        return home / "fovea" / "models" / name
+    return Path(tempfile.gettempdir()) / f"fovea-models-{os.geteuid()}-{name}"

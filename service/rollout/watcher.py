@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +42,7 @@ class Watcher:
         has_limits: bool = False,
         change_timeout: float = 3600.0,
         is_broken: Callable[[ModelVersion], bool] = lambda version: False,
+        update_copy: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Start from `state`, the current state.
 
@@ -51,7 +52,8 @@ class Watcher:
         With `has_limits`, a version that passes its comparison is remembered, so that no other service with
         the same verdicts refuses it. A requested change waits at most `change_timeout` seconds for other
         changes. `is_broken` returns whether a starting process cannot load a version. It is called in a
-        worker thread, never twice at once, and may take as long as a trial.
+        worker thread, never twice at once, and may take as long as a trial. `update_copy` updates the
+        repository if it is the copy of a store.
         """
         self._root = root
         self._configured_default = configured_default
@@ -63,6 +65,7 @@ class Watcher:
         self._has_limits = has_limits
         self._change_timeout = change_timeout
         self._is_broken = is_broken
+        self._update_copy = update_copy
         self._replace_task: asyncio.Task[None] | None = None
         self._last_versions: dict[str | None, Sequence[ModelVersion]] = dict(state.versions_by_model)
         self._refused_changes: dict[str | None, Sequence[ModelVersion]] = {}
@@ -105,6 +108,8 @@ class Watcher:
     async def reload(self) -> None:
         """Scan now, and scan again after new files have had time to settle."""
         log.info("SIGHUP: scanning the repository")
+        if self._update_copy:
+            await self._update_copy()
         await self._scan_or_log()
         await asyncio.sleep(_SETTLE_SECONDS)
         await self._scan_or_log()

@@ -23,6 +23,7 @@ from fovea.service.observability.multiprocess import SharedMetrics
 from fovea.service.observability.process_metrics import reap_orphans
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.startup import is_broken
+from fovea.service.rollout.store_sync import StoreSync
 from fovea.service.rollout.trial import compute_change_timeout
 from fovea.service.rollout.watcher import Watcher
 from fovea.service.runners.child_process import stop_fork_server
@@ -94,6 +95,7 @@ class Supervisor:
         self._coordinator = Coordinator(
             self._admitted_workers, self._admit_ready_workers, state=serving_state, timeout=patience
         )
+        self._store_sync = StoreSync(settings, metrics.process_metrics) if settings.store_uri else None
         self._watcher = Watcher(
             settings.models,
             serving_state,
@@ -104,6 +106,7 @@ class Supervisor:
             has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
             change_timeout=2 * patience,
             is_broken=self._is_broken,
+            update_copy=self._store_sync.update if self._store_sync else None,
         )
         self._workers: set[WorkerProcess] = set()
         self._dispatcher = ConnectionDispatcher(listener, self._available_workers)
@@ -137,6 +140,8 @@ class Supervisor:
                 self._listener.start(self._dispatcher.pass_connection)
                 self._on_listening(next(one.served_models for one in self._workers if one.served_models))
                 self._start_task(self._watcher.run(self._settings.watch))
+                if self._store_sync:
+                    self._start_task(self._store_sync.run())
             await self._end_event.wait()
         finally:
             for task in self._tasks:
@@ -193,7 +198,10 @@ class Supervisor:
         """Reap orphans (`reap_orphans`), but not while a thread needs the exit codes of its processes."""
         if self._trial_lock.acquire(blocking=False):
             try:
-                reap_orphans([one.process.pid for one in (*self._workers, *self._ending_workers)])
+                awaited_pids = [one.process.pid for one in (*self._workers, *self._ending_workers)]
+                if self._store_sync:
+                    awaited_pids += self._store_sync.awaited_pids
+                reap_orphans(awaited_pids)
             finally:
                 self._trial_lock.release()
 

@@ -19,7 +19,7 @@ from tests.servers import ROOT
 
 CHART: Final = ROOT / "deploy" / "helm" / "fovea"
 
-FIXED_SETTINGS: Final = frozenset({"port", "models", "state"})
+FIXED_SETTINGS: Final = frozenset({"port", "models", "model_cache", "state"})
 """Settings that the chart's templates choose."""
 
 _JSON_TYPES: Final = {bool: "boolean", int: "integer", float: "number"}

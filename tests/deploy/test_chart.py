@@ -317,9 +317,9 @@ def test_models_are_mounted_read_only(case: str, models: str | None, volume: str
 def test_copy_of_a_store_lies_in_a_volume() -> None:
     pod = get_manifest(render_chart(CASES["uri"]), "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    cache = _read_environment(container)["XDG_CACHE_HOME"]
+    cache = _read_environment(container)["FOVEA_MODEL_CACHE"]
     assert cache in {one["mountPath"] for one in container["volumeMounts"]}
-    assert "XDG_CACHE_HOME" not in str(render_chart())
+    assert "FOVEA_MODEL_CACHE" not in str(render_chart())
 
 
 @needs_helm

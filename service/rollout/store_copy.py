@@ -1,0 +1,178 @@
+"""A local copy of a repository in an object store.
+
+A file of the copy is replaced as a whole, so a version appears when it is complete, and a kill, a full disk
+or a lost connection leaves what was there before. Files that are gone from the store are removed, unless the
+store is empty. Only names of a repository's layout are copied. An index lists the copied files, and no other
+file of the folder is touched. All of this blocks; it runs in a process of its own (`store_copy_process`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from fovea.service.atomic_files import WriteError, replace_file, write_file
+from fovea.service.errors import to_one_line
+from fovea.service.remote.store import Store, StoredFile
+from fovea.service.remote.store_uri import StoreError
+
+_INDEX_FILE: Final = ".fovea-store.json"
+
+_LOCK_FILE: Final = ".fovea-store.lock"
+
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+
+_LAYOUT: Final = re.compile(rf"(?:(?:{_NAME}/)?[0-9]{{1,18}}/)?model\.onnx|(?:{_NAME}/)?config\.toml|default")
+"""Paths that a repository has, in any of its layouts."""
+
+_VERDICT_FILE: Final = "trial.json"
+"""File that the service writes beside a model file; it goes with the version."""
+
+
+class _Index(NamedTuple):
+    """What is known about a copy."""
+
+    uri: str
+    files: dict[str, list[Any]]
+    """The store's marker, the size and the local time of change of each copied file."""
+    updated: float
+    """Time of the last complete update, in seconds since 1970."""
+
+
+def read_index(folder: Path) -> _Index:
+    """Return the index of a copy. If it is missing or broken, everything will be copied again."""
+    try:
+        index = json.loads((folder / _INDEX_FILE).read_bytes())
+        files = {path: value for path, value in index["files"].items() if _LAYOUT.fullmatch(path)}
+        return _Index(str(index["uri"]), files, float(index["updated"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return _Index("", {}, 0.0)
+
+
+class CopyReport(NamedTuple):
+    """The result of one update."""
+
+    copied: list[str]
+    """Paths that are new or have changed."""
+    removed: list[str]
+    total: int
+    """Number of files in the copy."""
+
+
+class StoreCopy:
+    """The copy of one store in one folder."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        """Copy `store` to `folder`, which only this user may write to."""
+        self._store = store
+        self._folder = folder
+
+    def update(self) -> CopyReport:
+        """Bring the copy up to date. Raises `StoreError`; the copy is then as good as before.
+
+        Other processes that update the same folder wait for each other.
+        """
+        try:
+            create_private_folder(self._folder)
+            with self._lock():
+                return self._update()
+        except WriteError as error:
+            raise StoreError(str(error)) from None
+        except OSError as error:
+            path = error.filename or self._folder
+            raise StoreError(f"cannot write {path}: {error.strerror or to_one_line(error)}") from None
+
+    def _update(self) -> CopyReport:
+        stored = [one for one in self._store.list_files() if _LAYOUT.fullmatch(one.path)]
+        if not any(one.path.endswith("model.onnx") for one in stored):
+            raise StoreError(
+                f"{self._store.uri} has no <name>/<version>/model.onnx, <version>/model.onnx or model.onnx; "
+                "the copy stays as it is"
+            )
+        index = self._read_index()
+        copied: list[str] = []
+        errors: list[StoreError] = []
+        # Model files first: a configuration may ask for a version that is new too.
+        for one in sorted(stored, key=lambda one: (not one.path.endswith("model.onnx"), one.path)):
+            if index.files.get(one.path) != self._describe(one):
+                try:
+                    self._copy_file(one)
+                except StoreError as error:  # the other files are not to blame
+                    errors.append(error)
+                    continue
+                index.files[one.path] = self._describe(one)
+                self._write_index(index)
+                copied.append(one.path)
+        if errors:
+            raise errors[0]
+        gone = sorted(index.files.keys() - {one.path for one in stored})
+        for path in gone:
+            self._remove_file(path)
+            del index.files[path]
+        self._write_index(index._replace(updated=time.time()))
+        return CopyReport(copied, gone, len(stored))
+
+    def _copy_file(self, stored: StoredFile) -> None:
+        target = self._folder / stored.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(target) as partial, partial.open("wb") as file:
+            self._store.copy_file(stored, file)
+
+    def _remove_file(self, path: str) -> None:
+        """Remove a file, and the folders that are empty without it."""
+        target = self._folder / path
+        target.unlink(missing_ok=True)
+        if target.name == "model.onnx" and target.parent != self._folder:
+            (target.parent / _VERDICT_FILE).unlink(missing_ok=True)
+        for folder in target.parents:
+            if folder == self._folder:
+                break
+            with suppress(OSError):  # other files are in it
+                folder.rmdir()
+
+    def _describe(self, stored: StoredFile) -> list[Any]:
+        """Return what the index holds of a file: the store's marker, and the local file's identity."""
+        try:
+            status = (self._folder / stored.path).stat()
+        except OSError:
+            return []
+        if status.st_size != stored.size:
+            return []
+        return [stored.marker, stored.size, status.st_mtime_ns]
+
+    def _read_index(self) -> _Index:
+        index = read_index(self._folder)
+        return index if index.uri == self._store.uri else _Index(self._store.uri, {}, 0.0)
+
+    def _write_index(self, index: _Index) -> None:
+        write_file(self._folder / _INDEX_FILE, json.dumps(index._asdict()))
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        descriptor = os.open(self._folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def create_private_folder(folder: Path) -> None:
+    """Create a folder for this user alone. Raises `StoreError` if it belongs to somebody else, or `OSError`.
+
+    A folder in /tmp has a name that others can guess. Whoever owns it could change the models.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise StoreError(
+            f"{folder} belongs to another user, or others may write to it; set FOVEA_MODEL_CACHE"
+        )
