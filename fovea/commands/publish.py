@@ -20,4 +20,5 @@ def publish(
     from fovea.service.settings import load_settings
 
     settings = load_settings(**({} if models is None else {"models": models}))
+    settings.require_folder()
     print(f"published {publish_model(model, settings.models, name)}")

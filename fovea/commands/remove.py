@@ -24,6 +24,7 @@ def remove(
     from fovea.service.settings import load_settings
 
     settings = load_settings(**({} if models is None else {"models": models}))
+    settings.require_folder()
     folder = find_removable(settings.models, model, may_be_last=last)
     if not yes:
         if not sys.stdin.isatty():
