@@ -360,8 +360,8 @@ class Settings(BaseSettings):
         """Raise `SettingsError` if `models` is the copy of a store, which a change must not be written to."""
         if self._store_uri:
             raise SettingsError(
-                f"FOVEA_MODELS is {self._store_uri!r}, and this command changes folders only; change the store "
-                "with its own tools"
+                f"FOVEA_MODELS is {self._store_uri!r}, and this command changes folders only; change the "
+                "store with its own tools"
             )
 
     @model_validator(mode="wrap")
