@@ -359,6 +359,14 @@ class Settings(BaseSettings):
         """URI of the store of which `models` is the local copy; None if `models` is all there is."""
         return self._store_uri
 
+    def require_folder(self) -> None:
+        """Raise `SettingsError` if `models` is the copy of a store, which a change must not be written to."""
+        if self._store_uri:
+            raise SettingsError(
+                f"FOVEA_MODELS is {self._store_uri!r}, and this command changes folders only; change the "
+                "store with its own tools"
+            )
+
     @model_validator(mode="wrap")
     @classmethod
     def _replace_uri(cls, data: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import httpx
 import pytest
 
 from tests.pictures import make_jpeg
-from tests.servers import Server
+from tests.servers import ROOT, Server, wait_until
 
 IMAGE = make_jpeg()
 B64 = base64.b64encode(IMAGE).decode()
@@ -134,3 +139,61 @@ def test_predict_route_takes_the_place_of_another_body_only(small_zoo: Path) -> 
         assert server.client.get("/health/ready").status_code == 200
     with Server(**settings, FOVEA_PREDICT_ROUTE="/v1/classify") as server:
         assert "predictions" in server.client.post("/v1/classify", content=IMAGE).json()
+
+
+PLATFORMS: dict[str, tuple[list[str], dict[str, str], str, str, float]] = {
+    "sagemaker": (["serve"], {}, "/ping", "/invocations", 30),
+    "vertex": (
+        [],
+        {"AIP_HEALTH_ROUTE": "/healthy", "AIP_PREDICT_ROUTE": "/v1/endpoints/1:predict"},
+        "/healthy",
+        "/v1/endpoints/1:predict",
+        30,
+    ),
+    "cloud-run": (
+        [],
+        {"FOVEA_DRAIN_GRACE": "0", "FOVEA_DRAIN_LIMIT": "7"},
+        "/health/ready",
+        "/v1/classify",
+        10,
+    ),
+    "azure-ml": ([], {}, "/health/live", "/v1/classify", 30),
+    "hugging-face": ([], {}, "/health", "/", 30),
+}
+"""Arguments, variables, probe and route of each platform, and its seconds from SIGTERM to SIGKILL."""
+
+PORT_VARIABLES = {"vertex": "AIP_HTTP_PORT", "cloud-run": "PORT"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_container_lives_as_the_platform_expects(small_zoo: Path, platform: str) -> None:
+    """The entry point of the image starts, answers the probe, and finishes its work after SIGTERM."""
+    arguments, variables, probe, route, kill_seconds = PLATFORMS[platform]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment |= {"FOVEA_MODELS": str(small_zoo), PORT_VARIABLES.get(platform, "FOVEA_PORT"): port}
+    environment |= {**variables, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "deploy" / "image" / "serve"), *arguments]
+    body: dict[str, Any] = {"content": IMAGE, "headers": {"Content-Type": "image/jpeg"}}
+    if platform == "vertex":
+        body = {"json": {"instances": [{"b64": B64}]}}
+    started = time.monotonic()
+    with Server({"args": command, "env": environment}) as server:
+        assert server.url.endswith(f":{port}")
+        assert server.client.get(probe, timeout=2).status_code == 200
+        assert time.monotonic() - started < 60  # a generous share of each platform's limit for a start
+        assert server.client.post(route, **body).status_code == 200
+        # The body of this request is complete only after SIGTERM: the work is accepted, and is finished.
+        wire = socket.create_connection(("127.0.0.1", int(port)), timeout=30)
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(IMAGE)}\r\n\r\n"
+        wire.sendall(head.encode() + IMAGE[:100])
+        wait_until(lambda: server.read_metric("fovea_requests_in_flight") >= 1)
+        server.process.send_signal(signal.SIGTERM)
+        stopped = time.monotonic()
+        wire.sendall(IMAGE[100:])
+        assert wire.recv(64).startswith(b"HTTP/1.1 200")
+        wire.close()
+        assert server.process.wait(kill_seconds) == 0
+        assert time.monotonic() - stopped < kill_seconds

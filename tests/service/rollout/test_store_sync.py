@@ -131,6 +131,15 @@ def test_bad_uri_ends_the_start_with_a_sentence() -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_commands_do_not_change_the_copy(bucket: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "FOVEA_MODELS": f"file://{bucket}", "FOVEA_MODEL_CACHE": str(tmp_path)}
+    for arguments in (["publish", str(bucket / "pets" / "1" / "model.onnx")], ["remove", "pets/1"]):
+        command = [sys.executable, "-m", "fovea", *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert "this command changes folders only" in result.stderr
+
+
 @pytest.mark.long
 def test_one_model_in_a_store_and_the_option_of_the_command(bucket: Path, tmp_path: Path) -> None:
     with serve_store(f"file://{bucket}/pets", tmp_path, FOVEA_MODEL_NAME="cats") as server:
