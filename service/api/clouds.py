@@ -1,6 +1,6 @@
 """Routes that cloud platforms expect of a container.
 
-POST /invocations              SageMaker and MLflow: what /v1/classify takes, and its answer
+POST /invocations              SageMaker: what /v1/classify takes, and its answer
 GET  /ping                     SageMaker: 200 if the models are ready; TorchServe has the same route
 GET  /execution-parameters     SageMaker's batch transform: how much it may send
 POST FOVEA_PREDICT_ROUTE       Vertex AI: {"instances": […], "parameters": {…}} → {"predictions": […]}

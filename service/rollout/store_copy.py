@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -171,8 +172,8 @@ def create_private_folder(folder: Path) -> None:
     A folder in /tmp has a name that others can guess. Whoever owns it could change the models.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise StoreError(
-            f"{folder} belongs to another user, or others may write to it; set FOVEA_MODEL_CACHE"
+            f"{folder} belongs to another user, is a link, or others may write to it; set FOVEA_MODEL_CACHE"
         )

@@ -42,8 +42,8 @@ NETWORKS = [
     ("cnn", 32, Task.MULTICLASS),
     ("cnn", 32, Task.BINARY),
     ("resnet18", 32, Task.MULTILABEL),
-    pytest.param("mobilenet_v2", 64, Task.MULTICLASS, marks=pytest.mark.slow),
-    pytest.param("resnet50", 64, Task.MULTICLASS, marks=pytest.mark.slow),
+    ("mobilenet_v2", 64, Task.MULTICLASS),
+    ("resnet50", 64, Task.MULTICLASS),
 ]
 
 
@@ -184,9 +184,7 @@ def test_convolution_outputs_follow_from_weights(name: str, size: int) -> None:
         assert difference < 1e-4 * max(1.0, float(computed.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("cnn", 32), ("cnn", 64), pytest.param("resnet18", 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("cnn", 64), ("resnet18", 64)])
 def test_receptive_field_matches_the_gradient(name: str, size: int) -> None:
     """Only pixels inside the receptive field change a value, and pixels at its edge do."""
     case = make_case(name, size, Task.MULTICLASS)

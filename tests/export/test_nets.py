@@ -20,9 +20,6 @@ from tests.export.test_pixel_steps import list_narrow_steps
 
 pytestmark = pytest.mark.long
 
-LARGE = ("resnet34", "resnet50", "mobilenet_v2")
-"""Networks that take ten seconds to export."""
-
 
 def make_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
     """Return a network whose batch normalisation is not the identity, as after a training."""
@@ -43,12 +40,11 @@ def make_net(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        *((name, 16) for name in NETS if name not in LARGE),
-        *(pytest.param(name, 16, marks=pytest.mark.slow) for name in LARGE),
+        *((name, 16) for name in NETS),
         ("cnn", 32),
         ("cnn", 64),
         ("cnn", 128),
-        pytest.param("resnet18", 96, marks=pytest.mark.slow),
+        ("resnet18", 96),
     ],
 )
 def test_exported_graph_agrees_with_the_network(tmp_path: Path, name: str, size: int) -> None:

@@ -425,6 +425,8 @@ def test_wall_clock_is_read_only_for_displayed_dates() -> None:
         ("http", "time.time("),  # the header Date
         ("http", "time.time("),  # the start of a trace
         ("rollout", "datetime.now"),  # the time of a verdict on a model version
+        ("rollout", "time.time("),  # the last update of the copy of a store, in its index
+        ("rollout", "time.time("),  # the same, as a metric
         ("serving", "time.time("),  # the time since when a version has its state
         ("serving", "time.time("),  # the time since when a version is refused
     ]

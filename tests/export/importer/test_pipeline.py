@@ -68,14 +68,9 @@ def find_largest_difference(
 # --- networks as torch exports them --------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        pytest.param("resnet18", 96, marks=pytest.mark.slow),
-        pytest.param("resnet50", 96, marks=pytest.mark.slow),
-        pytest.param("mobilenet_v2", 96, marks=pytest.mark.slow),
-        pytest.param("vit", 64, marks=pytest.mark.slow),
-    ],
+    ("name", "size"), [("resnet18", 96), ("resnet50", 96), ("mobilenet_v2", 96), ("vit", 64)]
 )
 def test_network_agrees_with_the_handwritten_pipeline(tmp_path: Path, name: str, size: int) -> None:
     graph = export_foreign(name, size)
@@ -90,7 +85,7 @@ def test_network_agrees_with_the_handwritten_pipeline(tmp_path: Path, name: str,
     assert model.engine.check_golden_set().images == 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fast_path_changes_probabilities_only_slightly(tmp_path: Path) -> None:
     """The tolerance is for photographs that are decoded at a smaller scale."""
     size = 64
@@ -120,10 +115,10 @@ def test_transformer_feature_maps_are_its_patches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        pytest.param("resnet18", 1, marks=pytest.mark.slow),
+        ("resnet18", 1),
         ("vit", 1),
-        pytest.param("vit", 2, marks=pytest.mark.slow),
-        pytest.param("vit_of_torch", 1, marks=pytest.mark.slow),
+        ("vit", 2),
+        ("vit_of_torch", 1),
     ],
 )
 def test_fixed_batch_network_takes_any_batch_size(tmp_path: Path, name: str, batch: int) -> None:
@@ -375,7 +370,7 @@ def test_next_version_number_is_used(tmp_path: Path) -> None:
     assert import_graph(build_classifier(), tmp_path).report.version == "10"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_set_of_a_large_input_is_within_its_limit(tmp_path: Path) -> None:
     """The input of 512 pixels, with a resize to 585, is larger than that of any of Fovea's networks."""
     model = import_graph(build_classifier(size=512), tmp_path)

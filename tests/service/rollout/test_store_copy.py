@@ -178,6 +178,9 @@ def test_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "copy").chmod(0o777)
     with pytest.raises(StoreError, match="set FOVEA_MODEL_CACHE"):
         create_private_folder(tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="is a link"):
+        create_private_folder(tmp_path / "link")
     create_private_folder(tmp_path / "new" / "copy")
     assert (tmp_path / "new" / "copy").stat().st_mode & 0o077 == 0
 
