@@ -75,7 +75,10 @@ def read_sagemaker_settings() -> dict[str, str]:
 
     SageMaker sets no variable for them: the port is fixed, and the model lies in a fixed folder.
     """
-    if not SAGEMAKER_FOLDER.is_dir():
+    try:
+        if not SAGEMAKER_FOLDER.is_dir():
+            return {}
+    except OSError:  # from Python 3.12 on, if the folder above may not be searched
         return {}
     settings = {PORT_SETTING: SAGEMAKER_PORT}
     try:

@@ -14,6 +14,9 @@ _VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 _VALID_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
+_VERSION_PATTERNS: Final = ("[0-9]*/model.onnx", "[!.]*/[0-9]*/model.onnx")
+"""Model files of a repository, which take precedence over one beside their folders."""
+
 _VALID_ROUTE: Final = re.compile(r"/[A-Za-z0-9._~:@!$&'()*+,;=/-]{0,255}")
 
 
@@ -50,7 +53,7 @@ def parse_networks(value: Any) -> Any:
 
 
 def check_path(path: Path) -> Path:
-    """Return the path if it exists, or the model file if that lies directly in the folder.
+    """Return the path if it exists, or the model file if that is all there is in the folder.
 
     Raises `ValueError` with the reason of the system.
     """
@@ -59,7 +62,9 @@ def check_path(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{error.strerror}; give a model repository (--models) or one model file") from None
     file = path / "model.onnx"  # as platforms mount a single model
-    return file if file.is_file() else path
+    if not file.is_file() or any(next(path.glob(one), None) for one in _VERSION_PATTERNS):
+        return path
+    return file
 
 
 def check_model_name(name: str | None) -> str | None:

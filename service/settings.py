@@ -34,7 +34,13 @@ from fovea.service.environment import (
 from fovea.service.errors import SettingsError
 from fovea.service.packaged_models import DEFAULT_FOLDER, find_packaged_models
 from fovea.service.providers import ProviderSetting
-from fovea.service.remote.store_uri import StoreError, check_store_uri, find_copy_folder, has_scheme
+from fovea.service.remote.store_uri import (
+    StoreError,
+    check_store_uri,
+    find_copy_folder,
+    has_scheme,
+    require_private,
+)
 from fovea.service.setting_values import (
     check_model_name,
     check_path,
@@ -381,6 +387,11 @@ class Settings(BaseSettings):
         settings = handler({**data, "models": "/"})  # the copy need not exist yet
         settings._store_uri = uri
         folder = find_copy_folder(uri, settings.model_cache)
+        if folder.is_dir():
+            try:
+                require_private(folder)
+            except StoreError as error:
+                raise ValueError(f"FOVEA_MODELS: {error}") from None
         vars(settings)["models"] = check_path(folder) if folder.is_dir() else folder
         return settings
 

@@ -19,4 +19,5 @@ def publish(
     from fovea.commands.repository import choose_repository
     from fovea.service.rollout.publish import publish_model
 
-    print(f"published {publish_model(model, choose_repository(models), name)}")
+    settings = choose_repository(models)
+    print(f"published {publish_model(model, settings.models, name, single_name=settings.model_name)}")

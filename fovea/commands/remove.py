@@ -23,7 +23,7 @@ def remove(
     from fovea.service.errors import StartError
     from fovea.service.model_display import format_path
 
-    folder = find_removable(choose_repository(models), model, may_be_last=last)
+    folder = find_removable(choose_repository(models).models, model, may_be_last=last)
     if not yes:
         if not sys.stdin.isatty():
             raise StartError(f"{format_path(folder)} is not removed without a question; add --yes")

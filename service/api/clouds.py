@@ -30,6 +30,9 @@ _KEPT_PROTOCOLS: Final = ("native", "oip", "tensorflow", "torchserve")
 The routes of Hugging Face (`/predict`) take another body than Vertex AI sends.
 """
 
+_BATCH_MEGABYTES: Final = 6
+"""Largest image of a batch transform. SageMaker allows 100 for all concurrent requests."""
+
 
 def add_routes(app: FastAPI, services: Services, protocols: ApiProtocols) -> None:
     """Add the routes. Call this after all protocols have added theirs, because of equal paths."""
@@ -52,10 +55,11 @@ def add_routes(app: FastAPI, services: Services, protocols: ApiProtocols) -> Non
     async def execution_parameters() -> dict[str, Any]:
         """Return what SageMaker's batch transform may send: one image at a time, several at once."""
         settings = services.settings
+        megabytes = max(1, min(_BATCH_MEGABYTES, settings.body_bytes >> 20))
         return {
-            "MaxConcurrentTransforms": max(1, min(64, settings.queue_images // 2)),
+            "MaxConcurrentTransforms": max(1, min(100 // megabytes, settings.queue_images // 2)),
             "BatchStrategy": "SINGLE_RECORD",
-            "MaxPayloadInMB": max(1, min(100, settings.body_bytes >> 20)),
+            "MaxPayloadInMB": megabytes,
         }
 
     async def check_health() -> dict[str, str]:

@@ -163,10 +163,15 @@ def list_model_names(root: Path, single_name: str | None = None) -> list[str]:
 
 
 def has_versions_of_one_model(root: Path, names: Iterable[str] | None = None) -> bool:
-    """Return True if the layout is `<root>/<version>/model.onnx`. `names` are the root's entries if known."""
+    """Return True if the layout is `<root>/<version>/model.onnx`. `names` are the root's entries if known.
+
+    A stray `<root>/1/model.onnx` does not hide the models of a repository: they take precedence.
+    """
     try:
         numbers = (one for one in names or (path.name for path in root.iterdir()) if one.isdecimal())
-        return any((root / one / MODEL_FILE).is_file() for one in numbers)
+        if not any((root / one / MODEL_FILE).is_file() for one in numbers):
+            return False
+        return next(root.glob(f"[!.]*/[0-9]*/{MODEL_FILE}"), None) is None
     except OSError:
         return False
 
@@ -174,8 +179,7 @@ def has_versions_of_one_model(root: Path, names: Iterable[str] | None = None) ->
 def find_model_folder(root: Path, name: str) -> Path:
     """Return the folder with the versions of a model, which may not exist."""
     folder = root / name
-    is_version = name.isdecimal() and (folder / MODEL_FILE).is_file()
-    if (folder.is_dir() and not is_version) or not has_versions_of_one_model(root):
+    if next(folder.glob(f"[0-9]*/{MODEL_FILE}"), None) or not has_versions_of_one_model(root):
         return folder
     return root
 

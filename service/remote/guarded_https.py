@@ -47,6 +47,9 @@ _EMBEDDING_NETWORKS: Final = tuple(
 )
 """Networks of IPv6 whose addresses stand for addresses of IPv4 (NAT64, compatible, translated)."""
 
+_SPECIAL_NETWORKS: Final = (ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("3fff::/20"))
+"""Networks that older versions of Python take for public: relays of 6to4 (RFC 7526), examples (RFC 9637)."""
+
 
 class UrlError(FoveaError):
     """An image cannot be read from a URL."""
@@ -102,7 +105,10 @@ class GuardedHttps:
             result = self._fetch_once(url, deadline)
             if isinstance(result, bytes):
                 return result
-            url = urljoin(url, result.location)
+            try:
+                url = urljoin(url, result.location)
+            except ValueError as error:
+                raise UrlRefused(f"{_shorten(url)}: redirected to what is no URL: {error}") from None
         raise UrlFailed(f"{_shorten(url)}: more than {self._limits.redirects} redirects")
 
     def check(self, url: str) -> None:
@@ -122,7 +128,7 @@ class GuardedHttps:
             raise UrlFailed(f"{name}: the certificate is not valid: {error.verify_message}") from None
         except TimeoutError:
             raise _too_slow(name) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise UrlFailed(f"{name}: {to_one_line(error) or type(error).__name__}") from None
 
     def _check_url(self, url: str) -> tuple[SplitResult, str, int]:
@@ -243,8 +249,11 @@ def is_public_address(text: str) -> bool:
             return False
         if any(address in network for network in _EMBEDDING_NETWORKS):
             return False
+        if address.is_site_local:  # RFC 3879
+            return False
     return (
         address.is_global
+        and not any(address in one for one in _SPECIAL_NETWORKS if one.version == address.version)
         and not address.is_multicast
         and not address.is_reserved
         and address not in _PLATFORM_ADDRESSES

@@ -79,6 +79,11 @@ class Store:
         self.uri: Final = uri
         self._file_system: Final = file_system
         self._root: Final = root.rstrip("/")
+        fsspec: Any = importlib.import_module("fsspec")
+        # fsspec's own `find` takes a folder that cannot be read for an empty one.
+        self._finds_by_walking: Final = (
+            getattr(type(file_system), "find", None) is fsspec.AbstractFileSystem.find
+        )
 
     def __repr__(self) -> str:
         """Return the class and the URI."""
@@ -91,10 +96,14 @@ class Store:
         """
         with _Failures(self.uri):
             self._file_system.invalidate_cache()
-            entries = self._file_system.find(self._root, detail=True)
-            if not entries and not self._file_system.exists(self._root):
-                raise FileNotFoundError(self._root)
-        files = list(islice(self._describe_files(entries.values()), max_files + 1))
+            if self._finds_by_walking:
+                found = self.walk_files()
+            else:
+                entries = self._file_system.find(self._root, detail=True)
+                if not entries and not self._file_system.exists(self._root):
+                    raise FileNotFoundError(self._root)
+                found = self._describe_files(entries.values())
+        files = list(islice(found, max_files + 1))
         if len(files) > max_files:
             raise StoreError(f"{self.uri} has more than {max_files} files; name a folder with fewer")
         return sorted(files, key=lambda one: one.path)

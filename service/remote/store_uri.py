@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -113,8 +114,23 @@ def find_copy_folder(uri: str, cache: Path | None) -> Path:
     name = f"{words}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
     if cache is not None:
         return cache / name
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home
+        home = Path()
     existing = next((one for one in (home, *home.parents) if one.exists()), Path("/"))
     if home.is_absolute() and os.access(existing, os.W_OK | os.X_OK):
         return home / "fovea" / "models" / name
     return Path(tempfile.gettempdir()) / f"fovea-models-{os.geteuid()}-{name}"
+
+
+def require_private(folder: Path) -> None:
+    """Raise `StoreError` if somebody else could change the models in a folder of a copy, or `OSError`.
+
+    A folder in /tmp has a name that others can guess.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise StoreError(
+            f"{folder} belongs to another user, is a link, or others may write to it; set FOVEA_MODEL_CACHE"
+        )

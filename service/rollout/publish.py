@@ -12,17 +12,19 @@ from fovea.service.artifact.repository import (
     MODEL_NAME_PATTERN,
     MODEL_NAME_RULE,
     find_model_folder,
+    list_model_names,
     record_default_model,
 )
 from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine
 
 
-def publish_model(path: Path, root: Path, name: str | None = None) -> Path:
+def publish_model(path: Path, root: Path, name: str | None = None, *, single_name: str | None = None) -> Path:
     """Validate a model file and make it the latest version of a model. Return its new path.
 
-    The default `name` is the name in the model's contract. An interruption never leaves a partial version,
-    and the next call can proceed. Raises `ModelError`.
+    The default `name` is the name in the model's contract. `single_name` is the name of the model if `root`
+    has the versions of one model; no other model is published there. An interruption never leaves a partial
+    version, and the next call can proceed. Raises `ModelError`.
     """
     fingerprint = fingerprint_of(path)
     engine = Engine.load(path, provider="cpu", threads=1)
@@ -34,6 +36,11 @@ def publish_model(path: Path, root: Path, name: str | None = None) -> Path:
     if not MODEL_NAME_PATTERN.fullmatch(name):
         raise ModelError(f"the name is {name!r}; {MODEL_NAME_RULE}")
     folder = find_model_folder(root, name)
+    if folder == root and name != (only := list_model_names(root, single_name)[0]):
+        raise ModelError(
+            f"{root} has the versions of one model, {only!r}, and this model is called {name!r}; publish it "
+            f"with --name {only}, or to another repository (--models)"
+        )
     try:
         record_default_model(root)
         return _add_version(path, fingerprint, folder) / MODEL_FILE

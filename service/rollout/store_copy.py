@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from fovea.service.atomic_files import WriteError, replace_file, write_file
 from fovea.service.errors import to_one_line
 from fovea.service.remote.store import Store, StoredFile
-from fovea.service.remote.store_uri import StoreError
+from fovea.service.remote.store_uri import StoreError, StoreFileNotFound, require_private
 
 _INDEX_FILE: Final = ".fovea-store.json"
 
@@ -55,6 +54,12 @@ def read_index(folder: Path) -> _Index:
         return _Index(str(index["uri"]), files, float(index["updated"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return _Index("", {}, 0.0)
+
+
+def has_complete_copy(uri: str, folder: Path) -> bool:
+    """Return True if the folder had all files of the store once."""
+    index = read_index(folder)
+    return index.uri == uri and index.updated > 0
 
 
 class CopyReport(NamedTuple):
@@ -111,20 +116,34 @@ class StoreCopy:
                 index.files[one.path] = self._describe(one)
                 self._write_index(index)
                 copied.append(one.path)
-        if errors:
-            raise errors[0]
         gone = sorted(index.files.keys() - {one.path for one in stored})
         for path in gone:
+            self._require_gone(path)
             self._remove_file(path)
             del index.files[path]
+            self._write_index(index)
+        if errors:  # an unreadable file does not keep others from being rolled back
+            raise errors[0]
         self._write_index(index._replace(updated=time.time()))
         return CopyReport(copied, gone, len(stored))
 
     def _copy_file(self, stored: StoredFile) -> None:
         target = self._folder / stored.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(target) as partial, partial.open("wb") as file:
-            self._store.copy_file(stored, file)
+        try:
+            with replace_file(target) as partial, partial.open("wb") as file:
+                self._store.copy_file(stored, file)
+        except StoreError:
+            self._remove_empty_folders(target)
+            raise
+
+    def _require_gone(self, path: str) -> None:
+        """Raise `StoreError` if a file that was not listed is still there: the listing has a gap."""
+        try:
+            self._store.describe_file(path)
+        except StoreFileNotFound:
+            return
+        raise StoreError(f"{self._store.uri} did not list {path}, which is there; nothing is removed")
 
     def _remove_file(self, path: str) -> None:
         """Remove a file, and the folders that are empty without it."""
@@ -132,6 +151,9 @@ class StoreCopy:
         target.unlink(missing_ok=True)
         if target.name == "model.onnx" and target.parent != self._folder:
             (target.parent / _VERDICT_FILE).unlink(missing_ok=True)
+        self._remove_empty_folders(target)
+
+    def _remove_empty_folders(self, target: Path) -> None:
         for folder in target.parents:
             if folder == self._folder:
                 break
@@ -172,8 +194,4 @@ def create_private_folder(folder: Path) -> None:
     A folder in /tmp has a name that others can guess. Whoever owns it could change the models.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise StoreError(
-            f"{folder} belongs to another user, is a link, or others may write to it; set FOVEA_MODEL_CACHE"
-        )
+    require_private(folder)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import fovea
-from fovea.service.errors import StartError
+from fovea.service.errors import StartError, to_one_line
 from fovea.service.observability.metrics import ProcessMetrics
-from fovea.service.remote.store_uri import find_copy_folder
-from fovea.service.rollout.store_copy import read_index
+from fovea.service.remote.store_uri import StoreError, find_copy_folder
+from fovea.service.rollout.store_copy import create_private_folder, has_complete_copy, read_index
 from fovea.service.setting_values import check_path
 from fovea.service.settings import Settings
 
@@ -34,6 +34,9 @@ _ATTEMPTS: Final = 3
 
 _UPDATE_SECONDS: Final = 900.0
 """Time limit of one update, in seconds."""
+
+_CHECK_SECONDS: Final = 60.0
+"""Time limit of the update at a start that has a copy already. The rest is copied while that is served."""
 
 _RETRY_SECONDS: float = 1.0
 """Time in seconds between the first two attempts; it doubles."""
@@ -49,11 +52,17 @@ def fetch_models(settings: Settings) -> Settings:
     if uri is None:
         return settings
     folder = find_copy_folder(uri, settings.model_cache)
-    for attempt in range(_ATTEMPTS):
+    try:
+        create_private_folder(folder)
+    except (StoreError, OSError) as failure:
+        raise StartError(f"FOVEA_MODELS is {uri!r}, which cannot be copied: {to_one_line(failure)}") from None
+    has_copy = has_complete_copy(uri, folder)
+    attempts, seconds_limit = (1, _CHECK_SECONDS) if has_copy else (_ATTEMPTS, _UPDATE_SECONDS)
+    for attempt in range(attempts):
         if attempt:
             time.sleep(_RETRY_SECONDS * 2 ** (attempt - 1))
         started = time.monotonic()
-        result = _run_update(uri, folder)
+        result = _run_update(uri, folder, seconds_limit)
         error = result["error"]
         for warning in result.get("warnings", ()):
             log.warning(warning)
@@ -61,18 +70,12 @@ def fetch_models(settings: Settings) -> Settings:
             seconds = time.monotonic() - started
             log.info(f"{uri}: {len(result['copied'])} of {result['total']} files copied in {seconds:.1f} s")
             break
-        log.warning(f"attempt {attempt + 1} of {_ATTEMPTS} to read {uri}: {error}")
+        log.warning(f"attempt {attempt + 1} of {attempts} to read {uri}: {error}")
     if error is not None:
-        if not _has_model(folder):
+        if not has_copy:
             raise StartError(f"FOVEA_MODELS is {uri!r}, and there is no copy of an earlier start: {error}")
         log.error(f"{uri} cannot be read, so the copy of an earlier start is served: {error}")
     return settings.model_copy(update={"models": check_path(folder)})
-
-
-def _has_model(folder: Path) -> bool:
-    return any(
-        next(folder.glob(pattern), None) for pattern in ("model.onnx", "*/model.onnx", "*/*/model.onnx")
-    )
 
 
 class StoreSync:
@@ -106,11 +109,14 @@ class StoreSync:
         if not self._uri:
             return
         async with self._lock:
-            result = await self._run_update(self._uri)
+            try:
+                result = await self._run_update(self._uri)
+            except OSError as failure:  # no process or no descriptor can be had
+                result = {"error": to_one_line(failure)}
             error = result["error"]
             self._metrics.store_updates.labels("failed" if error else "ok").inc()
             if error:
-                if error != self._last_error:
+                if not self._last_error:  # the texts of one cause may differ, by the number of a request
                     log.error(f"{self._uri} cannot be read; the copy is served as it is: {error}")
             else:
                 self._metrics.store_updated_timestamp_seconds.set(time.time())
@@ -151,7 +157,7 @@ class StoreSync:
             self.awaited_pids.discard(process.pid)
 
 
-def _run_update(uri: str, folder: Path) -> Mapping[str, Any]:
+def _run_update(uri: str, folder: Path, seconds: float) -> Mapping[str, Any]:
     # The child must not see the end of its standard input before the service's end.
     with subprocess.Popen(  # noqa: S603 - our own module
         _build_command(uri, folder),
@@ -163,9 +169,9 @@ def _run_update(uri: str, folder: Path) -> Mapping[str, Any]:
         assert process.stdin and process.stdout and process.stderr  # noqa: S101 - they are pipes
         stdin, process.stdin = process.stdin, None  # `communicate` would close it
         try:
-            output, errors = process.communicate(timeout=_UPDATE_SECONDS)
+            output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            return {"error": f"no answer within {_UPDATE_SECONDS:g} s"}
+            return {"error": f"no answer within {seconds:g} s"}
         finally:
             process.kill()
             stdin.close()

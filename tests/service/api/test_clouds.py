@@ -75,11 +75,13 @@ def test_ping_is_there_with_and_without_torchserve(server: Server, vertex: Serve
 def test_batch_transform_learns_its_limits(server: Server) -> None:
     limits = server.client.get("/execution-parameters").json()
     body_bytes = server.client.get("/runtime").json()["limits"]["body_bytes"]
+    megabytes = max(1, min(6, body_bytes >> 20))
     assert limits == {
-        "MaxConcurrentTransforms": 64,
+        "MaxConcurrentTransforms": 100 // megabytes,
         "BatchStrategy": "SINGLE_RECORD",
-        "MaxPayloadInMB": max(1, body_bytes >> 20),
+        "MaxPayloadInMB": megabytes,
     }
+    assert limits["MaxConcurrentTransforms"] * limits["MaxPayloadInMB"] <= 100  # SageMaker's own limit
 
 
 def test_vertex_probes_and_predicts(vertex: Server) -> None:

@@ -225,6 +225,9 @@ def test_wildcards_ports_and_case_in_the_list(web: Web) -> None:
 @pytest.mark.parametrize(
     "address",
     [
+        "fec0::1",
+        "3fff::1",
+        "192.88.99.1",
         "127.0.0.1",
         "10.1.2.3",
         "172.16.0.1",
@@ -284,7 +287,14 @@ def test_redirects_are_followed_to_allowed_hosts(web: Web) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["http:~~other.example.com~", "https:~~evil.example.org~", "https:~~127.0.0.1~", "file:~~~etc"]
+    "target",
+    [
+        "https:~~[::1",
+        "http:~~other.example.com~",
+        "https:~~evil.example.org~",
+        "https:~~127.0.0.1~",
+        "file:~~~etc",
+    ],
 )
 def test_redirect_passes_the_same_checks(web: Web, target: str) -> None:
     with pytest.raises(UrlRefused):

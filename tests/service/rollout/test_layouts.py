@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.errors import SettingsError
+from fovea.service.artifact.repository import find_versions, list_model_names
+from fovea.service.errors import ModelError, SettingsError
+from fovea.service.rollout.publish import publish_model
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
@@ -56,3 +58,23 @@ def test_bad_model_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("FOVEA_MODEL_NAME", "../pets")
     with pytest.raises(SettingsError, match=r"FOVEA_MODEL_NAME is '\.\./pets': use letters"):
         load_settings()
+
+
+def test_stray_file_hides_no_repository(tmp_path: Path) -> None:
+    add_to_repository(build_model(), tmp_path / "zoo", "pets", "1")
+    add_to_repository(build_model(), tmp_path, "stray", "1")
+    shutil.copytree(tmp_path / "stray" / "1", tmp_path / "zoo" / "1")
+    shutil.copy(tmp_path / "stray" / "1" / "model.onnx", tmp_path / "zoo")
+    assert load_settings(models=tmp_path / "zoo").models == tmp_path / "zoo"
+    assert "pets" in list_model_names(tmp_path / "zoo")
+    assert [one.version for one in find_versions(tmp_path / "zoo", "pets")] == ["1"]
+
+
+def test_other_model_is_not_published_as_a_version(tmp_path: Path) -> None:
+    add_to_repository(build_model(), tmp_path, "mount", "1")
+    file = tmp_path / "mount" / "1" / "model.onnx"
+    name = list_model_names(tmp_path / "mount")[0]
+    with pytest.raises(ModelError, match="has the versions of one model"):
+        publish_model(file, tmp_path / "mount", "dogs")
+    assert publish_model(file, tmp_path / "mount", name).parent.name == "2"
+    assert publish_model(file, tmp_path / "mount", "dogs", single_name="dogs").parent.name == "3"

@@ -12,10 +12,13 @@ import fsspec
 import pytest
 
 from fovea.service.atomic_files import WriteError
+from fovea.service.errors import StartError
 from fovea.service.remote.store import Store, StoredFile, open_store
 from fovea.service.remote.store_uri import StoreError, find_copy_folder
 from fovea.service.rollout import store_copy
 from fovea.service.rollout.store_copy import StoreCopy, create_private_folder, read_index
+from fovea.service.rollout.store_sync import fetch_models
+from fovea.service.settings import load_settings
 
 URI = "memory://bucket/zoo"
 
@@ -201,3 +204,82 @@ def test_layout_is_that_of_repositories() -> None:
         assert store_copy._LAYOUT.fullmatch(path), path
     for path in ("a/b/model.onnx", "a/1/2/model.onnx", "a/١/model.onnx", "-a/1/model.onnx", "a/default"):
         assert not store_copy._LAYOUT.fullmatch(path), path
+
+
+def test_folder_that_cannot_be_listed_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cats", "pets"):
+        (tmp_path / "store" / name / "1").mkdir(parents=True)
+        (tmp_path / "store" / name / "1" / "model.onnx").write_bytes(b"model")
+    store = open_store(f"file://{tmp_path}/store")
+    StoreCopy(store, tmp_path / "copy").update()
+    file_system = type(store._file_system)
+    list_folder = file_system.ls
+
+    def fail(self: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith("pets"):
+            raise OSError(5, "Input/output error", path)
+        return list_folder(self, path, *arguments, **options)
+
+    monkeypatch.setattr(file_system, "ls", fail)
+    with pytest.raises(StoreError, match="cannot read"):
+        StoreCopy(store, tmp_path / "copy").update()
+    assert list_files(tmp_path / "copy") == ["cats/1/model.onnx", "pets/1/model.onnx"]
+
+
+def test_file_that_is_there_but_not_listed_is_kept(
+    memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(folder)
+    list_all = Store.list_files
+    monkeypatch.setattr(
+        Store, "list_files", lambda self: [one for one in list_all(self) if "2" not in one.path]
+    )
+    with pytest.raises(StoreError, match=r"did not list pets/2/model\.onnx"):
+        update(folder)
+    assert (folder / "pets/2/model.onnx").exists()
+
+
+def test_unreadable_file_does_not_keep_others_from_being_removed(
+    memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(folder)
+    memory.rm("/bucket/zoo/pets/2/model.onnx")
+    memory.pipe("/bucket/zoo/dogs/1/model.onnx", b"locked")
+    copy_file = Store.copy_file
+
+    def refuse(self: Store, stored: StoredFile, target: Any) -> None:
+        if stored.path.startswith("dogs"):
+            raise StoreError("denied")
+        copy_file(self, stored, target)
+
+    monkeypatch.setattr(Store, "copy_file", refuse)
+    with pytest.raises(StoreError, match="denied"):
+        update(folder)
+    assert not (folder / "pets/2").exists()
+    assert not (folder / "dogs").exists()
+
+
+def test_start_refuses_a_folder_of_others_and_half_a_copy(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/missing"
+    settings = load_settings(models=uri, model_cache=tmp_path / "cache")
+    folder = find_copy_folder(uri, tmp_path / "cache")
+    create_private_folder(folder)
+    (folder / "pets" / "1").mkdir(parents=True)
+    (folder / "pets" / "1" / "model.onnx").write_bytes(b"half of a repository")
+    with pytest.raises(StartError, match="no copy of an earlier start"):
+        fetch_models(settings)
+    folder.chmod(0o777)
+    with pytest.raises(StartError, match="others may write to it"):
+        fetch_models(settings)
+
+
+def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def fail(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    assert str(os.geteuid()) in find_copy_folder("s3://bucket/zoo", None).name
