@@ -163,10 +163,15 @@ class ForeignModel:
             return rows[:, 1:] - rows[:, :1]  # (n, 1)
         return rows
 
+    def prepare_values(self, pixels: Pixels) -> Array:
+        """Return the graph's input for pixels (n, H, W, 3), in its layout and type."""
+        return self.graph_input.from_pixel_values(
+            _prepare_values(pixels, self.graph_input, self.normalization)
+        )
+
     def _run_rows(self, pixels: Pixels, tensor: str) -> Array:
         """Return a tensor of the original file, float64 (n, count), for pixels (n, H, W, 3)."""
-        values = _prepare_values(pixels, self.graph_input, self.normalization)
-        images, batch_size = self.graph_input.from_pixel_values(values), self.graph_input.batch_size or 1
+        images, batch_size = self.prepare_values(pixels), self.graph_input.batch_size or 1
         rows = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]

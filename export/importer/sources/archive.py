@@ -13,10 +13,10 @@ from typing import Final
 from fovea.export.importer.foreign_model import MAX_BYTES, ImportRefused
 
 _MAX_MEMBERS: Final = 20_000
-_READ_SUFFIXES: Final = (".onnx", ".txt", ".json", ".manifest", ".data", ".onnx_data")
+_READ_SUFFIXES: Final = (".onnx", ".txt", ".json", ".manifest", ".data", ".onnx_data", ".tflite")
 """Files of an archive that are read; programs, notebooks and pictures are left out."""
 
-_ARCHIVE_ERRORS: Final = (
+ARCHIVE_ERRORS: Final = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -38,6 +38,7 @@ class ArchiveKind(Enum):
     PICKLE = "a pickle of PyTorch"
     KERAS = "a model of Keras"
     TEACHABLE_MACHINE = "an export of Teachable Machine"
+    TEACHABLE_KERAS = "an export of Teachable Machine with a model of Keras"
     OTHER = "another archive"
 
 
@@ -53,6 +54,8 @@ def find_archive_kind(path: Path) -> ArchiveKind:
         return ArchiveKind.MODEL_FOLDER
     if ".tflite" in suffixes and "labels.txt" in last_parts:
         return ArchiveKind.TEACHABLE_MACHINE
+    if {"keras_model.h5", "labels.txt"} <= last_parts:
+        return ArchiveKind.TEACHABLE_KERAS
     if {"config.json", "metadata.json"} <= last_parts and "model.weights.h5" in last_parts:
         return ArchiveKind.KERAS
     if "archive_format" in last_parts or "serialized_exported_program.json" in last_parts:
@@ -62,10 +65,10 @@ def find_archive_kind(path: Path) -> ArchiveKind:
     return ArchiveKind.PICKLE if "data.pkl" in last_parts else ArchiveKind.OTHER
 
 
-def extract_model(path: Path, folder: Path) -> Path:
-    """Extract the model, labels and metadata into `folder`; return the folder with the ONNX file.
+def extract_model(path: Path, folder: Path, suffix: str = ".onnx") -> Path:
+    """Extract the model, labels and metadata into `folder`; return the folder with the file of the model.
 
-    Raises `ImportRefused`.
+    `suffix` is that of the model. Raises `ImportRefused`.
     """
     members = [
         one
@@ -79,15 +82,15 @@ def extract_model(path: Path, folder: Path) -> Path:
         for one in members:
             try:
                 archive.extract(one, folder)  # which removes `..` and absolute paths from the names
-            except (*_ARCHIVE_ERRORS, OSError) as error:
+            except (*ARCHIVE_ERRORS, OSError) as error:
                 if (
                     isinstance(error, OSError) and error.errno is not None
                 ):  # of the disk, not of a decompressor
                     raise
                 raise ImportRefused(f"{path} is damaged or encrypted at {one.filename}: {error}") from None
-    files = sorted(folder.rglob("*.onnx"), key=lambda one: len(one.parts))
+    files = sorted(folder.rglob(f"*{suffix}"), key=lambda one: len(one.parts))
     if not files:
-        raise ImportRefused(f"{path} has no ONNX file")
+        raise ImportRefused(f"{path} has no file {suffix}")
     return files[0].parent
 
 
@@ -95,7 +98,7 @@ def _list_members(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except _ARCHIVE_ERRORS as error:
+    except ARCHIVE_ERRORS as error:
         raise ImportRefused(f"{path} is a damaged ZIP archive ({error}); copy or download it again") from None
     if len(members) > _MAX_MEMBERS:
         raise ImportRefused(f"{path} has {len(members)} files; a model has at most {_MAX_MEMBERS}")

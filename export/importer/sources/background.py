@@ -10,10 +10,16 @@ from typing import Final
 import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-from fovea.export.importer.foreign_model import ImportRefused, opset_of, read_model
+from fovea.export.importer.foreign_model import Array, ImportRefused, opset_of, read_model
 from fovea.export.importer.graph_contents import tensor_names
 from fovea.export.importer.label_file import read_labels
-from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline, Source
+from fovea.export.importer.sources.facts import (
+    NetworkAnswers,
+    ReferenceAnswers,
+    ReferenceNetwork,
+    ReferencePipeline,
+    Source,
+)
 from fovea.export.importer.sources.model_config import write_labels
 
 _NAMES: Final = ("background", "dummy", "__background__")
@@ -30,7 +36,8 @@ def drop_background(source: Source) -> Source:
     file = source.work / "without-background.onnx"
     file.write_bytes(model.SerializeToString())
     reference = source.reference and _drop_first_output(source.reference)
-    return replace(source, file=file, reference=reference)
+    network = source.network and _drop_first_network_output(source.network)
+    return replace(source, file=file, reference=reference, network=network)
 
 
 def _drop_first_output(pipeline: ReferencePipeline) -> ReferencePipeline:
@@ -41,6 +48,16 @@ def _drop_first_output(pipeline: ReferencePipeline) -> ReferencePipeline:
         return answers if answers.outputs is None else replace(answers, outputs=answers.outputs[:, 1:])
 
     return replace(pipeline, run=run)
+
+
+def _drop_first_network_output(network: ReferenceNetwork) -> ReferenceNetwork:
+    """Return the network without its first logit."""
+
+    def run(inputs: Array) -> NetworkAnswers:
+        answers = network.run(inputs)
+        return replace(answers, outputs=answers.outputs[:, 1:])
+
+    return replace(network, run=run)
 
 
 def drop_background_label(path: Path, source: Source) -> Path:

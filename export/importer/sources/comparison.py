@@ -15,7 +15,7 @@ from fovea.export.importer.foreign_model import Arithmetic, Array, ImportRefused
 from fovea.export.importer.graph_output import to_probabilities
 from fovea.export.importer.inspect import ForeignModel
 from fovea.export.importer.output_choice import to_rows
-from fovea.export.importer.sources.facts import ReferencePipeline
+from fovea.export.importer.sources.facts import ReferenceNetwork, ReferencePipeline
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.geometry import Geometry, PixelPath
 from fovea.service.inference.engine import Engine
@@ -37,6 +37,12 @@ PROBABILITY_TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-3, Arithmetic.FLOAT16: 2e
 float32: pixels are the same or differ by a rounding, and torch adds in another order than ONNX Runtime. int8:
 a value between two levels may be rounded to either, in several layers.
 """
+
+NETWORK_TOLERANCE: Final = {**PROBABILITY_TOLERANCE, Arithmetic.FLOAT32: 1e-4}
+"""Maximum difference of a probability where both networks get the same pixels."""
+
+MIN_SAME_LABELS: Final = 0.95
+"""Minimum share of images with the same most probable label, where the arithmetic is int8."""
 
 _MAX_PIXELS: Final = 50_000_000
 """Maximum number of pixels of a user's image that is compared."""
@@ -61,16 +67,25 @@ class Comparison:
     same_labels: int
     """Number of images with the same most probable label."""
     probability_tolerance: float
+    has_own_pixels: bool = True
+    """False if the source states no preprocessing, so that its network got the pixels of the import."""
 
     def __str__(self) -> str:
         user_images = f" and {self.user_images} of your" if self.user_images else ""
         labels = "all" if self.same_labels == self.images else f"{self.same_labels} of {self.images}"
+        probabilities = (
+            f"probabilities to {self.probability_difference:.1e} (at most {self.probability_tolerance:g}), "
+            f"{labels} labels the same"
+        )
+        images = f"{self.images - self.user_images} generated{user_images} images"
+        if not self.has_own_pixels:
+            return (
+                f"{self.pipeline} on {images}: {probabilities}; the file states no preprocessing to compare"
+            )
         share = f" ({self.different_pixels:.2%} of them differ)" if self.different_pixels else ""
         return (
-            f"{self.pipeline} on {self.images - self.user_images} generated{user_images} images: pixels to "
-            f"{self.pixel_difference:.2g} of 255 levels{share}, probabilities to "
-            f"{self.probability_difference:.1e} (at most {self.probability_tolerance:g}), {labels} labels "
-            "the same"
+            f"{self.pipeline} on {images}: pixels to {self.pixel_difference:.2g} of 255 levels{share}, "
+            f"{probabilities}"
         )
 
 
@@ -81,8 +96,8 @@ class PipelineRun(NamedTuple):
     """Name and version of the pipeline."""
     pixels: Pixels
     """The same images as pixels of the import, uint8 (n, H, W, 3)."""
-    differences: Array
-    """Differences of the pixels in levels of 255, (n, H, W, 3)."""
+    differences: Array | None
+    """Differences of the pixels in levels of 255, (n, H, W, 3); None if only the network ran."""
     probabilities: Array
     """Probabilities of the source's network, (n, labels)."""
 
@@ -95,11 +110,9 @@ def run_pipeline(
     Raises `VerificationError` if it makes images of another size, and `ImportRefused` if it does not run.
     """
     with TemporaryDirectory(prefix="fovea-import-") as folder:
-        files = write_images(Path(folder), geometry.height, geometry.width)
-        files += _copy_user_images(user_images, Path(folder))
+        files = _write_files(Path(folder), geometry, user_images)
         answers = pipeline.run(files)
-        exact_geometry = replace(geometry, pixel_path=PixelPath.EXACT)
-        pixels = np.stack([_decode(file, exact_geometry) for file in files])
+        pixels = _decode_files(files, geometry)
     theirs = answers.values.transpose(0, 2, 3, 1)  # (n, H, W, 3)
     if theirs.shape != pixels.shape:
         raise VerificationError(
@@ -110,6 +123,22 @@ def run_pipeline(
     return PipelineRun(
         answers.name, pixels, differences, _compute_probabilities(foreign, theirs, answers.outputs)
     )
+
+
+def run_network(
+    network: ReferenceNetwork, foreign: ForeignModel, geometry: Geometry, user_images: Sequence[Path] = ()
+) -> PipelineRun:
+    """Run a source's own network on generated images and on the user's images, as the import prepares them.
+
+    Raises `ImportRefused` if it does not run.
+    """
+    with TemporaryDirectory(prefix="fovea-import-") as folder:
+        pixels = _decode_files(_write_files(Path(folder), geometry, user_images), geometry)
+    answers = network.run(foreign.prepare_values(pixels))
+    output = foreign.graph_output
+    rows = answers.outputs.astype(np.float64)
+    probabilities = to_probabilities(rows, output.kind, foreign.task, output.total)
+    return PipelineRun(answers.name, pixels, None, probabilities)
 
 
 def compare_with_pipeline(run: PipelineRun, foreign: ForeignModel, engine: Engine) -> Comparison:
@@ -123,18 +152,34 @@ def compare_with_pipeline(run: PipelineRun, foreign: ForeignModel, engine: Engin
             f"{run.pipeline} gives {expected.shape[1]} probabilities, and the import gives "
             f"{actual.shape[1]}; the ONNX file is of another network, choose another with --file"
         )
+    tolerances = PROBABILITY_TOLERANCE if run.differences is not None else NETWORK_TOLERANCE
     comparison = Comparison(
         pipeline=run.pipeline,
         images=count,
         user_images=count - GENERATED_IMAGES,
-        pixel_difference=float(run.differences.max()),
-        different_pixels=float((run.differences > _PIXEL_MARGIN).mean()),
+        pixel_difference=0.0 if run.differences is None else float(run.differences.max()),
+        different_pixels=0.0 if run.differences is None else float((run.differences > _PIXEL_MARGIN).mean()),
         probability_difference=float(np.abs(actual - expected).max()),
-        same_labels=int((actual.argmax(axis=1) == expected.argmax(axis=1)).sum()),
-        probability_tolerance=PROBABILITY_TOLERANCE[foreign.arithmetic],
+        same_labels=_count_same_labels(actual, expected),
+        probability_tolerance=tolerances[foreign.arithmetic],
+        has_own_pixels=run.differences is not None,
     )
     _require_agreement(comparison)
+    if foreign.arithmetic is Arithmetic.INT8 and comparison.same_labels < MIN_SAME_LABELS * count:
+        raise VerificationError(
+            f"the import gives the most probable label of {comparison.pipeline} for {comparison.same_labels} "
+            f"of {count} images; at least {MIN_SAME_LABELS:.0%} are needed"
+        )
     return comparison
+
+
+def _count_same_labels(actual: Array, expected: Array) -> int:
+    """Return the number of images whose label is one of the source's most probable labels.
+
+    An int8 network rounds probabilities, so that two labels often have the same.
+    """
+    chosen = np.take_along_axis(expected, actual.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return int((chosen == expected.max(axis=1)).sum())
 
 
 def _require_agreement(comparison: Comparison) -> None:
@@ -175,6 +220,15 @@ def _compute_probabilities(foreign: ForeignModel, theirs: Array, outputs: Array 
 
 
 # --- images --------------------------------------------------------------------------------------
+
+
+def _write_files(folder: Path, geometry: Geometry, user_images: Sequence[Path]) -> list[Path]:
+    return [*write_images(folder, geometry.height, geometry.width), *_copy_user_images(user_images, folder)]
+
+
+def _decode_files(files: Sequence[Path], geometry: Geometry) -> Pixels:
+    exact_geometry = replace(geometry, pixel_path=PixelPath.EXACT)
+    return np.stack([_decode(file, exact_geometry) for file in files])
 
 
 def write_images(folder: Path, height: int, width: int) -> list[Path]:

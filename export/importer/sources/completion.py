@@ -179,8 +179,11 @@ def _complete_preprocessing(
             provenance = replace(provenance, not_compared=reason)
         else:
             provenance = replace(provenance, reference=source.reference)
+    elif source.network and options.output:
+        reason = "--output chooses a tensor that its own network may not give"
+        provenance = replace(provenance, not_compared=reason)
     else:
-        provenance = replace(provenance, not_compared=source.not_compared)
+        provenance = replace(provenance, network=source.network, not_compared=source.not_compared)
     if preprocessing.preset is not None:  # a preset replaces the source's preprocessing as a whole
         return preprocessing, provenance
     if facts.normalization and not is_uint8:

@@ -39,6 +39,8 @@ _INSTALL_COMMANDS: Final = {
     "transformers": "pip install 'fovea-serve[hub]'",
     "timm": "pip install timm",
     "torchvision": "pip install torchvision",
+    "tf2onnx": "pip install 'fovea-serve[tflite]'",
+    "tensorflow": "pip install 'fovea-serve[tflite]'",
 }
 """Command that installs each package; others are installed by their own name."""
 

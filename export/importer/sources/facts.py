@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from fovea.export.importer.foreign_model import Array
 from fovea.export.importer.graph_input import Layout
@@ -14,11 +14,6 @@ from fovea.service.artifact.contract import Task
 from fovea.service.artifact.geometry import Step
 
 T = TypeVar("T")
-
-NO_PREPROCESSING: Final = (
-    "the file states no preprocessing, and its network was compared as ONNX only, not with {}"
-)
-"""Reason why a converted file is not compared with its own pipeline, with a place for its library."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,25 @@ class ReferencePipeline:
 
 
 @dataclass(frozen=True)
+class NetworkAnswers:
+    """The outputs of a converted file in its own library."""
+
+    name: str
+    """Name for people, such as `the network in torch 2.13.0`."""
+    outputs: Array
+    """Output of the network, (n, labels)."""
+
+
+@dataclass(frozen=True)
+class ReferenceNetwork:
+    """The network of a converted file in its own library, for files that state no preprocessing."""
+
+    run: Callable[[Array], NetworkAnswers]
+    """Run the network on inputs as the converted graph takes them, (n, …). Raises `ImportRefused` if the
+    library cannot run."""
+
+
+@dataclass(frozen=True)
 class Source:
     """A source that has been resolved."""
 
@@ -105,6 +119,8 @@ class Source:
     work: Path
     """Folder for temporary files of the import."""
     reference: ReferencePipeline | None = None
+    network: ReferenceNetwork | None = None
+    """The original network, where `reference` does not run it."""
     is_local: bool = True
     """True for a file or folder on this machine."""
     original: Path | None = None
@@ -145,5 +161,7 @@ class Provenance:
     """Origin of the task, if the source states it."""
     reference: ReferencePipeline | None = None
     """Pipeline to compare with; None if there is none."""
+    network: ReferenceNetwork | None = None
+    """Network to compare with if there is no pipeline; None if there is none."""
     not_compared: str = ""
     """Reason why the import is not compared with the source's own pipeline."""

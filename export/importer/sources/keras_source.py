@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Final
 
 from fovea.export.importer.graph_input import Layout
+from fovea.export.importer.sources.answers import create_network
 from fovea.export.importer.sources.conversion import run_converter
-from fovea.export.importer.sources.facts import NO_PREPROCESSING, Source, SourceFacts, Stated
+from fovea.export.importer.sources.facts import Source, SourceFacts, Stated
 
 _CHILD: Final = "fovea.export.importer.sources.keras_child"
 
@@ -18,8 +19,7 @@ def convert_keras_file(path: Path, name: str | None, work: Path) -> Source:
     Raises `ImportRefused`.
     """
     file = work / "converted.onnx"
-    run_converter(_CHILD, [path, file], what=str(path))
+    run_converter(_CHILD, ["convert", path, file], what=str(path))
     facts = SourceFacts(name, layout=Stated(Layout.NHWC, "Keras"), library="keras")
-    return Source(
-        file, path.name, str(path), facts, work, original=path, not_compared=NO_PREPROCESSING.format("Keras")
-    )
+    network = create_network(_CHILD, (path,), str(path), work)
+    return Source(file, path.name, str(path), facts, work, network=network, original=path)

@@ -8,8 +8,8 @@ from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.graph_input import LAYOUT_OPTION, SIZE_OPTION
 from fovea.export.importer.graph_output import TASK_OPTION
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
-from fovea.export.importer.sources.comparison import PipelineRun, run_pipeline
-from fovea.export.importer.sources.facts import Provenance
+from fovea.export.importer.sources.comparison import PipelineRun, run_network, run_pipeline
+from fovea.export.importer.sources.facts import Provenance, ReferenceNetwork
 from fovea.service.artifact.geometry import Geometry
 from fovea.service.artifact.model_card import ModelCard
 from fovea.service.errors import to_one_line
@@ -64,16 +64,21 @@ def name_origins(
 def run_source(
     request: ImportRequest, foreign: ForeignModel, geometry: Geometry
 ) -> tuple[PipelineRun | None, str]:
-    """Return a run of the source's own pipeline, or the reason why there is none; empty for a file alone.
+    """Return a run of the source's own pipeline or network, or the reason why there is none.
+
+    The reason is empty for a file alone.
 
     Raises `VerificationError` if it makes images of another size.
     """
     provenance = request.provenance
-    if provenance is None or provenance.reference is None:
+    reference = (provenance.reference or provenance.network) if provenance else None
+    if reference is None:
         reason = provenance.not_compared if provenance else ""
         return None, f"not with the source's own pipeline: {reason}" if reason else ""
     user_images = sorted(one for one in request.check.rglob("*") if one.is_file()) if request.check else []
     try:
-        return run_pipeline(provenance.reference, foreign, geometry, user_images), ""
+        if isinstance(reference, ReferenceNetwork):
+            return run_network(reference, foreign, geometry, user_images), ""
+        return run_pipeline(reference, foreign, geometry, user_images), ""
     except ImportRefused as error:
         return None, f"not with the source's own pipeline: {to_one_line(error)}"

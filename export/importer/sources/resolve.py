@@ -16,6 +16,17 @@ from fovea.export.importer.sources.facts import Source
 from fovea.export.importer.sources.folder import read_folder, read_onnx_file, to_model_name
 from fovea.export.importer.sources.hub import HUB_PREFIX, read_hub_repository
 from fovea.export.importer.sources.keras_source import convert_keras_file
+from fovea.export.importer.sources.tflite_metadata import IDENTIFIER
+from fovea.export.importer.sources.tflite_source import (
+    KERAS_MODEL,
+    LABELS_FILE,
+    TEACHABLE_MODELS,
+    TFLITE_PREFIX,
+    convert_teachable_machine,
+    convert_tflite_file,
+    find_teachable_model,
+    refuse_keras_export,
+)
 from fovea.export.importer.sources.torch_source import convert_torch_file, is_pickle, refuse_pickle
 from fovea.export.importer.sources.torchvision_source import TORCHVISION_PREFIX, read_torchvision_model
 
@@ -53,9 +64,14 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
         return read_hub_repository(f"{HUB_PREFIX}timm/{text.removeprefix(_TIMM_PREFIX)}", work, choice)
     if text.startswith(TORCHVISION_PREFIX):
         return read_torchvision_model(text, work)
-    path = Path(text.removeprefix(_KERAS_PREFIX))
+    path = Path(text.removeprefix(_KERAS_PREFIX).removeprefix(TFLITE_PREFIX))
     if not path.exists():
         raise ImportRefused(_explain_missing_source(text))
+    if path.is_dir() and choice is None and not any(path.rglob("*.onnx")):
+        if find_teachable_model(path):
+            return _read_teachable_machine(path, path, work)
+        if (path / KERAS_MODEL).is_file() and (path / LABELS_FILE).is_file():
+            refuse_keras_export(text)
     if path.is_dir():
         return read_folder(path, work, choice)
     if not path.is_file():
@@ -72,16 +88,25 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
         return convert_torch_file(path, kind, to_model_name(path.stem), size, work)
     if kind is ArchiveKind.KERAS:
         return convert_keras_file(path, to_model_name(path.stem), work)
+    if kind is ArchiveKind.TEACHABLE_KERAS:
+        refuse_keras_export(text)
     if kind is ArchiveKind.TEACHABLE_MACHINE:
-        raise ImportRefused(
-            f"{text} is an export of Teachable Machine for TFLite; unpack it, then run python -m "
-            "tf2onnx.convert --tflite model_unquant.tflite --output model.onnx, and import model.onnx with "
-            "--labels labels.txt --preset keras-mobilenet --geometry 'crop aspect 224 unrounded, resize "
-            "stretch 224 lanczos'"
-        )
+        return _read_teachable_machine(extract_model(path, work / "archive", ".tflite"), path, work)
+    if start[4:8] == IDENTIFIER:
+        return convert_tflite_file(path, to_model_name(path.stem), work)
     if kind is ArchiveKind.PICKLE or (kind is None and is_pickle(start, path)):
         refuse_pickle(path)
     return read_onnx_file(path, work)
+
+
+def _read_teachable_machine(folder: Path, origin: Path, work: Path) -> Source:
+    model = find_teachable_model(folder)
+    if model is None:
+        raise ImportRefused(
+            f"{origin} has TFLite and {LABELS_FILE}, but no {' or '.join(TEACHABLE_MODELS)} beside it, as "
+            "Teachable Machine writes them; import the .tflite file itself"
+        )
+    return convert_teachable_machine(model, str(origin), to_model_name(origin.absolute().stem), work)
 
 
 def _read_start(path: Path) -> bytes:

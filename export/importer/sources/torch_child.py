@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.foreign_model import Array, ImportRefused
+from fovea.export.importer.sources.answers import write_outputs
 from fovea.export.importer.sources.child import run_child
 from fovea.export.importer.sources.torch_code import check_program_records, check_script, restrict_json
 
@@ -20,29 +21,41 @@ _ANY_SIDE: Final = 224
 """Side of the example for a graph that takes images of any size, in pixels."""
 
 
-def convert(kind: str, file: str, height: str, width: str, out: str) -> None:
-    """Convert a file of `kind`, `script` or `program`.
+def convert(action: str, *arguments: str) -> None:
+    """Run `KIND FILE HEIGHT WIDTH OUT` or `answer KIND FILE INPUTS RESULT`, for a kind `script` or `program`.
 
     TorchScript is converted for images of `height` x `width` pixels; 0 for any size.
     """
     warnings.simplefilter("ignore")
-    if kind == "script":
+    if action == "answer":
+        kind, file, inputs_file, result = arguments
+        answer_inputs(kind, Path(file), inputs_file, result)
+        return
+    file, height, width, out = arguments
+    if action == "script":
         export_script(Path(file), int(height), int(width), Path(out))
     else:
         export_program(Path(file), Path(out))
 
 
-def export_script(file: Path, height: int, width: int, out: Path) -> None:
-    """Convert TorchScript, whose own reader makes no Python objects."""
+def load_script(file: Path) -> Any:
+    """Return TorchScript, whose own reader makes no Python objects."""
     import torch
 
     try:
         check_script(file)
-        module = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        return torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except ImportRefused as error:
         raise ImportRefused(f"{file.name} {error}") from None
     except RuntimeError as error:
         raise ImportRefused(f"torch cannot read {file.name}: {_shorten(error)}") from None
+
+
+def export_script(file: Path, height: int, width: int, out: Path) -> None:
+    """Convert TorchScript."""
+    import torch
+
+    module = load_script(file)
     has_size = height > 0
     example = torch.zeros(1, 3, height, width) if has_size else torch.zeros(1, 3, _ANY_SIDE, _ANY_SIDE)
     try:
@@ -64,22 +77,45 @@ def export_script(file: Path, height: int, width: int, out: Path) -> None:
     )
 
 
-def export_program(file: Path, out: Path) -> None:
-    """Convert a program of torch.export."""
+def load_program(file: Path) -> Any:
+    """Return a program of torch.export, of which only tensors and plain values are unpickled."""
     import torch
 
     try:
         check_program_records(file)
         with restrict_pickles(), restrict_json():
-            program = torch.export.load(file)
+            return torch.export.load(file)
     except ImportRefused as error:
         raise ImportRefused(f"{file.name} {error}") from None
     except Exception as error:  # torch.export raises anything
         raise ImportRefused(f"torch {torch.__version__} cannot read {file.name}: {_shorten(error)}") from None
+
+
+def export_program(file: Path, out: Path) -> None:
+    """Convert a program of torch.export."""
+    import torch
+
+    program = load_program(file)
     onnx_program = torch.onnx.export(program, verbose=False)
     if onnx_program is None:
         raise ImportRefused(f"torch exported nothing from {file.name}")
     onnx_program.save(out, external_data=False)
+
+
+def answer_inputs(kind: str, file: Path, inputs_file: str, result: str) -> None:
+    """Write the outputs of a file of `kind`, `script` or `program`, for inputs (n, channels, H, W)."""
+    import torch
+
+    module = load_script(file) if kind == "script" else load_program(file).module()
+
+    def run(one: Array) -> Array:
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(one))
+        if not isinstance(outputs, torch.Tensor):
+            raise ImportRefused(f"{file.name} has several outputs, and it is unknown which to compare")
+        return outputs.float().numpy()
+
+    write_outputs(inputs_file, result, f"the network in torch {torch.__version__}", run)
 
 
 @contextmanager

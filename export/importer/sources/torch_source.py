@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.sources.answers import create_network
 from fovea.export.importer.sources.archive import ArchiveKind
 from fovea.export.importer.sources.conversion import run_converter
-from fovea.export.importer.sources.facts import NO_PREPROCESSING, Source, SourceFacts
+from fovea.export.importer.sources.facts import Source, SourceFacts
 
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of pickles. Files of TorchScript, which are archives, may have them too."""
@@ -29,10 +30,8 @@ def convert_torch_file(
     action = "script" if kind is ArchiveKind.TORCHSCRIPT else "program"
     sides = (str(size[0]), str(size[1])) if size else ("0", "0")
     run_converter(_CHILD, [action, path, *sides, file], what=str(path))
-    not_compared = NO_PREPROCESSING.format("torch")
-    return Source(
-        file, path.name, str(path), SourceFacts(name), work, original=path, not_compared=not_compared
-    )
+    network = create_network(_CHILD, (action, path), str(path), work)
+    return Source(file, path.name, str(path), SourceFacts(name), work, network=network, original=path)
 
 
 def is_pickle(start: bytes, path: Path) -> bool:

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fovea.export.importer.foreign_model import ImportRefused, read_model
 from fovea.export.importer.pipeline import ImportReport, import_model
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.export.importer.sources.comparison import GENERATED_IMAGES
 from fovea.export.importer.sources.completion import GivenOptions, complete_request
-from fovea.export.importer.sources.facts import ReferenceAnswers, ReferencePipeline
+from fovea.export.importer.sources.facts import (
+    NetworkAnswers,
+    ReferenceAnswers,
+    ReferenceNetwork,
+    ReferencePipeline,
+)
 from fovea.export.importer.sources.resolve import resolve_source
 from fovea.export.verify import VerificationError
 from tests.export.classifiers import Array, run_onnx
@@ -157,3 +163,49 @@ def test_other_number_of_answers_refuses_the_import(tmp_path: Path) -> None:
     outputs = np.zeros((GENERATED_IMAGES, 6), np.float32)
     with pytest.raises(VerificationError, match=r"House 1\.0 gives 6 probabilities, and the import gives 5"):
         import_with(tmp_path, create_pipeline(resize_as_transformers, outputs))
+
+
+def import_with_network(
+    tmp_path: Path, change: Callable[[Array], Array], output: str | None = None
+) -> ImportReport:
+    """Import a folder as if it were converted; its own network is the same graph, with changed logits."""
+    folder = write_hub_folder(tmp_path / "vit")
+    graph = read_model(folder / "onnx" / "model.onnx")
+
+    def run(inputs: Array) -> NetworkAnswers:
+        return NetworkAnswers("the network in House 1.0", change(run_onnx(graph, inputs)))
+
+    given = GivenOptions(tmp_path / "zoo", PreprocessingOptions(), output=output)
+    with resolve_source(str(folder)) as source:
+        converted_source = replace(source, reference=None, network=ReferenceNetwork(run))
+        return import_model(complete_request(given, converted_source))
+
+
+def test_network_of_a_converted_file_is_compared(tmp_path: Path) -> None:
+    report = import_with_network(tmp_path, lambda logits: logits)
+    assert report.comparison is not None
+    assert report.comparison.probability_difference < 1e-5
+    text = dict(report.facts)["compared"]
+    assert text.startswith("with the network in House 1.0 on 32 generated images: probabilities to ")
+    assert text.endswith("(at most 0.0001), all labels the same; the file states no preprocessing to compare")
+
+
+def test_other_network_refuses_the_import(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="does not give the probabilities of the network in House"):
+        import_with_network(tmp_path, lambda logits: logits + np.linspace(0, 0.01, logits.shape[1]))
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_network_is_not_compared_with_another_output(tmp_path: Path) -> None:
+    output = read_model(write_hub_folder(tmp_path / "vit") / "onnx" / "model.onnx").graph.output[0].name
+    report = import_with_network(tmp_path, lambda logits: logits, output)
+    assert report.comparison is None
+    assert "--output chooses a tensor" in dict(report.facts)["compared"]
+
+
+def test_network_that_does_not_run_is_named(tmp_path: Path) -> None:
+    def refuse(_logits: Array) -> Array:
+        raise ImportRefused("House has no memory left")
+
+    text = dict(import_with_network(tmp_path, refuse).facts)["compared"]
+    assert text == "not with the source's own pipeline: House has no memory left"

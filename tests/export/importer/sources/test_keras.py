@@ -57,7 +57,9 @@ def test_keras_file_is_converted(tmp_path: Path) -> None:
     )
     assert (report.model, engine.contract.labels) == ("pets", LABELS)
     assert report.sha256 == hashlib.sha256((tmp_path / "pets.keras").read_bytes()).hexdigest()
-    assert "compared as ONNX only, not with Keras" in dict(report.facts)["compared"]
+    assert dict(report.facts)["compared"].startswith("with the network in Keras 3")
+    assert report.comparison is not None
+    assert report.comparison.probability_difference < 1e-5
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     assert np.abs(engine.run(pixels) - expected).max() < 1e-5
 

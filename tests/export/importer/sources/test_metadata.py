@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from fovea.export.importer.option_values import parse_geometry
 from fovea.export.importer.preprocessing import PreprocessingOptions
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.geometry import AspectCropStep, CropStep, Fit, Interpolation, ResizeStep, Rounding
+from fovea.service.artifact.geometry import CropStep, Fit, Interpolation, ResizeStep
 from tests.export.classifiers import build_classifier, run_onnx
 from tests.export.importer.sources.imports import import_source, read_refusal
 from tests.export.importer.sources.layouts import LABELS, write_files
@@ -166,18 +165,6 @@ def test_labels_of_the_graph_come_before_a_file_in_another_order(tmp_path: Path,
     assert engine.contract.labels == (LABELS[::-1] if is_numbered else LABELS)
     origin = "(labels.txt)" if is_numbered else "; the graph's own"
     assert dict(report.facts)["labels"].endswith(origin)
-
-
-def test_export_of_teachable_machine_is_refused_with_its_recipe(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
-        archive.writestr("model_unquant.tflite", b"x")
-        archive.writestr("labels.txt", "0 cat\n1 dog\n")
-    message = read_refusal(tmp_path, tmp_path / "pets.zip")
-    geometry = message.partition("--preset keras-mobilenet --geometry '")[2].removesuffix("'")
-    assert parse_geometry("--geometry", geometry) == (
-        AspectCropStep(224, 224, Rounding.NONE),
-        ResizeStep(Fit.STRETCH, 224, 224, Interpolation.LANCZOS),
-    )
 
 
 def test_detector_of_custom_vision_is_refused(tmp_path: Path) -> None:

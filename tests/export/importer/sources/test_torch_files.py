@@ -66,7 +66,11 @@ def test_torchscript_is_converted(tmp_path: Path, labels: Path) -> None:
     digest = hashlib.sha256((tmp_path / "pets.pt").read_bytes()).hexdigest()
     assert report.sha256 == digest
     assert engine.contract.training.commit == f"sha256:{digest}"
-    assert "compared as ONNX only, not with torch" in dict(report.facts)["compared"]
+    compared = dict(report.facts)["compared"]
+    assert compared.startswith(f"with the network in torch {torch.__version__} on 32 generated images")
+    assert compared.endswith("all labels the same; the file states no preprocessing to compare")
+    assert report.comparison is not None
+    assert report.comparison.probability_difference < 1e-5
     assert np.abs(engine.run(draw_pixels(24)) - compute_expected(draw_pixels(24))).max() < 1e-5
 
 
