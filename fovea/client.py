@@ -100,6 +100,7 @@ class _ClientOptions:
         images: Any,
         top_k: int,
         coverage: float | None,
+        embedding: bool,
         on_error: Literal["raise", "return"],
         model: str | None,
         version: str | int | None,
@@ -108,6 +109,7 @@ class _ClientOptions:
             images,
             top_k,
             coverage,
+            embedding,
             on_error,
             model,
             version,
@@ -153,6 +155,7 @@ class Client(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -165,6 +168,7 @@ class Client(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -177,6 +181,7 @@ class Client(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -189,6 +194,7 @@ class Client(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -200,14 +206,15 @@ class Client(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise", "return"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
 
-        Images, `top_k`, `coverage` and `on_error` are those of `Model.classify`. `model` and `version` choose
-        a model of the service; by default its default model and the latest version.
+        Images, `top_k`, `coverage`, `embedding` and `on_error` are those of `Model.classify`. `model` and
+        `version` choose a model of the service; by default its default model and the latest version.
 
         Raises `FileError` and `RequestError` like `Model.classify`, also `ModelNotFound`, and `Unavailable`
         if the service was too busy for as long as the client tried. Raises `ConnectionFailed`,
@@ -215,7 +222,7 @@ class Client(_ClientOptions):
         whole call, and are raised in any case.
         """
         http: httpx.Client = self._get_http()
-        steps = self._classify(http, images, top_k, coverage, on_error, model, version)
+        steps = self._classify(http, images, top_k, coverage, embedding, on_error, model, version)
         return self._run(http, steps)
 
     def ready(self) -> bool:
@@ -284,6 +291,7 @@ class AsyncClient(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -296,6 +304,7 @@ class AsyncClient(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -308,6 +317,7 @@ class AsyncClient(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -320,6 +330,7 @@ class AsyncClient(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -331,14 +342,15 @@ class AsyncClient(_ClientOptions):
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise", "return"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
 
-        Images, `top_k`, `coverage` and `on_error` are those of `Model.classify`. `model` and `version` choose
-        a model of the service; by default its default model and the latest version.
+        Images, `top_k`, `coverage`, `embedding` and `on_error` are those of `Model.classify`. `model` and
+        `version` choose a model of the service; by default its default model and the latest version.
 
         Raises `FileError` and `RequestError` like `Model.classify`, also `ModelNotFound`, and `Unavailable`
         if the service was too busy for as long as the client tried. Raises `ConnectionFailed`,
@@ -346,7 +358,7 @@ class AsyncClient(_ClientOptions):
         whole call, and are raised in any case.
         """
         http: httpx.AsyncClient = self._get_http()
-        steps = self._classify(http, images, top_k, coverage, on_error, model, version)
+        steps = self._classify(http, images, top_k, coverage, embedding, on_error, model, version)
         return await self._run(http, steps)
 
     async def ready(self) -> bool:

@@ -68,6 +68,7 @@ class ClassifyCall:
     images: Any
     top_k: int
     coverage: float | None
+    embedding: bool
     on_error: Literal["raise", "return"]
     model: str | None
     version: str | int | None
@@ -104,6 +105,8 @@ class ClassifyCall:
         options: dict[str, Any] = {"top_k": self.top_k}
         if self.coverage is not None:
             options["coverage"] = self.coverage
+        if self.embedding:
+            options["embedding"] = True
         # The service gives up an answer for which this client does not wait any more.
         headers = {"X-Deadline-Ms": f"{max(1, round(1000 * self.timeout))}"}
         body: dict[str, Any] = {"headers": headers}

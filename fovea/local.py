@@ -26,7 +26,7 @@ from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, FileError, RequestError
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.providers import ProviderSetting
-from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.batch_messages import Answer, ImageRequest, Item
 from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.live_model import LiveModel
@@ -125,6 +125,7 @@ class Model:
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> Result: ...
 
@@ -135,6 +136,7 @@ class Model:
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
     ) -> Result | ImageError: ...
 
@@ -145,6 +147,7 @@ class Model:
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> list[Result]: ...
 
@@ -155,6 +158,7 @@ class Model:
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["return"],
     ) -> list[Result | ImageError]: ...
 
@@ -164,27 +168,34 @@ class Model:
         *,
         top_k: int = 5,
         coverage: float | None = None,
+        embedding: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
 
         An image is a path, an encoded image as bytes, a PIL image, or an array of pixels (`ImageSource`).
         `top_k` is the number of labels in each result; 0 for all. `coverage` adds the set of labels that
-        contains the true label this often, such as 0.95.
+        contains the true label this often, such as 0.95. `embedding` adds the vector that the model's last
+        layer reads; the first call with it loads the file once more.
 
         Raises `FileError` for a file that cannot be read, and `RequestError` for an image that cannot be
-        decoded, for a negative `top_k` and for a `coverage` that the model does not have. With `on_error=
-        "return"`, the error of an image takes the place of its result. Raises `TypeError` for a value that
-        is no image.
+        decoded, for a negative `top_k`, and for a `coverage` or `embedding` that the model does not have.
+        With `on_error="return"`, the error of an image takes the place of its result. Raises `TypeError` for
+        a value that is no image.
         """
         sources, is_single = list_images(images)
         check_on_error(on_error)
         if top_k < 0:
             raise BadRequest(f"top_k is {top_k}; it must be at least 0")
         label_set = None if coverage is None else find_coverage(self.contract, coverage)
+        if embedding:
+            self._live_model.require_embedding()
         results: list[Result | ImageError] = []
         # Closing the outcomes cancels the batches that have not begun, after an error and after Ctrl-C.
-        with closing(self._get_predictor().predict(sources, self._max_bytes, self._max_pixels)) as outcomes:
+        predictor = self._get_predictor()
+        with closing(
+            predictor.predict(sources, self._max_bytes, self._max_pixels, embedding=embedding)
+        ) as outcomes:
             for index, outcome in enumerate(outcomes):
                 if isinstance(outcome, Answer):
                     results.append(self._create_result(outcome, top_k, label_set))
@@ -251,9 +262,9 @@ class _SharedPredictor:
         """Number of calls of the predictor that run now."""
 
     def predict(
-        self, sources: Sequence[Any], max_bytes: int, max_pixels: int
+        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, *, embedding: bool = False
     ) -> Generator[_Outcome, None, None]:
-        """Yield the outcome of each image, in order.
+        """Yield the outcome of each image, in order, with its `embedding` if requested.
 
         Like the service at full load, each thread decodes and classifies batches of its own. A single batch
         gets all processors.
@@ -265,17 +276,21 @@ class _SharedPredictor:
         batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
         if len(batches) == 1 or self._workers == 1:
             for batch in batches:
-                yield from self._predict_batch(batch, max_bytes, max_pixels, is_alone=True)
+                yield from self._predict_batch(batch, max_bytes, max_pixels, embedding, is_alone=True)
             return
         predict_batch = partial(
-            self._predict_batch, max_bytes=max_bytes, max_pixels=max_pixels, is_alone=False
+            self._predict_batch,
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            embedding=embedding,
+            is_alone=False,
         )
         # Closing this generator closes the map, which cancels the batches that have not begun.
         for outcomes in self._executor.map(predict_batch, batches):
             yield from outcomes
 
     def _predict_batch(
-        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, is_alone: bool
+        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, embedding: bool, is_alone: bool
     ) -> list[_Outcome]:
         """Read, decode and classify a batch; a failed image gets its error, and the others their answers.
 
@@ -295,7 +310,10 @@ class _SharedPredictor:
             self._call_count += 1
             is_exclusive = is_alone and self._call_count == 1
         try:
-            answers = iter(self.predictor.predict_batch(contents, exclusive=is_exclusive).answers)
+            items: list[Item] = (
+                [ImageRequest(one, include_embedding=True) for one in contents] if embedding else [*contents]
+            )
+            answers = iter(self.predictor.predict_batch(items, exclusive=is_exclusive).answers)
         finally:
             with self._lock:
                 self._call_count -= 1

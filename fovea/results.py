@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -76,12 +78,15 @@ class Result:
     """Score on which `known` rests; higher is more alike."""
     top_k: int = field(compare=False)
     """Largest number of labels that was requested; 0 for all."""
+    embedding: tuple[float, ...] | None = None
+    """The vector that the model's last layer reads; None unless `embedding` was requested."""
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any], top_k: int) -> Result:
         """Create the result from the native JSON reply to one image, for which `top_k` labels were requested.
 
-        Raises `KeyError` or `TypeError` if the reply is not of this form. Unknown fields are ignored.
+        Raises `KeyError`, `TypeError` or `ValueError` if the reply is not of this form. Unknown fields are
+        ignored.
         """
         label_set = reply.get("coverage")
         return cls(
@@ -97,6 +102,7 @@ class Result:
             known=reply.get("known"),
             known_score=reply.get("known_score"),
             top_k=top_k,
+            embedding=_decode_floats(reply["embedding"]) if "embedding" in reply else None,
         )
 
     @property
@@ -157,6 +163,9 @@ class Result:
                 "labels": list(self.coverage.labels),
                 "abstain": self.coverage.abstain,
             }
+        if self.embedding is not None:
+            content = struct.pack(f"<{len(self.embedding)}f", *self.embedding)
+            fields["embedding"] = base64.b64encode(content).decode()
         if self.known is not None:
             fields |= {"known": self.known, "known_score": self.known_score}
         image = self.image
@@ -190,3 +199,11 @@ class Result:
         caption = escape(f"{self.model.name} version {self.model.version}")
         notes = "".join(f"<div>{line}</div>" for line in lines)
         return f"<table><caption>{caption}</caption>{rows}</table>{notes}"
+
+
+def _decode_floats(text: str) -> tuple[float, ...]:
+    """Return the values of little-endian float32 as base64. Raises `ValueError`."""
+    content = base64.b64decode(text, validate=True)
+    if len(content) % 4:
+        raise ValueError(f"{len(content)} bytes are no float32 values")
+    return struct.unpack(f"<{len(content) // 4}f", content)

@@ -26,6 +26,7 @@ from fovea.service.image_files import read_image_file
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
+from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
 from fovea.service.serving.classifier import Classification
@@ -68,6 +69,7 @@ def classify_files(
     model: str | None,
     top_k: int,
     coverage: float | None,
+    embedding: bool = False,
     as_json: bool,
     **overrides: Any,
 ) -> int:
@@ -76,20 +78,25 @@ def classify_files(
     Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
     that are not images are skipped, and their number is printed on stderr.
 
-    Raises `StartError` if the models cannot be loaded or there are no images, `ModelNotFound` for an unknown
-    `model`, and `BadRequest` for a `coverage` that the model does not have.
+    Raises `StartError` if the models cannot be loaded, if there are no images, or for an `embedding` without
+    `as_json`; `ModelNotFound` for an unknown `model`; `BadRequest` and `NoEmbedding` for a `coverage` or an
+    `embedding` that the model does not have.
     """
+    if embedding and not as_json:
+        raise StartError("--embedding needs --json: an embedding is a list of numbers for programs")
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = _load_model(settings, model)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
+    if embedding:
+        live_model.require_embedding()
     is_single = len(files) == 1 and not files[0].is_dir()
     printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, top_k, label_set, is_single)
     skipped_files: list[Path] = []
     failure_count = 0
     try:
         for path, is_named in _expand_folders(files):
-            outcome = _classify_file(predictor, live_model, path, settings.body_bytes)
+            outcome = _classify_file(predictor, live_model, path, settings.body_bytes, embedding)
             if isinstance(outcome, UnsupportedFormat) and not is_named:
                 skipped_files.append(path)
                 continue
@@ -233,13 +240,17 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
     return predictor, live_model
 
 
-def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int) -> Outcome:
+def _classify_file(
+    predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int, embedding: bool
+) -> Outcome:
     """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
         content = read_image_file(path, max_bytes)
     except (FileError, BodyTooLarge) as error:
         return error
-    answer = predictor.predict_batch([content], exclusive=True).answers[0]
+    answer = predictor.predict_batch(
+        [ImageRequest(content, include_embedding=embedding)], exclusive=True
+    ).answers[0]
     return answer if isinstance(answer, RequestError) else Classification(live_model, answer)
 
 

@@ -151,6 +151,12 @@ class BadRequest(RequestError):
     status, code = 400, "bad_request"
 
 
+class NoEmbedding(RequestError):
+    """The request asks for the embedding of a model whose graph has none."""
+
+    status, code = 400, "no_embedding"
+
+
 class BadHttp(RequestError):
     """The received bytes are not HTTP/1.1. Raised by the connection, which is then closed."""
 
@@ -295,7 +301,16 @@ def restore_request_error(code: str, message: str) -> RequestError | None:
     return None
 
 
-_IMAGE_ERRORS = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)
+_IMAGE_ERRORS = (
+    BadRequest,
+    NoEmbedding,
+    NotFound,
+    TooManyPixels,
+    UnsupportedFormat,
+    BadImage,
+    DeadlineExceeded,
+    Internal,
+)
 
 
 def list_error_codes() -> list[str]:

@@ -23,6 +23,10 @@ def classify(
             help="Also show the set of labels that contains the true label this often, such as 0.95."
         ),
     ] = None,
+    embedding: Annotated[
+        bool,
+        typer.Option("--embedding", help="Add the vector that the model's last layer reads; needs --json."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
@@ -30,7 +34,15 @@ def classify(
 
     settings = {} if models is None else {"models": models}
     raise typer.Exit(
-        classify_files(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **settings)
+        classify_files(
+            files,
+            model=model,
+            top_k=top_k,
+            coverage=coverage,
+            embedding=embedding,
+            as_json=as_json,
+            **settings,
+        )
     )
 
 

@@ -17,7 +17,7 @@ from fovea.service.api import bodies
 from fovea.service.api.options import refuse_native_options
 from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Headers
 from fovea.service.http.request_record import RequestRecord
-from fovea.service.runners.batch_messages import Item
+from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.settings import Settings
 
@@ -105,6 +105,10 @@ class ProtocolAdapter(ABC):
         Usually called before the body arrives. A raw image needs no task and no parsing. Raises `BadRequest`.
         """
         return None
+
+    def create_item(self, image: Image, reply_format: ReplyFormat) -> Item:
+        """Return the entry of a batch for one raw image; a protocol may add options of its format."""
+        return image
 
     @abstractmethod
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:

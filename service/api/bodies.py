@@ -36,11 +36,17 @@ class ParsedBody:
     top_k: int | None = None
     threshold: float | None = None
     coverage: float | None = None
+    embedding: bool | None = None
 
     @property
     def options(self) -> dict[str, float]:
         """Options that the body sets, by name."""
-        options = {"top_k": self.top_k, "threshold": self.threshold, "coverage": self.coverage}
+        options = {
+            "top_k": self.top_k,
+            "threshold": self.threshold,
+            "coverage": self.coverage,
+            "embedding": self.embedding,
+        }
         return {name: value for name, value in options.items() if value is not None}
 
 

@@ -32,6 +32,7 @@ from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import create_warning_headers
+from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.runners.lane import INFINITY, Job
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.admission import Admission
@@ -94,7 +95,9 @@ class Endpoint(AsgiEndpoint):
         images, reply_format, time_limit = (
             await self._adapter.parse_request(request)
             if reply_format is None
-            else ParsedRequest([request.body.to_image()], reply_format)
+            else ParsedRequest(
+                [self._adapter.create_item(request.body.to_image(), reply_format)], reply_format
+            )
         )
         self.reserve_images(admission, len(images), reply_format)
         own_deadline = record.started_at + time_limit if time_limit else INFINITY
@@ -111,6 +114,10 @@ class Endpoint(AsgiEndpoint):
         if len(outcomes) * reply_format.labels_per_image <= MAX_INLINE_LABELS:
             return self.render_reply(outcomes, model, reply_format, record)
         return await asyncio.to_thread(self.render_reply, outcomes, model, reply_format, record)
+
+    def create_item(self, image: Image, reply_format: ReplyFormat) -> Item:
+        """Return the entry of a batch for one raw image (`ProtocolAdapter.create_item`)."""
+        return self._adapter.create_item(image, reply_format)
 
     def reserve_images(self, admission: Admission, count: int, reply_format: ReplyFormat) -> None:
         """Reserve the places of `count` images, and the memory of a long reply.
@@ -222,7 +229,7 @@ class FastHandler:
             request = InferenceRequest(raw_body, self._headers, self._options, self._model, settings, record)
             self._run(endpoint.handle_request, request, self._admission, self._deadline)
             return
-        image = bodies.to_image(body, size)
+        image = endpoint.create_item(bodies.to_image(body, size), self._raw_format)
         endpoint.reserve_images(self._admission, 1, self._raw_format)
         # The batcher calls `_on_outcome` on the event loop when a runner has answered, never before
         # `submit_image` returns: `_job` is set by then. No task is needed.

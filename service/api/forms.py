@@ -48,7 +48,7 @@ def parse_form(body: bytes | SharedBuffer, size: int, content_type: bytes) -> Pa
             images.append(
                 body.to_ref(start, stop) if isinstance(body, SharedBuffer) else memoryview(body)[start:stop]
             )
-    return ParsedBody(images, options.top_k, options.threshold, options.coverage)
+    return ParsedBody(images, options.top_k, options.threshold, options.coverage, options.embedding)
 
 
 def _strip_preamble(content: bytes, boundary: bytes) -> tuple[bytes, int]:

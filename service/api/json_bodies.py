@@ -69,7 +69,7 @@ def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes)
     images: list[Image] = [
         from_base64(image.b64, f"images.{index}.b64") for index, image in enumerate(request.images)
     ]
-    return ParsedBody(images, request.top_k, request.threshold, request.coverage)
+    return ParsedBody(images, request.top_k, request.threshold, request.coverage, request.embedding)
 
 
 def _check_commas(content: bytes) -> None:

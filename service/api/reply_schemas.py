@@ -45,6 +45,8 @@ _WARNINGS_DESCRIPTION: Final = (
 )
 
 
+_EMBEDDING_DESCRIPTION: Final = "Little-endian float32 values as base64, with `embedding=true`."
+
 _KNOWN_DESCRIPTION: Final = (
     "Whether the image is like those that the model was trained on; left out if the model does not tell."
 )
@@ -85,6 +87,7 @@ class ImageReply(BaseModel):
 
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
+    embedding: str | None = Field(None, description=_EMBEDDING_DESCRIPTION)
     known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
     known_score: float | None = None
     image: ImageInfo | None = None
@@ -98,6 +101,7 @@ class ClassifyReply(BaseModel):
     model: ModelName
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
+    embedding: str | None = Field(None, description=_EMBEDDING_DESCRIPTION)
     known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
     known_score: float | None = None
     image: ImageInfo | None = None
@@ -108,6 +112,12 @@ class ClassifyReply(BaseModel):
     )
 
 
+class EmbeddingInfo(BaseModel):
+    """The vector that a model gives for an image; `dimension` is the number of its values."""
+
+    dimension: int
+
+
 class ModelSummary(BaseModel):
     """A served model; `labels` is the number of its labels."""
 
@@ -116,6 +126,7 @@ class ModelSummary(BaseModel):
     task: str
     labels: int
     default: bool
+    embedding: EmbeddingInfo | None = Field(description="Null if the model has no embedding.")
 
 
 class RestingModel(BaseModel):

@@ -20,6 +20,11 @@ Level = Annotated[
     float, Field(gt=0, lt=1, description="Also return a label set that contains the true label this often.")
 ]
 
+WithEmbedding = Annotated[
+    bool,
+    Field(description="Also return the vector that the last layer reads: little-endian float32, base64."),
+]
+
 
 class StrictModel(BaseModel):
     """A part of a JSON body that has known fields and no others."""
@@ -50,6 +55,7 @@ class ClassifyOptions(BaseModel):
     top_k: TopK = 5
     threshold: Threshold | None = None
     coverage: Level | None = None
+    embedding: WithEmbedding = False
     timing: bool = Field(False, description="Also return the milliseconds that each stage took.")
 
 
@@ -131,6 +137,7 @@ class ClassifyRequest(BaseModel):
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None
+    embedding: WithEmbedding | None = None
 
 
 class FormOptions(BaseModel):
@@ -139,6 +146,7 @@ class FormOptions(BaseModel):
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None
+    embedding: WithEmbedding | None = None
 
 
 class IndexRequest(BaseModel):

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenImage
+from fovea.service.artifact.embedding import find_embedding
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.model_file import MemoryFile
-from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
+from fovea.service.artifact.onnx_edit import add_outputs, extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
 from fovea.service.inference.pinned_memory import PinnedBatches, find_pinned_memory, pad_size, run_bound
 from fovea.service.inference.pixels import Pixels
@@ -120,6 +121,10 @@ class Engine:
         self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, weights))
         self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
+        self.embedding = find_embedding(self.contract)
+        """Tensor with the embedding; None if the model has none."""
+        self._embedding_sessions: _Sessions | None = None
+        """Sessions that also return the embedding, created on first use."""
         self._weights = weights  # the last attribute: it goes after the sessions that use the weights
 
     @classmethod
@@ -179,6 +184,45 @@ class Engine:
         """
         names = [self.contract.probabilities_name, *([self.contract.logits_name] if with_logits else [])]
         return self._run_session(self._get_sessions(tensor), tensor, batch, names, exclusive)
+
+    def run_with_embedding(
+        self, batch: Pixels, *, exclusive: bool = False, with_logits: bool = False
+    ) -> tuple[list[Floats], Floats]:
+        """Return what `run_tensor` returns for pixels, and embeddings, float32 (n, `embedding.dimension`).
+
+        The sessions for this are created on first use, with weights of their own. Raises `GoldenError` when
+        they do not reproduce the golden set, and `ModelError` for a model without an embedding.
+        """
+        if self.embedding is None:
+            raise ModelError("the model has no embedding")
+        names = [self.contract.probabilities_name, *([self.contract.logits_name] if with_logits else [])]
+        *outputs, embeddings = self._run_session(
+            self._get_embedding_sessions(self.embedding.tensor),
+            self.tensors[0],
+            batch,
+            [*names, self.embedding.tensor],
+            exclusive,
+        )
+        rows = np.ascontiguousarray(embeddings, np.float32).reshape(len(batch), -1)
+        if rows.shape[1] != self.embedding.dimension:
+            raise ModelError(f"the embedding has {rows.shape[1]} values, not {self.embedding.dimension}")
+        return outputs, rows
+
+    def _get_embedding_sessions(self, tensor: str) -> _Sessions:
+        """Return the sessions that also return the embedding; create and check them like `_get_sessions`."""
+        if self._embedding_sessions is None:
+            model = add_outputs(self._read_bytes(), [tensor])
+            sessions = _Sessions(
+                self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
+            )
+            pixels = decode_golden_pixels(self.contract.golden.images[0])[None]
+            for exclusive in self._exclusive_modes():
+                logits = self._run_session(
+                    sessions, self.tensors[0], pixels, [self.contract.logits_name], exclusive
+                )[0]
+                self._check_logits(self.contract.golden.images[0], logits)
+            self._embedding_sessions = sessions
+        return self._embedding_sessions
 
     def _run_session(
         self, sessions: _Sessions, tensor: InputTensor, batch: Values, names: Sequence[str], exclusive: bool

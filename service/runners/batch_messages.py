@@ -37,6 +37,8 @@ class ImageRequest:
     """
     include_logits: bool = False
     """True if the caller wants the logits too."""
+    include_embedding: bool = False
+    """True if the caller wants the embedding too, which only models with one can give, for pixels."""
 
 
 Item: TypeAlias = Image | ImageRequest
@@ -98,6 +100,7 @@ class Batch(NamedTuple):
                     "content": location,
                     "tensor": image.tensor_name,
                     "logits": image.include_logits,
+                    "embedding": image.include_embedding,
                 }
             descriptions.append(location)
         values = {
@@ -127,7 +130,11 @@ class Batch(NamedTuple):
                 image, start = content[start : start + location], start + location
             else:
                 image = SharedRef(*location)
-            images.append(ImageRequest(image, options["tensor"], options["logits"]) if options else image)
+            images.append(
+                ImageRequest(image, options["tensor"], options["logits"], options["embedding"])
+                if options
+                else image
+            )
         return cls(
             values["number"],
             values["model"],
@@ -187,6 +194,8 @@ class Answer(NamedTuple):
     """Logits, float32 (`contract.logit_count`,); None if no caller in the batch wanted them."""
     warnings: Sequence[ImageWarning] = ()
     """Warnings about the conversion of the image to pixels."""
+    embedding: memoryview[float] | None = None
+    """Embedding, float32 (`service.artifact.embedding`); None if the caller did not want it."""
 
 
 class BatchReport(NamedTuple):
@@ -207,15 +216,20 @@ class BatchReport(NamedTuple):
         heads: list[Any] = []
         parts: list[memoryview] = []
         logits: list[memoryview] = []
-        for answer in self.answers:
+        embeddings: list[memoryview] = []
+        embedding_rows: list[int] = []
+        for index, answer in enumerate(self.answers):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                *head, probabilities, ranking, timing, image_logits, warnings = answer
+                *head, probabilities, ranking, timing, image_logits, warnings, embedding = answer
                 heads.append([warnings, *head, *timing])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
                 if image_logits is not None:
                     logits.append(image_logits.cast("B"))
+                if embedding is not None:
+                    embeddings.append(embedding.cast("B"))
+                    embedding_rows.append(index)
         values = {
             "answers": heads,
             "decode": self.decode_seconds,
@@ -223,8 +237,10 @@ class BatchReport(NamedTuple):
             "batch": self.batch_size,
             "number": self.number,
             "logits": sum(map(len, logits)),
+            "embeddings": sum(map(len, embeddings)),
+            "embedding_rows": embedding_rows,
         }
-        return b"".join(encode_frame(type(self).__name__, values, [*parts, *logits]))
+        return b"".join(encode_frame(type(self).__name__, values, [*parts, *logits, *embeddings]))
 
     @classmethod
     def from_frame(cls, frame: Frame) -> BatchReport:
@@ -237,10 +253,13 @@ class BatchReport(NamedTuple):
     @classmethod
     def _parse(cls, values: dict[str, Any], content: memoryview) -> BatchReport:
         heads, logits_size = values["answers"], values["logits"]
+        embeddings = _split_embeddings(values, content)
+        content = content[: len(content) - values["embeddings"]]
         answer_count = 0
         for head in heads:
             answer_count += isinstance(head, list)
-        # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers.
+        # Order of the bytes: probabilities and ranking, answer by answer; then the logits of all answers. The
+        # embeddings of the answers in `embedding_rows` came last, and are cut off already.
         end = len(content) - logits_size
         row_size = end // (2 * answer_count) if answer_count else 0
         logits_row_size = logits_size // answer_count if answer_count else 0
@@ -252,7 +271,7 @@ class BatchReport(NamedTuple):
             raise ValueError("the content is not as long as its rows")
         answers: list[Answer | RequestError] = []
         start, logits_start = 0, end
-        for head in heads:
+        for index, head in enumerate(heads):
             if not isinstance(head, list):
                 answers.append(error_from_dict(head))
                 continue
@@ -271,7 +290,28 @@ class BatchReport(NamedTuple):
                     ImageTiming(*timing),
                     content[logits_start:logits_stop].cast("f") if logits_size else None,
                     [ImageWarning(*one) for one in warning_values],
+                    embeddings.get(index),
                 )
             )
             start, logits_start = stop, logits_stop
         return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])
+
+
+def _split_embeddings(values: dict[str, Any], content: memoryview) -> dict[int, memoryview[float]]:
+    """Return the embeddings at the end of a report's content, by the index of their answers.
+
+    Raises `ValueError` or `TypeError` unless they are as long as the report says, and belong to answers.
+    """
+    size, rows, heads = values["embeddings"], values["embedding_rows"], values["answers"]
+    row_size = size // len(rows) if rows else 0
+    if not 0 <= size <= len(content) or row_size * len(rows) != size or bool(rows) != bool(size):
+        raise ValueError("the embeddings are not as long as their rows")
+    if rows != sorted(set(rows)) or not all(
+        0 <= row < len(heads) and isinstance(heads[row], list) for row in rows
+    ):
+        raise ValueError("an embedding has no answer")
+    start = len(content) - size
+    return {
+        row: content[start + place * row_size : start + (place + 1) * row_size].cast("f")
+        for place, row in enumerate(rows)
+    }

@@ -15,7 +15,7 @@ import numpy as np
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.model_file import MemoryFile
-from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
+from fovea.service.errors import BadRequest, Internal, ModelError, NoEmbedding, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine, Floats, Values
@@ -167,13 +167,29 @@ class Predictor:
         geometry = self.contract.input
         content = image.content if isinstance(image, ImageRequest) else image
         include_logits = isinstance(image, ImageRequest) and image.include_logits
+        include_embedding = isinstance(image, ImageRequest) and image.include_embedding
+        if include_embedding and self._engine.embedding is None:
+            raise NoEmbedding(f"model {self.contract.name!r} has no embedding; see `embedding` in /v1/models")
         if isinstance(image, ImageRequest) and image.tensor_name:
             tensor = self._tensors[image.tensor_name]
-            return _Input(tensor, content, "", geometry.width, geometry.height, include_logits)
+            if include_embedding and tensor.preprocessing:
+                raise BadRequest(f"embedding: only images have one, and {tensor.name!r} is another input")
+            return _Input(
+                tensor, content, "", geometry.width, geometry.height, include_logits, include_embedding
+            )
         encoded = read_shared(self._bodies_descriptor, content) if isinstance(content, SharedRef) else content
         decoded = decode_image(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
         tensor, (width, height) = self._engine.tensors[0], (decoded.width, decoded.height)
-        return _Input(tensor, decoded.pixels, decoded.format, width, height, include_logits, decoded.warnings)
+        return _Input(
+            tensor,
+            decoded.pixels,
+            decoded.format,
+            width,
+            height,
+            include_logits,
+            include_embedding,
+            decoded.warnings,
+        )
 
     def _run_tensor(
         self,
@@ -190,7 +206,14 @@ class Predictor:
             self._fill_row(row, one.values)
         contract = self.contract
         with_logits = include_logits or contract.known is not None
-        outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
+        embeddings: Sequence[Any] = ()
+        if any(one.include_embedding for one, *_ in inputs):
+            outputs, rows = self._engine.run_with_embedding(
+                batch, exclusive=exclusive, with_logits=with_logits
+            )
+            embeddings = list(rows)
+        else:
+            outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
         known_scores = compute_known_scores(outputs[1], contract.task) if contract.known else None
         if not include_logits:
             del outputs[1:]
@@ -210,20 +233,26 @@ class Predictor:
                 ImageTiming(decode_started_at, decode_seconds, started_at, inference, len(batch)),
                 image_logits,
                 one.warnings,
+                embeddings[index].data if one.include_embedding else None,
             )
-            for (one, decode_started_at, decode_seconds), (
-                brightness,
-                entropy,
-                known_score,
-                probabilities,
-                ranking,
-                image_logits,
-            ) in zip(inputs, results, strict=True)
+            for index, (
+                (one, decode_started_at, decode_seconds),
+                (
+                    brightness,
+                    entropy,
+                    known_score,
+                    probabilities,
+                    ranking,
+                    image_logits,
+                ),
+            ) in enumerate(zip(inputs, results, strict=True))
         )
         finite = [math.isfinite(total) for total in np.add.reduce(outputs[0], axis=1).tolist()]
         for logits in outputs[1:]:  # they may be -inf where the probability is 0: an error only if requested
             for index, (one, *_) in enumerate(inputs):
                 finite[index] &= not one.include_logits or bool(np.isfinite(logits[index]).all())
+        for index, embedding in enumerate(embeddings):
+            finite[index] &= not inputs[index][0].include_embedding or bool(np.isfinite(embedding).all())
         if not all(finite):
             answers = _replace_nonfinite(answers, finite, tensor)
         return _ModelCall(answers, inference, len(batch))
@@ -256,6 +285,8 @@ class _Input(NamedTuple):
     height: int
     include_logits: bool
     """True if the caller wants the logits too."""
+    include_embedding: bool
+    """True if the caller wants the embedding too."""
     warnings: Sequence[ImageWarning] = ()
 
 

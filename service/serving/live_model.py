@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fovea.service.artifact.contract import Contract
+from fovea.service.artifact.embedding import Embedding, find_embedding
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.repository import ModelVersion
+from fovea.service.errors import NoEmbedding
 from fovea.service.providers import PROVIDERS
 from fovea.service.runners.batch_messages import Answer, Item, weight_of
 from fovea.service.runners.batcher import LEVEL_COUNT
@@ -42,6 +44,8 @@ class LiveModel:
     """Number of requests that the model has to answer."""
     idle_callbacks: list[Callable[[], None]] = field(default_factory=list)
     """Callbacks that are called once, on the event loop, when the model has no more requests."""
+    embedding: Embedding | None = None
+    """Tensor with the embedding; None if the model has none."""
 
     @classmethod
     def from_load_result(
@@ -77,7 +81,17 @@ class LiveModel:
             tensors,
             lanes,
             last_used=time.monotonic(),
+            embedding=find_embedding(contract),
         )
+
+    def require_embedding(self) -> Embedding:
+        """Return the tensor with the embedding. Raises `NoEmbedding`."""
+        if self.embedding is None:
+            raise NoEmbedding(
+                f"model {self.name!r} has no embedding: its answer does not come from one vector by a linear "
+                "layer; leave out `embedding`"
+            )
+        return self.embedding
 
     def acquire(self) -> None:
         """Add a request, which keeps the model loaded."""

@@ -22,6 +22,9 @@ _SET_LABELS_PER_PREDICTION: Final = 16
 """Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may
 contain all labels."""
 
+_EMBEDDING_VALUES_PER_PREDICTION: Final = 16
+"""Number of values of an embedding that take as much memory as one prediction, about 90 bytes."""
+
 
 class ReplyOptions(NamedTuple):
     """The content of a reply: at most `top_k` labels of at least `threshold`, and a label set."""
@@ -33,6 +36,8 @@ class ReplyOptions(NamedTuple):
     """Time to render the reply to one image, in predictions; the label set counts too."""
     timing: bool = False
     """True if the reply contains the stage times."""
+    embedding: bool = False
+    """True if the reply contains the embeddings."""
 
     def render(
         self, results: Sequence[Classification | RequestError], model: LiveModel, record: RequestRecord
@@ -58,15 +63,18 @@ class ReplyOptions(NamedTuple):
 def resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: LiveModel) -> ReplyOptions:
     """Resolve the options; those of the body take precedence over those of the query.
 
-    Raises `BadRequest` for a coverage that the model does not have.
+    Raises `BadRequest` for a coverage that the model does not have, and `NoEmbedding`.
     """
     top_k = options.top_k if body.top_k is None else body.top_k
     threshold = options.threshold if body.threshold is None else body.threshold
     level = options.coverage if body.coverage is None else body.coverage
     label_count = len(model.contract.labels)
     top_k = min(top_k or label_count, label_count)
-    if level is None:
-        return ReplyOptions(top_k, threshold, None, top_k, options.timing)
-    coverage = find_coverage(model.contract, level)
-    cost = top_k + label_count // _SET_LABELS_PER_PREDICTION
-    return ReplyOptions(top_k, threshold, coverage, cost, options.timing)
+    with_embedding = options.embedding if body.embedding is None else body.embedding
+    coverage, cost = None, top_k
+    if level is not None:
+        coverage = find_coverage(model.contract, level)
+        cost += label_count // _SET_LABELS_PER_PREDICTION
+    if with_embedding:
+        cost += model.require_embedding().dimension // _EMBEDDING_VALUES_PER_PREDICTION
+    return ReplyOptions(top_k, threshold, coverage, cost, options.timing, with_embedding)

@@ -5,6 +5,7 @@ The module imports nothing of HTTP, because `fovea.load` uses it without a serve
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def render_outcome(
     result: dict[str, Any] = {"predictions": render_predictions(predictions)}
     if coverage:
         result["coverage"] = compute_label_set(outcome, coverage)._asdict()
+    if answer.embedding is not None:
+        result["embedding"] = base64.b64encode(answer.embedding).decode()
     result |= render_known(outcome)
     result["image"] = {"format": answer.format, "width": answer.width, "height": answer.height}
     if answer.warnings:

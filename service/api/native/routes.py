@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from fovea.service.api import bodies
-from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, ReplyFormat
 from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.endpoint import Endpoint
 from fovea.service.api.native.classification_replies import ReplyOptions, resolve_options
@@ -20,7 +20,7 @@ from fovea.service.api.request_schemas import ClassifyOptions, build_request_con
 from fovea.service.api.services import Services
 from fovea.service.http.api_protocol import NATIVE
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.batch_messages import Item
+from fovea.service.runners.batch_messages import Image, ImageRequest, Item
 from fovea.service.serving.live_model import LiveModel
 
 _CLASSIFY_ROUTES: Final = {
@@ -51,10 +51,15 @@ class ClassifyAdapter(ProtocolAdapter):
         is_structured = needs_parsing(headers.get(b"content-type", b""))
         return None if is_structured else resolve_options(options, _EMPTY_BODY, model)
 
+    def create_item(self, image: Image, reply_format: ReplyFormat) -> Item:
+        wants_embedding = isinstance(reply_format, ReplyOptions) and reply_format.embedding
+        return ImageRequest(image, include_embedding=True) if wants_embedding else image
+
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         parsed_body = await parse_body(request.content_type, request.body, request.settings)
         reply_options = resolve_options(request.options, parsed_body, request.model)
-        return ParsedRequest(list[Item](parsed_body.images), reply_options)
+        items = [self.create_item(image, reply_options) for image in parsed_body.images]
+        return ParsedRequest(items, reply_options)
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
@@ -91,6 +96,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
                 "task": model.contract.task,
                 "labels": len(model.contract.labels),
                 "default": model.name == catalog.default,
+                "embedding": {"dimension": model.embedding.dimension} if model.embedding else None,
             }
             for model in catalog.models
         ]

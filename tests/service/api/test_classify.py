@@ -353,6 +353,7 @@ def test_newest_version_is_served_and_no_default_is_guessed(tasks_server: Server
     models = {model["name"]: model for model in tasks_server.client.get("/v1/models").json()["models"]}
     assert models["animals"] == {
         "name": "animals", "version": "12", "task": "multiclass", "labels": 4, "default": False,
+        "embedding": {"dimension": 8},
     }  # fmt: skip
     reply = tasks_server.client.post("/v1/classify", content=make_jpeg())
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")

@@ -368,14 +368,21 @@ def test_batch_survives_its_encoding(large_size: int) -> None:
         SharedRef(4096, 10),
         ImageRequest(b"x" * large_size, include_logits=True),
         ImageRequest(SharedRef(1, 2), "input"),
+        ImageRequest(b"y", include_embedding=True),
     ]
-    batch = Batch(7, 3, images, [None, 1.5, None, None], True, False, 9)
+    batch = Batch(7, 3, images, [None, 1.5, None, None, None], True, False, 9)
     (frame,) = decode_pieces([bytes(piece) for piece in batch.to_pieces()])
     assert Batch.from_frame(frame) == batch
 
 
 def test_empty_and_mixed_reports_survive_their_encoding() -> None:
-    cases: list[list[Answer | RequestError]] = [[], [BadImage("cut")], [ANSWER, BadImage("cut"), ANSWER]]
+    with_embedding = ANSWER._replace(embedding=memoryview(bytes(range(20))).cast("f"))
+    cases: list[list[Answer | RequestError]] = [
+        [],
+        [BadImage("cut")],
+        [ANSWER, BadImage("cut"), ANSWER],
+        [ANSWER, BadImage("cut"), with_embedding, ANSWER, with_embedding],
+    ]
     for answers in cases:
         report = BatchReport(answers, [0.5] * len(answers), 0.25, len(answers), 7)
         (frame,) = decode_pieces([report.to_bytes()])
@@ -387,7 +394,15 @@ def test_empty_and_mixed_reports_survive_their_encoding() -> None:
 
 
 @settings(max_examples=300)
-@given(st.sampled_from(["answers", "decode", "inference", "batch", "number", "logits", "content"]), st.data())
+@given(
+    st.sampled_from(
+        [
+            *("answers", "decode", "inference", "batch", "number", "logits"),
+            *("embeddings", "embedding_rows", "content"),
+        ]
+    ),
+    st.data(),
+)
 def test_damaged_report_is_an_error_or_has_all_its_answers(name: str, data: st.DataObject) -> None:
     (frame,) = decode_pieces([BatchReport([ANSWER, BadImage("cut")], [0.5, 0.5], 0.25, 2, 7).to_bytes()])
     if name == "content":
@@ -403,6 +418,18 @@ def test_damaged_report_is_an_error_or_has_all_its_answers(name: str, data: st.D
         assert str(error).startswith("sent a report that cannot be read")
         return
     assert all(isinstance(one, Answer | RequestError) for one in report.answers)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [(20, [0, 1]), (20, [1]), (20, [5]), (20, [-2]), (20, []), (0, [0]), (21, [0]), (-4, [0]), (400, [0])],
+)
+def test_embeddings_of_another_size_or_of_no_answer_are_an_error(size: int, rows: list[int]) -> None:
+    answer = ANSWER._replace(embedding=memoryview(bytes(20)).cast("f"))
+    (frame,) = decode_pieces([BatchReport([answer, BadImage("cut")], [0.5, 0.5], 0.25, 2, 7).to_bytes()])
+    frame.values["embeddings"], frame.values["embedding_rows"] = size, rows
+    with pytest.raises(FrameError, match="cannot be read"):
+        BatchReport.from_frame(frame)
 
 
 def test_value_without_a_form_in_json_is_not_sent() -> None:

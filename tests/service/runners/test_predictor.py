@@ -83,3 +83,17 @@ def test_non_finite_answer_fails_only_its_own_image(tmp_path: Path) -> None:
     for answer in (first, third):
         assert isinstance(answer, Answer)
         assert np.isfinite(np.asarray(answer.probabilities)).all()
+
+
+def test_only_the_images_that_ask_get_an_embedding(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    image = make_jpeg()
+    report = predictor.predict_batch([image, b"nonsense", ImageRequest(image, include_embedding=True)])
+    plain, failed, embedded = report.answers
+    assert isinstance(plain, Answer) and isinstance(embedded, Answer)
+    assert not isinstance(failed, Answer)
+    assert plain.embedding is None
+    assert embedded.embedding is not None
+    assert len(embedded.embedding) == 8
+    assert list(plain.probabilities) == pytest.approx(list(embedded.probabilities), abs=1e-6)
