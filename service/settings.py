@@ -392,7 +392,8 @@ class Settings(BaseSettings):
                 require_private(folder)
             except StoreError as error:
                 raise ValueError(f"FOVEA_MODELS: {error}") from None
-        vars(settings)["models"] = check_path(folder) if folder.is_dir() else folder
+            folder = check_path(folder)
+        vars(settings)["models"] = folder
         return settings
 
     @model_validator(mode="after")

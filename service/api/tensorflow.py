@@ -61,7 +61,7 @@ _TENSORFLOW_TYPES: Final = {
 
 
 class PredictParameters(StrictModel):
-    """What the reply says about each image. Vertex AI's clients send parameters beside `instances`."""
+    """Choose the content of the reply. Vertex AI's clients send parameters beside `instances`."""
 
     labels: bool = Field(
         False, description="Reply with labels and their probabilities, and not with bare probabilities."

@@ -37,7 +37,7 @@ _VERDICT_FILE: Final = "trial.json"
 
 
 class _Index(NamedTuple):
-    """What is known about a copy."""
+    """The recorded state of a copy."""
 
     uri: str
     files: dict[str, list[Any]]
