@@ -1,0 +1,1 @@
+"""Classification of many images: a table with one row for each image."""
