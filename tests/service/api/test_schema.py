@@ -83,5 +83,5 @@ def test_repository_replies_conform_to_the_openapi_document(managed_server: Serv
 
 @pytest.mark.long
 def test_many_random_requests_get_documented_replies(managed_server: Server, tmp_path: Path) -> None:
-    run_schemathesis(managed_server, tmp_path, "--max-examples", "60", "--generation-database", "none")
+    run_schemathesis(managed_server, tmp_path, "--max-examples", "30", "--generation-database", "none")
     assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0
