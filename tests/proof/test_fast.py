@@ -93,7 +93,7 @@ def _check_difference(name: str, pairs: list[tuple[Pixels, Pixels]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [(PHONE_SIZE, 150), ((1600, 1200), 400), ((1024, 768), 1000)], ids=str
+    ("size", "count"), [(PHONE_SIZE, 200), ((1600, 1200), 400), ((1024, 768), 1000)], ids=str
 )
 def test_fast_labels_of_the_default_model_agree(
     cifar_test: Path, photographs: list[Path], size: tuple[int, int], count: int
