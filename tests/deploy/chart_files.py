@@ -2,6 +2,7 @@
 
 * `files/alerts.yml` is a copy of `deploy/alerts.yml`, because Helm reads no file outside of the chart.
 * `settings` in `values.schema.json` has every setting with its type and bounds.
+* `models.uri` in the same file knows the schemes of stores.
 * `version` and `appVersion` in `Chart.yaml` are the version of the package.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from fovea.service.remote.store_uri import STORE_SCHEMES
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.servers import ROOT
 
@@ -39,6 +41,7 @@ def render_chart_files() -> dict[str, str]:
     chart = re.sub(r"^appVersion: .*$", f'appVersion: "{version}"', chart, flags=re.MULTILINE)
     schema = json.loads((CHART / "values.schema.json").read_text())
     schema["properties"]["settings"] = make_settings_schema()
+    schema["properties"]["models"]["properties"]["uri"]["pattern"] = make_uri_pattern()
     return {
         "Chart.yaml": chart,
         "files/alerts.yml": (ROOT / "deploy" / "alerts.yml").read_text(),
@@ -54,6 +57,12 @@ def make_settings_schema() -> dict[str, Any]:
         if name not in FIXED_SETTINGS
     }
     return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def make_uri_pattern() -> str:
+    """Return a pattern for URIs of stores that a pod can reach, without credentials, query and fragment."""
+    schemes = "|".join(name for name in STORE_SCHEMES if name not in ("file", "memory"))
+    return rf"^({schemes})://[^/:?#]+(/[^?#]*)?$"
 
 
 def _make_field_schema(field: FieldInfo) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fovea.service.remote.store_uri import STORE_SCHEMES
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.deploy.chart_files import CHART, render_chart_files
 from tests.deploy.conftest import list_metric_names, needs_helm, needs_promtool
@@ -47,11 +49,26 @@ CASES: dict[str, Manifest] = {
                 "command": ["cp", "-r", "/zoo/.", "/models"],
                 "args": ["-v"],
                 "env": [{"name": "A", "value": "b"}],
+                "envFrom": [{"secretRef": {"name": "store"}}],
+                "resources": {"limits": {"memory": "1Gi"}},
+                "pullPolicy": "Always",
                 "sizeLimit": "2Gi",
             }
         }
     },
     "uri": {"models": {"uri": "s3://bucket/zoo"}, "envFrom": [{"secretRef": {"name": "s3"}}]},
+    "google": {
+        "models": {"uri": "gs://bucket/zoo"},
+        "env": [{"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/keys/key.json"}],
+        "volumes": [{"name": "keys", "secret": {"secretName": "google"}}],
+        "volumeMounts": [{"name": "keys", "mountPath": "/keys", "readOnly": True}],
+    },
+    "azure": {"models": {"uri": "abfs://container@account.dfs.core.windows.net/zoo"}},
+    "one node": {
+        "rollout": {"maxSurge": 0, "maxUnavailable": "50%"},
+        "probes": {"startupSeconds": 1800},
+        "resources": {"limits": {"cpu": None}},
+    },
     "hpa": {"autoscaling": {"type": "hpa", "target": 0.5}},
     "keda": {"autoscaling": KEDA},
     "ingress": {
@@ -164,7 +181,20 @@ REFUSED: list[tuple[Manifest, str]] = [
     ({"settings": {"FOVEA_PORT": 9000}}, "FOVEA_PORT"),
     ({"settings": {"FOVEA_PROVIDER": "rocm"}}, "FOVEA_PROVIDER"),
     ({"env": [{"name": "FOVEA_PORT", "value": "9000"}]}, "env/0/name"),
+    ({"env": [{"name": "fovea_drain_limit", "value": "300"}]}, "missing property 'valueFrom'"),
+    ({"env": [{"name": "FOVEA_HOST", "valueFrom": {"fieldRef": {}}}]}, "env has FOVEA_HOST a second time"),
+    ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "env has A a second time"),
+    ({"volumes": [{"name": "state", "emptyDir": {}}]}, "a volume of the chart"),
+    ({"volumeMounts": [{"name": "a", "mountPath": "/models"}]}, "volumeMounts/0/mountPath"),
+    ({"rollout": {"maxSurge": 0}}, "no pod could be replaced"),
+    ({"rollout": {"maxSurge": "0%"}}, "no pod could be replaced"),
+    ({"rollout": {"maxSurge": "1"}}, "rollout/maxSurge"),
+    ({"podLabels": {"app.kubernetes.io/name": "other"}}, "app.kubernetes.io/name"),
+    ({"models": None}, "missing property 'models'"),
+    ({"settings": None}, "missing property 'settings'"),
     ({"models": {"uri": "s3:/bucket"}}, "models/uri"),
+    ({"models": {"uri": "https://bucket/zoo"}}, "models/uri"),
+    ({"models": {"uri": "s3://key:secret@bucket/zoo"}}, "models/uri"),
     ({"models": {"uri": "s3://a", "persistentVolumeClaim": {"claimName": "b"}}}, "models"),
     ({"models": {"persistentVolumeClaim": {}}}, "claimName"),
     ({"resources": {"limits": {"cpu": "two"}}}, "resources/limits/cpu"),
@@ -208,6 +238,19 @@ def _assert_strict(schema: Manifest) -> None:
     parts = [*schema.get("properties", {}).values(), schema.get("items")]
     for part in filter(None, parts):
         _assert_strict(part)
+
+
+def test_values_are_complete() -> None:
+    """A value that is null would end in an error of a template, which names no value."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert set(schema["required"]) == VALUES.keys() - {"user"}  # null lets the cluster choose
+
+
+def test_uris_are_those_of_the_stores() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    pattern = re.compile(schema["properties"]["models"]["properties"]["uri"]["pattern"])
+    for scheme in STORE_SCHEMES:
+        assert bool(pattern.search(f"{scheme}://bucket/zoo")) == (scheme not in ("file", "memory"))
 
 
 @needs_helm
@@ -297,6 +340,7 @@ def test_service_does_not_select_the_test_pod() -> None:
         ("image", "/models/models", "image"),
         ("init", "/models", "emptyDir"),
         ("uri", "s3://bucket/zoo", None),
+        ("google", "gs://bucket/zoo", None),
     ],
 )
 def test_models_are_mounted_read_only(case: str, models: str | None, volume: str | None) -> None:
@@ -373,6 +417,7 @@ def test_scaler_compares_a_ratio_and_not_its_share_per_pod() -> None:
         "serverAddress": "http://prometheus:9090",
         "query": f"sum(fovea_images_in_flight{labels}) / sum(fovea_images_limit{labels})",
         "threshold": "0.25",
+        "ignoreNullValues": "false",  # an empty answer would count as 0, and remove pods under load
     }
 
 
@@ -412,7 +457,16 @@ def test_averages_for_the_autoscaler_are_in_thousandths() -> None:
 
 
 @needs_helm
-@pytest.mark.parametrize(("case", "ports"), [("defaults", []), ("uri", [53, 53, 443]), ("policy", [4318])])
+@pytest.mark.parametrize(
+    ("case", "ports"),
+    [
+        ("defaults", []),
+        ("uri", [53, 53, 443, 80]),
+        ("google", [53, 53, 443, 80, 988]),
+        ("azure", [53, 53, 443]),
+        ("policy", [4318]),
+    ],
+)
 def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
     policy = get_manifest(render_chart(CASES[case]), "NetworkPolicy")["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
@@ -420,6 +474,52 @@ def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
     (rule,) = policy["ingress"]
     assert [port["port"] for port in rule["ports"]] == ["http"]
     assert ("from" in rule) == (case == "policy")
+
+
+@needs_helm
+@pytest.mark.parametrize("case", ["uri", "google"])
+def test_pods_reach_the_cloud_s_tokens_by_address_only(case: str) -> None:
+    """A role of the service account needs its tokens, and port 80 of others stays shut."""
+    policy = get_manifest(render_chart(CASES[case]), "NetworkPolicy")["spec"]
+    for rule in policy["egress"]:
+        if not {80, 988} & {port["port"] for port in rule["ports"]}:
+            continue
+        for peer in rule["to"]:
+            network = ipaddress.ip_network(peer["ipBlock"]["cidr"])
+            assert network.num_addresses == 1
+            assert not network.is_global
+
+
+@needs_helm
+def test_pods_reach_the_dns_of_openshift() -> None:
+    words = ["--api-versions", "security.openshift.io/v1"]
+    policy = get_manifest(render_chart(CASES["uri"], *words), "NetworkPolicy")["spec"]
+    assert [port["port"] for port in policy["egress"][0]["ports"]] == [53, 53, 5353, 5353]
+
+
+@needs_helm
+def test_roll_out_waits_longer_than_the_startup_probe() -> None:
+    for case in ("defaults", "one node"):
+        spec = get_manifest(render_chart(CASES[case]), "Deployment")["spec"]
+        (container,) = spec["template"]["spec"]["containers"]
+        probe = container["startupProbe"]
+        assert spec["progressDeadlineSeconds"] >= probe["periodSeconds"] * probe["failureThreshold"] + 120
+        assert spec["progressDeadlineSeconds"] >= 600  # the default of Kubernetes
+
+
+@needs_helm
+def test_pod_of_the_test_goes_where_the_service_goes() -> None:
+    """An image for one architecture, and nodes with taints."""
+    manifests = render_chart(CASES["gpu"])
+    pod, service = get_manifest(manifests, "Pod")["spec"], get_manifest(manifests, "Deployment")["spec"]
+    for field in ("nodeSelector", "tolerations", "serviceAccountName"):
+        assert pod[field] == service["template"]["spec"][field]
+
+
+@needs_helm
+def test_logs_of_the_test_can_be_read() -> None:
+    annotations = get_manifest(render_chart(), "Pod")["metadata"]["annotations"]
+    assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation"
 
 
 @needs_helm
@@ -472,6 +572,9 @@ def test_commands_of_the_page_are_accepted() -> None:
     commands = re.findall(r"^\$ helm (?:install|upgrade) (\w+) deploy/helm/fovea(.*)$", page, re.MULTILINE)
     assert len(commands) >= 5
     for name, options in commands:
-        words = [word for word in shlex.split(options, comments=True) if word != "--reuse-values"]
+        words = shlex.split(options, comments=True)
+        # Only a release has former values. `--reuse-values` would leave out values that are new in a chart.
+        assert "--reuse-values" not in words
+        words = [word for word in words if word != "--reset-then-reuse-values"]
         process = run_helm("template", name, ".", *words)
         assert process.returncode == 0, process.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_names_agree_and_exist() -> None:
     formats = {one["name"]: one["autoSelect"] for one in RUNTIME["spec"]["supportedModelFormats"]}
     assert formats[model["modelFormat"]["name"]] is True
     assert formats["onnx"] is False
+
+
+def test_image_has_the_version_of_the_package() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert CONTAINER["image"] == f"fovea:{version}"
+
+
+def test_sample_chooses_the_mode_that_takes_its_fields() -> None:
+    """Knative, the default of older versions of KServe, refuses a pod that names its grace period."""
+    assert "terminationGracePeriodSeconds" in SAMPLE["spec"]["predictor"]
+    assert SAMPLE["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    grace = SAMPLE["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    fields = Settings.model_fields
+    assert grace >= fields["drain_grace"].default + fields["drain_limit"].default + 3
 
 
 @pytest.mark.long

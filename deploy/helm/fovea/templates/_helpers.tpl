@@ -78,6 +78,21 @@ capabilities:
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}
 {{- fail (printf "autoscaling.minReplicas is %v, more than autoscaling.maxReplicas, %v" .Values.autoscaling.minReplicas .Values.autoscaling.maxReplicas) -}}
 {{- end -}}
+{{- if and (has (toString .Values.rollout.maxSurge) (list "0" "0%")) (has (toString .Values.rollout.maxUnavailable) (list "0" "0%")) -}}
+{{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: no pod could be replaced. Set one of them to 1" -}}
+{{- end -}}
+{{- $names := concat (list "FOVEA_HOST") (keys .Values.settings) -}}
+{{- range .Values.env -}}
+{{- if has .name $names -}}
+{{- fail (printf "env has %s a second time: settings, the chart or env sets it already. Settings belong into settings" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- range .Values.volumes -}}
+{{- if has .name (list "state" "cache" "models") -}}
+{{- fail (printf "volumes has a volume %s, which is the name of a volume of the chart. Choose another" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.models.image (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) -}}
 {{- fail (printf "models.image needs Kubernetes 1.33, which mounts images as volumes; this cluster has %s. Use models.initContainer or models.persistentVolumeClaim" .Capabilities.KubeVersion.Version) -}}
 {{- end -}}
