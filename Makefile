@@ -134,13 +134,14 @@ build/helm/helm/helm:
 	rm -r build/helm/package build/helm/*.tgz build/helm/kubectl
 	chmod +x $@
 
-lock: $(VENV)/.dev ## Choose the versions in the container images anew
+lock: $(VENV)/.dev ## Choose the versions in the container images and of the release's tools anew
 	$(BIN)/pip install --quiet uv
-	$(LOCK) --output-file deploy/image/cpu.txt
-	$(LOCK) --output-file deploy/image/cuda.txt --extra cuda --no-emit-package onnxruntime
+	$(LOCK) pyproject.toml --extra traces --output-file deploy/image/cpu.txt
+	$(LOCK) pyproject.toml --extra traces --output-file deploy/image/cuda.txt --extra cuda --no-emit-package onnxruntime
+	printf '%s\n' build 'setuptools>=77' twine | $(LOCK) - --output-file deploy/release-tools.txt
 
-LOCK = $(BIN)/uv pip compile pyproject.toml --upgrade --quiet --generate-hashes --no-annotate --no-header \
-	--no-emit-index-url --python-version 3.12 --only-binary :all: --extra traces
+LOCK = $(BIN)/uv pip compile --upgrade --quiet --generate-hashes --no-annotate --no-header \
+	--no-emit-index-url --python-version 3.12 --only-binary :all:
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) build/docs .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info

@@ -23,7 +23,7 @@ FOREIGN_CLASSES = (
     {"BeforeValidator", "NoDecode"}
     | {f"{name}ImageProcessor" for name in ("ConvNext", "Levit", "MobileNetV2")}
     | {"AverageValue", "ClusterServingRuntime", "IfNotPresent", "ImageVolume", "InferenceService"}
-    | {"LoadBalancer", "NodePort", "ReadOnlyMany", "ReadWriteMany"}
+    | {"LoadBalancer", "NodePort", "RawDeployment", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce"}
 )
 """Names of other projects that pages quote."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from tests.servers import ROOT
 from tests.tools import SYSTEM_REASON
@@ -78,6 +79,21 @@ def test_published_platforms() -> None:
     assert platforms == {"cpu": ["linux/amd64", "linux/arm64"], "cuda": ["linux/amd64"]}
 
 
+def make_checkout(folder: Path) -> None:
+    """Create a repository with the files that name the version, whose commit is on the branch `main`."""
+    for name in ("pyproject.toml", "CHANGELOG.md", "deploy/helm/fovea/Chart.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+        run_git(folder, *words)
+    run_git(folder, "update-ref", "refs/remotes/origin/main", "HEAD")
+
+
+def run_git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize(
     ("tag", "message"),
     [
@@ -87,50 +103,88 @@ def test_published_platforms() -> None:
     ],
 )
 def test_tag_must_be_the_version(tmp_path: Path, tag: str, message: str) -> None:
-    for name in ("pyproject.toml", "CHANGELOG.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    script = get_script("build", "Compare the tag with the version")
-    variables = {"GITHUB_REF_NAME": tag, "GITHUB_OUTPUT": str(tmp_path / "output")}
-    process = run_script(script, tmp_path, variables)
+    make_checkout(tmp_path)
+    process = _compare_the_tag(tmp_path, tag)
     assert process.stderr == message
     assert (process.returncode == 0) == (not message)
     if not message:
         assert (tmp_path / "output").read_text() == f"version={VERSION}\n"
-        (tmp_path / "CHANGELOG.md").write_text("# Changelog\n")
-        process = run_script(script, tmp_path, variables)
-        assert process.stderr == f"CHANGELOG.md has no section {VERSION}\n"
-        assert process.returncode == 1
+
+
+def _compare_the_tag(folder: Path, tag: str = f"v{VERSION}") -> subprocess.CompletedProcess[str]:
+    script = get_script("build", "Compare the tag with the version")
+    variables = {"GITHUB_REF_NAME": tag, "GITHUB_OUTPUT": str(folder / "output"), "BRANCH": "main"}
+    return run_script(script, folder, variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("CHANGELOG.md", f"## [{VERSION}]", "## [9]", f"CHANGELOG.md has no section {VERSION}\n"),
+        ("deploy/helm/fovea/Chart.yaml", f"\nversion: {VERSION}", "\nversion: 9", "run make chart\n"),
+        ("deploy/helm/fovea/Chart.yaml", f'"{VERSION}"', '"9"', "run make chart\n"),
+    ],
+)
+def test_every_file_must_have_the_version(
+    tmp_path: Path, name: str, old: str, new: str, message: str
+) -> None:
+    make_checkout(tmp_path)
+    text = (tmp_path / name).read_text()
+    assert text.count(old) == 1
+    (tmp_path / name).write_text(text.replace(old, new))
+    process = _compare_the_tag(tmp_path)
+    assert process.stderr.endswith(message)
+    assert process.returncode == 1
+    assert not (tmp_path / "output").exists()
+
+
+def test_tag_must_be_on_the_default_branch(tmp_path: Path) -> None:
+    make_checkout(tmp_path)
+    run_git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "not reviewed")
+    process = _compare_the_tag(tmp_path)
+    assert process.stderr == "the tag is not on main, where changes are reviewed and tested\n"
+    assert process.returncode == 1
+    checkout = RELEASE["jobs"]["build"]["steps"][0]
+    assert checkout["with"]["fetch-depth"] == 0
+
+
+def make_programs(folder: Path, **lines: str) -> Path:
+    """Create programs that run one line of shell each, and return their folder."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, line in lines.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    return programs
 
 
 @pytest.mark.parametrize(("target", "base"), [("cpu", "python:3.12-slim"), ("cuda", "nvidia/cuda:")])
-def test_image_is_built_from_digests_and_signed_by_its_own(tmp_path: Path, target: str, base: str) -> None:
-    """Run the script with a Docker and a Cosign that write down their arguments."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
+def test_image_is_built_from_digests_and_pushed_without_a_tag(tmp_path: Path, target: str, base: str) -> None:
+    """Run the script with a Docker that writes down its arguments."""
     metadata = '{"containerimage.digest":"sha256:abc"}'
-    stubs = {
-        "docker": f"printf '%s\\n' \"$@\" > docker.txt; echo '{metadata}' > metadata.json",
-        "cosign": 'printf "%s\\n" "$@" > cosign.txt',
-        "git": "echo 2026-11-30T00:00:00+00:00",
-        "jq": 'sed -n \'s/.*"containerimage.digest":"\\([^"]*\\)".*/\\1/p\' metadata.json',
-    }
-    for name, line in stubs.items():
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
-        (programs / name).chmod(0o755)
+    programs = make_programs(
+        tmp_path,
+        docker=f"printf '%s\\n' \"$@\" > docker.txt; echo '{metadata}' > metadata.json",
+        git="echo 2026-11-30T00:00:00+00:00",
+        jq='sed -n \'s/.*"containerimage.digest":"\\([^"]*\\)".*/\\1/p\' metadata.json',
+    )
     (tmp_path / "deploy" / "image").mkdir(parents=True)
     shutil.copy(BASES, tmp_path / "deploy" / "image")
-    script = get_script("image", "Build and push, with SBOM and provenance")
+    script = get_script("image", "Build and push by digest, with SBOM and provenance")
     variables = {
-        "TARGET": target, "PLATFORMS": "linux/amd64,linux/arm64", "SUFFIX": "-x", "VERSION": "1.2.3",
+        "TARGET": target, "PLATFORMS": "linux/amd64,linux/arm64", "VERSION": "1.2.3",
         "SOURCE": "https://example.com/Some/Fovea", "IMAGE": "example.com/Some/Fovea", "GITHUB_SHA": "0" * 40,
         "RUNNER_TEMP": str(tmp_path), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
+        "GITHUB_OUTPUT": str(tmp_path / "output"),
     }  # fmt: skip
     process = run_script(script, tmp_path, variables, programs)
     assert process.returncode == 0, process.stderr
+    assert (tmp_path / "output").read_text() == "name=example.com/some/fovea@sha256:abc\n"
     words = (tmp_path / "docker.txt").read_text().splitlines()
-    assert {"--sbom=true", "--provenance=mode=max", "--push", "linux/amd64,linux/arm64"} <= set(words)
+    assert {"--provenance=mode=max", "linux/amd64,linux/arm64"} <= set(words)
     assert [word for word in words if "_IMAGE=" in word] == BASES.read_text().splitlines()[1:]
-    assert {"example.com/some/fovea:1.2.3-x", "example.com/some/fovea:1.2-x"} <= set(words)
+    assert "--tag" not in words
+    assert "type=image,name=example.com/some/fovea,push-by-digest=true,name-canonical=true,push=true" in words
     labels = dict(
         word.removeprefix("org.opencontainers.image.").split("=", 1) for word in words if ".image." in word
     )
@@ -138,26 +192,125 @@ def test_image_is_built_from_digests_and_signed_by_its_own(tmp_path: Path, targe
     assert labels["base.digest"].startswith("sha256:")
     assert (labels["version"], labels["revision"]) == ("1.2.3", "0" * 40)
     assert labels["source"] == "https://example.com/Some/Fovea"
-    cosign = (tmp_path / "cosign.txt").read_text().splitlines()
-    assert cosign == ["sign", "--yes", "example.com/some/fovea@sha256:abc"]
+
+
+SIGNING = {"NAME": "example.com/some/fovea@sha256:abc", "SUFFIX": "-x", "VERSION": "1.2.3"}
+
+
+@pytest.mark.parametrize("digest", ["sha256:abc", "sha256:def"])
+def test_signed_image_gets_its_tags(tmp_path: Path, digest: str) -> None:
+    programs = make_programs(
+        tmp_path,
+        docker=f'echo docker "$@" >> calls.txt; [ "$3" = create ] || echo {digest}',
+        cosign='echo cosign "$@" >> calls.txt',
+    )
+    script = get_script("image", "Sign the image, and give it its tags")
+    process = run_script(script, tmp_path, SIGNING, programs)
+    image = "example.com/some/fovea"
+    assert (tmp_path / "calls.txt").read_text().splitlines()[:2] == [
+        f"cosign sign --yes {image}@sha256:abc",
+        f"docker buildx imagetools create --tag {image}:1.2.3-x --tag {image}:1.2-x {image}@sha256:abc",
+    ]
+    assert process.returncode == (digest != "sha256:abc")
+
+
+def test_image_without_a_signature_gets_no_tag(tmp_path: Path) -> None:
+    programs = make_programs(tmp_path, docker="touch called", cosign="exit 1")
+    script = get_script("image", "Sign the image, and give it its tags")
+    assert run_script(script, tmp_path, SIGNING, programs).returncode != 0
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(("answer", "status"), [('{"label":"ship"}', 0), ('{"label":"cat"}', 1), ("", 1)])
+def test_image_that_does_not_classify_is_not_signed(tmp_path: Path, answer: str, status: int) -> None:
+    """The script asks the service of the container, and prints its log if the answer is wrong."""
+    write = f"echo '{answer}' > answer" if answer else "exit 7"
+    programs = make_programs(tmp_path, docker='echo docker "$@"', curl=write)
+    script = get_script("image", "Classify with the image, as a restricted container")
+    variables = {"NAME": "example.com/fovea@sha256:abc", "RUNNER_TEMP": str(tmp_path)}
+    process = run_script(script, tmp_path, variables, programs)
+    assert process.returncode == status
+    assert ("docker logs fovea" in process.stdout) == (status != 0)
+    steps = [step.get("name") for step in RELEASE["jobs"]["image"]["steps"]]
+    assert steps[-3:] == [
+        "Build and push by digest, with SBOM and provenance",
+        "Classify with the image, as a restricted container",
+        "Sign the image, and give it its tags",
+    ]
 
 
 def test_chart_is_pushed_with_the_published_image(tmp_path: Path) -> None:
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, line in {"helm": "echo Digest: sha256:abc", "cosign": 'echo "$@" > cosign.txt'}.items():
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
-        (programs / name).chmod(0o755)
-    (tmp_path / "deploy").mkdir()
-    shutil.copytree(ROOT / "deploy" / "helm", tmp_path / "deploy" / "helm")
-    script = get_script("chart", "Package, push and sign")
-    variables = {"VERSION": "1.2.3", "IMAGE": "example.com/Some/Fovea", "RUNNER_TEMP": str(tmp_path)}
-    process = run_script(script, tmp_path, variables, programs)
+    programs = make_programs(tmp_path, helm="echo Digest: sha256:abc", cosign='echo "$@" > cosign.txt')
+    process = _push_chart(tmp_path, programs)
     assert process.returncode == 0, process.stderr
     values = yaml.safe_load((tmp_path / "deploy" / "helm" / "fovea" / "values.yaml").read_text())
     assert values["image"]["repository"] == "example.com/some/fovea"
     signed = (tmp_path / "cosign.txt").read_text()
     assert signed == "sign --yes example.com/some/fovea/charts/fovea@sha256:abc\n"
+
+
+def test_chart_without_a_digest_is_not_signed(tmp_path: Path) -> None:
+    programs = make_programs(tmp_path, helm="echo pushed", cosign="touch called")
+    process = _push_chart(tmp_path, programs)
+    assert process.stderr == "helm push has named no digest\n"
+    assert process.returncode == 1
+    assert not (tmp_path / "called").exists()
+
+
+def _push_chart(folder: Path, programs: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "deploy").mkdir()
+    shutil.copytree(ROOT / "deploy" / "helm", folder / "deploy" / "helm")
+    script = get_script("chart", "Package, push and sign")
+    variables = {"VERSION": "1.2.3", "IMAGE": "example.com/Some/Fovea", "RUNNER_TEMP": str(folder)}
+    return run_script(script, folder, variables, programs)
+
+
+def test_images_that_the_build_runs_are_pinned_by_digest() -> None:
+    """QEMU, BuildKit and the scanner run with rights over the job, as actions do."""
+    steps = {
+        step["uses"].partition("@")[0]: step for step in RELEASE["jobs"]["image"]["steps"] if "uses" in step
+    }
+    script = get_script("image", "Build and push by digest, with SBOM and provenance")
+    images = [
+        steps["docker/setup-qemu-action"]["with"]["image"],
+        steps["docker/setup-buildx-action"]["with"]["driver-opts"].removeprefix("image="),
+        *re.findall(r"--attest type=sbom,generator=(\S+)", script),
+    ]
+    assert len(images) == 3
+    for image in images:
+        assert re.fullmatch(r"docker\.io/[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
+
+
+def test_build_tools_are_locked() -> None:
+    text = (ROOT / "deploy" / "release-tools.txt").read_text()
+    for entry in re.split(r"\n(?=\S)", text.strip()):
+        assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+", entry), entry
+    versions = dict(re.findall(r"^(\S+)==(\S+)", text, re.MULTILINE))
+    assert {"build", "twine"} <= versions.keys()
+    build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    for line in build_system["requires"]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(versions[requirement.name])
+    script = get_script("build", "Build")
+    assert "--require-hashes" in script
+    assert "--no-isolation" in script  # otherwise pip would fetch a build system without hashes
+
+
+def test_signature_is_checked_for_the_repository_and_the_tag() -> None:
+    """A pattern that names only the workflow's file is true of every repository with such a file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (quote,) = re.findall(r"--certificate-identity-regexp '(.+)'", text)
+    pattern = re.compile(quote)
+    ours = "https://github.com/OWNER/REPOSITORY/.github/workflows/release.yml@refs/tags/v1.2.3"
+    assert pattern.search(ours)
+    for identity in (
+        ours.replace("OWNER", "other"),
+        ours.replace("release.yml", "other.yml"),
+        ours.replace("tags/v1.2.3", "heads/main"),
+        f"https://example.com/{ours}",
+        f"{ours}-rc/../..",
+    ):
+        assert not pattern.search(identity), identity
 
 
 def test_released_bases_are_the_dockerfiles_by_digest() -> None:
