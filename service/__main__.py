@@ -50,11 +50,11 @@ def main(**overrides: Any) -> int:
     from fovea.service.http.log_setup import configure_logs
     from fovea.service.rollout.startup import start_serving
     from fovea.service.runners import child_process, memory_plan
-    from fovea.service.settings import load_settings
+    from fovea.service.settings import load_service_settings
 
     allocator.configure_allocator()
     try:
-        settings = load_settings(**overrides)
+        settings = load_service_settings(**overrides)
         configure_logs(settings)
         bound_socket = _bind_port(settings)
         settings = memory_plan.fit_to_memory(_fetch_models(settings))
@@ -201,11 +201,11 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
             from fovea.service import allocator
             from fovea.service.http.log_setup import configure_logs
             from fovea.service.runners import child_process, memory_plan
-            from fovea.service.settings import load_settings
+            from fovea.service.settings import load_service_settings
             from fovea.service.supervisor.participant import Participant
 
             allocator.configure_allocator()
-            settings = load_settings()
+            settings = load_service_settings()
             configure_logs(settings)
             settings = memory_plan.fit_to_memory(settings)
             child_process.start_fork_server()

@@ -30,12 +30,15 @@ and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
 
 PORT_SETTING: Final = "FOVEA_PORT"
 
+MODELS_SETTING: Final = "FOVEA_MODELS"
+
 PLATFORM_VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     PORT_SETTING: ("AIP_HTTP_PORT", "PORT"),
+    MODELS_SETTING: ("AIP_STORAGE_URI",),
     "FOVEA_HEALTH_ROUTE": ("AIP_HEALTH_ROUTE",),
     "FOVEA_PREDICT_ROUTE": ("AIP_PREDICT_ROUTE",),
 }
-"""Variables of platforms that stand in for a setting that is not set, the strongest first.
+"""Variables of platforms that stand in for a setting of the service that is not set, the strongest first.
 
 `PORT` is known to Cloud Run, Knative and many others; `AIP_*` are Vertex AI's.
 """
@@ -47,22 +50,28 @@ SAGEMAKER_PORT: Final = "8080"
 
 
 class EnvironmentSource(EnvSettingsSource):
-    """The environment without Kubernetes' variables, with the variables of platforms as fallbacks."""
+    """The environment without Kubernetes' variables."""
 
     def __init__(self, settings_class: type[BaseSettings]) -> None:
         super().__init__(settings_class)
-        variables = {
+        self.env_vars = {
             name: value
             for name, value in self.env_vars.items()
             if not is_kubernetes_variable(name, value or "")
         }
-        for setting in PLATFORM_VARIABLES:
-            if not variables.get(setting.lower()) and (name := find_platform_variable(setting)):
-                variables[setting.lower()] = os.environ[name]
-        for setting, value in read_sagemaker_settings().items():
-            if not variables.get(setting.lower()):
-                variables[setting.lower()] = value
-        self.env_vars = variables
+
+
+def read_platform_settings() -> dict[str, str]:
+    """Return the settings that a platform gives to the service, as text, by the settings' names.
+
+    Settings that are set by their own names are left out. Commands other than `fovea serve` do not use these
+    settings: nobody calls them as a platform does, and a folder or a variable may be there by chance.
+    """
+    settings = read_sagemaker_settings()
+    for setting in PLATFORM_VARIABLES:
+        if name := find_platform_variable(setting):
+            settings[setting] = os.environ[name]
+    return {setting: value for setting, value in settings.items() if not has_own_variable(setting)}
 
 
 def find_platform_variable(setting: str) -> str | None:
@@ -86,7 +95,7 @@ def read_sagemaker_settings() -> dict[str, str]:
     except OSError:
         has_model = True  # the start says what is wrong with the folder
     if has_model:  # without model data, the image brings its model along
-        settings["FOVEA_MODELS"] = str(SAGEMAKER_FOLDER)
+        settings[MODELS_SETTING] = str(SAGEMAKER_FOLDER)
     return settings
 
 
@@ -96,6 +105,14 @@ def has_own_variable(setting: str) -> bool:
         name.upper() == setting and value and not is_kubernetes_variable(name, value)
         for name, value in os.environ.items()
     )
+
+
+def name_variable(setting: str, value: object) -> str:
+    """Return the name of the variable that gave a setting its value, for messages."""
+    name = find_platform_variable(setting)
+    if name is None or has_own_variable(setting) or os.environ[name].rstrip("/") != str(value).rstrip("/"):
+        return setting
+    return name
 
 
 def is_kubernetes_variable(name: str, value: str) -> bool:

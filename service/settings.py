@@ -26,10 +26,11 @@ from pydantic_settings import (
 )
 
 from fovea.service.environment import (
+    MODELS_SETTING,
     EnvironmentSource,
-    find_platform_variable,
-    has_own_variable,
     is_kubernetes_variable,
+    name_variable,
+    read_platform_settings,
 )
 from fovea.service.errors import SettingsError
 from fovea.service.packaged_models import DEFAULT_FOLDER, find_packaged_models
@@ -354,7 +355,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment with those of cloud platforms, then the packaged models."""
+        """Read the environment, then the packaged models."""
         packaged = InitSettingsSource(settings_cls, find_packaged_models())
         return init_settings, EnvironmentSource(settings_cls), packaged
 
@@ -383,7 +384,7 @@ class Settings(BaseSettings):
         try:
             uri = check_store_uri(models)
         except StoreError as error:
-            raise ValueError(f"FOVEA_MODELS: {error}") from None
+            raise ValueError(f"{name_variable(MODELS_SETTING, models)}: {error}") from None
         settings = handler({**data, "models": "/"})  # the copy need not exist yet
         settings._store_uri = uri
         folder = find_copy_folder(uri, settings.model_cache)
@@ -391,7 +392,7 @@ class Settings(BaseSettings):
             try:
                 require_private(folder)
             except StoreError as error:
-                raise ValueError(f"FOVEA_MODELS: {error}") from None
+                raise ValueError(f"{name_variable(MODELS_SETTING, models)}: {error}") from None
             folder = check_path(folder)
         vars(settings)["models"] = folder
         return settings
@@ -409,6 +410,17 @@ class Settings(BaseSettings):
                 f"{self.bodies_bytes}"
             )
         return self
+
+
+def load_service_settings(**overrides: Any) -> Settings:
+    """Read the settings of the service, as `load_settings` does, with the variables of cloud platforms.
+
+    A variable of a platform counts if a setting is set neither by `overrides` nor by its own name.
+    Raises `SettingsError`.
+    """
+    prefix = len(ENVIRONMENT_PREFIX)
+    platform = {name[prefix:].lower(): value for name, value in read_platform_settings().items()}
+    return load_settings(**{**platform, **overrides})
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -440,9 +452,7 @@ def load_settings(**overrides: Any) -> Settings:
         else:
             reason = f"it must be {describe_values(Settings.model_fields[field])}"
             reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
-        name = ENVIRONMENT_PREFIX + field.upper()
-        if field not in overrides and not has_own_variable(name):
-            name = find_platform_variable(name) or name
+        name = name_variable(ENVIRONMENT_PREFIX + field.upper(), first["input"])
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fovea
+from fovea.service.environment import MODELS_SETTING, name_variable
 from fovea.service.errors import StartError, to_one_line
 from fovea.service.observability.metrics import ProcessMetrics
 from fovea.service.remote.store_uri import StoreError, find_copy_folder
@@ -51,11 +52,12 @@ def fetch_models(settings: Settings) -> Settings:
     uri = settings.store_uri
     if uri is None:
         return settings
+    name = name_variable(MODELS_SETTING, uri)
     folder = find_copy_folder(uri, settings.model_cache)
     try:
         create_private_folder(folder)
     except (StoreError, OSError) as failure:
-        raise StartError(f"FOVEA_MODELS is {uri!r}, which cannot be copied: {to_one_line(failure)}") from None
+        raise StartError(f"{name} is {uri!r}, which cannot be copied: {to_one_line(failure)}") from None
     has_copy = has_complete_copy(uri, folder)
     attempts, seconds_limit = (1, _CHECK_SECONDS) if has_copy else (_ATTEMPTS, _UPDATE_SECONDS)
     for attempt in range(attempts):
@@ -73,7 +75,7 @@ def fetch_models(settings: Settings) -> Settings:
         log.warning(f"attempt {attempt + 1} of {attempts} to read {uri}: {error}")
     if error is not None:
         if not has_copy:
-            raise StartError(f"FOVEA_MODELS is {uri!r}, and there is no copy of an earlier start: {error}")
+            raise StartError(f"{name} is {uri!r}, and there is no copy of an earlier start: {error}")
         log.error(f"{uri} cannot be read, so the copy of an earlier start is served: {error}")
     return settings.model_copy(update={"models": check_path(folder)})
 

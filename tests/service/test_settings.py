@@ -10,7 +10,7 @@ from PIL import Image
 
 from fovea.service import packaged_models
 from fovea.service.errors import SettingsError
-from fovea.service.settings import Settings, load_settings
+from fovea.service.settings import Settings, load_service_settings, load_settings
 from tests.commands import Command
 from tests.servers import DEFAULT_MODEL
 
@@ -30,6 +30,12 @@ def load_from_variables(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Se
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return load_settings()
+
+
+def load_service_from_variables(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load_service_settings()
 
 
 def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,21 +179,21 @@ def test_variable_similar_to_kubernetes_is_an_error(
 
 
 def test_port_variable_is_used_without_fovea_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_from_variables(monkeypatch, PORT="8080").port == 8080
-    assert load_from_variables(monkeypatch, FOVEA_PORT="").port == 8080
-    assert load_from_variables(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
-    assert load_from_variables(monkeypatch, FOVEA_PORT="9000").port == 9000
-    assert load_settings(port=9001).port == 9001
+    assert load_service_from_variables(monkeypatch, PORT="8080").port == 8080
+    assert load_service_from_variables(monkeypatch, FOVEA_PORT="").port == 8080
+    assert load_service_from_variables(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
+    assert load_service_from_variables(monkeypatch, FOVEA_PORT="9000").port == 9000
+    assert load_service_settings(port=9001).port == 9001
 
 
 def test_bad_port_error_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match=r"^PORT is 'high': "):
-        load_from_variables(monkeypatch, PORT="high")
+        load_service_from_variables(monkeypatch, PORT="high")
     with pytest.raises(SettingsError, match=r"^FOVEA_PORT is 'low': "):
-        load_from_variables(monkeypatch, FOVEA_PORT="low")
+        load_service_from_variables(monkeypatch, FOVEA_PORT="low")
     monkeypatch.delenv("FOVEA_PORT")
     with pytest.raises(SettingsError, match=r"^FOVEA_PORT is '70000': "):
-        load_settings(port=70000)
+        load_service_settings(port=70000)
 
 
 def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +217,8 @@ def test_every_setting_has_a_description() -> None:
     ],
 )
 def test_port_of_the_platform(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], port: int) -> None:
-    assert load_from_variables(monkeypatch, **variables).port == port
-    assert load_settings(port=9000).port == 9000
+    assert load_service_from_variables(monkeypatch, **variables).port == port
+    assert load_service_settings(port=9000).port == 9000
 
 
 def test_routes_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +226,16 @@ def test_routes_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
         "AIP_HEALTH_ROUTE": "/healthy",
         "AIP_PREDICT_ROUTE": "/v1/endpoints/1/deployedModels/2:predict",
     }
-    settings = load_from_variables(monkeypatch, **variables)
+    settings = load_service_from_variables(monkeypatch, **variables)
     assert (settings.health_route, settings.predict_route) == tuple(variables.values())
-    assert load_from_variables(monkeypatch, FOVEA_HEALTH_ROUTE="/own").health_route == "/own"
+    assert load_service_from_variables(monkeypatch, FOVEA_HEALTH_ROUTE="/own").health_route == "/own"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("AIP_STORAGE_URI", "gs://"),
+        ("AIP_STORAGE_URI", "https://bucket/zoo"),
         ("AIP_PREDICT_ROUTE", "predict"),
         ("AIP_HEALTH_ROUTE", "/models/{name}"),
         ("FOVEA_HEALTH_ROUTE", "https://host/health"),
@@ -238,18 +246,42 @@ def test_routes_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_value_of_a_platform_names_its_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    with pytest.raises(SettingsError, match=f"^{name} is "):
-        load_from_variables(monkeypatch, **{name: value})
+    with pytest.raises(SettingsError, match=f"^{name}( is |: )"):
+        load_service_from_variables(monkeypatch, **{name: value})
 
 
 def test_sagemaker_is_known_by_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "opt" / "ml" / "model"
     monkeypatch.setattr("fovea.service.environment.SAGEMAKER_FOLDER", folder)
-    assert load_settings().port == 8000
+    assert load_service_settings().port == 8000
     folder.mkdir(parents=True)
-    settings = load_settings()
+    settings = load_service_settings()
     assert (settings.port, settings.models) == (8080, Path("zoo"))  # the image has its model
     (folder / "pets").mkdir()
-    assert load_settings().models == folder
-    settings = load_from_variables(monkeypatch, FOVEA_PORT="9000", FOVEA_MODELS=str(tmp_path))
+    assert load_service_settings().models == folder
+    settings = load_service_from_variables(monkeypatch, FOVEA_PORT="9000", FOVEA_MODELS=str(tmp_path))
     assert (settings.port, settings.models) == (9000, tmp_path)
+
+
+def test_models_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_service_from_variables(monkeypatch, AIP_STORAGE_URI="gs://caip-tenant-1/artifacts/model/")
+    assert settings.store_uri == "gs://caip-tenant-1/artifacts/model"
+    assert load_service_settings(models="zoo").store_uri is None
+    assert load_service_from_variables(monkeypatch, FOVEA_MODELS="zoo").store_uri is None
+    monkeypatch.delenv("FOVEA_MODELS")
+    settings = load_service_from_variables(monkeypatch, AIP_STORAGE_URI="")  # no artifacts were uploaded
+    assert (settings.store_uri, settings.models) == (None, Path("zoo"))
+
+
+def test_platforms_change_the_service_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A training job of SageMaker has its folder too, and a bad PORT is no concern of `fovea classify`."""
+    folder = tmp_path / "model"
+    (folder / "pets").mkdir(parents=True)
+    monkeypatch.setattr("fovea.service.environment.SAGEMAKER_FOLDER", folder)
+    variables = {"PORT": "high", "AIP_HEALTH_ROUTE": "healthy", "AIP_STORAGE_URI": "gs://bucket/zoo"}
+    settings = load_from_variables(monkeypatch, **variables)
+    assert (settings.port, settings.models, settings.health_route) == (8000, Path("zoo"), None)
+    assert settings.store_uri is None
+    for name in variables:
+        monkeypatch.delenv(name)
+    assert load_service_settings().models == folder
