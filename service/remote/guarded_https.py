@@ -14,7 +14,6 @@ import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
@@ -22,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from fovea.service.errors import BodyTooLarge, FoveaError, to_one_line
+from fovea.service.remote.time_limits import call_within
 
 Resolver = Callable[[str, int], Sequence[str]]
 """Returns the addresses of a host, as text. Raises `OSError`."""
@@ -157,7 +157,7 @@ class GuardedHttps:
     def _choose_address(self, host: str, port: int, deadline: float, name: str) -> str:
         """Resolve a host once and return its first address, if all addresses are public."""
         try:
-            addresses = _call_within(lambda: self._resolve(host, port), _left(deadline, name))
+            addresses = call_within(lambda: self._resolve(host, port), _left(deadline, name))
         except TimeoutError:
             raise _too_slow(name) from None
         except (OSError, UnicodeError) as error:
@@ -268,27 +268,6 @@ def resolve_host(host: str, port: int) -> list[str]:
 
 def _connect(address: tuple[str, int], seconds: float) -> socket.socket:
     return socket.create_connection(address, timeout=seconds)
-
-
-def _call_within(call: Callable[[], Sequence[str]], seconds: float) -> Sequence[str]:
-    """Return the result of a call that takes no time limit, such as that of the system's resolver."""
-    results: list[Sequence[str]] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="resolver", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError
-    return results[0]
 
 
 def _split_allowed(text: str) -> tuple[str, int]:

@@ -27,6 +27,7 @@ from fovea.service.remote.store_uri import (
     check_store_uri,
     is_safe_path,
 )
+from fovea.service.remote.time_limits import LimitedFileSystem
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "az": {"connection_timeout": 5, "read_timeout": 30, "anon": False},
 }
 """Options of a store's file system by its scheme. The environment (`FSSPEC_*`) overrides none of them."""
+
+_CALL_SECONDS: Final[Mapping[str, float]] = {"gs": 120.0, "hf": 120.0}
+"""Time limit of one call in seconds, for the packages that wait longer by themselves or for ever.
+
+gcsfs waits 5 minutes six times. A listing of huggingface_hub has no limit.
+"""
 
 _CREDENTIAL_ERRORS: Final = {
     "NoCredentialsError",
@@ -237,6 +244,8 @@ def open_store(uri: str) -> Store:
         file_system, root = fsspec.core.url_to_fs(
             uri, skip_instance_cache=True, use_listings_cache=False, **options
         )
+        if seconds := _CALL_SECONDS.get(scheme):
+            file_system = LimitedFileSystem(file_system, seconds)
         return Store(uri, file_system, str(root))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from fovea.service.remote.store_uri import (
     has_scheme,
     is_safe_path,
 )
+from fovea.service.remote.time_limits import LimitedFileSystem, _LimitedFile
 from tests.servers import ROOT
 
 
@@ -224,3 +227,59 @@ def test_failures_of_packages_are_sentences() -> None:
 def test_fsspec_is_imported_for_a_store_only() -> None:
     code = "import sys, fovea.service.remote.store as _; sys.exit('fsspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- time limits ---------------------------------------------------------------------------------
+
+
+def test_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes connections and says nothing, as behind a lost route."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    limits = store_module._CALL_SECONDS
+    assert limits["hf"] < 300
+    monkeypatch.setattr(store_module, "_CALL_SECONDS", {**limits, "hf": 0.3})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store = open_store("hf://owner/zoo")
+        for call in (store.list_files, lambda: store.describe_file("model.onnx")):
+            with pytest.raises(StoreError, match=r"^the store did not answer in time about hf://owner/zoo"):
+                call()
+
+
+def test_file_that_stalls_is_given_up(tmp_path: Path) -> None:
+    """A FIFO stalls as a connection does: nobody opens its other end, or nobody writes into it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    limited = LimitedFileSystem(fsspec.filesystem("file"), 0.3)
+    with pytest.raises(TimeoutError):
+        limited.open(str(fifo))
+    writer = os.open(fifo, os.O_RDWR)  # the call above goes on, and ends now
+    try:
+        with io.BufferedReader(_LimitedFile(fifo.open("rb", buffering=0), 0.3)) as file:
+            os.write(writer, b"abc")
+            assert file.read(3) == b"abc"
+            with pytest.raises(TimeoutError):
+                file.read(1)
+    finally:
+        os.write(writer, b"d")  # ends the read that was given up
+        os.close(writer)
+
+
+def test_limited_file_system_reads_as_without_limits(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.onnx").write_bytes(content)
+    plain = fsspec.filesystem("file")
+    limited = LimitedFileSystem(plain, 30)
+    store = Store("file://x", limited, str(tmp_path))
+    assert [one.path for one in store.list_files()] == ["a/model.onnx"]
+    assert [one.path for one in store.walk_files()] == ["a/model.onnx"]
+    assert store.read_file("a/model.onnx", 1 << 20) == content
+    with store.open_file("a/model.onnx") as file:
+        file.seek(-10, io.SEEK_END)
+        assert file.tell() == len(content) - 10
+        assert file.read() == content[-10:]
+        file.seek(5)
+        assert file.read(7) == content[5:12]
+    with pytest.raises(StoreFileNotFound):
+        store.describe_file("b")
