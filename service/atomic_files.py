@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from fovea.service.errors import FoveaError
 
 _PARTIAL_SUFFIX: Final = ".tmp"
+
+_PARTIAL_NAME: Final = re.compile(r"\..+-[0-9a-f]{16}\.tmp")
 
 
 class WriteError(FoveaError):
@@ -37,17 +41,57 @@ def replace_file(path: Path) -> Iterator[Path]:
     same path, also of other processes, have files of their own, and the last one to end wins.
     Raises `OSError`.
     """
+    with stage_file(path) as staged:
+        yield staged.partial
+        staged.flush()
+        staged.publish()
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file that is written beside the path that it will have."""
+
+    path: Path
+    partial: Path
+    """Where to write the content."""
+    _descriptor: int
+
+    def flush(self) -> None:
+        """Write the content to the disk. It must be there before the name is.
+
+        After a power failure, the final name would otherwise belong to an empty file.
+        """
+        os.fsync(self._descriptor)
+
+    def publish(self) -> None:
+        """Give the file its path. It replaces a file that is there."""
+        self.partial.rename(self.path)
+
+
+@contextmanager
+def stage_file(path: Path) -> Iterator[StagedFile]:
+    """Yield an empty file beside `path`, which is removed at the end unless it was published.
+
+    Several files can so be written first and appear together. Raises `OSError`.
+    """
     _remove_abandoned(path)
     descriptor, partial = _create_partial(path)
     try:
-        yield partial
-        # The content must reach the disk before the name: after a power failure, the final name would
-        # otherwise belong to an empty file.
-        os.fsync(descriptor)
-        partial.rename(path)
+        yield StagedFile(path, partial, descriptor)
     finally:
         partial.unlink(missing_ok=True)  # does nothing after the rename
         os.close(descriptor)
+
+
+def remove_abandoned_files(folder: Path) -> list[Path]:
+    """Remove the files that killed calls have left anywhere below a folder, and return their paths."""
+    removed = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if _PARTIAL_NAME.fullmatch(name) and _unlink_abandoned(path):
+                removed.append(path)
+    return removed
 
 
 def _create_partial(path: Path) -> tuple[int, Path]:
@@ -71,13 +115,20 @@ def _remove_abandoned(path: Path) -> None:
     prefix = _partial_prefix(path)
     for name in os.listdir(path.parent):  # noqa: PTH208 - names are enough
         if name.startswith(prefix) and name.endswith(_PARTIAL_SUFFIX):
-            with suppress(OSError):  # the file is already gone, or in use
-                descriptor = os.open(path.with_name(name), os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.with_name(name).unlink(missing_ok=True)
-                finally:
-                    os.close(descriptor)
+            _unlink_abandoned(path.with_name(name))
+
+
+def _unlink_abandoned(partial: Path) -> bool:
+    """Remove a partial file unless it is in use. Return True if this call removed it."""
+    with suppress(OSError):  # the file is already gone, or in use
+        descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+            return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _partial_prefix(path: Path) -> str:

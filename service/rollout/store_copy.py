@@ -1,7 +1,8 @@
 """A local copy of a repository in an object store.
 
 A file of the copy is replaced as a whole, so a version appears when it is complete, and a kill, a full disk
-or a lost connection leaves what was there before. Files that are gone from the store are removed, unless the
+or a lost connection leaves what was there before. A new version and a new `config.toml` of the same model
+appear together. Files that are gone from the store are removed, unless the
 store is empty. Only names of a repository's layout are copied. An index lists the copied files, and no other
 file of the folder is touched. All of this blocks; it runs in a process of its own (`store_copy_process`).
 """
@@ -13,12 +14,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from fovea.service.atomic_files import WriteError, replace_file, write_file
+from fovea.service.atomic_files import (
+    StagedFile,
+    WriteError,
+    remove_abandoned_files,
+    stage_file,
+    write_file,
+)
 from fovea.service.errors import to_one_line
 from fovea.service.remote.store import Store, StoredFile
 from fovea.service.remote.store_uri import StoreError, StoreFileNotFound, require_private
@@ -102,20 +109,19 @@ class StoreCopy:
                 f"{self._store.uri} has no <name>/<version>/model.onnx, <version>/model.onnx or model.onnx; "
                 "the copy stays as it is"
             )
+        for partial in remove_abandoned_files(self._folder):
+            self._remove_empty_folders(partial)
         index = self._read_index()
         copied: list[str] = []
         errors: list[StoreError] = []
         # Model files first: a configuration may ask for a version that is new too.
-        for one in sorted(stored, key=lambda one: (not one.path.endswith("model.onnx"), one.path)):
-            if index.files.get(one.path) != self._describe(one):
-                try:
-                    self._copy_file(one)
-                except StoreError as error:  # the other files are not to blame
-                    errors.append(error)
-                    continue
+        stored.sort(key=lambda one: (not one.path.endswith("model.onnx"), one.path))
+        changed = [one for one in stored if index.files.get(one.path) != self._describe(one)]
+        for files in _group_files(changed, is_complete=index.updated > 0):
+            for one in self._copy_files(files, errors):
                 index.files[one.path] = self._describe(one)
-                self._write_index(index)
                 copied.append(one.path)
+            self._write_index(index)
         gone = sorted(index.files.keys() - {one.path for one in stored})
         for path in gone:
             self._require_gone(path)
@@ -127,15 +133,32 @@ class StoreCopy:
         self._write_index(index._replace(updated=time.time()))
         return CopyReport(copied, gone, len(stored))
 
-    def _copy_file(self, stored: StoredFile) -> None:
-        target = self._folder / stored.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with replace_file(target) as partial, partial.open("wb") as file:
-                self._store.copy_file(stored, file)
-        except StoreError:
-            self._remove_empty_folders(target)
-            raise
+    def _copy_files(self, files: Sequence[StoredFile], errors: list[StoreError]) -> list[StoredFile]:
+        """Copy files that belong together, and let them appear together. Return those that did.
+
+        The error of a file is added to `errors`; the other files are not to blame.
+        """
+        ready: list[tuple[StoredFile, StagedFile]] = []
+        with ExitStack() as stack:
+            for one in files:
+                target = self._folder / one.path
+                stack.callback(self._remove_empty_folders, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                staged = stack.enter_context(stage_file(target))
+                try:
+                    with staged.partial.open("wb") as file:
+                        self._store.copy_file(one, file)
+                except StoreError as error:
+                    errors.append(error)
+                    if one.path.endswith("config.toml"):  # a version must not be tried without it
+                        return []
+                    continue
+                ready.append((one, staged))
+            for _, staged in ready:
+                staged.flush()  # which may take long: nothing waits between two names
+            for _, staged in ready:
+                staged.publish()
+        return [one for one, _ in ready]
 
     def _require_gone(self, path: str) -> None:
         """Raise `StoreError` if a file that was not listed is still there: the listing has a gap."""
@@ -186,6 +209,26 @@ class StoreCopy:
             yield
         finally:
             os.close(descriptor)
+
+
+def _group_files(files: Sequence[StoredFile], is_complete: bool) -> Iterator[list[StoredFile]]:
+    """Yield the changed files that must appear together: a `config.toml` with its model's versions.
+
+    All others are alone. Nobody watches a copy that was never complete, and files that are copied one by
+    one are not copied again after a kill.
+    """
+    configs = {one.path: one for one in files if is_complete and one.path.endswith("config.toml")}
+    groups: dict[str, list[StoredFile]] = {path: [one] for path, one in configs.items()}
+    for one in files:
+        if one.path in configs:
+            continue
+        names = one.path.split("/")
+        config = "/".join([*names[:-2], "config.toml"])
+        if config in groups and names[-1] == "model.onnx":
+            groups[config].append(one)
+        else:
+            groups[one.path] = [one]
+    yield from groups.values()
 
 
 def create_private_folder(folder: Path) -> None:

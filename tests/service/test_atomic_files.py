@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from fovea.service.artifact.repository import record_default_model
-from fovea.service.atomic_files import WriteError, replace_file, write_file
+from fovea.service.atomic_files import (
+    WriteError,
+    remove_abandoned_files,
+    replace_file,
+    stage_file,
+    write_file,
+)
 from tests.servers import ROOT
 
 KILLED_WRITER = """
@@ -51,6 +57,20 @@ def test_file_of_a_killed_writer_is_removed_by_the_next_one(tmp_path: Path) -> N
         partial.write_text("after")
     assert path.read_text() == "after"
     assert list_names(tmp_path) == [".[a]*-notes", "[a]*"]
+
+
+def test_files_in_use_are_not_abandoned(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, tmp_path / "a" / "b" / "file"], cwd=ROOT, check=False
+    )
+    (left,) = (tmp_path / "a" / "b").iterdir()
+    with stage_file(tmp_path / "a" / "file") as staged:
+        assert remove_abandoned_files(tmp_path) == [left]
+        staged.partial.write_text("content")
+        assert not staged.path.exists()
+        staged.publish()
+    assert list_names(tmp_path / "a") == ["b", "file"]
 
 
 def test_failed_block_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:

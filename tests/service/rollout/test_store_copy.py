@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
-from fovea.service.atomic_files import WriteError
+from fovea.service.atomic_files import StagedFile, WriteError
 from fovea.service.errors import StartError
 from fovea.service.remote.store import Store, StoredFile, open_store
 from fovea.service.remote.store_uri import StoreError, find_copy_folder
@@ -19,6 +22,7 @@ from fovea.service.rollout import store_copy
 from fovea.service.rollout.store_copy import StoreCopy, create_private_folder, read_index
 from fovea.service.rollout.store_sync import fetch_models
 from fovea.service.settings import load_settings
+from tests.servers import ROOT
 
 URI = "memory://bucket/zoo"
 
@@ -139,6 +143,104 @@ def test_failure_in_the_middle_leaves_the_old_file_and_spares_the_others(
     assert read_index(folder).updated == before
     monkeypatch.undo()
     assert update(folder) == (["pets/1/model.onnx"], [])
+
+
+def test_version_and_its_configuration_appear_together(
+    memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a version would be tried under the settings of its predecessor."""
+    memory.pipe("/bucket/zoo/birds/1/model.onnx", b"another model")
+    update(folder)
+    memory.pipe("/bucket/zoo/pets/3/model.onnx", b"new version")
+    memory.pipe("/bucket/zoo/pets/4/model.onnx", b"newer version")
+    memory.pipe("/bucket/zoo/pets/config.toml", b"new settings")
+    memory.pipe("/bucket/zoo/birds/2/model.onnx", b"new version of the other model")
+    original = Store.copy_file
+    copied = []
+
+    def look(self: Store, stored: StoredFile, target: BinaryIO) -> None:
+        original(self, stored, target)
+        copied.append(stored.path)
+        is_complete = len([path for path in copied if path.startswith("pets/")]) == 3
+        if stored.path.startswith("pets/"):  # not even the last of them appears before it is published
+            assert not (folder / "pets/3/model.onnx").exists()
+            assert not (folder / "pets/4/model.onnx").exists()
+            assert (folder / "pets/config.toml").read_bytes() == b"pets/config.toml"
+        elif is_complete:
+            assert (folder / "pets/config.toml").read_bytes() == b"new settings"
+
+    names = []
+    publish = StagedFile.publish
+
+    def record(self: StagedFile) -> None:
+        names.append(str(self.path.relative_to(folder)))
+        publish(self)
+
+    monkeypatch.setattr(Store, "copy_file", look)
+    monkeypatch.setattr(StagedFile, "publish", record)
+    update(folder)
+    assert (folder / "pets/4/model.onnx").read_bytes() == b"newer version"
+    assert (folder / "birds/2/model.onnx").exists()
+    pets = [name for name in names if name.startswith("pets/")]
+    assert pets == ["pets/config.toml", "pets/3/model.onnx", "pets/4/model.onnx"]
+
+
+def test_version_waits_for_a_configuration_that_cannot_be_read(
+    memory: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(folder)
+    memory.pipe("/bucket/zoo/pets/3/model.onnx", b"new version")
+    memory.pipe("/bucket/zoo/pets/config.toml", b"new settings")
+    memory.pipe("/bucket/zoo/birds/1/model.onnx", b"another model")
+    original = Store.copy_file
+
+    def fail(self: Store, stored: StoredFile, target: BinaryIO) -> None:
+        if stored.path == "pets/config.toml":
+            raise StoreError("access denied")
+        original(self, stored, target)
+
+    monkeypatch.setattr(Store, "copy_file", fail)
+    with pytest.raises(StoreError, match="access denied"):
+        update(folder)
+    assert list_files(folder) == [
+        "birds/1/model.onnx", "default", "pets/1/model.onnx", "pets/2/model.onnx", "pets/config.toml"
+    ]  # fmt: skip
+    assert not (folder / "pets/3").exists()
+    monkeypatch.undo()
+    assert sorted(update(folder)[0]) == ["pets/3/model.onnx", "pets/config.toml"]
+
+
+KILLED_COPY = """
+import os, signal, sys
+from pathlib import Path
+from fovea.service.remote.store import Store, open_store
+from fovea.service.rollout.store_copy import StoreCopy
+def copy_file(self, stored, target):
+    target.write(b"half")
+    target.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+Store.copy_file = copy_file
+StoreCopy(open_store(sys.argv[1]), Path(sys.argv[2])).update()
+"""
+
+
+def test_half_files_of_a_killed_copy_are_removed_by_the_next(tmp_path: Path, folder: Path) -> None:
+    """Also of a version that is gone from the store meanwhile."""
+    zoo = tmp_path / "zoo"
+    for name in ("pets/1", "pets/2"):
+        (zoo / name).mkdir(parents=True)
+        (zoo / name / "model.onnx").write_bytes(b"model")
+    uri = f"file://{zoo}"
+    process = subprocess.run([sys.executable, "-c", KILLED_COPY, uri, folder], cwd=ROOT, check=False)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = folder.rglob("*.tmp")
+    assert left.parent == folder / "pets" / "1"
+    (folder / "pets" / ".notes.tmp").touch()  # no file of a copy
+    (zoo / "pets/1/model.onnx").unlink()
+    StoreCopy(open_store(uri), folder).update()
+    assert not left.parent.exists()
+    assert list_files(folder) == ["pets/2/model.onnx"]
+    assert (folder / "pets" / ".notes.tmp").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), WriteError("No space left")])
