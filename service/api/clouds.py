@@ -1,6 +1,6 @@
 """Routes that cloud platforms expect of a container.
 
-POST /invocations              SageMaker: what /v1/classify takes, and its answer
+POST /invocations              SageMaker: what /v1/classify takes, and its answer; MLflow's JSON
 GET  /ping                     SageMaker: 200 if the models are ready; TorchServe has the same route
 GET  /execution-parameters     SageMaker's batch transform: how much it may send
 POST FOVEA_PREDICT_ROUTE       Vertex AI: {"instances": […], "parameters": {…}} → {"predictions": […]}
@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Match
 
 from fovea.service.api import tensorflow
 from fovea.service.api.endpoint import Endpoint
-from fovea.service.api.native.routes import ClassifyAdapter
+from fovea.service.api.mlflow import InvocationsAdapter
 from fovea.service.api.protocol_routes import EndpointRoute, ProtocolRoutes, add_endpoint_route
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, FlatError
 from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
@@ -39,14 +39,15 @@ def add_routes(app: FastAPI, services: Services, protocols: ApiProtocols) -> Non
     add_endpoint_route(
         app,
         "/invocations",
-        Endpoint(services, ClassifyAdapter(), NATIVE),
+        Endpoint(services, InvocationsAdapter(), NATIVE),
         content=build_request_content(services.example_image),
         methods=("POST",),
         operation="invocations",
         query_type=ClassifyOptions,
         tags=["clouds"],
         summary="Classify images on SageMaker",
-        description="Classify one image or several with the default model, as `/v1/classify` does.",
+        description="Classify one image or several with the default model, as `/v1/classify` does. JSON of "
+        "MLflow (`dataframe_split`, `dataframe_records`, `instances` or `inputs`) gets `predictions`.",
         response_model=None,
         responses=CLASSIFY_RESPONSES,
     )

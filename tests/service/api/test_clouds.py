@@ -67,6 +67,83 @@ def test_invocations_is_counted_and_refuses_as_native(server: Server) -> None:
     assert server.read_metric("fovea_requests_total", **labels) >= 1
 
 
+MLFLOW_BODIES: list[dict[str, Any]] = [
+    {"dataframe_split": {"columns": ["image"], "data": [[B64], [B64]]}},
+    {"dataframe_split": {"index": [0, 1], "columns": ["0"], "data": [[B64], [{"b64": B64}]]}},
+    {"dataframe_records": [{"image": B64}, {"image": B64}]},
+    {"instances": [{"b64": B64}, {"b64": B64}]},
+    {"instances": [{"image": {"b64": B64}}, B64]},
+    {"inputs": [B64, {"b64": B64}]},
+    {"inputs": {"image": [B64, B64]}},
+    {"params": {"top_k": 2}, "inputs": [B64, B64]},
+]
+
+
+@pytest.mark.parametrize("body", MLFLOW_BODIES, ids=lambda body: str(body)[:40])
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8"])
+def test_invocations_takes_the_bodies_of_mlflow(
+    server: Server, body: dict[str, Any], content_type: str
+) -> None:
+    query = "" if "params" in body else "?top_k=2"
+    text = "\n " + json.dumps(body)
+    reply = server.client.post(f"/invocations{query}", content=text, headers={"Content-Type": content_type})
+    assert reply.status_code == 200, reply.text
+    expected = server.client.post("/v1/classify?top_k=2", content=IMAGE).json()["predictions"]
+    assert list(reply.json()) == ["predictions"]
+    assert len(reply.json()["predictions"]) == 2
+    for prediction in reply.json()["predictions"]:
+        assert prediction["label"] == expected[0]["label"]
+        assert prediction["labels"] == [one["label"] for one in expected]
+        assert prediction["probabilities"] == pytest.approx([one["probability"] for one in expected])
+        assert prediction["probability"] == prediction["probabilities"][0]
+
+
+def test_error_of_one_row_is_in_its_place(server: Server) -> None:
+    broken = base64.b64encode(IMAGE[:100]).decode()
+    reply = server.client.post("/invocations", json={"inputs": [B64, broken]})
+    assert reply.status_code == 200
+    first, second = reply.json()["predictions"]
+    assert "label" in first
+    assert list(second) == ["error"]
+    alone = server.client.post("/invocations", json={"inputs": [broken]})
+    assert alone.status_code == 422
+    assert alone.json()["error"]["code"] == second["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"inputs": []}, "no images"),
+        ({"instances": []}, "instances"),
+        ({"inputs": [[1, 2, 3]]}, "inputs.0 is not an image"),
+        ({"inputs": ["nonsense!"]}, "inputs.0 is not base64"),
+        ({"inputs": [B64], "instances": [B64]}, "exactly one"),
+        ({"params": {"top_k": 2}}, "exactly one"),
+        ({"inputs": [B64], "params": {"top": 2}}, "top"),
+        ({"dataframe_records": [{"a": B64, "b": B64}]}, "dataframe_records.0 has 2 columns"),
+        ({"dataframe_split": {"columns": ["a"]}}, "dataframe_split.data"),
+        ({"inputs": [B64] * 65}, "65 images; at most 64"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_bodies_of_mlflow_are_refused(server: Server, body: dict[str, Any], reason: str) -> None:
+    reply = server.client.post("/invocations", json=body)
+    assert reply.status_code == 400
+    assert reason in reply.json()["error"]["message"]
+
+
+def test_options_and_limits_of_mlflow(server: Server, vertex: Server) -> None:
+    reply = server.client.post("/invocations?threshold=0.5", json={"inputs": [B64]})
+    assert reply.status_code == 400
+    assert "threshold" in reply.json()["error"]["message"]
+    large = '{"inputs": ["' + " " * (5 << 20) + '"]}'  # above FOVEA_JSON_BYTES: orjson blocks all threads
+    reply = vertex.client.post("/invocations", content=large, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 413
+    assert "FOVEA_JSON_BYTES" in reply.json()["error"]["message"]
+    # Only this route takes them.
+    assert server.client.post("/v1/classify", json={"inputs": [B64]}).status_code == 400
+
+
 def test_ping_is_there_with_and_without_torchserve(server: Server, vertex: Server) -> None:
     for one in (server, vertex):
         assert one.client.get("/ping").status_code == 200
