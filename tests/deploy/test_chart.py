@@ -174,6 +174,7 @@ REFUSED: list[tuple[Manifest, str]] = [
     ({"replicas": "three"}, "replicas"),
     ({"replicas": -1}, "replicas"),
     ({"image": {"repository": "Fovea"}}, "image/repository"),
+    ({"image": {"repository": "example.com/fovea:1"}}, "image/repository"),
     ({"image": {"digest": "sha256:12"}}, "image/digest"),
     ({"image": {"pullPolicy": "Sometimes"}}, "image/pullPolicy"),
     ({"settings": {"FOVEA_QUEUE_IMAGE": 3}}, "FOVEA_QUEUE_IMAGE"),
@@ -472,7 +473,9 @@ def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == ports
     (rule,) = policy["ingress"]
-    assert [port["port"] for port in rule["ports"]] == ["http"]
+    deployment = get_manifest(render_chart(CASES[case]), "Deployment")["spec"]["template"]["spec"]
+    ports_of_pod = [port["containerPort"] for one in deployment["containers"] for port in one["ports"]]
+    assert [port["port"] for port in rule["ports"]] == ports_of_pod
     assert ("from" in rule) == (case == "policy")
 
 
@@ -541,6 +544,26 @@ def test_notes_name_the_way_in() -> None:
     process = run_helm("install", "fovea", ".", *words)
     assert process.returncode == 0, process.stderr
     assert "port-forward service/fovea 8000:80" in process.stdout
+    assert "WARNING" not in process.stdout
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (CASES["init"], "the init container reaches no address"),
+        ({"settings": {"FOVEA_TRACES": True}}, "traces reach no collector"),
+        ({"replicas": 1}, "a drained node interrupts the service"),
+        ({"settings": {"FOVEA_TRACES": True}, **CASES["policy"]}, ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_notes_warn(values: Manifest, words: str) -> None:
+    options = [word for name, one in values.items() for word in ("--set-json", f"{name}={json.dumps(one)}")]
+    process = run_helm("install", "fovea", ".", "--dry-run=client", "--namespace", "photos", *options)
+    assert process.returncode == 0, process.stderr
+    assert words in process.stdout
+    assert ("WARNING" in process.stdout) == bool(words)
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -220,6 +220,16 @@ def test_predict_route_takes_the_place_of_another_body_only(small_zoo: Path) -> 
         assert "predictions" in server.client.post("/v1/classify", content=IMAGE).json()
 
 
+@pytest.mark.long
+def test_workers_follow_the_platform_too(small_zoo: Path) -> None:
+    variables = {"AIP_HEALTH_ROUTE": "/healthy", "AIP_PREDICT_ROUTE": "/predict"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", **variables) as server:
+        for _ in range(6):  # a new connection each time, to either worker
+            assert httpx.get(f"{server.url}/healthy").status_code == 200
+            reply = httpx.post(f"{server.url}/predict", json={"instances": [{"b64": B64}]})
+            assert list(reply.json()) == ["predictions"]
+
+
 PLATFORMS: dict[str, tuple[list[str], dict[str, str], str, str, float]] = {
     "sagemaker": (["serve"], {}, "/ping", "/invocations", 30),
     "vertex": (
