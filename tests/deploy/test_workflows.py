@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tests.servers import ROOT
+from tests.pictures import make_jpeg
+from tests.servers import ROOT, Server
 from tests.tools import SYSTEM_REASON
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -221,10 +223,38 @@ def test_image_without_a_signature_gets_no_tag(tmp_path: Path) -> None:
     assert not (tmp_path / "called").exists()
 
 
-@pytest.mark.parametrize(("answer", "status"), [('{"label":"ship"}', 0), ('{"label":"cat"}', 1), ("", 1)])
-def test_image_that_does_not_classify_is_not_signed(tmp_path: Path, answer: str, status: int) -> None:
+def render_answer(label: str) -> str:
+    """Return an answer as `/v1/classify` and `fovea classify --json` give it."""
+    answer = {"model": {"name": "a", "version": "1"}, "predictions": [{"label": label, "index": 8}]}
+    return json.dumps(answer, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(("label", "status"), [("ship", 0), ("cat", 1)])
+def test_wheel_that_does_not_classify_is_not_published(tmp_path: Path, label: str, status: int) -> None:
+    """The name of the picture must not pass for an answer."""
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!/bin/sh\necho samples/ship.jpg\necho '{render_answer(label)}'\n")
+    fake.chmod(0o755)
+    make_venv = 'mkdir -p "$3/bin" && cp fake "$3/bin/pip" && cp fake "$3/bin/fovea"'
+    programs = make_programs(tmp_path, python3=make_venv)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "a.whl").touch()
+    variables = {"RUNNER_TEMP": str(tmp_path), "GITHUB_WORKSPACE": str(ROOT)}
+    process = run_script(get_script("build", "Classify with the wheel alone"), tmp_path, variables, programs)
+    assert process.returncode == status, process.stderr
+    assert "samples/ship.jpg" in (tmp_path / "answer").read_text()
+
+
+def test_service_answers_as_the_release_expects(server: Server) -> None:
+    reply = server.client.post("/v1/classify?top_k=1", content=make_jpeg())
+    assert re.search(r'"predictions":\[{"label":"', reply.text)
+    assert (ROOT / "samples" / "ship.jpg").exists()
+
+
+@pytest.mark.parametrize(("label", "status"), [("ship", 0), ("cat", 1), (None, 1)])
+def test_image_that_does_not_classify_is_not_signed(tmp_path: Path, label: str | None, status: int) -> None:
     """The script asks the service of the container, and prints its log if the answer is wrong."""
-    write = f"echo '{answer}' > answer" if answer else "exit 7"
+    write = f"echo '{render_answer(label)}' > answer" if label else "exit 7"
     programs = make_programs(tmp_path, docker='echo docker "$@"', curl=write)
     script = get_script("image", "Classify with the image, as a restricted container")
     variables = {"NAME": "example.com/fovea@sha256:abc", "RUNNER_TEMP": str(tmp_path)}
