@@ -494,6 +494,15 @@ def test_pods_reach_the_cloud_s_tokens_by_address_only(case: str) -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize("case", ["uri", "google"])
+def test_tokens_of_the_cloud_can_be_shut_off(case: str) -> None:
+    """Keys in a Secret need no token, and the address may give out the node's own."""
+    values = {**CASES[case], "networkPolicy": {"cloudTokens": False}}
+    policy = get_manifest(render_chart(values), "NetworkPolicy")["spec"]
+    assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 443]
+
+
+@needs_helm
 def test_pods_reach_the_dns_of_openshift() -> None:
     words = ["--api-versions", "security.openshift.io/v1"]
     policy = get_manifest(render_chart(CASES["uri"], *words), "NetworkPolicy")["spec"]
