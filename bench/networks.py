@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fovea.bench.servers.plain import MEAN, STD
-from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph, export_graph
+from fovea.export.from_checkpoint import build_contract, export_classifier_graph, export_graph
+from fovea.export.model_output import embed_contract
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize

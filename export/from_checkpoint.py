@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from fovea.export.drift_reference import measure_reference
 from fovea.export.known_threshold import measure_known_score
 from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.export.model_card import write_model_card
+from fovea.export.model_output import REPORT_FILE, embed_contract
 from fovea.export.pixel_steps import arrange_pixel_steps
 from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
 from fovea.model.data.dataset import Dataset, Examples
@@ -31,7 +32,6 @@ from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint, save_check
 from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
-    METADATA_KEY,
     Accuracy,
     Contract,
     Coverage,
@@ -54,8 +54,6 @@ from fovea.service.atomic_files import write_file
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine, GoldenDifferences
 from fovea.service.inference.pixels import Pixels
-
-REPORT_FILE: Final = "report.json"
 
 
 class ExportError(FoveaError):
@@ -225,20 +223,6 @@ def silence_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def embed_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
-    """Return the file's bytes: graph and contract, without the exporter's notes on the source code."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph)
-    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    for part in (model.graph, *model.graph.node, *values, *model.graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    del model.metadata_props[:]
-    model.metadata_props.add(key=METADATA_KEY, value=contract.to_json())
-    content: bytes = model.SerializeToString()
-    return content
 
 
 # --- the contract --------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fovea.export.verification_error import VerificationError as VerificationError
 from fovea.model.data.dataset import Examples
 from fovea.model.evaluation import evaluate, metrics
 from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import Accuracy
-from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.pixels import Pixels
 
@@ -29,10 +29,6 @@ difference of 1e-5 is usual. An export error shows at 0.1 and above.
 
 PROBABILITY_TOLERANCE: Final = LOGIT_TOLERANCE / 4
 """Maximum absolute difference of a probability; the slope of softmax and sigmoid is at most 1/4."""
-
-
-class VerificationError(FoveaError):
-    """The exported graph computes something else than the network."""
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def test_show_says_why_fast_is_exact(tmp_path: Path, command: Command, capsys: O
     geometry = Geometry(16, 16, parse_steps("crop 20, resize stretch 16 bilinear"), PixelPath.FAST)
     root = add_to_repository(build_model(geometry=geometry), tmp_path / "zoo", "small")
     assert command("show", "small", "--models", root) == 0
-    reason = "a crop of a fixed size or several crops precede the resize"
+    reason = "another step than one crop to an aspect ratio precedes the resize"
     assert f"pixels         fast, which is exact here: {reason}\n" in capsys.readouterr().out
 
 

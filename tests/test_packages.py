@@ -43,13 +43,30 @@ EXPORT = [
     {"quantize"},
     {"importer"},
     {"from_checkpoint"},
-    {"drift_reference", "golden", "known_threshold", "layer_table", "model_card", "pixel_steps", "verify"},
-    {"node_builder"},
+    {
+        "drift_reference",
+        "golden",
+        "known_threshold",
+        "layer_table",
+        "model_card",
+        "model_output",
+        "pixel_steps",
+        "verify",
+    },
+    {"node_builder", "verification_error"},
 ]
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-SHARED_SERVICE_PACKAGES = {"errors", "atomic_files", "resources", "artifact", "inference", "providers"}
+SHARED_SERVICE_PACKAGES = {
+    "allocator",
+    "artifact",
+    "atomic_files",
+    "errors",
+    "inference",
+    "providers",
+    "resources",
+}
 """Packages of `service` that `model` and `export` may import."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fovea.export.importer.batch_check import BATCHES
 from fovea.export.importer.foreign_model import Arithmetic, Array
 from fovea.export.importer.inspect import TOLERANCE, ForeignModel, draw_noise
-from fovea.export.verify import VerificationError
+from fovea.export.verification_error import VerificationError
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.pixels import Pixels
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fovea.export.importer.check_result import CheckReport
 from fovea.export.importer.pipeline import ImportReport
-from fovea.export.importer.recipe_check import CheckReport
 from fovea.service.artifact.repository import MODEL_FILE
 
 

@@ -22,6 +22,7 @@ from fovea.export.importer.file_format import describe_folder, describe_other_fo
 from fovea.export.importer.graph_contents import Array as Array
 from fovea.export.importer.graph_contents import walk_nodes, walk_tensors
 from fovea.export.importer.large_weights import NO_WEIGHTS, LargeWeights
+from fovea.service.allocator import trim_heap
 from fovea.service.errors import FoveaError, to_one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
@@ -295,6 +296,8 @@ class ReferenceModel:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
             raise ImportRefused(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
+        if weights.arrays:
+            trim_heap()  # ONNX Runtime copies the weights while it loads
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
         self._input_name: str = self._session.get_inputs()[0].name
 
@@ -302,6 +305,7 @@ class ReferenceModel:
         """Free the session and the weights, after the last run."""
         self._session = None
         self.weights.clear()
+        trim_heap()
 
     def with_outputs(self, *names: str) -> ReferenceModel:
         """Return the same graph with additional tensors among its outputs."""

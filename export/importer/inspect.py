@@ -46,10 +46,11 @@ from fovea.export.importer.own_normalization import find_own_normalization
 from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
 from fovea.export.importer.sources.facts import Provenance
 from fovea.export.importer.wrap import WrappedModel, wrap_model
-from fovea.export.verify import VerificationError
-from fovea.model.data.pixels import get_thread_count
+from fovea.export.verification_error import VerificationError
+from fovea.service.allocator import trim_heap
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.pixels import Pixels
+from fovea.service.resources.threads import get_thread_count
 
 TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-5, Arithmetic.FLOAT16: 5e-3, Arithmetic.INT8: 5e-3}
 """Maximum difference of a probability, by the graph's arithmetic.
@@ -203,6 +204,7 @@ def inspect_model(request: ImportRequest) -> ForeignModel:
     normalization = _choose_normalization(request, graph_input)
     arithmetic = arithmetic_of(model)
     model, weights = take_large_weights(model)
+    trim_heap()  # of the model with its weights inside
     reference = ReferenceModel(
         model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1, weights=weights
     )

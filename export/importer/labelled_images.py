@@ -25,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from fovea.export.importer.check_result import MIN_FAST_IMAGES
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.label_syntax import WORDNET_ID
@@ -58,12 +59,6 @@ Slightly more or less of the image's border alone changes both by one or two per
 
 _MIN_IMAGES: Final = 8
 """Minimum number of images; fewer images distinguish recipes only by chance."""
-
-MIN_FAST_IMAGES: Final = 100
-"""Minimum number of images, decoded by `fast` at a smaller scale, for showing that `fast` is lossless.
-
-If no answer of 100 changes, fewer than 3 % of all answers change, in 19 of 20 cases (rule of three).
-"""
 
 PredictPixels = Callable[[Pixels], tuple[Floats, Floats]]
 """Function from pixels, uint8 (n, H, W, 3), to probabilities, float32 (n, labels), and known scores, float32

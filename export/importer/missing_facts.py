@@ -22,9 +22,11 @@ from fovea.export.importer.graph_output import choose_task, detect_graph_output
 from fovea.export.importer.input_forms import prepare_input
 from fovea.export.importer.inspect import ImportRequest, draw_probe_images
 from fovea.export.importer.label_file import read_labels
+from fovea.export.importer.large_weights import take_large_weights
 from fovea.export.importer.preprocessing import ZERO_ONE, PreprocessingOptions
-from fovea.model.data.pixels import get_thread_count
+from fovea.service.allocator import trim_heap
 from fovea.service.artifact.contract import Task
+from fovea.service.resources.threads import get_thread_count
 
 _USUAL_SIZE: Final = (224, 224)
 """Height and width, in pixels, for a graph that takes any size."""
@@ -107,7 +109,11 @@ def _find_output_questions(
         graph_input = _guess_input(model, layout, size)
         known_labels = read_labels(labels) if labels else own_labels
         normalization = None if graph_input.dtype == np.uint8 else ZERO_ONE.normalization
-        reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
+        model, weights = take_large_weights(model)
+        trim_heap()  # of the model with its weights inside
+        reference = ReferenceModel(
+            model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1, weights=weights
+        )
         images, extreme_images = draw_probe_images(graph_input, normalization)
         if known_labels is None and len(model.graph.output) > 1 and output is None:
             return []  # the number of labels tells which output is meant

@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from onnx import ModelProto
 
 from fovea.export import golden
-from fovea.export.from_checkpoint import embed_contract
 from fovea.export.importer.agreement import Agreement, compare_with_file, run_file
+from fovea.export.importer.check_result import MIN_FAST_IMAGES, CheckReport, CheckResult
 from fovea.export.importer.foreign_model import Arithmetic, ImportRefused
 from fovea.export.importer.import_files import write_import
 from fovea.export.importer.inspect import (
@@ -34,9 +34,7 @@ from fovea.export.importer.inspect import (
     inspect_model,
 )
 from fovea.export.importer.label_file import Labels
-from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
 from fovea.export.importer.measured_shapes import measure_shapes
-from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
 from fovea.export.importer.sources.comparison import Comparison, compare_with_pipeline
 from fovea.export.importer.sources.origins import (
     describe_data,
@@ -46,7 +44,7 @@ from fovea.export.importer.sources.origins import (
 )
 from fovea.export.importer.wrap import WrappedModel
 from fovea.export.layer_table import build_layer_table, find_feature_maps
-from fovea.model.data.pixels import get_thread_count
+from fovea.export.model_output import embed_contract
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
     Contract,
@@ -62,11 +60,11 @@ from fovea.service.artifact.repository import (
     MODEL_NAME_PATTERN,
     MODEL_NAME_RULE,
     next_version,
-    record_default_model,
 )
 from fovea.service.atomic_files import write_file
 from fovea.service.errors import ContractError, to_one_line
 from fovea.service.inference.engine import Engine, GoldenDifferences
+from fovea.service.resources.threads import get_thread_count
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Maximum absolute difference of a golden logit near 10, on any processor.
@@ -113,35 +111,60 @@ def import_model(request: ImportRequest) -> ImportReport:
     if not MODEL_NAME_PATTERN.fullmatch(request.name):
         raise ImportRefused(f"--name is {request.name!r}; {MODEL_NAME_RULE}")
     foreign = inspect_model(request)
-    labels = foreign.labels
     geometry = _build_geometry(request, foreign)
     wrapped_model = _wrap_model(foreign)
-    check_result = check_recipe(request.check, request, foreign, geometry, labels) if request.check else None
+    check_result = _check_recipe(request, foreign, geometry)
     if check_result:
         geometry = replace(geometry, pixel_path=check_result.pixel_path)
-    out = request.out / request.name / _find_next_version(request.out / request.name)
-    contract = _build_contract(request, foreign, wrapped_model, geometry, labels, out.name, check_result)
-    content = foreign.reference.weights.serialize(
-        ModelProto.FromString(embed_contract(wrapped_model.model, contract))
-    )
+    version = _find_next_version(request.out / request.name)
+    contract = _build_contract(request, foreign, wrapped_model, geometry, version, check_result)
+    model = ModelProto.FromString(embed_contract(wrapped_model.model, contract))
+
+    # Both functions are called in this thread, before `write_import` returns.
+    def write_model(file: BinaryIO) -> None:
+        foreign.reference.weights.write(model, file)
+
+    def verify(file: Path) -> ImportReport:
+        return _verify(file, request, foreign, wrapped_model, geometry, contract, check_result)
+
+    report = write_import(request, contract, write_model, verify)
+    if request.default:
+        write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
+    return report
+
+
+def _verify(
+    file: Path,
+    request: ImportRequest,
+    foreign: ForeignModel,
+    wrapped_model: WrappedModel,
+    geometry: Geometry,
+    contract: Contract,
+    check_result: CheckResult | None,
+) -> ImportReport:
+    """Compare the written file with the original file and the source's pipeline. Return the report.
+
+    The weights are in memory once at a time: in the reference model, in the source's library, in the engine.
+    Raises `VerificationError`.
+    """
     answers = run_file(foreign)
     source_run, comparison_note = run_source(request, foreign, geometry)
-    foreign.reference.close()  # one copy of the weights less while the engine loads its own
-    engine = Engine(content, provider="cpu", threads=get_thread_count())
+    foreign.reference.close()
+    engine = Engine(file, provider="cpu", threads=get_thread_count())
     agreement = compare_with_file(answers, engine, request.tolerance)
     comparison = compare_with_pipeline(source_run, foreign, engine) if source_run else None
     if comparison:
         comparison_note = f"with {comparison}"
-    report = ImportReport(
+    return ImportReport(
         model=contract.name,
         version=contract.version,
-        bytes=len(content),
+        bytes=file.stat().st_size,
         parameters=wrapped_model.parameters,
         file=_replace_invalid_bytes(request.provenance.file if request.provenance else request.file.name),
         sha256=_compute_sha256(_find_original(request)),
         facts=(
             *name_origins(foreign.facts, request.provenance),
-            *_collect_facts(request, foreign, labels, geometry, check_result),
+            *_collect_facts(request, foreign, foreign.labels, geometry, check_result),
             *((("compared", comparison_note),) if comparison_note else ()),
         ),
         agreement=agreement,
@@ -150,13 +173,14 @@ def import_model(request: ImportRequest) -> ImportReport:
         check=check_result.report if check_result else None,
         comparison=comparison,
     )
-    # All checks have passed: nothing is written before, so that a failed import leaves no file. The default
-    # is recorded first: beside a second model, a model without this record is not the default.
-    record_default_model(request.out)
-    report = write_import(request, report, contract, content)
-    if request.default:
-        write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
-    return report
+
+
+def _check_recipe(request: ImportRequest, foreign: ForeignModel, geometry: Geometry) -> CheckResult | None:
+    if request.check is None:
+        return None
+    from fovea.export.importer.recipe_check import check_recipe  # it needs torch
+
+    return check_recipe(request.check, request, foreign, geometry, foreign.labels)
 
 
 def _wrap_model(foreign: ForeignModel) -> WrappedModel:
@@ -211,7 +235,6 @@ def _build_contract(
     foreign: ForeignModel,
     wrapped_model: WrappedModel,
     geometry: Geometry,
-    labels: Labels,
     version: str,
     check_result: CheckResult | None,
 ) -> Contract:
@@ -220,13 +243,13 @@ def _build_contract(
     images = golden.draw_golden_images(
         geometry, lambda pixels: reference(pixels)[wrapped_model.logits].astype(np.float32)
     )
-    task, count = foreign.task, len(labels.names)
+    task, labels, count = foreign.task, foreign.labels.names, len(foreign.labels.names)
     return Contract(
         format=FORMAT_VERSION,
         name=request.name,
         version=version,
         task=task,
-        labels=labels.names,
+        labels=labels,
         input_name=wrapped_model.pixels,
         input=geometry,
         logits_name=wrapped_model.logits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fovea.export.drift_reference import build_reference
+from fovea.export.importer.check_result import CheckReport, CheckResult
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.label_file import Labels
@@ -27,45 +28,13 @@ from fovea.export.importer.labelled_images import (
 from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
 from fovea.export.known_threshold import choose_threshold
 from fovea.model.evaluation import metrics
-from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, KnownScore, PixelPath, Task
+from fovea.service.artifact.contract import Accuracy, Geometry, KnownScore, PixelPath, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import Pixels
 
 _MUCH_WIDER: Final = 8.0
 """Factor from which a range of values is much wider; those of the presets for 0 … 1 differ by 4.5."""
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """The model's results on labelled images."""
-
-    data: str
-    images: int
-    top1: float
-    top5: float
-    unreadable: dict[str, str]
-    tried: int
-    """Number of images on which other recipes were tried."""
-    others: dict[str, tuple[float, float]]
-    """(top-1, mean probability of the true label) by recipe on these images; `own` is the chosen recipe."""
-    fast_scaled: int
-    """Number of images that `fast` decodes at a smaller scale."""
-    fast_changed: int
-    """Number of answers that `fast` pixels change."""
-    fast_difference: float
-    """Largest difference of a probability between `fast` and `exact` pixels."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """The results of the check for the contract."""
-
-    pixel_path: PixelPath
-    accuracy: Accuracy
-    reference: DriftReference
-    known: KnownScore | None
-    report: CheckReport
 
 
 def check_recipe(

@@ -11,9 +11,9 @@ from fovea.export.quantize.candidate import GraphRunner, Outputs, Speed, measure
 from fovea.export.quantize.comparison import PairedCounts, share_confidence
 from fovea.export.quantize.images import PixelSelection
 from fovea.export.quantize.recipe import Recipe
-from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Contract
 from fovea.service.providers import ProviderSetting
+from fovea.service.resources.threads import get_thread_count
 
 
 @dataclass(frozen=True)

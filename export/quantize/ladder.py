@@ -15,8 +15,8 @@ from fovea.export.quantize.gate import Gate, Verdict
 from fovea.export.quantize.images import PixelSelection
 from fovea.export.quantize.recipe import Recipe, RecipeKind, convert_graph
 from fovea.export.quantize.regions import Region
-from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Contract
+from fovea.service.resources.threads import get_thread_count
 
 _SENSITIVITY_IMAGES: Final = 16
 """Number of calibration images on which the sensitivity of each layer is measured."""

@@ -19,8 +19,8 @@ from pathlib import Path
 import onnxruntime
 from onnx import ModelProto
 
-from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
 from fovea.export.model_card import render_model_card
+from fovea.export.model_output import REPORT_FILE, embed_contract
 from fovea.export.quantize.comparison import CONFIDENCE, PairedCounts, share_confidence
 from fovea.export.quantize.finish import (
     build_quantized_contract,

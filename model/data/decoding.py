@@ -17,12 +17,12 @@ from PIL import Image
 from rich.progress import Progress
 
 from fovea.model.data.perceptual_hash import Hashes, hash_images
-from fovea.model.data.pixels import get_thread_count
 from fovea.model.data.sources import MAX_BYTES, EncodedImage, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, RequestError, to_one_line
 from fovea.service.inference.image_format import supported_formats
 from fovea.service.inference.preprocess import decode_image
+from fovea.service.resources.threads import get_thread_count
 
 MAX_PIXELS: Final = 200_000_000
 """Maximum number of pixels of an image.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fovea.service.artifact.contract import Geometry
-from fovea.service.resources.threads import available_cpus
+from fovea.service.resources.threads import get_thread_count
 
 
 class Pixels(Protocol):
@@ -87,11 +86,6 @@ class StreamedPixels:
         for position, image in enumerate(images):  # in order; waits for the decoding threads
             pixels[position] = image
         return torch.from_numpy(pixels)
-
-
-def get_thread_count() -> int:
-    """Return the number of threads for decoding."""
-    return math.ceil(available_cpus())
 
 
 def map_pixels(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,9 @@ MAX_SIDE: Final = 2800
 The golden set needs at most `MAX_GOLDEN_PIXELS`, 16 megapixels: its largest image is 5/4 by 3/2 of a side.
 """
 
+MIN_FRACTION: Final = 0.01
+"""Minimum fraction of a side that a crop keeps. Known pipelines keep 0.875."""
+
 MAX_STEPS: Final = 8
 """Maximum number of steps. Known pipelines have at most four."""
 
@@ -132,6 +135,23 @@ class AspectCropStep:
 
 
 @dataclass(frozen=True)
+class FractionCropStep:
+    """The centre of the image, with the same fraction of both sides.
+
+    The corner is rounded down, and the other corner is as far from its edge, as in `tf.image.central_crop`.
+    """
+
+    step: Literal["fraction_crop"] = field(default="fraction_crop", init=False)
+    fraction: float
+
+    def __post_init__(self) -> None:
+        require(
+            MIN_FRACTION <= self.fraction < 1,
+            f"input: crop fraction {self.fraction}: the fraction must be from {MIN_FRACTION} to less than 1",
+        )
+
+
+@dataclass(frozen=True)
 class PadStep:
     """A border around an image that is at most height x width.
 
@@ -148,11 +168,34 @@ class PadStep:
 
     def __post_init__(self) -> None:
         _require_sides("pad", self.height, self.width)
-        require(
-            len(self.fill) == 3 and all(0 <= value <= 255 for value in self.fill),
-            f"input: the fill of a pad is {self.fill}; it takes three numbers from 0 to 255",
-        )
+        _require_colour("pad", self.fill)
         require(self.rounding is not Rounding.NONE, "input: pad rounds its border: by floor or round")
+
+
+@dataclass(frozen=True)
+class AspectPadStep:
+    """The smallest image with the aspect ratio of height x width that has the image in its centre.
+
+    The side is rounded down, and so is half the border. Opposite borders are equal, as in Keras'
+    `pad_to_aspect_ratio`, so that a pixel may be missing.
+    """
+
+    step: Literal["aspect_pad"] = field(default="aspect_pad", init=False)
+    height: int
+    width: int
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """Colour of the border: red, green and blue, 0 … 255."""
+
+    def __post_init__(self) -> None:
+        _require_sides("pad aspect", self.height, self.width)
+        _require_colour("pad aspect", self.fill)
+
+
+def _require_colour(name: str, fill: tuple[int, int, int]) -> None:
+    require(
+        len(fill) == 3 and all(0 <= value <= 255 for value in fill),
+        f"input: the fill of a {name} is {fill}; it takes three numbers from 0 to 255",
+    )
 
 
 def _require_sides(name: str, height: int, width: int) -> None:
@@ -162,7 +205,7 @@ def _require_sides(name: str, height: int, width: int) -> None:
     )
 
 
-Step: TypeAlias = ResizeStep | CropStep | AspectCropStep | PadStep
+Step: TypeAlias = ResizeStep | CropStep | AspectCropStep | FractionCropStep | PadStep | AspectPadStep
 
 
 @dataclass(frozen=True)
@@ -240,7 +283,7 @@ def find_last_size(steps: tuple[Step, ...]) -> tuple[int, int]:
     largest: tuple[int, int] | None = None  # an image may have any size
     for index, step in enumerate(steps):
         following = steps[index + 1] if index + 1 < len(steps) else None
-        box = step.height, step.width
+        box = (0, 0) if isinstance(step, FractionCropStep) else (step.height, step.width)
         match step:
             case ResizeStep(fit=Fit.COVER):
                 require(
@@ -259,6 +302,10 @@ def find_last_size(steps: tuple[Step, ...]) -> tuple[int, int]:
                     "input: a resize stretch with antialiasing must follow an aspect crop without rounding",
                 )
                 smallest = (1, 1)
+            case FractionCropStep():
+                smallest = (1, 1)
+            case AspectPadStep():
+                smallest, largest = (1, 1), None
             case PadStep():
                 require(
                     largest is not None and largest[0] <= box[0] and largest[1] <= box[1],
@@ -283,14 +330,16 @@ def _find_fast_obstacle(steps: tuple[Step, ...]) -> str:
     resize, crops, pads = steps[position], 0, 0
     for step in steps[position + 1 :]:
         crops, pads = crops + isinstance(step, CropStep), pads + isinstance(step, PadStep)
-        if isinstance(step, AspectCropStep) or crops > 1 or pads > 1 or (pads and isinstance(step, CropStep)):
+        if crops > 1 or pads > 1 or (pads and isinstance(step, CropStep)):
             return "a crop follows the border or another crop"
+        if not isinstance(step, CropStep | PadStep):
+            return "a step that depends on the size of the image follows the resize"
         if isinstance(step, CropStep) and isinstance(resize, ResizeStep):
             fits = resize.height >= step.height and resize.width >= step.width
             if resize.fit is Fit.CONTAIN or not fits:
                 return "the crop may be larger than the resized image"
     if kinds[:position] not in ((), (AspectCropStep,)):
-        return "a crop of a fixed size or several crops precede the resize"
+        return "another step than one crop to an aspect ratio precedes the resize"
     if isinstance(resize, ResizeStep) and not resize.antialias:
         return "a resize without antialiasing reads single pixels of the full image"
     return ""

@@ -6,6 +6,8 @@
     resize contain 224 x 224 bilinear round, pad 224 x 224 fill 114/114/114
     crop aspect 224 x 224, resize stretch 224 x 224 bilinear no-antialias
     crop aspect 224 x 224 unrounded, resize stretch 224 x 224 lanczos   PIL.ImageOps.fit
+    crop fraction 0.875, resize stretch 224 x 224 bilinear no-antialias   slim
+    pad aspect 224 x 224, resize stretch 224 x 224 bilinear no-antialias  Keras' pad_to_aspect_ratio
 
 Sizes are height x width, or one number for a square. Defaults are left out: `floor` for resize, aspect crop
 and pad, `round` for crop, black for the fill, antialiasing.
@@ -20,8 +22,10 @@ from typing import Any, Final
 from fovea.service.artifact.geometry import (
     MAX_STEPS,
     AspectCropStep,
+    AspectPadStep,
     CropStep,
     Fit,
+    FractionCropStep,
     Interpolation,
     PadStep,
     ResizeStep,
@@ -49,6 +53,8 @@ def format_steps(steps: tuple[Step, ...]) -> str:
 
 def format_step(step: Step) -> str:
     """Return one step as text."""
+    if isinstance(step, FractionCropStep):
+        return f"crop fraction {step.fraction!r}"
     size = f"{step.height} x {step.width}"
     match step:
         case ResizeStep():
@@ -59,11 +65,16 @@ def format_step(step: Step) -> str:
             words, default = ["crop", size], Rounding.ROUND
         case AspectCropStep():
             words, default = ["crop aspect", size], Rounding.FLOOR
+        case AspectPadStep():
+            return " ".join(["pad aspect", size, *_format_fill(step.fill)])
         case PadStep():
-            words, default = ["pad", size], Rounding.FLOOR
-            words += ["fill " + "/".join(map(str, step.fill))] if any(step.fill) else []
+            words, default = ["pad", size, *_format_fill(step.fill)], Rounding.FLOOR
     words += [] if step.rounding is default else [_ROUNDING_WORDS[step.rounding]]
     return " ".join(words)
+
+
+def _format_fill(fill: tuple[int, int, int]) -> list[str]:
+    return ["fill " + "/".join(map(str, fill))] if any(fill) else []
 
 
 def parse_steps(text: str) -> tuple[Step, ...]:
@@ -79,7 +90,8 @@ def parse_steps(text: str) -> tuple[Step, ...]:
 
 def _parse_step(text: str) -> Step:
     words = text.split()
-    name = " ".join(words[:2]) if words[:2] == ["crop", "aspect"] else "".join(words[:1])
+    name = " ".join(words[:2])
+    name = name if name in _PARSERS else "".join(words[:1])
     require(
         name in _PARSERS,
         f"a step is {text!r}; steps begin with {', '.join(_PARSERS)}, such as {EXAMPLE!r}",
@@ -109,23 +121,28 @@ def _parse_aspect_crop(words: list[str]) -> Step:
     return AspectCropStep(*_take_size(words, "crop aspect"), _take_rounding(words, Rounding.FLOOR))
 
 
+def _parse_fraction_crop(words: list[str]) -> Step:
+    if not words or not re.fullmatch(r"0?\.\d{1,20}", words[0]):
+        raise ContractError("crop fraction needs the fraction of each side, such as crop fraction 0.875")
+    return FractionCropStep(float(words.pop(0)))
+
+
 def _parse_pad(words: list[str]) -> Step:
     height, width = _take_size(words, "pad")
-    fill = (0, 0, 0)
-    if words[:1] == ["fill"]:
-        colour = re.fullmatch(r"(\d{1,3})/(\d{1,3})/(\d{1,3})", "".join(words[1:2]))
-        if colour is None:
-            raise ContractError("fill needs red, green and blue from 0 to 255, such as fill 114/114/114")
-        fill = int(colour[1]), int(colour[2]), int(colour[3])
-        del words[:2]
-    return PadStep(height, width, fill, _take_rounding(words, Rounding.FLOOR))
+    return PadStep(height, width, _take_fill(words), _take_rounding(words, Rounding.FLOOR))
+
+
+def _parse_aspect_pad(words: list[str]) -> Step:
+    return AspectPadStep(*_take_size(words, "pad aspect"), _take_fill(words))
 
 
 _PARSERS: Final[dict[str, Callable[[list[str]], Step]]] = {
     "resize": _parse_resize,
     "crop": _parse_crop,
     "crop aspect": _parse_aspect_crop,
+    "crop fraction": _parse_fraction_crop,
     "pad": _parse_pad,
+    "pad aspect": _parse_aspect_pad,
 }
 
 
@@ -135,6 +152,16 @@ def _take_size(words: list[str], name: str) -> tuple[int, int]:
         raise ContractError(f"{name} needs a size, height x width in pixels, such as {name} 224 x 224")
     del words[0]
     return int(size[1]), int(size[2] or size[1])
+
+
+def _take_fill(words: list[str]) -> tuple[int, int, int]:
+    if words[:1] != ["fill"]:
+        return 0, 0, 0
+    colour = re.fullmatch(r"(\d{1,3})/(\d{1,3})/(\d{1,3})", "".join(words[1:2]))
+    if colour is None:
+        raise ContractError("fill needs red, green and blue from 0 to 255, such as fill 114/114/114")
+    del words[:2]
+    return int(colour[1]), int(colour[2]), int(colour[3])
 
 
 def _take_word(words: list[str], choices: dict[str, Any], need: str) -> Any:

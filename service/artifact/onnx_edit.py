@@ -12,7 +12,7 @@ version 11). The encoding is described at https://protobuf.dev/programming-guide
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from fovea.service.artifact.inputs import InputTensor
@@ -104,6 +104,19 @@ def list_external_weights(model: bytes) -> list[ExternalWeight]:
         for one in _parse_fields(field.content)
         if one.number == _INITIALIZER and (weight := _parse_external_weight(one.content))
     ]
+
+
+def replace_metadata(model: memoryview, metadata: Mapping[str, str]) -> Iterator[memoryview | bytes]:
+    """Yield the parts of the model with `metadata` in place of its own, without a copy of the graph.
+
+    Raises `ModelError` when the model is not a protobuf message.
+    """
+    for field in _parse_fields(model):
+        if field.number != _METADATA:
+            yield field.encoded_field
+    for key, value in metadata.items():
+        entry = _encode_message(_ENTRY_KEY, key.encode()) + _encode_message(_ENTRY_VALUE, value.encode())
+        yield _encode_message(_METADATA, entry)
 
 
 def read_metadata(file: BinaryIO) -> dict[str, str]:

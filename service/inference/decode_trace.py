@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from PIL import ImageFile
 
-from fovea.service.artifact.geometry import Geometry, PadStep, ResizeStep
+from fovea.service.artifact.geometry import AspectPadStep, Geometry, PadStep, ResizeStep
 from fovea.service.inference.colour import Conversion
 from fovea.service.inference.geometry_plan import PlannedStep, Size, find_visible_box, plan_steps
 from fovea.service.inference.geometry_warnings import format_size
@@ -80,10 +80,11 @@ def _describe_step(planned_step: PlannedStep) -> tuple[str, str]:
     if isinstance(step, ResizeStep):
         filter_ = step.interpolation if step.antialias else f"{step.interpolation} without antialiasing"
         return "resize", f"from {format_size(size)} to {format_size(target_size)}, {filter_}"
-    if isinstance(step, PadStep) or min(box[:2]) < 0:
-        fill = step.fill if isinstance(step, PadStep) else (0, 0, 0)
+    pad = step if isinstance(step, PadStep | AspectPadStep) else None
+    if pad or min(box[:2]) < 0:
+        fill = pad.fill if pad else (0, 0, 0)
         colour = "black" if not any(fill) else f"the colour {'/'.join(map(str, fill))}"
-        name = "pad" if isinstance(step, PadStep) else "crop"
+        name = "pad" if pad else "crop"
         border = f"{max(0, int(-box[0]))} on the left and {max(0, int(-box[1]))} at the top"
         return name, f"to {format_size(target_size)} with a border of {colour}, {border}"
     # An aspect crop without rounding may have fractions.

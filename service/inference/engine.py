@@ -69,7 +69,7 @@ class Engine:
 
     def __init__(
         self,
-        model: bytes,
+        model: bytes | Path,
         *,
         provider: ProviderSetting,
         threads: int,
@@ -78,7 +78,9 @@ class Engine:
         read_bytes: Callable[[], bytes] | None = None,
         weights_file: MemoryFile | None = None,
     ) -> None:
-        """Load the bytes of a model file with `threads` CPU threads per call.
+        """Load a model with `threads` CPU threads per call: the bytes of its file, or the path.
+
+        From a path, loading needs less memory, by the size of the file and more. The file must stay as it is.
 
         An exclusive call gets `wide_threads` threads if this is more. On a CPU the model is then loaded
         twice, because a session cannot change its number of threads. A session with many threads that several
@@ -96,7 +98,9 @@ class Engine:
         `ContractError` when the contract is missing or does not fit the graph.
         """
         self._open_session = partial(open_session, provider=provider, engine_cache=engine_cache)
-        weights = share_weights(model, weights_file) if weights_file and runs_on_cpu(provider) else None
+        weights = None
+        if weights_file and runs_on_cpu(provider):
+            weights = share_weights(_read_whole(model), weights_file)
         session = self._open_session(model, threads=threads, weights=weights)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: ProviderName = get_provider(session)
@@ -117,7 +121,7 @@ class Engine:
         """Possible inputs of the model, the pixels first."""
         self._threads = threads
         self._wide_threads = wide_threads if not is_gpu and wide_threads > threads else 0
-        self._read_bytes = read_bytes or (lambda: model)
+        self._read_bytes = read_bytes or partial(_read_whole, model)
         self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, weights))
         self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
@@ -269,7 +273,7 @@ class Engine:
             self._raw_input_sessions[tensor.name] = sessions
         return self._raw_input_sessions[tensor.name]
 
-    def _open_multi_threaded(self, model: bytes, weights: SharedWeights | None = None) -> Any:
+    def _open_multi_threaded(self, model: bytes | Path, weights: SharedWeights | None = None) -> Any:
         """Return a session with more threads, or None if exclusive calls get no extra threads."""
         if not self._wide_threads:
             return None
@@ -400,6 +404,10 @@ class _Sessions:
         self.shared = shared
         self.exclusive = exclusive or shared
         self.arena_shrinker = ArenaShrinker()
+
+
+def _read_whole(model: bytes | Path) -> bytes:
+    return model.read_bytes() if isinstance(model, Path) else model
 
 
 def _check_graph(session: Any, contract: Contract) -> None:

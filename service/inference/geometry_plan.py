@@ -10,8 +10,10 @@ from typing import Final, NamedTuple, TypeAlias
 
 from fovea.service.artifact.geometry import (
     AspectCropStep,
+    AspectPadStep,
     CropStep,
     Fit,
+    FractionCropStep,
     Geometry,
     PadStep,
     ResizeStep,
@@ -60,7 +62,7 @@ def plan_step(step: Step, size: Size) -> PlannedStep:
     """Return one step for an image of this size."""
     if isinstance(step, ResizeStep):
         return PlannedStep(step, size, (0, 0, *size), compute_target_size(step, size))
-    box = compute_aspect_box(step, size) if isinstance(step, AspectCropStep) else compute_box(step, size)
+    box = compute_box(step, size)
     target_size = int(box[2] - box[0]), int(box[3] - box[1])
     return PlannedStep(step, size, box, (max(1, target_size[0]), max(1, target_size[1])))
 
@@ -94,9 +96,31 @@ def compute_target_size(step: ResizeStep, size: Size) -> Size:
     return max(1, _divide(step.height * width, height, step.rounding)), step.height
 
 
-def compute_box(step: CropStep | PadStep, size: Size) -> tuple[int, int, int, int]:
-    """Return the box of a crop in an image of `size`, or of the padded image; a border is outside."""
+def compute_box(
+    step: CropStep | AspectCropStep | FractionCropStep | PadStep | AspectPadStep, size: Size
+) -> Box:
+    """Return the box of a crop in an image of `size`, or of the padded image; a border is outside.
+
+    Only an aspect crop without rounding has fractions.
+    """
+    if isinstance(step, AspectCropStep):
+        return compute_aspect_box(step, size)
+    return compute_whole_box(step, size)
+
+
+def compute_whole_box(
+    step: CropStep | FractionCropStep | PadStep | AspectPadStep, size: Size
+) -> tuple[int, int, int, int]:
+    """Return the box of a step in an image of `size`, as `compute_box` does."""
     width, height = size
+    if isinstance(step, FractionCropStep):  # in the arithmetic of `tf.image.central_crop`
+        left, top = (int((side - side * step.fraction) / 2) for side in size)
+        return left, top, width - left, height - top
+    if isinstance(step, AspectPadStep):
+        padded_width = max(width, height * step.width // step.height)
+        padded_height = max(height, width * step.height // step.width)
+        across, down = (padded_width - width) // 2, (padded_height - height) // 2
+        return -across, -down, width + across, height + down
     left, top = _centre(width - step.width, step), _centre(height - step.height, step)
     return left, top, left + step.width, top + step.height
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, JpegImagePlugin
 
 from fovea.service.artifact.geometry import (
     AspectCropStep,
+    AspectPadStep,
     CropStep,
     Fit,
     Geometry,
@@ -21,12 +22,13 @@ from fovea.service.artifact.geometry import (
     Rounding,
     Step,
 )
+from fovea.service.errors import TooManyPixels
 from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.geometry_plan import (
     Size,
     compute_aspect_box,
-    compute_box,
     compute_target_size,
+    compute_whole_box,
     plan_steps,
 )
 from fovea.service.inference.pixels import Box, Pixels
@@ -52,6 +54,12 @@ WHOLE_RESIZE_PIXELS: Final = 16_000_000
 
 Otherwise a 1 x 20,000 strip for a model of 224 would become 224 x 4,480,000. Photographs stay far below: a
 10:1 panorama for a model of 384 makes 1.5 million.
+"""
+
+MAX_PADDED_PIXELS: Final = 200_000_000
+"""Number of pixels after a border to an aspect ratio above which an image is refused, 800 MB.
+
+A strip of 1 x 20,000 with a border to a square would have 400 million.
 """
 
 _FILTERS: Final = {
@@ -95,10 +103,10 @@ def _run_steps(image: Image.Image, steps: tuple[Step, ...]) -> Pixels:
                 source_box = box
             elif box != (0, 0, *image.size):
                 image = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
-        elif isinstance(step, PadStep):
+        elif isinstance(step, PadStep | AspectPadStep):
             image = _pad(image, step)
         elif step is not skipped_crop:
-            image = image.crop(compute_box(step, image.size))  # black outside the image
+            image = image.crop(compute_whole_box(step, image.size))  # black outside the image
     return _to_array(image)
 
 
@@ -107,7 +115,7 @@ def _resize_and_crop(
 ) -> Image.Image:
     """Resize the image, or its `source_box`, and crop the result if there is a crop."""
     size = compute_target_size(step, image.size)
-    crop_box = compute_box(crop, size) if crop else (0, 0, *size)
+    crop_box = compute_whole_box(crop, size) if crop else (0, 0, *size)
     filter_ = _FILTERS[step.interpolation]
     if source_box is None and step.antialias and size[0] * size[1] <= WHOLE_RESIZE_PIXELS:
         return _resize_whole(image, size, crop_box, step, filter_)
@@ -156,11 +164,17 @@ def _resize_whole(
     return image
 
 
-def _pad(image: Image.Image, step: PadStep) -> Image.Image:
-    left, top, right, bottom = compute_box(step, image.size)
+def _pad(image: Image.Image, step: PadStep | AspectPadStep) -> Image.Image:
+    left, top, right, bottom = compute_whole_box(step, image.size)
     if (left, top, right, bottom) == (0, 0, *image.size):
         return image
-    padded_image = Image.new("RGB", (step.width, step.height), step.fill)
+    width, height = right - left, bottom - top
+    if width * height > MAX_PADDED_PIXELS:
+        raise TooManyPixels(
+            f"a border would make an image of {width} x {height} pixels of one of {image.width} x "
+            f"{image.height}; at most {MAX_PADDED_PIXELS} pixels"
+        )
+    padded_image = Image.new("RGB", (width, height), step.fill)
     padded_image.paste(image, (-left, -top))
     return padded_image
 
@@ -192,7 +206,7 @@ def _resize_region(
             crop_box = step_box
         elif isinstance(step, AspectCropStep):
             box = _locate_region(step_box, step_size, box, rotation)
-        else:
+        elif isinstance(step, PadStep):
             pad = step
     if rotation:
         stored_size = (height, width) if rotation.swaps_axes else (width, height)

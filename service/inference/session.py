@@ -61,7 +61,7 @@ class SharedWeights(NamedTuple):
 
 
 def open_session(
-    model: bytes,
+    model: bytes | Path,
     provider: ProviderSetting,
     threads: int,
     *,
@@ -70,6 +70,8 @@ def open_session(
     weights: SharedWeights | None = None,
 ) -> Any:
     """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
+
+    `model` are the bytes of a model file, or its path: ONNX Runtime then needs less memory while it loads.
 
     With `unoptimized` the graph is not optimized: it loads faster and runs slower. `engine_cache` is the
     folder of a provider that compiles graphs (`service.inference.engine_cache`); empty for none. With

@@ -69,6 +69,11 @@ def expects_gpu(provider: ProviderSetting) -> bool:
     return _NVIDIA_DEVICE.exists() and any(library.exists() for library in libraries)
 
 
+def get_thread_count() -> int:
+    """Return the number of threads that keep all usable processors busy."""
+    return math.ceil(available_cpus())
+
+
 def available_cpus(cgroup: Cgroup | None = None) -> float:
     """Return the number of usable processors: the CPU affinity, or the cgroup quota if it is smaller."""
     affinity = float(len(os.sched_getaffinity(0)))

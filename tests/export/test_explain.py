@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph
+from fovea.export.from_checkpoint import build_contract, export_classifier_graph
+from fovea.export.model_output import embed_contract
 from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph
+from fovea.export.from_checkpoint import build_contract, export_classifier_graph
+from fovea.export.model_output import embed_contract
 from fovea.export.verify import compare_outputs
 from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate

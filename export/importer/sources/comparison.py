@@ -16,7 +16,7 @@ from fovea.export.importer.graph_output import to_probabilities
 from fovea.export.importer.inspect import ForeignModel
 from fovea.export.importer.output_choice import to_rows
 from fovea.export.importer.sources.facts import ReferenceNetwork, ReferencePipeline
-from fovea.export.verify import VerificationError
+from fovea.export.verification_error import VerificationError
 from fovea.service.artifact.geometry import Geometry, PixelPath
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.pixels import Pixels
@@ -46,6 +46,9 @@ MIN_SAME_LABELS: Final = 0.95
 
 _MAX_PIXELS: Final = 50_000_000
 """Maximum number of pixels of a user's image that is compared."""
+
+_BATCH_SIZE: Final = 4
+"""Number of images that run at once. Layers of a ViT-B need 10 MB for each image."""
 
 _PIXEL_MARGIN: Final = 1e-2
 """Part of a level that float32 loses between normalised values and levels."""
@@ -146,7 +149,9 @@ def compare_with_pipeline(run: PipelineRun, foreign: ForeignModel, engine: Engin
 
     Raises `VerificationError` if they disagree.
     """
-    actual, expected, count = engine.run(run.pixels), run.probabilities, len(run.pixels)
+    expected, count = run.probabilities, len(run.pixels)
+    batches = range(0, count, _BATCH_SIZE)
+    actual = np.concatenate([engine.run(run.pixels[start : start + _BATCH_SIZE]) for start in batches])
     if actual.shape != expected.shape:
         raise VerificationError(
             f"{run.pipeline} gives {expected.shape[1]} probabilities, and the import gives "

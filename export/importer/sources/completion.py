@@ -22,7 +22,7 @@ from fovea.export.importer.preprocessing import PreprocessingOptions
 from fovea.export.importer.sources.background import drop_background, drop_background_label
 from fovea.export.importer.sources.facts import Provenance, Source, SourceFacts, StatedGeometry
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.geometry import Interpolation, ResizeStep, Step
+from fovea.service.artifact.geometry import FractionCropStep, Interpolation, ResizeStep, Step
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ def adapt_steps(
     steps: list[Step] = []
     for step in geometry.steps:
         new_step = step
-        if size is not None:
+        if size is not None and not isinstance(step, FractionCropStep):
             new_step = replace(
-                new_step,
+                step,
                 height=round(step.height * size[0] / geometry.height),
                 width=round(step.width * size[1] / geometry.width),
             )

@@ -38,11 +38,19 @@ def export_network(network: Any, height: int, width: int, file: Path) -> None:
                 **options,
             )
             if program is not None:
-                program.save(file, external_data=False)
+                save_program(program, file)
             return
         except Exception as error:  # the exporters raise anything
             errors.append(" ".join(str(error).split())[:200])
     raise ImportRefused(f"torch cannot export the network to ONNX: {errors[0]}")
+
+
+def save_program(program: Any, file: Path) -> None:
+    """Write an exported program as ONNX, with its weights in a file beside it.
+
+    Inside the file, torch would need two more copies of the weights in memory.
+    """
+    program.save(file, external_data=True)
 
 
 def _list_export_options() -> Iterator[tuple[int, dict[str, Any]]]:

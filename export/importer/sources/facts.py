@@ -84,6 +84,8 @@ class ReferencePipeline:
     """Name of the library."""
     run: Callable[[Sequence[Path]], ReferenceAnswers]
     """Run the pipeline on image files. Raises `ImportRefused` if the library cannot run."""
+    has_network: bool = False
+    """True if the network runs in the library too. Otherwise the original file runs in ONNX Runtime."""
 
 
 @dataclass(frozen=True)

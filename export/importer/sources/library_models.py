@@ -85,7 +85,9 @@ def create_reference(
     if importlib.util.find_spec(library) is None:
         return None
     return ReferencePipeline(
-        library, partial(_answer, folder, origin, _CHILDREN[library], work, with_model=with_model)
+        library,
+        partial(_answer, folder, origin, _CHILDREN[library], work, with_model=with_model),
+        has_network=with_model,
     )
 
 

@@ -66,7 +66,8 @@ def run_source(
 ) -> tuple[PipelineRun | None, str]:
     """Return a run of the source's own pipeline or network, or the reason why there is none.
 
-    The reason is empty for a file alone.
+    The reason is empty for a file alone. Before a network runs in the source's own library, this call closes
+    the reference model, so that the weights are in memory only once.
 
     Raises `VerificationError` if it makes images of another size.
     """
@@ -76,6 +77,8 @@ def run_source(
         reason = provenance.not_compared if provenance else ""
         return None, f"not with the source's own pipeline: {reason}" if reason else ""
     user_images = sorted(one for one in request.check.rglob("*") if one.is_file()) if request.check else []
+    if isinstance(reference, ReferenceNetwork) or reference.has_network:
+        foreign.reference.close()
     try:
         if isinstance(reference, ReferenceNetwork):
             return run_network(reference, foreign, geometry, user_images), ""

@@ -22,7 +22,15 @@ from fovea.export.importer.sources.config_values import (
     to_side,
 )
 from fovea.export.importer.sources.facts import ImageFacts, StatedGeometry
-from fovea.service.artifact.geometry import CropStep, Fit, Interpolation, ResizeStep, Rounding, Step
+from fovea.service.artifact.geometry import (
+    CropStep,
+    Fit,
+    Interpolation,
+    ResizeStep,
+    Rounding,
+    Step,
+    find_last_size,
+)
 
 _HALF: Final = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -263,7 +271,7 @@ def _read_geometry(config: Mapping[str, Any], processor: ProcessorClass) -> Stat
         steps.append(CropStep(height, width, Rounding.FLOOR))
     if not steps or (isinstance(steps[-1], ResizeStep) and steps[-1].fit is not Fit.STRETCH):
         raise ConfigError("it neither stretches nor crops images, which keep sizes of their own")
-    return StatedGeometry(steps[-1].height, steps[-1].width, tuple(steps))
+    return StatedGeometry(*find_last_size(tuple(steps)), tuple(steps))
 
 
 def _read_resize_steps(config: Mapping[str, Any], processor: ProcessorClass) -> list[Step]:

@@ -125,7 +125,7 @@ def _create_pipeline(network: ReferenceNetwork, normalization: Normalization | N
         planes = values.transpose(0, 3, 1, 2).astype(np.float32)
         return ReferenceAnswers(f"ImageOps.fit and {answers.name}", planes, answers.outputs)
 
-    return ReferencePipeline(_TEACHABLE, run)
+    return ReferencePipeline(_TEACHABLE, run, has_network=True)
 
 
 def read_numbered_labels(path: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from fovea.export.importer.foreign_model import Array, ImportRefused
 from fovea.export.importer.sources.answers import write_outputs
 from fovea.export.importer.sources.child import run_child
+from fovea.export.importer.sources.exporter import save_program
 from fovea.export.importer.sources.torch_code import check_program_records, check_script, restrict_json
 
 _ANY_SIDE: Final = 224
@@ -99,7 +100,7 @@ def export_program(file: Path, out: Path) -> None:
     onnx_program = torch.onnx.export(program, verbose=False)
     if onnx_program is None:
         raise ImportRefused(f"torch exported nothing from {file.name}")
-    onnx_program.save(out, external_data=False)
+    save_program(onnx_program, out)
 
 
 def answer_inputs(kind: str, file: Path, inputs_file: str, result: str) -> None:

@@ -46,7 +46,8 @@ def read_torchvision_model(text: str, work: Path) -> Source:
     except (ConfigError, KeyError, TypeError) as error:
         raise ImportRefused(f"the facts of {text} cannot be used: {error}") from None
     origin = f"{TORCHVISION_PREFIX}{name}:{values['weights']}"
-    reference = ReferencePipeline("torchvision", partial(_answer, name, values["weights"], text, work))
+    run = partial(_answer, name, values["weights"], text, work)
+    reference = ReferencePipeline("torchvision", run, has_network=True)
     return Source(file, f"{name}.onnx", origin, facts, work, reference, is_local=False)
 
 

@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from fovea.export.importer.check_result import MIN_FAST_IMAGES
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import (
-    MIN_FAST_IMAGES,
     LabelLookup,
     Scores,
     choose_best_recipe,

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.geometry import (
     MAX_SIDE,
+    MIN_FRACTION,
     AspectCropStep,
+    AspectPadStep,
     CropStep,
     Fit,
+    FractionCropStep,
     Geometry,
     Interpolation,
     PadStep,
@@ -50,6 +53,8 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
     ),
     st.builds(CropStep, SIDES, SIDES, WHOLE),
     st.builds(AspectCropStep, SIDES, SIDES, st.sampled_from(Rounding)),
+    st.builds(FractionCropStep, st.floats(MIN_FRACTION, 1, exclude_max=True)),
+    st.builds(AspectPadStep, SIDES, SIDES, st.tuples(COLOURS, COLOURS, COLOURS)),
     st.builds(PadStep, SIDES, SIDES, st.tuples(COLOURS, COLOURS, COLOURS), WHOLE),
 )  # fmt: skip
 
@@ -83,7 +88,10 @@ def test_text_may_be_written_in_several_ways(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a step is ''; steps begin with resize, crop, crop aspect, pad, such as 'resize cover"),
+        (
+            "",
+            "a step is ''; steps begin with resize, crop, crop aspect, crop fraction, pad, pad aspect, such",
+        ),
         ("resize cover 256 bilinear,", "a step is ''"),
         ("warp 3", "a step is 'warp 3'"),
         ("resize 256 bilinear", "resize needs one of cover, contain, stretch, not '256'"),
@@ -96,6 +104,12 @@ def test_text_may_be_written_in_several_ways(text: str) -> None:
         ("crop -5", "crop needs a size"),
         ("crop 9999999", "crop needs a size"),
         ("crop aspect", "crop aspect needs a size"),
+        ("crop fraction", "crop fraction needs the fraction of each side, such as crop fraction 0.875"),
+        ("crop fraction 224", "crop fraction needs the fraction"),
+        ("crop fraction 0.001", "the fraction must be from 0.01 to less than 1"),
+        ("crop fraction 0.5 floor", "has 'floor', which crop fraction does not take"),
+        ("pad aspect fill 1/2/3", "pad aspect needs a size"),
+        ("pad aspect 5 fill 0/0/256", "the fill of a pad aspect is (0, 0, 256)"),
         ("pad 5 fill red", "fill needs red, green and blue from 0 to 255, such as fill 114/114/114"),
         ("pad 5 fill 0/0/256", "three numbers from 0 to 255"),
         ("resize stretch 5 bicubic no-antialias", "bicubic has no form without antialiasing"),
@@ -121,6 +135,11 @@ def test_text_that_describes_no_steps_is_refused(text: str, message: str) -> Non
         ("resize cover 5 bilinear, resize stretch 5 bilinear", "a crop must follow resize cover"),
         ("resize contain 5 bilinear", "the last size depends on the image"),
         ("crop aspect 5", "the last size depends on the image"),
+        ("crop fraction 0.5", "the last size depends on the image"),
+        ("crop 5, crop fraction 0.5", "the last size depends on the image"),
+        ("pad aspect 5", "the last size depends on the image"),
+        ("resize contain 5 bilinear, pad aspect 5", "the last size depends on the image"),
+        ("pad aspect 5, pad 9", "pad 9 x 9 needs a smaller image"),
         ("crop 5, crop aspect 5 x 4", "the last size depends on the image"),
         ("pad 5", "pad 5 x 5 needs a smaller image"),
         ("resize contain 6 bilinear, pad 5 x 9", "pad 5 x 9 needs a smaller image"),

@@ -107,6 +107,29 @@ def crop_aspect_by_keras(image: Image.Image, height: int, width: int) -> Image.I
     return image.crop((left, top, left + crop_width, top + crop_height))
 
 
+def pad_aspect_by_keras(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The border of `ops.image.resize` with `pad_to_aspect_ratio` of Keras 3.15 (torch backend)."""
+    pad_height = max(image.height, int(float(image.width * height) / width))
+    pad_width = max(image.width, int(float(image.height * width) / height))
+    top, left = int(float(pad_height - image.height) / 2), int(float(pad_width - image.width) / 2)
+    array = np.asarray(image)  # (H, W, 3)
+    if top > 0:
+        border = np.full((top, image.width, 3), (9, 8, 7), np.uint8)
+        array = np.concatenate([border, array, border])
+    if left > 0:
+        border = np.full((image.height, left, 3), (9, 8, 7), np.uint8)
+        array = np.concatenate([border, array, border], axis=1)
+    return Image.fromarray(array)
+
+
+def crop_fraction_by_tensorflow(image: Image.Image, fraction: float) -> Image.Image:
+    """`tf.image.central_crop` of TensorFlow 2.21 (`image_ops_impl.py`), which slim uses with 0.875."""
+    top = int((float(image.height) - float(image.height) * fraction) / 2)
+    left = int((float(image.width) - float(image.width) * fraction) / 2)
+    height, width = image.height - top * 2, image.width - left * 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def pad_by_pillow(image: Image.Image) -> Image.Image:
     """`ImageOps.pad`, which leaves an image of no width where a strip is too thin; Fovea keeps a pixel."""
     assume(max(image.size) < 40 * min(image.size))
@@ -157,6 +180,18 @@ PIPELINES: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
     "Keras": (
         "crop aspect 40 x 56, resize stretch 40 x 56 bilinear",
         lambda image: crop_aspect_by_keras(image, 40, 56).resize((56, 40), BILINEAR),
+    ),
+    "Keras, border": (
+        "pad aspect 40 x 56 fill 9/8/7, resize stretch 40 x 56 bilinear",
+        lambda image: pad_aspect_by_keras(image, 40, 56).resize((56, 40), BILINEAR),
+    ),
+    "slim": (
+        "crop fraction 0.875, resize stretch 32 x 32 bilinear",
+        lambda image: crop_fraction_by_tensorflow(image, 0.875).resize((32, 32), BILINEAR),
+    ),
+    "a third": (
+        "crop fraction 0.3333333333333333, resize stretch 32 x 32 box",
+        lambda image: crop_fraction_by_tensorflow(image, 1 / 3).resize((32, 32), Image.Resampling.BOX),
     ),
     "crop, then resize": (
         "crop 50 x 50 floor, resize stretch 32 x 32 bicubic",
@@ -271,7 +306,11 @@ EXACT_TEXTS = {
     "resize stretch 32 x 32 bilinear no-antialias": "without antialiasing",
     "resize contain 40 x 40 bilinear, resize stretch 32 x 32 bilinear": "exactly one resize",
     "crop 32 x 32": "exactly one resize",
-    "crop 50 x 50, resize stretch 32 x 32 bilinear": "precede the resize",
+    "crop 50 x 50, resize stretch 32 x 32 bilinear": "precedes the resize",
+    "crop fraction 0.875, resize stretch 32 x 32 bilinear": "precedes the resize",
+    "pad aspect 32 x 32, resize stretch 32 x 32 bilinear": "precedes the resize",
+    "resize stretch 64 x 64 bilinear, crop fraction 0.5, resize stretch 32 x 32 box": "exactly one resize",
+    "resize stretch 40 x 64 bilinear, crop fraction 0.8, crop 32 x 32": "depends on the size",
     "resize cover 24 x 24 bilinear, crop 32 x 32": "larger than the resized image",
     "resize contain 40 x 40 bilinear, crop 32 x 32": "larger than the resized image",
     "resize contain 24 x 24 bilinear, pad 40 x 40, crop 32 x 32": "follows the border",

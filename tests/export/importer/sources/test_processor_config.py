@@ -15,7 +15,15 @@ from fovea.export.importer.sources.processor_config import (
     find_class_name,
     read_processor_config,
 )
-from fovea.service.artifact.geometry import CropStep, Fit, Interpolation, ResizeStep, Rounding, Step
+from fovea.service.artifact.geometry import (
+    CropStep,
+    Fit,
+    Interpolation,
+    ResizeStep,
+    Rounding,
+    Step,
+    find_last_size,
+)
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -322,7 +330,7 @@ def test_configurations_of_the_hub_are_read(name: str) -> None:
     assert facts.geometry is not None
     assert facts.normalization is not None
     assert facts.geometry.steps == steps
-    assert (facts.geometry.height, facts.geometry.width) == (steps[-1].height, steps[-1].width)
+    assert (facts.geometry.height, facts.geometry.width) == find_last_size(steps)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)
     np.testing.assert_allclose(facts.normalization(pixels), normalization(pixels), rtol=1e-6, atol=1e-6)
     assert facts.normalization.bgr == normalization.bgr
