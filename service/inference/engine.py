@@ -285,6 +285,11 @@ class Engine:
             for exclusive in self._exclusive_modes() if size == 1 else (False,):
                 self.run(pixels, exclusive=exclusive)
 
+    @property
+    def has_exclusive_session(self) -> bool:
+        """True if exclusive calls run in a session of their own, with more threads."""
+        return bool(self._wide_threads)
+
     def _exclusive_modes(self) -> tuple[bool, ...]:
         """Return the values of `exclusive` that use different sessions: each is warmed up and checked."""
         return (False, True) if self._wide_threads else (False,)

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Task
-from fovea.service.errors import Internal
+from fovea.service.errors import BadBox, Internal, NoEmbedding, UnsupportedFormat
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.pixels import brightness_of
-from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest
+from fovea.service.runners.batch_messages import Answer, BatchReport, BoxAnswers, ImageRequest
 from fovea.service.runners.frames import FrameDecoder
 from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
-from tests.graphs import build_model, build_nan_for_black
+from tests.graphs import build_model, build_nan_for_black, build_unopenable
 from tests.pictures import encode_image, make_jpeg
 
 PLAN = ProcessPlan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
@@ -97,3 +97,58 @@ def test_only_the_images_that_ask_get_an_embedding(tmp_path: Path) -> None:
     assert embedded.embedding is not None
     assert len(embedded.embedding) == 8
     assert list(plain.probabilities) == pytest.approx(list(embedded.probabilities), abs=1e-6)
+
+
+def test_boxes_are_answered_beside_other_images(tmp_path: Path) -> None:
+    """Batches of the model have three images at most."""
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    image = make_jpeg()
+    box = (0, 0, 64, 48)
+    report = predictor.predict_batch(
+        [
+            ImageRequest(image, boxes=(box,) * 7, include_logits=True),
+            image,
+            ImageRequest(b"nonsense", boxes=(box,)),
+            ImageRequest(image, boxes=((0, 0, 64, 49),)),
+            ImageRequest(image, include_embedding=True),
+            ImageRequest(image, boxes=()),
+        ],
+        exclusive=True,
+    )
+    boxed, plain, failed, outside, embedded, empty = report.answers
+    assert isinstance(plain, Answer) and isinstance(embedded, Answer)
+    assert isinstance(boxed, BoxAnswers) and isinstance(empty, BoxAnswers)
+    assert isinstance(failed, UnsupportedFormat)
+    assert isinstance(outside, BadBox)
+    assert len(report.decode_seconds) == 6
+    assert report.batch_size == 3
+    assert empty.answers == []
+    assert (boxed.format, boxed.width, boxed.height) == ("JPEG", 64, 48)
+    assert [one.timing.batch_size for one in boxed.answers] == [3, 3, 3, 3, 3, 3, 1]
+    for answer in boxed.answers:
+        assert list(answer.probabilities) == pytest.approx(list(plain.probabilities), abs=1e-6)
+        assert (answer.format, answer.width, answer.height) == ("", 64, 48)
+        assert answer.logits is not None
+    starts = [one.timing.decode_started_at for one in boxed.answers]
+    assert starts == sorted(starts)
+
+
+def test_boxes_alone_use_the_session_of_exclusive_calls_one_by_one(tmp_path: Path) -> None:
+    """This session keeps the memory of single images only."""
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    plan = ProcessPlan("cpu", 3, 1, 2, 1, 1_000_000, 1 << 28, 1)
+    predictor = Predictor(tmp_path / "model.onnx", plan, DecodeMemory(1 << 28))
+    request = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),) * 4)
+    for exclusive, sizes in ((True, [1, 1, 1, 1]), (False, [3, 3, 3, 1])):
+        (answer,) = predictor.predict_batch([request], exclusive=exclusive).answers
+        assert isinstance(answer, BoxAnswers)
+        assert [one.timing.batch_size for one in answer.answers] == sizes
+
+
+def test_embedding_of_boxes_needs_a_model_with_one(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_unopenable().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    request = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),), include_embedding=True)
+    (answer,) = predictor.predict_batch([request]).answers
+    assert isinstance(answer, NoEmbedding)
