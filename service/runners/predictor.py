@@ -312,9 +312,12 @@ class Predictor:
         with_logits = include_logits or contract.known is not None
         embeddings: Sequence[Any] = ()
         if any(one.include_embedding for one, *_ in inputs):
-            outputs, rows = self._engine.run_with_embedding(
-                batch, exclusive=exclusive, with_logits=with_logits
-            )
+            try:
+                outputs, rows = self._engine.run_with_embedding(
+                    batch, exclusive=exclusive, with_logits=with_logits
+                )
+            except ModelError as error:
+                return self._run_without_embedding(tensor, inputs, error, include_logits=include_logits)
             embeddings = list(rows)
         else:
             outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
@@ -360,6 +363,23 @@ class Predictor:
         if not all(finite):
             answers = _replace_nonfinite(answers, finite, tensor)
         return _ModelCall(answers, inference, len(batch))
+
+    def _run_without_embedding(
+        self,
+        tensor: InputTensor,
+        inputs: Sequence[tuple[_Input, float, float]],
+        failure: ModelError,
+        *,
+        include_logits: bool,
+    ) -> _ModelCall:
+        """Fail the images that need an embedding, and run the model on the others."""
+        others = [one for one in inputs if not one[0].include_embedding]
+        call = _ModelCall(iter(()), 0.0, 0)
+        if others:
+            call = self._run_tensor(tensor, others, exclusive=False, include_logits=include_logits)
+        error = Internal(f"the model's embedding cannot be computed: {failure}")
+        answers = (error if one.include_embedding else next(call.answers) for one, *_ in inputs)
+        return call._replace(answers=answers)
 
     def _fill_row(self, row: Values, values: Values | Image) -> None:
         """Write the values of one image into its row of the batch."""

@@ -184,7 +184,7 @@ def test_bad_option_in_form_is_refused(server: Server, field: str, value: Any, m
     [
         ("topk=3", "did you mean top_k?"),
         ("TOP_K=3", "did you mean top_k?"),
-        ("colour=red", "there are top_k, threshold, coverage, embedding, timing"),
+        ("colour=red", "there are top_k, threshold, coverage, embedding, boxes, timing"),
         ("top_k=3&top_k=5", "'top_k' twice"),
     ],
 )
