@@ -267,6 +267,18 @@ def test_boxes_count_as_images(zoo_server: Server) -> None:
         assert server.read_metric("fovea_images_in_flight") == 0
 
 
+def test_boxes_need_as_many_places_in_the_queue(tmp_path: Path) -> None:
+    add_to_repository(build_model(), tmp_path)
+    (tmp_path / "small" / "config.toml").write_text("queue_images = 4\n")
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        replies = [
+            server.client.post("/v1/classify", params=in_query(BOXES[:count]), content=make_jpeg())
+            for count in (4, 5)
+        ]
+        assert [reply.status_code for reply in replies] == [200, 503]
+        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+
+
 def test_large_image_in_shared_memory_is_decoded_at_full_size(zoo_server: Server) -> None:
     """Otherwise, the model decodes a JPEG of this size at a fraction of its size."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8))

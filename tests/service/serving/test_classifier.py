@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,13 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import ModelError
+from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batch_messages import ImageRequest, Item
+from fovea.service.runners.batch_messages import Batch, ImageRequest, Item
+from fovea.service.runners.connection import _count_suspects, _PendingBatch
 from fovea.service.runners.load_messages import LoadCommand
+from fovea.service.runners.predictor import Predictor
+from fovea.service.runners.process import _pop_group
 from fovea.service.serving.classifier import BoxClassification, Classification, Classifier
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
@@ -102,6 +107,25 @@ def test_boxes_run_in_a_batch_of_their_own(classifier: Classifier) -> None:
             await classifier.close()
 
     asyncio.run(work())
+
+
+def test_runner_and_service_agree_that_boxes_run_alone(classifier: Classifier, tmp_path: Path) -> None:
+    (model,) = classifier.catalog.models
+    lane, image = model.lanes[0], make_jpeg()
+    boxed: Item = ImageRequest(image, boxes=((0, 0, 9, 9),))
+    assert lane.compute_share(boxed) == 1
+    predictor = Predictor.from_load(model.load, DecodeMemory(1 << 28))
+    for items, group_size in (
+        ([image, image, image], 2),  # one is left over for later
+        ([image, boxed, image], 1),
+        ([boxed, image, image], 1),
+        ([boxed, boxed], 1),
+    ):
+        batches = deque(Batch(0, 0, [item], [None], False, False) for item in items)
+        assert len(_pop_group(batches, {0: predictor})) == group_size
+        pending = [_PendingBatch(0, lambda _: None, lane, [item], False) for item in items]
+        assert _count_suspects(pending) == (3 if boxed not in items else 1)
+    asyncio.run(classifier.close())
 
 
 def test_many_boxes_wait_behind_cheap_images(classifier: Classifier) -> None:
