@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from fovea.errors import AnswerTimeout, ConnectionFailed
 from fovea.http_calls import ClassifyCall, Sleep, Steps, send_with_retries
-from fovea.images import ImageError, ImageSource
+from fovea.images import BoxList, ImageError, ImageSource
 from fovea.results import Result
 from fovea.retries import Retries
 from fovea.service.errors import Unavailable
@@ -101,6 +101,7 @@ class _ClientOptions:
         top_k: int,
         coverage: float | None,
         embedding: bool,
+        boxes: Any,
         on_error: Literal["raise", "return"],
         model: str | None,
         version: str | int | None,
@@ -110,6 +111,7 @@ class _ClientOptions:
             top_k,
             coverage,
             embedding,
+            boxes,
             on_error,
             model,
             version,
@@ -156,6 +158,7 @@ class Client(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -169,6 +172,7 @@ class Client(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -182,6 +186,7 @@ class Client(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -195,10 +200,67 @@ class Client(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
     ) -> list[Result | ImageError]: ...
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["raise"] = "raise",
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[Result]: ...
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["return"],
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[Result] | ImageError: ...
+
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["raise"] = "raise",
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[list[Result]]: ...
+
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["return"],
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[list[Result] | ImageError]: ...
 
     def classify(
         self,
@@ -207,14 +269,16 @@ class Client(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: Any = None,
         on_error: Literal["raise", "return"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
 
-        Images, `top_k`, `coverage`, `embedding` and `on_error` are those of `Model.classify`. `model` and
-        `version` choose a model of the service; by default its default model and the latest version.
+        Images, `top_k`, `coverage`, `embedding`, `boxes` and `on_error` are those of `Model.classify`. Each
+        image with boxes is a request of its own. `model` and `version` choose a model of the service; by
+        default its default model and the latest version.
 
         Raises `FileError` and `RequestError` like `Model.classify`, also `ModelNotFound`, and `Unavailable`
         if the service was too busy for as long as the client tried. Raises `ConnectionFailed`,
@@ -222,7 +286,7 @@ class Client(_ClientOptions):
         whole call, and are raised in any case.
         """
         http: httpx.Client = self._get_http()
-        steps = self._classify(http, images, top_k, coverage, embedding, on_error, model, version)
+        steps = self._classify(http, images, top_k, coverage, embedding, boxes, on_error, model, version)
         return self._run(http, steps)
 
     def ready(self) -> bool:
@@ -292,6 +356,7 @@ class AsyncClient(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -305,6 +370,7 @@ class AsyncClient(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
@@ -318,6 +384,7 @@ class AsyncClient(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
@@ -331,10 +398,67 @@ class AsyncClient(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
         model: str | None = None,
         version: str | int | None = None,
     ) -> list[Result | ImageError]: ...
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["raise"] = "raise",
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[Result]: ...
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["return"],
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[Result] | ImageError: ...
+
+    @overload
+    async def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["raise"] = "raise",
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[list[Result]]: ...
+
+    @overload
+    async def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["return"],
+        model: str | None = None,
+        version: str | int | None = None,
+    ) -> list[list[Result] | ImageError]: ...
 
     async def classify(
         self,
@@ -343,14 +467,16 @@ class AsyncClient(_ClientOptions):
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: Any = None,
         on_error: Literal["raise", "return"] = "raise",
         model: str | None = None,
         version: str | int | None = None,
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
 
-        Images, `top_k`, `coverage`, `embedding` and `on_error` are those of `Model.classify`. `model` and
-        `version` choose a model of the service; by default its default model and the latest version.
+        Images, `top_k`, `coverage`, `embedding`, `boxes` and `on_error` are those of `Model.classify`. Each
+        image with boxes is a request of its own. `model` and `version` choose a model of the service; by
+        default its default model and the latest version.
 
         Raises `FileError` and `RequestError` like `Model.classify`, also `ModelNotFound`, and `Unavailable`
         if the service was too busy for as long as the client tried. Raises `ConnectionFailed`,
@@ -358,7 +484,7 @@ class AsyncClient(_ClientOptions):
         whole call, and are raised in any case.
         """
         http: httpx.AsyncClient = self._get_http()
-        steps = self._classify(http, images, top_k, coverage, embedding, on_error, model, version)
+        steps = self._classify(http, images, top_k, coverage, embedding, boxes, on_error, model, version)
         return await self._run(http, steps)
 
     async def ready(self) -> bool:

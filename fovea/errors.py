@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 from fovea.service.errors import (
+    BadBox,
     BadImage,
     BadRequest,
     BodyTooLarge,
@@ -44,6 +45,7 @@ from fovea.service.errors import (
 
 __all__ = [
     "AnswerTimeout",
+    "BadBox",
     "BadImage",
     "BadRequest",
     "BodyTooLarge",

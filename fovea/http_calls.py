@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import quote
 
 from fovea.errors import AnswerTimeout, ConnectionFailed, UnexpectedReply
-from fovea.images import ImageError, check_on_error, encode_source, list_images, name_error
+from fovea.images import ImageError, check_on_error, encode_source, list_boxes, list_images, name_error
 from fovea.results import Result
 from fovea.retries import RETRIED_STATUSES, Retries, parse_retry_after
 from fovea.service.errors import (
+    BadBox,
     BadImage,
     BadRequest,
     BodyTooLarge,
@@ -35,13 +36,15 @@ from fovea.service.errors import (
 if TYPE_CHECKING:
     import httpx
 
+    from fovea.service.inference.boxes import Boxes
+
 _MAX_BODY_BYTES: Final = 1 << 30
 """Largest value of the service's limit for a body, in bytes. A larger file is not sent."""
 
 _MAX_BATCH_BYTES: Final = 16 << 20
 """Size in bytes from which a batch gets no further image: a quarter of the default of FOVEA_BODY_BYTES."""
 
-_IMAGE_ERRORS: Final = (BadImage, BodyTooLarge, Internal, TooManyPixels, UnsupportedFormat)
+_IMAGE_ERRORS: Final = (BadBox, BadImage, BodyTooLarge, Internal, TooManyPixels, UnsupportedFormat)
 """Errors that belong to the image if they answer a request with a single image."""
 
 _MAX_QUOTE_LENGTH: Final = 200
@@ -69,6 +72,7 @@ class ClassifyCall:
     top_k: int
     coverage: float | None
     embedding: bool
+    boxes: Any
     on_error: Literal["raise", "return"]
     model: str | None
     version: str | int | None
@@ -81,14 +85,20 @@ class ClassifyCall:
         sources, is_single = list_images(self.images)
         check_on_error(self.on_error)
         path = _classify_path(self.model, self.version)
-        results: list[Result | ImageError] = []
+        box_lists = (
+            None if self.boxes is None else list_boxes(self.boxes, None if is_single else len(sources))
+        )
+        results: list[Result | list[Result] | ImageError] = []
         while len(results) < len(sources):
-            batch = sources[len(results) : len(results) + self.batch_size]
+            boxes = None if box_lists is None else box_lists[len(results)]
+            # The boxes in a query are those of one image.
+            batch_size = self.batch_size if boxes is None else 1
+            batch = sources[len(results) : len(results) + batch_size]
             # Reading and encoding take time: the asynchronous client does it in a thread.
             outcomes = yield partial(_encode_batch, batch)
             positions = [index for index, one in enumerate(outcomes) if isinstance(one, bytes)]
             answers = yield from self._send_batch(
-                [outcomes[index] for index in positions], path, make_request
+                [outcomes[index] for index in positions], boxes, path, make_request
             )
             for index, answer in zip(positions, answers, strict=True):
                 outcomes[index] = answer
@@ -98,8 +108,13 @@ class ClassifyCall:
             results += outcomes
         return results[0] if is_single else results
 
-    def _send_batch(self, images: Sequence[bytes], path: str, make_request: MakeRequest) -> Steps:
-        """Return the results or errors of encoded images. A batch that is too large is sent in two parts."""
+    def _send_batch(
+        self, images: Sequence[bytes], boxes: Boxes | None, path: str, make_request: MakeRequest
+    ) -> Steps:
+        """Return the results or errors of encoded images. A batch that is too large is sent in two parts.
+
+        With `boxes` there is only one image.
+        """
         if not images:
             return []
         options: dict[str, Any] = {"top_k": self.top_k}
@@ -107,6 +122,8 @@ class ClassifyCall:
             options["coverage"] = self.coverage
         if self.embedding:
             options["embedding"] = True
+        if boxes is not None:
+            options["boxes"] = json.dumps(boxes, separators=(",", ":"))
         # The service gives up an answer for which this client does not wait any more.
         headers = {"X-Deadline-Ms": f"{max(1, round(1000 * self.timeout))}"}
         body: dict[str, Any] = {"headers": headers}
@@ -126,8 +143,8 @@ class ClassifyCall:
             if not isinstance(error, BodyTooLarge):
                 raise
             middle = len(images) // 2
-            first_half = yield from self._send_batch(images[:middle], path, make_request)
-            second_half = yield from self._send_batch(images[middle:], path, make_request)
+            first_half = yield from self._send_batch(images[:middle], boxes, path, make_request)
+            second_half = yield from self._send_batch(images[middle:], boxes, path, make_request)
             return [*first_half, *second_half]
         return _parse_results(reply, len(images), self.top_k)
 
@@ -197,7 +214,9 @@ def _unexpected_reply(response: httpx.Response, retry_after: float | None = None
     )
 
 
-def _parse_results(response: httpx.Response, count: int, top_k: int) -> list[Result | RequestError]:
+def _parse_results(
+    response: httpx.Response, count: int, top_k: int
+) -> list[Result | list[Result] | RequestError]:
     """Return the results and errors of the `count` images of a request. Raises `UnexpectedReply`."""
     try:
         reply = json.loads(response.content)
@@ -209,7 +228,9 @@ def _parse_results(response: httpx.Response, count: int, top_k: int) -> list[Res
         raise _unexpected_reply(response) from error
 
 
-def _parse_result(reply: dict[str, Any], top_k: int) -> Result | RequestError:
+def _parse_result(reply: dict[str, Any], top_k: int) -> Result | list[Result] | RequestError:
+    if "boxes" in reply:
+        return Result.list_from_reply(reply, top_k)
     if "error" not in reply:
         return Result.from_reply(reply, top_k)
     code, message = reply["error"]["code"], reply["error"]["message"]

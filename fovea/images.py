@@ -18,17 +18,22 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fovea.service.errors import (
     BadImage,
+    BadRequest,
     FileError,
     RequestError,
     TooManyPixels,
     to_one_line,
 )
 from fovea.service.image_files import check_image_size, read_image_file
+from fovea.service.inference.boxes import Boxes, check_boxes
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+
+BoxList: TypeAlias = "Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]]"
+"""Boxes in one image: left, top, right and bottom of each, as integers. Right and bottom are exclusive."""
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.generic]"
@@ -109,6 +114,30 @@ def _describe_type(value: Any) -> str:
     return (
         f"{name} is not an image; pass a path, bytes, a PIL image or a uint8 array, or a list of them{advice}"
     )
+
+
+def list_boxes(boxes: Any, image_count: int | None) -> list[Boxes]:
+    """Return the boxes of each image. `boxes` are those of one image if `image_count` is None.
+
+    Raises `BadRequest` that names the first wrong box.
+    """
+    try:
+        if image_count is None:
+            return [check_boxes(boxes)]
+        if isinstance(boxes, str | bytes) or not isinstance(boxes, Iterable):
+            raise ValueError("for a list of images it must be a list with the boxes of each image")
+        box_lists = list(boxes)
+        if len(box_lists) != image_count:
+            raise ValueError(f"there are the boxes of {len(box_lists)} images, but {image_count} images")
+    except ValueError as error:
+        raise BadRequest(f"boxes: {error}") from None
+    results = []
+    for index, one in enumerate(box_lists):
+        try:
+            results.append(check_boxes(one))
+        except ValueError as error:
+            raise BadRequest(f"boxes[{index}]: {error}") from None
+    return results
 
 
 def check_on_error(on_error: str) -> None:

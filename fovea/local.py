@@ -15,27 +15,38 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakValueDictionary
 
-from fovea.images import ImageError, ImageSource, check_on_error, encode_source, list_images, name_error
+from fovea.images import (
+    BoxList,
+    ImageError,
+    ImageSource,
+    check_on_error,
+    encode_source,
+    list_boxes,
+    list_images,
+    name_error,
+)
 from fovea.results import Result
 from fovea.service.api.native.outcomes import render_model_name, render_outcome
 from fovea.service.artifact.contract import Contract, Coverage
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, FileError, RequestError
+from fovea.service.inference.boxes import Boxes
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.providers import ProviderSetting
-from fovea.service.runners.batch_messages import Answer, ImageRequest, Item
+from fovea.service.runners.batch_messages import Answer, BoxAnswers, ImageRequest, Item
 from fovea.service.runners.load_messages import LoadCommand
-from fovea.service.serving.classifier import Classification
+from fovea.service.serving.classifier import BoxClassification, Classification
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
 from fovea.service.serving.standalone import create_load, load_predictor
 from fovea.service.settings import load_settings
 from fovea.sources import find_model
 
-_Outcome: TypeAlias = Answer | RequestError | FileError
+_Outcome: TypeAlias = Answer | BoxAnswers | RequestError | FileError
 
 
 def load(
@@ -126,6 +137,7 @@ class Model:
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
     ) -> Result: ...
 
@@ -137,6 +149,7 @@ class Model:
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
     ) -> Result | ImageError: ...
 
@@ -148,6 +161,7 @@ class Model:
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["raise"] = "raise",
     ) -> list[Result]: ...
 
@@ -159,8 +173,57 @@ class Model:
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: None = None,
         on_error: Literal["return"],
     ) -> list[Result | ImageError]: ...
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["raise"] = "raise",
+    ) -> list[Result]: ...
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a path is an iterable of strings
+        self,
+        images: ImageSource,
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: BoxList,
+        on_error: Literal["return"],
+    ) -> list[Result] | ImageError: ...
+
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["raise"] = "raise",
+    ) -> list[list[Result]]: ...
+
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        top_k: int = 5,
+        coverage: float | None = None,
+        embedding: bool = False,
+        boxes: Iterable[BoxList],
+        on_error: Literal["return"],
+    ) -> list[list[Result] | ImageError]: ...
 
     def classify(
         self,
@@ -169,6 +232,7 @@ class Model:
         top_k: int = 5,
         coverage: float | None = None,
         embedding: bool = False,
+        boxes: Any = None,
         on_error: Literal["raise", "return"] = "raise",
     ) -> Any:
         """Classify one image, or each image of a list; return a `Result`, or a list of results.
@@ -176,12 +240,14 @@ class Model:
         An image is a path, an encoded image as bytes, a PIL image, or an array of pixels (`ImageSource`).
         `top_k` is the number of labels in each result; 0 for all. `coverage` adds the set of labels that
         contains the true label this often, such as 0.95. `embedding` adds the vector that the model's last
-        layer reads; the first call with it loads the file once more.
+        layer reads; the first call with it loads the file once more. `boxes` are regions of the image, each
+        left, top, right and bottom in pixels of the upright image: the result is then a list with a `Result`
+        for each box. For a list of images, `boxes` is a list with the boxes of each image.
 
         Raises `FileError` for a file that cannot be read, and `RequestError` for an image that cannot be
-        decoded, for a negative `top_k`, and for a `coverage` or `embedding` that the model does not have.
-        With `on_error="return"`, the error of an image takes the place of its result. Raises `TypeError` for
-        a value that is no image.
+        decoded, for a box that is not inside its image (`BadBox`), for a negative `top_k`, and for a
+        `coverage` or `embedding` that the model does not have. With `on_error="return"`, the error of an
+        image takes the place of its result. Raises `TypeError` for a value that is no image.
         """
         sources, is_single = list_images(images)
         check_on_error(on_error)
@@ -190,25 +256,37 @@ class Model:
         label_set = None if coverage is None else find_coverage(self.contract, coverage)
         if embedding:
             self._live_model.require_embedding()
-        results: list[Result | ImageError] = []
+        box_lists = None if boxes is None else list_boxes(boxes, None if is_single else len(sources))
+        results: list[Result | list[Result] | ImageError] = []
         # Closing the outcomes cancels the batches that have not begun, after an error and after Ctrl-C.
         predictor = self._get_predictor()
         with closing(
-            predictor.predict(sources, self._max_bytes, self._max_pixels, embedding=embedding)
+            predictor.predict(sources, box_lists, self._max_bytes, self._max_pixels, embedding=embedding)
         ) as outcomes:
             for index, outcome in enumerate(outcomes):
                 if isinstance(outcome, Answer):
-                    results.append(self._create_result(outcome, top_k, label_set))
+                    reply = self._render(Classification(self._live_model, outcome), top_k, label_set)
+                    results.append(Result.from_reply(reply, self._count_labels(top_k)))
+                elif isinstance(outcome, BoxAnswers):
+                    assert box_lists is not None  # noqa: S101 - only boxes have such an outcome
+                    classification = BoxClassification(self._live_model, box_lists[index], outcome)
+                    reply = self._render(classification, top_k, label_set)
+                    results.append(Result.list_from_reply(reply, self._count_labels(top_k)))
                 elif on_error == "return":
                     results.append(outcome)
                 else:
                     raise name_error(outcome, sources[index], None if is_single else index)
         return results[0] if is_single else results
 
-    def _create_result(self, answer: Answer, top_k: int, coverage: Coverage | None) -> Result:
-        reply = render_outcome(Classification(self._live_model, answer), top_k=top_k, coverage=coverage)
-        reply["model"] = render_model_name(self._live_model)
-        return Result.from_reply(reply, 0 if top_k >= len(self.labels) else top_k)
+    def _render(
+        self, outcome: Classification | BoxClassification, top_k: int, coverage: Coverage | None
+    ) -> dict[str, Any]:
+        """Return the reply of the service to one image, as plain values."""
+        reply = render_outcome(outcome, top_k=top_k, coverage=coverage)
+        return reply | {"model": render_model_name(self._live_model)}
+
+    def _count_labels(self, top_k: int) -> int:
+        return 0 if top_k >= len(self.labels) else top_k
 
     def _get_predictor(self) -> _SharedPredictor:
         """Return the predictor of this process, which may be a child of the process that loaded the model."""
@@ -262,9 +340,17 @@ class _SharedPredictor:
         """Number of calls of the predictor that run now."""
 
     def predict(
-        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, *, embedding: bool = False
+        self,
+        sources: Sequence[Any],
+        box_lists: Sequence[Boxes] | None,
+        max_bytes: int,
+        max_pixels: int,
+        *,
+        embedding: bool = False,
     ) -> Generator[_Outcome, None, None]:
         """Yield the outcome of each image, in order, with its `embedding` if requested.
+
+        With `box_lists`, the boxes of each image are classified, and not the images.
 
         Like the service at full load, each thread decodes and classifies batches of its own. A single batch
         gets all processors.
@@ -273,7 +359,8 @@ class _SharedPredictor:
             return
         # As many batches as threads if the images suffice, so that no thread is idle.
         batch_size = min(self.predictor.loaded_model.batch_max, -(-len(sources) // self._workers))
-        batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
+        pairs = [*zip(sources, box_lists or repeat(None, len(sources)), strict=True)]
+        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
         if len(batches) == 1 or self._workers == 1:
             for batch in batches:
                 yield from self._predict_batch(batch, max_bytes, max_pixels, embedding, is_alone=True)
@@ -290,29 +377,36 @@ class _SharedPredictor:
             yield from outcomes
 
     def _predict_batch(
-        self, sources: Sequence[Any], max_bytes: int, max_pixels: int, embedding: bool, is_alone: bool
+        self,
+        batch: Sequence[tuple[Any, Boxes | None]],
+        max_bytes: int,
+        max_pixels: int,
+        embedding: bool,
+        is_alone: bool,
     ) -> list[_Outcome]:
         """Read, decode and classify a batch; a failed image gets its error, and the others their answers.
 
         With `is_alone` no other batch of the same call runs, though other calls may.
         """
-        contents: list[bytes] = []
+        items: list[Item] = []
         outcomes: list[_Outcome | None] = []
-        for source in sources:
+        for source, boxes in batch:
             try:
-                contents.append(encode_source(source, max_bytes=max_bytes, max_pixels=max_pixels))
+                content = encode_source(source, max_bytes=max_bytes, max_pixels=max_pixels)
+                items.append(
+                    ImageRequest(content, include_embedding=embedding, boxes=boxes)
+                    if embedding or boxes is not None
+                    else content
+                )
                 outcomes.append(None)
             except (RequestError, FileError) as error:
                 outcomes.append(error.with_traceback(None))  # its frames would keep the pixels alive
-        if not contents:
+        if not items:
             return [outcome for outcome in outcomes if outcome is not None]
         with self._lock:
             self._call_count += 1
             is_exclusive = is_alone and self._call_count == 1
         try:
-            items: list[Item] = (
-                [ImageRequest(one, include_embedding=True) for one in contents] if embedding else [*contents]
-            )
             answers = iter(self.predictor.predict_batch(items, exclusive=is_exclusive).answers)
         finally:
             with self._lock:

@@ -80,6 +80,11 @@ class Result:
     """Largest number of labels that was requested; 0 for all."""
     embedding: tuple[float, ...] | None = None
     """The vector that the model's last layer reads; None unless `embedding` was requested."""
+    box: tuple[int, int, int, int] | None = None
+    """Left, top, right and bottom of the classified region, in pixels of the upright image.
+
+    None if the whole image was classified. `image` is about the whole image in any case.
+    """
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any], top_k: int) -> Result:
@@ -103,7 +108,23 @@ class Result:
             known_score=reply.get("known_score"),
             top_k=top_k,
             embedding=_decode_floats(reply["embedding"]) if "embedding" in reply else None,
+            box=_read_box(reply["box"]) if "box" in reply else None,
         )
+
+    @classmethod
+    def list_from_reply(cls, reply: Mapping[str, Any], top_k: int) -> list[Result]:
+        """Create the results of the boxes from the native JSON reply to one image.
+
+        The warnings about the image come before those about the box. Raises errors like `from_reply`.
+        """
+        shared_fields = {"model": reply["model"], "image": reply["image"]}
+        image_warnings = reply.get("warnings", [])
+        return [
+            cls.from_reply(
+                one | shared_fields | {"warnings": image_warnings + one.get("warnings", [])}, top_k
+            )
+            for one in reply["boxes"]
+        ]
 
     @property
     def label(self) -> str:
@@ -151,6 +172,7 @@ class Result:
         """Return plain values with the keys of the service's JSON reply to one image."""
         fields: dict[str, Any] = {
             "model": {"name": self.model.name, "version": self.model.version},
+            **({} if self.box is None else {"box": list(self.box)}),
             "predictions": [
                 {"label": one.label, "index": one.index, "probability": one.probability}
                 | ({} if one.selected is None else {"selected": one.selected})
@@ -179,7 +201,8 @@ class Result:
         codes = f", warnings: {', '.join(one.code for one in self.warnings)}" if self.warnings else ""
         unknown = ", unlike the training images" if self.known is False else ""
         name = f"{self.model.name} {self.model.version}"
-        return f"<Result {self.label!r} {self.probability:.4f} by {name}{unknown}{codes}>"
+        place = f" in {self.box}" if self.box else ""
+        return f"<Result {self.label!r} {self.probability:.4f}{place} by {name}{unknown}{codes}>"
 
     def _repr_html_(self) -> str:
         """Return a table of the labels with bars, which notebooks show."""
@@ -197,8 +220,15 @@ class Result:
             doubt = " (too uncertain to decide)" if self.coverage.abstain else ""
             lines.append(f"{100 * self.coverage.level:g}% sure to be among: {labels}{doubt}")
         caption = escape(f"{self.model.name} version {self.model.version}")
+        if self.box:
+            caption += f", box {self.box}"
         notes = "".join(f"<div>{line}</div>" for line in lines)
         return f"<table><caption>{caption}</caption>{rows}</table>{notes}"
+
+
+def _read_box(values: list[int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = values
+    return left, top, right, bottom
 
 
 def _decode_floats(text: str) -> tuple[float, ...]:

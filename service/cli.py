@@ -23,13 +23,15 @@ from fovea.service.errors import BodyTooLarge, FileError, RequestError, StartErr
 from fovea.service.explain.explainer import Explainer, Explanation
 from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
 from fovea.service.image_files import read_image_file
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.inference.boxes import Boxes
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batch_messages import ImageRequest
+from fovea.service.runners.batch_messages import BoxAnswers, ImageRequest
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
-from fovea.service.serving.classifier import Classification
+from fovea.service.serving.classifier import BoxClassification, Classification
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import (
     LabelSet,
@@ -60,7 +62,7 @@ _MAX_NAMED_FILES: Final = 3
 """Number of skipped files that the summary names."""
 
 
-Outcome = Classification | RequestError | FileError
+Outcome = Classification | BoxClassification | RequestError | FileError
 
 
 def classify_files(
@@ -70,6 +72,7 @@ def classify_files(
     top_k: int,
     coverage: float | None,
     embedding: bool = False,
+    boxes: Boxes | None = None,
     as_json: bool,
     **overrides: Any,
 ) -> int:
@@ -78,29 +81,31 @@ def classify_files(
     Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
     that are not images are skipped, and their number is printed on stderr.
 
-    Raises `StartError` if the models cannot be loaded, if there are no images, or for an `embedding` without
-    `as_json`; `ModelNotFound` for an unknown `model`; `BadRequest` and `NoEmbedding` for a `coverage` or an
-    `embedding` that the model does not have.
+    Raises `StartError` if the models cannot be loaded, if there are no images, for an `embedding` without
+    `as_json`, or for `boxes` with several images; `ModelNotFound` for an unknown `model`; `BadRequest` and
+    `NoEmbedding` for a `coverage` or an `embedding` that the model does not have.
     """
     if embedding and not as_json:
         raise StartError("--embedding needs --json: an embedding is a list of numbers for programs")
+    is_single = len(files) == 1 and not files[0].is_dir()
+    if boxes is not None and not is_single:
+        raise StartError("--box and --boxes are for one image; name one file")
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = _load_model(settings, model)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     if embedding:
         live_model.require_embedding()
-    is_single = len(files) == 1 and not files[0].is_dir()
     printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, top_k, label_set, is_single)
     skipped_files: list[Path] = []
     failure_count = 0
     try:
         for path, is_named in _expand_folders(files):
-            outcome = _classify_file(predictor, live_model, path, settings.body_bytes, embedding)
+            outcome = _classify_file(predictor, live_model, path, settings.body_bytes, embedding, boxes)
             if isinstance(outcome, UnsupportedFormat) and not is_named:
                 skipped_files.append(path)
                 continue
-            failure_count += not isinstance(outcome, Classification)
+            failure_count += not isinstance(outcome, Classification | BoxClassification)
             printer.show_outcome(path, outcome)
     finally:  # an interrupted run must still print complete JSON
         printer.end()
@@ -241,16 +246,22 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
 
 
 def _classify_file(
-    predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int, embedding: bool
+    predictor: Predictor,
+    live_model: LiveModel,
+    path: Path,
+    max_bytes: int,
+    embedding: bool,
+    boxes: Boxes | None,
 ) -> Outcome:
     """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
         content = read_image_file(path, max_bytes)
     except (FileError, BodyTooLarge) as error:
         return error
-    answer = predictor.predict_batch(
-        [ImageRequest(content, include_embedding=embedding)], exclusive=True
-    ).answers[0]
+    request = ImageRequest(content, include_embedding=embedding, boxes=boxes)
+    answer = predictor.predict_batch([request], exclusive=True).answers[0]
+    if isinstance(answer, BoxAnswers):
+        return BoxClassification(live_model, boxes or (), answer)
     return answer if isinstance(answer, RequestError) else Classification(live_model, answer)
 
 
@@ -287,7 +298,9 @@ class _JsonPrinter(_Printer):
         )
         if self.is_single:
             model_field = (
-                {"model": render_model_name(self.live_model)} if isinstance(outcome, Classification) else {}
+                {}
+                if isinstance(outcome, RequestError | FileError)
+                else {"model": render_model_name(self.live_model)}
             )
             print(orjson.dumps({**model_field, **outcome_fields}).decode())
             return
@@ -315,20 +328,29 @@ class _TextPrinter(_Printer):
         console = Console(highlight=False)
         console.print(_printable_name(path), style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, Classification):
-            for warning in outcome.answer.warnings:
-                line = f"  {warning.code}: {warning.text}"
-                console.print(line, style="yellow", markup=False, soft_wrap=True)
-            if is_known(outcome) is False:
-                console.print("  unlike the images that the model was trained on", style="yellow")
-            console.print(_create_bar_table(outcome, self.top_k))
-            if self.coverage:
-                console.print(
-                    _format_label_set(compute_label_set(outcome, self.coverage)),
-                    markup=False,
-                    soft_wrap=True,
-                )
+            self._print_answer(console, outcome)
+        elif isinstance(outcome, BoxClassification):
+            _print_warnings(console, outcome.outcome.warnings)
+            for box, answer in zip(outcome.boxes, outcome.outcome.answers, strict=True):
+                console.print(f"  box {','.join(map(str, box))}")
+                self._print_answer(console, Classification(outcome.model, answer))
         else:
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
+
+    def _print_answer(self, console: Console, outcome: Classification) -> None:
+        _print_warnings(console, outcome.answer.warnings)
+        if is_known(outcome) is False:
+            console.print("  unlike the images that the model was trained on", style="yellow")
+        console.print(_create_bar_table(outcome, self.top_k))
+        if self.coverage:
+            console.print(
+                _format_label_set(compute_label_set(outcome, self.coverage)), markup=False, soft_wrap=True
+            )
+
+
+def _print_warnings(console: Console, warnings: Sequence[ImageWarning]) -> None:
+    for warning in warnings:
+        console.print(f"  {warning.code}: {warning.text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _format_label_set(prediction_set: LabelSet) -> str:

@@ -23,6 +23,7 @@
         ├── TooManyPixels      413 too_many_pixels
         ├── UnsupportedFormat  415 unsupported_format
         ├── BadImage           422 bad_image
+        ├── BadBox             422 bad_box
         ├── HeaderTooLarge     431 header_too_large
         ├── Unavailable        503, with Retry-After
         │   ├── Overloaded     503 overloaded
@@ -232,6 +233,12 @@ class BadImage(RequestError):
     status, code = 422, "bad_image"
 
 
+class BadBox(RequestError):
+    """A box is empty or not inside its image."""
+
+    status, code = 422, "bad_box"
+
+
 class HeaderTooLarge(RequestError):
     """The request line and headers have more bytes than the limit. Raised by the connection."""
 
@@ -308,6 +315,7 @@ _IMAGE_ERRORS = (
     TooManyPixels,
     UnsupportedFormat,
     BadImage,
+    BadBox,
     DeadlineExceeded,
     Internal,
 )

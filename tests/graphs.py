@@ -98,6 +98,48 @@ def build_unopenable() -> onnx.ModelProto:
     return with_contract(model, replace(contract, layers=layers))
 
 
+def build_without_embedding_tensor() -> onnx.ModelProto:
+    """Return a graph whose layer table names an embedding that the graph does not have."""
+    model = build_model()
+    contract = read_contract(model)
+
+    def rename(tensors: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("missing" if tensor == "pooled" else tensor for tensor in tensors)
+
+    layers = tuple(
+        replace(layer, inputs=rename(layer.inputs), outputs=rename(layer.outputs))
+        for layer in contract.layers
+    )
+    return with_contract(model, replace(contract, layers=layers))
+
+
+def build_float16_head() -> onnx.ModelProto:
+    """Return a graph that computes its head, and so its embedding, in float16."""
+    model = build_model()
+    nodes = {node.output[0]: node for node in model.graph.node}
+    nodes["pooled"].output[0] = "pooled32"
+    nodes["logits"].output[0] = "logits16"
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("head."):
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for before, cast in (
+        ("logits", helper.make_node("Cast", ["pooled32"], ["pooled"], to=TensorProto.FLOAT16)),
+        ("probabilities", helper.make_node("Cast", ["logits16"], ["logits"], to=TensorProto.FLOAT)),
+    ):
+        model.graph.node.insert(list(model.graph.node).index(nodes[before]), cast)
+    contract = read_contract(model)
+    images = golden.draw_golden_images(contract.input, _SessionLogits(model))
+    return with_contract(
+        model,
+        replace(
+            contract,
+            layers=build_layer_table(model),
+            golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), images),
+        ),
+    )
+
+
 def build_nan_for_black() -> onnx.ModelProto:
     """Return the same graph with NaN as the answer to black images (log(0) times 0)."""
     model = build_model()

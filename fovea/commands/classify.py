@@ -27,9 +27,20 @@ def classify(
         bool,
         typer.Option("--embedding", help="Add the vector that the model's last layer reads; needs --json."),
     ] = False,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Classify this region instead of the whole image: left,top,right,bottom in pixels; repeat "
+            "the option for several regions."
+        ),
+    ] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="Regions as JSON, such as '[[0, 0, 100, 100]]'; further to --box.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
+    from fovea.commands.box_options import read_boxes
     from fovea.service.cli import classify_files
 
     settings = {} if models is None else {"models": models}
@@ -40,6 +51,7 @@ def classify(
             top_k=top_k,
             coverage=coverage,
             embedding=embedding,
+            boxes=read_boxes(box, boxes),
             as_json=as_json,
             **settings,
         )

@@ -79,6 +79,8 @@ class ParsedRequest(NamedTuple):
     reply_format: ReplyFormat
     time_limit: float | None = None
     """Time limit for the answer in seconds, if the body sets one."""
+    result_count: int | None = None
+    """Number of images for which the request counts, if boxes make it more than the images."""
 
 
 class ProtocolAdapter(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -14,6 +14,7 @@ from starlette.types import Receive
 
 from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from fovea.service.http.fast_path import Headers
+from fovea.service.inference.boxes import Boxes
 from fovea.service.runners.batch_messages import Image, ImageRequest
 from fovea.service.runners.shared_memory import SharedBuffer, SharedRef
 from fovea.service.settings import Settings
@@ -37,15 +38,18 @@ class ParsedBody:
     threshold: float | None = None
     coverage: float | None = None
     embedding: bool | None = None
+    boxes: Sequence[Boxes | None] = ()
+    """Boxes of each image; empty if no image has any."""
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Options that the body sets, by name."""
         options = {
             "top_k": self.top_k,
             "threshold": self.threshold,
             "coverage": self.coverage,
             "embedding": self.embedding,
+            "boxes": self.boxes or None,
         }
         return {name: value for name, value in options.items() if value is not None}
 
@@ -223,10 +227,10 @@ def to_image(body: bytes | SharedBuffer, size: int) -> Image:
     return body.to_ref(0, size) if isinstance(body, SharedBuffer) else body
 
 
-def check_image_count(count: int, settings: Settings) -> None:
-    """Raise `BadRequest` if `count` images are too many for one request."""
+def check_image_count(count: int, settings: Settings, noun: str = "images") -> None:
+    """Raise `BadRequest` if `count` images are too many for one request. `noun` names what was counted."""
     if count > (max_images := settings.request_images):
-        raise BadRequest(f"the request has {count} images; at most {max_images} (FOVEA_REQUEST_IMAGES)")
+        raise BadRequest(f"the request has {count} {noun}; at most {max_images} (FOVEA_REQUEST_IMAGES)")
 
 
 @lru_cache(maxsize=64)

@@ -36,7 +36,7 @@ from fovea.service.runners.batch_messages import Image, Item
 from fovea.service.runners.lane import INFINITY, Job
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.admission import Admission
-from fovea.service.serving.classifier import Classification
+from fovea.service.serving.classifier import BoxClassification, Classification
 from fovea.service.serving.live_model import LiveModel
 
 
@@ -92,14 +92,16 @@ class Endpoint(AsgiEndpoint):
         """Answer a request with its whole body. Raises `RequestError`."""
         model, record = request.model, request.record
         reply_format = self._adapter.choose_raw_format(request.options, request.headers, model)
-        images, reply_format, time_limit = (
+        images, reply_format, time_limit, result_count = (
             await self._adapter.parse_request(request)
             if reply_format is None
             else ParsedRequest(
                 [self._adapter.create_item(request.body.to_image(), reply_format)], reply_format
             )
         )
-        self.reserve_images(admission, len(images), reply_format)
+        if result_count is None:
+            result_count = len(images)
+        self.reserve_images(admission, result_count, reply_format)
         own_deadline = record.started_at + time_limit if time_limit else INFINITY
         try:
             async with asyncio.timeout_at(own_deadline) if time_limit else nullcontext():
@@ -111,7 +113,7 @@ class Endpoint(AsgiEndpoint):
         # All jobs are over, so that the images are not needed any more.
         bodies.release_images(images)
         self._check_outcomes(outcomes, record)
-        if len(outcomes) * reply_format.labels_per_image <= MAX_INLINE_LABELS:
+        if result_count * reply_format.labels_per_image <= MAX_INLINE_LABELS:
             return self.render_reply(outcomes, model, reply_format, record)
         return await asyncio.to_thread(self.render_reply, outcomes, model, reply_format, record)
 
@@ -129,7 +131,9 @@ class Endpoint(AsgiEndpoint):
             admission.reserve_answer(label_count)
 
     def _check_outcomes(
-        self, outcomes: Sequence[Classification | RequestError], record: RequestRecord
+        self,
+        outcomes: Sequence[Classification | BoxClassification | RequestError],
+        record: RequestRecord,
     ) -> None:
         """Count the errors of single images, and raise the first one if it is the answer to the request."""
         errors = [(number, one) for number, one in enumerate(outcomes) if isinstance(one, RequestError)]

@@ -9,7 +9,12 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from fovea.service.api.base64_text import from_base64
 from fovea.service.api.bodies import ParsedBody, parse_media_type, read_content
 from fovea.service.api.json_bodies import validate_json
-from fovea.service.api.options import MAX_FIELD_BYTES, MAX_FIELDS, check_spelling
+from fovea.service.api.options import (
+    MAX_FIELD_BYTES,
+    MAX_FIELDS,
+    SEVERAL_IMAGES_WITH_BOXES,
+    check_spelling,
+)
 from fovea.service.api.request_schemas import FormOptions
 from fovea.service.errors import BadRequest
 from fovea.service.runners.batch_messages import Image
@@ -48,7 +53,16 @@ def parse_form(body: bytes | SharedBuffer, size: int, content_type: bytes) -> Pa
             images.append(
                 body.to_ref(start, stop) if isinstance(body, SharedBuffer) else memoryview(body)[start:stop]
             )
-    return ParsedBody(images, options.top_k, options.threshold, options.coverage, options.embedding)
+    if options.boxes is not None and len(images) > 1:
+        raise BadRequest(SEVERAL_IMAGES_WITH_BOXES)
+    return ParsedBody(
+        images,
+        options.top_k,
+        options.threshold,
+        options.coverage,
+        options.embedding,
+        () if options.boxes is None else (options.boxes,),
+    )
 
 
 def _strip_preamble(content: bytes, boundary: bytes) -> tuple[bytes, int]:
@@ -168,12 +182,22 @@ class FormCollector:
                 self.base64_files.add(len(self.file_ranges))
             start = self._start + self._offset
             self.file_ranges.append((start, start + self._size))
-        elif filename is None and self._size <= MAX_FIELD_BYTES and len(self.fields) < MAX_FIELDS:
+        elif filename is None and self._is_small_field(options.get(b"name", b"")):
             name = options.get(b"name", b"")[:MAX_FIELD_BYTES].decode(errors="replace")
             value = self._body[self._start : self._start + self._size].decode(errors="replace")
             if name in FormOptions.model_fields and name in self.fields:
                 raise BadRequest(f"the form has {name} twice; send it once")
             self.fields[name] = value
+
+    def _is_small_field(self, name: bytes) -> bool:
+        """Return True if a text field is small enough for an option, and there are not too many fields.
+
+        Raises `BadRequest` for boxes that are too long. Other long fields belong to other software.
+        """
+        if name == b"boxes" and self._size > _MAX_BOXES_BYTES:
+            raise BadRequest(f"boxes: the field has {self._size} bytes; at most {_MAX_BOXES_BYTES}")
+        limit = _MAX_BOXES_BYTES if name == b"boxes" else MAX_FIELD_BYTES
+        return self._size <= limit and len(self.fields) < MAX_FIELDS
 
     def _is_image_part(self) -> bool:
         """Return True if a part without a file name is an image.
@@ -190,6 +214,9 @@ class FormCollector:
     def _end_form(self) -> None:
         self.is_complete = True
 
+
+_MAX_BOXES_BYTES: Final = 8 << 10
+"""Maximum size in bytes of boxes in a form: 128 for each of the most boxes that an image may have."""
 
 _PLAIN_ENCODINGS: Final = (b"", b"binary", b"8bit", b"7bit")
 """Transfer encodings that leave a part unchanged."""

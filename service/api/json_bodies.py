@@ -48,8 +48,10 @@ async def parse_json(raw_body: RawBody, convert: Callable[[Any], _T]) -> _T:
 _MAX_INLINE_JSON_BYTES: Final = 4 << 10
 """Size of JSON in bytes that is parsed faster than a thread switch, which takes 50 us."""
 
-_MAX_COMMAS: Final = 2 * MAX_REQUEST_IMAGES
+_MAX_COMMAS: Final = 6 * MAX_REQUEST_IMAGES
 """Maximum number of commas in the native JSON, more than a valid request needs: base64 has no commas.
+
+Each image has at most two commas and each box four, and both are at most `MAX_REQUEST_IMAGES`.
 
 The limit also bounds the number of values, each of which takes 100 bytes and blocks all other threads for
 300 ns."""
@@ -69,7 +71,15 @@ def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes)
     images: list[Image] = [
         from_base64(image.b64, f"images.{index}.b64") for index, image in enumerate(request.images)
     ]
-    return ParsedBody(images, request.top_k, request.threshold, request.coverage, request.embedding)
+    boxes = [image.boxes for image in request.images]
+    return ParsedBody(
+        images,
+        request.top_k,
+        request.threshold,
+        request.coverage,
+        request.embedding,
+        boxes if any(one is not None for one in boxes) else (),
+    )
 
 
 def _check_commas(content: bytes) -> None:

@@ -16,11 +16,17 @@ from fovea.service.errors import BadRequest
 
 _M = TypeVar("_M", bound=BaseModel)
 
+SEVERAL_IMAGES_WITH_BOXES: Final = (
+    "boxes: in the query or in a form they are for one image; for several images, send JSON with `boxes` in "
+    "each image"
+)
+"""Message about boxes that do not belong to one image."""
+
 MAX_FIELDS: Final = 100
 """Maximum number of text fields in a form, of query parameters, or of JSON names that are examined."""
 
 MAX_FIELD_BYTES: Final = 100
-"""Maximum size in bytes of a text field's name or value; no option can be longer."""
+"""Maximum size in bytes of a text field's name or value; no option but `boxes` can be longer."""
 
 
 def parse_query(schema: type[_M], query: bytes) -> _M:

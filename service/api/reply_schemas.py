@@ -52,6 +52,9 @@ _KNOWN_DESCRIPTION: Final = (
 )
 
 
+_BOXES_DESCRIPTION: Final = "The answers to the boxes, in order, in place of `predictions`, with `boxes`."
+
+
 class LabelSet(BaseModel):
     """A set of labels, most probable first, that contains the true label in `level` of all cases."""
 
@@ -82,6 +85,18 @@ class FlatError(BaseModel):
     request_id: str
 
 
+class BoxReply(BaseModel):
+    """The answer to one box of an image, which is that to an image with the pixels of the box."""
+
+    box: list[int] = Field(description="The box of the request: left, top, right and bottom.")
+    predictions: list[Label]
+    coverage: LabelSet | None = None
+    embedding: str | None = Field(None, description=_EMBEDDING_DESCRIPTION)
+    known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
+    known_score: float | None = None
+    warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
+
+
 class ImageReply(BaseModel):
     """The answer to one of several images: its labels, or its own error."""
 
@@ -90,6 +105,7 @@ class ImageReply(BaseModel):
     embedding: str | None = Field(None, description=_EMBEDDING_DESCRIPTION)
     known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
     known_score: float | None = None
+    boxes: list[BoxReply] | None = Field(None, description=_BOXES_DESCRIPTION)
     image: ImageInfo | None = None
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     error: ErrorDetail | None = None
@@ -104,6 +120,7 @@ class ClassifyReply(BaseModel):
     embedding: str | None = Field(None, description=_EMBEDDING_DESCRIPTION)
     known: bool | None = Field(None, description=_KNOWN_DESCRIPTION)
     known_score: float | None = None
+    boxes: list[BoxReply] | None = Field(None, description=_BOXES_DESCRIPTION)
     image: ImageInfo | None = None
     warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     results: list[ImageReply] | None = None
@@ -276,7 +293,9 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
     408: {"description": "The body arrived too slowly."},
     413: {"description": "Too many bytes, or too many pixels according to the image's header."},
     415: {"description": "The image format is not supported."},
-    422: {"description": "The image is truncated, corrupt, or of a mode that cannot be converted."},
+    422: {
+        "description": "The image is truncated, corrupt, of a mode that cannot be converted, or lacks a box."
+    },
     500: {"description": "Internal error; the log has the traceback under the request id."},
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
     504: {"description": "The deadline (`X-Deadline-Ms`) passed before the request was answered."},

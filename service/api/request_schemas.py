@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 
+from fovea.service.inference.boxes import MAX_BOXES, Boxes, check_boxes, parse_boxes
 from fovea.service.settings import MAX_REQUEST_IMAGES
 
 TopK = Annotated[
@@ -23,6 +24,28 @@ Level = Annotated[
 WithEmbedding = Annotated[
     bool,
     Field(description="Also return the vector that the last layer reads: little-endian float32, base64."),
+]
+
+
+_BOX_SCHEMA: Final = {"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 4}
+
+_BOXES_DESCRIPTION: Final = (
+    "Classify these regions instead of the whole image: left, top, right and bottom of each, in pixels of "
+    "the upright image; right and bottom do not belong to the region."
+)
+
+ImageBoxes = Annotated[
+    Boxes,
+    PlainValidator(check_boxes),
+    WithJsonSchema({"type": "array", "items": _BOX_SCHEMA, "maxItems": MAX_BOXES}),
+    Field(description=_BOXES_DESCRIPTION),
+]
+
+TextBoxes = Annotated[
+    Boxes,
+    PlainValidator(parse_boxes),
+    WithJsonSchema({"type": "string", "example": "[[0, 0, 100, 100]]"}),
+    Field(description=f"{_BOXES_DESCRIPTION} A list of lists, as JSON; for one image."),
 ]
 
 
@@ -56,6 +79,7 @@ class ClassifyOptions(BaseModel):
     threshold: Threshold | None = None
     coverage: Level | None = None
     embedding: WithEmbedding = False
+    boxes: TextBoxes | None = None
     timing: bool = Field(False, description="Also return the milliseconds that each stage took.")
 
 
@@ -126,6 +150,7 @@ class EncodedImage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     b64: str = Field(description="The encoded image, as base64.")
+    boxes: ImageBoxes | None = None
 
 
 class ClassifyRequest(BaseModel):
@@ -147,6 +172,7 @@ class FormOptions(BaseModel):
     threshold: Threshold | None = None
     coverage: Level | None = None
     embedding: WithEmbedding | None = None
+    boxes: TextBoxes | None = None
 
 
 class IndexRequest(BaseModel):

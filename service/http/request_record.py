@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
-from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.batch_messages import Answer, BoxAnswers
 from fovea.service.runners.lane import Job
 
 REQUEST_ID_HEADER: Final = b"x-request-id"
@@ -116,8 +116,8 @@ class RequestRecord:
                 longest[stage.name] = stage
         return longest
 
-    def add_image(self, outcome: Answer | BaseException, job: Job) -> None:
-        """Add the stages and warnings of an image that was answered or failed."""
+    def add_image(self, outcome: Answer | BoxAnswers | BaseException, job: Job) -> None:
+        """Add the stages and warnings of an image that was answered or failed. A box counts as an image."""
         self.images += 1
         if job.started_at:
             self._stages.append(("queue", job.arrived_at, job.started_at - job.arrived_at, 0))
@@ -129,6 +129,12 @@ class RequestRecord:
             self._stages.append(
                 ("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
             )
+        elif isinstance(outcome, BoxAnswers):
+            for warning in outcome.warnings:
+                self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
+            self.images -= 1
+            for answer in outcome.answers:
+                self.add_image(answer, job)
 
 
 def _choose_request_id(request_id: bytes) -> str:

@@ -8,10 +8,11 @@ that cannot be read costs as much as the most expensive image.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.contract import Geometry, PixelPath
+from fovea.service.inference.boxes import PixelBox
 from fovea.service.inference.draft_scale import choose_draft_scale
 
 ImageBytes = bytes | memoryview
@@ -73,6 +74,9 @@ _COEFFICIENT_BYTES: Final = 8
 _16_BIT_BYTES: Final = 16
 """Bytes per pixel of a PNG of 16 bits: the lower bytes of its values."""
 
+_BOX_BYTES: Final = 4
+"""Bytes per pixel of the largest box, which is cut out of the image."""
+
 _WORK_BYTES: Final = 2 << 20
 """Bytes that any decode takes beside its pixels."""
 
@@ -86,10 +90,13 @@ _MAX_MARKERS: Final = 200
 """Limit of JPEG segments, or TIFF directory entries, to read before the header counts as unreadable."""
 
 
-def estimate_cost(image: ImageBytes, geometry: Geometry, *, max_pixels: int) -> DecodeCost | None:
+def estimate_cost(
+    image: ImageBytes, geometry: Geometry, *, max_pixels: int, boxes: Sequence[PixelBox] | None = None
+) -> DecodeCost | None:
     """Estimate the cost of decoding. Return None if the header cannot be read: assume the worst then.
 
-    An image of more than `max_pixels` pixels is free, because it is refused by its header.
+    With `boxes` the image is decoded at full size, and each box is cut out of it. An image of more than
+    `max_pixels` pixels is free, because it is refused by its header.
     """
     try:
         header = read_header(image)
@@ -102,13 +109,16 @@ def estimate_cost(image: ImageBytes, geometry: Geometry, *, max_pixels: int) -> 
         return NO_COST
     seconds = pixels * _SECONDS_PER_PIXEL[header.format] * (2 if header.is_16_bit else 1)
     decoded_pixels = pixels
-    if header.format == "JPEG" and geometry.pixel_path is PixelPath.FAST:
+    if header.format == "JPEG" and geometry.pixel_path is PixelPath.FAST and boxes is None:
         scale = choose_draft_scale((header.width, header.height), geometry)
         if scale > 1:
             seconds = pixels * _DRAFT_SECONDS
             decoded_pixels = -(-header.width // scale) * -(-header.height // scale)
     seconds += pixels * header.scans * _SCAN_SECONDS
     extra_bytes = pixels * (_COEFFICIENT_BYTES if header.scans else _16_BIT_BYTES if header.is_16_bit else 0)
+    if boxes:
+        largest_box = max((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+        extra_bytes += _BOX_BYTES * min(pixels, max(largest_box, 0))
     return DecodeCost(
         seconds, _WORK_BYTES + len(image) + decoded_pixels * _BYTES_PER_PIXEL[header.format] + extra_bytes
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,14 @@ from fovea.service.artifact.embedding import find_embedding
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.artifact.onnx_edit import add_outputs, extract_preprocessing, replace_input
-from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
+from fovea.service.errors import (
+    ContractError,
+    GoldenError,
+    Interrupted,
+    ModelError,
+    RequestError,
+    to_one_line,
+)
 from fovea.service.inference.pinned_memory import PinnedBatches, find_pinned_memory, pad_size, run_bound
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
@@ -34,6 +42,7 @@ from fovea.service.inference.session import (
 )
 from fovea.service.inference.shared_weights import share_weights
 from fovea.service.providers import PROVIDERS, ProviderName, ProviderSetting
+from fovea.service.resources.model_memory import check_container_memory
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
@@ -48,6 +57,10 @@ CPU: identical bit for bit on x86-64 with AVX2 (three networks, batches up to 16
 kernels that sum in another order change a logit by about 1e-5. CUDA: not measured. The value is a quarter,
 the largest slope of softmax and sigmoid, of the 5e-2 by which TF32 may change a logit.
 """
+
+
+_RETRY_SECONDS: Final = 60.0
+"""Time after which sessions that could not be created are tried again, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,10 @@ class Engine:
         """Tensor with the embedding; None if the model has none."""
         self._embedding_sessions: _Sessions | None = None
         """Sessions that also return the embedding, created on first use."""
+        self._embedding_failure: ModelError | None = None
+        """Error of the last attempt to create these sessions."""
+        self._embedding_retry_at = 0.0
+        """Time of the next attempt, on the monotonic clock in seconds."""
         self._weights = weights  # the last attribute: it goes after the sessions that use the weights
 
     @classmethod
@@ -194,8 +211,9 @@ class Engine:
     ) -> tuple[list[Floats], Floats]:
         """Return what `run_tensor` returns for pixels, and embeddings, float32 (n, `embedding.dimension`).
 
-        The sessions for this are created on first use, with weights of their own. Raises `GoldenError` when
-        they do not reproduce the golden set, and `ModelError` for a model without an embedding.
+        The sessions for this are created on first use, with weights of their own. Raises `ModelError` for a
+        model without an embedding and when the sessions cannot be created: `GoldenError` when they do not
+        reproduce the golden set, `Interrupted` when the container lacks memory.
         """
         if self.embedding is None:
             raise ModelError("the model has no embedding")
@@ -213,20 +231,39 @@ class Engine:
         return outputs, rows
 
     def _get_embedding_sessions(self, tensor: str) -> _Sessions:
-        """Return the sessions that also return the embedding; create and check them like `_get_sessions`."""
+        """Return the sessions that also return the embedding; create and check them like `_get_sessions`.
+
+        After a failure, another attempt is made in `_RETRY_SECONDS` at the earliest, because it takes as long
+        as loading the model.
+        """
         if self._embedding_sessions is None:
-            model = add_outputs(self._read_bytes(), [tensor])
-            sessions = _Sessions(
-                self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
-            )
-            pixels = decode_golden_pixels(self.contract.golden.images[0])[None]
-            for exclusive in self._exclusive_modes():
-                logits = self._run_session(
-                    sessions, self.tensors[0], pixels, [self.contract.logits_name], exclusive
-                )[0]
-                self._check_logits(self.contract.golden.images[0], logits)
-            self._embedding_sessions = sessions
+            if self._embedding_failure and time.monotonic() < self._embedding_retry_at:
+                raise self._embedding_failure.with_traceback(None)
+            try:
+                self._embedding_sessions = self._create_embedding_sessions(tensor)
+            except ModelError as error:
+                self._embedding_failure = error
+                self._embedding_retry_at = time.monotonic() + _RETRY_SECONDS
+                raise
         return self._embedding_sessions
+
+    def _create_embedding_sessions(self, tensor: str) -> _Sessions:
+        try:
+            content = self._read_bytes()
+        except OSError as error:
+            raise Interrupted(f"cannot read the model once more: {error.strerror}") from None
+        check_container_memory(len(content) * (2 if self._wide_threads else 1))
+        model = add_outputs(content, [tensor])
+        sessions = _Sessions(
+            self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
+        )
+        pixels = decode_golden_pixels(self.contract.golden.images[0])[None]
+        for exclusive in self._exclusive_modes():
+            logits = self._run_session(
+                sessions, self.tensors[0], pixels, [self.contract.logits_name], exclusive
+            )[0]
+            self._check_logits(self.contract.golden.images[0], logits)
+        return sessions
 
     def _run_session(
         self, sessions: _Sessions, tensor: InputTensor, batch: Values, names: Sequence[str], exclusive: bool
@@ -288,6 +325,11 @@ class Engine:
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
             for exclusive in self._exclusive_modes() if size == 1 else (False,):
                 self.run(pixels, exclusive=exclusive)
+
+    @property
+    def has_exclusive_session(self) -> bool:
+        """True if exclusive calls run in a session of their own, with more threads."""
+        return bool(self._wide_threads)
 
     def _exclusive_modes(self) -> tuple[bool, ...]:
         """Return the values of `exclusive` that use different sessions: each is warmed up and checked."""

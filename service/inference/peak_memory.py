@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from fovea.service.artifact.geometry import CropStep, Geometry, ResizeStep
+from fovea.service.inference.boxes import PixelBox
 from fovea.service.inference.colour import Profile
 from fovea.service.inference.geometry_plan import PLAN_CACHE_SIZE, PlannedStep, Size, plan_steps
 from fovea.service.inference.image_opening import has_many_scans
@@ -46,6 +48,17 @@ def estimate_source_peak_bytes(source: ImageSource, full_size: Size, geometry: G
     if isinstance(source.profile, Profile) and not source.profile.is_cached:
         peak_bytes += _PROFILE_BYTES + 2 * len(source.profile.content)
     return peak_bytes
+
+
+def estimate_boxes_peak_bytes(source: ImageSource, geometry: Geometry, boxes: Sequence[PixelBox]) -> int:
+    """Return an upper bound on the peak bytes of decoding an image and cutting its boxes one by one."""
+    longest_side = max(source.image_file.size)
+    box_bytes = 0
+    for left, top, right, bottom in boxes:
+        # A box that is larger than the image is refused once its orientation is known.
+        width, height = (max(1, min(side, longest_side)) for side in (right - left, bottom - top))
+        box_bytes = max(box_bytes, 4 * width * height + _geometry_bytes((width, height), geometry))
+    return estimate_source_peak_bytes(source, source.image_file.size, None) + box_bytes
 
 
 def estimate_peak_bytes(image_file: ImageFile.ImageFile, full_size: Size, geometry: Geometry | None) -> int:

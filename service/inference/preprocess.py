@@ -13,6 +13,9 @@ pixels that it was trained on. An image takes these steps, always in this order:
 `fast` orients last, where the image is smallest. The result is the same except for the order in which the
 resize rounds.
 
+A box (`boxes`) is cut out of the upright image at its own size, between convert and resize, so that its
+pixels are those of the same region saved as an image without loss.
+
 A file that fails is tried again without its damage if no pixel needs the damaged part (see `repair`).
 """
 
@@ -20,8 +23,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
@@ -33,14 +36,19 @@ from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference import jpeg
+from fovea.service.inference.boxes import PixelBox
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.decode_trace import DecodeTrace, trace_conversion, trace_decoding, trace_geometry
 from fovea.service.inference.embedded_profile import find_conversion
 from fovea.service.inference.geometry_warnings import find_geometry_warnings
 from fovea.service.inference.image_format import identify_format
 from fovea.service.inference.image_opening import check_limits, open_image
-from fovea.service.inference.image_source import load_image
-from fovea.service.inference.peak_memory import estimate_peak_bytes, estimate_source_peak_bytes
+from fovea.service.inference.image_source import ImageSource, load_image
+from fovea.service.inference.peak_memory import (
+    estimate_boxes_peak_bytes,
+    estimate_peak_bytes,
+    estimate_source_peak_bytes,
+)
 from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.repair import find_repairs
 from fovea.service.inference.resize import apply_geometry, draft_jpeg
@@ -108,6 +116,52 @@ def decode_upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None
         memory,
         lambda encoded_image, _: _decode_upright(kind, encoded_image, max_pixels, memory),
     )
+
+
+@dataclass(frozen=True)
+class UprightImage:
+    """A whole image at its own size, oriented by EXIF, from which boxes are cut."""
+
+    image: Image.Image
+    """The image as 8-bit RGB."""
+    format: str
+    """Pillow's name of the format, such as `JPEG`."""
+    warnings: tuple[ImageWarning, ...]
+    """Warnings about the conversion of the image, and none about its boxes."""
+
+    def decode_box(self, box: PixelBox, geometry: Geometry) -> DecodedImage:
+        """Return the pixels that the model sees of a box inside the image."""
+        part = self.image.crop(box)
+        pixels = apply_geometry(part, geometry, part.size, (0, 0, *part.size), None)
+        return DecodedImage(pixels, "", *part.size, find_geometry_warnings(part.size, geometry))
+
+
+@contextmanager
+def open_upright(
+    image: bytes | memoryview,
+    geometry: Geometry,
+    boxes: Sequence[PixelBox],
+    *,
+    max_pixels: int,
+    memory: DecodeMemory | None = None,
+) -> Iterator[UprightImage]:
+    """Decode a whole image for its boxes, and keep the memory reserved until the end of the `with` block.
+
+    The memory suffices for cutting one box after another. The function waits and raises like `decode_image`.
+    """
+    kind, image = _identify_image(image)
+
+    def decode_once(encoded_image: bytes, warnings: list[ImageWarning]) -> tuple[UprightImage, ExitStack]:
+        source = open_image(kind, encoded_image, max_pixels, warnings)
+        with ExitStack() as stack:
+            if memory:
+                stack.enter_context(memory.reserve(estimate_boxes_peak_bytes(source, geometry, boxes)))
+            upright = _load_upright(source, warnings)
+            return UprightImage(upright, kind, tuple(warnings)), stack.pop_all()
+
+    upright_image, reservation = _decode_or_repair(kind, image, max_pixels, memory, decode_once)
+    with reservation:
+        yield upright_image
 
 
 _T = TypeVar("_T")
@@ -237,10 +291,15 @@ def _decode_upright(
     source = open_image(kind, encoded_image, max_pixels, [])
     peak_bytes = estimate_source_peak_bytes(source, source.image_file.size, None) if memory else 0
     with memory.reserve(peak_bytes) if memory else nullcontext():
-        image = load_image(source)
-        rotation = find_rotation(source.image_file, source.orientation)
-        conversion = find_conversion(source.profile, image.mode, [])
-        return to_rgb(image.transpose(rotation.method) if rotation else image, conversion, [])
+        return _load_upright(source, [])
+
+
+def _load_upright(source: ImageSource, warnings: list[ImageWarning]) -> Image.Image:
+    """Run the steps from decoding up to the conversion."""
+    image = load_image(source)
+    rotation = find_rotation(source.image_file, source.orientation)
+    conversion = find_conversion(source.profile, image.mode, warnings)
+    return to_rgb(image.transpose(rotation.method) if rotation else image, conversion, warnings)
 
 
 def configure_pillow() -> None:

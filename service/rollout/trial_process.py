@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from fovea.service.errors import ModelError, RequestError
+from fovea.service.errors import ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model, runs_on_cpu
@@ -28,6 +28,7 @@ from fovea.service.rollout.trial import (
     WriteWeightsReply,
     WriteWeightsRequest,
 )
+from fovea.service.runners.batch_messages import Answer
 from fovea.service.runners.child_process import prepare_child
 from fovea.service.runners.frames import receive_frame, split_content
 from fovea.service.runners.messages import Failure
@@ -122,5 +123,5 @@ def _time_answer(model: Predictor, image: memoryview) -> _TimedLabel:
     started_at = time.monotonic()
     answer = model.predict_batch([image]).answers[0]
     seconds = time.monotonic() - started_at
-    label = None if isinstance(answer, RequestError) else model.contract.labels[answer.ranking[0]]
+    label = model.contract.labels[answer.ranking[0]] if isinstance(answer, Answer) else None
     return _TimedLabel(label, seconds)

@@ -11,12 +11,14 @@ tuples and encoded by hand, which is faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from fovea.service.errors import RequestError, error_from_dict
 from fovea.service.image_warnings import ImageWarning
+from fovea.service.inference.boxes import Boxes
 from fovea.service.runners.frames import BytesLike, Frame, FrameError, encode_frame
 from fovea.service.runners.messages import Message
 from fovea.service.runners.shared_memory import SharedRef
@@ -39,17 +41,29 @@ class ImageRequest:
     """True if the caller wants the logits too."""
     include_embedding: bool = False
     """True if the caller wants the embedding too, which only models with one can give, for pixels."""
+    boxes: Boxes | None = None
+    """Regions to classify in place of the whole image, each on its own (`service.inference.boxes`)."""
 
 
 Item: TypeAlias = Image | ImageRequest
 """Entry of a batch: one image."""
 
 
-def weight_of(item: Item) -> int:
-    """Return the number of bytes to decode; 0 for a row of a tensor."""
+def weight_of(item: Item) -> float:
+    """Return the number of bytes to decode; 0 for a row of a tensor.
+
+    An image with boxes has infinite weight: it fills batches of its own.
+    """
     if isinstance(item, ImageRequest):
+        if item.boxes is not None:
+            return math.inf
         return 0 if item.tensor_name else len(item.content)
     return len(item)
+
+
+def count_results(item: Item) -> int:
+    """Return the number of images for which an item counts: that of its boxes, and at least 1."""
+    return len(item.boxes) or 1 if isinstance(item, ImageRequest) and item.boxes is not None else 1
 
 
 class Batch(NamedTuple):
@@ -75,8 +89,8 @@ class Batch(NamedTuple):
     """Bytes reserved for decoding the images (`service.inference.decode_memory`)."""
 
     @property
-    def weight(self) -> int:
-        """Number of bytes to decode in this batch."""
+    def weight(self) -> float:
+        """Number of bytes to decode in this batch; infinite for boxes."""
         return sum(map(weight_of, self.images))
 
     def to_pieces(self) -> Iterator[memoryview]:
@@ -101,6 +115,7 @@ class Batch(NamedTuple):
                     "tensor": image.tensor_name,
                     "logits": image.include_logits,
                     "embedding": image.include_embedding,
+                    "boxes": image.boxes,
                 }
             descriptions.append(location)
         values = {
@@ -131,7 +146,13 @@ class Batch(NamedTuple):
             else:
                 image = SharedRef(*location)
             images.append(
-                ImageRequest(image, options["tensor"], options["logits"], options["embedding"])
+                ImageRequest(
+                    image,
+                    options["tensor"],
+                    options["logits"],
+                    options["embedding"],
+                    _to_boxes(options["boxes"]),
+                )
                 if options
                 else image
             )
@@ -144,6 +165,13 @@ class Batch(NamedTuple):
             values["separate"],
             values["memory"],
         )
+
+
+def _to_boxes(values: list[list[int]] | None) -> Boxes | None:
+    """Return the boxes of a message."""
+    return (
+        None if values is None else tuple((left, top, right, bottom) for left, top, right, bottom in values)
+    )
 
 
 @dataclass(frozen=True)
@@ -170,13 +198,13 @@ class ImageTiming(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Result of one image, with the probability of every label.
+    """Result of one image or box, with the probability of every label.
 
     Sizes are in pixels, after EXIF orientation. In the service, the arrays are views into the received frame.
     """
 
     format: str
-    """Image format; empty for a tensor."""
+    """Image format; empty for a tensor and for a box."""
     width: int
     height: int
     brightness: float | None
@@ -198,10 +226,24 @@ class Answer(NamedTuple):
     """Embedding, float32 (`service.artifact.embedding`); None if the caller did not want it."""
 
 
-class BatchReport(NamedTuple):
-    """Reply to a `Batch`: an answer or an error for each image, in order, and durations in seconds."""
+class BoxAnswers(NamedTuple):
+    """Results of the boxes of one image, in order, and properties of the image."""
 
-    answers: Sequence[Answer | RequestError]
+    answers: Sequence[Answer]
+    """Results with the sizes of the boxes, and the warnings about them."""
+    format: str
+    width: int
+    """Width of the image in pixels, after EXIF orientation."""
+    height: int
+    warnings: Sequence[ImageWarning] = ()
+    """Warnings about the image as a whole."""
+
+
+class BatchReport(NamedTuple):
+    """Reply to a `Batch`: an outcome for each image, in order, and durations in seconds."""
+
+    answers: Sequence[Answer | BoxAnswers | RequestError]
+    """Outcomes: an answer, those of the image's boxes, or an error."""
     decode_seconds: Sequence[float]
     """Decoding time of each image, in seconds."""
     inference_seconds: float
@@ -213,12 +255,13 @@ class BatchReport(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Return the encoded message."""
+        answers, groups = _flatten(self.answers)
         heads: list[Any] = []
         parts: list[memoryview] = []
         logits: list[memoryview] = []
         embeddings: list[memoryview] = []
         embedding_rows: list[int] = []
-        for index, answer in enumerate(self.answers):
+        for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
@@ -239,6 +282,7 @@ class BatchReport(NamedTuple):
             "logits": sum(map(len, logits)),
             "embeddings": sum(map(len, embeddings)),
             "embedding_rows": embedding_rows,
+            "boxes": groups,
         }
         return b"".join(encode_frame(type(self).__name__, values, [*parts, *logits, *embeddings]))
 
@@ -294,7 +338,41 @@ class BatchReport(NamedTuple):
                 )
             )
             start, logits_start = stop, logits_stop
-        return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])
+        outcomes = _group(answers, values["boxes"]) if values["boxes"] else answers
+        return cls(outcomes, values["decode"], values["inference"], values["batch"], values["number"])
+
+
+def _flatten(
+    outcomes: Sequence[Answer | BoxAnswers | RequestError],
+) -> tuple[Sequence[Answer | RequestError], list[list[Any]]]:
+    """Return the answers one by one, those of boxes too, and what `_group` needs to group them again."""
+    groups: list[list[Any]] = []
+    answers: list[Answer | RequestError] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BoxAnswers):
+            box_answers, *image = outcome
+            groups.append([len(answers), len(box_answers), *image])
+            answers += box_answers
+        else:
+            answers.append(outcome)
+    return answers, groups
+
+
+def _group(
+    answers: Sequence[Answer | RequestError], groups: Sequence[Sequence[Any]]
+) -> list[Answer | BoxAnswers | RequestError]:
+    """Return the outcomes of the images. Raises `ValueError` or `TypeError` unless the groups fit."""
+    outcomes: list[Answer | BoxAnswers | RequestError] = []
+    position = 0
+    for start, count, image_format, width, height, warning_values in groups:
+        box_answers = [one for one in answers[start : start + count] if isinstance(one, Answer)]
+        if not position <= start <= len(answers) or not 0 <= count == len(box_answers):
+            raise ValueError("the boxes have other answers than the report says")
+        outcomes += answers[position:start]
+        warnings = [ImageWarning(*one) for one in warning_values]
+        outcomes.append(BoxAnswers(box_answers, image_format, width, height, warnings))
+        position = start + count
+    return [*outcomes, *answers[position:]]
 
 
 def _split_embeddings(values: dict[str, Any], content: memoryview) -> dict[int, memoryview[float]]:

@@ -106,17 +106,20 @@ class Batcher:
         *,
         deadline: float,
         memory: int = 0,
+        size: int = 1,
     ) -> Job:
         """Queue `item`.
 
         `on_outcome` is called on the event loop, unless `cancel` is called before. If `deadline` (monotonic,
         in seconds) passes first, no work is done; `on_outcome` then gets an error or is not called. The item
         begins when `memory` bytes can be reserved; if it needs more than there are, it reserves all of them.
+        `size` is that of `Job`.
         """
         now = time.monotonic()
         self._last_arrivals[lane.level] = now
         needed_bytes = int(min(memory, self._total_memory))
-        job = Job(item, lane, on_outcome, deadline, now, lane.compute_share(item), memory=needed_bytes)
+        share = lane.compute_share(item)
+        job = Job(item, lane, on_outcome, deadline, now, share, memory=needed_bytes, size=size)
         if lane.error is not None:
             # Later, not at once: the caller does not have the job yet, and must get it before the outcome.
             asyncio.get_running_loop().call_soon(job.deliver_outcome, lane.error)
@@ -175,6 +178,7 @@ class Batcher:
         *,
         deadline: float = INFINITY,
         memory: int = 0,
+        size: int = 1,
         convert: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
     ) -> asyncio.Future[Any]:
         """Queue `item` like `enqueue`; return a future of the result or error. Cancel the future to leave.
@@ -183,7 +187,7 @@ class Batcher:
         deadline does not end the future.
         """
         future: JobFuture = JobFuture(self.cancel, convert)
-        future.job = self.enqueue(item, lane, future.set_outcome, deadline=deadline, memory=memory)
+        future.job = self.enqueue(item, lane, future.set_outcome, deadline=deadline, memory=memory, size=size)
         return future
 
     def reserve_memory(self, size: int) -> bool:
@@ -327,7 +331,7 @@ class Batcher:
         exclusive = len(batch) == 1 and not is_busy and not any(other.jobs for other in self._lanes)
         self._virtual_time = lane.virtual_time
         # Charge the estimated time now, so that the next choice of a lane takes this batch into account.
-        lane.virtual_time += len(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
+        lane.virtual_time += _count_items(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
         # Before the runner has the batch: `_finish_batch` removes the first batch of the runner.
         self._runners[runner].append(batch)
         self._reserved_bytes += memory
@@ -384,8 +388,9 @@ class Batcher:
             self._dispatch_soon()
             return
         try:
-            self._update_rate(started_at, len(batch))
-            self._update_lane_cost(runner, lane, started_at, len(batch))
+            item_count = _count_items(batch)
+            self._update_rate(started_at, item_count)
+            self._update_lane_cost(runner, lane, started_at, item_count)
             # Before the answers: callbacks take a while, and the runner should not wait for them.
             self._dispatch()
         finally:
@@ -427,6 +432,11 @@ class Batcher:
             self._finish_times[runner] = now
         weight = _SMOOTHING if lane.seconds_per_item else 1.0
         lane.seconds_per_item += weight * (newest - lane.seconds_per_item)
+
+
+def _count_items(batch: Sequence[Job]) -> int:
+    """Return the number of items for which a batch counts."""
+    return batch[0].size if len(batch) == 1 else len(batch)
 
 
 def _sum_memory(batch: Sequence[Job]) -> int:

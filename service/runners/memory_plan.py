@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from fovea.service.artifact.repository import has_versions_of_one_model
 from fovea.service.resources import threads
 from fovea.service.resources.cgroup import Cgroup
+from fovea.service.resources.model_memory import MODEL_COPIES
 from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,12 +38,6 @@ _SUPERVISOR_BYTES: Final = 40 << 20
 
 _PROCESS_BYTES: Final = 26 << 20
 """Memory of a child of the fork server without a model, in bytes, beside what it shares (measured: 15 MB)."""
-
-_MODEL_COPIES: Final = 3
-"""Memory of a loaded model, as a multiple of its file size.
-
-It holds the weights, ONNX Runtime's prepared weights, and the activations of a batch.
-"""
 
 _USABLE_SHARE: Final = 0.9
 """Share of the limit that is planned. The rest is for page tables, sockets and allocator fragmentation."""
@@ -147,7 +142,7 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
         return None
     usable_bytes = int(limit * _USABLE_SHARE)
     model_sizes = _model_sizes(settings)
-    runner_bytes = _PROCESS_BYTES + _MODEL_COPIES * sum(model_sizes)
+    runner_bytes = _PROCESS_BYTES + MODEL_COPIES * sum(model_sizes)
     base_bytes = settings.workers * (_SERVICE_BYTES + _FORK_SERVER_BYTES)
     if settings.workers > 1:
         base_bytes += _SUPERVISOR_BYTES
@@ -160,7 +155,7 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
     runners = settings.runners or min(thread_plan.runners, max_runners)
     caller_bytes = usable_bytes - base_bytes - settings.workers * runners * runner_bytes
     spare_bytes = settings.workers * (
-        _PROCESS_BYTES + 2 * _MODEL_COPIES * max(model_sizes, default=0) + _SPARE_DECODE_BYTES
+        _PROCESS_BYTES + 2 * MODEL_COPIES * max(model_sizes, default=0) + _SPARE_DECODE_BYTES
     )
     shortage = max(0, spare_bytes + _MIN_CALLER_BYTES - caller_bytes)
     missing_bytes = math.ceil(shortage / _USABLE_SHARE)
@@ -285,7 +280,7 @@ def create_spare_memory(
 
 def estimate_process_bytes(loads: Iterable[LoadCommand]) -> int:
     """Return the memory in bytes of one more process (a trial or explaining process) with these models."""
-    return _PROCESS_BYTES + _MODEL_COPIES * sum(_file_size(Path(load.file)) for load in loads)
+    return _PROCESS_BYTES + MODEL_COPIES * sum(_file_size(Path(load.file)) for load in loads)
 
 
 def _model_sizes(settings: Settings) -> list[int]:

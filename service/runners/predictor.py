@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -17,14 +18,23 @@ from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.model_file import MemoryFile
 from fovea.service.errors import BadRequest, Internal, ModelError, NoEmbedding, RequestError
 from fovea.service.image_warnings import ImageWarning
+from fovea.service.inference.boxes import Boxes, check_inside
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.engine_cache import lock_engine_cache
 from fovea.service.inference.known import compute_known_scores
 from fovea.service.inference.pixels import brightness_of
-from fovea.service.inference.preprocess import decode_image
+from fovea.service.inference.preprocess import UprightImage, decode_image, open_upright
 from fovea.service.providers import PROVIDERS
-from fovea.service.runners.batch_messages import Answer, BatchReport, Image, ImageRequest, ImageTiming, Item
+from fovea.service.runners.batch_messages import (
+    Answer,
+    BatchReport,
+    BoxAnswers,
+    Image,
+    ImageRequest,
+    ImageTiming,
+    Item,
+)
 from fovea.service.runners.load_messages import LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.runners.shared_memory import SharedRef, read_shared, read_shared_into
 
@@ -127,8 +137,11 @@ class Predictor:
 
         Raises `ModelError` when the graph does not run.
         """
+        requests = [image for image in images if isinstance(image, ImageRequest)]
+        if any(request.boxes is not None for request in requests):
+            return self._predict_with_boxes(images, exclusive=exclusive)
         timed_inputs = list(self._map_images(self._prepare_image, images))
-        include_logits = any(isinstance(image, ImageRequest) and image.include_logits for image in images)
+        include_logits = any(request.include_logits for request in requests)
         calls = {}
         for tensor in self._engine.tensors:
             inputs = [
@@ -149,6 +162,92 @@ class Predictor:
         image_count = sum(call.image_count for call in calls.values())
         return BatchReport(answers, [seconds for _, _, seconds in timed_inputs], inference, image_count)
 
+    def _predict_with_boxes(self, images: Sequence[Item], *, exclusive: bool) -> BatchReport:
+        """Run a batch in which images have boxes: each of these on its own, and the others together."""
+        plain_images: list[Item] = []
+        box_reports = []
+        for image in images:
+            if isinstance(image, ImageRequest) and image.boxes is not None:
+                is_alone = exclusive and len(images) == 1
+                box_reports.append(self._predict_boxes(image, image.boxes, exclusive=is_alone))
+            else:
+                plain_images.append(image)
+        reports = [*box_reports, *([self.predict_batch(plain_images)] if plain_images else [])]
+        box_outcomes = ((one.answers[0], one.decode_seconds[0]) for one in box_reports)
+        plain_outcomes = zip(reports[-1].answers, reports[-1].decode_seconds, strict=True)
+        outcomes = [
+            next(
+                box_outcomes
+                if isinstance(image, ImageRequest) and image.boxes is not None
+                else plain_outcomes
+            )
+            for image in images
+        ]
+        return BatchReport(
+            [answer for answer, _ in outcomes],
+            [seconds for _, seconds in outcomes],
+            sum(report.inference_seconds for report in reports),
+            max(report.batch_size for report in reports),
+        )
+
+    def _predict_boxes(self, image: ImageRequest, boxes: Boxes, *, exclusive: bool) -> BatchReport:
+        """Decode an image once, and classify its boxes, as many at once as a batch has images.
+
+        Only one batch of boxes is in memory at a time. A box that fails fails the image.
+        """
+        started_at = box_started_at = time.monotonic()
+        # The session for exclusive calls runs single images only.
+        batch_max = 1 if exclusive and self._engine.has_exclusive_session else self.loaded_model.batch_max
+        geometry, tensor = self.contract.input, self._engine.tensors[0]
+        inference = 0.0
+        answers: list[Answer] = []
+        outcome: BoxAnswers | RequestError
+        try:
+            self._check_embedding(image)
+            with self._open_upright(image, boxes) as upright:
+                check_inside(boxes, upright.image.size)
+                for start in range(0, len(boxes), batch_max):
+                    inputs = []
+                    for box in boxes[start : start + batch_max]:
+                        decoded = upright.decode_box(box, geometry)
+                        box_input = _Input(
+                            tensor,
+                            decoded.pixels,
+                            "",
+                            decoded.width,
+                            decoded.height,
+                            image.include_logits,
+                            image.include_embedding,
+                            decoded.warnings,
+                        )
+                        now = time.monotonic()
+                        inputs.append((box_input, box_started_at, now - box_started_at))
+                        box_started_at = now
+                    call = self._run_tensor(
+                        tensor, inputs, exclusive=exclusive, include_logits=image.include_logits
+                    )
+                    inference += call.seconds
+                    for answer in call.answers:
+                        if isinstance(answer, RequestError):
+                            raise type(answer)(f"box {len(answers)}: {answer}")
+                        answers.append(answer)
+                    box_started_at = time.monotonic()
+                outcome = BoxAnswers(answers, upright.format, *upright.image.size, upright.warnings)
+        except RequestError as error:
+            outcome = error.with_traceback(None)  # its frames would keep the image alive
+        decode = time.monotonic() - started_at - inference
+        return BatchReport([outcome], [decode], inference, min(batch_max, len(answers)))
+
+    def _open_upright(self, image: ImageRequest, boxes: Boxes) -> AbstractContextManager[UprightImage]:
+        content = image.content
+        return open_upright(
+            read_shared(self._bodies_descriptor, content) if isinstance(content, SharedRef) else content,
+            self.contract.input,
+            boxes,
+            max_pixels=self._image_pixels,
+            memory=self._memory,
+        )
+
     def _prepare_image(self, image: Item) -> tuple[_Input | RequestError, float, float]:
         """Return the model input of an image or an error, the start (monotonic) and the duration in seconds.
 
@@ -168,8 +267,8 @@ class Predictor:
         content = image.content if isinstance(image, ImageRequest) else image
         include_logits = isinstance(image, ImageRequest) and image.include_logits
         include_embedding = isinstance(image, ImageRequest) and image.include_embedding
-        if include_embedding and self._engine.embedding is None:
-            raise NoEmbedding(f"model {self.contract.name!r} has no embedding; see `embedding` in /v1/models")
+        if isinstance(image, ImageRequest):
+            self._check_embedding(image)
         if isinstance(image, ImageRequest) and image.tensor_name:
             tensor = self._tensors[image.tensor_name]
             if include_embedding and tensor.preprocessing:
@@ -191,6 +290,11 @@ class Predictor:
             decoded.warnings,
         )
 
+    def _check_embedding(self, image: ImageRequest) -> None:
+        """Raise `NoEmbedding` for the embedding of a model without one."""
+        if image.include_embedding and self._engine.embedding is None:
+            raise NoEmbedding(f"model {self.contract.name!r} has no embedding; see `embedding` in /v1/models")
+
     def _run_tensor(
         self,
         tensor: InputTensor,
@@ -208,9 +312,12 @@ class Predictor:
         with_logits = include_logits or contract.known is not None
         embeddings: Sequence[Any] = ()
         if any(one.include_embedding for one, *_ in inputs):
-            outputs, rows = self._engine.run_with_embedding(
-                batch, exclusive=exclusive, with_logits=with_logits
-            )
+            try:
+                outputs, rows = self._engine.run_with_embedding(
+                    batch, exclusive=exclusive, with_logits=with_logits
+                )
+            except ModelError as error:
+                return self._run_without_embedding(tensor, inputs, error, include_logits=include_logits)
             embeddings = list(rows)
         else:
             outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
@@ -256,6 +363,23 @@ class Predictor:
         if not all(finite):
             answers = _replace_nonfinite(answers, finite, tensor)
         return _ModelCall(answers, inference, len(batch))
+
+    def _run_without_embedding(
+        self,
+        tensor: InputTensor,
+        inputs: Sequence[tuple[_Input, float, float]],
+        failure: ModelError,
+        *,
+        include_logits: bool,
+    ) -> _ModelCall:
+        """Fail the images that need an embedding, and run the model on the others."""
+        others = [one for one in inputs if not one[0].include_embedding]
+        call = _ModelCall(iter(()), 0.0, 0)
+        if others:
+            call = self._run_tensor(tensor, others, exclusive=False, include_logits=include_logits)
+        error = Internal(f"the model's embedding cannot be computed: {failure}")
+        answers = (error if one.include_embedding else next(call.answers) for one, *_ in inputs)
+        return call._replace(answers=answers)
 
     def _fill_row(self, row: Values, values: Values | Image) -> None:
         """Write the values of one image into its row of the batch."""

@@ -20,13 +20,14 @@ from fovea.service.errors import (
     RequestError,
     Unavailable,
 )
+from fovea.service.inference.boxes import Boxes, PixelBox
 from fovea.service.inference.decode_cost import estimate_cost
 from fovea.service.inference.decode_memory import process_share
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.runners import shared_memory
-from fovea.service.runners.batch_messages import Answer, ImageRequest, Item
+from fovea.service.runners.batch_messages import Answer, BoxAnswers, ImageRequest, Item, count_results
 from fovea.service.runners.batcher import LEVEL_COUNT, Batcher
 from fovea.service.runners.child_process import LOAD_TIMEOUT_FACTOR
 from fovea.service.runners.lane import INFINITY, Job, Lane
@@ -53,7 +54,15 @@ class Classification(NamedTuple):
     answer: Answer
 
 
-AnswerCallback: TypeAlias = Callable[[Answer | Exception, Job], None]
+class BoxClassification(NamedTuple):
+    """Answers for the boxes of one image, and the model that produced them."""
+
+    model: LiveModel
+    boxes: Boxes
+    outcome: BoxAnswers
+
+
+AnswerCallback: TypeAlias = Callable[[Answer | BoxAnswers | Exception, Job], None]
 """Callback with the outcome and the job of an image, such as `RequestRecord.add_image`. The classifier calls
 it on the event loop before the caller gets the outcome, and logs any exception that it raises."""
 
@@ -285,22 +294,25 @@ class Classifier:
 
         Raises `Overloaded` when too many images with that cost are queued.
         """
+        boxes = None
         if isinstance(image, ImageRequest):
             if image.tensor_name:
                 return model.lanes[0], 0
-            image = image.content
+            boxes, image = image.boxes, image.content
         content = self.shared_bodies.view(image.offset, image.size) if isinstance(image, SharedRef) else image
-        cost = estimate_cost(content, model.contract.input, max_pixels=self.settings.image_pixels)
+        max_pixels = self.settings.image_pixels
+        cost = estimate_cost(content, model.contract.input, max_pixels=max_pixels, boxes=boxes)
         if cost is None:
             level, memory = LEVEL_COUNT - 1, self._decode_limit
         else:
-            level = bisect_right(_LEVEL_SECONDS, cost.seconds)
+            seconds = cost.seconds + _estimate_box_seconds(boxes, model) if boxes else cost.seconds
+            level = bisect_right(_LEVEL_SECONDS, seconds)
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
         limit = max(1, self.settings.queue_images // _COSTLY_DIVISOR)
         if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= limit:
             raise self.create_overload_error(
-                f"{limit} images that take long to decode are already waiting; the limit is a quarter of "
-                "FOVEA_QUEUE_IMAGES"
+                f"{limit} images that take long to decode, or have many boxes, are already waiting; the "
+                "limit is a quarter of FOVEA_QUEUE_IMAGES"
             )
         return model.lanes[level], memory
 
@@ -315,7 +327,7 @@ class Classifier:
         *,
         deadline: float = INFINITY,
         on_answer: AnswerCallback,
-    ) -> list[Classification | RequestError]:
+    ) -> list[Classification | BoxClassification | RequestError]:
         """Classify images and return one answer or error per image, in order.
 
         An error of an image is a decoding error, `BadRequest` if a tensor gives no numbers, or `Internal` if
@@ -324,11 +336,13 @@ class Classifier:
         """
 
         def convert_outcome(
-            outcome: Answer | Exception, job: Job
-        ) -> Classification | RequestError | BaseException:
+            outcome: Answer | BoxAnswers | Exception, job: Job
+        ) -> Classification | BoxClassification | RequestError | BaseException:
             # The batcher calls this on the event loop for each image as it is answered. Counting all images
             # at once, after the last one, would block the event loop.
             self._count_image(outcome, model, job, on_answer)
+            if isinstance(outcome, BoxAnswers):
+                return BoxClassification(model, job.item.boxes, outcome)
             return _convert_outcome(outcome, model)
 
         started_at = time.monotonic()
@@ -341,7 +355,7 @@ class Classifier:
                 future.cancel()
             raise
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
-        succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
+        succeeded = all(isinstance(outcome, Classification | BoxClassification) for outcome in outcomes)
         model.statistics.count_request(started_at, is_success=succeeded)
         return [_check_outcome(outcome) for outcome in outcomes]
 
@@ -358,10 +372,12 @@ class Classifier:
             future = asyncio.get_running_loop().create_future()
             future.set_result(error)
             return future
-        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, convert=convert)
+        return self._batcher.submit(
+            image, lane, deadline=deadline, memory=memory, size=count_results(image), convert=convert
+        )
 
     def _count_image(
-        self, outcome: Answer | Exception, model: LiveModel, job: Job, on_answer: AnswerCallback
+        self, outcome: Answer | BoxAnswers | Exception, model: LiveModel, job: Job, on_answer: AnswerCallback
     ) -> None:
         """Count an image in the record, the metrics and the statistics, and keep it for the next shadow test.
 
@@ -373,6 +389,8 @@ class Classifier:
                 self._prediction_tallies[model].add_image(outcome, job)
                 if recent := self._recent_images.get(model.name):
                     recent.add_image(job.item)
+            elif isinstance(outcome, BoxAnswers):  # a shadow test would classify the whole image
+                self._prediction_tallies[model].add_boxes(outcome, job)
         except Exception:
             log.exception("an answer of model %s could not be counted", model.name)
 
@@ -442,10 +460,22 @@ def _convert_outcome(
     return outcome
 
 
-def _check_outcome(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
+def _estimate_box_seconds(boxes: Sequence[PixelBox], model: LiveModel) -> float:
+    """Return the time of a runner for boxes, in seconds, by the measured time of an image that decodes fast.
+
+    More boxes than one batch never count as cheap, even before the first measurement.
+    """
+    lane = model.lanes[0]
+    seconds = len(boxes) * lane.seconds_per_item
+    return max(seconds, _LEVEL_SECONDS[0]) if len(boxes) > lane.batch_max else seconds
+
+
+def _check_outcome(
+    outcome: Classification | BoxClassification | RequestError | BaseException,
+) -> Classification | BoxClassification | RequestError:
     """Return an outcome that belongs to one image, and raise any other outcome."""
     if isinstance(outcome, Unavailable):  # this error concerns the whole request
         raise outcome
-    if isinstance(outcome, Classification | RequestError):
+    if isinstance(outcome, Classification | BoxClassification | RequestError):
         return outcome
     raise outcome

@@ -11,7 +11,7 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.drift import DriftMonitor
 from fovea.service.observability.metrics import Metrics
 from fovea.service.observability.tallies import observe_all
-from fovea.service.runners.batch_messages import Answer, ImageTiming
+from fovea.service.runners.batch_messages import Answer, BoxAnswers, ImageTiming
 from fovea.service.runners.lane import Job
 from fovea.service.serving.live_model import LiveModel
 
@@ -92,6 +92,13 @@ class PredictionTally:
         # A request may have many images: counting thousands at once would block the event loop.
         if len(self._images) >= _MAX_PENDING_IMAGES:
             self.fold()
+
+    def add_boxes(self, outcome: BoxAnswers, job: Job) -> None:
+        """Count each box of an image as an image, and the warnings about the image once."""
+        for answer in outcome.answers:
+            self.add_image(answer, job)
+        for warning in outcome.warnings:
+            self._metrics.image_warnings.labels(warning.code).inc()
 
     def _is_unknown(self, answer: Answer) -> bool:
         score = answer.known_score

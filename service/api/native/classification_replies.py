@@ -14,7 +14,7 @@ from fovea.service.api.request_schemas import ClassifyOptions
 from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import RequestError
 from fovea.service.http.request_record import RequestRecord
-from fovea.service.serving.classifier import Classification
+from fovea.service.serving.classifier import BoxClassification, Classification
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
 
@@ -40,7 +40,10 @@ class ReplyOptions(NamedTuple):
     """True if the reply contains the embeddings."""
 
     def render(
-        self, results: Sequence[Classification | RequestError], model: LiveModel, record: RequestRecord
+        self,
+        results: Sequence[Classification | BoxClassification | RequestError],
+        model: LiveModel,
+        record: RequestRecord,
     ) -> Reply:
         """Render the results (`service.api.adapter.ReplyFormat`).
 
@@ -50,14 +53,21 @@ class ReplyOptions(NamedTuple):
         if len(results) == 1:
             reply |= self._render_outcome(results[0])
         else:
-            # Render the results one after the other: as plain values they take four times as much memory.
-            reply["results"] = [orjson.Fragment(orjson.dumps(self._render_outcome(one))) for one in results]
+            # Render the results one after the other, because of the memory.
+            reply["results"] = [_pack(self._render_outcome(one)) for one in results]
         if self.timing:
             reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest_stages().items()}
         return Reply(orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE))
 
-    def _render_outcome(self, outcome: Classification | RequestError) -> dict[str, Any]:
-        return render_outcome(outcome, top_k=self.top_k, threshold=self.threshold, coverage=self.coverage)
+    def _render_outcome(self, outcome: Classification | BoxClassification | RequestError) -> dict[str, Any]:
+        return render_outcome(
+            outcome, top_k=self.top_k, threshold=self.threshold, coverage=self.coverage, pack_box=_pack
+        )
+
+
+def _pack(values: dict[str, Any]) -> orjson.Fragment:
+    """Return a part of a reply as JSON, which takes a quarter of the memory of plain values."""
+    return orjson.Fragment(orjson.dumps(values))
 
 
 def resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: LiveModel) -> ReplyOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -13,14 +14,16 @@ from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolA
 from fovea.service.api.body_parser import needs_parsing, parse_body
 from fovea.service.api.endpoint import Endpoint
 from fovea.service.api.native.classification_replies import ReplyOptions, resolve_options
-from fovea.service.api.options import parse_query
+from fovea.service.api.options import SEVERAL_IMAGES_WITH_BOXES, parse_query
 from fovea.service.api.protocol_routes import add_endpoint_route
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, ModelList
 from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
 from fovea.service.api.services import Services
+from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import NATIVE
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.batch_messages import Image, ImageRequest, Item
+from fovea.service.inference.boxes import Boxes
+from fovea.service.runners.batch_messages import Image, ImageRequest, Item, count_results
 from fovea.service.serving.live_model import LiveModel
 
 _CLASSIFY_ROUTES: Final = {
@@ -48,8 +51,10 @@ class ClassifyAdapter(ProtocolAdapter):
     def choose_raw_format(
         self, options: ClassifyOptions, headers: Headers, model: LiveModel
     ) -> ReplyOptions | None:
-        is_structured = needs_parsing(headers.get(b"content-type", b""))
-        return None if is_structured else resolve_options(options, _EMPTY_BODY, model)
+        # An image with boxes counts as several, for which only `parse_request` has a way.
+        if options.boxes is not None or needs_parsing(headers.get(b"content-type", b"")):
+            return None
+        return resolve_options(options, _EMPTY_BODY, model)
 
     def create_item(self, image: Image, reply_format: ReplyFormat) -> Item:
         wants_embedding = isinstance(reply_format, ReplyOptions) and reply_format.embedding
@@ -58,8 +63,28 @@ class ClassifyAdapter(ProtocolAdapter):
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         parsed_body = await parse_body(request.content_type, request.body, request.settings)
         reply_options = resolve_options(request.options, parsed_body, request.model)
-        items = [self.create_item(image, reply_options) for image in parsed_body.images]
-        return ParsedRequest(items, reply_options)
+        images, boxes = parsed_body.images, _resolve_boxes(request.options, parsed_body)
+        if not boxes:
+            return ParsedRequest([self.create_item(image, reply_options) for image in images], reply_options)
+        items: list[Item] = [
+            ImageRequest(image, include_embedding=reply_options.embedding, boxes=image_boxes)
+            for image, image_boxes in zip(images, boxes, strict=True)
+        ]
+        result_count = sum(map(count_results, items))
+        bodies.check_image_count(result_count, request.settings, "boxes and images without boxes")
+        return ParsedRequest(items, reply_options, result_count=result_count)
+
+
+def _resolve_boxes(options: ClassifyOptions, body: bodies.ParsedBody) -> Sequence[Boxes | None]:
+    """Return the boxes of each image, or nothing if no image has any. Those of the body take precedence.
+
+    Raises `BadRequest` for boxes in the query for several images.
+    """
+    if body.boxes or options.boxes is None:
+        return body.boxes
+    if len(body.images) > 1:
+        raise BadRequest(SEVERAL_IMAGES_WITH_BOXES)
+    return (options.boxes,)
 
 
 def add_routes(app: FastAPI, services: Services) -> None:

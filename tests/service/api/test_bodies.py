@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from fovea.service.api.json_bodies import parse_json_body
+from fovea.service.inference.boxes import MAX_BOXES
+from fovea.service.settings import MAX_REQUEST_IMAGES
 from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import Server
 from tests.service.api.test_protocols import ASKED, error_code
@@ -184,7 +187,7 @@ def test_bad_option_in_form_is_refused(server: Server, field: str, value: Any, m
     [
         ("topk=3", "did you mean top_k?"),
         ("TOP_K=3", "did you mean top_k?"),
-        ("colour=red", "there are top_k, threshold, coverage, embedding, timing"),
+        ("colour=red", "there are top_k, threshold, coverage, embedding, boxes, timing"),
         ("top_k=3&top_k=5", "'top_k' twice"),
     ],
 )
@@ -347,3 +350,12 @@ def test_torchserve_refuses_unknown_json_forms(server: Server, body: Any, messag
 def test_torchserve_refuses_deeply_nested_json(server: Server) -> None:
     content = b'{"data": ' * 900 + b"3" + b"}" * 900
     assert post_body(server, content, "application/json", "/predictions/small").status_code == 400
+
+
+def test_json_may_have_the_most_boxes_that_the_service_can_allow() -> None:
+    """The number of commas in JSON is limited before anything is parsed."""
+    box_lists = [[[0, 0, 100, 100]] * MAX_BOXES] * (MAX_REQUEST_IMAGES // MAX_BOXES)
+    body = {"images": [{"b64": "QUJD", "boxes": boxes} for boxes in box_lists]}
+    content = json.dumps(body).encode()
+    parsed_body = parse_json_body(content, len(content), b"application/json")
+    assert sum(len(boxes or ()) for boxes in parsed_body.boxes) == MAX_REQUEST_IMAGES

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,19 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.embedding import Embedding, find_embedding
 from fovea.service.errors import NoEmbedding
 from fovea.service.inference.preprocess import decode_image
-from tests.graphs import LayerRow, add_to_repository, build_unopenable, contract_with_layers, read_contract
+from tests.graphs import (
+    LayerRow,
+    add_to_repository,
+    build_model,
+    build_unopenable,
+    build_without_embedding_tensor,
+    contract_with_layers,
+    read_contract,
+)
 from tests.pictures import make_jpeg
-from tests.servers import Server
+from tests.servers import ROOT, Server
 
-ZOO = Path(__file__).parents[3] / "zoo"
+ZOO = ROOT / "zoo"
 
 TENSORS = {"3": "mean", "4": "mean_DequantizeLinear_Output"}
 
@@ -98,6 +111,72 @@ def test_model_without_an_embedding_says_so(tmp_path: Path) -> None:
         assert entry["embedding"] is None
         reply = server.client.post("/v1/classify?embedding=true", content=make_jpeg())
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "no_embedding")
+
+
+def test_asynchronous_client_and_command_get_the_embedding(zoo_server: Server, tmp_path: Path) -> None:
+    image = make_jpeg()
+    expected = compute_embedding("4", image)
+
+    async def ask() -> list[fovea.Result]:
+        async with fovea.AsyncClient(zoo_server.url) as client:
+            return await client.classify([image, image], embedding=True)
+
+    for result in asyncio.run(ask()):
+        assert result.embedding == pytest.approx(expected, abs=1e-6)
+    (tmp_path / "a.jpg").write_bytes(image)
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    command = [sys.executable, "-m", "fovea", "classify", "--json", "--embedding"]
+    files = [str(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    reply = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    good, bad = json.loads(reply.stdout)["results"]
+    assert decode(good["embedding"]) == pytest.approx(expected, abs=1e-6)
+    assert bad["error"]["code"] == "unsupported_format"
+
+
+@pytest.mark.long
+def test_each_of_several_models_gives_its_own_embedding(tmp_path: Path) -> None:
+    """Models and requests with and without an embedding share the runners."""
+    add_to_repository(build_model(seed=1), tmp_path, "first")
+    add_to_repository(build_model(seed=2), tmp_path, "second")
+    add_to_repository(build_unopenable(), tmp_path, "third")
+    image = make_jpeg()
+    expected = {
+        name: fovea.load(tmp_path / name).classify(image, embedding=True) for name in ("first", "second")
+    }
+    assert expected["first"].embedding != expected["second"].embedding
+    with (
+        Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="first") as server,
+        ThreadPoolExecutor(8) as pool,
+        fovea.Client(server.url) as client,
+    ):
+
+        def ask(index: int) -> None:
+            name = ("first", "second")[index % 2]
+            with_embedding = index % 3 > 0
+            result = client.classify(image, model=name, embedding=with_embedding)
+            assert result.predictions == expected[name].predictions
+            assert result.embedding == (expected[name].embedding if with_embedding else None)
+
+        list(pool.map(ask, range(48)))
+        with pytest.raises(NoEmbedding):
+            client.classify(image, model="third", embedding=True)
+        assert client.classify(image, model="third").embedding is None
+
+
+@pytest.mark.long
+def test_embedding_that_cannot_be_computed_fails_its_image_only(tmp_path: Path) -> None:
+    add_to_repository(build_without_embedding_tensor(), tmp_path)
+    image = make_jpeg()
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_RUNNERS="1") as server, ThreadPoolExecutor(8) as pool:
+
+        def ask(index: int) -> tuple[bool, int]:
+            query = "?embedding=true" if index % 2 else ""
+            return bool(query), server.client.post(f"/v1/classify{query}", content=image).status_code
+
+        assert set(pool.map(ask, range(32))) == {(False, 200), (True, 500)}
+        error = server.client.post("/v1/classify?embedding=true", content=image).json()["error"]
+        assert error["message"].startswith("the model's embedding cannot be computed")
+        assert server.read_metric("fovea_runner_deaths_total") == 0
 
 
 CONV: LayerRow = ("Conv", "pixels k", "conv", (8, 4, 4), {})

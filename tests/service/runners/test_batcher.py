@@ -676,3 +676,41 @@ def test_memory_of_a_dead_runner_is_released() -> None:
         assert new_runner.memory == [100]
 
     run_test(run())
+
+
+def test_item_of_infinite_weight_runs_alone_and_counts_for_its_size() -> None:
+    async def work() -> None:
+        lane: Lane[int, int] = Lane(0, 4, weight_max=10, weigh=lambda item: INFINITY if item > 100 else 1)
+        batcher = Batcher(Metrics(CollectorRegistry()))
+        runner = Doubler(is_automatic=False)
+        futures = [
+            batcher.submit(item, lane, size=50 if item > 100 else 1) for item in (1, 2, 101, 3, 102, 103, 4)
+        ]
+        batcher.add_runner(runner)
+        while not all(future.done() for future in futures):
+            await asyncio.sleep(0)
+            if runner.is_busy:
+                runner.finish_batch()
+        assert [batch for batch in runner.batches if max(batch) > 100] == [[101], [102], [103]]
+        assert [future.result() for future in futures] == [2, 4, 202, 6, 204, 206, 8]
+
+    asyncio.run(work())
+
+
+def test_time_of_a_large_item_is_averaged_over_its_size() -> None:
+    async def work() -> None:
+        lane: Lane[int, int] = Lane(0, 4, weight_max=10, weigh=lambda item: INFINITY)
+        batcher = Batcher(Metrics(CollectorRegistry()))
+        runner = Doubler(is_automatic=False)
+        batcher.add_runner(runner)
+        started_at = time.monotonic()
+        future = batcher.submit(1, lane, size=64)
+        while not future.done():
+            await asyncio.sleep(0)
+            if runner.is_busy:
+                runner.finish_batch()
+        seconds = time.monotonic() - started_at
+        assert 0 < 64 * lane.seconds_per_item <= seconds
+        assert 0 < batcher.drain_seconds(64) <= seconds
+
+    asyncio.run(work())

@@ -44,6 +44,7 @@ from fovea.service.runners.batch_messages import (
     Answer,
     Batch,
     BatchReport,
+    BoxAnswers,
     DropCommand,
     ImageRequest,
     ImageTiming,
@@ -369,15 +370,23 @@ def test_batch_survives_its_encoding(large_size: int) -> None:
         ImageRequest(b"x" * large_size, include_logits=True),
         ImageRequest(SharedRef(1, 2), "input"),
         ImageRequest(b"y", include_embedding=True),
+        ImageRequest(SharedRef(3, 4), include_embedding=True, boxes=((0, 0, 5, 5), (1, 2, 3, 4))),
+        ImageRequest(b"z", boxes=()),
     ]
-    batch = Batch(7, 3, images, [None, 1.5, None, None, None], True, False, 9)
+    batch = Batch(7, 3, images, [None, 1.5, None, None, None, None, 2.5], True, False, 9)
     (frame,) = decode_pieces([bytes(piece) for piece in batch.to_pieces()])
     assert Batch.from_frame(frame) == batch
 
 
 def test_empty_and_mixed_reports_survive_their_encoding() -> None:
     with_embedding = ANSWER._replace(embedding=memoryview(bytes(range(20))).cast("f"))
-    cases: list[list[Answer | RequestError]] = [
+    warnings = [ImageWarning("several", "two pictures")]
+    boxes = BoxAnswers([ANSWER, with_embedding], "JPEG", 640, 480, warnings)
+    no_boxes = BoxAnswers([], "PNG", 3, 2, [])
+    cases: list[list[Answer | BoxAnswers | RequestError]] = [
+        [boxes],
+        [no_boxes],
+        [ANSWER, boxes, BadImage("cut"), no_boxes, with_embedding, boxes, boxes],
         [],
         [BadImage("cut")],
         [ANSWER, BadImage("cut"), ANSWER],
@@ -388,9 +397,9 @@ def test_empty_and_mixed_reports_survive_their_encoding() -> None:
         (frame,) = decode_pieces([report.to_bytes()])
         decoded = BatchReport.from_frame(frame)
         assert decoded._replace(answers=[]) == report._replace(answers=[])
-        assert list(map(str, decoded.answers)) == list(map(str, answers)) or ANSWER in answers
         for one, expected in zip(decoded.answers, answers, strict=True):
-            assert isinstance(expected, RequestError) or one == expected
+            assert type(one) is type(expected)
+            assert str(one) == str(expected) if isinstance(expected, RequestError) else one == expected
 
 
 @settings(max_examples=300)
@@ -398,7 +407,7 @@ def test_empty_and_mixed_reports_survive_their_encoding() -> None:
     st.sampled_from(
         [
             *("answers", "decode", "inference", "batch", "number", "logits"),
-            *("embeddings", "embedding_rows", "content"),
+            *("embeddings", "embedding_rows", "boxes", "content"),
         ]
     ),
     st.data(),
@@ -417,7 +426,34 @@ def test_damaged_report_is_an_error_or_has_all_its_answers(name: str, data: st.D
     except FrameError as error:
         assert str(error).startswith("sent a report that cannot be read")
         return
-    assert all(isinstance(one, Answer | RequestError) for one in report.answers)
+    assert all(isinstance(one, Answer | BoxAnswers | RequestError) for one in report.answers)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[0, 2, "JPEG", 1, 1, []]],  # the second answer is an error
+        [[0, 4, "JPEG", 1, 1, []]],
+        [[2, 2, "JPEG", 1, 1, []]],
+        [[-1, 1, "JPEG", 1, 1, []]],
+        [[0, -1, "JPEG", 1, 1, []]],
+        [[5, 0, "JPEG", 1, 1, []]],
+        [[0, 1, "JPEG", 1, 1, []], [0, 1, "JPEG", 1, 1, []]],
+        [[2, 1, "JPEG", 1, 1, []], [0, 1, "JPEG", 1, 1, []]],
+        [[0, 1, "JPEG", 1, 1, [["code"]]]],
+        [[0, 1.0, "JPEG", 1, 1, []]],
+        [[0, 1]],
+        [0],
+        "boxes",
+        7,
+    ],
+)
+def test_boxes_without_their_answers_are_an_error(groups: Any) -> None:
+    report = BatchReport([ANSWER, BadImage("cut"), ANSWER], [0.5] * 3, 0.25, 2, 7)
+    (frame,) = decode_pieces([report.to_bytes()])
+    frame.values["boxes"] = groups
+    with pytest.raises(FrameError, match="cannot be read"):
+        BatchReport.from_frame(frame)
 
 
 @pytest.mark.parametrize(

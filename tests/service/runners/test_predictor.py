@@ -9,14 +9,21 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Task
-from fovea.service.errors import Internal
+from fovea.service.errors import BadBox, Internal, NoEmbedding, UnsupportedFormat
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.pixels import brightness_of
-from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest
+from fovea.service.resources.cgroup import Cgroup
+from fovea.service.runners.batch_messages import Answer, BatchReport, BoxAnswers, ImageRequest
 from fovea.service.runners.frames import FrameDecoder
 from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
-from tests.graphs import build_model, build_nan_for_black
+from tests.graphs import (
+    build_float16_head,
+    build_model,
+    build_nan_for_black,
+    build_unopenable,
+    build_without_embedding_tensor,
+)
 from tests.pictures import encode_image, make_jpeg
 
 PLAN = ProcessPlan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
@@ -97,3 +104,132 @@ def test_only_the_images_that_ask_get_an_embedding(tmp_path: Path) -> None:
     assert embedded.embedding is not None
     assert len(embedded.embedding) == 8
     assert list(plain.probabilities) == pytest.approx(list(embedded.probabilities), abs=1e-6)
+
+
+def test_boxes_are_answered_beside_other_images(tmp_path: Path) -> None:
+    """Batches of the model have three images at most."""
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    image = make_jpeg()
+    box = (0, 0, 64, 48)
+    report = predictor.predict_batch(
+        [
+            ImageRequest(image, boxes=(box,) * 7, include_logits=True),
+            image,
+            ImageRequest(b"nonsense", boxes=(box,)),
+            ImageRequest(image, boxes=((0, 0, 64, 49),)),
+            ImageRequest(image, include_embedding=True),
+            ImageRequest(image, boxes=()),
+        ],
+        exclusive=True,
+    )
+    boxed, plain, failed, outside, embedded, empty = report.answers
+    assert isinstance(plain, Answer) and isinstance(embedded, Answer)
+    assert isinstance(boxed, BoxAnswers) and isinstance(empty, BoxAnswers)
+    assert isinstance(failed, UnsupportedFormat)
+    assert isinstance(outside, BadBox)
+    assert len(report.decode_seconds) == 6
+    assert report.batch_size == 3
+    assert empty.answers == []
+    assert (boxed.format, boxed.width, boxed.height) == ("JPEG", 64, 48)
+    assert [one.timing.batch_size for one in boxed.answers] == [3, 3, 3, 3, 3, 3, 1]
+    for answer in boxed.answers:
+        assert list(answer.probabilities) == pytest.approx(list(plain.probabilities), abs=1e-6)
+        assert (answer.format, answer.width, answer.height) == ("", 64, 48)
+        assert answer.logits is not None
+    starts = [one.timing.decode_started_at for one in boxed.answers]
+    assert starts == sorted(starts)
+
+
+def test_boxes_alone_use_the_session_of_exclusive_calls_one_by_one(tmp_path: Path) -> None:
+    """This session keeps the memory of single images only."""
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    plan = ProcessPlan("cpu", 3, 1, 2, 1, 1_000_000, 1 << 28, 1)
+    predictor = Predictor(tmp_path / "model.onnx", plan, DecodeMemory(1 << 28))
+    request = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),) * 4)
+    for exclusive, sizes in ((True, [1, 1, 1, 1]), (False, [3, 3, 3, 1])):
+        (answer,) = predictor.predict_batch([request], exclusive=exclusive).answers
+        assert isinstance(answer, BoxAnswers)
+        assert [one.timing.batch_size for one in answer.answers] == sizes
+
+
+def test_embedding_of_boxes_needs_a_model_with_one(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_unopenable().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    request = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),), include_embedding=True)
+    (answer,) = predictor.predict_batch([request]).answers
+    assert isinstance(answer, NoEmbedding)
+
+
+def test_embedding_that_cannot_be_computed_fails_no_other_image(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_without_embedding_tensor().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    image = make_jpeg()
+    wish = ImageRequest(image, include_embedding=True)
+    for _ in range(2):  # the second time without another attempt
+        plain, failed, with_logits = predictor.predict_batch(
+            [image, wish, ImageRequest(image, include_logits=True)]
+        ).answers
+        assert isinstance(failed, Internal)
+        assert "the model's embedding cannot be computed: ONNX Runtime cannot load the model" in str(failed)
+        assert isinstance(plain, Answer) and isinstance(with_logits, Answer)
+        assert with_logits.logits is not None
+        assert list(plain.probabilities) == list(with_logits.probabilities)
+    report = predictor.predict_batch(
+        [wish, ImageRequest(image, include_embedding=True, boxes=((0, 0, 9, 9),))]
+    )
+    assert [type(answer) for answer in report.answers] == [Internal, Internal]
+    assert report.batch_size == 0
+
+
+def test_failed_embedding_is_not_tried_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt takes as long as loading the model: a caller could repeat it with every request."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(build_model().SerializeToString())
+    predictor = Predictor(file, PLAN, DecodeMemory(1 << 28))
+    content = file.read_bytes()
+    file.unlink()
+    wish = ImageRequest(make_jpeg(), include_embedding=True)
+    (failed,) = predictor.predict_batch([wish]).answers
+    assert "cannot read the model once more: No such file" in str(failed)
+    file.write_bytes(content)
+    (failed,) = predictor.predict_batch([wish]).answers
+    assert isinstance(failed, Internal)
+    monkeypatch.setattr("fovea.service.inference.engine._RETRY_SECONDS", 0)
+    predictor._engine._embedding_retry_at = 0
+    (answer,) = predictor.predict_batch([wish]).answers
+    assert isinstance(answer, Answer) and answer.embedding is not None
+
+
+def test_embedding_of_float16_is_returned_as_float32(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_float16_head().SerializeToString())
+    (tmp_path / "float.onnx").write_bytes(build_model().SerializeToString())
+    image = ImageRequest(make_jpeg(), include_embedding=True)
+    half, full = (
+        Predictor(tmp_path / name, PLAN, DecodeMemory(1 << 28)).predict_batch([image]).answers[0]
+        for name in ("model.onnx", "float.onnx")
+    )
+    assert isinstance(half, Answer) and isinstance(full, Answer)
+    assert half.embedding is not None and full.embedding is not None
+    assert half.embedding.format == "f"
+    values = np.array(full.embedding, np.float32)
+    assert np.array_equal(np.array(half.embedding), values.astype(np.float16).astype(np.float32))
+
+
+def test_container_without_memory_refuses_the_second_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the kernel would kill the runner, with the images of all its callers."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(build_model().SerializeToString())
+    predictor = Predictor(file, PLAN, DecodeMemory(1 << 28))
+    values = {"max": f"{1 << 30}\n", "current": f"{(1 << 30) - 100}\n", "stat": "inactive_file 9\n"}
+    for name, value in values.items():
+        (tmp_path / f"memory.{name}").write_text(value)
+    (tmp_path / "membership").write_text("0::/\n")
+    group = Cgroup(tmp_path, tmp_path / "membership")
+    monkeypatch.setattr("fovea.service.resources.model_memory.Cgroup", lambda: group)
+    wish = ImageRequest(make_jpeg(), include_embedding=True)
+    failed, plain = predictor.predict_batch([wish, make_jpeg()]).answers
+    assert "of the container's 1024 MB only 0 MB are free" in str(failed)
+    assert isinstance(plain, Answer)

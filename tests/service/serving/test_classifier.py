@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import ModelError
+from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batch_messages import ImageRequest, Item
+from fovea.service.runners.batch_messages import Batch, ImageRequest, Item
+from fovea.service.runners.connection import _count_suspects, _PendingBatch
 from fovea.service.runners.load_messages import LoadCommand
-from fovea.service.serving.classifier import Classification, Classifier
+from fovea.service.runners.predictor import Predictor
+from fovea.service.runners.process import _pop_group
+from fovea.service.serving.classifier import BoxClassification, Classification, Classifier
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.memory_files import is_sealed, weights_path_of
@@ -74,6 +79,70 @@ def test_unencodable_batch_does_not_end_its_runner(classifier: Classifier) -> No
             await classifier.close()
 
     asyncio.run(work())
+
+
+def test_boxes_run_in_a_batch_of_their_own(classifier: Classifier) -> None:
+    """The runner groups batches by the same weights, and so does the connection when the runner dies."""
+
+    async def work() -> None:
+        await classifier.start()
+        try:
+            boxes = ((0, 0, 64, 48), (1, 2, 3, 4))
+            outcomes = await classify(
+                classifier,
+                *(make_jpeg(), make_jpeg()),
+                ImageRequest(make_jpeg(), boxes=boxes),
+                *(make_jpeg(), ImageRequest(make_jpeg(), boxes=())),
+            )
+            boxed = outcomes[2]
+            assert isinstance(boxed, BoxClassification)
+            assert boxed.boxes == boxes
+            assert [one.timing.batch_size for one in boxed.outcome.answers] == [2, 2]
+            assert isinstance(outcomes[4], BoxClassification)
+            assert all(isinstance(outcomes[index], Classification) for index in (0, 1, 3))
+            assert outcomes[0].answer.timing.batch_size + outcomes[3].answer.timing.batch_size <= 5
+            # A shadow test would compare answers to the whole image, which nobody has asked for.
+            assert classifier.get_recent_images("small") == [make_jpeg()] * 3
+        finally:
+            await classifier.close()
+
+    asyncio.run(work())
+
+
+def test_runner_and_service_agree_that_boxes_run_alone(classifier: Classifier, tmp_path: Path) -> None:
+    (model,) = classifier.catalog.models
+    lane, image = model.lanes[0], make_jpeg()
+    boxed: Item = ImageRequest(image, boxes=((0, 0, 9, 9),))
+    assert lane.compute_share(boxed) == 1
+    predictor = Predictor.from_load(model.load, DecodeMemory(1 << 28))
+    for items, group_size in (
+        ([image, image, image], 2),  # one is left over for later
+        ([image, boxed, image], 1),
+        ([boxed, image, image], 1),
+        ([boxed, boxed], 1),
+    ):
+        batches = deque(Batch(0, 0, [item], [None], False, False) for item in items)
+        assert len(_pop_group(batches, {0: predictor})) == group_size
+        pending = [_PendingBatch(0, lambda _: None, lane, [item], False) for item in items]
+        assert _count_suspects(pending) == (3 if boxed not in items else 1)
+    asyncio.run(classifier.close())
+
+
+def test_many_boxes_wait_behind_cheap_images(classifier: Classifier) -> None:
+    (model,) = classifier.catalog.models
+    image, box = make_jpeg(), (0, 0, 64, 48)
+
+    def choose_level(count: int) -> int:
+        return classifier._choose_lane(ImageRequest(image, boxes=(box,) * count), model)[0].level
+
+    lane = model.lanes[0]
+    assert classifier._choose_lane(image, model)[0] is lane
+    assert [choose_level(count) for count in (0, 1, lane.batch_max)] == [0, 0, 0]
+    assert choose_level(lane.batch_max + 1) == 1  # before the time of an image is known
+    lane.seconds_per_item = 0.01
+    assert [choose_level(count) for count in (1, 2, 3, 25, 64)] == [0, 0, 1, 2, 2]
+    assert classifier._choose_lane(image, model)[0] is lane
+    asyncio.run(classifier.close())
 
 
 def test_weights_that_no_runner_has_written_are_sealed_too(
