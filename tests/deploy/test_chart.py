@@ -71,6 +71,9 @@ CASES: dict[str, Manifest] = {
     },
     "hpa": {"autoscaling": {"type": "hpa", "target": 0.5}},
     "keda": {"autoscaling": KEDA},
+    "keda with a password": {
+        "autoscaling": {**KEDA, "authentication": {"name": "prometheus", "modes": "tls,basic"}}
+    },
     "ingress": {
         "ingress": {
             **ON,
@@ -208,6 +211,7 @@ REFUSED: list[tuple[Manifest, str]] = [
     ({"httpRoute": {"enabled": True}}, "httpRoute/parentRefs"),
     ({"autoscaling": {"type": "vpa"}}, "autoscaling/type"),
     ({"autoscaling": {"type": "keda"}}, "autoscaling/prometheus"),
+    ({"autoscaling": {"authentication": {"modes": "bearer"}}}, "autoscaling/authentication"),
     ({"autoscaling": {"target": 25}}, "autoscaling/target"),
     ({"podDisruptionBudget": {"maxUnavailable": 0}}, "maxUnavailable"),
     ({"networkPolicy": {"from": [{}]}}, "networkPolicy/from/0"),
@@ -420,6 +424,14 @@ def test_scaler_compares_a_ratio_and_not_its_share_per_pod() -> None:
         "threshold": "0.25",
         "ignoreNullValues": "false",  # an empty answer would count as 0, and remove pods under load
     }
+
+
+@needs_helm
+def test_scaler_asks_a_prometheus_with_a_password() -> None:
+    scaler = get_manifest(render_chart(CASES["keda with a password"]), "ScaledObject")["spec"]
+    (trigger,) = scaler["triggers"]
+    assert trigger["authenticationRef"] == {"name": "prometheus", "kind": "TriggerAuthentication"}
+    assert trigger["metadata"]["authModes"] == "tls,basic"
 
 
 @needs_helm
