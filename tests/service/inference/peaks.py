@@ -15,12 +15,16 @@ from PIL import Image
 from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath, find_last_size
 from fovea.service.artifact.geometry_text import parse_steps
 from fovea.service.errors import TooManyPixels
+from fovea.service.inference.boxes import Boxes
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import configure_pillow, decode_image
+from fovea.service.inference.preprocess import configure_pillow, decode_image, open_upright
 from tests import profiles
 from tests.pictures import draw_picture, encode_image, make_jpeg, make_png16
 
 WIDTH, HEIGHT = 1500, 1400
+BOXES = ((0, 0, 1400, 1400), (0, 0, 100, 1400))
+"""Boxes that fit before and after a rotation."""
+
 GEOMETRIES = [
     Geometry.cropped(32, 32, 32, Interpolation.BILINEAR, PixelPath.FAST),
     Geometry.cropped(224, 224, 256, Interpolation.BILINEAR, PixelPath.EXACT),
@@ -114,22 +118,35 @@ def main() -> None:
                     ]
                 )
             )
+        for geometry in GEOMETRIES[1:2]:
+            peak = _measure_peak(content, geometry, BOXES)
+            estimate = estimate_bytes(content, geometry, BOXES)
+            print(json.dumps([f"{name} with boxes", geometry.pixel_path, peak, estimate]))
 
 
-def estimate_bytes(content: bytes, geometry: Geometry) -> int:
+def estimate_bytes(content: bytes, geometry: Geometry, boxes: Boxes | None = None) -> int:
     """Return the bytes that decoding reserves, from the error message of a memory of one byte."""
     try:
-        decode_image(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
+        _decode(content, geometry, boxes, DecodeMemory(1))
     except TooManyPixels as error:
         return int(str(error).split()[2])
     raise RuntimeError("one byte was enough")
 
 
-def _measure_peak(content: bytes, geometry: Geometry) -> int:
+def _measure_peak(content: bytes, geometry: Geometry, boxes: Boxes | None = None) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak (proc(5))
     before = _read_status("VmRSS")
-    decode_image(content, geometry, max_pixels=10**8)
+    _decode(content, geometry, boxes, None)
     return _read_status("VmHWM") - before
+
+
+def _decode(content: bytes, geometry: Geometry, boxes: Boxes | None, memory: DecodeMemory | None) -> None:
+    if boxes is None:
+        decode_image(content, geometry, max_pixels=10**8, memory=memory)
+        return
+    with open_upright(content, geometry, boxes, max_pixels=10**8, memory=memory) as upright_image:
+        for box in boxes:
+            upright_image.decode_box(box, geometry)
 
 
 def _read_status(name: str) -> int:
