@@ -136,16 +136,12 @@ class Engine:
         self._wide_threads = wide_threads if not is_gpu and wide_threads > threads else 0
         self._read_bytes = read_bytes or partial(_read_whole, model)
         self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model, weights))
-        self._raw_input_sessions: dict[str, _Sessions] = {}
-        """Sessions for other tensors by name, created on first use."""
+        self._further_sessions: dict[str, _Sessions] = {}
+        """Sessions for other tensors or with the embedding, by what they are for, created on first use."""
+        self._failures: dict[str, tuple[ModelError, float]] = {}
+        """Error of the last attempt to create further sessions, and the time (monotonic) of the next one."""
         self.embedding = find_embedding(self.contract)
         """Tensor with the embedding; None if the model has none."""
-        self._embedding_sessions: _Sessions | None = None
-        """Sessions that also return the embedding, created on first use."""
-        self._embedding_failure: ModelError | None = None
-        """Error of the last attempt to create these sessions."""
-        self._embedding_retry_at = 0.0
-        """Time of the next attempt, on the monotonic clock in seconds."""
         self._weights = weights  # the last attribute: it goes after the sessions that use the weights
 
     @classmethod
@@ -215,55 +211,68 @@ class Engine:
         model without an embedding and when the sessions cannot be created: `GoldenError` when they do not
         reproduce the golden set, `Interrupted` when the container lacks memory.
         """
-        if self.embedding is None:
-            raise ModelError("the model has no embedding")
+        sessions, tensor = self._get_embedding_sessions(), self.embedding
+        assert tensor is not None  # noqa: S101 - its sessions exist
         names = [self.contract.probabilities_name, *([self.contract.logits_name] if with_logits else [])]
         *outputs, embeddings = self._run_session(
-            self._get_embedding_sessions(self.embedding.tensor),
-            self.tensors[0],
-            batch,
-            [*names, self.embedding.tensor],
-            exclusive,
+            sessions, self.tensors[0], batch, [*names, tensor.tensor], exclusive
         )
         rows = np.ascontiguousarray(embeddings, np.float32).reshape(len(batch), -1)
-        if rows.shape[1] != self.embedding.dimension:
-            raise ModelError(f"the embedding has {rows.shape[1]} values, not {self.embedding.dimension}")
+        if rows.shape[1] != tensor.dimension:
+            raise ModelError(f"the embedding has {rows.shape[1]} values, not {tensor.dimension}")
         return outputs, rows
 
-    def _get_embedding_sessions(self, tensor: str) -> _Sessions:
-        """Return the sessions that also return the embedding; create and check them like `_get_sessions`.
+    def prepare_embedding(self) -> None:
+        """Create the sessions for `run_with_embedding` if they are missing. Raises `ModelError` like it."""
+        self._get_embedding_sessions()
 
-        After a failure, another attempt is made in `_RETRY_SECONDS` at the earliest, because it takes as long
-        as loading the model.
+    def _get_embedding_sessions(self) -> _Sessions:
+        """Return the sessions that also return the embedding; create and check them on first use."""
+        if self.embedding is None:
+            raise ModelError("the model has no embedding")
+        tensor = self.embedding.tensor
+
+        def create(model: bytes) -> _Sessions:
+            sessions = self._open_sessions(add_outputs(model, [tensor]))
+            pixels = decode_golden_pixels(self.contract.golden.images[0])[None]
+            for exclusive in self._exclusive_modes():
+                logits = self._run_session(
+                    sessions, self.tensors[0], pixels, [self.contract.logits_name], exclusive
+                )[0]
+                self._check_logits(self.contract.golden.images[0], logits)
+            return sessions
+
+        return self._get_further_sessions("the embedding", create)
+
+    def _get_further_sessions(self, purpose: str, create: Callable[[bytes], _Sessions]) -> _Sessions:
+        """Return the sessions for a purpose; create them on first use, from the bytes of the model.
+
+        The sessions are stored only after their check. Two threads that call at once may both create
+        sessions: the second pair replaces the first, which is slow but harmless. After a failure, another
+        attempt is made in `_RETRY_SECONDS` at the earliest, because it takes as long as loading the model.
         """
-        if self._embedding_sessions is None:
-            if self._embedding_failure and time.monotonic() < self._embedding_retry_at:
-                raise self._embedding_failure.with_traceback(None)
+        if purpose not in self._further_sessions:
+            failure, retry_at = self._failures.get(purpose, (None, 0.0))
+            if failure and time.monotonic() < retry_at:
+                raise failure.with_traceback(None)
             try:
-                self._embedding_sessions = self._create_embedding_sessions(tensor)
+                model = self._read_model()
+                check_container_memory(len(model) * (2 if self._wide_threads else 1))
+                self._further_sessions[purpose] = create(model)
             except ModelError as error:
-                self._embedding_failure = error
-                self._embedding_retry_at = time.monotonic() + _RETRY_SECONDS
+                self._failures[purpose] = error, time.monotonic() + _RETRY_SECONDS
                 raise
-        return self._embedding_sessions
+        return self._further_sessions[purpose]
 
-    def _create_embedding_sessions(self, tensor: str) -> _Sessions:
+    def _read_model(self) -> bytes:
+        """Return the bytes of the model. Raises `ModelError`."""
         try:
-            content = self._read_bytes()
+            return self._read_bytes()
         except OSError as error:
             raise Interrupted(f"cannot read the model once more: {error.strerror}") from None
-        check_container_memory(len(content) * (2 if self._wide_threads else 1))
-        model = add_outputs(content, [tensor])
-        sessions = _Sessions(
-            self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
-        )
-        pixels = decode_golden_pixels(self.contract.golden.images[0])[None]
-        for exclusive in self._exclusive_modes():
-            logits = self._run_session(
-                sessions, self.tensors[0], pixels, [self.contract.logits_name], exclusive
-            )[0]
-            self._check_logits(self.contract.golden.images[0], logits)
-        return sessions
+
+    def _open_sessions(self, model: bytes) -> _Sessions:
+        return _Sessions(self._open_session(model, threads=self._threads), self._open_multi_threaded(model))
 
     def _run_session(
         self, sessions: _Sessions, tensor: InputTensor, batch: Values, names: Sequence[str], exclusive: bool
@@ -290,25 +299,23 @@ class Engine:
             raise ModelError(f"the graph does not run: {to_one_line(error)}") from error
         return [output[:count] for output in outputs]
 
-    def _get_sessions(self, tensor: InputTensor) -> _Sessions:
-        """Return the sessions for a tensor; create and check them on first use.
+    def prepare_tensor(self, tensor: InputTensor) -> None:
+        """Create the sessions for a tensor if they are missing. Raises `ModelError` like `run_tensor`."""
+        self._get_sessions(tensor)
 
-        The sessions are stored only after their check. Two threads that call at once may both create
-        sessions: the second pair replaces the first, which is slow but harmless.
-        """
+    def _get_sessions(self, tensor: InputTensor) -> _Sessions:
+        """Return the sessions for a tensor; create and check them on first use."""
         if not tensor.preprocessing:
             return self._pixel_sessions
-        if tensor.name not in self._raw_input_sessions:
-            full_model = self._read_bytes()
-            model = replace_input(full_model, tensor)
-            sessions = _Sessions(
-                self._open_session(model, threads=self._threads), self._open_multi_threaded(model)
-            )
+
+        def create(model: bytes) -> _Sessions:
+            sessions = self._open_sessions(replace_input(model, tensor))
             self._check_raw_input(
-                tensor, sessions, open_session(extract_preprocessing(full_model, tensor), "cpu", 1)
+                tensor, sessions, open_session(extract_preprocessing(model, tensor), "cpu", 1)
             )
-            self._raw_input_sessions[tensor.name] = sessions
-        return self._raw_input_sessions[tensor.name]
+            return sessions
+
+        return self._get_further_sessions(f"the input {tensor.name!r}", create)
 
     def _open_multi_threaded(self, model: bytes | Path, weights: SharedWeights | None = None) -> Any:
         """Return a session with more threads, or None if exclusive calls get no extra threads."""

@@ -313,13 +313,20 @@ class Predictor:
         embeddings: Sequence[Any] = ()
         if any(one.include_embedding for one, *_ in inputs):
             try:
-                outputs, rows = self._engine.run_with_embedding(
-                    batch, exclusive=exclusive, with_logits=with_logits
-                )
+                self._engine.prepare_embedding()
             except ModelError as error:
                 return self._run_without_embedding(tensor, inputs, error, include_logits=include_logits)
+            outputs, rows = self._engine.run_with_embedding(
+                batch, exclusive=exclusive, with_logits=with_logits
+            )
             embeddings = list(rows)
         else:
+            if tensor.preprocessing:
+                try:
+                    self._engine.prepare_tensor(tensor)
+                except ModelError as error:
+                    failure = Internal(f"the input {tensor.name!r} cannot be used: {error}")
+                    return _ModelCall(iter([failure] * len(inputs)), 0.0, 0)
             outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=with_logits)
         known_scores = compute_known_scores(outputs[1], contract.task) if contract.known else None
         if not include_logits:

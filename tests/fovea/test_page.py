@@ -24,7 +24,7 @@ def find_examples(page: str) -> list[str]:
 
 EXAMPLES = find_examples(read_page("python"))
 
-OUTPUTS = {4: "ship\nunreadable_file\nunsupported_format\n"}
+OUTPUTS = {5: "ship\nunreadable_file\nunsupported_format\n"}
 """Outputs that the text of the page states, by the number of the example; others stand behind `print`."""
 
 
@@ -69,5 +69,5 @@ def test_examples_of_other_pages_run(page: str, server: Server, tmp_path: Path) 
 
 
 def test_page_has_examples_of_both_ways() -> None:
-    assert len(EXAMPLES) == 7
-    assert sum("fovea.load" in example for example in EXAMPLES) == 5
+    assert len(EXAMPLES) == 8
+    assert sum("fovea.load" in example for example in EXAMPLES) == 6

@@ -17,7 +17,7 @@ from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import find_original_output, input_tensors_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
-from fovea.service.errors import BadRequest, GoldenError, ModelError
+from fovea.service.errors import BadRequest, GoldenError, Internal, ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine
 from fovea.service.runners.batch_messages import Answer, BatchReport, ImageRequest, Item
@@ -97,6 +97,26 @@ def answer_items(model: Predictor, items: list[Item]) -> list[Answer]:
     answers = [answer for answer in report.answers if isinstance(answer, Answer)]
     assert len(answers) == len(items)
     return answers
+
+
+def test_tensor_whose_session_cannot_be_opened_fails_no_image(tmp_path: Path) -> None:
+    """The session is opened from the file again, when the first row of this tensor comes."""
+    kind = KINDS["float32 nchw"]
+    imported = kind.import_model(tmp_path)
+    model = load_predictor(imported.path)
+    row = kind.compute_by_hand(make_noise(imported, 1))[0]
+    imported.path.unlink()
+    for _ in range(2):
+        plain, failed, with_logits = model.predict_batch(
+            [
+                make_jpeg(),
+                ImageRequest(row.tobytes(), imported.engine.tensors[1].name),
+                ImageRequest(make_jpeg(), include_logits=True),
+            ]
+        ).answers
+        assert isinstance(failed, Internal)
+        assert str(failed).startswith("the input 'image' cannot be used: cannot read the model once more")
+        assert isinstance(plain, Answer) and isinstance(with_logits, Answer)
 
 
 def test_original_tensor_and_pixels_get_equal_answers(tmp_path: Path, kind: GraphKind) -> None:

@@ -196,7 +196,7 @@ def test_failed_embedding_is_not_tried_again_at_once(tmp_path: Path, monkeypatch
     (failed,) = predictor.predict_batch([wish]).answers
     assert isinstance(failed, Internal)
     monkeypatch.setattr("fovea.service.inference.engine._RETRY_SECONDS", 0)
-    predictor._engine._embedding_retry_at = 0
+    predictor._engine._failures.clear()
     (answer,) = predictor.predict_batch([wish]).answers
     assert isinstance(answer, Answer) and answer.embedding is not None
 
