@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, Protocol, cast
 
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.archive_files import ArchiveFile, OpenArchive, WindowReader
 from fovea.bulk.inputs.basic_entries import (
     BytesEntry,
     FailedEntry,
@@ -30,6 +29,7 @@ from fovea.bulk.inputs.basic_entries import (
     describe_error,
     is_hidden_member,
 )
+from fovea.bulk.inputs.source_files import OpenFile, SourceFile, WindowReader
 from fovea.bulk.inputs.xz_stream import XzStream
 from fovea.service.errors import FileError, UnsupportedFormat
 from fovea.service.image_files import check_image_size
@@ -82,7 +82,7 @@ _READING_ERRORS: Final = (zlib.error, lzma.LZMAError, EOFError, OSError)
 class TarMember:
     """A file in a tar archive without compression."""
 
-    archive: ArchiveFile
+    archive: SourceFile
     member: str
     """Path in the archive."""
     offset: int
@@ -106,9 +106,7 @@ class TarMember:
         return content
 
 
-def list_tar_members(
-    archive: ArchiveFile, max_bytes: int, *, as_stream: bool = False
-) -> Iterator[ImageEntry]:
+def list_tar_members(archive: SourceFile, max_bytes: int, *, as_stream: bool = False) -> Iterator[ImageEntry]:
     """Yield the files of a tar archive, compressed or not, in the order of the archive.
 
     The content of a compressed archive, and with `as_stream` of every archive, is read with the listing; a
@@ -128,7 +126,7 @@ def list_tar_members(
         yield FailedEntry(archive.name, str(error))
 
 
-def count_tar_members(archive: ArchiveFile) -> int | None:
+def count_tar_members(archive: SourceFile) -> int | None:
     """Return the number of files in an archive without compression, from its headers; otherwise None."""
     try:
         with archive.open_stream() as file:
@@ -145,7 +143,7 @@ def _find_decompressor(file: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
         head = _read_fully(file, 6)
         file.seek(0)
     except OSError as error:
-        raise FileError(f"the archive cannot be read: {describe_error(error)}") from None
+        raise FileError(f"the file cannot be read: {describe_error(error)}") from None
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         raise FileError(
             "the archive is compressed with zstd, which is not supported; unpack it with `zstd -d`"
@@ -185,7 +183,7 @@ class _Reader(Protocol):
 class _PlainReader:
     """Reads headers of an archive without compression, and no content."""
 
-    def __init__(self, archive: ArchiveFile, file: OpenArchive) -> None:
+    def __init__(self, archive: SourceFile, file: OpenFile) -> None:
         self._archive, self._size = archive, file.size
         self._reader = WindowReader(file, window_bytes=_SMALL_WINDOW_BYTES)
 
@@ -248,7 +246,7 @@ def _read_fully(file: BinaryIO, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _list_members(archive: ArchiveFile, reader: _Reader) -> Iterator[ImageEntry]:
+def _list_members(archive: SourceFile, reader: _Reader) -> Iterator[ImageEntry]:
     number = 0
     try:
         while (member := _read_header(reader)) is not None:
