@@ -309,10 +309,7 @@ def _read_header(reader: _Reader) -> _Member | None:
             raise FileError("it is cut short" if block else "it has no end mark")
         if not any(block):
             return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise FileError("what follows is no header") from None
+        header = _parse_header(block)
         if header.size < 0:
             raise FileError("a size is negative")
         if header.type in _EXTENSIONS:
@@ -335,6 +332,38 @@ def _read_header(reader: _Reader) -> _Member | None:
             is_sparse,
         )
     raise FileError(f"a file has more than {_MAX_HEADERS} headers")
+
+
+class _Header(NamedTuple):
+    name: str
+    type: bytes
+    size: int
+
+
+def _parse_header(block: bytes) -> _Header:
+    """Parse a header (POSIX.1, ustar). Raises `FileError`.
+
+    The common kind is parsed here, because `tarfile` takes 50 microseconds; `tarfile` parses all others.
+    """
+    kind = block[156:157]
+    try:
+        checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        if kind == tarfile.REGTYPE and checksum == _parse_octal(block[148:156]):
+            name = block[:100].partition(b"\0")[0]
+            if prefix := block[345:500].partition(b"\0")[0]:
+                name = prefix + b"/" + name
+            return _Header(name.decode(errors="surrogateescape"), kind, _parse_octal(block[124:136]))
+    except ValueError:  # a number in base 256, or damage
+        pass
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise FileError("what follows is no header") from None
+    return _Header(info.name, info.type, info.size)
+
+
+def _parse_octal(field: bytes) -> int:
+    return int(field.partition(b"\0")[0] or b"0", 8)
 
 
 def _read_extension(reader: _Reader, size: int) -> bytes:
