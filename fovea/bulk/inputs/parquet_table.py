@@ -32,6 +32,11 @@ _IMAGE_ROWS: Final = 1
 _BUFFER_BYTES: Final = 1 << 20
 """Bytes of a column that are read at once; without a buffer, pyarrow reads a whole row group."""
 
+_BOMB_BYTES: Final = 256 << 20
+_BOMB_RATIO: Final = 20
+_BOMB_ROW_BYTES: Final = 1 << 20
+"""A row group above all three limits is a bomb: its size, its compression, and its bytes for each row."""
+
 
 class _Column(NamedTuple):
     name: str
@@ -64,6 +69,7 @@ def list_parquet_images(
     try:
         with _open_table(table) as parquet:
             chosen = _choose_column(parquet.schema_arrow, column)
+            _check_sizes(parquet.metadata, chosen.name)
             rows = _IMAGE_ROWS if chosen.has_content else _PATH_ROWS
             number = 0
             for batch in parquet.iter_batches(rows, columns=[chosen.name], use_threads=False):
@@ -113,6 +119,20 @@ def _choose_column(schema: Any, wanted: str | None) -> _Column:
     if text in ("binary", "large_binary", "binary_view") or text.startswith("fixed_size_binary"):
         return _Column(name, has_content=True)
     raise FileError(f"the column {name!r} has the type {kind}; it must be text (paths) or binary (images)")
+
+
+def _check_sizes(metadata: Any, column: str) -> None:
+    """Raise `FileError` for a bomb: pyarrow unpacks at least a whole value, whatever its size."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        parts = [group.column(index) for index in range(group.num_columns)]
+        parts = [part for part in parts if part.path_in_schema.split(".")[0] == column]
+        size = sum(part.total_uncompressed_size for part in parts)
+        packed_size = sum(part.total_compressed_size for part in parts)
+        if size > max(_BOMB_BYTES, _BOMB_RATIO * packed_size, _BOMB_ROW_BYTES * group.num_rows):
+            raise FileError(
+                f"the column {column!r} unpacks from {packed_size} to {size} bytes, as no images or paths do"
+            )
 
 
 def _is_struct(kind: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fovea.bulk.inputs import count_entries, list_entries
+from fovea.bulk.inputs import count_entries, list_entries, parquet_table
 from fovea.errors import StartError
 from tests.fovea.bulk.inputs.listing import MAX_BYTES, read_sources
 from tests.servers import ROOT
@@ -279,6 +279,17 @@ def test_large_row_group_is_read_in_small_parts(folder: Path) -> None:
         assert len(entry.read(MAX_BYTES)) == 60_000
         largest = max(largest, arrow.default_memory_pool().bytes_allocated())
     assert largest - before < 8 << 20
+
+
+def test_bomb_in_parquet_is_not_unpacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_table, "_BOMB_BYTES", 4 << 20)
+    path = folder / "photos.parquet"
+    write_images(path, [os.urandom(1000), bytes(8 << 20)], row_group_size=1, compression="zstd")
+    ((name, message),) = read_sources(path)
+    assert name == str(path)
+    assert "bytes, as no images or paths do" in str(message)
+    write_images(path, [bytes(1 << 19)] * 16, compression="zstd")  # many rows may be as large
+    assert len(read_sources(path)) == 16
 
 
 def test_parquet_without_pyarrow_is_refused(folder: Path) -> None:
