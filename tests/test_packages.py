@@ -21,7 +21,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"atomic_files", "image_files", "remote"},
+    {"atomic_files", "image_files", "image_folders", "remote"},
     {
         "allocator",
         "environment",
@@ -63,6 +63,7 @@ SHARED_SERVICE_PACKAGES = {
     "artifact",
     "atomic_files",
     "errors",
+    "image_folders",
     "inference",
     "providers",
     "resources",
