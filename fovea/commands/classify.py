@@ -11,7 +11,7 @@ from fovea.service.errors import StartError
 
 
 def classify(
-    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, and ZIP and tar archives of images.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, ZIP and tar archives.")],
     out: Annotated[
         Path | None,
         typer.Option(
