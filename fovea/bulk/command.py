@@ -13,9 +13,7 @@ from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
 from fovea.bulk.tables.choice import choose_format
-from fovea.service.cli import classify_images, load_live_model
-from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.serving.ranking import find_coverage
+from fovea.service.cli import classify_images
 from fovea.service.settings import load_settings
 
 
@@ -45,15 +43,7 @@ def classify_to_table(
         return
     settings = load_settings(**overrides)
     entries = list_entries(sources, max_bytes=settings.body_bytes)
-    configure_pillow()
-    predictor, live_model = load_live_model(settings, model)
-    engine = LocalEngine(
-        predictor,
-        live_model,
-        top_k=top_k,
-        coverage=None if coverage is None else find_coverage(live_model.contract, coverage),
-        max_bytes=settings.body_bytes,
-    )
+    engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
     run = TableRun(
         engine, out, table_format, sources=sources, column=column, where=where, condition=condition
     )
