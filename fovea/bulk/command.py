@@ -24,8 +24,8 @@ def classify_to_table(
     model: str | None,
     top_k: int,
     coverage: float | None,
-    column: str | None = None,
-    allowed_hosts: Sequence[str] = (),
+    column: str | None,
+    allowed_hosts: Sequence[str],
     resume: bool,
     force: bool,
     where: str | None,
@@ -42,7 +42,7 @@ def classify_to_table(
         print(f"{out} is finished already; --force makes it anew")
         return
     settings = load_settings(**overrides)
-    entries = list_entries(sources, max_bytes=settings.body_bytes)
+    entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
     engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
     run = TableRun(
         engine, out, table_format, sources=sources, column=column, where=where, condition=condition
@@ -59,13 +59,13 @@ def classify_to_terminal(
     coverage: float | None,
     embedding: bool,
     as_json: bool,
-    column: str | None = None,
-    allowed_hosts: Sequence[str] = (),
+    column: str | None,
+    allowed_hosts: Sequence[str],
     **overrides: Any,
 ) -> int:
     """Classify all images of the sources one by one, and print the answers. See `classify_images`."""
     settings = load_settings(**overrides)
-    entries = list_entries(sources, max_bytes=settings.body_bytes)
+    entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
     first = next(entries, None)
     return classify_images(
         entries if first is None else chain([first], entries),
