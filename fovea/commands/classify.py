@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from fovea.service.errors import StartError
+
 
 def classify(
-    files: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, patterns, archives, tables, URIs; - for a list on standard input."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Table to write, with a row for each image: .parquet, .csv or .jsonl."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
     ] = None,
@@ -38,21 +51,69 @@ def classify(
         str | None, typer.Option(help="Regions as JSON, such as '[[0, 0, 100, 100]]'; further to --box.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of a CSV or Parquet table with the images; default: found by its name."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host of https URLs that may be read, such as photos.example.com; may be repeated."
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Write only rows that meet a condition, such as 'probability < 0.6'; needs --out."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that was writing --out when it was ended.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace --out if it exists, or begin an unfinished run anew.")
+    ] = False,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
+    from fovea.bulk.command import classify_to_table, classify_to_terminal
     from fovea.commands.box_options import read_boxes
-    from fovea.service.cli import classify_files
 
-    settings = {} if models is None else {"models": models}
+    settings: dict[str, Any] = {} if models is None else {"models": models}
+    if out is not None:
+        for name, value in {
+            "--json": as_json,
+            "--embedding": embedding,
+            "--box": box,
+            "--boxes": boxes,
+        }.items():
+            if value:
+                raise StartError(f"{name} is for the terminal, not for --out")
+        classify_to_table(
+            sources,
+            out,
+            model=model,
+            top_k=top_k,
+            coverage=coverage,
+            column=column,
+            allowed_hosts=allow_host or (),
+            resume=resume,
+            force=force,
+            where=where,
+            **settings,
+        )
+        return
+    for name, value in {"--where": where, "--resume": resume, "--force": force}.items():
+        if value:
+            raise StartError(f"{name} needs --out")
     raise typer.Exit(
-        classify_files(
-            files,
+        classify_to_terminal(
+            sources,
             model=model,
             top_k=top_k,
             coverage=coverage,
             embedding=embedding,
             boxes=read_boxes(box, boxes),
             as_json=as_json,
+            column=column,
+            allowed_hosts=allow_host or (),
             **settings,
         )
     )

@@ -20,9 +20,9 @@ from fovea.bulk.inputs.stores import StoreEntry, create_store_entry, list_store
 from fovea.bulk.inputs.tar_archive import count_tar_members, list_tar_members
 from fovea.bulk.inputs.urls import HttpsAccess, UrlEntry
 from fovea.bulk.inputs.zip_archive import count_zip_members, list_zip_members
-from fovea.model.data.formats import has_image_suffix
 from fovea.service.errors import FileError, StartError
 from fovea.service.image_folders import join_path, walk_folder
+from fovea.service.inference.image_suffixes import has_image_suffix
 from fovea.service.remote.guarded_https import Resolver, UrlError
 from fovea.service.remote.store_uri import StoreError, check_store_uri, has_scheme
 
