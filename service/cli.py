@@ -23,6 +23,7 @@ from fovea.service.errors import BodyTooLarge, FileError, RequestError, StartErr
 from fovea.service.explain.explainer import Explainer, Explanation
 from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
 from fovea.service.image_files import read_image_file
+from fovea.service.image_folders import walk_folder
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
@@ -42,19 +43,6 @@ from fovea.service.serving.ranking import (
 from fovea.service.serving.standalone import create_load, load_predictor
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import delay_interrupt
-
-_SYSTEM_NAMES: Final = frozenset(
-    {
-        "__MACOSX",
-        "@eaDir",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "lost+found",
-        "Thumbs.db",
-        "desktop.ini",
-    }
-)
-"""Names of files and folders that operating systems create for themselves."""
 
 _MAX_NAMED_FILES: Final = 3
 """Number of skipped files that the summary names."""
@@ -86,7 +74,7 @@ def classify_files(
         raise StartError("--embedding needs --json: an embedding is a list of numbers for programs")
     settings = load_settings(**overrides)
     configure_pillow()
-    predictor, live_model = _load_model(settings, model)
+    predictor, live_model = load_live_model(settings, model)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     if embedding:
         live_model.require_embedding()
@@ -96,7 +84,7 @@ def classify_files(
     failure_count = 0
     try:
         for path, is_named in _expand_folders(files):
-            outcome = _classify_file(predictor, live_model, path, settings.body_bytes, embedding)
+            outcome = _classify_file(predictor, live_model, path, is_named, settings.body_bytes, embedding)
             if isinstance(outcome, UnsupportedFormat) and not is_named:
                 skipped_files.append(path)
                 continue
@@ -128,29 +116,10 @@ def _expand_folders(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
     """
     for path in paths:
         if path.is_dir():
-            for child in _walk_folder(path):
-                yield child, False
+            for child in walk_folder(str(path)):
+                yield Path(child), False
         else:
             yield path, True
-
-
-def _walk_folder(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder except hidden files and those that systems create for themselves.
-
-    Links to folders are not followed. A folder that cannot be listed is yielded itself.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield folder
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name in _SYSTEM_NAMES:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk_folder(folder / entry.name)
-        elif not entry.is_dir():
-            yield folder / entry.name
 
 
 def explain_file(
@@ -175,7 +144,7 @@ def explain_file(
         )
     settings = load_settings(**overrides)
     configure_pillow()
-    _, live_model = _load_model(settings, model)
+    _, live_model = load_live_model(settings, model)
     content = read_model(live_model.model_version.path, live_model.model_version.fingerprint)
     explainer = Explainer(content, live_model.contract, live_model.load.plan)
     question = ExplanationRequest(
@@ -223,7 +192,7 @@ def _describe_method(explanation: Explanation) -> str:
     return f"by occlusion, {explanation.samples} masked images{reason}"
 
 
-def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
+def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
     serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
@@ -241,12 +210,12 @@ def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveMo
 
 
 def _classify_file(
-    predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int, embedding: bool
+    predictor: Predictor, live_model: LiveModel, path: Path, is_named: bool, max_bytes: int, embedding: bool
 ) -> Outcome:
     """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
-        content = read_image_file(path, max_bytes)
-    except (FileError, BodyTooLarge) as error:
+        content = read_image_file(path, max_bytes, only_regular=not is_named)
+    except (FileError, BodyTooLarge, UnsupportedFormat) as error:
         return error
     answer = predictor.predict_batch(
         [ImageRequest(content, include_embedding=embedding)], exclusive=True
