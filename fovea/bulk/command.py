@@ -10,6 +10,7 @@ from fovea.bulk.conditions import parse_condition
 from fovea.bulk.entries import ImageEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
+from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
 from fovea.bulk.tables.choice import choose_format
 from fovea.service.cli import load_live_model
 from fovea.service.inference.preprocess import configure_pillow
@@ -27,18 +28,23 @@ def classify_to_table(
     resume: bool,
     force: bool,
     where: str | None,
+    tasks: TaskOptions,
     **overrides: Any,
-) -> None:
-    """Classify all images of the sources, write a table, and print one line about the run.
+) -> int:
+    """Classify all images of the sources, write a table, print one line about the run, and do the `tasks`.
 
-    `overrides` are settings. Raises `StartError` for whatever hinders the run, also if there are no images,
-    and `WriteError`; finished parts stay then. The error of an image is a row.
+    Return 0, or 1 if an image could not be sorted. `overrides` are settings. Raises `StartError` for whatever
+    hinders the run, also if there are no images, and `WriteError`; finished parts stay then. The error of an
+    image is a row.
     """
     table_format = choose_format(out)
     condition = None if where is None else parse_condition(where)
-    if not check_output(out, table_format, resume=resume, force=force):
+    tasks.check(out, may_replace=resume or force)
+    is_unfinished = check_output(out, table_format, resume=resume, force=force)
+    if not is_unfinished:
         print(f"{out} is finished already; --force makes it anew")
-        return
+        if not tasks:
+            return 0
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = load_live_model(settings, model)
@@ -54,7 +60,24 @@ def classify_to_table(
     def list_all() -> Iterator[ImageEntry]:
         return _list_entries(sources)
 
-    print(f"wrote {out}: {run.write_table(list_all, resume=resume)}")
+    if is_unfinished:
+        print(f"wrote {out}: {run.write_table(list_all, resume=resume)}")
+    if not tasks:
+        return 0
+    table_tasks = TableTasks(
+        tasks,
+        out,
+        live_model.contract,
+        list_entries=list_all,
+        max_bytes=settings.body_bytes,
+        max_pixels=settings.image_pixels,
+    )
+    model_name = f"{live_model.name} version {live_model.version}"
+    facts = {"model": model_name, "SHA-256": engine.facts.digest, "sources": ", ".join(sources)}
+    if where is not None:
+        facts["only images with"] = where
+    title = f"{model_name} on {describe_sources(sources)}"
+    return int(not table_tasks.run(lambda: table_format.read_rows(out), title=title, facts=facts))
 
 
 # --- until inputs are there ---

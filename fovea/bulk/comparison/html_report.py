@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fovea.bulk.comparison.folder_comparison import ConfidentMistake, FolderComparison
-from fovea.bulk.comparison.sentences import describe_measurement, describe_no_match, format_images
+from fovea.bulk.comparison.sentences import describe_no_match, format_images, list_measurement_sentences
 from fovea.model.evaluation.plots import plot_reliability, render_legend
 from fovea.model.evaluation.report_page import (
     LabelRow,
@@ -48,7 +48,7 @@ def render_html_report(
     """Return the page; see `write_html_report`."""
     unknown_folders = comparison.list_unknown_folders(_MAX_FOLDERS)
     parts = [
-        render_head(title, describe_measurement(comparison), _list_figures(comparison)),
+        render_head(title, " ".join(list_measurement_sentences(comparison)), _list_figures(comparison)),
         render_warnings(
             unknown_folders, heading="Folders without a label", count=len(comparison.unknown_folders)
         ),

@@ -17,7 +17,7 @@ def format_images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def describe_measurement(comparison: FolderComparison) -> str:
+def list_measurement_sentences(comparison: FolderComparison) -> list[str]:
     """Return sentences on the images that were measured, and on those that were not."""
     labels = format_count(len(comparison.true_indices), "label")
     sentences = [
@@ -39,7 +39,7 @@ def describe_measurement(comparison: FolderComparison) -> str:
         sentences.append(
             f"Not measured: {format_images(comparison.error_counts.total())} without an answer ({errors})."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def describe_no_match(comparison: FolderComparison) -> str:

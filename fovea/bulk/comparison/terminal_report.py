@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fovea.bulk.comparison.folder_comparison import FolderComparison
-from fovea.bulk.comparison.sentences import describe_measurement, describe_no_match, format_images
+from fovea.bulk.comparison.sentences import describe_no_match, format_images, list_measurement_sentences
 from fovea.model.data.inventory import to_printable
 from fovea.model.evaluation.report_page import find_confusions
 from fovea.model.evaluation.scores import LabelScore
@@ -28,13 +28,16 @@ _MAX_FAILURES: Final = 5
 
 def print_comparison(console: Console, comparison: FolderComparison) -> None:
     """Print accuracy, labels, confusions, the most confident mistakes, and what was not measured."""
-    _print_line(console, describe_measurement(comparison))
+    for sentence in list_measurement_sentences(comparison):
+        _print_line(console, sentence)
     if not comparison.image_count:
         _print_line(console, describe_no_match(comparison), "yellow")
     else:
-        _print_line(console, _describe_figures(comparison), "bold")
-        console.print(_create_label_table(comparison))
-        console.print(_create_confusion_table(comparison))
+        for number, figure in enumerate(_list_figures(comparison)):
+            _print_line(console, figure, "" if number else "bold")
+        _print_label_table(console, comparison)
+        _print_confusions(console, comparison)
+        _print_line(console, "")
         for mistake in comparison.mistakes[:_MAX_MISTAKES]:
             _print_line(
                 console,
@@ -54,7 +57,7 @@ def _print_line(console: Console, text: str, style: str = "") -> None:
     console.print(to_printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _describe_figures(comparison: FolderComparison) -> str:
+def _list_figures(comparison: FolderComparison) -> list[str]:
     low, high = comparison.interval
     figures = [
         f"accuracy {comparison.accuracy:.2%} of {format_images(comparison.image_count)} "
@@ -75,23 +78,23 @@ def _describe_figures(comparison: FolderComparison) -> str:
         )
     if comparison.known_count + comparison.unknown_count:
         figures.append(f"unlike the training images: {format_images(comparison.unknown_count)}")
-    return "; ".join(figures)
+    return figures
 
 
-def _create_label_table(comparison: FolderComparison) -> Table:
+def _print_label_table(console: Console, comparison: FolderComparison) -> None:
     scores = comparison.scores
-    title = None
+    _print_line(console, "")
     if len(scores) > _MAX_ROWS:
-        title = f"the {_MAX_ROWS} labels with the lowest recall, of {len(scores)}"
+        _print_line(console, f"The {_MAX_ROWS} labels with the lowest recall, of {len(scores)}:")
         scores = sorted(scores, key=_rate_recall)[:_MAX_ROWS]
-    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("label", overflow="fold")
     for name in ("images", "precision", "recall", "F1"):
         table.add_column(name, justify="right")
     for label, score in scores:
         shares = (score.precision, score.recall, score.f1)
         table.add_row(Text(label), f"{score.images:,}", *map(_format_share, shares))
-    return table
+    console.print(table)
 
 
 def _rate_recall(entry: tuple[str, LabelScore]) -> float:
@@ -104,13 +107,14 @@ def _format_share(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
-def _create_confusion_table(comparison: FolderComparison) -> Table:
+def _print_confusions(console: Console, comparison: FolderComparison) -> None:
     indices = comparison.true_indices
     if len(indices) > _MAX_MATRIX_LABELS:
-        return _create_pair_table(comparison)
-    table = Table(
-        box=None, title="rows: true labels, columns: predicted labels", title_justify="left", padding=(0, 1)
-    )
+        _print_line(console, "\nThe most frequent confusions:")
+        console.print(_create_pair_table(comparison))
+        return
+    _print_line(console, "\nRows are true labels, columns are predicted labels:")
+    table = Table(box=None, padding=(0, 1))
     table.add_column("")
     columns = [*indices]
     for index in columns:
@@ -124,11 +128,11 @@ def _create_confusion_table(comparison: FolderComparison) -> Table:
             total = sum(count for (true, _), count in comparison.counts.items() if true == row)
             counts.append(total - sum(counts))
         table.add_row(Text(comparison.labels[row]), *(f"{count:,}" if count else "·" for count in counts))
-    return table
+    console.print(table)
 
 
 def _create_pair_table(comparison: FolderComparison) -> Table:
-    table = Table(box=None, title="most frequent confusions", title_justify="left", padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("true", overflow="fold")
     table.add_column("predicted", overflow="fold")
     table.add_column("images", justify="right")

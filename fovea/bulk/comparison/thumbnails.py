@@ -11,7 +11,7 @@ from PIL import Image
 
 from fovea.bulk.comparison.folder_comparison import ConfidentMistake
 from fovea.bulk.entries import ImageEntry
-from fovea.errors import FileError, RequestError
+from fovea.errors import FileError, RequestError, StartError
 from fovea.model.evaluation.report_page import to_data_uri
 from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
 from fovea.service.inference.preprocess import decode_image
@@ -35,14 +35,17 @@ def make_thumbnails(
     thumbnails: dict[str, str] = {}
     if not missing:
         return thumbnails
-    for entry in entries:
-        mistake = missing.pop(entry.name, None)
-        if mistake is None:
-            continue
-        with suppress(FileError, RequestError):
-            thumbnails[mistake.path] = _make_thumbnail(entry.read(max_bytes), mistake, max_pixels)
-        if not missing:
-            break
+    with suppress(
+        StartError
+    ):  # a source may be gone since, and a report without pictures is better than none
+        for entry in entries:
+            mistake = missing.pop(entry.name, None)
+            if mistake is None:
+                continue
+            with suppress(FileError, RequestError):
+                thumbnails[mistake.path] = _make_thumbnail(entry.read(max_bytes), mistake, max_pixels)
+            if not missing:
+                break
     return thumbnails
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.sorting.names import generate_names
 from fovea.bulk.sorting.placing import (
     compute_digest,
@@ -38,6 +39,9 @@ _MAX_FAILURES: Final = 20
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a full disk, which the next image would meet too."""
+
+
+_NO_FILE: Final = "it is no file of this machine, so it cannot be moved; use --copy-to"
 
 
 class Action(Enum):
@@ -187,10 +191,9 @@ class Sorter:
         source = planned.source
         if not os.path.lexists(source):
             entry = self._find_entry(source)
-            path = getattr(entry, "path", None)
-            if not isinstance(path, str):
+            if not isinstance(entry, FileEntry):
                 return self._write_entry(planned, entry)
-            source = path  # a name that is not UTF-8 is written with escapes in the table
+            source = entry.path  # a name that is not UTF-8 is written with escapes in the table
             self._check_movable(source)
         planned.target.parent.mkdir(parents=True, exist_ok=True)
         digest = compute_digest(planned.source)
@@ -208,6 +211,8 @@ class Sorter:
         raise FileError(f"{_MAX_NAMES} files have its name in {planned.target.parent}")
 
     def _write_entry(self, planned: PlannedFile, entry: ImageEntry) -> Outcome:
+        if self._action is Action.MOVE:
+            raise FileError(_NO_FILE)
         content = entry.read(self._max_bytes)
         planned.target.parent.mkdir(parents=True, exist_ok=True)
         digest = compute_digest(planned.source)
@@ -231,7 +236,7 @@ class Sorter:
             return True
         if "\\x" in source:  # the table may hold another name than the system
             return False
-        raise FileError("it is no file of this machine, so it cannot be moved; use --copy-to")
+        raise FileError(_NO_FILE)
 
     def _check_movable(self, source: str) -> None:
         """Raise `FileError` for a move of a symbolic link, which may not lead to its image elsewhere."""

@@ -88,7 +88,7 @@ def test_terminal_and_page_say_the_same(tmp_path: Path, count: int) -> None:
         assert "ants: 1 image without a true label" in shown_text
         assert "1 bad_image" in shown_text
         assert "/photos/bee/broken.jpg: bad_image: the file is damaged" in shown_text
-    assert ("most frequent confusions" in text) is (count > 12)
+    assert ("The most frequent confusions" in text) is (count > 12)
     cells = re.findall(r"<td style='--share:[\d.]+'(?: class=strong)?>(\d*)</td>", content)
     assert sum(int(cell or 0) for cell in cells) == (18 if count == 3 else 0)
     assert not re.search(r"https?:|src=.?//|@import|url\(", content)
