@@ -110,7 +110,7 @@ def _render_calibration(comparison: FolderComparison) -> str:
     return (
         "<h2>Calibration</h2><p class='note'>Accuracy of the predictions against their confidence. "
         f"The expected calibration error is {comparison.calibration_error:.4f} ({BINS} bins of equal mass)."
-        f"</p><div class='row'><div class='card'>{render_legend(('blue', 'calibrated'))}"
+        f"</p><div class='row'><div class='card'>{render_legend(('blue', 'predictions'))}"
         f"{plot_reliability([('blue', comparison.bins)])}</div></div>"
     )
 

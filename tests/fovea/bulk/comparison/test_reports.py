@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import subprocess
-import sys
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,6 @@ from fovea.bulk.rows import Row
 from fovea.errors import FileError
 from fovea.service.artifact.contract import Task
 from tests.parsed_page import ParsedPage
-from tests.servers import ROOT
 
 
 class MemoryEntry(NamedTuple):
@@ -178,19 +175,3 @@ def test_mistakes_have_thumbnails_of_their_own_images(tmp_path: Path) -> None:
     assert picture.getpixel((100, 50)) == pytest.approx((254, 0, 0), abs=2)
     assert page.text.count("no picture") == 2
     assert "true label: ant" in page.text
-
-
-def test_comparison_needs_no_pytorch(tmp_path: Path) -> None:
-    """The wheel has no PyTorch, and no ONNX."""
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors'): sys.modules[name] = None\n"
-        "from tests.fovea.bulk.comparison import without_pytorch\n"
-        f"without_pytorch.write_report({str(tmp_path / 'report.html')!r})\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "accuracy 100.00% of 1 image" in result.stdout
-    assert "100.00%" in (tmp_path / "report.html").read_text()
