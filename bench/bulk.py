@@ -227,7 +227,8 @@ def _start_run(workload: Workload, folder: Path, out: Path, log: IO[str]) -> Ite
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
     model = workload.build_model(workload.pixel_paths[0])
     command = [
-        sys.executable, "-m", "fovea", "classify", str(folder), "--models", str(model), "--out", str(out), "--resume",
+        sys.executable, "-m", "fovea", "classify", str(folder),
+        "--models", str(model), "--out", str(out), "--resume",
     ]  # fmt: skip
     with start_process(command, env=environment, stdout=log, stderr=log) as process:
         yield process

@@ -5,8 +5,28 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Protocol
 
 from fovea.service.errors import BodyTooLarge, FileError, UnsupportedFormat
+
+
+class ImageEntry(Protocol):
+    """One image of a source; picklable, so that another process or machine can read it."""
+
+    @property
+    def name(self) -> str:
+        """Path or URI as text; for a file in an archive, the archive's path, `/`, and the member's."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the user named just this image. Other files that are no images may be skipped."""
+
+    def read(self, max_bytes: int) -> bytes:
+        """Return the encoded image.
+
+        Called at most once, in any thread. Raises `FileError`, `BodyTooLarge` for more than `max_bytes`
+        bytes, and `UnsupportedFormat` for what cannot be an image.
+        """
 
 
 def read_image_file(path: Path | str, max_bytes: int, *, only_regular: bool = False) -> bytes:

@@ -1,18 +1,21 @@
-"""`fovea classify --out`: the work behind the command."""
+"""The work behind `fovea classify`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fovea.bulk.conditions import parse_condition
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.inputs import count_entries, list_entries
+from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
 from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
 from fovea.bulk.tables.choice import choose_format
-from fovea.service.cli import load_live_model
+from fovea.service.cli import classify_images, load_live_model
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.serving.ranking import find_coverage
 from fovea.service.settings import load_settings
@@ -25,6 +28,8 @@ def classify_to_table(
     model: str | None,
     top_k: int,
     coverage: float | None,
+    column: str | None = None,
+    allowed_hosts: Sequence[str] = (),
     resume: bool,
     force: bool,
     where: str | None,
@@ -46,6 +51,12 @@ def classify_to_table(
         if not tasks:
             return 0
     settings = load_settings(**overrides)
+
+    def list_all() -> Iterator[ImageEntry]:
+        yield from list_entries(sources, max_bytes=settings.body_bytes)
+
+    # Images that were moved may have left nothing that a source names.
+    entries = list_entries(sources, max_bytes=settings.body_bytes) if is_unfinished else iter(())
     configure_pillow()
     predictor, live_model = load_live_model(settings, model)
     engine = LocalEngine(
@@ -55,13 +66,12 @@ def classify_to_table(
         coverage=None if coverage is None else find_coverage(live_model.contract, coverage),
         max_bytes=settings.body_bytes,
     )
-    run = TableRun(engine, out, table_format, sources=sources, where=where, condition=condition)
-
-    def list_all() -> Iterator[ImageEntry]:
-        return _list_entries(sources)
-
     if is_unfinished:
-        print(f"wrote {out}: {run.write_table(list_all, resume=resume)}")
+        run = TableRun(
+            engine, out, table_format, sources=sources, column=column, where=where, condition=condition
+        )
+        summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
+        print(f"wrote {out}: {summary}")
     if not tasks:
         return 0
     table_tasks = TableTasks(
@@ -80,26 +90,33 @@ def classify_to_table(
     return int(not table_tasks.run(lambda: table_format.read_rows(out), title=title, facts=facts))
 
 
-# --- until inputs are there ---
-from dataclasses import dataclass  # noqa: E402
-
-from fovea.service.cli import _expand_folders, _printable_name  # noqa: E402
-from fovea.service.image_files import read_image_file  # noqa: E402
-
-
-@dataclass(frozen=True)
-class _FileEntry:
-    path: Path
-    is_named: bool
-
-    @property
-    def name(self) -> str:
-        return _printable_name(self.path)
-
-    def read(self, max_bytes: int) -> bytes:
-        return read_image_file(self.path, max_bytes)
-
-
-def _list_entries(sources: Sequence[str]) -> Iterator[ImageEntry]:
-    for path, is_named in _expand_folders([Path(one) for one in sources]):
-        yield _FileEntry(path, is_named)
+def classify_to_terminal(
+    sources: Sequence[str],
+    *,
+    model: str | None,
+    top_k: int,
+    coverage: float | None,
+    embedding: bool,
+    as_json: bool,
+    column: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    **overrides: Any,
+) -> int:
+    """Classify all images of the sources one by one, and print the answers. See `classify_images`."""
+    settings = load_settings(**overrides)
+    entries = list_entries(sources, max_bytes=settings.body_bytes)
+    first = next(entries, None)
+    return classify_images(
+        entries if first is None else chain([first], entries),
+        settings,
+        sources=sources,
+        is_single=len(sources) == 1
+        and isinstance(first, FileEntry)
+        and first.is_named
+        and Path(first.path) == Path(sources[0]),
+        model=model,
+        top_k=top_k,
+        coverage=coverage,
+        embedding=embedding,
+        as_json=as_json,
+    )

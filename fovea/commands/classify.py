@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from fovea.service.errors import StartError
 
 
 def classify(
-    sources: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, ZIP and tar archives.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -67,15 +67,14 @@ def classify(
     ] = False,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
+    from fovea.bulk.command import classify_to_table, classify_to_terminal
     from fovea.bulk.table_tasks import TaskOptions
 
-    settings = {} if models is None else {"models": models}
+    settings: dict[str, Any] = {} if models is None else {"models": models}
     tasks = TaskOptions(labels_from, report, copy_to, move_to, dry_run)
     if out is not None:
         if embedding or as_json:
             raise StartError(f"{'--json' if as_json else '--embedding'} is for the terminal, not for --out")
-        from fovea.bulk.command import classify_to_table
-
         code = classify_to_table(
             sources,
             out,
@@ -93,11 +92,9 @@ def classify(
     for name, value in {"--where": where, "--resume": resume, "--force": force}.items():
         if value:
             raise StartError(f"{name} needs --out")
-    from fovea.service.cli import classify_files
-
     raise typer.Exit(
-        classify_files(
-            [Path(source) for source in sources],
+        classify_to_terminal(
+            sources,
             model=model,
             top_k=top_k,
             coverage=coverage,
