@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,12 @@ from fovea.model.evaluation.scores import LabelScore
 
 _MAX_MATRIX_LABELS: Final = 12
 """Maximum number of labels for a matrix; above it, the most frequent confusions are listed."""
+
+_HEADING_WIDTHS: Final = (12, 8, 5)
+"""Widest label above a column of a matrix, in cells of the terminal: the first with which the matrix fits."""
+
+_COUNT_WIDTH: Final = 3
+"""Narrowest column of a matrix in cells of the terminal."""
 
 _MAX_ROWS: Final = 30
 """Maximum number of labels in the table; above it, those with the lowest recall are listed."""
@@ -108,27 +115,43 @@ def _format_share(share: float | None) -> str:
 
 
 def _print_confusions(console: Console, comparison: FolderComparison) -> None:
+    """Print the matrix, or the most frequent confusions where the matrix would be too wide."""
+    is_small = len(comparison.true_indices) <= _MAX_MATRIX_LABELS
+    for heading_width in _HEADING_WIDTHS if is_small else ():
+        table = _create_matrix(comparison, heading_width)
+        if table.__rich_measure__(console, console.options).minimum <= console.width:
+            _print_line(console, "\nRows are true labels, columns are predicted labels:")
+            console.print(table)
+            return
+    _print_line(console, "\nThe most frequent confusions:")
+    console.print(_create_pair_table(comparison))
+
+
+def _create_matrix(comparison: FolderComparison, heading_width: int) -> Table:
     indices = comparison.true_indices
-    if len(indices) > _MAX_MATRIX_LABELS:
-        _print_line(console, "\nThe most frequent confusions:")
-        console.print(_create_pair_table(comparison))
-        return
-    _print_line(console, "\nRows are true labels, columns are predicted labels:")
     table = Table(box=None, padding=(0, 1))
-    table.add_column("")
-    columns = [*indices]
-    for index in columns:
-        table.add_column(Text(comparison.labels[index]), justify="right", overflow="fold")
+    labels = [comparison.labels[index] for index in indices]
+    headings = [_shorten(label, heading_width) for label in labels]
     has_others = len(indices) < len(comparison.labels)
-    if has_others:
-        table.add_column("other labels", justify="right")
-    for row in indices:
-        counts = [comparison.counts[row, column] for column in columns]
+    for heading in (Text(), *headings, *([Text("other labels")] if has_others else [])):
+        width = max(cell_len(heading.plain), _COUNT_WIDTH) if heading else None
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True, min_width=width)
+    row_headings = [_shorten(label, _HEADING_WIDTHS[0]) for label in labels]
+    for row, heading in zip(indices, row_headings, strict=True):
+        counts = [comparison.counts[row, column] for column in indices]
         if has_others:
             total = sum(count for (true, _), count in comparison.counts.items() if true == row)
             counts.append(total - sum(counts))
-        table.add_row(Text(comparison.labels[row]), *(f"{count:,}" if count else "·" for count in counts))
-    console.print(table)
+        table.add_row(heading, *(f"{count:,}" if count else "·" for count in counts))
+    table.columns[0].min_width = max((cell_len(heading.plain) for heading in row_headings), default=0)
+    return table
+
+
+def _shorten(label: str, width: int) -> Text:
+    """Return a label of at most `width` cells."""
+    text = Text(label)
+    text.truncate(width, overflow="ellipsis")
+    return text
 
 
 def _create_pair_table(comparison: FolderComparison) -> Table:

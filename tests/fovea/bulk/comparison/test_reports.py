@@ -110,6 +110,23 @@ def test_predictions_of_labels_without_images_are_counted_in_one_column(tmp_path
     assert "other 499" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("width", "heading"), [(100, "automobile"), (80, "automob…"), (75, "auto…"), (60, None)]
+)
+def test_matrix_is_printed_where_it_fits_into_the_terminal(width: int, heading: str | None) -> None:
+    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    stream = StringIO()
+    print_comparison(Console(file=stream, width=width), make_comparison(tuple(labels)))
+    text = stream.getvalue()
+    assert ("Rows are true labels" in text) is (heading is not None)
+    assert ("The most frequent confusions" in text) is (heading is None)
+    if heading:
+        matrix = text.partition("predicted labels:\n")[2].splitlines()[:11]
+        assert heading in matrix[0].split()
+        assert [len(line.split()) for line in matrix] == [10] + [11] * 10
+        assert [line.split()[0] for line in matrix[1:]] == labels
+
+
 def test_names_from_the_user_are_escaped(tmp_path: Path) -> None:
     labels = ("<script>alert(1)</script>", "a & 'b'", '[red]"c"')
     rows = [
