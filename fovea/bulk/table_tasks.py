@@ -157,7 +157,12 @@ class TableTasks:
         columns = TextColumn(f"{action.value} {{task.completed:,}} images"), BarColumn()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
-            summary = sorter.sort(planned_files, lambda: bar.advance(task))
+            try:
+                summary = sorter.sort(planned_files, lambda: bar.advance(task))
+            except KeyboardInterrupt:
+                done = sorter.summary.describe(action, folder)
+                print(f"fovea: interrupted; {done}; continue with --resume", file=sys.stderr)
+                raise
         print(summary.describe(action, folder))
         for failure in summary.failures[:_MAX_FAILURES]:
             print(f"fovea: {to_one_name(failure.source)}: {failure.message}", file=sys.stderr)

@@ -34,6 +34,9 @@ from fovea.service.errors import to_one_line
 _MAX_NAMES: Final = 100
 """Number of names that are tried for an image."""
 
+_MAX_LISTINGS: Final = 10
+"""Number of missing images after which the sources are not listed again for another one."""
+
 _MAX_FAILURES: Final = 20
 """Number of images that could not be sorted whose reasons are kept."""
 
@@ -135,6 +138,9 @@ class Sorter:
         self._folder, self._action, self._max_bytes = folder, action, max_bytes
         self._list_entries = list_entries
         self._entries: Iterator[ImageEntry] | None = None
+        self._missing_count = 0
+        self.summary = SortingSummary()
+        """Numbers of the images of the last call of `sort`, also if it was interrupted."""
 
     def sort(
         self, planned_files: Iterable[PlannedFile], report_progress: Callable[[], None] = lambda: None
@@ -144,8 +150,8 @@ class Sorter:
         `report_progress` is called after each image. Raises `WriteError` for a full disk; what was sorted
         stays. Raises `StartError` while another process sorts into the same folder.
         """
-        summary = SortingSummary()
-        self._entries = None
+        summary = self.summary = SortingSummary()
+        self._entries, self._missing_count = None, 0
         with self._lock_folder():
             for planned in planned_files:
                 try:
@@ -190,7 +196,12 @@ class Sorter:
             return Outcome.PRESENT
         source = planned.source
         if not os.path.lexists(source):
-            entry = self._find_entry(source)
+            try:
+                entry = self._find_entry(source)
+            except FileError:
+                if self._action is Action.MOVE and _has_target(planned):
+                    return Outcome.PRESENT
+                raise
             if not isinstance(entry, FileEntry):
                 return self._write_entry(planned, entry)
             source = entry.path  # a name that is not UTF-8 is written with escapes in the table
@@ -226,17 +237,15 @@ class Sorter:
 
     def _was_moved(self, planned: PlannedFile) -> bool:
         """Return whether an earlier run moved this image. Raises `FileError` if it cannot be moved."""
-        if self._action is Action.COPY:
-            return False
         source = planned.source
+        if self._action is Action.COPY or _may_have_another_name(source):
+            return False
         if os.path.lexists(source):
             self._check_movable(source)
             return False
-        if any(map(os.path.lexists, islice(_list_targets(planned), 2))):
-            return True
-        if "\\x" in source:  # the table may hold another name than the system
-            return False
-        raise FileError(_NO_FILE)
+        if _is_uri_or_member(source) or not _has_target(planned):
+            raise FileError(_NO_FILE)
+        return True
 
     def _check_movable(self, source: str) -> None:
         """Raise `FileError` for a move of a symbolic link, which may not lead to its image elsewhere."""
@@ -246,14 +255,17 @@ class Sorter:
     def _find_entry(self, name: str) -> ImageEntry:
         """Return the entry of an image that is no file by this name.
 
-        Rows and entries have the same order, so that the sources are listed once for all images. Raises
-        `FileError` if there is no such image any more.
+        Rows and entries have the same order, so that the sources are listed once for all images, and once
+        more after each of the first images that are missing. Raises `FileError` if there is no such image.
         """
-        if self._entries is None:
-            self._entries = self._list_entries()
-        for entry in self._entries:
-            if entry.name == name:
-                return entry
+        if self._missing_count <= _MAX_LISTINGS:
+            if self._entries is None:
+                self._entries = self._list_entries()
+            for entry in self._entries:
+                if entry.name == name:
+                    return entry
+            self._entries = None
+            self._missing_count += 1
         raise FileError("it is no longer in the sources")
 
     def _find_free_target(self, planned: PlannedFile, claimed: Mapping[Path, str]) -> Path | None:
@@ -296,6 +308,20 @@ class Sorter:
             yield
         finally:
             os.close(descriptor)
+
+
+def _may_have_another_name(source: str) -> bool:
+    """Return whether this may be the text for a file whose name is not UTF-8."""
+    return "\\x" in source and not os.path.lexists(source)
+
+
+def _is_uri_or_member(source: str) -> bool:
+    return "://" in source or any(folder.is_file() for folder in Path(source).parents)
+
+
+def _has_target(planned: PlannedFile) -> bool:
+    """Return whether one of the usual two names of the image is taken."""
+    return any(map(os.path.lexists, islice(_list_targets(planned), 2)))
 
 
 def _list_targets(planned: PlannedFile) -> Iterator[Path]:

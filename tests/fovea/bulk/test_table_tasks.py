@@ -214,7 +214,12 @@ def test_table_of_another_model_is_refused(
 
 
 def test_interrupted_sorting_is_continued(
-    command: Command, photos: Path, small_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    photos: Path,
+    small_zoo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C after the fifth image; the next run with --resume moves the others, and none twice."""
     expected = expect_folders(photos, classify_images(small_zoo, photos))
@@ -230,9 +235,27 @@ def test_interrupted_sorting_is_continued(
     with monkeypatch.context() as patch:
         patch.setattr(Sorter, "_place", interrupt)
         assert command(*arguments) == 130
+    assert "fovea: interrupted; moved 5 images into" in capsys.readouterr().err
     assert sum(map(len, read_folders(tmp_path / "sorted").values())) == 5
     assert command(*arguments, "--resume") == 0
     assert read_folders(tmp_path / "sorted") == expected
+
+
+@pytest.mark.parametrize("option", ["--copy-to", "--move-to"])
+def test_file_names_that_are_not_utf8_are_sorted(
+    command: Command, photos: Path, small_zoo: Path, tmp_path: Path, option: str
+) -> None:
+    """The table has them with escapes; two of them have one name."""
+    for folder in ("ant", "Bee"):
+        (photos / folder / "0.jpg").rename(os.fsdecode(os.fsencode(photos / folder) + b"/caf\xe9.jpg"))
+    (photos / "ant" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(make_jpeg(50, 30, seed=99))
+    expected = expect_folders(photos, classify_images(small_zoo, photos))
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv", option, tmp_path / "sorted")
+    assert command(*arguments) == 0
+    assert read_folders(tmp_path / "sorted") == expected
+    assert command(*arguments, "--resume") == 0
+    assert read_folders(tmp_path / "sorted") == expected
+    assert len(list(photos.rglob("*.jpg"))) == (0 if option == "--move-to" else 12)
 
 
 def test_everything_works_without_pytorch(photos: Path, small_zoo: Path, tmp_path: Path) -> None:

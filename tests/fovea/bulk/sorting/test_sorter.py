@@ -140,7 +140,7 @@ def test_copy_keeps_the_time_and_a_move_keeps_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "cat" / "two.jpg").stat().st_ino == inode
 
 
-def test_images_of_archives_are_copied_but_not_moved(tmp_path: Path) -> None:
+def test_images_of_archives_are_copied_but_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sources are listed once, in the order of the rows; some of their images have no row."""
     names = [f"photos.zip/{folder}/1.jpg" for folder in "abcd"]
     entries = [MemoryEntry(name, name.encode() * (10 if "/d/" in name else 1)) for name in names]
@@ -152,10 +152,13 @@ def test_images_of_archives_are_copied_but_not_moved(tmp_path: Path) -> None:
         "it is no longer in the sources",
     ]
     assert sort(tmp_path, Action.COPY, *rows[:2], entries=entries).present_count == 2
+    make_files(tmp_path / "moved", cat__1="stranger")
+    (tmp_path / "photos.zip").touch()
+    monkeypatch.chdir(tmp_path)
     summary = sort(tmp_path / "moved", Action.MOVE, *rows, entries=entries)
     assert summary.failure_count == 4
     assert "cannot be moved; use --copy-to" in summary.failures[0].message
-    assert read_tree(tmp_path / "moved") == {}
+    assert read_tree(tmp_path / "moved") == {"cat/1.jpg": "stranger"}
 
 
 def test_symbolic_link_is_copied_as_its_image_and_not_moved(tmp_path: Path) -> None:
