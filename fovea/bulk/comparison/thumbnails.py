@@ -35,9 +35,7 @@ def make_thumbnails(
     thumbnails: dict[str, str] = {}
     if not missing:
         return thumbnails
-    with suppress(
-        StartError
-    ):  # a source may be gone since, and a report without pictures is better than none
+    with suppress(StartError):  # a source may be gone; a report without pictures is better than none
         for entry in entries:
             mistake = missing.pop(entry.name, None)
             if mistake is None:

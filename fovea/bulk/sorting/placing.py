@@ -49,6 +49,7 @@ def write_image(content: bytes, target: Path, *, digest: str) -> bool:
         return False
     partial = _find_partial(target, digest)
     try:
+        partial.unlink(missing_ok=True)  # of a killed run: it may be a link to a finished file
         partial.write_bytes(content)
         return _give_name(partial, target)
     finally:

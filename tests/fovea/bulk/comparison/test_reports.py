@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Iterator
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from fovea.bulk.comparison.folder_comparison import FolderComparison, compare_ro
 from fovea.bulk.comparison.html_report import write_html_report
 from fovea.bulk.comparison.terminal_report import print_comparison
 from fovea.bulk.comparison.thumbnails import make_thumbnails
+from fovea.bulk.entries import ImageEntry
 from fovea.bulk.rows import Row
-from fovea.errors import FileError
+from fovea.errors import FileError, StartError
 from fovea.service.artifact.contract import Task
 from tests.parsed_page import ParsedPage
 
@@ -157,6 +159,16 @@ def test_folders_that_match_no_label_give_a_sentence_and_no_accuracy(tmp_path: P
     assert "Confusion" not in page.text
 
 
+def test_source_that_is_gone_leaves_a_report_without_pictures() -> None:
+    comparison = make_comparison()
+
+    def list_nothing() -> Iterator[ImageEntry]:
+        yield MemoryEntry("/photos/ant/1.jpg", None)
+        raise StartError("there is no bucket any more")
+
+    assert make_thumbnails(list_nothing(), comparison.mistakes, max_bytes=1, max_pixels=1) == {}
+
+
 def test_mistakes_have_thumbnails_of_their_own_images(tmp_path: Path) -> None:
     """An image that is gone, or that is damaged, has none; other images are not read."""
     rows = [
@@ -173,12 +185,12 @@ def test_mistakes_have_thumbnails_of_their_own_images(tmp_path: Path) -> None:
         MemoryEntry("/ant/red.png", make_image(600, 300, "red")),
     ]
 
-    def list_entries_to_the_last() -> object:
+    def list_entries_to_the_last() -> Iterator[ImageEntry]:
         yield from entries
         raise AssertionError("all mistakes are found")
 
     thumbnails = make_thumbnails(
-        list_entries_to_the_last(),  # type: ignore[arg-type]
+        list_entries_to_the_last(),
         comparison.mistakes,
         max_bytes=10**6,
         max_pixels=10**6,
