@@ -12,6 +12,7 @@ from torch import Tensor
 from fovea.export.verification_error import VerificationError as VerificationError
 from fovea.model.data.dataset import Examples
 from fovea.model.evaluation import evaluate, metrics
+from fovea.model.evaluation.scores import calibration_error
 from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.inference.engine import Engine
@@ -83,4 +84,4 @@ def measure_accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
     decisions = metrics.choose_labels(predictions, contract.task, contract.thresholds)
     bins = metrics.reliability_bins(predictions, examples.targets, contract.task)
     correct_share = metrics.compute_accuracy(decisions, examples.targets)
-    return Accuracy(name, len(examples), correct_share, metrics.calibration_error(bins))
+    return Accuracy(name, len(examples), correct_share, calibration_error(bins))

@@ -71,6 +71,16 @@ SHARED_SERVICE_PACKAGES = {
 """Packages of `service` that `model` and `export` may import."""
 
 
+LIGHT_MODEL_MODULES = {
+    "data.inventory",
+    "data.spelling",
+    "evaluation.plots",
+    "evaluation.report_page",
+    "evaluation.scores",
+}
+"""Modules of `model` that need no PyTorch, so that bulk classification may use them: the wheel has none."""
+
+
 def list_imports(file: Path) -> Iterator[tuple[str, ...]]:
     """Yield the modules that a file imports, also inside functions, split at the dots."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -173,5 +183,19 @@ def test_packages_do_not_import_the_python_api(package: str) -> None:
         for _, file in list_files(package)
         for module in list_imports(file)
         if module[0] == "fovea" and len(module) > 1 and module[1] in own_modules
+    ]
+    assert violations == []
+
+
+def test_bulk_classification_needs_no_pytorch() -> None:
+    files = [*(ROOT / "fovea" / "bulk").rglob("*.py")]
+    files += [ROOT / "model" / f"{name.replace('.', '/')}.py" for name in LIGHT_MODEL_MODULES]
+    violations = [
+        f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
+        for file in files
+        for module in list_imports(file)
+        if module[0] in {"torch", "onnx", "onnxscript", "safetensors"}
+        or module[:2] in {("fovea", "export"), ("fovea", "bench")}
+        or (module[:2] == ("fovea", "model") and ".".join(module[2:4]) not in LIGHT_MODEL_MODULES)
     ]
     assert violations == []

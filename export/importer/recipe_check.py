@@ -28,6 +28,7 @@ from fovea.export.importer.labelled_images import (
 from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
 from fovea.export.known_threshold import choose_threshold
 from fovea.model.evaluation import metrics
+from fovea.model.evaluation.scores import calibration_error
 from fovea.service.artifact.contract import Accuracy, Geometry, KnownScore, PixelPath, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.known import compute_known_scores
@@ -179,4 +180,4 @@ def _compute_calibration_error(scores: Scores, images: LabelledImages, task: Tas
     if task is Task.MULTILABEL:
         return None  # the calibration error is known only for one label per image
     probabilities, targets = torch.from_numpy(scores.probabilities), torch.from_numpy(images.targets)
-    return metrics.calibration_error(metrics.reliability_bins(probabilities, targets, task))
+    return calibration_error(metrics.reliability_bins(probabilities, targets, task))

@@ -18,6 +18,7 @@ from fovea.export.quantize.float_model import FloatModel
 from fovea.export.quantize.images import PixelSelection
 from fovea.model.evaluation import metrics
 from fovea.model.evaluation.calibration import Calibration, fit_calibration
+from fovea.model.evaluation.scores import calibration_error
 from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
@@ -196,7 +197,7 @@ def _measure_accuracy(
         f"{data}, held out",
         len(images),
         metrics.compute_accuracy(decisions, targets),
-        metrics.calibration_error(bins),
+        calibration_error(bins),
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fovea.bulk.conditions import parse_condition
+from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
+from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
 from fovea.bulk.tables.choice import choose_format
 from fovea.service.cli import classify_images
 from fovea.service.inference.boxes import Boxes
@@ -30,26 +32,55 @@ def classify_to_table(
     resume: bool,
     force: bool,
     where: str | None,
+    tasks: TaskOptions,
     **overrides: Any,
-) -> None:
-    """Classify all images of the sources, write a table, and print one line about the run.
+) -> int:
+    """Classify all images of the sources, write a table, print one line about the run, and do the `tasks`.
 
-    `overrides` are settings. Raises `StartError` for whatever hinders the run, also if there are no images,
-    and `WriteError`; finished parts stay then. The error of an image is a row.
+    Return 0, or 1 if an image could not be sorted. `overrides` are settings. Raises `StartError` for whatever
+    hinders the run, also if there are no images, and `WriteError`; finished parts stay then. The error of an
+    image is a row.
     """
     table_format = choose_format(out)
     condition = None if where is None else parse_condition(where)
-    if not check_output(out, table_format, resume=resume, force=force):
+    tasks.check(out, may_replace=resume or force)
+    is_unfinished = check_output(out, table_format, resume=resume, force=force)
+    if not is_unfinished:
         print(f"{out} is finished already; --force makes it anew")
-        return
+        if not tasks:
+            return 0
     settings = load_settings(**overrides)
-    entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
+
+    def list_all() -> Iterator[ImageEntry]:
+        return list_entries(
+            sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes
+        )
+
+    # Images that were moved may have left nothing that a source names.
+    entries = list_all() if is_unfinished else iter(())
     engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
-    run = TableRun(
-        engine, out, table_format, sources=sources, column=column, where=where, condition=condition
+    if is_unfinished:
+        run = TableRun(
+            engine, out, table_format, sources=sources, column=column, where=where, condition=condition
+        )
+        summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
+        print(f"wrote {out}: {summary}")
+    if not tasks:
+        return 0
+    table_tasks = TableTasks(
+        tasks,
+        out,
+        engine.contract,
+        list_entries=list_all,
+        max_bytes=settings.body_bytes,
+        max_pixels=settings.image_pixels,
     )
-    summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
-    print(f"wrote {out}: {summary}")
+    model_name = f"{engine.facts.model} version {engine.facts.version}"
+    facts = {"model": model_name, "SHA-256": engine.facts.digest, "sources": ", ".join(sources)}
+    if where is not None:
+        facts["only images with"] = where
+    title = f"{model_name} on {describe_sources(sources)}"
+    return int(not table_tasks.run(lambda: table_format.read_rows(out), title=title, facts=facts))
 
 
 def classify_to_terminal(

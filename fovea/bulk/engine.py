@@ -9,6 +9,7 @@ from fovea.bulk.entries import ImageEntry
 from fovea.bulk.rows import Row
 from fovea.bulk.table_facts import TableFacts
 from fovea.errors import FileError, RequestError, UnsupportedFormat
+from fovea.service.artifact.contract import Contract
 from fovea.service.inference.image_suffixes import has_image_suffix
 
 
@@ -30,6 +31,10 @@ class Engine(Protocol):
     @property
     def facts(self) -> TableFacts:
         """The model and the options of its answers."""
+
+    @property
+    def contract(self) -> Contract:
+        """Contract of the model: its labels, task and thresholds."""
 
     @property
     def description(self) -> str:

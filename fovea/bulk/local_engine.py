@@ -19,7 +19,7 @@ from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.cli import load_live_model
 from fovea.service.errors import FileError, ModelError, RequestError
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.batch_messages import Answer, BoxAnswers
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
@@ -63,6 +63,7 @@ class LocalEngine:
         """Create the engine. Images have at most `max_bytes` bytes. Raises `ModelError`."""
         self._predictor, self._max_bytes = predictor, max_bytes
         self._row_maker = RowMaker(model, top_k, coverage)
+        self.contract = model.contract
         self._batch_size = predictor.loaded_model.batch_max
         self._threads = model.load.plan.processes
         self.facts = TableFacts(
@@ -133,6 +134,8 @@ class LocalEngine:
         for entry, read_error in zip(entries, errors, strict=True):
             outcome = next(answers) if read_error is None else read_error
             name = entry.name
+            if isinstance(outcome, BoxAnswers):
+                raise TypeError(f"{name} was asked for without boxes")
             if not isinstance(outcome, Answer) and is_skipped(name, entry.is_named, outcome):
                 yield None
             else:

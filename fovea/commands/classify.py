@@ -71,12 +71,33 @@ def classify(
     force: Annotated[
         bool, typer.Option("--force", help="Replace --out if it exists, or begin an unfinished run anew.")
     ] = False,
+    labels_from: Annotated[
+        Literal["folders"] | None,
+        typer.Option(
+            help="Compare with the true labels, which are the names of the folders that hold the images."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="File for the report of --labels-from; default: report.html beside --out."),
+    ] = None,
+    copy_to: Annotated[
+        Path | None, typer.Option(help="Copy each image into a folder of its label below this folder.")
+    ] = None,
+    move_to: Annotated[
+        Path | None, typer.Option(help="Move each image into a folder of its label below this folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what --copy-to or --move-to would do; touch no image.")
+    ] = False,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
     from fovea.bulk.command import classify_to_table, classify_to_terminal
+    from fovea.bulk.table_tasks import TaskOptions
     from fovea.commands.box_options import read_boxes
 
     settings: dict[str, Any] = {} if models is None else {"models": models}
+    tasks = TaskOptions(labels_from, report, copy_to, move_to, dry_run)
     if out is not None:
         for name, value in {
             "--json": as_json,
@@ -86,7 +107,7 @@ def classify(
         }.items():
             if value:
                 raise StartError(f"{name} is for the terminal, not for --out")
-        classify_to_table(
+        code = classify_to_table(
             sources,
             out,
             model=model,
@@ -97,9 +118,11 @@ def classify(
             resume=resume,
             force=force,
             where=where,
+            tasks=tasks,
             **settings,
         )
-        return
+        raise typer.Exit(code)
+    tasks.check(None, may_replace=False)
     for name, value in {"--where": where, "--resume": resume, "--force": force}.items():
         if value:
             raise StartError(f"{name} needs --out")

@@ -29,10 +29,11 @@ from fovea.model.data.inventory import (
     join_names,
     to_printable,
 )
-from fovea.model.data.labels import clean_label, describe_spellings
+from fovea.model.data.labels import describe_spellings
 from fovea.model.data.parts import parse_part
 from fovea.model.data.rows import SUFFIXES, ParsedTable, read_table
 from fovea.model.data.sources import Survey
+from fovea.model.data.spelling import clean_label
 
 _MAX_NAMES: Final = 5
 

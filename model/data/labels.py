@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from fovea.model.data.choices import LabelCase
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Inventory, format_count, join_names
+from fovea.model.data.spelling import clean_label, normalize_label
 from fovea.service.artifact.contract import Task
 
 LabelIndices = tuple[int, ...]
@@ -24,15 +24,6 @@ LabelIndices = tuple[int, ...]
 def collect_labels(files: Sequence[File]) -> tuple[str, ...]:
     """Return all labels, sorted."""
     return tuple(sorted({label for file in files for label in file.labels}))
-
-
-_INVISIBLE_CHARACTERS: Final = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
-"""Invisible characters that are not white space."""
-
-
-def clean_label(name: str) -> str:
-    """Return the label in composed form (Unicode NFC), without surrounding white space."""
-    return unicodedata.normalize("NFC", name).strip().strip(_INVISIBLE_CHARACTERS).strip()
 
 
 def describe_spellings(names: Iterable[str]) -> list[str]:
@@ -57,7 +48,7 @@ def merge_similar_labels(files: Sequence[File], case: LabelCase | None) -> tuple
     counts = Counter(label for file in files for label in file.labels)
     groups: dict[str, list[str]] = {}
     for label in sorted(counts):
-        groups.setdefault(_normalize_label(label), []).append(label)
+        groups.setdefault(normalize_label(label), []).append(label)
     similar_groups = [group for group in groups.values() if len(group) > 1]
     if not similar_groups or case == "keep":
         return tuple(files), []
@@ -85,11 +76,6 @@ def merge_similar_labels(files: Sequence[File], case: LabelCase | None) -> tuple
 
 
 _MAX_EXAMPLES: Final = 3
-
-
-def _normalize_label(label: str) -> str:
-    """Return a common form of similar labels."""
-    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", label).casefold())
 
 
 def require_labels(name: str, files: Sequence[File], inventory: Inventory) -> None:

@@ -16,7 +16,8 @@ from fovea.model.data.choices import Choices
 from fovea.model.data.examples import DataError
 from fovea.model.data.folders import detect_layout
 from fovea.model.data.inventory import File, Inventory, Part, describe_kind, group_skipped_files, to_printable
-from fovea.model.data.labels import clean_label, describe_spellings
+from fovea.model.data.labels import describe_spellings
+from fovea.model.data.spelling import clean_label
 from fovea.service.errors import BadImage
 
 MAX_BYTES: Final = 512 << 20

@@ -12,7 +12,9 @@ from torch import Tensor
 from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation import evaluate, metrics
 from fovea.model.evaluation.calibration import Calibration, fit_calibration
-from fovea.model.evaluation.report import REPORT_FILE, write_report
+from fovea.model.evaluation.report import write_report
+from fovea.model.evaluation.report_page import REPORT_FILE
+from fovea.model.evaluation.scores import calibration_error
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint
 from fovea.model.networks.network import to_probabilities
@@ -70,8 +72,8 @@ def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Ca
     predictions = metrics.choose_labels(calibrated_probabilities, task, calibration.thresholds)
     return {
         "accuracy": metrics.compute_accuracy(predictions, examples.targets),
-        "ece_before": metrics.calibration_error(bins[0]),
-        "ece": metrics.calibration_error(bins[1]),
+        "ece_before": calibration_error(bins[0]),
+        "ece": calibration_error(bins[1]),
         "coverage": [
             [level, *metrics.measure_coverage(calibrated_probabilities, examples.targets, quantile)]
             for level, quantile in calibration.coverage

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
+from fovea.model.evaluation.scores import BINS, CalibrationBin, LabelScore, split_into_bins
 from fovea.service.artifact.contract import Task
-
-BINS: Final = 15
-"""Number of bins of equal mass for the calibration error."""
 
 
 def choose_labels(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Tensor:
@@ -40,25 +36,6 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, label_count: int) -> 
     )
 
 
-@dataclass(frozen=True)
-class LabelScore:
-    """Precision and recall of one label; None if undefined."""
-
-    precision: float | None
-    """Fraction of the images with this label chosen for which the label is true."""
-    recall: float | None
-    """Fraction of the images with this label true for which the label was chosen."""
-    images: int
-    """Number of images for which the label is true."""
-
-    @property
-    def f1(self) -> float | None:
-        """The harmonic mean of precision and recall."""
-        if self.precision is None or self.recall is None or not self.precision + self.recall:
-            return None
-        return 2 * self.precision * self.recall / (self.precision + self.recall)
-
-
 def label_scores(predictions: Tensor, targets: Tensor, label_count: int) -> tuple[LabelScore, ...]:
     """Return one score for each label; `predictions` and `targets` are indices (N,) or flags (N, labels)."""
     predicted_flags, true_flags = (_to_flags(one, label_count) for one in (predictions, targets))
@@ -68,9 +45,7 @@ def label_scores(predictions: Tensor, targets: Tensor, label_count: int) -> tupl
         true_flags.sum(dim=0),
     )
     return tuple(
-        LabelScore(
-            hits / predicted_count if predicted_count else None, hits / images if images else None, images
-        )
+        LabelScore.from_counts(hits, predicted_count, images)
         for hits, predicted_count, images in zip(
             correct_flags.tolist(), predicted_counts.tolist(), true_counts.tolist(), strict=True
         )
@@ -84,15 +59,6 @@ def _to_flags(indices: Tensor, label_count: int) -> Tensor:
 
 
 # --- calibration ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CalibrationBin:
-    """A bin of answers of similar confidence, with their mean confidence and accuracy."""
-
-    count: int
-    confidence: float
-    accuracy: float
 
 
 def reliability_bins(
@@ -109,24 +75,10 @@ def reliability_bins(
     else:
         best = probabilities.max(dim=1)
         confidence, correctness = best.values.double(), (best.indices == targets).double()
-    _, tie_groups = torch.unique(confidence, return_inverse=True)
-    correctness = (torch.bincount(tie_groups, weights=correctness) / torch.bincount(tie_groups))[tie_groups]
-    order = confidence.argsort(stable=True)
-    parts = torch.tensor_split(order, bin_count)
-    return tuple(
-        CalibrationBin(len(part), float(confidence[part].mean()), float(correctness[part].mean()))
-        for part in parts
-        if len(part)
-    )
-
-
-def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Return the expected calibration error (Guo et al., 2017).
-
-    The error is the mean distance between confidence and accuracy, weighted by bin size.
-    """
-    total = sum(one.count for one in bins)
-    return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / total if total else 0.0
+    values, tie_groups = torch.unique(confidence, return_inverse=True)  # ascending
+    counts = torch.bincount(tie_groups, minlength=len(values))
+    correct_sums = torch.bincount(tie_groups, weights=correctness, minlength=len(values))
+    return split_into_bins(counts.numpy(), (values * counts).numpy(), correct_sums.numpy(), bin_count)
 
 
 def measure_coverage(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[float, float]:

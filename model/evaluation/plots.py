@@ -1,4 +1,4 @@
-"""The plots of the training report, as SVG."""
+"""The plots of the reports, as SVG. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from fovea.model.evaluation import metrics
+from fovea.model.evaluation.scores import CalibrationBin
 
 _WIDTH: Final = 460
 _HEIGHT: Final = 260
@@ -50,10 +50,11 @@ def choose_ticks(low: float, high: float, *, max_value: float) -> list[float]:
     return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def plot_reliability(
-    before: Sequence[metrics.CalibrationBin], after: Sequence[metrics.CalibrationBin]
-) -> str:
-    """Plot accuracy against confidence, both from 0 to 1; the diagonal is perfect calibration."""
+def plot_reliability(curves: Iterable[tuple[str, Sequence[CalibrationBin]]]) -> str:
+    """Plot accuracy against confidence, both from 0 to 1; the diagonal is perfect calibration.
+
+    Each curve has a colour and the bins that it joins.
+    """
     quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
     shapes = [_draw_gridline(_to_svg_point(0, share), text) for share, text in quarters]
     shapes += [_draw_tick_label(_to_svg_point(share, 0), text) for share, text in quarters]
@@ -62,7 +63,7 @@ def plot_reliability(
         f"<line class='diagonal' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' "
         f"x2='{x2:.1f}' y2='{y2:.1f}'/>"
     )
-    for colour, bins in (("orange", before), ("blue", after)):
+    for colour, bins in curves:
         points = [_to_svg_point(one.confidence, one.accuracy) for one in bins]
         shapes += [_draw_line(points, colour), *(_draw_dot(point, colour, 3.5) for point in points)]
     return _wrap_svg(shapes)

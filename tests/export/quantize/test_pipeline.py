@@ -19,7 +19,8 @@ from fovea.export.quantize.candidate import GraphRunner
 from fovea.export.quantize.gate import Limits
 from fovea.export.quantize.images import load_images
 from fovea.export.quantize.refusal import QuantizeRefused
-from fovea.model.evaluation.metrics import calibration_error, reliability_bins
+from fovea.model.evaluation.metrics import reliability_bins
+from fovea.model.evaluation.scores import calibration_error
 from fovea.service.artifact import new_version
 from fovea.service.artifact.contract import Contract, Precision
 from fovea.service.errors import GoldenError

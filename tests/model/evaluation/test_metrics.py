@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from fovea.model.evaluation.metrics import (
-    LabelScore,
-    calibration_error,
     choose_labels,
     compute_accuracy,
     confusion_matrix,
@@ -16,6 +14,7 @@ from fovea.model.evaluation.metrics import (
     measure_coverage,
     reliability_bins,
 )
+from fovea.model.evaluation.scores import LabelScore, calibration_error
 from fovea.service.artifact.contract import Task
 
 PROBABILITIES = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.4, 0.35, 0.25], [0.2, 0.3, 0.5]])

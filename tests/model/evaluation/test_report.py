@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,39 +20,8 @@ from fovea.model.evaluation.finalize import measure_part
 from fovea.model.evaluation.plots import choose_ticks
 from fovea.model.evaluation.report import write_report
 from fovea.service.artifact.contract import Task
+from tests.parsed_page import ParsedPage
 from tests.training import stack_pixels
-
-VOID_TAGS = {"meta", "img", "br"}
-
-
-class ParsedPage(HTMLParser):
-    """A parsed page; fails on tags that are not closed in order."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open_tags: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(content)
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID_TAGS and not (self.get_starttag_text() or "").endswith("/>"):
-            self.open_tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.tags or tag not in ("polyline", "circle", "line"):
-            assert self.open_tags.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def find_tags(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def make_examples(count: int, labels: int, task: Task, seed: int) -> Examples:

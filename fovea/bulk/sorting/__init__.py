@@ -1,0 +1,1 @@
+"""Sorting of classified images into a folder for each label."""

@@ -1,0 +1,281 @@
+"""`fovea classify --out` with `--labels-from`, `--copy-to` and `--move-to`, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fovea
+from fovea.bulk.sorting.sorter import Sorter
+from tests.commands import Command, read_error_line
+from tests.fovea.bulk.tables import read_table
+from tests.graphs import add_to_repository, build_model
+from tests.parsed_page import ParsedPage
+from tests.pictures import make_jpeg
+from tests.servers import ROOT
+
+FOLDERS = ("ant", "Bee", "cows")
+"""Two folders of labels, and one that no label is named after."""
+
+
+@pytest.fixture
+def photos(tmp_path: Path, small_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with four images in each of `FOLDERS`, one of them broken."""
+    monkeypatch.setenv("FOVEA_MODELS", str(small_zoo))
+    for number in range(12):
+        path = tmp_path / "photos" / FOLDERS[number % 3] / f"{number % 4}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_jpeg(40, 30, seed=number))
+    (tmp_path / "photos" / "ant" / "0.jpg").write_bytes(make_jpeg()[:100])
+    return tmp_path / "photos"
+
+
+def classify_images(zoo: Path, folder: Path) -> dict[str, str]:
+    """Return the label of each readable image by its path below the folder, from `fovea.load`."""
+    model = fovea.load(zoo)
+    paths = sorted(folder.rglob("*.jpg"))
+    outcomes = model.classify(list(paths), on_error="return")
+    return {
+        str(path.relative_to(folder)): outcome.label
+        for path, outcome in zip(paths, outcomes, strict=True)
+        if isinstance(outcome, fovea.Result)
+    }
+
+
+def read_folders(folder: Path) -> dict[str, list[bytes]]:
+    """Return the contents of the files in each sub-folder."""
+    return {
+        one.name: sorted(path.read_bytes() for path in one.iterdir())
+        for one in sorted(folder.iterdir())
+        if one.is_dir()
+    }
+
+
+def expect_folders(photos: Path, labels: dict[str, str]) -> dict[str, list[bytes]]:
+    """Return what `read_folders` returns for the sorted images."""
+    return {
+        label: sorted((photos / name).read_bytes() for name, one in labels.items() if one == label)
+        for label in sorted(set(labels.values()))
+    }
+
+
+def test_folder_is_compared_with_its_names_in_one_command(
+    command: Command, photos: Path, small_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = classify_images(small_zoo, photos)
+    measured = {name: label for name, label in labels.items() if not name.startswith("cows/")}
+    hits = sum(name.split("/")[0].lower() == label for name, label in measured.items())
+    assert command("classify", photos, "--out", tmp_path / "table.csv", "--labels-from", "folders") == 0
+    text = capsys.readouterr().out
+    page = ParsedPage((tmp_path / "report.html").read_text())
+    for shown_text in (text, page.text):
+        assert f"{hits / 7:.2%}" in shown_text
+        assert "7 images" in shown_text
+        assert "1 image without an answer (1 bad_image)" in shown_text
+        assert "cows: 4 images without a true label; the nearest label is 'cow'" in shown_text
+    assert f"wrote {tmp_path / 'report.html'}" in text
+    assert len(page.find_tags("img")) == 7 - hits
+    assert "small version 1" in page.text
+    assert len(read_table(tmp_path / "table.csv")) == 12
+
+
+def test_only_selected_rows_are_compared_and_sorted(
+    command: Command, photos: Path, small_zoo: Path, tmp_path: Path
+) -> None:
+    labels = classify_images(small_zoo, photos)
+    label = min(labels.values())
+    condition, report = f"label == '{label}' or error is not null", tmp_path / "reports" / "some.html"
+    arguments = ("classify", photos, "--out", tmp_path / "table.jsonl", "--where", condition)
+    options = ("--labels-from", "folders", "--report", report, "--copy-to", tmp_path / "sorted")
+    assert command(*arguments, *options) == 0
+    expected = expect_folders(photos, labels)
+    assert len(expected) > 1
+    assert read_folders(tmp_path / "sorted") == {label: expected[label]}
+    assert condition in ParsedPage(report.read_text()).text
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("option", ["--copy-to", "--move-to"])
+def test_images_are_sorted_after_a_dry_run(
+    command: Command,
+    photos: Path,
+    small_zoo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    """The dry run touches no image, and the next run with --resume classifies none again."""
+    labels = classify_images(small_zoo, photos)
+    expected, before = expect_folders(photos, labels), read_folders(photos)
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv", option, tmp_path / "sorted")
+    assert command(*arguments, "--dry-run") == 0
+    captured = capsys.readouterr()
+    lines = [line.split(" -> ") for line in captured.out.splitlines()[1:]]
+    assert sorted(source.removeprefix(f"{photos}/") for source, _ in lines) == sorted(labels)
+    assert f"11 images would be {'moved' if option == '--move-to' else 'copied'}" in captured.err
+    assert read_folders(photos) == before
+    assert not (tmp_path / "sorted").exists()
+    contents = {target: Path(source).read_bytes() for source, target in lines}
+
+    assert command(*arguments, "--resume") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert read_folders(tmp_path / "sorted") == expected
+    assert {target: Path(target).read_bytes() for target in contents} == contents
+    left = [path for path in photos.rglob("*") if path.is_file()]
+    assert len(left) == (1 if option == "--move-to" else 12)
+
+    assert command(*arguments, "--resume") == 0
+    assert "copied 0 images" in capsys.readouterr().out or option == "--move-to"
+    assert read_folders(tmp_path / "sorted") == expected
+
+
+def test_images_that_fail_give_exit_code_1(
+    command: Command, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv")
+    assert command(*arguments) == 0
+    (photos / "Bee" / "1.jpg").unlink()
+    capsys.readouterr()
+    assert command(*arguments, "--resume", "--move-to", tmp_path / "sorted") == 1
+    captured = capsys.readouterr()
+    assert "moved 10 images into" in captured.out
+    assert "1 could not be moved" in captured.out
+    assert f"fovea: {photos / 'Bee' / '1.jpg'}: " in captured.err
+
+
+def test_images_of_an_archive_are_compared_with_thumbnails_and_copied(
+    command: Command, photos: Path, small_zoo: Path, tmp_path: Path
+) -> None:
+    labels = classify_images(small_zoo, photos)
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in sorted(photos.rglob("*.jpg")):
+            archive.write(path, path.relative_to(photos))
+    options = ("--labels-from", "folders", "--copy-to", tmp_path / "sorted")
+    assert command("classify", tmp_path / "photos.zip", "--out", tmp_path / "table.csv", *options) == 0
+    assert read_folders(tmp_path / "sorted") == expect_folders(photos, labels)
+    page = ParsedPage((tmp_path / "report.html").read_text())
+    hits = sum(
+        name.split("/")[0].lower() == label for name, label in labels.items() if not name.startswith("cows/")
+    )
+    assert len(page.find_tags("img")) == 7 - hits
+    assert "no picture" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--copy-to", "a", "--move-to", "b"], "--copy-to and --move-to exclude each other"),
+        (["--dry-run"], "--dry-run shows what --copy-to or --move-to would do"),
+        (["--report", "a.html"], "--report needs --labels-from folders"),
+        (["--labels-from", "folders", "--report", "."], "--report is the folder ."),
+        (["--labels-from", "folders", "--report", "README.md"], "README.md exists; replace it with --force"),
+        (["--copy-to", "README.md"], "README.md is no folder"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused_before_any_work(
+    command: Command,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert command("classify", photos, "--out", tmp_path / "table.csv", *options) == 2
+    assert message in read_error_line(capsys)
+    assert not (tmp_path / "table.csv").exists()
+
+
+@pytest.mark.parametrize("options", [["--labels-from", "folders"], ["--copy-to", "a"], ["--move-to", "a"]])
+def test_options_need_a_table(
+    command: Command, photos: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert command("classify", photos, *options) == 2
+    assert f"{options[0]} needs --out" in read_error_line(capsys)
+
+
+def test_table_of_another_model_is_refused(
+    command: Command, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv")
+    assert command(*arguments) == 0
+    other_zoo = add_to_repository(build_model(labels=("elk", "fox", "gnu", "hen")), tmp_path / "zoo")
+    capsys.readouterr()
+    for options in (("--labels-from", "folders"), ("--move-to", tmp_path / "sorted")):
+        assert command(*arguments, "--resume", "--models", other_zoo, *options) == 2
+        assert "another model made the table" in read_error_line(capsys)
+    assert len(list(photos.rglob("*.jpg"))) == 12
+
+
+def test_interrupted_sorting_is_continued(
+    command: Command,
+    photos: Path,
+    small_zoo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C after the fifth image; the next run with --resume moves the others, and none twice."""
+    expected = expect_folders(photos, classify_images(small_zoo, photos))
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv", "--move-to", tmp_path / "sorted")
+    place, calls = Sorter._place, []
+
+    def interrupt(*values: object) -> object:
+        calls.append(values)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return place(*values)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sorter, "_place", interrupt)
+        assert command(*arguments) == 130
+    assert "fovea: interrupted; moved 5 images into" in capsys.readouterr().err
+    assert sum(map(len, read_folders(tmp_path / "sorted").values())) == 5
+    assert command(*arguments, "--resume") == 0
+    assert read_folders(tmp_path / "sorted") == expected
+
+
+@pytest.mark.parametrize("option", ["--copy-to", "--move-to"])
+def test_file_names_that_are_not_utf8_are_sorted(
+    command: Command, photos: Path, small_zoo: Path, tmp_path: Path, option: str
+) -> None:
+    """The table has them with escapes; two of them have one name."""
+    for folder in ("ant", "Bee"):
+        (photos / folder / "0.jpg").rename(os.fsdecode(os.fsencode(photos / folder) + b"/caf\xe9.jpg"))
+    (photos / "ant" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(make_jpeg(50, 30, seed=99))
+    expected = expect_folders(photos, classify_images(small_zoo, photos))
+    arguments = ("classify", photos, "--out", tmp_path / "table.csv", option, tmp_path / "sorted")
+    assert command(*arguments) == 0
+    assert read_folders(tmp_path / "sorted") == expected
+    assert command(*arguments, "--resume") == 0
+    assert read_folders(tmp_path / "sorted") == expected
+    assert len(list(photos.rglob("*.jpg"))) == (0 if option == "--move-to" else 12)
+
+
+def test_everything_works_without_pytorch(photos: Path, small_zoo: Path, tmp_path: Path) -> None:
+    """The wheel has neither PyTorch nor ONNX."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors'): sys.modules[name] = None\n"
+        "from fovea.cli import main\n"
+        "main()\n"
+    )
+    options = ("--labels-from", "folders", "--copy-to", tmp_path / "sorted")
+    paths = ("classify", photos, "--out", tmp_path / "table.csv")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, (*paths, *options))],
+        cwd=ROOT,
+        env={**os.environ, "FOVEA_MODELS": str(small_zoo)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "report.html").exists()
+    assert sum(map(len, read_folders(tmp_path / "sorted").values())) == 11
