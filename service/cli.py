@@ -86,7 +86,7 @@ def classify_files(
         raise StartError("--embedding needs --json: an embedding is a list of numbers for programs")
     settings = load_settings(**overrides)
     configure_pillow()
-    predictor, live_model = _load_model(settings, model)
+    predictor, live_model = load_live_model(settings, model)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     if embedding:
         live_model.require_embedding()
@@ -175,7 +175,7 @@ def explain_file(
         )
     settings = load_settings(**overrides)
     configure_pillow()
-    _, live_model = _load_model(settings, model)
+    _, live_model = load_live_model(settings, model)
     content = read_model(live_model.model_version.path, live_model.model_version.fingerprint)
     explainer = Explainer(content, live_model.contract, live_model.load.plan)
     question = ExplanationRequest(
@@ -223,7 +223,7 @@ def _describe_method(explanation: Explanation) -> str:
     return f"by occlusion, {explanation.samples} masked images{reason}"
 
 
-def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
+def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
     serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))

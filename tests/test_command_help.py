@@ -14,7 +14,7 @@ from tests.commands import make_command, read_error_line
 from tests.test_command import run_fovea
 
 MISTAKES = {
-    "classify": "`fovea classify` needs FILES, such as: fovea classify cat.jpg photos --top-k 3",
+    "classify": "`fovea classify` needs SOURCES, such as: fovea classify cat.jpg photos --top-k 3",
     "explain x": "`fovea explain` needs --out, such as: fovea explain cat.jpg --out heat.png",
     "clasify x": "there is no command 'clasify'; did you mean classify?",
     "frobnicate": "there is no command 'frobnicate'; see `fovea --help`",

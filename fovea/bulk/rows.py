@@ -35,7 +35,7 @@ class Row(NamedTuple):
     height: int | None = None
     """Height of the upright image in pixels."""
     format: str | None = None
-    """Format of the file, such as `jpeg`."""
+    """Format of the file, such as `JPEG`."""
     error: str | None = None
     """Code of the error; None for an image with an answer."""
     message: str | None = None
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 def create_row(path: str, outcome: Result | RequestError | FileError) -> Row:
     """Return the row of an image."""
     if not isinstance(outcome, Result):
-        return Row(path, error=outcome.code, message=str(outcome))
+        return create_error_row(path, outcome)
     return Row(
         path,
         label=outcome.label,
@@ -59,3 +59,8 @@ def create_row(path: str, outcome: Result | RequestError | FileError) -> Row:
         height=outcome.image.height,
         format=outcome.image.format,
     )
+
+
+def create_error_row(path: str, error: RequestError | FileError) -> Row:
+    """Return the row of an image without an answer. Tables hold valid UTF-8 only, and messages may not."""
+    return Row(path, error=error.code, message=str(error).encode(errors="backslashreplace").decode())

@@ -7,9 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
+from fovea.service.errors import StartError
+
 
 def classify(
-    files: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Table to write, with a row for each image: .parquet, .csv or .jsonl."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Name of the model; default: the default model of the repository.")
     ] = None,
@@ -28,14 +36,66 @@ def classify(
         typer.Option("--embedding", help="Add the vector that the model's last layer reads; needs --json."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Write only rows that meet a condition, such as 'probability < 0.6'; needs --out."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that was writing --out when it was ended.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace --out if it exists, or begin an unfinished run anew.")
+    ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="`ray` classifies on all machines of a Ray cluster; needs --out and the extra ray."
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the Ray cluster, such as ray://head:10001; default: RAY_ADDRESS, or else a "
+            "cluster of its own on this machine."
+        ),
+    ] = None,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
+    settings = {} if models is None else {"models": models}
+    if address is not None and engine != "ray":
+        raise StartError("--address needs --engine ray")
+    if out is not None:
+        if embedding or as_json:
+            raise StartError(f"{'--json' if as_json else '--embedding'} is for the terminal, not for --out")
+        from fovea.bulk.command import classify_to_table
+
+        classify_to_table(
+            sources,
+            out,
+            model=model,
+            top_k=top_k,
+            coverage=coverage,
+            resume=resume,
+            force=force,
+            where=where,
+            engine=engine,
+            address=address,
+            **settings,
+        )
+        return
+    for name, value in {
+        "--where": where,
+        "--resume": resume,
+        "--force": force,
+        "--engine ray": engine == "ray",
+    }.items():
+        if value:
+            raise StartError(f"{name} needs --out")
     from fovea.service.cli import classify_files
 
-    settings = {} if models is None else {"models": models}
     raise typer.Exit(
         classify_files(
-            files,
+            [Path(source) for source in sources],
             model=model,
             top_k=top_k,
             coverage=coverage,

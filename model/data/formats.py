@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import posixpath
 from typing import Final
 
 from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, to_one_line
+from fovea.service.inference.image_suffixes import has_image_suffix as has_image_suffix
 from fovea.service.inference.preprocess import decode_image, identity_geometry
 
 HEAD_BYTES: Final = 256
@@ -13,15 +13,6 @@ HEAD_BYTES: Final = 256
 
 The number is below tar's block of 512 bytes, so that reading on never seeks back in a compressed stream.
 """
-
-_IMAGE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
-)
-
-
-def has_image_suffix(name: str) -> bool:
-    """Return whether the name has an image suffix; such a file is an image or is reported as unreadable."""
-    return posixpath.splitext(name)[1].lower() in _IMAGE_SUFFIXES
 
 
 def explain_rejection(head: bytes) -> str | None:

@@ -1,0 +1,119 @@
+"""Bulk classification in this process, on all processors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Final
+
+from fovea.bulk.engine import ClassifiedChunk, is_skipped
+from fovea.bulk.entries import ImageEntry
+from fovea.bulk.row_maker import RowMaker
+from fovea.bulk.rows import Row
+from fovea.bulk.table_facts import TableFacts
+from fovea.service.artifact.contract import Coverage
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.errors import FileError, ModelError, RequestError
+from fovea.service.runners.batch_messages import Answer
+from fovea.service.runners.predictor import Predictor
+from fovea.service.serving.live_model import LiveModel
+
+_MIN_CHUNK: Final = 8
+"""Smallest number of entries that a thread takes at once; a thumbnail takes less than a millisecond."""
+
+_CHUNKS_PER_THREAD: Final = 2
+"""Number of chunks for each thread that are read, running or waiting to be written: the limit of memory."""
+
+
+class LocalEngine:
+    """Classifies with a model in this process.
+
+    Like the runners of the service at full load, each thread reads, decodes and classifies batches of its
+    own. No call is `exclusive`: which calls run alone depends on the moment, and the number of threads in a
+    call changes the last bits of its result.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        model: LiveModel,
+        *,
+        top_k: int,
+        coverage: Coverage | None,
+        max_bytes: int,
+    ) -> None:
+        """Create the engine. Images have at most `max_bytes` bytes. Raises `ModelError`."""
+        self._predictor, self._max_bytes = predictor, max_bytes
+        self._row_maker = RowMaker(model, top_k, coverage)
+        self._batch_size = predictor.loaded_model.batch_max
+        self._threads = model.load.plan.processes
+        self.facts = TableFacts(
+            model.name,
+            model.version,
+            compute_model_digest(model),
+            top_k,
+            None if coverage is None else coverage.level,
+        )
+        self.chunk_size = self._batch_size * -(-_MIN_CHUNK // self._batch_size)
+        threads_per_call = model.load.plan.threads
+        self.description = (
+            f"{predictor.loaded_model.provider}, batches of {self._batch_size}, "
+            f"{threads_per_call} thread{'' if threads_per_call == 1 else 's'} each"
+        )
+
+    def classify(self, chunks: Iterator[Sequence[ImageEntry]]) -> Generator[ClassifiedChunk, None, None]:
+        """Yield the rows of each chunk, in order. Raises `ModelError` if the graph does not run."""
+        limit = _CHUNKS_PER_THREAD * self._threads
+        pending: deque[Future[ClassifiedChunk]] = deque()
+        executor = ThreadPoolExecutor(self._threads, thread_name_prefix="bulk")
+        try:
+            for chunk in islice(chunks, limit):
+                pending.append(executor.submit(self._classify_chunk, chunk))
+            while pending:
+                result = pending.popleft().result()
+                if (next_chunk := next(chunks, None)) is not None:
+                    pending.append(executor.submit(self._classify_chunk, next_chunk))
+                yield result
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _classify_chunk(self, entries: Sequence[ImageEntry]) -> ClassifiedChunk:
+        rows: list[Row | None] = []
+        for start in range(0, len(entries), self._batch_size):
+            rows += self._classify_batch(entries[start : start + self._batch_size])
+        return ClassifiedChunk([entry.name for entry in entries], rows)
+
+    def _classify_batch(self, entries: Sequence[ImageEntry]) -> Iterator[Row | None]:
+        contents: list[bytes] = []
+        errors: list[RequestError | FileError | None] = []
+        for entry in entries:
+            try:
+                contents.append(entry.read(self._max_bytes))
+                errors.append(None)
+            except (RequestError, FileError) as error:
+                errors.append(error.with_traceback(None))  # its frames would keep the content alive
+        answers = iter(self._predictor.predict_batch(contents).answers if contents else ())
+        for entry, read_error in zip(entries, errors, strict=True):
+            outcome = next(answers) if read_error is None else read_error
+            name = entry.name
+            if not isinstance(outcome, Answer) and is_skipped(name, entry.is_named, outcome):
+                yield None
+            else:
+                yield self._row_maker.create_row(name, outcome)
+
+
+def compute_model_digest(model: LiveModel) -> str:
+    """Return the SHA-256 of a loaded model's file. Raises `ModelError` if the file is not the loaded one."""
+    path = model.model_version.path
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        is_same = tuple(fingerprint_of(path)) == tuple(model.model_version.fingerprint)
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
+    if not is_same:
+        raise ModelError(f"{path} was replaced while it was loaded; run the command again")
+    return digest

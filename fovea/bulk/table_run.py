@@ -1,0 +1,167 @@
+"""A run of bulk classification: entries go through an engine into a table, which survives a kill."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Final, TypeVar
+
+from fovea.bulk.conditions import Condition
+from fovea.bulk.engine import ClassifiedChunk, Engine
+from fovea.bulk.entries import ImageEntry
+from fovea.bulk.progress import BulkProgress
+from fovea.bulk.rows import Row
+from fovea.bulk.tables.table_format import TableFormat
+from fovea.bulk.unfinished_run import (
+    Counts,
+    RunOptions,
+    UnfinishedRun,
+    find_facts_file,
+)
+from fovea.errors import FoveaError, StartError
+from fovea.service import __version__
+
+_PART_IMAGES: Final = 1000
+"""Number of entries in a part: a kill costs at most the work on these. Rounded up to whole chunks."""
+
+_T = TypeVar("_T")
+
+
+def check_output(out: Path, table_format: TableFormat, *, resume: bool, force: bool) -> bool:
+    """Return whether there is work to do; False if `resume` meets a finished table.
+
+    Raises `StartError` if the table or an unfinished run exists, and neither option says what to do.
+    """
+    if resume and force:
+        raise StartError("--resume continues a run and --force begins it anew; give one of them")
+    if out.is_dir():
+        raise StartError(f"--out is the folder {out}; give the name of a file in it")
+    if force:
+        return True
+    if UnfinishedRun(out, table_format).exists():
+        if not resume:
+            raise StartError(
+                f"there is an unfinished run for {out}; continue it with --resume, or begin anew with --force"
+            )
+        return True
+    if out.exists() and not resume:
+        raise StartError(f"{out} exists; replace it with --force")
+    return not out.exists()
+
+
+class TableRun:
+    """A run that writes one table."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        out: Path,
+        table_format: TableFormat,
+        *,
+        sources: Sequence[str],
+        column: str | None = None,
+        where: str | None = None,
+        condition: Condition | None = None,
+    ) -> None:
+        """Create the run. `sources`, `column` and `where` are the user's words; `condition` is parsed."""
+        self._engine, self._out, self._condition = engine, out, condition
+        self._run = UnfinishedRun(out, table_format)
+        self._chunks_per_part = -(-_PART_IMAGES // engine.chunk_size)
+        self._options = RunOptions(
+            sources=tuple(sources),
+            column=column,
+            where=where,
+            facts=engine.facts,
+            engine=engine.description,
+            part_size=self._chunks_per_part * engine.chunk_size,
+            fovea=__version__,
+        )
+
+    def write_table(
+        self, list_entries: Callable[[], Iterator[ImageEntry]], *, total: int | None = None, resume: bool
+    ) -> str:
+        """Classify all entries, write the table, and return a sentence about the run.
+
+        With `resume`, an unfinished run of the same options is continued. `total` is the number of entries if
+        it is known, for the progress.
+
+        Raises `StartError` if there are no images, or if the unfinished run has other options or sources;
+        `WriteError` for a full disk. Whatever ends the run, its finished parts stay.
+        """
+        with self._run.open(self._options, resume=resume):
+            try:
+                entries = self._leave_out_own_files(list_entries())
+                self._run.check_names(self._list_finished_names(entries))
+                counts = Counts()
+                for record in self._run.records:
+                    counts.add(record.counts)
+                with BulkProgress(total, counts) as progress:
+                    self._write_parts(entries, counts, progress)
+                if not counts.images:
+                    self._run.records.clear()
+                    raise StartError(f"there are no images in {', '.join(self._options.sources)}")
+                self._run.finish(self._engine.facts)
+            except (FoveaError, KeyboardInterrupt) as error:
+                self._end_early(error)
+                raise
+        return progress.describe(counts)
+
+    def _end_early(self, error: BaseException) -> None:
+        """Say how to go on, in the message of the error or on stderr; or remove a run without a part."""
+        finished = sum(record.counts.entries for record in self._run.records)
+        if not finished:
+            self._run.remove()
+            return
+        advice = f"{finished:,} images are finished and kept; continue with --resume"
+        if isinstance(error, FoveaError):
+            error.args = (f"{error}; {advice}",)
+        else:
+            print(f"fovea: interrupted; {advice}", file=sys.stderr)
+
+    def _leave_out_own_files(self, entries: Iterator[ImageEntry]) -> Iterator[ImageEntry]:
+        """Yield the entries but the table itself: it may lie in a folder that is a source."""
+        own_names = self._out.name, find_facts_file(self._out).name
+        own_paths = {os.path.abspath(self._out.with_name(name)) for name in own_names}  # noqa: PTH100
+        for entry in entries:
+            name = entry.name
+            if name.endswith(own_names) and os.path.abspath(name) in own_paths:  # noqa: PTH100
+                continue
+            yield entry
+
+    def _list_finished_names(self, entries: Iterator[ImageEntry]) -> Iterator[Sequence[str]]:
+        """Yield the names of the entries in each finished part, which are thereby passed over."""
+        for _ in self._run.records:
+            yield [entry.name for entry in islice(entries, self._options.part_size)]
+
+    def _write_parts(self, entries: Iterator[ImageEntry], counts: Counts, progress: BulkProgress) -> None:
+        chunks = _cut(entries, self._engine.chunk_size)
+        classified_chunks = self._engine.classify(chunks)
+        try:
+            for first in classified_chunks:
+                with self._run.open_part() as part:
+                    for chunk in chain([first], islice(classified_chunks, self._chunks_per_part - 1)):
+                        rows, chunk_counts = self._select(chunk)
+                        part.add(chunk, rows, chunk_counts)
+                        counts.add(chunk_counts)
+                        progress.update(counts)
+        finally:
+            classified_chunks.close()
+
+    def _select(self, chunk: ClassifiedChunk) -> tuple[list[Row], Counts]:
+        rows = [row for row in chunk.rows if row is not None]
+        condition = self._condition
+        selected_rows = rows if condition is None else [row for row in rows if condition(row)]
+        return selected_rows, Counts(
+            images=len(rows),
+            errors=sum(row.error is not None for row in rows),
+            skipped=len(chunk.rows) - len(rows),
+            selected=len(selected_rows),
+        )
+
+
+def _cut(values: Iterator[_T], size: int) -> Iterator[Sequence[_T]]:
+    while chunk := list(islice(values, size)):
+        yield chunk
