@@ -45,8 +45,11 @@ _PATIENCE: Final = 60.0
 _PROBE_SECONDS: Final = 90.0
 """Maximum time in which a machine starts a first process that imports Fovea."""
 
-_MAX_TASK_RETRIES: Final = 4
-"""Number of times that a task runs again whose actor died. An image may be the cause of its death."""
+_MAX_RESTARTS: Final = 4
+"""Number of times that an actor is started again in a data set. An image may be the cause of its death.
+
+Its tasks have no limit of their own: Ray counts each attempt to reach an actor whose machine is gone.
+"""
 
 _OBJECT_STORE_BYTES: Final = 256 << 20
 """Object store of a cluster of its own, besides the model. Only names and rows pass through it."""
@@ -136,7 +139,8 @@ class _Driver:
             batch_size=None,
             num_cpus=CPUS_PER_ACTOR,
             compute=ActorPoolStrategy(min_size=max(1, min(available, actors)), max_size=actors),
-            max_task_retries=_MAX_TASK_RETRIES,
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=-1,
         )
         self._last_result_at, self._is_running = time.monotonic(), True
         try:
@@ -180,7 +184,7 @@ class _Driver:
 
 
 def _iterate_results(data: Any) -> Iterator[tuple[int, bytes]]:
-    for batch in data.iter_batches(batch_size=None, prefetch_batches=1):
+    for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
         yield from zip(batch["position"].tolist(), batch["result"].tolist(), strict=True)
 
 
@@ -238,7 +242,7 @@ def _describe_error(error: Exception, address: str) -> str:
 
     if isinstance(error, RayActorError | WorkerCrashedError):
         return (
-            f"a worker of the Ray cluster died {_MAX_TASK_RETRIES + 1} times with the same images: "
+            f"a worker of the Ray cluster died {_MAX_RESTARTS + 1} times, which an image may have caused: "
             f"{to_one_line(error)}"
         )
     if isinstance(error, RayTaskError):
