@@ -7,10 +7,11 @@ is that of a socket to the command. See `fovea.bulk.ray_messages` for what goes 
 from __future__ import annotations
 
 import os
+import select
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -18,14 +19,18 @@ from typing import Any, Final
 import numpy as np
 
 from fovea.bulk.ray_messages import Alive, Failure, RayJob, Task, TaskResult, WindowEnd, WindowRequest
-from fovea.bulk.ray_worker import ChunkClassifier, report_version
+from fovea.bulk.ray_window import (
+    CPUS_PER_ACTOR,
+    MAX_RESTARTS,
+    count_actors,
+    get_cpus,
+    iterate_remotely,
+    iterate_results,
+)
+from fovea.bulk.ray_worker import report_version
 from fovea.errors import FoveaError, StartError
 from fovea.service import __version__
 from fovea.service.errors import to_one_line
-
-CPUS_PER_ACTOR: Final = 0.5
-"""Processors that an actor reserves, though it uses one. There is an actor for each processor of the cluster,
-so half of the reservations stay free: for other tasks, and for the actors of machines that are lost."""
 
 _FIRST_WINDOW: Final = 20_000
 """Number of entries in the first data set, whose speed is not known yet."""
@@ -45,11 +50,8 @@ _PATIENCE: Final = 60.0
 _PROBE_SECONDS: Final = 90.0
 """Maximum time in which a machine starts a first process that imports Fovea."""
 
-_MAX_RESTARTS: Final = 4
-"""Number of times that an actor is started again in a data set. An image may be the cause of its death.
-
-Its tasks have no limit of their own: Ray counts each attempt to reach an actor whose machine is gone.
-"""
+_CONNECT_SECONDS: Final = 10.0
+"""Maximum time to connect to the address of a cluster."""
 
 _OBJECT_STORE_BYTES: Final = 256 << 20
 """Object store of a cluster of its own, besides the model. Only names and rows pass through it."""
@@ -75,8 +77,9 @@ class _Driver:
         self._lock = threading.Lock()
         """Guards the sending side of the connection: two threads send."""
         self._last_result_at = time.monotonic()
-        self._is_running = False
-        """True while a data set runs."""
+        self._is_connected = self._is_running = False
+        """Whether there is a cluster, and whether a data set runs."""
+        self._iterate_results = iterate_results
 
     def send(self, message: object) -> None:
         """Send a message to the command, from any thread."""
@@ -87,11 +90,13 @@ class _Driver:
         """Connect to the cluster, and run one data set for each window of entries."""
         import ray
 
+        _check_address(self._job.address)
+        threading.Thread(target=self._watch, daemon=True).start()
         self._connect()
+        self._is_connected = True
         try:
             _check_nodes()
             content = ray.put(np.frombuffer(self._job.content, np.uint8))
-            threading.Thread(target=self._watch, daemon=True).start()
             window = _FIRST_WINDOW
             is_last = False
             while not is_last:
@@ -103,11 +108,11 @@ class _Driver:
                     speed = window / (time.monotonic() - started_at)
                     window = max(_FIRST_WINDOW, min(_MAX_WINDOW, int(speed * _WINDOW_SECONDS)))
         finally:
+            self._is_connected = False
             ray.shutdown()
 
     def _connect(self) -> None:
         import ray
-        from ray.data import DataContext
 
         options: dict[str, Any] = {}
         if self._job.address == "local":
@@ -117,9 +122,8 @@ class _Driver:
                 "include_dashboard": False,
             }
         ray.init(self._job.address, logging_level="error", log_to_driver=False, **options)
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
+        if self._job.address.startswith("ray://"):
+            self._iterate_results = iterate_remotely
 
     def _receive_window(self) -> tuple[list[bytes], bool]:
         tasks: list[bytes] = []
@@ -129,22 +133,10 @@ class _Driver:
         return tasks, message.is_last
 
     def _run_window(self, tasks: list[bytes], content: Any) -> None:
-        from ray.data import ActorPoolStrategy, from_items
-
-        items = [{"position": position, "task": task} for position, task in enumerate(tasks)]
-        actors, available = _count_actors()
-        data = from_items(items, override_num_blocks=len(items)).map_batches(
-            ChunkClassifier,
-            fn_constructor_args=(self._job.model, content),
-            batch_size=None,
-            num_cpus=CPUS_PER_ACTOR,
-            compute=ActorPoolStrategy(min_size=max(1, min(available, actors)), max_size=actors),
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=-1,
-        )
+        results = self._iterate_results(self._job.model, content, tasks)
         self._last_result_at, self._is_running = time.monotonic(), True
         try:
-            for position, (result_position, result) in enumerate(_iterate_results(data)):
+            for position, (result_position, result) in enumerate(results):
                 if position != result_position:
                     raise RuntimeError(f"Ray answered task {result_position} in place of {position}")
                 self._last_result_at = time.monotonic()
@@ -156,6 +148,10 @@ class _Driver:
         """Tell the command that the cluster is there, and end the run if it has lost too much."""
         while True:
             time.sleep(_ALIVE_INTERVAL)
+            if _is_hung_up(self._connection):  # the command has ended
+                os._exit(1)  # Ray may just wait for its cluster; one of its own ends with this process
+            if not self._is_connected:
+                continue
             try:
                 problem = self._find_problem()
                 self.send(Failure(problem) if problem else Alive())
@@ -172,7 +168,7 @@ class _Driver:
         """Return why no result can be expected any more, if that is so."""
         import ray
 
-        total, free = _get_cpus(ray.cluster_resources()), _get_cpus(ray.available_resources())
+        total, free = get_cpus(ray.cluster_resources()), get_cpus(ray.available_resources())
         if not self._is_running or time.monotonic() - self._last_result_at < _PATIENCE:
             return None
         if free >= CPUS_PER_ACTOR:
@@ -183,23 +179,24 @@ class _Driver:
         )
 
 
-def _iterate_results(data: Any) -> Iterator[tuple[int, bytes]]:
-    for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from zip(batch["position"].tolist(), batch["result"].tolist(), strict=True)
+def _is_hung_up(connection: Connection) -> bool:
+    poll = select.poll()
+    poll.register(connection.fileno(), 0)  # a hang-up is always reported
+    return bool(poll.poll(0))
 
 
-def _get_cpus(resources: dict[str, float]) -> float:
-    return resources.get("CPU", 0.0)
-
-
-def _count_actors() -> tuple[int, int]:
-    """Return how many actors use all processors, and how many find a place now. Raises `StartError`."""
-    import ray
-
-    total, free = _get_cpus(ray.cluster_resources()), _get_cpus(ray.available_resources())
-    if total < CPUS_PER_ACTOR:
-        raise StartError(f"the Ray cluster has {total:g} processors (CPU); it needs 1 or more")
-    return max(1, int(total)), int(free / CPUS_PER_ACTOR)
+def _check_address(address: str) -> None:
+    """Raise `StartError` if nothing listens at the address: Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():  # such as `auto`
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise StartError(
+            f"no Ray cluster answers at {address}: {getattr(error, 'strerror', None) or to_one_line(error)}"
+        ) from None
 
 
 def _check_nodes() -> None:
@@ -208,14 +205,14 @@ def _check_nodes() -> None:
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    _count_actors()
+    count_actors()
     probe = ray.remote(report_version)
     replies = {
         node["NodeManagerHostname"]: probe.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for node in ray.nodes()
-        if node["Alive"] and _get_cpus(node["Resources"])
+        if node["Alive"] and get_cpus(node["Resources"])
     }
     advice = f"install fovea-serve {__version__} with the extra ray on each machine of the cluster"
     for host, reply in replies.items():
@@ -242,7 +239,7 @@ def _describe_error(error: Exception, address: str) -> str:
 
     if isinstance(error, RayActorError | WorkerCrashedError):
         return (
-            f"a worker of the Ray cluster died {_MAX_RESTARTS + 1} times, which an image may have caused: "
+            f"a worker of the Ray cluster died {MAX_RESTARTS + 1} times, which an image may have caused: "
             f"{to_one_line(error)}"
         )
     if isinstance(error, RayTaskError):

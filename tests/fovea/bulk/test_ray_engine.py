@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -157,6 +158,26 @@ def test_cluster_of_its_own_does_not_hang(
     check_equal(classify(engines.create_ray(None), entries), classify(engines.local, entries))
 
 
+def test_client_of_a_cluster_gets_the_same_rows(
+    engines: Engines, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray://` reaches a cluster through its head alone, as from a notebook."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    head = {"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    cluster = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={**head, "ray_client_server_port": port}
+    )
+    try:
+        entries = [FileEntry(path) for path in images]
+        rows = classify(engines.create_ray(f"ray://127.0.0.1:{port}"), entries)
+        check_equal(rows, classify(engines.local, entries))
+    finally:
+        cluster.shutdown()
+
+
 def test_command_writes_the_same_table(
     cluster: Any, command: Command, small_zoo: Path, images: list[Path], tmp_path: Path
 ) -> None:
@@ -172,9 +193,10 @@ def test_cluster_without_processors_is_a_sentence(cluster: Any, engines: Engines
         classify(engines.create_ray(cluster.address), [FileEntry(images[0])])
 
 
-def test_no_cluster_at_the_address_is_a_sentence(engines: Engines, images: list[Path]) -> None:
-    with pytest.raises(StartError, match=r"^no connection to the Ray cluster at 127.0.0.1:1: "):
-        classify(engines.create_ray("127.0.0.1:1"), [FileEntry(images[0])])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_no_cluster_at_the_address_is_a_sentence(address: str, engines: Engines, images: list[Path]) -> None:
+    with pytest.raises(StartError, match=rf"^no Ray cluster answers at {address}: Connection refused"):
+        classify(engines.create_ray(address), [FileEntry(images[0])])
 
 
 def test_image_that_ends_every_worker_ends_the_run_with_a_sentence(
