@@ -12,6 +12,7 @@ mpl.use("svg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from fovea.bench.bulk import BulkResult
 from fovea.bench.cells import ClosedLoopCell
 from fovea.bench.contestants import LOOPS
 from fovea.bench.ratios import compute_ratio, tail_ratio
@@ -90,5 +91,18 @@ def draw_memory(soak: SoakResult, path: Path) -> None:
     axis.set_ylabel("service and runners, MB")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_bulk_memory(result: BulkResult, machine: str, path: Path) -> None:
+    """Draw the memory of a run of bulk classification over time."""
+    figure, axis = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    seconds, memory = zip(*result.curve, strict=True)
+    axis.plot(seconds, [one / 1e6 for one in memory], color=COLOURS[0], linewidth=0.9)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(f"seconds; {result.images:,} {result.workload}\n{machine}", fontsize="small")
+    axis.set_ylabel("memory, MB")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     pyplot.close(figure)

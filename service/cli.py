@@ -1,10 +1,11 @@
-"""The commands `fovea classify` and `fovea explain`, which run the core without a server."""
+"""`fovea classify` on the terminal, and `fovea explain`: the core without a server."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,15 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fovea.service.api.native.outcomes import render_model_name, render_outcome
-from fovea.service.artifact.contract import Coverage
+from fovea.service.artifact.contract import Contract, Coverage
+from fovea.service.artifact.contract_file import read_contract
 from fovea.service.artifact.repository import scan_repository
-from fovea.service.errors import BodyTooLarge, FileError, RequestError, StartError, UnsupportedFormat
+from fovea.service.errors import FileError, RequestError, StartError, UnsupportedFormat
 from fovea.service.explain.explainer import Explainer, Explanation
 from fovea.service.explain.messages import ExplanationRequest, Method, ModelInput
-from fovea.service.image_files import read_image_file
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
+from fovea.service.resources.threads import expects_gpu
 from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
@@ -43,19 +46,6 @@ from fovea.service.serving.standalone import create_load, load_predictor
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import delay_interrupt
 
-_SYSTEM_NAMES: Final = frozenset(
-    {
-        "__MACOSX",
-        "@eaDir",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "lost+found",
-        "Thumbs.db",
-        "desktop.ini",
-    }
-)
-"""Names of files and folders that operating systems create for themselves."""
-
 _MAX_NAMED_FILES: Final = 3
 """Number of skipped files that the summary names."""
 
@@ -63,94 +53,63 @@ _MAX_NAMED_FILES: Final = 3
 Outcome = Classification | RequestError | FileError
 
 
-def classify_files(
-    files: Sequence[Path],
+def classify_images(
+    entries: Iterator[ImageEntry],
+    settings: Settings,
     *,
+    sources: Sequence[str],
+    is_single: bool,
     model: str | None,
     top_k: int,
     coverage: float | None,
     embedding: bool = False,
     as_json: bool,
-    **overrides: Any,
 ) -> int:
-    """Classify files and all images below folders, and print each answer as soon as it is available.
+    """Classify images one by one, and print each answer as soon as it is available.
 
-    Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
-    that are not images are skipped, and their number is printed on stderr.
+    With `is_single`, the user named one image, and its answer is not in a list. Return 0, or 1 if any image
+    got an error. The error is printed in place of the answer. Files that are not images and were not named
+    are skipped, and their number is printed on stderr.
 
-    Raises `StartError` if the models cannot be loaded, if there are no images, or for an `embedding` without
-    `as_json`; `ModelNotFound` for an unknown `model`; `BadRequest` and `NoEmbedding` for a `coverage` or an
-    `embedding` that the model does not have.
+    Raises `StartError` if the models cannot be loaded, if there are no images in the `sources`, or for an
+    `embedding` without `as_json`; `ModelNotFound` for an unknown `model`; `BadRequest` and `NoEmbedding` for
+    a `coverage` or an `embedding` that the model does not have.
     """
     if embedding and not as_json:
         raise StartError("--embedding needs --json: an embedding is a list of numbers for programs")
-    settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = load_live_model(settings, model)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     if embedding:
         live_model.require_embedding()
-    is_single = len(files) == 1 and not files[0].is_dir()
     printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, top_k, label_set, is_single)
-    skipped_files: list[Path] = []
-    failure_count = 0
+    skipped_names: list[str] = []
+    skipped_count = failure_count = 0
     try:
-        for path, is_named in _expand_folders(files):
-            outcome = _classify_file(predictor, live_model, path, settings.body_bytes, embedding)
-            if isinstance(outcome, UnsupportedFormat) and not is_named:
-                skipped_files.append(path)
+        for entry in entries:
+            outcome = _classify_entry(predictor, live_model, entry, settings.body_bytes, embedding)
+            if isinstance(outcome, UnsupportedFormat) and not entry.is_named:
+                skipped_names = [*skipped_names, entry.name][:_MAX_NAMED_FILES]
+                skipped_count += 1
                 continue
             failure_count += not isinstance(outcome, Classification)
-            printer.show_outcome(path, outcome)
+            printer.show_outcome(entry.name, outcome)
     finally:  # an interrupted run must still print complete JSON
         printer.end()
-    if skipped_files:
-        print(f"fovea: {_describe_skipped_files(skipped_files)}", file=sys.stderr)
+    if skipped_count:
+        print(f"fovea: {_describe_skipped_files(skipped_names, skipped_count)}", file=sys.stderr)
     if not printer.outcome_count and not is_single:
-        raise StartError(f"there are no images in {', '.join(map(_printable_name, files))}")
+        raise StartError(f"there are no images in {', '.join(sources)}")
     return int(failure_count > 0)
 
 
-def _describe_skipped_files(files: Sequence[Path]) -> str:
-    names = ", ".join(_printable_name(path) for path in files[:_MAX_NAMED_FILES])
-    more = f" and {len(files) - _MAX_NAMED_FILES} more" if len(files) > _MAX_NAMED_FILES else ""
-    return f"skipped {_format_count(len(files), 'file')} without an image: {names}{more}"
+def _describe_skipped_files(names: Sequence[str], count: int) -> str:
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return f"skipped {_format_count(count, 'file')} without an image: {', '.join(names)}{more}"
 
 
 def _format_count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _expand_folders(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
-    """Yield the files, and the files below folders in the order of their names.
-
-    Each file comes with a flag that says if it was named on the command line.
-    """
-    for path in paths:
-        if path.is_dir():
-            for child in _walk_folder(path):
-                yield child, False
-        else:
-            yield path, True
-
-
-def _walk_folder(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder except hidden files and those that systems create for themselves.
-
-    Links to folders are not followed. A folder that cannot be listed is yielded itself.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield folder
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name in _SYSTEM_NAMES:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk_folder(folder / entry.name)
-        elif not entry.is_dir():
-            yield folder / entry.name
 
 
 def explain_file(
@@ -223,8 +182,13 @@ def _describe_method(explanation: Explanation) -> str:
     return f"by occlusion, {explanation.samples} masked images{reason}"
 
 
-def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
-    """Load the named model, or the default model."""
+def load_live_model(
+    settings: Settings, name: str | None, choose_batch_max: Callable[[Contract], int] | None = None
+) -> tuple[Predictor, LiveModel]:
+    """Load the named model, or the default model.
+
+    `choose_batch_max` replaces the default size of batches on a CPU, if no setting chooses another one.
+    """
     serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
     single_file = serving_state.versions_by_model.get(None)
@@ -232,6 +196,9 @@ def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, Li
     if isinstance(version, LiveModel):
         raise RuntimeError("nothing is loaded yet")
     load = create_load(version, settings)
+    if choose_batch_max and not load.plan.batch_max and not expects_gpu(load.plan.provider):
+        batch_max = choose_batch_max(read_contract(version.path))
+        load = replace(load, plan=replace(load.plan, batch_max=batch_max))
     predictor = load_predictor(load)
     live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
     catalog.add(live_model)
@@ -240,13 +207,13 @@ def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, Li
     return predictor, live_model
 
 
-def _classify_file(
-    predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int, embedding: bool
+def _classify_entry(
+    predictor: Predictor, live_model: LiveModel, entry: ImageEntry, max_bytes: int, embedding: bool
 ) -> Outcome:
-    """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
+    """Classify one image of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
-        content = read_image_file(path, max_bytes)
-    except (FileError, BodyTooLarge) as error:
+        content = entry.read(max_bytes)
+    except (FileError, RequestError) as error:
         return error
     answer = predictor.predict_batch(
         [ImageRequest(content, include_embedding=embedding)], exclusive=True
@@ -262,24 +229,24 @@ class _Printer:
         self.live_model, self.top_k, self.coverage, self.is_single = live_model, top_k, coverage, is_single
         self.outcome_count = 0
 
-    def show_outcome(self, path: Path, outcome: Outcome) -> None:
+    def show_outcome(self, name: str, outcome: Outcome) -> None:
         """Print one answer whole, even if the user interrupts meanwhile."""
         with delay_interrupt():
-            self._print_outcome(path, outcome)
+            self._print_outcome(name, outcome)
             self.outcome_count += 1
             sys.stdout.flush()
 
     def end(self) -> None:
         """Print the text after the last answer."""
 
-    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
+    def _print_outcome(self, name: str, outcome: Outcome) -> None:
         raise NotImplementedError
 
 
 class _JsonPrinter(_Printer):
     """A printer of JSON in the service's own format; with several files, each answer names its file."""
 
-    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
+    def _print_outcome(self, name: str, outcome: Outcome) -> None:
         outcome_fields = (
             {"error": outcome.to_dict()}
             if isinstance(outcome, FileError)
@@ -293,7 +260,7 @@ class _JsonPrinter(_Printer):
             return
         self._print_head()
         separator = ",\n" if self.outcome_count else "\n"
-        print(separator + orjson.dumps({"file": _printable_name(path), **outcome_fields}).decode(), end="")
+        print(separator + orjson.dumps({"file": name, **outcome_fields}).decode(), end="")
 
     def _print_head(self) -> None:
         if not self.outcome_count:
@@ -311,9 +278,9 @@ class _JsonPrinter(_Printer):
 class _TextPrinter(_Printer):
     """A printer of labels and bars for people."""
 
-    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
+    def _print_outcome(self, name: str, outcome: Outcome) -> None:
         console = Console(highlight=False)
-        console.print(_printable_name(path), style="bold", markup=False, soft_wrap=True)
+        console.print(name, style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, Classification):
             for warning in outcome.answer.warnings:
                 line = f"  {warning.code}: {warning.text}"

@@ -153,6 +153,7 @@ def album(tmp_path: Path, pictures: list[Path]) -> Path:
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_bytes(encode_image(draw_picture(40, 40), "PNG")[:-200])
     (folder / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")  # nobody writes
     (folder / "huge.jpg").write_bytes(pictures[0].read_bytes() + bytes(20_000))
     return folder
 
@@ -177,7 +178,9 @@ def test_folder_results_and_errors_keep_file_order(
         "nowhere.jpg": "unreadable_file",
     }
     assert list(codes)[:4] == ["1.jpg", "b", "broken.png", "a.txt"]
-    assert process.stderr == f"fovea: skipped 1 file without an image: {album / 'notes.txt'}\n"
+    assert process.stderr == (
+        f"fovea: skipped 2 files without an image: {album / 'notes.txt'}, {album / 'pipe'}\n"
+    )
     assert process.returncode == 1
     single_reply = json.loads(run_fovea("classify", album / "b", "--json", zoo=small_zoo).stdout)
     assert reply["results"][1] == {

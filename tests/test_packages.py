@@ -21,7 +21,7 @@ SERVICE = [
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},
-    {"atomic_files", "image_files", "remote"},
+    {"atomic_files", "image_files", "image_folders", "remote"},
     {
         "allocator",
         "environment",
@@ -49,7 +49,15 @@ EXPORT = [
 
 ALLOWED_SIDEWAYS = {("resources", "settings")}
 
-SHARED_SERVICE_PACKAGES = {"errors", "atomic_files", "resources", "artifact", "inference", "providers"}
+SHARED_SERVICE_PACKAGES = {
+    "errors",
+    "atomic_files",
+    "image_folders",
+    "resources",
+    "artifact",
+    "inference",
+    "providers",
+}
 """Packages of `service` that `model` and `export` may import."""
 
 

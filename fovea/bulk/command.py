@@ -1,20 +1,20 @@
-"""`fovea classify --out`: the work behind the command."""
+"""The work behind `fovea classify`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from fovea.bulk.conditions import parse_condition
 from fovea.bulk.engine import Engine
-from fovea.bulk.entries import ImageEntry
+from fovea.bulk.inputs import count_entries, list_entries
+from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
 from fovea.bulk.tables.choice import choose_format
-from fovea.service.cli import load_live_model
-from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.serving.ranking import find_coverage
+from fovea.service.cli import classify_images
 from fovea.service.settings import load_settings
 
 
@@ -25,6 +25,8 @@ def classify_to_table(
     model: str | None,
     top_k: int,
     coverage: float | None,
+    column: str | None = None,
+    allowed_hosts: Sequence[str] = (),
     resume: bool,
     force: bool,
     where: str | None,
@@ -44,48 +46,48 @@ def classify_to_table(
         print(f"{out} is finished already; --force makes it anew")
         return
     settings = load_settings(**overrides)
-    configure_pillow()
-    predictor, live_model = load_live_model(settings, model)
-    label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
+    entries = list_entries(sources, max_bytes=settings.body_bytes)
     classifier: Engine
     if engine == "ray":
         from fovea.bulk.ray_engine import RayEngine
 
-        classifier = RayEngine(
-            predictor, live_model, settings=settings, top_k=top_k, coverage=label_set, address=address
-        )
+        classifier = RayEngine.load(settings, model, top_k=top_k, coverage=coverage, address=address)
     else:
-        classifier = LocalEngine(
-            predictor, live_model, top_k=top_k, coverage=label_set, max_bytes=settings.body_bytes
-        )
-    run = TableRun(classifier, out, table_format, sources=sources, where=where, condition=condition)
-
-    def list_all() -> Iterator[ImageEntry]:
-        return _list_entries(sources)
-
-    print(f"wrote {out}: {run.write_table(list_all, resume=resume)}")
+        classifier = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
+    run = TableRun(
+        classifier, out, table_format, sources=sources, column=column, where=where, condition=condition
+    )
+    summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
+    print(f"wrote {out}: {summary}")
 
 
-# --- until inputs are there ---
-from dataclasses import dataclass  # noqa: E402
-
-from fovea.service.cli import _expand_folders, _printable_name  # noqa: E402
-from fovea.service.image_files import read_image_file  # noqa: E402
-
-
-@dataclass(frozen=True)
-class _FileEntry:
-    path: Path
-    is_named: bool
-
-    @property
-    def name(self) -> str:
-        return _printable_name(self.path)
-
-    def read(self, max_bytes: int) -> bytes:
-        return read_image_file(self.path, max_bytes)
-
-
-def _list_entries(sources: Sequence[str]) -> Iterator[ImageEntry]:
-    for path, is_named in _expand_folders([Path(one) for one in sources]):
-        yield _FileEntry(path, is_named)
+def classify_to_terminal(
+    sources: Sequence[str],
+    *,
+    model: str | None,
+    top_k: int,
+    coverage: float | None,
+    embedding: bool,
+    as_json: bool,
+    column: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    **overrides: Any,
+) -> int:
+    """Classify all images of the sources one by one, and print the answers. See `classify_images`."""
+    settings = load_settings(**overrides)
+    entries = list_entries(sources, max_bytes=settings.body_bytes)
+    first = next(entries, None)
+    return classify_images(
+        entries if first is None else chain([first], entries),
+        settings,
+        sources=sources,
+        is_single=len(sources) == 1
+        and isinstance(first, FileEntry)
+        and first.is_named
+        and Path(first.path) == Path(sources[0]),
+        model=model,
+        top_k=top_k,
+        coverage=coverage,
+        embedding=embedding,
+        as_json=as_json,
+    )

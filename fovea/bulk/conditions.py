@@ -116,10 +116,10 @@ class _Parser:
                 problem = "a text has no end" if rest[0] in "'\"" else f"{rest[0]!r} is not expected"
                 raise StartError(f"--where {self._text!r}: {problem} (at {rest!r})")
             kind = str(match.lastgroup)
-            text = match[kind]
+            text, start = match[kind], match.start(kind)
             if kind == "word" and text.lower() in _KEYWORDS and text not in COLUMN_TYPES:
                 kind, text = "keyword", text.lower()
-            tokens.append(_Token(kind, text, match.start(kind)))
+            tokens.append(_Token(kind, text, start))
             position = match.end()
         return [*tokens, _Token("end", "", len(self._text))]
 

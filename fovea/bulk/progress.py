@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from fovea.bulk.unfinished_run import Counts
+from fovea.errors import FoveaError
 
 _REFRESHES_PER_SECOND: Final = 4.0
 """Fewer than rich's ten: drawing takes processor time from the images."""
@@ -19,8 +23,9 @@ _REFRESHES_PER_SECOND: Final = 4.0
 class BulkProgress:
     """A bar with images per second, errors and the time left, on stderr. Without a terminal it is silent."""
 
-    def __init__(self, total: int | None, finished: Counts) -> None:
-        """Create the bar for `total` entries, if their number is known; some were `finished` before."""
+    def __init__(self, count_entries: Callable[[], int | None], finished: Counts) -> None:
+        """Create the bar. Some entries were `finished` before; `count_entries` takes its time for all."""
+        self._count_entries = count_entries
         console = Console(stderr=True, highlight=False)
         self._finished_before = finished.entries
         self._started_at = time.monotonic()
@@ -37,13 +42,20 @@ class BulkProgress:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            "", total=total, completed=finished.entries, errors=finished.errors
+            "", total=None, completed=finished.entries, errors=finished.errors
         )
 
     def __enter__(self) -> BulkProgress:
         """Show the bar."""
         self._progress.start()
+        if not self._progress.disable:
+            # A daemon: no run waits for the end of the count.
+            threading.Thread(target=self._show_total, name="count", daemon=True).start()
         return self
+
+    def _show_total(self) -> None:
+        with suppress(FoveaError, OSError):  # the run itself says what is wrong with a source
+            self._progress.update(self._task, total=self._count_entries())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -20,15 +20,19 @@ from typing import IO, Final
 import fovea
 from fovea.bulk.engine import ClassifiedChunk
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.local_engine import choose_batch_size
 from fovea.bulk.ray_messages import Failure, RayJob, Task, TaskResult, WindowEnd, WindowRequest
 from fovea.bulk.ray_worker import WorkerModel
 from fovea.bulk.table_facts import TableFacts
 from fovea.errors import FoveaError, StartError
 from fovea.service.artifact.contract import Coverage
+from fovea.service.cli import load_live_model
+from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.resources import threads
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
+from fovea.service.serving.ranking import find_coverage
 from fovea.service.settings import Settings
 
 _CHUNK_ENTRIES: Final = 8
@@ -64,13 +68,13 @@ class RayEngine:
         self,
         predictor: Predictor,
         model: LiveModel,
-        *,
         settings: Settings,
+        *,
         top_k: int,
         coverage: Coverage | None,
         address: str | None,
     ) -> None:
-        """Create the engine of a model that is loaded here, which was a trial of the file.
+        """Create the engine of a model that is loaded here, too: the cluster gets no file that cannot be.
 
         `address` is that of the cluster as Ray writes it, such as `ray://head:10001` or `auto`; by default
         `RAY_ADDRESS`, or else a cluster of its own on this machine.
@@ -80,18 +84,35 @@ class RayEngine:
         version = model.model_version
         content = bytes(read_model(version.path, version.fingerprint))
         level = None if coverage is None else coverage.level
+        batch_size = predictor.loaded_model.batch_max
         self._job = RayJob(
             address=address or os.environ.get("RAY_ADDRESS") or "local",
             model=WorkerModel(
-                model.name, model.version, version.config, settings, top_k, level, str(Path.cwd())
+                model.name,
+                model.version,
+                version.config,
+                settings,
+                batch_size,
+                top_k,
+                level,
+                str(Path.cwd()),
             ),
             content=content,
             cpus=max(1, round(threads.available_cpus())),
         )
         self.facts = TableFacts(model.name, model.version, hashlib.sha256(content).hexdigest(), top_k, level)
-        batch_size = predictor.loaded_model.batch_max
         self.chunk_size = batch_size * -(-_CHUNK_ENTRIES // batch_size)
         self.description = f"Ray, batches of {batch_size}, 1 thread each"
+
+    @classmethod
+    def load(
+        cls, settings: Settings, model: str | None, *, top_k: int, coverage: float | None, address: str | None
+    ) -> RayEngine:
+        """Load the named model, or the default model. See `LocalEngine.load` for the errors."""
+        configure_pillow()
+        predictor, live_model = load_live_model(settings, model, choose_batch_size)
+        label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
+        return cls(predictor, live_model, settings, top_k=top_k, coverage=label_set, address=address)
 
     def classify(self, chunks: Iterator[Sequence[ImageEntry]]) -> Generator[ClassifiedChunk, None, None]:
         """Yield the rows of each chunk, in order. Raises `StartError` if the cluster cannot go on."""

@@ -38,6 +38,7 @@ class WorkerModel:
     version: str
     config: ModelConfig
     settings: Settings
+    batch_size: int
     top_k: int
     coverage: float | None
     folder: str
@@ -99,6 +100,7 @@ def _load_engine(model: WorkerModel, content: npt.NDArray[np.uint8]) -> LocalEng
         config = model.config.model_copy(update={"threads": None})
         version = replace(ModelVersion.from_path(path, model.name, model.version), config=config)
         load = create_load(version, settings, 1)
+        load = replace(load, plan=replace(load.plan, batch_max=model.batch_size))
         predictor = load_predictor(load)
         live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
         return LocalEngine(

@@ -81,24 +81,28 @@ class TableRun:
         )
 
     def write_table(
-        self, list_entries: Callable[[], Iterator[ImageEntry]], *, total: int | None = None, resume: bool
+        self,
+        entries: Iterator[ImageEntry],
+        *,
+        count_entries: Callable[[], int | None] = lambda: None,
+        resume: bool,
     ) -> str:
         """Classify all entries, write the table, and return a sentence about the run.
 
-        With `resume`, an unfinished run of the same options is continued. `total` is the number of entries if
-        it is known, for the progress.
+        With `resume`, an unfinished run of the same options is continued. `count_entries` returns the number
+        of entries, if it is known, for the time left; it runs in another thread, and only for a terminal.
 
         Raises `StartError` if there are no images, or if the unfinished run has other options or sources;
         `WriteError` for a full disk. Whatever ends the run, its finished parts stay.
         """
         with self._run.open(self._options, resume=resume):
             try:
-                entries = self._leave_out_own_files(list_entries())
+                entries = self._leave_out_own_files(entries)
                 self._run.check_names(self._list_finished_names(entries))
                 counts = Counts()
                 for record in self._run.records:
                     counts.add(record.counts)
-                with BulkProgress(total, counts) as progress:
+                with BulkProgress(count_entries, counts) as progress:
                     self._write_parts(entries, counts, progress)
                 if not counts.images:
                     self._run.records.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from fovea.service.errors import StartError
 
 
 def classify(
-    sources: Annotated[list[str], typer.Argument(help="Images, or folders of images.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, ZIP and tar archives.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -61,14 +61,14 @@ def classify(
     ] = None,
 ) -> None:
     """Classify images without a server. Code and answers are those of the service."""
-    settings = {} if models is None else {"models": models}
+    from fovea.bulk.command import classify_to_table, classify_to_terminal
+
+    settings: dict[str, Any] = {} if models is None else {"models": models}
     if address is not None and engine != "ray":
         raise StartError("--address needs --engine ray")
     if out is not None:
         if embedding or as_json:
             raise StartError(f"{'--json' if as_json else '--embedding'} is for the terminal, not for --out")
-        from fovea.bulk.command import classify_to_table
-
         classify_to_table(
             sources,
             out,
@@ -91,11 +91,9 @@ def classify(
     }.items():
         if value:
             raise StartError(f"{name} needs --out")
-    from fovea.service.cli import classify_files
-
     raise typer.Exit(
-        classify_files(
-            [Path(source) for source in sources],
+        classify_to_terminal(
+            sources,
             model=model,
             top_k=top_k,
             coverage=coverage,

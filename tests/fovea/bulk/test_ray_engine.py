@@ -16,8 +16,6 @@ from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.ray_engine import RayEngine
 from fovea.bulk.rows import Row
 from fovea.errors import StartError
-from fovea.service.cli import load_live_model
-from fovea.service.serving.ranking import find_coverage
 from fovea.service.settings import load_settings
 from tests.commands import Command
 from tests.fovea.bulk.ray_entries import DeadlyEntry, FileEntry, SlowEntry
@@ -67,16 +65,11 @@ class Engines:
     """Both engines with the same model and options."""
 
     def __init__(self, zoo: Path) -> None:
-        settings = load_settings(models=zoo)
-        predictor, model = load_live_model(settings, None)
-        coverage = find_coverage(model.contract, 0.9)
-        self.local = LocalEngine(predictor, model, top_k=3, coverage=coverage, max_bytes=settings.body_bytes)
-        self._create_ray = lambda address: RayEngine(
-            predictor, model, settings=settings, top_k=3, coverage=coverage, address=address
-        )
+        self._settings = load_settings(models=zoo)
+        self.local = LocalEngine.load(self._settings, None, top_k=3, coverage=0.9)
 
     def create_ray(self, address: str | None) -> RayEngine:
-        engine = self._create_ray(address)
+        engine = RayEngine.load(self._settings, None, top_k=3, coverage=0.9, address=address)
         assert engine.facts == self.local.facts
         assert engine.chunk_size == self.local.chunk_size
         return engine

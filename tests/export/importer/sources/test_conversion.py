@@ -93,7 +93,9 @@ def test_old_keras_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "keras.py").write_text("__version__ = '3.11.3'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ImportRefused, match=r"^keras 3\.11\.3 can run .*; install keras 3\.12 or newer"):
-        run_converter("fovea.export.importer.sources.keras_child", ["convert", "pets.keras", "out"], what="pets")
+        run_converter(
+            "fovea.export.importer.sources.keras_child", ["convert", "pets.keras", "out"], what="pets"
+        )
 
 
 IMPORT = """

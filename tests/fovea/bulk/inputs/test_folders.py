@@ -1,0 +1,189 @@
+"""Folders, files and patterns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fovea.bulk.inputs import count_entries, list_entries
+from fovea.errors import StartError
+from fovea.service import image_folders
+from fovea.service.image_folders import FolderListing, walk_folder
+from tests.fovea.bulk.inputs.listing import read_sources
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    for name in ("b.jpg", "a/2.jpg", "a/1.jpg", "c/d/deep.png", "notes.txt", "a.jpg"):
+        path = tmp_path / "album" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "album"
+
+
+def list_names(*sources: Any) -> list[str]:
+    return [entry.name for entry in list_entries([str(one) for one in sources])]
+
+
+ALBUM = ["a/1.jpg", "a/2.jpg", "a.jpg", "b.jpg", "c/d/deep.png", "notes.txt"]
+
+
+def test_folder_is_listed_in_the_order_of_names(album: Path) -> None:
+    assert read_sources(album) == [(f"{album}/{name}", name.encode()) for name in ALBUM]
+    assert [entry.is_named for entry in list_entries([str(album)])] == [False] * 6
+    assert count_entries([str(album), str(album / "a")]) == 8
+
+
+def test_named_files_and_folders_keep_their_order(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(album)
+    entries = list(list_entries(["b.jpg", "./a/", "b.jpg", "missing.jpg"]))
+    assert [(entry.name, entry.is_named) for entry in entries] == [
+        ("b.jpg", True),
+        ("a/1.jpg", False),
+        ("a/2.jpg", False),
+        ("b.jpg", True),
+        ("missing.jpg", True),
+    ]
+    assert read_sources("missing.jpg") == [
+        ("missing.jpg", "unreadable_file: the file cannot be read: No such file or directory")
+    ]
+    assert list_names(".") == ALBUM
+
+
+def test_clutter_and_links_to_folders_are_left_out(album: Path) -> None:
+    for name in (".hidden.jpg", ".git/x.jpg", "__MACOSX/._a.jpg", "@eaDir/a.jpg", "THUMBS.DB"):
+        (album / name).parent.mkdir(exist_ok=True)
+        (album / name).write_bytes(b"clutter")
+    (album / "circle").symlink_to(album)
+    (album / "c" / "outside").symlink_to("/etc")
+    (album / "linked.jpg").symlink_to(album / "b.jpg")
+    (album / "lost.jpg").symlink_to("nowhere")
+    assert list_names(album) == [
+        f"{album}/{name}" for name in [*ALBUM[:5], "linked.jpg", "lost.jpg", ALBUM[5]]
+    ]
+    rows = dict(read_sources(album))
+    assert rows[f"{album}/linked.jpg"] == b"b.jpg"
+    assert rows[f"{album}/lost.jpg"] == "unreadable_file: the file cannot be read: No such file or directory"
+
+
+def test_pipe_in_a_folder_does_not_stop_the_run(album: Path) -> None:
+    os.mkfifo(album / "pipe")
+    rows = dict(read_sources(album))
+    assert rows[f"{album}/pipe"] == "unsupported_format: the file is a device, a pipe or a socket"
+    assert len(rows) == 7
+
+
+def test_named_device_is_read_up_to_the_limit() -> None:
+    assert read_sources("/dev/zero", max_bytes=10) == [
+        ("/dev/zero", "body_too_large: the file has more than 10 bytes (FOVEA_BODY_BYTES)")
+    ]
+
+
+def test_names_that_are_no_utf8_stay_different(album: Path) -> None:
+    for byte in (b"\xe8", b"\xe9"):
+        Path(os.fsdecode(os.fsencode(album) + b"/caf" + byte + b".jpg")).write_bytes(byte)
+    assert read_sources(album)[-4:-2] == [
+        (f"{album}/c/d/deep.png", b"c/d/deep.png"),
+        (f"{album}/caf\\xe8.jpg", b"\xe8"),
+    ]
+    assert read_sources(album)[-2] == (f"{album}/caf\\xe9.jpg", b"\xe9")
+
+
+def test_null_byte_in_a_name_is_a_row(album: Path) -> None:
+    assert read_sources("a\0b.jpg") == [
+        ("a\0b.jpg", "unreadable_file: the file cannot be read: embedded null byte")
+    ]
+
+
+def test_large_folder_is_sorted_in_bounded_memory(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of two names are merged from a file; names may have line breaks, and be no UTF-8."""
+    for name in ("a\nb.jpg", os.fsdecode(b"\xff.jpg"), "é.jpg"):
+        (album / name).write_bytes(b"")
+    expected = list(walk_folder(str(album)))
+    monkeypatch.setattr(image_folders, "_RUN_NAMES", 2)
+    monkeypatch.setattr(image_folders, "_RUN_BLOCK_BYTES", 3)
+    assert list(walk_folder(str(album))) == expected
+    listing = FolderListing(str(album))
+    names = list(listing)
+    listing.close()
+    assert names == sorted(names) and ("a", True) in names and ("a.jpg", False) in names
+
+
+@pytest.fixture
+def deep_folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder of 2,500 folders inside each other: too deep for recursion, and for a path."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=folder)
+        child = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = child
+    os.close(folder)
+    yield tmp_path
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # pytest cannot
+
+
+def test_deep_folders_and_long_paths(deep_folder: Path) -> None:
+    (deep_folder / "z.jpg").write_bytes(b"z")
+    rows = read_sources(deep_folder)
+    assert rows[-1] == (f"{deep_folder}/z.jpg", b"z")
+    assert [content for _, content in rows[:-1]] == [
+        "unreadable_file: the file cannot be read: File name too long"
+    ]
+
+
+def test_listing_starts_before_the_whole_tree_is_read(album: Path) -> None:
+    first = list(islice(list_entries([str(album)]), 1))
+    assert [entry.name for entry in first] == [f"{album}/a/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["a.jpg", "b.jpg"]),
+        ("?.jpg", ["a.jpg", "b.jpg"]),
+        ("[!a].jpg", ["b.jpg"]),
+        ("*/*.jpg", ["a/1.jpg", "a/2.jpg"]),
+        ("a/[12].jpg", ["a/1.jpg", "a/2.jpg"]),
+        ("**/*.jpg", ["a/1.jpg", "a/2.jpg", "a.jpg", "b.jpg"]),
+        ("**/**/*.png", ["c/d/deep.png"]),
+        ("c/**", ["c/d/deep.png"]),
+        ("c/**/deep*", ["c/d/deep.png"]),
+        ("./c/*", ["c/d/deep.png"]),
+        ("[ac]", ["a/1.jpg", "a/2.jpg", "c/d/deep.png"]),
+    ],
+)
+def test_pattern(pattern: str, expected: list[str], album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(album)
+    assert list_names(pattern) == expected
+    assert count_entries([pattern]) == len(expected)
+    absolute = f"{album}/{pattern.removeprefix('./')}"
+    assert list_names(absolute) == [f"{album}/{name}" for name in expected]
+
+
+def test_pattern_without_match_is_refused_before_the_first_image(album: Path) -> None:
+    with pytest.raises(StartError, match=r"no file matches the pattern '.*/\*\.gif'"):
+        list_entries([str(album), f"{album}/*.gif"])
+
+
+def test_name_with_the_signs_of_a_pattern_is_a_name(album: Path) -> None:
+    (album / "[1] *.jpg").write_bytes(b"name")
+    assert read_sources(album / "[1] *.jpg") == [(f"{album}/[1] *.jpg", b"name")]
+
+
+def test_pattern_matches_each_file_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "b" / "c").write_bytes(b"")
+    assert list_names(tmp_path / "a/**/b/**/c") == [f"{tmp_path}/a/b/b/c"]
+
+
+def test_hidden_files_and_links_to_folders_match_no_pattern(album: Path) -> None:
+    (album / ".h.jpg").write_bytes(b"")
+    (album / "loop").symlink_to(album)
+    assert list_names(album / "**" / "*.jpg") == [f"{album}/{name}" for name in ALBUM[:4]]

@@ -1,0 +1,101 @@
+"""The engine in this process: order, memory, and batches by position."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from fovea.bulk.entries import ImageEntry
+from fovea.bulk.local_engine import LocalEngine
+from fovea.errors import FileError, ModelError
+from fovea.service.cli import load_live_model
+from fovea.service.settings import load_settings
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
+
+
+@dataclass(frozen=True)
+class BytesEntry:
+    """An image in memory; a failed entry has none."""
+
+    name: str
+    content: bytes | None
+    is_named: bool = False
+
+    def read(self, max_bytes: int) -> bytes:
+        if self.content is None:
+            raise FileError("gone")
+        return self.content
+
+
+def make_engine(zoo: Path, threads: int) -> LocalEngine:
+    settings = load_settings(models=zoo, runners=threads)
+    return LocalEngine.load(settings, None, top_k=2, coverage=None)
+
+
+def cut(entries: Sequence[ImageEntry], size: int) -> Iterator[Sequence[ImageEntry]]:
+    yield from (entries[start : start + size] for start in range(0, len(entries), size))
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[BytesEntry]:
+    contents = [make_jpeg(30 + seed, 40, seed) for seed in range(5)]
+    return [
+        BytesEntry(f"{number:03d}.jpg", None if number % 11 == 3 else contents[number % 5])
+        for number in range(150)
+    ]
+
+
+def test_rows_do_not_depend_on_the_number_of_threads(small_zoo: Path, entries: list[BytesEntry]) -> None:
+    """Equality to the last bit: an exclusive call, or other batches, would differ."""
+    results = []
+    for threads in (1, 4):
+        engine = make_engine(small_zoo, threads)
+        chunks = list(engine.classify(cut(entries, engine.chunk_size)))
+        assert [name for chunk in chunks for name in chunk.names] == [entry.name for entry in entries]
+        results.append([row for chunk in chunks for row in chunk.rows])
+    assert results[0] == results[1]
+    assert [row is not None and row.error for row in results[0][2:5]] == [None, "unreadable_file", None]
+
+
+def test_images_in_memory_are_few_however_many_there_are(small_zoo: Path, entries: list[BytesEntry]) -> None:
+    engine = make_engine(small_zoo, 2)
+    listed = 0
+
+    def list_chunks() -> Iterator[Sequence[ImageEntry]]:
+        nonlocal listed
+        for chunk in cut(entries * 20, engine.chunk_size):
+            listed += 1
+            yield chunk
+
+    received = 0
+    for _ in engine.classify(list_chunks()):
+        received += 1
+        assert listed - received <= 4
+    assert received == listed == -(-3000 // engine.chunk_size)
+
+
+def test_closed_engine_leaves_no_thread(small_zoo: Path, entries: list[BytesEntry]) -> None:
+    engine = make_engine(small_zoo, 2)
+    outcomes = engine.classify(cut(entries, engine.chunk_size))
+    assert len(list(islice(outcomes, 2))) == 2
+    outcomes.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bulk")]
+
+
+def test_model_that_was_replaced_while_loading_is_refused(tmp_path: Path) -> None:
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    settings = load_settings(models=zoo)
+    predictor, model = load_live_model(settings, None)
+    path = model.model_version.path
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(ModelError, match="was replaced while it was loaded"):
+        LocalEngine(predictor, model, top_k=2, coverage=None, max_bytes=1000)
+    path.unlink()
+    with pytest.raises(ModelError, match="cannot read the model"):
+        LocalEngine(predictor, model, top_k=2, coverage=None, max_bytes=1000)
