@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fovea.batch_classifier import BatchClassifier
     from fovea.client import AsyncClient, Client
     from fovea.errors import FileError, FoveaError, ModelError, RequestError
     from fovea.images import ImageSource
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "BatchClassifier",
     "Client",
     "FileError",
     "FoveaError",
@@ -39,6 +41,7 @@ __all__ = [
 
 _MODULES = {
     "AsyncClient": "fovea.client",
+    "BatchClassifier": "fovea.batch_classifier",
     "Client": "fovea.client",
     "FileError": "fovea.errors",
     "FoveaError": "fovea.errors",

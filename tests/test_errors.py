@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea import bench, export, model, service
+import fovea
 from fovea.service.errors import BodyTimeout, FoveaError, Overloaded, to_one_line
 
 VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
@@ -21,10 +21,9 @@ VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
 
 def list_modules() -> Iterator[str]:
     """Yield the names of all modules except scripts."""
-    for package in (service, export, model, bench):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith(("__main__", "_server", ".tutorial")):  # scripts
-                yield module.name
+    for module in pkgutil.walk_packages(fovea.__path__, "fovea."):
+        if not module.name.endswith(("__main__", "_server", ".tutorial")):  # scripts
+            yield module.name
 
 
 def list_errors() -> list[type[FoveaError]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import fovea
+import fovea.errors
 from tests.servers import DEFAULT_MODEL, ROOT, Server
 
 pytestmark = pytest.mark.long
@@ -138,6 +141,26 @@ def test_installed_package_classifies(environment: Path, tmp_path: Path) -> None
     assert label == "ship"
     assert "ship" in _run(environment, tmp_path, "fovea", "classify", str(SHIP))
     assert "cifar10/4" in _run(environment, tmp_path, "fovea", "models")
+
+
+def test_installed_package_is_enough_for_a_worker_of_another_engine(
+    environment: Path, tmp_path: Path
+) -> None:
+    """A worker unpickles what a program elsewhere sends, and sends results and errors back."""
+    classifier, model = fovea.BatchClassifier(DEFAULT_MODEL, column="image"), fovea.load(DEFAULT_MODEL)
+    images = {"image": [SHIP.read_bytes(), b"no image"]}
+    (tmp_path / "sent").write_bytes(pickle.dumps((classifier, model, images)))
+    code = (
+        "import pickle; classifier, model, images = pickle.load(open('sent', 'rb')); "
+        "answer = classifier(images); outcomes = model.classify(images['image'], on_error='return'); "
+        "pickle.dump((answer, outcomes), open('reply', 'wb')); import fovea; print(fovea.__file__)"
+    )
+    assert Path(_run(environment, tmp_path, "python", "-c", code).strip()).is_relative_to(environment)
+    answer, (result, error) = pickle.loads((tmp_path / "reply").read_bytes())  # noqa: S301 - ours
+    assert list(answer["label"]) == ["ship", None]
+    assert list(answer["error"]) == [None, "unsupported_format"]
+    assert result.label == "ship"
+    assert type(error) is fovea.errors.UnsupportedFormat
 
 
 def test_metadata_names_version_and_licence(environment: Path, tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def list_options() -> Iterator[str]:
 def list_python_names() -> Iterator[str]:
     """Yield the names of the Python API, with the members of classes and the parameters of functions.
 
-    Callers construct only the clients; `fovea.load` and `classify` make the other objects.
+    Callers construct only the clients and `BatchClassifier`; `fovea.load` and `classify` make the others.
     """
     for name in fovea.__all__:
         value = getattr(fovea, name)
         yield f"python fovea.{name}"
-        if inspect.isfunction(value) or name.endswith("Client"):
+        if inspect.isfunction(value) or name.endswith(("Client", "BatchClassifier")):
             yield from _list_parameters(name, value)
         if isinstance(value, type):
             kinds = [kind for kind in value.__mro__ if kind.__module__.startswith("fovea.")]

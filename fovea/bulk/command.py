@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fovea.bulk.conditions import parse_condition
+from fovea.bulk.engine import Engine
 from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
@@ -33,13 +34,16 @@ def classify_to_table(
     force: bool,
     where: str | None,
     tasks: TaskOptions,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
     **overrides: Any,
 ) -> int:
     """Classify all images of the sources, write a table, print one line about the run, and do the `tasks`.
 
-    Return 0, or 1 if an image could not be sorted. `overrides` are settings. Raises `StartError` for whatever
-    hinders the run, also if there are no images, and `WriteError`; finished parts stay then. The error of an
-    image is a row.
+    `engine` classifies in this process or in a Ray cluster at `address` (`RayEngine`). `overrides` are
+    settings. Return 0, or 1 if an image could not be sorted. Raises `StartError` for whatever hinders the
+    run, also if there are no images, and `WriteError`; finished parts stay then. The error of an image is a
+    row.
     """
     table_format = choose_format(out)
     condition = None if where is None else parse_condition(where)
@@ -58,10 +62,16 @@ def classify_to_table(
 
     # Images that were moved may have left nothing that a source names.
     entries = list_all() if is_unfinished else iter(())
-    engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
+    classifier: Engine
+    if engine == "ray":
+        from fovea.bulk.ray_engine import RayEngine
+
+        classifier = RayEngine.load(settings, model, top_k=top_k, coverage=coverage, address=address)
+    else:
+        classifier = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
     if is_unfinished:
         run = TableRun(
-            engine, out, table_format, sources=sources, column=column, where=where, condition=condition
+            classifier, out, table_format, sources=sources, column=column, where=where, condition=condition
         )
         summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
         print(f"wrote {out}: {summary}")
@@ -70,13 +80,13 @@ def classify_to_table(
     table_tasks = TableTasks(
         tasks,
         out,
-        engine.contract,
+        classifier.contract,
         list_entries=list_all,
         max_bytes=settings.body_bytes,
         max_pixels=settings.image_pixels,
     )
-    model_name = f"{engine.facts.model} version {engine.facts.version}"
-    facts = {"model": model_name, "SHA-256": engine.facts.digest, "sources": ", ".join(sources)}
+    model_name = f"{classifier.facts.model} version {classifier.facts.version}"
+    facts = {"model": model_name, "SHA-256": classifier.facts.digest, "sources": ", ".join(sources)}
     if where is not None:
         facts["only images with"] = where
     title = f"{model_name} on {describe_sources(sources)}"

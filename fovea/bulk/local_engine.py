@@ -90,7 +90,7 @@ class LocalEngine:
         model does not have.
         """
         configure_pillow()
-        predictor, live_model = load_live_model(settings, model, _choose_batch_size)
+        predictor, live_model = load_live_model(settings, model, choose_batch_size)
         return cls(
             predictor,
             live_model,
@@ -142,7 +142,7 @@ class LocalEngine:
                 yield self._row_maker.create_row(name, outcome)
 
 
-def _choose_batch_size(contract: Contract) -> int:
+def choose_batch_size(contract: Contract) -> int:
     """Return the number of images in a batch on a CPU. It follows from the model alone, not the machine."""
     pixels = contract.input.width * contract.input.height
     return min(_MAX_BATCH, max(_MIN_BATCH, _BATCH_PIXELS // pixels))

@@ -71,6 +71,19 @@ def classify(
     force: Annotated[
         bool, typer.Option("--force", help="Replace --out if it exists, or begin an unfinished run anew.")
     ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="`ray` classifies on all machines of a Ray cluster; needs --out and the extra ray."
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the Ray cluster, such as ray://head:10001; default: RAY_ADDRESS, or else a "
+            "cluster of its own on this machine."
+        ),
+    ] = None,
     labels_from: Annotated[
         Literal["folders"] | None,
         typer.Option(
@@ -98,6 +111,8 @@ def classify(
 
     settings: dict[str, Any] = {} if models is None else {"models": models}
     tasks = TaskOptions(labels_from, report, copy_to, move_to, dry_run)
+    if address is not None and engine != "ray":
+        raise StartError("--address needs --engine ray")
     if out is not None:
         for name, value in {
             "--json": as_json,
@@ -118,12 +133,19 @@ def classify(
             resume=resume,
             force=force,
             where=where,
+            engine=engine,
+            address=address,
             tasks=tasks,
             **settings,
         )
         raise typer.Exit(code)
     tasks.check(None, may_replace=False)
-    for name, value in {"--where": where, "--resume": resume, "--force": force}.items():
+    for name, value in {
+        "--where": where,
+        "--resume": resume,
+        "--force": force,
+        "--engine ray": engine == "ray",
+    }.items():
         if value:
             raise StartError(f"{name} needs --out")
     raise typer.Exit(

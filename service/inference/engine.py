@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -177,6 +177,13 @@ class Engine:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from None
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, and say what can be."""
+        raise TypeError(
+            "an engine holds the sessions of one process and cannot be pickled; pickle the model that "
+            "fovea.load returns, or a fovea.BatchClassifier: both load the file again in the other process"
+        )
 
     def run(self, batch: Pixels, *, exclusive: bool = False) -> Floats:
         """Return probabilities, float32 (n, labels), for pixels, uint8 (n, height, width, 3).
