@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import stat
 import struct
@@ -262,6 +263,13 @@ def test_broken_archive_is_one_row(end: str, path: Path) -> None:
 
 def test_missing_archive_is_refused_before_the_first_image(path: Path) -> None:
     with pytest.raises(StartError, match=r"photos.zip: the file cannot be read: No such file or directory"):
+        list_entries([str(path)])
+
+
+def test_pipe_with_the_name_of_an_archive_is_refused(path: Path) -> None:
+    """Nobody writes to it, so opening it would wait for ever."""
+    os.mkfifo(path)
+    with pytest.raises(StartError, match=r"photos.zip: the file cannot be read: it is a device, a pipe"):
         list_entries([str(path)])
 
 
