@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fovea.service.api.native.outcomes import render_model_name, render_outcome
-from fovea.service.artifact.contract import Coverage
+from fovea.service.artifact.contract import Contract, Coverage
+from fovea.service.artifact.contract_file import read_contract
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import FileError, RequestError, StartError, UnsupportedFormat
 from fovea.service.explain.explainer import Explainer, Explanation
@@ -26,6 +28,7 @@ from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
+from fovea.service.resources.threads import expects_gpu
 from fovea.service.runners.batch_messages import ImageRequest
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
@@ -179,8 +182,13 @@ def _describe_method(explanation: Explanation) -> str:
     return f"by occlusion, {explanation.samples} masked images{reason}"
 
 
-def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
-    """Load the named model, or the default model."""
+def load_live_model(
+    settings: Settings, name: str | None, choose_batch_max: Callable[[Contract], int] | None = None
+) -> tuple[Predictor, LiveModel]:
+    """Load the named model, or the default model.
+
+    `choose_batch_max` replaces the default size of batches on a CPU, if no setting chooses another one.
+    """
     serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
     single_file = serving_state.versions_by_model.get(None)
@@ -188,6 +196,9 @@ def load_live_model(settings: Settings, name: str | None) -> tuple[Predictor, Li
     if isinstance(version, LiveModel):
         raise RuntimeError("nothing is loaded yet")
     load = create_load(version, settings)
+    if choose_batch_max and not load.plan.batch_max and not expects_gpu(load.plan.provider):
+        batch_max = choose_batch_max(read_contract(version.path))
+        load = replace(load, plan=replace(load.plan, batch_max=batch_max))
     predictor = load_predictor(load)
     live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
     catalog.add(live_model)

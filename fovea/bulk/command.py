@@ -15,9 +15,7 @@ from fovea.bulk.local_engine import LocalEngine
 from fovea.bulk.table_run import TableRun, check_output
 from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
 from fovea.bulk.tables.choice import choose_format
-from fovea.service.cli import classify_images, load_live_model
-from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.serving.ranking import find_coverage
+from fovea.service.cli import classify_images
 from fovea.service.settings import load_settings
 
 
@@ -28,8 +26,8 @@ def classify_to_table(
     model: str | None,
     top_k: int,
     coverage: float | None,
-    column: str | None = None,
-    allowed_hosts: Sequence[str] = (),
+    column: str | None,
+    allowed_hosts: Sequence[str],
     resume: bool,
     force: bool,
     where: str | None,
@@ -52,20 +50,14 @@ def classify_to_table(
             return 0
     settings = load_settings(**overrides)
 
-    def list_all() -> Iterator[ImageEntry]:
-        yield from list_entries(sources, max_bytes=settings.body_bytes)
+    def list_all(all_sources: Sequence[str] = sources) -> Iterator[ImageEntry]:
+        return list_entries(
+            all_sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes
+        )
 
     # Images that were moved may have left nothing that a source names.
-    entries = list_entries(sources, max_bytes=settings.body_bytes) if is_unfinished else iter(())
-    configure_pillow()
-    predictor, live_model = load_live_model(settings, model)
-    engine = LocalEngine(
-        predictor,
-        live_model,
-        top_k=top_k,
-        coverage=None if coverage is None else find_coverage(live_model.contract, coverage),
-        max_bytes=settings.body_bytes,
-    )
+    entries = list_all() if is_unfinished else iter(())
+    engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
     if is_unfinished:
         run = TableRun(
             engine, out, table_format, sources=sources, column=column, where=where, condition=condition
@@ -74,15 +66,20 @@ def classify_to_table(
         print(f"wrote {out}: {summary}")
     if not tasks:
         return 0
+
+    def list_again() -> Iterator[ImageEntry]:
+        """List the sources but standard input, which has been read."""
+        yield from list_all([source for source in sources if source != "-"])
+
     table_tasks = TableTasks(
         tasks,
         out,
-        live_model.contract,
-        list_entries=list_all,
+        engine.contract,
+        list_entries=list_again,
         max_bytes=settings.body_bytes,
         max_pixels=settings.image_pixels,
     )
-    model_name = f"{live_model.name} version {live_model.version}"
+    model_name = f"{engine.facts.model} version {engine.facts.version}"
     facts = {"model": model_name, "SHA-256": engine.facts.digest, "sources": ", ".join(sources)}
     if where is not None:
         facts["only images with"] = where
@@ -98,13 +95,13 @@ def classify_to_terminal(
     coverage: float | None,
     embedding: bool,
     as_json: bool,
-    column: str | None = None,
-    allowed_hosts: Sequence[str] = (),
+    column: str | None,
+    allowed_hosts: Sequence[str],
     **overrides: Any,
 ) -> int:
     """Classify all images of the sources one by one, and print the answers. See `classify_images`."""
     settings = load_settings(**overrides)
-    entries = list_entries(sources, max_bytes=settings.body_bytes)
+    entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
     first = next(entries, None)
     return classify_images(
         entries if first is None else chain([first], entries),

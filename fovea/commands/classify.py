@@ -11,7 +11,12 @@ from fovea.service.errors import StartError
 
 
 def classify(
-    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, ZIP and tar archives.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, patterns, archives, tables, URIs; - for a list on standard input."
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -36,6 +41,16 @@ def classify(
         typer.Option("--embedding", help="Add the vector that the model's last layer reads; needs --json."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the JSON reply of the service.")] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of a CSV or Parquet table with the images; default: found by its name."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host of https URLs that may be read, such as photos.example.com; may be repeated."
+        ),
+    ] = None,
     where: Annotated[
         str | None,
         typer.Option(help="Write only rows that meet a condition, such as 'probability < 0.6'; needs --out."),
@@ -81,6 +96,8 @@ def classify(
             model=model,
             top_k=top_k,
             coverage=coverage,
+            column=column,
+            allowed_hosts=allow_host or (),
             resume=resume,
             force=force,
             where=where,
@@ -100,6 +117,8 @@ def classify(
             coverage=coverage,
             embedding=embedding,
             as_json=as_json,
+            column=column,
+            allowed_hosts=allow_host or (),
             **settings,
         )
     )

@@ -161,6 +161,14 @@ class Store:
             raise BodyTooLarge(f"{self._name(path)} has more than {max_bytes} bytes (FOVEA_BODY_BYTES)")
         return content
 
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Return the bytes of a file from `start` to before `end`, with one request.
+
+        The result is shorter if the file ends earlier. `start` must be in the file.
+        """
+        with _Failures(self._name(path)):
+            return bytes(self._file_system.cat_file(self._join(path), start=start, end=end))
+
     def copy_file(self, stored: StoredFile, target: BinaryIO) -> None:
         """Write the content of a file to `target`, and check that it is the content that `stored` describes.
 

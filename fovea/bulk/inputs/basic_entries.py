@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from fovea.service.errors import BodyTooLarge, FileError, UnsupportedFormat, to_one_line
@@ -125,4 +126,10 @@ def _escape(match: re.Match[str]) -> str:
 
 def is_hidden_member(name: str) -> bool:
     """Return True if a file in an archive, or a folder that holds it, is hidden or a system's own."""
-    return any(map(is_clutter, name.split("/")))
+    folder, _, file = name.rpartition("/")
+    return is_clutter(file) or (folder != "" and _is_hidden_folder(folder))
+
+
+@lru_cache(maxsize=1024)
+def _is_hidden_folder(folder: str) -> bool:
+    return any(map(is_clutter, folder.split("/")))

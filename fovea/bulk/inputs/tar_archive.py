@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, Protocol, cast
 
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.archive_files import ArchiveFile, OpenArchive, WindowReader
 from fovea.bulk.inputs.basic_entries import (
     BytesEntry,
     FailedEntry,
@@ -30,6 +29,7 @@ from fovea.bulk.inputs.basic_entries import (
     describe_error,
     is_hidden_member,
 )
+from fovea.bulk.inputs.source_files import OpenFile, SourceFile, WindowReader
 from fovea.bulk.inputs.xz_stream import XzStream
 from fovea.service.errors import FileError, UnsupportedFormat
 from fovea.service.image_files import check_image_size
@@ -82,7 +82,7 @@ _READING_ERRORS: Final = (zlib.error, lzma.LZMAError, EOFError, OSError)
 class TarMember:
     """A file in a tar archive without compression."""
 
-    archive: ArchiveFile
+    archive: SourceFile
     member: str
     """Path in the archive."""
     offset: int
@@ -106,9 +106,7 @@ class TarMember:
         return content
 
 
-def list_tar_members(
-    archive: ArchiveFile, max_bytes: int, *, as_stream: bool = False
-) -> Iterator[ImageEntry]:
+def list_tar_members(archive: SourceFile, max_bytes: int, *, as_stream: bool = False) -> Iterator[ImageEntry]:
     """Yield the files of a tar archive, compressed or not, in the order of the archive.
 
     The content of a compressed archive, and with `as_stream` of every archive, is read with the listing; a
@@ -128,7 +126,7 @@ def list_tar_members(
         yield FailedEntry(archive.name, str(error))
 
 
-def count_tar_members(archive: ArchiveFile) -> int | None:
+def count_tar_members(archive: SourceFile) -> int | None:
     """Return the number of files in an archive without compression, from its headers; otherwise None."""
     try:
         with archive.open_stream() as file:
@@ -145,7 +143,7 @@ def _find_decompressor(file: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
         head = _read_fully(file, 6)
         file.seek(0)
     except OSError as error:
-        raise FileError(f"the archive cannot be read: {describe_error(error)}") from None
+        raise FileError(f"the file cannot be read: {describe_error(error)}") from None
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         raise FileError(
             "the archive is compressed with zstd, which is not supported; unpack it with `zstd -d`"
@@ -185,7 +183,7 @@ class _Reader(Protocol):
 class _PlainReader:
     """Reads headers of an archive without compression, and no content."""
 
-    def __init__(self, archive: ArchiveFile, file: OpenArchive) -> None:
+    def __init__(self, archive: SourceFile, file: OpenFile) -> None:
         self._archive, self._size = archive, file.size
         self._reader = WindowReader(file, window_bytes=_SMALL_WINDOW_BYTES)
 
@@ -248,7 +246,7 @@ def _read_fully(file: BinaryIO, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _list_members(archive: ArchiveFile, reader: _Reader) -> Iterator[ImageEntry]:
+def _list_members(archive: SourceFile, reader: _Reader) -> Iterator[ImageEntry]:
     number = 0
     try:
         while (member := _read_header(reader)) is not None:
@@ -311,10 +309,7 @@ def _read_header(reader: _Reader) -> _Member | None:
             raise FileError("it is cut short" if block else "it has no end mark")
         if not any(block):
             return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise FileError("what follows is no header") from None
+        header = _parse_header(block)
         if header.size < 0:
             raise FileError("a size is negative")
         if header.type in _EXTENSIONS:
@@ -337,6 +332,38 @@ def _read_header(reader: _Reader) -> _Member | None:
             is_sparse,
         )
     raise FileError(f"a file has more than {_MAX_HEADERS} headers")
+
+
+class _Header(NamedTuple):
+    name: str
+    type: bytes
+    size: int
+
+
+def _parse_header(block: bytes) -> _Header:
+    """Parse a header (POSIX.1, ustar). Raises `FileError`.
+
+    The common kind is parsed here, because `tarfile` takes 50 microseconds; `tarfile` parses all others.
+    """
+    kind = block[156:157]
+    try:
+        checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        if kind == tarfile.REGTYPE and checksum == _parse_octal(block[148:156]):
+            name = block[:100].partition(b"\0")[0]
+            if prefix := block[345:500].partition(b"\0")[0]:
+                name = prefix + b"/" + name
+            return _Header(name.decode(errors="surrogateescape"), kind, _parse_octal(block[124:136]))
+    except ValueError:  # a number in base 256, or damage
+        pass
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise FileError("what follows is no header") from None
+    return _Header(info.name, info.type, info.size)
+
+
+def _parse_octal(field: bytes) -> int:
+    return int(field.partition(b"\0")[0] or b"0", 8)
 
 
 def _read_extension(reader: _Reader, size: int) -> bytes:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.archive_files import ArchiveFile, OpenArchive, WindowReader
 from fovea.bulk.inputs.basic_entries import (
     FailedEntry,
     SpecialEntry,
@@ -25,6 +24,7 @@ from fovea.bulk.inputs.basic_entries import (
     describe_error,
     is_hidden_member,
 )
+from fovea.bulk.inputs.source_files import OpenFile, SourceFile, WindowReader
 from fovea.service.errors import FileError
 from fovea.service.image_files import check_image_size
 
@@ -67,7 +67,7 @@ _LZMA_MIN_DICTIONARY: Final = 4096
 class ZipMember:
     """A file in a ZIP archive."""
 
-    archive: ArchiveFile
+    archive: SourceFile
     member: str
     """Path in the archive."""
     offset: int
@@ -128,7 +128,7 @@ def _skip_header(reader: WindowReader) -> None:
     reader.offset += name_length + extra_length
 
 
-def list_zip_members(archive: ArchiveFile) -> Iterator[ImageEntry]:
+def list_zip_members(archive: SourceFile) -> Iterator[ImageEntry]:
     """Yield the files of a ZIP archive in the order of its directory.
 
     Members of one name are all yielded. Damage of the directory becomes one entry with the error, behind the
@@ -151,7 +151,7 @@ def list_zip_members(archive: ArchiveFile) -> Iterator[ImageEntry]:
         )
 
 
-def count_zip_members(archive: ArchiveFile) -> int | None:
+def count_zip_members(archive: SourceFile) -> int | None:
     """Return the number of members that the end of an archive states, or None if the archive is damaged."""
     try:
         with archive.open() as file:
@@ -168,7 +168,7 @@ class _Directory(NamedTuple):
     """Bytes before the archive, such as a program that unpacks it; offsets do not count them."""
 
 
-def _find_directory(file: OpenArchive) -> _Directory:
+def _find_directory(file: OpenFile) -> _Directory:
     """Return where the directory is. Raises `FileError`."""
     tail_start = max(0, file.size - _END.size - _MAX_COMMENT_BYTES - _LOCATOR64.size - _END64.size)
     tail = file.read_at(tail_start, file.size - tail_start)
@@ -214,7 +214,7 @@ class _Member(NamedTuple):
     offset: int
 
 
-def _read_directory(file: OpenArchive, directory: _Directory) -> Iterator[_Member]:
+def _read_directory(file: OpenFile, directory: _Directory) -> Iterator[_Member]:
     """Yield the members of a directory, as a stream. Raises `FileError`."""
     reader = WindowReader(file, directory.offset)
     end = directory.offset + directory.size
@@ -275,7 +275,7 @@ def _read_large_numbers(extra: bytes, *numbers: int) -> tuple[int, ...]:
     raise FileError("its directory is damaged")
 
 
-def _create_entry(archive: ArchiveFile, member: _Member) -> ImageEntry | None:
+def _create_entry(archive: SourceFile, member: _Member) -> ImageEntry | None:
     raw_name = _decode_name(member)
     if raw_name.endswith("/"):
         return None

@@ -14,7 +14,6 @@ from fovea.bulk.entries import ImageEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.errors import FileError, ModelError
 from fovea.service.cli import load_live_model
-from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
@@ -35,10 +34,8 @@ class BytesEntry:
 
 
 def make_engine(zoo: Path, threads: int) -> LocalEngine:
-    configure_pillow()
     settings = load_settings(models=zoo, runners=threads)
-    predictor, model = load_live_model(settings, None)
-    return LocalEngine(predictor, model, top_k=2, coverage=None, max_bytes=settings.body_bytes)
+    return LocalEngine.load(settings, None, top_k=2, coverage=None)
 
 
 def cut(entries: Sequence[ImageEntry], size: int) -> Iterator[Sequence[ImageEntry]]:

@@ -115,27 +115,42 @@ def test_large_folder_is_sorted_in_bounded_memory(album: Path, monkeypatch: pyte
     assert names == sorted(names) and ("a", True) in names and ("a.jpg", False) in names
 
 
+def make_deep(folder: Path, name: str, levels: int) -> None:
+    """Make folders inside each other, deeper than a path can be."""
+    parent = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=parent)
+        child = os.open(name, os.O_RDONLY, dir_fd=parent)
+        os.close(parent)
+        parent = child
+    os.close(parent)
+
+
 @pytest.fixture
 def deep_folder(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder of 2,500 folders inside each other: too deep for recursion, and for a path."""
-    folder = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(2500):
-        os.mkdir("d", dir_fd=folder)
-        child = os.open("d", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = child
-    os.close(folder)
+    """Return a folder with 1,100 folders inside each other: too deep for recursion, and for pytest."""
+    make_deep(tmp_path, "d", 1100)
     yield tmp_path
-    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # pytest cannot
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
-def test_deep_folders_and_long_paths(deep_folder: Path) -> None:
+def test_deep_folders(deep_folder: Path) -> None:
+    bottom = deep_folder.joinpath(*["d"] * 1100)
+    (bottom / "a.jpg").write_bytes(b"a")
     (deep_folder / "z.jpg").write_bytes(b"z")
-    rows = read_sources(deep_folder)
-    assert rows[-1] == (f"{deep_folder}/z.jpg", b"z")
-    assert [content for _, content in rows[:-1]] == [
-        "unreadable_file: the file cannot be read: File name too long"
+    assert read_sources(deep_folder) == [(f"{bottom}/a.jpg", b"a"), (f"{deep_folder}/z.jpg", b"z")]
+    assert list_names(deep_folder / "**" / "a.*") == [f"{bottom}/a.jpg"]
+
+
+def test_folder_whose_path_is_too_long_is_a_row(tmp_path: Path) -> None:
+    make_deep(tmp_path, "d" * 250, 20)
+    (tmp_path / "z.jpg").write_bytes(b"z")
+    rows = read_sources(tmp_path)
+    assert [content for _, content in rows] == [
+        "unreadable_file: the file cannot be read: File name too long",
+        b"z",
     ]
+    assert list_names(tmp_path / "**") == [name for name, _ in rows]
 
 
 def test_listing_starts_before_the_whole_tree_is_read(album: Path) -> None:

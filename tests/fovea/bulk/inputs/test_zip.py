@@ -17,6 +17,7 @@ import pytest
 
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.zip_archive import ZipMember
+from fovea.errors import StartError
 from tests.fovea.bulk.inputs.listing import MAX_BYTES, read_sources
 
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
@@ -259,10 +260,9 @@ def test_broken_archive_is_one_row(end: str, path: Path) -> None:
     assert count_entries([str(path)]) in (None, 2)
 
 
-def test_missing_archive_is_one_row(path: Path) -> None:
-    assert read_sources(path) == [
-        (str(path), "unreadable_file: the archive cannot be read: No such file or directory")
-    ]
+def test_missing_archive_is_refused_before_the_first_image(path: Path) -> None:
+    with pytest.raises(StartError, match=r"photos.zip: the file cannot be read: No such file or directory"):
+        list_entries([str(path)])
 
 
 def test_empty_archive_gives_nothing(path: Path) -> None:
