@@ -55,9 +55,9 @@ def classify_to_table(
             return 0
     settings = load_settings(**overrides)
 
-    def list_all() -> Iterator[ImageEntry]:
+    def list_all(all_sources: Sequence[str] = sources) -> Iterator[ImageEntry]:
         return list_entries(
-            sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes
+            all_sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes
         )
 
     # Images that were moved may have left nothing that a source names.
@@ -77,11 +77,16 @@ def classify_to_table(
         print(f"wrote {out}: {summary}")
     if not tasks:
         return 0
+
+    def list_again() -> Iterator[ImageEntry]:
+        """List the sources but standard input, which has been read."""
+        yield from list_all([source for source in sources if source != "-"])
+
     table_tasks = TableTasks(
         tasks,
         out,
         classifier.contract,
-        list_entries=list_all,
+        list_entries=list_again,
         max_bytes=settings.body_bytes,
         max_pixels=settings.image_pixels,
     )

@@ -62,6 +62,8 @@ class LocalEngine:
     ) -> None:
         """Create the engine. Images have at most `max_bytes` bytes. Raises `ModelError`."""
         self._predictor, self._max_bytes = predictor, max_bytes
+        self.contract = model.contract
+        """Description of the model."""
         self._row_maker = RowMaker(model, top_k, coverage)
         self.contract = model.contract
         self._batch_size = predictor.loaded_model.batch_max
