@@ -11,8 +11,9 @@ from fovea.bulk.conditions import parse_condition
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
-from fovea.bulk.table_run import TableRun, check_output
+from fovea.bulk.table_run import TableRun, check_output, is_own_file
 from fovea.bulk.tables.choice import choose_format
+from fovea.errors import StartError
 from fovea.service.cli import classify_images
 from fovea.service.settings import load_settings
 
@@ -42,6 +43,10 @@ def classify_to_table(
         print(f"{out} is finished already; --force makes it anew")
         return
     settings = load_settings(**overrides)
+    # A pattern that the shell expands may name the table of an earlier run.
+    sources = [source for source in sources if not is_own_file(source, out)]
+    if not sources:
+        raise StartError(f"--out {out} is the only source too; give the table another name")
     entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
     engine = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
     run = TableRun(
