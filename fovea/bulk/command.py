@@ -13,9 +13,10 @@ from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
 from fovea.bulk.local_engine import LocalEngine
-from fovea.bulk.table_run import TableRun, check_output
+from fovea.bulk.table_run import TableRun, check_output, is_own_file
 from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
 from fovea.bulk.tables.choice import choose_format
+from fovea.errors import StartError
 from fovea.service.cli import classify_images
 from fovea.service.inference.boxes import Boxes
 from fovea.service.settings import load_settings
@@ -54,6 +55,10 @@ def classify_to_table(
         if not tasks:
             return 0
     settings = load_settings(**overrides)
+    # A pattern that the shell expands may name the table of an earlier run.
+    sources = [source for source in sources if not is_own_file(source, out)]
+    if not sources:
+        raise StartError(f"--out {out} is the only source too; give the table another name")
 
     def list_all(all_sources: Sequence[str] = sources) -> Iterator[ImageEntry]:
         return list_entries(

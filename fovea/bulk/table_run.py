@@ -52,6 +52,15 @@ def check_output(out: Path, table_format: TableFormat, *, resume: bool, force: b
     return not out.exists()
 
 
+def is_own_file(name: str, out: Path) -> bool:
+    """Return whether a path is that of the table `out`, or of the facts beside it."""
+    own_paths = out, find_facts_file(out)
+    return name.endswith(tuple(path.name for path in own_paths)) and os.path.abspath(name) in {  # noqa: PTH100
+        os.path.abspath(path)  # noqa: PTH100
+        for path in own_paths
+    }
+
+
 class TableRun:
     """A run that writes one table."""
 
@@ -127,13 +136,10 @@ class TableRun:
 
     def _leave_out_own_files(self, entries: Iterator[ImageEntry]) -> Iterator[ImageEntry]:
         """Yield the entries but the table itself: it may lie in a folder that is a source."""
-        own_names = self._out.name, find_facts_file(self._out).name
-        own_paths = {os.path.abspath(self._out.with_name(name)) for name in own_names}  # noqa: PTH100
+        own_ends = self._out.name, find_facts_file(self._out).name  # most names need no more than a look
         for entry in entries:
-            name = entry.name
-            if name.endswith(own_names) and os.path.abspath(name) in own_paths:  # noqa: PTH100
-                continue
-            yield entry
+            if not entry.name.endswith(own_ends) or not is_own_file(entry.name, self._out):
+                yield entry
 
     def _list_finished_names(self, entries: Iterator[ImageEntry]) -> Iterator[Sequence[str]]:
         """Yield the names of the entries in each finished part, which are thereby passed over."""
