@@ -104,7 +104,8 @@ def _find_thumbnails() -> list[Path]:
     return paths[:: len(paths) // THUMBNAIL_COUNT][:THUMBNAIL_COUNT]
 
 
-def _find_photographs() -> list[Path]:
+def find_photographs() -> list[Path]:
+    """Return the photographs of `TEST_DATA`, or drawn pictures if they are missing."""
     folder = _extract_archive("photos.tar", "photos/")
     if folder is None:
         return _draw_pictures("photographs", DRAWN_PHOTOGRAPH_COUNT, DRAWN_SIZE)
@@ -137,7 +138,7 @@ def draw_picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def _draw_phone_photos() -> list[Path]:
-    photographs = _find_photographs()
+    photographs = find_photographs()
     folder = (
         _DRAWN_FOLDER if photographs[0].is_relative_to(_DRAWN_FOLDER) else CACHE / "images"
     ) / f"phone-{PHONE_QUALITY}"
@@ -200,7 +201,7 @@ WORKLOADS: Final = {
     for workload in (
         Workload("thumbnails", "resnet20", _CIFAR, (PixelPath.FAST,), 1, _find_thumbnails),
         Workload(
-            "photographs", "mobilenetv2", _IMAGENET, (PixelPath.FAST, PixelPath.EXACT), 1, _find_photographs
+            "photographs", "mobilenetv2", _IMAGENET, (PixelPath.FAST, PixelPath.EXACT), 1, find_photographs
         ),
         Workload("phone", "mobilenetv2", _IMAGENET, (PixelPath.FAST,), 1.6, _draw_phone_photos),
     )

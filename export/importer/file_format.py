@@ -26,7 +26,10 @@ _STARTS: Final = (
 """First bytes, the format, and what to do."""
 
 _IDENTIFIERS: Final = {
-    b"TFL3": ("a TensorFlow Lite model", f"{_TO_ONNX}: python -m tf2onnx.convert --tflite FILE"),
+    b"TFL3": (
+        "a TensorFlow Lite model",
+        "convert it with `fovea import FILE` (pip install 'fovea-serve[tflite]')",
+    ),
     b"ORTM": ("ONNX Runtime's own format (.ort)", "import the .onnx file it was made from"),
 }
 """Identifiers of FlatBuffers, which stand after the first four bytes."""
@@ -126,7 +129,10 @@ def _describe_archive(file: BinaryIO, head: bytes) -> tuple[str, str] | None:
     models = sorted(name for name in names if name.lower().endswith(".tflite"))
     if models:
         listed = ", ".join(models[:3]) + (", …" if len(models) > 3 else "")
-        return f"a ZIP archive with TensorFlow Lite inside ({listed})", "unpack it, and convert it to ONNX"
+        return (
+            f"a ZIP archive with TensorFlow Lite inside ({listed})",
+            "unpack it, and import the .tflite file",
+        )
     if any(name.endswith(".onnx") for name in names):  # an archive in place of a file of a folder
         return "a ZIP archive", "unpack it, and import the ONNX file inside"
     return "a ZIP archive without an ONNX file inside", _TO_ONNX

@@ -23,7 +23,7 @@ _MIN_VERSION: Final = (3, 12)
 
 
 def convert(action: str, file: str, *arguments: str) -> None:
-    """Run `convert FILE OUT` or `answer FILE INPUTS RESULT`."""
+    """Run `convert FILE OUT [HEIGHT WIDTH]` or `answer FILE INPUTS RESULT`."""
     if action == "convert":
         export_model(file, *arguments)
     else:
@@ -51,8 +51,8 @@ def load_model(file: str) -> Any:
         ) from None
 
 
-def export_model(file: str, out: str) -> None:
-    """Convert a model. Raises `ImportRefused`."""
+def export_model(file: str, out: str, *size: str) -> None:
+    """Convert a model, for images of `size` if it is given. Raises `ImportRefused`."""
     model = load_model(file)
     import keras
 
@@ -61,9 +61,11 @@ def export_model(file: str, out: str) -> None:
             f"the model has {len(model.inputs)} inputs and {len(model.outputs)} outputs; an image classifier "
             "has one of each"
         )
-    shape = [side or _ANY_SIDE for side in model.inputs[0].shape[1:]]
+    sides = [int(one) for one in size] or model.inputs[0].shape[1:3]
+    shape = [side or _ANY_SIDE for side in (*sides, *model.inputs[0].shape[1 + len(sides) :])]
     model(keras.ops.zeros((1, *shape)))  # Keras exports only a model that has been called
-    model.export(out, format="onnx", verbose=False)
+    signature = [keras.InputSpec(shape=(None, *shape), dtype=model.inputs[0].dtype)] if size else None
+    model.export(out, format="onnx", verbose=False, input_signature=signature)
 
 
 def answer_inputs(file: str, inputs_file: str, result: str) -> None:

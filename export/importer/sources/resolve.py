@@ -25,6 +25,7 @@ from fovea.export.importer.sources.tflite_source import (
     convert_teachable_machine,
     convert_tflite_file,
     find_teachable_model,
+    find_tflite_model,
     refuse_keras_export,
 )
 from fovea.export.importer.sources.torch_source import convert_torch_file, is_pickle, refuse_pickle
@@ -72,6 +73,8 @@ def _resolve(text: str, work: Path, choice: str | None, size: tuple[int, int] | 
             return _read_teachable_machine(path, path, work)
         if (path / KERAS_MODEL).is_file() and (path / LABELS_FILE).is_file():
             refuse_keras_export(text)
+        if model := find_tflite_model(path):
+            return convert_tflite_file(model, to_model_name(path.absolute().name), work)
     if path.is_dir():
         return read_folder(path, work, choice)
     if not path.is_file():

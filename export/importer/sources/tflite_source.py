@@ -27,6 +27,7 @@ from fovea.export.importer.sources.facts import (
     Stated,
     StatedGeometry,
 )
+from fovea.export.importer.sources.folder import has_safetensors, list_files
 from fovea.export.importer.sources.model_config import write_labels
 from fovea.export.importer.sources.tflite_metadata import read_tflite_metadata
 from fovea.service.artifact.geometry import AspectCropStep, Fit, Interpolation, ResizeStep, Rounding
@@ -72,6 +73,22 @@ def find_teachable_model(folder: Path) -> Path | None:
     if not (folder / LABELS_FILE).is_file():
         return None
     return next((folder / one for one in TEACHABLE_MODELS if (folder / one).is_file()), None)
+
+
+def find_tflite_model(folder: Path) -> Path | None:
+    """Return the TFLite model of a folder without safetensors, or None.
+
+    Raises `ImportRefused` if there are several.
+    """
+    files = list_files(folder)
+    models = sorted(name for name in files if name.endswith(".tflite"))
+    if not models or has_safetensors(files):
+        return None
+    if len(models) > 1:
+        raise ImportRefused(
+            f"{folder} has several TFLite files: import one of {', '.join(models[:5])} itself"
+        )
+    return folder / models[0]
 
 
 def convert_teachable_machine(model: Path, origin: str, name: str | None, work: Path) -> Source:

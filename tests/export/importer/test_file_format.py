@@ -60,7 +60,7 @@ FROZEN_GRAPH = encode_field(1, b"node") * 3 + encode_field(4, b"versions")
 
 FORMATS: dict[str, tuple[Callable[[], bytes], str]] = {
     "safetensors": (write_safetensors, "a safetensors file, .* without their network.* import its folder"),
-    "TFLite": (lambda: b"\x1c\0\0\0TFL3" + bytes(100), "a TensorFlow Lite model, .*tf2onnx.convert --tflite"),
+    "TFLite": (lambda: b"\x1c\0\0\0TFL3" + bytes(100), "a TensorFlow Lite model, .*`fovea import FILE`"),
     "ort": (
         lambda: b"\x18\0\0\0ORTM" + bytes(100),
         r"own format \(.ort\), .*the .onnx file it was made from",
@@ -69,7 +69,10 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str]] = {
     "old torch": (lambda: save_with_torch(is_zip=False), "a Python pickle.*torch.onnx.export"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file, as Keras"),
     "ZIP with ONNX": (lambda: write_zip("model.onnx"), "a ZIP archive, .*import the ONNX file inside"),
-    "Teachable Machine": (lambda: write_zip("model_unquant.tflite"), "with TensorFlow Lite inside"),
+    "Teachable Machine": (
+        lambda: write_zip("model_unquant.tflite"),
+        "with TensorFlow Lite inside .*import the .tflite file",
+    ),
     "other ZIP": (lambda: write_zip("photo.jpg"), "a ZIP archive without an ONNX file"),
     "cut ZIP": (lambda: write_zip("model.onnx")[:60], "a ZIP archive that is cut short"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(100), "a gzip archive.*unpack it"),

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.export.importer.foreign_model import ImportRefused, read_model
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, read_model
+from fovea.export.importer.inspect import ImportRequest, inspect_model
 from fovea.export.importer.pipeline import ImportReport, import_model
 from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
-from fovea.export.importer.sources.comparison import GENERATED_IMAGES
+from fovea.export.importer.sources.comparison import GENERATED_IMAGES, PipelineRun, compare_with_pipeline
 from fovea.export.importer.sources.completion import GivenOptions, complete_request
 from fovea.export.importer.sources.facts import (
     NetworkAnswers,
@@ -24,7 +25,7 @@ from fovea.export.importer.sources.facts import (
 )
 from fovea.export.importer.sources.resolve import resolve_source
 from fovea.export.verify import VerificationError
-from tests.export.classifiers import Array, run_onnx
+from tests.export.classifiers import Array, build_classifier, run_onnx
 from tests.export.importer.sources.layouts import (
     LABELS,
     PROCESSOR,
@@ -33,6 +34,7 @@ from tests.export.importer.sources.layouts import (
     write_hub_folder,
 )
 from tests.export.importer.test_labelled_images import draw_labelled_images
+from tests.export.imports import import_graph
 
 Resize = Callable[[Image.Image], Image.Image]
 
@@ -209,3 +211,27 @@ def test_network_that_does_not_run_is_named(tmp_path: Path) -> None:
 
     text = dict(import_with_network(tmp_path, refuse).facts)["compared"]
     assert text == "not with the source's own pipeline: House has no memory left"
+
+
+@pytest.mark.parametrize(("same", "is_refused"), [(31, False), (30, True)])
+def test_int8_must_give_95_percent_of_the_labels(tmp_path: Path, same: int, is_refused: bool) -> None:
+    """30 of 32 are 94 %. The probabilities differ by less than the tolerance of int8."""
+    model = import_graph(build_classifier(), tmp_path)
+    file, labels = tmp_path / "foreign.onnx", tmp_path / "labels.txt"
+    preprocessing = PreprocessingOptions(preset=IMAGENET)
+    request = ImportRequest(file, labels, "thing", tmp_path / "zoo", preprocessing)
+    foreign = replace(inspect_model(request), arithmetic=Arithmetic.INT8)
+    shape = (GENERATED_IMAGES, foreign.graph_input.height, foreign.graph_input.width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected = model.engine.run(pixels).astype(np.float64)
+    gaps = -np.diff(np.sort(expected, axis=1)[:, :-3:-1], axis=1)[:, 0]  # between the two best labels
+    for index in gaps.argsort()[: GENERATED_IMAGES - same]:
+        row = expected[index]
+        first, second = row.argsort()[:-3:-1]
+        row[first], row[second] = row[second], row[first]
+    run = PipelineRun("House 1.0", pixels, None, expected)
+    if is_refused:
+        with pytest.raises(VerificationError, match=r"for 30 of 32 images; at least 95% are needed"):
+            compare_with_pipeline(run, foreign, model.engine)
+    else:
+        assert compare_with_pipeline(run, foreign, model.engine).same_labels == same

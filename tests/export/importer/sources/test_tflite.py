@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.preprocessing import KERAS_MOBILENET, PreprocessingOptions
@@ -25,7 +26,9 @@ from fovea.export.importer.sources.tflite_child import (
 )
 from fovea.export.importer.sources.tflite_metadata import read_tflite_metadata
 from fovea.export.importer.sources.tflite_source import read_numbered_labels
+from fovea.service.artifact.geometry import Geometry, PixelPath
 from fovea.service.artifact.geometry_text import format_steps, parse_steps
+from fovea.service.inference.resize import apply_geometry
 from tests.export.classifiers import run_onnx
 from tests.export.importer.sources.imports import import_source, read_refusal
 from tests.export.importer.sources.layouts import LABELS
@@ -90,6 +93,66 @@ def test_export_of_teachable_machine_needs_no_options(tmp_path: Path, is_archive
 
 @pytest.mark.long
 @needs_converter
+def test_quantised_export_of_teachable_machine_takes_pixels(tmp_path: Path) -> None:
+    """Its "Quantized" model takes uint8, and its example program leaves the pixels as they are."""
+    folder = write_teachable_export(tmp_path / "pets", "teachable-uint8")
+    (folder / "model_unquant.tflite").rename(folder / "model.tflite")
+    report, engine = import_source(tmp_path, folder)
+    assert engine.contract.labels == LABELS
+    facts = dict(report.facts)
+    assert facts["arithmetic"] == "int8"
+    assert facts["normalise"].startswith("uint8, RGB, unchanged")
+    assert report.comparison is not None
+    assert report.comparison.pixel_difference < 1e-2
+    assert report.comparison.probability_difference < 0.1
+    assert report.comparison.same_labels >= 31
+
+
+@pytest.mark.long
+@needs_converter
+def test_folder_with_one_file_is_converted(tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    shutil.copy(FILES / "float.tflite", folder / "anything.tflite")
+    (folder / "README.md").write_text("pets")
+    report, _ = import_source(
+        tmp_path,
+        folder,
+        labels=write_labels_file(tmp_path),
+        preprocessing=PreprocessingOptions(preset=KERAS_MOBILENET),
+    )
+    assert (report.model, report.file) == ("pets", "anything.tflite")
+
+
+def test_folder_with_several_files_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    for name in ("one.tflite", "two.tflite"):
+        shutil.copy(FILES / "float.tflite", folder / name)
+    message = read_refusal(tmp_path, folder)
+    assert message.endswith("pets has several TFLite files: import one of one.tflite, two.tflite itself")
+
+
+@pytest.mark.long
+@needs_converter
+def test_geometry_of_tensorflow_is_that_of_the_steps(tmp_path: Path) -> None:
+    """`central_crop` and `image.resize`, which rounds to levels here; Fovea's weights have 11 bits."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    for height, width, fraction in ((240, 321, 0.875), (97, 64, 0.5), (333, 500, 1 / 3)):
+        coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), np.uint8))
+        image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        cropped = tf.image.central_crop(np.asarray(image), fraction)
+        expected = tf.image.resize(cropped, (48, 56)).numpy()
+        steps = parse_steps(f"crop fraction {fraction!r}, resize stretch 48 x 56 bilinear no-antialias")
+        geometry = Geometry(48, 56, steps, PixelPath.EXACT)
+        pixels = apply_geometry(image, geometry, image.size, (0, 0, *image.size), None)
+        assert np.abs(pixels - expected).max() < 0.75
+
+
+@pytest.mark.long
+@needs_converter
 def test_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pets.tflite").write_bytes((FILES / "float.tflite").read_bytes()[:900])
     message = read_refusal(tmp_path, tmp_path / "pets.tflite")
@@ -106,9 +169,9 @@ def test_missing_converter_is_named(tmp_path: Path) -> None:
 # --- Teachable Machine ---------------------------------------------------------------------------
 
 
-def write_teachable_export(folder: Path) -> Path:
+def write_teachable_export(folder: Path, name: str = "teachable") -> Path:
     folder.mkdir()
-    shutil.copy(FILES / "teachable.tflite", folder / "model_unquant.tflite")
+    shutil.copy(FILES / f"{name}.tflite", folder / "model_unquant.tflite")
     (folder / "labels.txt").write_text("".join(f"{index} {label}\n" for index, label in enumerate(LABELS)))
     return folder
 
@@ -226,6 +289,41 @@ def test_metadata_that_cannot_be_used_is_a_problem(
     (tmp_path / "pets.tflite").write_bytes(build_file(metadata, {"names.txt": "cat\ndog\n"}))
     facts = read_tflite_metadata(tmp_path / "pets.tflite")
     assert problem in " ".join(facts.problems)
+
+
+@pytest.mark.parametrize(
+    ("mean", "names", "is_damaged"),
+    [
+        ([127.5] * 3, ["names.txt"], False),
+        ([127.5] * 4, ["names.txt"], True),  # of three channels at most
+        ([127.5], [f"{number}.txt" for number in range(10_000)], False),
+        ([127.5], [f"{number}.txt" for number in range(10_001)], True),
+    ],
+    ids=["three means", "four means", "10,000 files", "10,001 files"],
+)
+def test_lists_of_metadata_are_limited(
+    tmp_path: Path, mean: list[float], names: list[str], is_damaged: bool
+) -> None:
+    """A list of a billion items, of which each points to the same place, would fit into a small file."""
+    metadata = build_metadata(mean, [127.5] * len(mean), names)
+    (tmp_path / "pets.tflite").write_bytes(build_file(metadata, {"names.txt": "cat\ndog\n"}))
+    facts = read_tflite_metadata(tmp_path / "pets.tflite")
+    assert ("the metadata of the file is damaged" in facts.problems) == is_damaged
+    assert (facts.normalization is None) == is_damaged
+
+
+def test_labels_of_metadata_are_limited(tmp_path: Path) -> None:
+    metadata = build_metadata([127.5], [127.5], ["names.txt"])
+    archive = (
+        build_file(metadata, {"names.txt": "x" * (4 << 20)}),
+        build_file(metadata, {"names.txt": "x" * ((4 << 20) + 1)}),
+    )
+    (tmp_path / "pets.tflite").write_bytes(archive[0])
+    assert read_tflite_metadata(tmp_path / "pets.tflite").labels == "x" * (4 << 20)
+    (tmp_path / "pets.tflite").write_bytes(archive[1])
+    facts = read_tflite_metadata(tmp_path / "pets.tflite")
+    assert facts.labels is None
+    assert "which cannot be read" in facts.problems[0]
 
 
 def test_damaged_metadata_is_a_problem(tmp_path: Path) -> None:
