@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-bulk overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-bulk bench-ray overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -81,6 +81,10 @@ bench-known: $(VENV)/.dev ## Measure how well the default models tell other imag
 
 bench-bulk: $(VENV)/.dev ## Classify 100,000 thumbnails into a table beside the bare loop, and kill a run three times (8 minutes)
 	$(BIN)/python -m fovea.bench.bulk $(BULK)
+
+bench-ray: $(VENV)/.dev ## Compare the local engine, Ray on the same cores, and HTTP on 2,000 photographs (3 minutes)
+	$(BIN)/pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m fovea.bench.ray_data $(RAY)
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
 	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)
