@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from fovea.bench import ray_data
 from fovea.bench.ray_data import measure
 from fovea.bench.workloads import BenchError
 
 
 def test_rate_is_that_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    monkeypatch.setattr(ray_data.time, "monotonic", lambda: clock)
+    monkeypatch.setattr("fovea.bench.ray_data.time.monotonic", lambda: clock)
 
     def answer() -> Iterator[int]:
         nonlocal clock
