@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import ModelError
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import ImageRequest, Item
 from fovea.service.runners.load_messages import LoadCommand
@@ -98,6 +99,22 @@ def test_boxes_run_in_a_batch_of_their_own(classifier: Classifier) -> None:
             assert outcomes[0].answer.timing.batch_size + outcomes[3].answer.timing.batch_size <= 5
             # A shadow test would compare answers to the whole image, which nobody has asked for.
             assert classifier.get_recent_images("small") == [make_jpeg()] * 3
+        finally:
+            await classifier.close()
+
+    asyncio.run(work())
+
+
+def test_boxes_share_the_queue_time_of_their_image(classifier: Classifier) -> None:
+    async def work() -> None:
+        await classifier.start()
+        try:
+            record, (model,) = RequestRecord("POST", {}), classifier.catalog.models
+            image = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),) * 3)
+            await classifier.classify_images([image], model, on_answer=record.add_image)
+            assert record.images == 3
+            names = [stage.name for stage in record.stages]
+            assert {name: names.count(name) for name in names} == {"queue": 1, "decode": 3, "inference": 3}
         finally:
             await classifier.close()
 
