@@ -118,23 +118,25 @@ class RequestRecord:
 
     def add_image(self, outcome: Answer | BoxAnswers | BaseException, job: Job) -> None:
         """Add the stages and warnings of an image that was answered or failed. A box counts as an image."""
-        self.images += 1
         if job.started_at:
             self._stages.append(("queue", job.arrived_at, job.started_at - job.arrived_at, 0))
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, BoxAnswers):
             for warning in outcome.warnings:
                 self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
-            work = outcome.timing
-            self._stages.append(("decode", work.decode_started_at, work.decode_seconds, 0))
-            self._stages.append(
-                ("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
-            )
-        elif isinstance(outcome, BoxAnswers):
-            for warning in outcome.warnings:
-                self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
-            self.images -= 1
             for answer in outcome.answers:
-                self.add_image(answer, job)
+                self._add_answer(answer)
+        elif isinstance(outcome, Answer):
+            self._add_answer(outcome)
+        else:
+            self.images += 1
+
+    def _add_answer(self, answer: Answer) -> None:
+        self.images += 1
+        for warning in answer.warnings:
+            self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
+        work = answer.timing
+        self._stages.append(("decode", work.decode_started_at, work.decode_seconds, 0))
+        self._stages.append(("inference", work.inference_started_at, work.inference_seconds, work.batch_size))
 
 
 def _choose_request_id(request_id: bytes) -> str:

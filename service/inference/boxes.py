@@ -7,7 +7,7 @@ not belong to the box, as in Python's slices and in Pillow's `crop`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
@@ -35,7 +35,7 @@ def check_boxes(value: Any) -> Boxes:
 
     Integers of NumPy are integers too. Raises `ValueError` that says what is wrong with the first wrong box.
     """
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"it must be a list of boxes, {_FORM}")
     boxes = list(islice(value, MAX_BOXES + 1))
     if len(boxes) > MAX_BOXES:
@@ -74,7 +74,10 @@ def _to_integer(value: Any) -> int:
 
 
 def _quote(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # deep lists, or an integer with more digits than Python writes
+        return f"a value of the type {type(value).__name__}"
     return text if len(text) <= _MAX_QUOTE_LENGTH else f"{text[:_MAX_QUOTE_LENGTH]}…"
 
 

@@ -52,12 +52,17 @@ def estimate_source_peak_bytes(source: ImageSource, full_size: Size, geometry: G
 
 def estimate_boxes_peak_bytes(source: ImageSource, geometry: Geometry, boxes: Sequence[PixelBox]) -> int:
     """Return an upper bound on the peak bytes of decoding an image and cutting its boxes one by one."""
-    longest_side = max(source.image_file.size)
+    shortest_side, longest_side = sorted(source.image_file.size)
     box_bytes = 0
     for left, top, right, bottom in boxes:
-        # A box that is larger than the image is refused once its orientation is known.
-        width, height = (max(1, min(side, longest_side)) for side in (right - left, bottom - top))
-        box_bytes = max(box_bytes, 4 * width * height + _geometry_bytes((width, height), geometry))
+        width, height = right - left, bottom - top
+        # Any other box is refused once the orientation is known, and takes no memory.
+        if (
+            min(width, height) > 0
+            and min(width, height) <= shortest_side
+            and max(width, height) <= longest_side
+        ):
+            box_bytes = max(box_bytes, 4 * width * height + _geometry_bytes((width, height), geometry))
     return estimate_source_peak_bytes(source, source.image_file.size, None) + box_bytes
 
 

@@ -301,16 +301,16 @@ class Batcher:
         return eligible
 
     def count_waiting(self, level: int) -> int:
-        """Return the number of items of this level that wait for a runner."""
-        return sum(len(lane.jobs) for lane in self._lanes if lane.level == level)
+        """Return the number of items of this level that wait for a runner, by their sizes."""
+        return sum(job.size for lane in self._lanes if lane.level == level for job in lane.jobs)
 
     def _count_queued(self) -> int:
-        """Return the number of items that wait for a runner, or behind the batch in work."""
+        """Return the number of items that wait for a runner, or behind the batch in work, by their sizes."""
         queued_batches = (islice(batches, 1, None) for batches in self._runners.values())
         queued_items = sum(
-            not job.is_over for batches in queued_batches for batch in batches for job in batch
+            job.size for batches in queued_batches for batch in batches for job in batch if not job.is_over
         )
-        return sum(len(lane.jobs) for lane in self._lanes) + queued_items
+        return sum(job.size for lane in self._lanes for job in lane.jobs) + queued_items
 
     def _dispatch_later(self, now: float) -> None:
         """Schedule the next dispatch for the time when a lane has waited long enough for more items."""
@@ -388,7 +388,7 @@ class Batcher:
             self._dispatch_soon()
             return
         try:
-            item_count = _count_items(batch)
+            item_count = _count_finished_items(batch, outcome)
             self._update_rate(started_at, item_count)
             self._update_lane_cost(runner, lane, started_at, item_count)
             # Before the answers: callbacks take a while, and the runner should not wait for them.
@@ -437,6 +437,15 @@ class Batcher:
 def _count_items(batch: Sequence[Job]) -> int:
     """Return the number of items for which a batch counts."""
     return batch[0].size if len(batch) == 1 else len(batch)
+
+
+def _count_finished_items(batch: Sequence[Job], outcome: Sequence[Any] | Exception) -> int:
+    """Return the number of items for which a finished batch counts in averages.
+
+    A large item that failed counts as one item: it may have failed long before the work was done.
+    """
+    has_failed = isinstance(outcome, Exception) or isinstance(outcome[0], Exception)
+    return len(batch) if has_failed else _count_items(batch)
 
 
 def _sum_memory(batch: Sequence[Job]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +12,14 @@ from typing import Any, NamedTuple
 
 from fovea.service.errors import Interrupted, ModelError
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batch_messages import Answer, Batch, BatchReport, DropCommand, Item
+from fovea.service.runners.batch_messages import (
+    Answer,
+    Batch,
+    BatchReport,
+    DropCommand,
+    Item,
+    count_results,
+)
 from fovea.service.runners.frame_stream import FrameStream
 from fovea.service.runners.frames import Frame, FrameError
 from fovea.service.runners.lane import INFINITY, Lane
@@ -87,7 +95,7 @@ class RunnerConnection(FrameStream):
         self.needs_replacement = True
         """True if another runner takes its place when it ends."""
         self._metrics = metrics
-        self._batch_timeout = batch_timeout
+        self._batch_timeout = self._watchdog_seconds = batch_timeout
         self._on_lost = on_lost
         self._last_number = 0
         """Number of the last request; batches and loads have one sequence."""
@@ -159,9 +167,16 @@ class RunnerConnection(FrameStream):
         self._last_number = number
         self._pending_batches.append(_PendingBatch(number, on_finish, lane, items, separate))
         if len(self._pending_batches) == 1:
-            self._start_watchdog(self._batch_timeout)
+            self._watch_first_batch()
         self.send(pieces)
         return partial(self._drop_item, number)
+
+    def _watch_first_batch(self) -> None:
+        """Start the watchdog for the first batch. An image with boxes takes one batch after another."""
+        lane, items = self._pending_batches[0].lane, self._pending_batches[0].items
+        call_count = math.ceil(count_results(items[0]) / lane.batch_max) if len(items) == 1 else 1
+        self._watchdog_seconds = call_count * self._batch_timeout
+        self._start_watchdog(self._watchdog_seconds)
 
     def _drop_item(self, batch_number: int, index: int) -> None:
         """Tell the runner to drop an image, unless it may already work on the batch or has answered it."""
@@ -201,7 +216,7 @@ class RunnerConnection(FrameStream):
                 log.exception("a batch of dead runner %d could not be queued again", self.process.pid)
 
     def _handle_fault(self, error: FrameError | TimeoutError) -> None:
-        reason = str(error) or f"has not answered for {self._batch_timeout:g} s (FOVEA_BATCH_TIMEOUT)"
+        reason = str(error) or f"has not answered for {self._watchdog_seconds:g} s (FOVEA_BATCH_TIMEOUT)"
         log.error("runner %d %s; it is killed", self.process.pid, reason)
 
     def _handle_frame(self, frame: Frame) -> None:
@@ -248,7 +263,7 @@ class RunnerConnection(FrameStream):
         # this runner from within `on_finish`.
         self._pending_batches.popleft()
         if self._pending_batches:
-            self._start_watchdog(self._batch_timeout)
+            self._watch_first_batch()
         if isinstance(reply, Failure):
             log.error("a batch failed in runner %d\n%s", self.process.pid, reply.trace)
             pending.on_finish(ModelError(reply.reason))

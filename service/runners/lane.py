@@ -58,7 +58,7 @@ class Job:
     memory: int = 0
     """Bytes to reserve before a runner may begin; 0 if the runner's own share is enough."""
     size: int = 1
-    """Number of items for which the item counts in averages. An item of more than 1 fills a batch."""
+    """Number of items for which the item counts in averages and limits. More than 1 fills a batch."""
 
     def is_wanted(self, now: float) -> bool:
         """Return False once the caller has left or the deadline has passed: no more work is done then."""

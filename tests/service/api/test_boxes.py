@@ -186,7 +186,7 @@ def test_box_that_is_empty_or_outside_names_itself_and_the_size(
 
 
 NO_BOXES: list[Any] = [
-    *("text", 7, {"a": 1}, True, [0, 0, 1, 1], [[0, 0, 1]], [[0, 0, 1, 1, 1]], [[0, 0, 1, 1.0]]),
+    *("text", 7, {"a": 1}, {}, True, [0, 0, 1, 1], [[0, 0, 1]], [[0, 0, 1, 1, 1]], [[0, 0, 1, 1.0]]),
     *(
         [[0, 0, 1, "1"]],
         [[0, 0, 1, True]],
@@ -219,6 +219,18 @@ def test_value_that_is_no_list_of_boxes_is_refused_everywhere(
                 model.classify(image, boxes=value)
             with pytest.raises(BadRequest, match="boxes"):
                 model.classify([image], boxes=[value])
+
+
+@pytest.mark.parametrize("depth", [2, 900, 985, 1000, 1020])
+def test_deep_lists_are_refused(zoo_server: Server, depth: int) -> None:
+    """The parser accepts lists that are nested more deeply than Python can write them."""
+    text, image = "[" * depth + "]" * depth, make_jpeg()
+    for reply in (
+        zoo_server.client.post("/v1/classify", params={"boxes": text}, content=image),
+        zoo_server.client.post("/v1/classify", files={"a": image}, data={"boxes": text}),
+    ):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+        assert "boxes are each four integers" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["", "[[0,0,1,1]", "[" * 3000, "NaN", "0,0,1,1"])

@@ -142,6 +142,11 @@ def test_boxes_of_numpy_become_plain_integers() -> None:
     assert check_boxes(iter([range(4)])) == ((0, 1, 2, 3),)
 
 
+def test_integer_that_python_does_not_write_is_refused() -> None:
+    with pytest.raises(ValueError, match="box 0 is a value of the type list; boxes are each four integers"):
+        check_boxes([[0, 0, 1, 10**5000]])
+
+
 def test_memory_is_reserved_until_the_last_box() -> None:
     image, memory = make_jpeg(600, 400), DecodeMemory(1 << 28)
     with open_for_boxes(image, memory):
@@ -192,3 +197,14 @@ def test_largest_image_with_a_box_of_its_size_fits_by_default() -> None:
     assert estimate_boxes_peak_bytes(source, EXACT, [(0, 0, 7_071, 7_071)]) <= limit
     # A box that is larger than any image is refused later, and must not reserve more.
     assert estimate_boxes_peak_bytes(source, EXACT, [(-(2**31), 0, 2**31 - 1, 2**31 - 1)]) <= limit
+
+
+@pytest.mark.parametrize("size", [(20_000, 100), (100, 20_000)])
+def test_box_outside_an_elongated_image_needs_no_memory(size: tuple[int, int]) -> None:
+    """It would otherwise be refused as an image that is too large to decode."""
+    image, memory = encode_image(Image.new("L", size), "PNG"), DecodeMemory(1 << 26)
+    for box in ((0, 0, 20_000, 20_000), (0, 0, 101, 20_000), (5, 5, 5, 2**31 - 1)):
+        with open_upright(image, EXACT, [box], max_pixels=MAX_PIXELS, memory=memory) as upright:
+            assert upright.image.size == size
+            with pytest.raises(BadBox):
+                check_inside([box], size)

@@ -714,3 +714,41 @@ def test_time_of_a_large_item_is_averaged_over_its_size() -> None:
         assert 0 < batcher.drain_seconds(64) <= seconds
 
     asyncio.run(work())
+
+
+def test_large_item_that_failed_counts_as_one_in_the_averages() -> None:
+    """Boxes that are not in their image fail before the model runs."""
+
+    async def work() -> None:
+        lane: Lane[int, int] = Lane(0, 4, weight_max=10, weigh=lambda item: INFINITY)
+        batcher = Batcher(Metrics(CollectorRegistry()))
+        runner = Doubler(is_automatic=False)
+        batcher.add_runner(runner)
+        future = batcher.submit(7, lane, size=64)
+        while not runner.is_busy:
+            await asyncio.sleep(0)
+        started_at = time.monotonic()
+        await asyncio.sleep(0.01)
+        seconds = time.monotonic() - started_at
+        runner.finish_batch()
+        with pytest.raises(ValueError, match="odd"):
+            await future
+        assert lane.seconds_per_item >= seconds
+        assert batcher.drain_seconds(1) >= seconds
+
+    asyncio.run(work())
+
+
+def test_waiting_items_count_by_their_sizes() -> None:
+    async def work() -> None:
+        lane: Lane[int, int] = Lane(0, 4, level=2, weight_max=10, weigh=lambda item: INFINITY)
+        metrics = Metrics(CollectorRegistry())
+        batcher = Batcher(metrics)
+        jobs = [batcher.enqueue(1, lane, lambda *_: None, deadline=INFINITY, size=size) for size in (64, 3)]
+        assert batcher.count_waiting(2) == 67
+        metrics.fold()
+        assert metrics.registry.get_sample_value("fovea_queue_images") == 67
+        batcher.cancel(jobs[0])
+        assert batcher.count_waiting(2) == 3
+
+    asyncio.run(work())

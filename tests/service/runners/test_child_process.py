@@ -26,7 +26,7 @@ from fovea.service.rollout.trial import (
     ShadowTests,
     is_lasting,
 )
-from fovea.service.runners.batch_messages import BatchReport
+from fovea.service.runners.batch_messages import BatchReport, ImageRequest, Item
 from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.connection import RunnerConnection
 from fovea.service.runners.frames import receive_frame
@@ -147,11 +147,11 @@ class _Calls:
     def _count_lost(self) -> None:
         self.lost += 1
 
-    def start_batch(self) -> None:
+    def start_batch(self, items: Sequence[Item] = (b"a", b"b")) -> None:
         self.connection.start_batch(
             Lane[Any, Any](3, 4),
-            [b"a", b"b"],
-            [INFINITY, INFINITY],
+            items,
+            [INFINITY] * len(items),
             exclusive=False,
             separate=False,
             memory=0,
@@ -241,6 +241,26 @@ def test_silent_runner_is_killed(runner: RunnerProcess, caplog: pytest.LogCaptur
     assert (
         f"runner {runner.pid} has not answered for 0.3 s (FOVEA_BATCH_TIMEOUT); it is killed" in caplog.text
     )
+
+
+def test_boxes_have_the_time_of_all_their_batches(
+    runner: RunnerProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nine boxes are three batches of at most four. Otherwise a slow model would lose its runners to them."""
+
+    async def work() -> None:
+        with replace_peer(runner):
+            calls = _Calls(runner, batch_timeout=0.2)
+            await calls.connection.connect()
+            started_at = time.monotonic()
+            calls.start_batch([ImageRequest(b"a", boxes=((0, 0, 1, 1),) * 9)])
+            while not calls.outcomes:
+                await asyncio.sleep(0.001)
+            assert isinstance(calls.outcomes[0], RunnerLost)
+            assert time.monotonic() - started_at >= 0.6
+
+    asyncio.run(work())
+    assert f"runner {runner.pid} has not answered for 0.6 s (FOVEA_BATCH_TIMEOUT)" in caplog.text
 
 
 def test_request_to_a_dying_runner_fails_at_once(runner: RunnerProcess) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import ModelError
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import Batch, ImageRequest, Item
@@ -126,6 +127,22 @@ def test_runner_and_service_agree_that_boxes_run_alone(classifier: Classifier, t
         pending = [_PendingBatch(0, lambda _: None, lane, [item], False) for item in items]
         assert _count_suspects(pending) == (3 if boxed not in items else 1)
     asyncio.run(classifier.close())
+
+
+def test_boxes_share_the_queue_time_of_their_image(classifier: Classifier) -> None:
+    async def work() -> None:
+        await classifier.start()
+        try:
+            record, (model,) = RequestRecord("POST", {}), classifier.catalog.models
+            image = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),) * 3)
+            await classifier.classify_images([image], model, on_answer=record.add_image)
+            assert record.images == 3
+            names = [stage.name for stage in record.stages]
+            assert {name: names.count(name) for name in names} == {"queue": 1, "decode": 3, "inference": 3}
+        finally:
+            await classifier.close()
+
+    asyncio.run(work())
 
 
 def test_many_boxes_wait_behind_cheap_images(classifier: Classifier) -> None:
