@@ -58,7 +58,7 @@ def run_classify(
 ) -> subprocess.CompletedProcess[str]:
     """Run `fovea classify` with small parts in a process.
 
-    The process kills itself (SIGKILL) when it has written `kill_after` chunks, of eight images each.
+    The process kills itself (SIGKILL) when it has written `kill_after` chunks, of sixteen images each.
     """
     return subprocess.run(
         [sys.executable, "-c", _RUN, "classify", *arguments],

@@ -74,7 +74,7 @@ def test_killed_run_is_resumed_with_the_same_bytes(
     for kill in range(kills):
         # The processor count of a machine that goes on may be another one.
         runners = {"FOVEA_RUNNERS": str(1 + kill % 3)}
-        chunks = choose.randint(0, IMAGES // 8 // kills)
+        chunks = choose.randint(0, IMAGES // 16 // kills - 1)
         process = run_classify(folder, "--out", out, "--resume", zoo=small_zoo, kill_after=chunks, **runners)
         assert process.returncode == -signal.SIGKILL, (seed, process.stderr)
         assert not out.exists()
