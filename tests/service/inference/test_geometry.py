@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from fovea.service.artifact.geometry import Geometry, PixelPath, find_last_size
 from fovea.service.artifact.geometry_text import parse_steps
+from fovea.service.errors import TooManyPixels
 from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.draft_scale import choose_draft_scale
 from fovea.service.inference.geometry_plan import find_visible_box, plan_step, plan_steps
@@ -217,6 +218,12 @@ def test_exact_equals_the_pipeline_of_the_library(name: str, width: int, height:
     image = make_noise(width, height)
     expected = np.asarray(run_reference(image))
     assert np.array_equal(run_steps(image, make_geometry(text)), expected)
+
+
+def test_border_that_makes_a_strip_huge_is_refused() -> None:
+    geometry = make_geometry("pad aspect 24, resize stretch 24 bilinear")
+    with pytest.raises(TooManyPixels, match="an image of 19999 x 20000 pixels of one of 1 x 20000"):
+        run_steps(Image.new("RGB", (1, 20_000)), geometry)
 
 
 @pytest.mark.parametrize(("height", "rounded"), [(3, 2), (5, 2), (7, 4), (9, 4), (4, 2)])
