@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Final
 
 _SYSTEM_NAMES: Final = frozenset(
@@ -105,6 +106,18 @@ def open_folder(folder: str) -> FolderListing | None:
         return None
 
 
+def _ask(question: Callable[[], bool]) -> bool:
+    """Return the answer about an entry of a folder, or False if the system fails to give one.
+
+    A link to itself, or into a folder without permission, has no answer. The entry then counts as a file,
+    whose reading has the error, and the other entries of the folder are listed.
+    """
+    try:
+        return question()
+    except OSError:
+        return False
+
+
 class FolderListing:
     """The names in a folder, sorted, each with a flag for folders; without clutter and links to folders."""
 
@@ -118,9 +131,9 @@ class FolderListing:
                 for entry in entries:
                     if is_clutter(entry.name):
                         continue
-                    if entry.is_dir(follow_symlinks=False):
+                    if _ask(partial(entry.is_dir, follow_symlinks=False)):
                         records.append(entry.name + _FOLDER_MARK)
-                    elif not (entry.is_symlink() and entry.is_dir()):
+                    elif not (_ask(entry.is_symlink) and _ask(entry.is_dir)):
                         records.append(entry.name + _FILE_MARK)
                     if len(records) == _RUN_NAMES:
                         runs.append(self._write_run(records))

@@ -60,9 +60,15 @@ def classify_to_table(
     if not sources:
         raise StartError(f"--out {out} is the only source too; give the table another name")
 
-    def list_all(all_sources: Sequence[str] = sources) -> Iterator[ImageEntry]:
+    def list_all(
+        all_sources: Sequence[str] = sources, *, allow_missing: bool = False
+    ) -> Iterator[ImageEntry]:
         return list_entries(
-            all_sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes
+            all_sources,
+            allowed_hosts=allowed_hosts,
+            column=column,
+            max_bytes=settings.body_bytes,
+            allow_missing=allow_missing,
         )
 
     # Images that were moved may have left nothing that a source names.
@@ -85,7 +91,7 @@ def classify_to_table(
 
     def list_again() -> Iterator[ImageEntry]:
         """List the sources but standard input, which has been read."""
-        yield from list_all([source for source in sources if source != "-"])
+        yield from list_all([source for source in sources if source != "-"], allow_missing=True)
 
     table_tasks = TableTasks(
         tasks,
@@ -118,7 +124,13 @@ def classify_to_terminal(
 ) -> int:
     """Classify all images of the sources one by one, and print the answers. See `classify_images`."""
     settings = load_settings(**overrides)
-    entries = list_entries(sources, allowed_hosts=allowed_hosts, column=column, max_bytes=settings.body_bytes)
+    entries = list_entries(
+        sources,
+        allowed_hosts=allowed_hosts,
+        column=column,
+        max_bytes=settings.body_bytes,
+        allow_missing=True,
+    )
     first = next(entries, None)
     return classify_images(
         entries if first is None else chain([first], entries),

@@ -56,6 +56,9 @@ _KEYWORDS: Final = frozenset({"and", "or", "not", "in", "is", "null", "true", "f
 _LIST_ITEMS: Final = {ColumnType.TEXTS: ColumnType.TEXT, ColumnType.NUMBERS: ColumnType.NUMBER}
 """Type of the values in a list column."""
 
+_MAX_QUOTE: Final = 100
+"""Number of characters of a condition that an error shows."""
+
 _MAX_DEPTH: Final = 50
 """Largest depth of parentheses and of `not`."""
 
@@ -68,8 +71,16 @@ def parse_condition(text: str) -> Condition:
     parser = _Parser(text)
     condition = parser.parse_condition(0)
     if parser.token.kind != "end":
-        raise parser.create_error(f"{parser.token.text!r} is not expected here")
+        raise parser.create_error(f"{_quote(parser.token.text)} is not expected here")
     return condition
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_QUOTE else f"{text[:_MAX_QUOTE]}…"
+
+
+def _quote(text: str) -> str:
+    return repr(_shorten(text))
 
 
 class _Token(NamedTuple):
@@ -103,18 +114,21 @@ class _Parser:
     def create_error(self, problem: str) -> StartError:
         """Return an error that shows the rest of the text."""
         rest = self._text[self.token.start :]
-        place = f"at {rest!r}" if rest.strip() else "at the end"
-        return StartError(f"--where {self._text!r}: {problem} ({place})")
+        return self._create_error_at(rest, problem)
+
+    def _create_error_at(self, rest: str, problem: str) -> StartError:
+        place = f"at {_quote(rest)}" if rest.strip() else "at the end"
+        return StartError(f"--where {_quote(self._text)}: {problem} ({place})")
 
     def _split(self) -> list[_Token]:
         tokens: list[_Token] = []
-        position = 0
-        while self._text[position:].strip():
+        position, end = 0, len(self._text.rstrip())
+        while position < end:
             match = _TOKEN.match(self._text, position)
             if match is None:
                 rest = self._text[position:].lstrip()
                 problem = "a text has no end" if rest[0] in "'\"" else f"{rest[0]!r} is not expected"
-                raise StartError(f"--where {self._text!r}: {problem} (at {rest!r})")
+                raise self._create_error_at(rest, problem)
             kind = str(match.lastgroup)
             text, start = match[kind], match.start(kind)
             if kind == "word" and text.lower() in _KEYWORDS and text not in COLUMN_TYPES:
@@ -208,7 +222,7 @@ class _Parser:
         if kind == "number":
             literal, value_type = float(text), ColumnType.NUMBER
             if not math.isfinite(literal):
-                raise self.create_error(f"{text} is too large")
+                raise self.create_error(f"{_shorten(text)} is too large")
         elif kind == "text":
             literal, value_type = text[1:-1].replace(text[0] * 2, text[0]), ColumnType.TEXT
         elif kind == "keyword" and text in ("true", "false"):
@@ -219,16 +233,16 @@ class _Parser:
             self._index += 1
             return _Value(COLUMN_TYPES[text], operator.attrgetter(text), text, True)
         else:
-            problem = f"{text!r} is not expected here" if token.kind != "end" else "a value is missing"
+            problem = f"{_quote(text)} is not expected here" if token.kind != "end" else "a value is missing"
             raise self.create_error(problem)
         self._index += 1
-        return _Value(value_type, lambda _: literal, text, False)
+        return _Value(value_type, lambda _: literal, _shorten(text), False)
 
     def _create_column_error(self, name: str) -> StartError:
         nearest = difflib.get_close_matches(name, COLUMN_TYPES, n=1)
         advice = f"did you mean {nearest[0]}? " if nearest else ""
         return self.create_error(
-            f"there is no column {name}; {advice}the columns are {', '.join(COLUMN_TYPES)}. "
+            f"there is no column {_shorten(name)}; {advice}the columns are {', '.join(COLUMN_TYPES)}. "
             "Put a text in quotes"
         )
 

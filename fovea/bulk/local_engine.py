@@ -6,11 +6,11 @@ import hashlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from fovea.bulk.engine import ClassifiedChunk, is_skipped
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.inputs.basic_entries import count_held_bytes
 from fovea.bulk.row_maker import RowMaker
 from fovea.bulk.rows import Row
 from fovea.bulk.table_facts import TableFacts
@@ -40,7 +40,19 @@ _BATCH_PIXELS: Final = 1 << 14
 """Pixels of all inputs in a batch that is larger than the service's. Batches of large inputs gain nothing."""
 
 _CHUNKS_PER_THREAD: Final = 4
-"""Number of chunks for each thread that are read, running or waiting to be written: the limit of memory."""
+"""Number of chunks for each thread that are read, running or waiting to be written."""
+
+_HELD_BYTES: Final = 256 << 20
+"""Bytes of images that their entries hold, above which no further chunk is taken from the sources.
+
+One chunk may exceed the limit: a chunk is cut by position, so that the batches are always the same.
+"""
+
+
+class _PendingChunk(NamedTuple):
+    future: Future[ClassifiedChunk]
+    held_bytes: int
+    """Bytes of the images that the chunk's entries hold."""
 
 
 class LocalEngine:
@@ -65,7 +77,6 @@ class LocalEngine:
         self.contract = model.contract
         """Description of the model."""
         self._row_maker = RowMaker(model, top_k, coverage)
-        self.contract = model.contract
         self._batch_size = predictor.loaded_model.batch_max
         self._threads = model.load.plan.processes
         self.facts = TableFacts(
@@ -104,15 +115,27 @@ class LocalEngine:
     def classify(self, chunks: Iterator[Sequence[ImageEntry]]) -> Generator[ClassifiedChunk, None, None]:
         """Yield the rows of each chunk, in order. Raises `ModelError` if the graph does not run."""
         limit = _CHUNKS_PER_THREAD * self._threads
-        pending: deque[Future[ClassifiedChunk]] = deque()
+        pending: deque[_PendingChunk] = deque()
+        held_bytes = 0
         executor = ThreadPoolExecutor(self._threads, thread_name_prefix="bulk")
+
+        def fill() -> None:
+            nonlocal held_bytes
+            while len(pending) < limit and held_bytes < _HELD_BYTES:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                size = sum(map(count_held_bytes, chunk))
+                held_bytes += size
+                pending.append(_PendingChunk(executor.submit(self._classify_chunk, chunk), size))
+
         try:
-            for chunk in islice(chunks, limit):
-                pending.append(executor.submit(self._classify_chunk, chunk))
+            fill()
             while pending:
-                result = pending.popleft().result()
-                if (next_chunk := next(chunks, None)) is not None:
-                    pending.append(executor.submit(self._classify_chunk, next_chunk))
+                future, size = pending.popleft()
+                result = future.result()
+                held_bytes -= size
+                fill()
                 yield result
         finally:
             executor.shutdown(cancel_futures=True)
@@ -124,15 +147,20 @@ class LocalEngine:
         return ClassifiedChunk([entry.name for entry in entries], rows)
 
     def _classify_batch(self, entries: Sequence[ImageEntry]) -> Iterator[Row | None]:
-        contents: list[bytes] = []
         errors: list[RequestError | FileError | None] = []
-        for entry in entries:
-            try:
-                contents.append(entry.read(self._max_bytes))
+
+        def read_all() -> Iterator[bytes]:
+            for entry in entries:
+                try:
+                    content = entry.read(self._max_bytes)
+                except (RequestError, FileError) as error:
+                    errors.append(error.with_traceback(None))  # its frames would keep the content alive
+                    continue
                 errors.append(None)
-            except (RequestError, FileError) as error:
-                errors.append(error.with_traceback(None))  # its frames would keep the content alive
-        answers = iter(self._predictor.predict_batch(contents).answers if contents else ())
+                yield content
+                del content  # before the next one is read
+
+        answers = iter(self._predictor.predict_stream(read_all()).answers)
         for entry, read_error in zip(entries, errors, strict=True):
             outcome = next(answers) if read_error is None else read_error
             name = entry.name

@@ -19,7 +19,7 @@ from fovea.bulk.comparison.html_report import write_html_report
 from fovea.bulk.comparison.terminal_report import print_comparison
 from fovea.bulk.comparison.thumbnails import make_thumbnails
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.basic_entries import FileEntry
+from fovea.bulk.inputs.basic_entries import FileEntry, to_path
 from fovea.bulk.rows import Row
 from fovea.bulk.sorting.names import name_folders
 from fovea.bulk.sorting.plan import plan_sorting
@@ -131,7 +131,8 @@ class TableTasks:
         contract = self._contract
         comparison = compare_rows(rows, contract.labels, contract.task, contract.thresholds)
         print_comparison(Console(highlight=False), comparison)
-        files = (FileEntry(one.path) for one in comparison.mistakes if os.path.lexists(one.path))
+        paths = (to_path(one.path) for one in comparison.mistakes)
+        files = (FileEntry(path) for path in paths if os.path.lexists(path))
         thumbnails = make_thumbnails(
             chain(files, self._list_entries()),  # sources are listed for images that are no files
             comparison.mistakes,

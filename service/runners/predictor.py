@@ -140,13 +140,33 @@ class Predictor:
         requests = [image for image in images if isinstance(image, ImageRequest)]
         if any(request.boxes is not None for request in requests):
             return self._predict_with_boxes(images, exclusive=exclusive)
-        timed_inputs = list(self._map_images(self._prepare_image, images))
-        include_logits = any(request.include_logits for request in requests)
+        return self._predict_inputs(
+            list(self._map_images(self._prepare_image, images)),
+            exclusive=exclusive,
+            include_logits=any(request.include_logits for request in requests),
+        )
+
+    def predict_stream(self, images: Iterable[Image]) -> BatchReport:
+        """Decode and run one batch like `predict_batch`, and take each image when the one before is decoded.
+
+        So one encoded image is in memory at a time, unless the plan has several `decode_threads`.
+        """
+        inputs = list(self._map_images(self._prepare_image, images))
+        return self._predict_inputs(inputs, exclusive=False, include_logits=False)
+
+    def _predict_inputs(
+        self,
+        timed_inputs: Sequence[tuple[_Input | RequestError, float, float]],
+        *,
+        exclusive: bool,
+        include_logits: bool,
+    ) -> BatchReport:
+        """Run the model once for each tensor among the inputs. Errors among them stay in their places."""
         calls = {}
         for tensor in self._engine.tensors:
             inputs = [
-                (one, *times)
-                for one, *times in timed_inputs
+                (one, started_at, seconds)
+                for one, started_at, seconds in timed_inputs
                 if isinstance(one, _Input) and one.tensor is tensor
             ]
             if inputs:

@@ -106,8 +106,8 @@ class StoreFile:
 
     @property
     def name(self) -> str:
-        """The URI."""
-        return self.uri
+        """The URI as text."""
+        return to_text(self.uri)
 
     @contextmanager
     def open(self) -> Iterator[OpenFile]:

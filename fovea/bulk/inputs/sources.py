@@ -10,7 +10,7 @@ from functools import partial
 from typing import BinaryIO, Final, Protocol
 
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.basic_entries import MAX_IMAGE_BYTES, FailedEntry, FileEntry, to_text
+from fovea.bulk.inputs.basic_entries import MAX_IMAGE_BYTES, FailedEntry, FileEntry, describe_error, to_text
 from fovea.bulk.inputs.csv_table import check_csv, count_csv_rows, list_csv_images
 from fovea.bulk.inputs.name_list import read_names
 from fovea.bulk.inputs.parquet_table import check_parquet, count_parquet_rows, list_parquet_images
@@ -55,6 +55,7 @@ def list_entries(
     stdin: BinaryIO | None = None,
     resolver: Resolver | None = None,
     max_bytes: int = MAX_IMAGE_BYTES,
+    allow_missing: bool = False,
 ) -> Iterator[ImageEntry]:
     """Yield the images of sources, in a stable order, in bounded memory.
 
@@ -68,9 +69,10 @@ def list_entries(
     archives in stores, and tables that have images in them; those of more than `max_bytes` bytes are passed
     over. What cannot be read becomes an entry whose `read` raises `FileError`.
 
-    Raises `StartError` before the first entry for a source that can give nothing.
+    Raises `StartError` before the first entry for a source that can give nothing. With `allow_missing`, an
+    image file that does not exist is an entry instead.
     """
-    options = _Options(HttpsAccess(tuple(allowed_hosts), resolver), column, max_bytes, stdin)
+    options = _Options(HttpsAccess(tuple(allowed_hosts), resolver), column, max_bytes, stdin, allow_missing)
     created = [_create_source(text, options) for text in sources]
     if list(sources).count(STANDARD_INPUT) > 1:
         raise StartError("- can be named only once: standard input has one list")
@@ -109,6 +111,7 @@ class _Options:
     column: str | None = None
     max_bytes: int = MAX_IMAGE_BYTES
     stdin: BinaryIO | None = None
+    allow_missing: bool = False
 
 
 class _Source(Protocol):
@@ -141,6 +144,31 @@ class _ImageSource(_Unchecked):
 
     def list_entries(self) -> Iterator[ImageEntry]:
         yield self.entry
+
+    def count(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class _FileSource:
+    """An image file of the command line."""
+
+    path: str
+    allow_missing: bool
+
+    def check(self) -> None:
+        """Raise `StartError` if there is no such file: its name may be mistyped."""
+        if self.allow_missing:
+            return
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StartError(f"there is no file or folder {to_text(self.path)!r}") from None
+        except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
+            raise StartError(f"{to_text(self.path)!r}: {describe_error(error)}") from None
+
+    def list_entries(self) -> Iterator[ImageEntry]:
+        yield FileEntry(self.path, is_named=True, may_wait=True)
 
     def count(self) -> int:
         return 1
@@ -353,7 +381,7 @@ def _create_source(text: str, options: _Options) -> _Source:
         return _FolderSource(path)
     if is_pattern(path) and not os.path.lexists(path):
         return _PatternSource(path, options)
-    return _create_collection(path, options) or _ImageSource(FileEntry(path, is_named=True))
+    return _create_collection(path, options) or _FileSource(path, options.allow_missing)
 
 
 def _create_collection(path: str, options: _Options) -> _Source | None:

@@ -61,7 +61,7 @@ def list_store(uri: str, pattern: PathPattern | None = None) -> Iterator[ImageEn
             ):
                 yield StoreEntry(uri, stored.path, stored.size)
     except StoreError as error:
-        yield FailedEntry(uri, str(error))
+        yield FailedEntry(to_text(uri), str(error))
 
 
 def create_store_entry(uri: str) -> StoreEntry:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.basic_entries import FileEntry
+from fovea.bulk.inputs.basic_entries import FileEntry, to_path
 from fovea.bulk.sorting.names import generate_names
 from fovea.bulk.sorting.placing import (
     compute_digest,
@@ -194,17 +194,12 @@ class Sorter:
         if self._was_moved(planned):
             remove_partial(planned.target, compute_digest(planned.source))
             return Outcome.PRESENT
-        source = planned.source
+        source = to_path(planned.source)
         if not os.path.lexists(source):
-            try:
-                entry = self._find_entry(source)
-            except FileError:
-                if self._action is Action.MOVE and _has_target(planned):
-                    return Outcome.PRESENT
-                raise
+            entry = self._find_entry(planned.source)
             if not isinstance(entry, FileEntry):
                 return self._write_entry(planned, entry)
-            source = entry.path  # a name that is not UTF-8 is written with escapes in the table
+            source = entry.path  # it came back in this moment
             self._check_movable(source)
         planned.target.parent.mkdir(parents=True, exist_ok=True)
         digest = compute_digest(planned.source)
@@ -237,8 +232,8 @@ class Sorter:
 
     def _was_moved(self, planned: PlannedFile) -> bool:
         """Return whether an earlier run moved this image. Raises `FileError` if it cannot be moved."""
-        source = planned.source
-        if self._action is Action.COPY or _may_have_another_name(source):
+        source = to_path(planned.source)
+        if self._action is Action.COPY:
             return False
         if os.path.lexists(source):
             self._check_movable(source)
@@ -275,15 +270,16 @@ class Sorter:
         """
         if self._was_moved(planned):
             return None
+        path = to_path(planned.source)
         for candidate in _list_targets(planned):
             source = claimed.get(candidate)
             if source is None and not os.path.lexists(candidate):
                 return candidate
-            if source is None and is_same_entry(planned.source, candidate):
+            if source is None and is_same_entry(path, candidate):
                 return None
             if self._action is Action.COPY:
                 with suppress(OSError):  # an image in an archive is no file
-                    if has_same_content(planned.source, candidate if source is None else Path(source)):
+                    if has_same_content(path, candidate if source is None else Path(to_path(source))):
                         return None
         raise FileError(f"{_MAX_NAMES} files have its name in {planned.target.parent}")
 
@@ -308,11 +304,6 @@ class Sorter:
             yield
         finally:
             os.close(descriptor)
-
-
-def _may_have_another_name(source: str) -> bool:
-    """Return whether this may be the text for a file whose name is not UTF-8."""
-    return "\\x" in source and not os.path.lexists(source)
 
 
 def _is_uri_or_member(source: str) -> bool:

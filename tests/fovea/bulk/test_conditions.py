@@ -92,10 +92,29 @@ def test_condition_selects(text: str, cat: bool, error: bool) -> None:
 def test_mistake_is_named_with_its_place(text: str, message: str) -> None:
     with pytest.raises(StartError) as error:
         parse_condition(text)
-    start = f"--where {text!r}: "
+    start = f"--where {text if len(text) <= 100 else text[:100] + '…'!r}: "
     assert str(error.value).startswith(start)
     rest = str(error.value)[len(start) :]
     assert rest.startswith(message) or re.match(message, rest), rest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "label = 'cat' " * 10_000,
+        f"label = {'x' * 100_000}",
+        f"label > {'9' * 100_000}",
+        f"'{'x' * 100_000}'",
+        f"label = 'cat' '{'x' * 100_000}'",
+        f"label = '{'x' * 100_000}",
+        f"width = '{'x' * 100_000}'",
+        f"known ; {'x' * 100_000}",
+    ],
+)
+def test_long_condition_is_shown_by_its_start(text: str) -> None:
+    with pytest.raises(StartError, match="…") as error:
+        parse_condition(text)
+    assert len(str(error.value)) < 600
 
 
 def test_unknown_column_lists_all_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fovea.bulk import local_engine
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.inputs.basic_entries import BytesEntry as HeldEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.errors import FileError, ModelError
 from fovea.service.cli import load_live_model
@@ -78,6 +81,86 @@ def test_images_in_memory_are_few_however_many_there_are(small_zoo: Path, entrie
         received += 1
         assert listed - received <= 8
     assert received == listed == -(-3000 // engine.chunk_size)
+
+
+class Content(bytes):
+    """An encoded image that counts how many bytes of its kind are in memory."""
+
+    alive = most_alive = 0
+    lock = threading.Lock()
+
+    def __new__(cls, content: bytes) -> Content:
+        with cls.lock:
+            Content.alive += len(content)
+            Content.most_alive = max(Content.most_alive, Content.alive)
+        return super().__new__(cls, content)
+
+    def __del__(self) -> None:
+        with self.lock:
+            Content.alive -= len(self)
+
+    @classmethod
+    def forget(cls) -> None:
+        gc.collect()
+        Content.alive = Content.most_alive = 0
+
+
+IMAGE_BYTES = 100_000
+
+
+def make_large_image(number: int) -> Content:
+    """Return an image with much behind its end; some images are broken."""
+    content = make_jpeg(30, 40, number) if number % 5 else b"\xff\xd8\xff"
+    return Content(content.ljust(IMAGE_BYTES, b"\0"))
+
+
+def test_bytes_that_entries_hold_are_few_however_many_threads_there_are(
+    small_zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed archive of some MB may unpack to members of 64 MB each."""
+    engine = make_engine(small_zoo, 8)
+    limit = 3 * engine.chunk_size * IMAGE_BYTES
+    monkeypatch.setattr(local_engine, "_HELD_BYTES", limit)
+    count = 20 * engine.chunk_size + 3
+    Content.forget()
+
+    def list_chunks() -> Iterator[Sequence[ImageEntry]]:
+        entries = (HeldEntry(f"{number}.jpg", make_large_image(number)) for number in range(count))
+        while chunk := list(islice(entries, engine.chunk_size)):
+            yield chunk
+            del chunk
+
+    names = [name for chunk in engine.classify(list_chunks()) for name in chunk.names]
+    assert names == [f"{number}.jpg" for number in range(count)]
+    chunk_bytes = engine.chunk_size * IMAGE_BYTES
+    assert chunk_bytes <= Content.most_alive <= limit + chunk_bytes
+
+
+def test_each_thread_holds_one_file(small_zoo: Path) -> None:
+    @dataclass(frozen=True)
+    class LargeFile:
+        number: int
+        is_named: bool = False
+
+        @property
+        def name(self) -> str:
+            return f"{self.number}.jpg"
+
+        def read(self, max_bytes: int) -> bytes:
+            if self.number % 7 == 0:
+                raise FileError("gone")
+            return make_large_image(self.number)
+
+    engine = make_engine(small_zoo, 2)
+    Content.forget()
+    files = [LargeFile(number) for number in range(10 * engine.chunk_size)]
+    rows = [row for chunk in engine.classify(cut(files, engine.chunk_size)) for row in chunk.rows]
+    errors = [row.error for row in rows if row is not None]
+    assert errors == [
+        "unreadable_file" if number % 7 == 0 else None if number % 5 else "bad_image"
+        for number in range(len(files))
+    ]
+    assert IMAGE_BYTES <= Content.most_alive <= 2 * IMAGE_BYTES
 
 
 def test_closed_engine_leaves_no_thread(small_zoo: Path, entries: list[BytesEntry]) -> None:

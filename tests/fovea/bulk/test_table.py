@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_rows_are_the_answers_of_the_python_api(
     out = tmp_path / "deep" / f"out{suffix}"
     options = ("--models", small_zoo, "--coverage", 0.9, "--top-k", 3)
     nowhere = tmp_path / "nowhere.txt"
+    nowhere.symlink_to("further")
     assert command("classify", album, nowhere, "--out", out, *options) == 0
     assert capsys.readouterr().out.startswith(
         f"wrote {out}: 18 images, 4 errors, skipped 1 file without an image in "
@@ -235,6 +237,8 @@ MISTAKES = {
     "--out folder.csv": "--out is the folder folder.csv; give the name of a file in it",
     "--out file/out.csv": "cannot write file/.out.csv.parts: Not a directory",
     "--out out.csv --coverage 0.91": "coverage 0.91 is not one of 0.5, 0.9, 0.95",
+    "--out out.csv photoss": "there is no file or folder 'photoss'",
+    "--out out.csv ''": "there is no file or folder ''",
     "--out out.csv --model dog": "there is no model 'dog'; there are small",
 }
 
@@ -253,7 +257,7 @@ def test_mistake_is_one_sentence(
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    assert command("classify", album, "--models", small_zoo, *options.split()) == 2
+    assert command("classify", album, "--models", small_zoo, *shlex.split(options)) == 2
     assert read_error_line(capsys) == f"fovea: {MISTAKES[options]}\n"
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -148,6 +148,23 @@ def test_images_that_fail_give_exit_code_1(
     assert f"fovea: {photos / 'Bee' / '1.jpg'}: " in captured.err
 
 
+def test_image_that_is_gone_keeps_no_other_from_being_sorted(
+    command: Command, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even if it was named on the command line: the sources are listed again for the archive."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(photos / "ant" / "1.jpg", "ant/1.jpg")
+    gone = photos / "Bee" / "1.jpg"
+    arguments = ("classify", gone, tmp_path / "photos.zip", "--out", tmp_path / "table.csv")
+    assert command(*arguments) == 0
+    gone.unlink()
+    assert command(*arguments, "--resume", "--copy-to", tmp_path / "sorted") == 1
+    captured = capsys.readouterr()
+    assert "copied 1 image into" in captured.out
+    assert f"fovea: {gone}: No such file or directory" in captured.err
+    assert sum(map(len, read_folders(tmp_path / "sorted").values())) == 1
+
+
 def test_images_of_an_archive_are_compared_with_thumbnails_and_copied(
     command: Command, photos: Path, small_zoo: Path, tmp_path: Path
 ) -> None:
@@ -249,13 +266,14 @@ def test_file_names_that_are_not_utf8_are_sorted(
     for folder in ("ant", "Bee"):
         (photos / folder / "0.jpg").rename(os.fsdecode(os.fsencode(photos / folder) + b"/caf\xe9.jpg"))
     (photos / "ant" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(make_jpeg(50, 30, seed=99))
+    (photos / "ant" / r"caf\xe9.jpg").write_bytes(make_jpeg(40, 30, seed=77))
     expected = expect_folders(photos, classify_images(small_zoo, photos))
     arguments = ("classify", photos, "--out", tmp_path / "table.csv", option, tmp_path / "sorted")
     assert command(*arguments) == 0
     assert read_folders(tmp_path / "sorted") == expected
     assert command(*arguments, "--resume") == 0
     assert read_folders(tmp_path / "sorted") == expected
-    assert len(list(photos.rglob("*.jpg"))) == (0 if option == "--move-to" else 12)
+    assert len(list(photos.rglob("*.jpg"))) == (0 if option == "--move-to" else 13)
 
 
 def test_everything_works_without_pytorch(photos: Path, small_zoo: Path, tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from fovea.bulk.inputs import count_entries, list_entries
+from fovea.bulk.inputs.basic_entries import to_path
 from fovea.errors import StartError
 from fovea.service import image_folders
 from fovea.service.image_folders import FolderListing, walk_folder
@@ -42,18 +46,40 @@ def test_folder_is_listed_in_the_order_of_names(album: Path) -> None:
 
 def test_named_files_and_folders_keep_their_order(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(album)
-    entries = list(list_entries(["b.jpg", "./a/", "b.jpg", "missing.jpg"]))
+    (album / "lost.jpg").symlink_to("nowhere")
+    entries = list(list_entries(["b.jpg", "./a/", "b.jpg", "lost.jpg"]))
     assert [(entry.name, entry.is_named) for entry in entries] == [
         ("b.jpg", True),
         ("a/1.jpg", False),
         ("a/2.jpg", False),
         ("b.jpg", True),
-        ("missing.jpg", True),
+        ("lost.jpg", True),
     ]
-    assert read_sources("missing.jpg") == [
-        ("missing.jpg", "unreadable_file: the file cannot be read: No such file or directory")
+    assert read_sources("lost.jpg") == [
+        ("lost.jpg", "unreadable_file: the file cannot be read: No such file or directory")
     ]
+    (album / "lost.jpg").unlink()
     assert list_names(".") == ALBUM
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("photoss", "there is no file or folder 'photoss'"),
+        ("b.jpg/x", "there is no file or folder 'b.jpg/x'"),
+        ("", "there is no file or folder ''"),
+        ("x" * 300, "File name too long"),
+        ("a\0b.jpg", "embedded null byte"),
+    ],
+)
+def test_mistyped_source_is_refused_before_the_first_image(
+    source: str, message: str, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(album)
+    with pytest.raises(StartError, match=message):
+        list_entries(["b.jpg", source])
+    (name, row), _ = read_sources(source, "b.jpg", allow_missing=True)
+    assert (name, str(row)[:41]) == (source, "unreadable_file: the file cannot be read:")
 
 
 def test_clutter_and_links_to_folders_are_left_out(album: Path) -> None:
@@ -72,6 +98,47 @@ def test_clutter_and_links_to_folders_are_left_out(album: Path) -> None:
     assert rows[f"{album}/lost.jpg"] == "unreadable_file: the file cannot be read: No such file or directory"
 
 
+def test_link_that_leads_nowhere_costs_only_itself(album: Path) -> None:
+    """The system does not say whether a link to itself is a folder's."""
+    (album / "a" / "1.5.jpg").symlink_to("1.5.jpg")
+    (album / "round").symlink_to("about")
+    (album / "about").symlink_to("round")
+    loop = "unreadable_file: the file cannot be read: Too many levels of symbolic links"
+    expected = {f"{album}/{name}": name.encode() for name in ALBUM} | {
+        f"{album}/{name}": loop for name in ("a/1.5.jpg", "about", "round")
+    }
+    assert read_sources(album) == sorted(expected.items(), key=lambda row: row[0].split("/"))
+    assert dict(read_sources(album / "**" / "*")) == expected
+
+
+def test_entry_that_the_system_does_not_describe_is_a_file(
+    album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network drives list names without their types; the question for a type may fail."""
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry, self.name = entry, entry.name
+
+        def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+            if self.name == "b.jpg":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return self._entry.is_dir(follow_symlinks=follow_symlinks)
+
+        def is_symlink(self) -> bool:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    scan_folder = os.scandir
+
+    @contextmanager
+    def scan(folder: str) -> Iterator[Iterator[Entry]]:
+        with scan_folder(folder) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert list_names(album) == [f"{album}/{name}" for name in ALBUM]
+
+
 def test_pipe_in_a_folder_does_not_stop_the_run(album: Path) -> None:
     os.mkfifo(album / "pipe")
     rows = dict(read_sources(album))
@@ -85,6 +152,15 @@ def test_named_device_is_read_up_to_the_limit() -> None:
     ]
 
 
+def test_named_pipe_is_read(tmp_path: Path) -> None:
+    """`<(command)` of a shell is one."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as executor:
+        rows = executor.submit(read_sources, tmp_path / "pipe")
+        (tmp_path / "pipe").write_bytes(b"image")
+        assert rows.result(timeout=30) == [(f"{tmp_path}/pipe", b"image")]
+
+
 def test_names_that_are_no_utf8_stay_different(album: Path) -> None:
     for byte in (b"\xe8", b"\xe9"):
         Path(os.fsdecode(os.fsencode(album) + b"/caf" + byte + b".jpg")).write_bytes(byte)
@@ -95,10 +171,28 @@ def test_names_that_are_no_utf8_stay_different(album: Path) -> None:
     assert read_sources(album)[-2] == (f"{album}/caf\\xe9.jpg", b"\xe9")
 
 
-def test_null_byte_in_a_name_is_a_row(album: Path) -> None:
-    assert read_sources("a\0b.jpg") == [
-        ("a\0b.jpg", "unreadable_file: the file cannot be read: embedded null byte")
+def test_name_that_looks_escaped_is_not_that_of_another_file(tmp_path: Path) -> None:
+    names = [
+        b"\xe9",
+        rb"\xe9",
+        rb"\x5cxe9",
+        rb"\\xe9",
+        rb"\x\xe9",
+        b"\\\xe9",
+        "é".encode(),
+        rb"\xE9",
+        rb"\ud800",
     ]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    rows = read_sources(tmp_path)
+    texts = {content: text.removeprefix(f"{tmp_path}/") for text, content in rows}
+    assert len(set(texts.values())) == len(names)
+    assert texts[b"\xe9"] == r"\xe9"
+    assert texts[rb"\xe9"] == r"\x5cxe9"
+    assert texts[rb"\xE9"] == r"\xE9"
+    for text, content in rows:
+        assert to_path(text) == f"{tmp_path}/{os.fsdecode(cast(bytes, content))}"
 
 
 def test_large_folder_is_sorted_in_bounded_memory(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,20 @@ def test_listed_images_are_named() -> None:
     assert [(entry.name, entry.is_named) for entry in entries] == [("a.txt", True), ("b.jpg", True)]
 
 
+def test_listed_pipe_does_not_stop_the_run(tmp_path: Path) -> None:
+    for name in ("pipe", "pipe.jpg"):
+        os.mkfifo(tmp_path / name)
+    names = [f"{tmp_path}/pipe", f"{tmp_path}/pipe.jpg", "/dev/zero"]
+    assert read_sources("-", stdin=io.BytesIO("\n".join(names).encode())) == [
+        (name, "unsupported_format: the file is a device, a pipe or a socket") for name in names
+    ]
+
+
+def test_listed_uri_that_is_no_utf8_is_a_row() -> None:
+    rows = read_sources("-", stdin=io.BytesIO(b"memory://bucket\xe9/a.zip\nmemory://bucket\xe9/a.jpg\n"))
+    assert [name for name, _ in rows] == [rf"memory://bucket\xe9/{name}" for name in ("a.zip", "a.jpg")]
+
+
 def test_list_on_a_terminal_or_twice_is_refused() -> None:
     leader, follower = pty.openpty()
     terminal: Any = open(follower, "rb", buffering=0)  # noqa: PTH123, SIM115

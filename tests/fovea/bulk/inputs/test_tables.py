@@ -139,6 +139,19 @@ def test_names_that_are_no_utf8_are_found_on_disk(folder: Path) -> None:
     assert read_sources(path) == [(f"{folder}/caf\\xe9.jpg", b"coffee")]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_pipe_in_a_table_does_not_stop_the_run(folder: Path, suffix: str) -> None:
+    os.mkfifo(folder / "pipe.jpg")
+    if suffix == "csv":
+        path = write(folder, "path\npipe.jpg\na.jpg\n")
+    else:
+        path = write_parquet(folder / "photos.parquet", path=["pipe.jpg", "a.jpg"])
+    assert read_sources(path) == [
+        (f"{folder}/pipe.jpg", "unsupported_format: the file is a device, a pipe or a socket"),
+        (f"{folder}/a.jpg", b"a.jpg"),
+    ]
+
+
 def test_huge_fields_and_lines_are_rows_in_bounded_memory(folder: Path) -> None:
     limit = csv.field_size_limit()
     long = "x" * (1 << 22)

@@ -127,13 +127,22 @@ def test_clutter_folders_links_and_devices(suffix: str, write: Write) -> None:
 
 @compressed
 def test_names_that_lead_out_and_names_that_are_no_utf8(suffix: str, write: Write) -> None:
-    names = {"../../evil.jpg": PHOTO, "/etc/a.jpg": PHOTO, "caf\udce9.jpg": PHOTO, "a\nb.jpg": PHOTO}
+    names = {
+        "../../evil.jpg": PHOTO,
+        "/etc/a.jpg": PHOTO,
+        "caf\udce9.jpg": PHOTO,
+        r"caf\xe9.jpg": PHOTO,
+        "a\nb.jpg": PHOTO,
+        r"a\x0ab.jpg": PHOTO,
+    }
     path = write(suffix, make_tar({**names}, tarfile.GNU_FORMAT))
     assert [(name, str(content)[:40]) for name, content in read_sources(path)] == [
         (f"{path}/__/__/evil.jpg", "unreadable_file: the file's name leads o"),
         (f"{path}/etc/a.jpg", str(PHOTO)[:40]),
         (f"{path}/caf\\xe9.jpg", str(PHOTO)[:40]),
+        (f"{path}/caf\\x5cxe9.jpg", str(PHOTO)[:40]),
         (f"{path}/a\\x0ab.jpg", str(PHOTO)[:40]),
+        (f"{path}/a\\x5cx0ab.jpg", str(PHOTO)[:40]),
     ]
 
 
