@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any, Literal
 from fovea.bulk.conditions import parse_condition
 from fovea.bulk.engine import Engine
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.finished_table import FinishedTable
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
+from fovea.bulk.inputs.sources import STANDARD_INPUT
 from fovea.bulk.local_engine import LocalEngine
-from fovea.bulk.table_run import TableRun, check_output, is_own_file
-from fovea.bulk.table_tasks import TableTasks, TaskOptions, describe_sources
+from fovea.bulk.recorded_input import RecordedInput
+from fovea.bulk.table_run import TableRun, check_output, leave_out_table
+from fovea.bulk.table_tasks import TableTasks, TaskOptions
 from fovea.bulk.tables.choice import choose_format
-from fovea.errors import StartError
 from fovea.service.cli import classify_images
 from fovea.service.inference.boxes import Boxes
 from fovea.service.settings import load_settings
@@ -48,17 +51,12 @@ def classify_to_table(
     """
     table_format = choose_format(out)
     condition = None if where is None else parse_condition(where)
-    tasks.check(out, may_replace=resume or force)
+    tasks.check(out, may_replace=resume or force, sources=sources)
     is_unfinished = check_output(out, table_format, resume=resume, force=force)
-    if not is_unfinished:
-        print(f"{out} is finished already; --force makes it anew")
-        if not tasks:
-            return 0
     settings = load_settings(**overrides)
-    # A pattern that the shell expands may name the table of an earlier run.
-    sources = [source for source in sources if not is_own_file(source, out)]
-    if not sources:
-        raise StartError(f"--out {out} is the only source too; give the table another name")
+    sources = leave_out_table(sources, out, table_format, is_written=is_unfinished)
+    # Tasks may list the sources again, and standard input has its list only once.
+    stdin = RecordedInput(sys.stdin.buffer) if tasks and STANDARD_INPUT in sources else None
 
     def list_all(
         all_sources: Sequence[str] = sources, *, allow_missing: bool = False
@@ -69,6 +67,7 @@ def classify_to_table(
             column=column,
             max_bytes=settings.body_bytes,
             allow_missing=allow_missing,
+            stdin=None if stdin is None else stdin.open(),
         )
 
     # Images that were moved may have left nothing that a source names.
@@ -80,33 +79,45 @@ def classify_to_table(
         classifier = RayEngine.load(settings, model, top_k=top_k, coverage=coverage, address=address)
     else:
         classifier = LocalEngine.load(settings, model, top_k=top_k, coverage=coverage)
+    table = FinishedTable(out, table_format)
+    run = TableRun(
+        classifier,
+        out,
+        table_format,
+        sources=sources,
+        column=column,
+        where=where,
+        condition=condition,
+        allowed_hosts=allowed_hosts,
+        max_bytes=settings.body_bytes,
+        max_pixels=settings.image_pixels,
+    )
     if is_unfinished:
-        run = TableRun(
-            classifier, out, table_format, sources=sources, column=column, where=where, condition=condition
-        )
         summary = run.write_table(entries, count_entries=lambda: count_entries(sources), resume=resume)
         print(f"wrote {out}: {summary}")
+    else:
+        table.check_options(run.options)
+        # After a move, a new table would have the remaining images only.
+        print(f"{out} is finished already" + ("" if tasks else "; --force makes it anew"))
     if not tasks:
         return 0
 
     def list_again() -> Iterator[ImageEntry]:
-        """List the sources but standard input, which has been read."""
-        yield from list_all([source for source in sources if source != "-"], allow_missing=True)
+        """List the sources again, but no list that nobody writes."""
+        is_silent = stdin is not None and stdin.isatty()
+        yield from list_all(
+            [one for one in sources if one != STANDARD_INPUT or not is_silent], allow_missing=True
+        )
 
     table_tasks = TableTasks(
         tasks,
-        out,
+        table,
         classifier.contract,
         list_entries=list_again,
         max_bytes=settings.body_bytes,
         max_pixels=settings.image_pixels,
     )
-    model_name = f"{classifier.facts.model} version {classifier.facts.version}"
-    facts = {"model": model_name, "SHA-256": classifier.facts.digest, "sources": ", ".join(sources)}
-    if where is not None:
-        facts["only images with"] = where
-    title = f"{model_name} on {describe_sources(sources)}"
-    return int(not table_tasks.run(lambda: table_format.read_rows(out), title=title, facts=facts))
+    return int(not table_tasks.run())
 
 
 def classify_to_terminal(

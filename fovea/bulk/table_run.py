@@ -12,15 +12,14 @@ from typing import Final, TypeVar
 from fovea.bulk.conditions import Condition
 from fovea.bulk.engine import ClassifiedChunk, Engine
 from fovea.bulk.entries import ImageEntry
+from fovea.bulk.finished_table import FinishedTable
+from fovea.bulk.inputs.patterns import PathPattern, is_pattern
 from fovea.bulk.progress import BulkProgress
 from fovea.bulk.rows import Row
+from fovea.bulk.run_options import RunOptions
+from fovea.bulk.table_facts import find_facts_file
 from fovea.bulk.tables.table_format import TableFormat
-from fovea.bulk.unfinished_run import (
-    Counts,
-    RunOptions,
-    UnfinishedRun,
-    find_facts_file,
-)
+from fovea.bulk.unfinished_run import Counts, UnfinishedRun
 from fovea.errors import FoveaError, StartError
 from fovea.service import __version__
 
@@ -61,6 +60,47 @@ def is_own_file(name: str, out: Path) -> bool:
     }
 
 
+def leave_out_table(
+    sources: Sequence[str], out: Path, table_format: TableFormat, *, is_written: bool
+) -> list[str]:
+    """Return the sources without the table `out` of an earlier run and the facts beside it.
+
+    A pattern that the shell expands names them. Raises `StartError` if no source is left. With `is_written`,
+    also if the run would replace a source: a file `out` that is no such table, or that a pattern matches.
+    """
+    own_paths = out, find_facts_file(out)
+    remaining = [
+        source
+        for source in sources
+        if not is_own_file(source, out) and not any(is_same_file(source, path) for path in own_paths)
+    ]
+    if is_written and out.exists():
+        advice = "the run would replace it; give the table another name"
+        if len(remaining) < len(sources) and not FinishedTable(out, table_format).is_readable():
+            raise StartError(f"--out {out} is a source too, and {advice}")
+        for source in remaining:
+            if is_pattern(source) and not os.path.lexists(source) and _matches(source, out):
+                raise StartError(f"--out {out} is a source too, by the pattern {source!r}, and {advice}")
+    if not remaining:
+        raise StartError(f"--out {out} is the only source too; give the table another name")
+    return remaining
+
+
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Return whether two paths lead to one file that exists."""
+    try:
+        return os.path.samefile(one, other)  # noqa: PTH121 - also for names with a null byte
+    except (OSError, ValueError):
+        return False
+
+
+def _matches(pattern: str, path: Path) -> bool:
+    """Return whether a pattern of paths matches the path of a file."""
+    parsed = PathPattern(pattern)
+    folder, location = Path(parsed.folder).resolve(), path.parent.resolve() / path.name
+    return location.is_relative_to(folder) and parsed.matches(location.relative_to(folder).parts)
+
+
 class TableRun:
     """A run that writes one table."""
 
@@ -74,15 +114,24 @@ class TableRun:
         column: str | None = None,
         where: str | None = None,
         condition: Condition | None = None,
+        allowed_hosts: Sequence[str] = (),
+        max_bytes: int,
+        max_pixels: int,
     ) -> None:
-        """Create the run. `sources`, `column` and `where` are the user's words; `condition` is parsed."""
+        """Create the run. `sources`, `column` and `where` are the user's words; `condition` is parsed.
+
+        Images have at most `max_bytes` bytes and `max_pixels` pixels, and are read from `allowed_hosts`.
+        """
         self._engine, self._out, self._condition = engine, out, condition
         self._run = UnfinishedRun(out, table_format)
         self._chunks_per_part = -(-_PART_IMAGES // engine.chunk_size)
-        self._options = RunOptions(
+        self.options = RunOptions(
             sources=tuple(sources),
             column=column,
             where=where,
+            allowed_hosts=tuple(sorted({host.lower() for host in allowed_hosts})),
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
             facts=engine.facts,
             engine=engine.description,
             part_size=self._chunks_per_part * engine.chunk_size,
@@ -104,7 +153,7 @@ class TableRun:
         Raises `StartError` if there are no images, or if the unfinished run has other options or sources;
         `WriteError` for a full disk. Whatever ends the run, its finished parts stay.
         """
-        with self._run.open(self._options, resume=resume):
+        with self._run.open(self.options, resume=resume):
             try:
                 entries = self._leave_out_own_files(entries)
                 self._run.check_names(self._list_finished_names(entries))
@@ -115,8 +164,8 @@ class TableRun:
                     self._write_parts(entries, counts, progress)
                 if not counts.images:
                     self._run.records.clear()
-                    raise StartError(f"there are no images in {', '.join(self._options.sources)}")
-                self._run.finish(self._engine.facts)
+                    raise StartError(f"there are no images in {', '.join(self.options.sources)}")
+                self._run.finish(self.options)
             except (FoveaError, KeyboardInterrupt) as error:
                 self._end_early(error)
                 raise
@@ -144,7 +193,7 @@ class TableRun:
     def _list_finished_names(self, entries: Iterator[ImageEntry]) -> Iterator[Sequence[str]]:
         """Yield the names of the entries in each finished part, which are thereby passed over."""
         for _ in self._run.records:
-            yield [entry.name for entry in islice(entries, self._options.part_size)]
+            yield [entry.name for entry in islice(entries, self.options.part_size)]
 
     def _write_parts(self, entries: Iterator[ImageEntry], counts: Counts, progress: BulkProgress) -> None:
         chunks = _cut(entries, self._engine.chunk_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,17 +20,25 @@ from fovea.bulk.comparison.html_report import write_html_report
 from fovea.bulk.comparison.terminal_report import print_comparison
 from fovea.bulk.comparison.thumbnails import make_thumbnails
 from fovea.bulk.entries import ImageEntry
-from fovea.bulk.inputs.basic_entries import FileEntry, to_path
+from fovea.bulk.finished_table import FinishedTable
+from fovea.bulk.inputs.basic_entries import FileEntry, to_path, to_text
 from fovea.bulk.rows import Row
+from fovea.bulk.run_options import RunOptions
 from fovea.bulk.sorting.names import name_folders
 from fovea.bulk.sorting.plan import plan_sorting
 from fovea.bulk.sorting.sorter import Action, Sorter
+from fovea.bulk.table_facts import find_facts_file
+from fovea.bulk.table_run import is_same_file
 from fovea.errors import StartError
 from fovea.model.evaluation.report_page import REPORT_FILE
 from fovea.service.artifact.contract import Contract
 
 _MAX_FAILURES: Final = 5
 """Number of images that could not be sorted that are named on stderr."""
+
+
+_REPORT_SUFFIXES: Final = frozenset({".html", ".htm"})
+"""Ends of a report's name. With them, no report takes the place of a table or an image."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,10 @@ class TaskOptions:
         """Return the file of the report."""
         return out.with_name(REPORT_FILE) if self.report is None else self.report
 
-    def check(self, out: Path | None, *, may_replace: bool) -> None:
+    def check(self, out: Path | None, *, may_replace: bool, sources: Sequence[str] = ()) -> None:
         """Raise `StartError` for options that contradict each other, before any image is read.
 
-        `may_replace` allows an existing report, as --force and --resume do.
+        `may_replace` allows an existing report, as --force and --resume do. No report replaces a source.
         """
         if self.copy_to is not None and self.move_to is not None:
             raise StartError("--copy-to and --move-to exclude each other; give one of them")
@@ -76,6 +85,10 @@ class TaskOptions:
             report = self.find_report(out)
             if report.is_dir():
                 raise StartError(f"--report is the folder {report}; give the name of a file in it")
+            if report.suffix.lower() not in _REPORT_SUFFIXES:
+                raise StartError(f"--report is {str(report)!r}; end the name with .html")
+            if any(is_same_file(report, one) for one in (*map(Path, sources), out, find_facts_file(out))):
+                raise StartError(f"--report {report} is a source or the table too; give it another name")
             if report.exists() and not may_replace:
                 raise StartError(f"{report} exists; replace it with --force, or name another with --report")
         if self.sorting is not None and self.sorting[1].exists() and not self.sorting[1].is_dir():
@@ -88,46 +101,48 @@ class TableTasks:
     def __init__(
         self,
         options: TaskOptions,
-        out: Path,
+        table: FinishedTable,
         contract: Contract,
         *,
         list_entries: Callable[[], Iterator[ImageEntry]],
         max_bytes: int,
         max_pixels: int,
     ) -> None:
-        """Create the tasks for the table `out` of the model with this contract.
+        """Create the tasks for a table of the model with this contract.
 
         `list_entries` lists the sources once more; images have at most `max_bytes` bytes and `max_pixels`
         pixels.
         """
-        self._options, self._out, self._contract = options, out, contract
+        self._options, self._table, self._contract = options, table, contract
         self._list_entries, self._max_bytes, self._max_pixels = list_entries, max_bytes, max_pixels
 
-    def run(self, read_rows: Callable[[], Iterator[Row]], *, title: str, facts: dict[str, str]) -> bool:
+    def run(self) -> bool:
         """Compare first, because images may then be moved. Return whether all images were sorted.
 
-        `read_rows` reads the table from its beginning; `title` and `facts` are for the report. Raises
-        `StartError` for a table of another model, and `WriteError`.
+        Raises `StartError` for a damaged table and for one with labels of another model, before any image is
+        moved; and `WriteError`.
         """
         if self._options.labels_from is not None:
-            self._compare(self._check_labels(read_rows()), title, facts)
+            self._compare(self._check_rows())
         if self._options.sorting is None:
             return True
+        if self._options.labels_from is None:
+            deque(self._check_rows(), maxlen=0)
         action, folder = self._options.sorting
-        return self._sort(self._check_labels(read_rows()), action, folder)
+        return self._sort(self._table.read_rows(), action, folder)
 
-    def _check_labels(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _check_rows(self) -> Iterator[Row]:
         """Yield the rows. Raises `StartError` for a label that the model does not have."""
         labels = frozenset(self._contract.labels)
-        for row in rows:
+        for row in self._table.read_rows():
             if row.label is not None and row.label not in labels:
                 raise StartError(
-                    f"{self._out} has the label {row.label!r}, which the model does not have: another model "
-                    "made the table; name that model, or make the table anew with --force"
+                    f"{self._table.path} has the label {row.label!r}, which the model does not have: another "
+                    "model made the table, or it was changed; name that model, or another table with --out"
                 )
             yield row
 
-    def _compare(self, rows: Iterator[Row], title: str, facts: dict[str, str]) -> None:
+    def _compare(self, rows: Iterator[Row]) -> None:
         contract = self._contract
         comparison = compare_rows(rows, contract.labels, contract.task, contract.thresholds)
         print_comparison(Console(highlight=False), comparison)
@@ -139,7 +154,8 @@ class TableTasks:
             max_bytes=self._max_bytes,
             max_pixels=self._max_pixels,
         )
-        report = self._options.find_report(self._out)
+        report = self._options.find_report(self._table.path)
+        title, facts = describe_options(self._table.read_options())
         write_html_report(report, comparison, title=title, facts=facts, thumbnails=thumbnails)
         print(f"wrote {report}")
 
@@ -175,6 +191,12 @@ def to_one_name(path: str) -> str:
     return "".join(repr(one)[1:-1] if unicodedata.category(one) in ("Cc", "Cs") else one for one in path)
 
 
-def describe_sources(sources: Sequence[str]) -> str:
-    """Return the sources for the title of a report."""
-    return sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+def describe_options(options: RunOptions) -> tuple[str, dict[str, str]]:
+    """Return the title and the facts of a report on the table of a run with these options."""
+    model = f"{options.facts.model} version {options.facts.version}"
+    sources = list(map(to_text, options.sources))
+    facts = {"model": model, "SHA-256": options.facts.digest, "sources": ", ".join(sources)}
+    if options.where is not None:
+        facts["only images with"] = options.where
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return f"{model} on {''.join(sources[:1])}{more}", facts

@@ -25,50 +25,14 @@ from typing import Any, Final
 
 from fovea.bulk.engine import ClassifiedChunk
 from fovea.bulk.rows import Row
-from fovea.bulk.table_facts import TableFacts
+from fovea.bulk.run_options import RunOptions, describe_difference
+from fovea.bulk.table_facts import find_facts_file
 from fovea.bulk.tables.table_format import RowWriter, TableFormat
 from fovea.errors import FoveaError, StartError
 from fovea.service.atomic_files import WriteError, replace_file, write_file
 from fovea.service.errors import to_one_line
 
 _MANIFEST: Final = "manifest.json"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The sources and options on which every row of a table depends."""
-
-    sources: tuple[str, ...]
-    column: str | None
-    where: str | None
-    facts: TableFacts
-    engine: str
-    """The engine's description of what else the rows depend on."""
-    part_size: int
-    """Number of entries in a part."""
-    fovea: str
-    """Version of Fovea."""
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Return plain values, as JSON returns them."""
-        values = asdict(self)
-        del values["facts"]
-        plain: dict[str, Any] = json.loads(json.dumps(self.facts._asdict() | values))
-        return plain
-
-
-_DESCRIPTIONS: Final = {
-    "fovea": "Fovea's version",
-    "part_size": "the number of images in a part",
-    "sources": "the sources",
-    "column": "--column",
-    "where": "--where",
-    "top_k": "--top-k",
-    "coverage": "--coverage",
-    "digest": "the SHA-256 of the model file",
-    "version": "the model's version",
-}
-"""Descriptions of the manifest's keys in messages, where the key itself does not do."""
 
 
 @dataclass
@@ -127,7 +91,7 @@ class UnfinishedRun:
         with _name_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with _lock_folder(self.folder, self._out):
-            manifest = options.to_manifest()
+            manifest = options.to_metadata()
             if resume and self.exists():
                 self._check_manifest(manifest)
                 self.records = self._read_records()
@@ -142,15 +106,13 @@ class UnfinishedRun:
             previous = json.loads((self.folder / _MANIFEST).read_bytes())
         except (OSError, ValueError) as error:
             raise StartError(f"cannot read {self.folder / _MANIFEST}: {to_one_line(error)}") from None
-        for key, value in manifest.items():
-            if not isinstance(previous, dict) or key not in previous:
-                raise StartError(f"{self.folder} is of another version of Fovea; begin anew with --force")
-            if previous[key] != value:
-                raise StartError(
-                    f"the unfinished run for {self._out} had other options: "
-                    f"{_DESCRIPTIONS.get(key, f'the {key}')} {_format_value(previous[key])}, now "
-                    f"{_format_value(value)}; repeat its options, or begin anew with --force"
-                )
+        if not isinstance(previous, dict) or not manifest.keys() <= previous.keys():
+            raise StartError(f"{self.folder} is of another version of Fovea; begin anew with --force")
+        if difference := describe_difference(previous, manifest, manifest):
+            raise StartError(
+                f"the unfinished run for {self._out} had other options: {difference}; repeat its options, or "
+                "begin anew with --force"
+            )
 
     def _read_records(self) -> list[PartRecord]:
         records: list[PartRecord] = []
@@ -177,14 +139,17 @@ class UnfinishedRun:
         """Return the next part, to be used as a context."""
         return OpenPart(self._find_part(len(self.records)), self._format, self.records)
 
-    def finish(self, facts: TableFacts) -> None:
-        """Join all parts into the table, and remove the folder. Raises `WriteError`."""
+    def finish(self, options: RunOptions) -> None:
+        """Join all parts into the table with the options as its metadata, and remove the folder.
+
+        Raises `WriteError`.
+        """
+        metadata = options.to_metadata()
         parts = [self._find_part(index) for index in range(len(self.records))]
         with _name_write_errors(self._out), replace_file(self._out) as partial:
-            self._format.join_parts(parts, partial, facts)
-        facts_file = find_facts_file(self._out)
+            self._format.join_parts(parts, partial, metadata)
         if not self._format.has_facts():
-            write_file(facts_file, json.dumps(facts._asdict(), indent=1) + "\n")
+            write_file(find_facts_file(self._out), json.dumps(metadata, indent=1) + "\n")
         self.remove()
 
     def remove(self) -> None:
@@ -243,11 +208,6 @@ def find_parts_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
 
 
-def find_facts_file(out: Path) -> Path:
-    """Return the file with the facts of a table whose format has no place for them."""
-    return out.with_name(f"{out.name}-metadata.json")
-
-
 def compute_names_digest(names: Iterable[str]) -> str:
     """Return a digest of names in their order."""
     digest = hashlib.sha256()
@@ -258,12 +218,6 @@ def compute_names_digest(names: Iterable[str]) -> str:
 def _update_digest(digest: Any, names: Iterable[str]) -> None:
     for name in names:
         digest.update(name.encode(errors="surrogatepass") + b"\0")
-
-
-def _format_value(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "unset" if value is None else str(value)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def classify(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="File for the report of --labels-from; default: report.html beside --out."),
+        typer.Option(help="HTML file for the report of --labels-from; default: report.html beside --out."),
     ] = None,
     copy_to: Annotated[
         Path | None, typer.Option(help="Copy each image into a folder of its label below this folder.")

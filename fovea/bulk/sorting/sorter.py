@@ -43,8 +43,9 @@ _MAX_FAILURES: Final = 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a full disk, which the next image would meet too."""
 
-
 _NO_FILE: Final = "it is no file of this machine, so it cannot be moved; use --copy-to"
+
+_GONE: Final = "it is gone: it was deleted or moved elsewhere since the table was made"
 
 
 class Action(Enum):
@@ -238,8 +239,10 @@ class Sorter:
         if os.path.lexists(source):
             self._check_movable(source)
             return False
-        if _is_uri_or_member(source) or not _has_target(planned):
+        if _is_uri_or_member(source):
             raise FileError(_NO_FILE)
+        if not _has_target(planned):
+            raise FileError(_GONE)
         return True
 
     def _check_movable(self, source: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Final
 
 import orjson
 
+from fovea.bulk.columns import COLUMN_TYPES, ColumnType
 from fovea.bulk.rows import Row
-from fovea.bulk.table_facts import TableFacts
 from fovea.bulk.tables.table_format import TableFormat
 
 
@@ -26,7 +26,7 @@ class JsonLinesFormat(TableFormat):
         with path.open("wb") as file:
             yield _JsonLinesWriter(file)
 
-    def join_parts(self, parts: Sequence[Path], out: Path, facts: TableFacts) -> None:
+    def join_parts(self, parts: Sequence[Path], out: Path, metadata: Mapping[str, Any]) -> None:
         """Write all parts into one file."""
         with out.open("wb") as file:
             append_files(parts, file)
@@ -34,9 +34,12 @@ class JsonLinesFormat(TableFormat):
     def read_rows(self, path: Path) -> Iterator[Row]:
         """Yield the rows."""
         with path.open("rb") as file:
-            for line in file:
-                values = orjson.loads(line)
-                yield Row._make(tuple(one) if isinstance(one, list) else one for one in values.values())
+            for number, line in enumerate(file, 1):
+                try:
+                    row = _parse_row(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                yield row
 
 
 class _JsonLinesWriter:
@@ -47,6 +50,36 @@ class _JsonLinesWriter:
         """Append a line for each row."""
         for row in rows:
             self._file.write(orjson.dumps(row._asdict(), option=orjson.OPT_APPEND_NEWLINE))
+
+
+_TYPES: Final[Mapping[ColumnType, type]] = {
+    ColumnType.TEXT: str,
+    ColumnType.NUMBER: float,
+    ColumnType.INTEGER: int,
+    ColumnType.BOOLEAN: bool,
+    ColumnType.TEXTS: str,
+    ColumnType.NUMBERS: float,
+}
+"""Type of a value of each column, or of the items of a list."""
+
+_LISTS: Final = frozenset({ColumnType.TEXTS, ColumnType.NUMBERS})
+
+
+def _parse_row(line: bytes) -> Row:
+    """Return a row. Raises `ValueError`."""
+    values = orjson.loads(line)
+    if not isinstance(values, dict) or values.keys() != COLUMN_TYPES.keys():
+        raise ValueError("it is no object with the columns of a table")
+    for name, column in COLUMN_TYPES.items():
+        value = values[name]
+        if value is None:
+            continue
+        if column in _LISTS:
+            values[name] = value = tuple(value) if isinstance(value, list) else (None,)
+        for one in value if column in _LISTS else (value,):
+            if type(one) is not _TYPES[column]:
+                raise ValueError(f"{name!r} is no {column.value}")
+    return Row(**values)
 
 
 def append_files(parts: Sequence[Path], file: IO[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from fovea.bulk.columns import COLUMN_TYPES, ColumnType
 from fovea.bulk.rows import Row
 from fovea.bulk.table_facts import TableFacts
 from fovea.bulk.tables.table_format import TableFormat
+from fovea.service.errors import to_one_line
 
 _ARROW_TYPES: Final[Mapping[ColumnType, Any]] = {
     ColumnType.TEXT: pa.string(),
@@ -29,6 +31,9 @@ SCHEMA: Final = pa.schema(
 )
 """The columns. `path` is never null."""
 
+_RUN_KEY: Final = b"fovea.run"
+"""Key of the metadata as JSON."""
+
 _COMPRESSION: Final = "zstd"
 
 _PART_VALUES: Final = 1 << 16
@@ -42,7 +47,7 @@ _GROUP_BYTES: Final = 32 << 20
 
 
 class ParquetFormat(TableFormat):
-    """Parquet. The facts are in the metadata of the schema, with keys such as `fovea.digest`."""
+    """Parquet. The schema has the metadata, as `fovea.run`; `fovea.digest` and others are for readers."""
 
     suffix = ".parquet"
 
@@ -54,10 +59,11 @@ class ParquetFormat(TableFormat):
             yield rows
             rows.flush()
 
-    def join_parts(self, parts: Sequence[Path], out: Path, facts: TableFacts) -> None:
+    def join_parts(self, parts: Sequence[Path], out: Path, metadata: Mapping[str, Any]) -> None:
         """Write all parts into one file, in row groups of bounded size."""
+        texts = {key: "" if metadata[key] is None else str(metadata[key]) for key in TableFacts._fields}
         schema = SCHEMA.with_metadata(
-            {f"fovea.{key}": "" if value is None else str(value) for key, value in facts._asdict().items()}
+            {f"fovea.{key}": text for key, text in texts.items()} | {_RUN_KEY: json.dumps(metadata)}
         )
         with _open_writer(out, schema) as writer:
             for table in _group_tables(_read_tables(parts)):
@@ -65,10 +71,21 @@ class ParquetFormat(TableFormat):
 
     def read_rows(self, path: Path) -> Iterator[Row]:
         """Yield the rows."""
-        for table in _read_tables([path]):
-            columns = [column.to_pylist() for column in table.columns]
-            for values in zip(*columns, strict=True):
-                yield Row._make(tuple(one) if isinstance(one, list) else one for one in values)
+        with _name_damage():
+            for table in _read_tables([path]):
+                if not table.schema.equals(SCHEMA):
+                    raise ValueError("it has other columns")
+                columns = [column.to_pylist() for column in table.columns]
+                for values in zip(*columns, strict=True):
+                    yield Row._make(tuple(one) if isinstance(one, list) else one for one in values)
+
+    def read_metadata(self, path: Path) -> Any:
+        """Return the metadata as JSON has them."""
+        with _name_damage():
+            metadata = pq.read_schema(path).metadata or {}
+        if _RUN_KEY not in metadata:
+            raise ValueError("it has no metadata of Fovea")
+        return json.loads(metadata[_RUN_KEY])
 
     def has_facts(self) -> bool:
         """Return True."""
@@ -98,6 +115,19 @@ class _ParquetWriter:
             arrays = [pa.array(column, one.type) for column, one in zip(columns, SCHEMA, strict=True)]
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
             self._rows, self._value_count = [], 0
+
+
+@contextmanager
+def _name_damage() -> Iterator[None]:
+    """Turn pyarrow's errors about the content of a file into `ValueError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # "Unexpected end of stream", and not one of the system
+            raise ValueError(to_one_line(error)) from None
+        raise
+    except pa.ArrowException as error:
+        raise ValueError(to_one_line(error)) from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fovea.bulk.rows import Row
@@ -14,6 +15,9 @@ from tests.servers import ROOT
 
 PART_IMAGES = 16
 """Number of images in a part, so that few images make many parts."""
+
+CHUNK_IMAGES = 8
+"""Number of images in a chunk of `run_classify`: two chunks make a part."""
 
 _RUN = """
 import os, signal, sys
@@ -53,12 +57,23 @@ def read_table(path: Path) -> list[Row]:
     return list(choose_format(path).read_rows(path))
 
 
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Replace the rows of a table, as an editor would: the metadata stay."""
+    table_format = choose_format(path)
+    metadata = table_format.read_metadata(path)
+    part = path.with_name("part")
+    with table_format.open_part(part) as writer:
+        writer.write_rows(rows)
+    table_format.join_parts([part], path, metadata)
+    part.unlink()
+
+
 def run_classify(
     *arguments: str | Path, zoo: Path, kill_after: int = -1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `fovea classify` with small parts in a process.
 
-    The process kills itself (SIGKILL) when it has written `kill_after` chunks, of sixteen images each.
+    The process kills itself (SIGKILL) when it has written `kill_after` chunks of `CHUNK_IMAGES`.
     """
     return subprocess.run(
         [sys.executable, "-c", _RUN, "classify", *arguments],
@@ -66,6 +81,7 @@ def run_classify(
         env={
             **os.environ,
             "FOVEA_MODELS": str(zoo),
+            "FOVEA_BATCH_MAX": str(CHUNK_IMAGES),
             "PART_IMAGES": str(PART_IMAGES),
             "KILL_AFTER": str(kill_after),
             **environment,

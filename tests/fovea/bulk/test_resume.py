@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 import fovea.bulk.table_run
-from fovea.bulk.unfinished_run import UnfinishedRun, find_facts_file, find_parts_folder
+from fovea.bulk.table_facts import find_facts_file
+from fovea.bulk.unfinished_run import UnfinishedRun, find_parts_folder
+from fovea.service.settings import load_settings
 from tests.commands import Command, read_error_line
-from tests.fovea.bulk.tables import PART_IMAGES, read_table, run_classify, write_images
+from tests.fovea.bulk.tables import CHUNK_IMAGES, PART_IMAGES, read_table, run_classify, write_images
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 
-IMAGES = 10 * PART_IMAGES + 5
+IMAGES = 5 * PART_IMAGES + 5
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_killed_run_is_resumed_with_the_same_bytes(
     for kill in range(kills):
         # The processor count of a machine that goes on may be another one.
         runners = {"FOVEA_RUNNERS": str(1 + kill % 3)}
-        chunks = choose.randint(0, IMAGES // 16 // kills - 1)
+        chunks = choose.randint(0, (IMAGES // CHUNK_IMAGES - 1) // kills)
         process = run_classify(folder, "--out", out, "--resume", zoo=small_zoo, kill_after=chunks, **runners)
         assert process.returncode == -signal.SIGKILL, (seed, process.stderr)
         assert not out.exists()
@@ -135,6 +137,14 @@ def test_resumed_run_must_have_the_same_options_and_sources(
     assert refuse(folder, "--coverage", 0.9) == f"{start}--coverage unset, now 0.9{end}"
     assert refuse(folder, "--where", "known") == f"{start}--where unset, now known{end}"
     assert refuse(folder / "0") == f"{start}the sources {folder}, now {folder / '0'}{end}"
+    hosts = ("--allow-host", "b.example", "--allow-host", "A.example")
+    assert refuse(folder, *hosts) == f"{start}--allow-host unset, now a.example, b.example{end}"
+    settings = load_settings()
+    limits = {"FOVEA_BODY_BYTES": settings.body_bytes, "FOVEA_IMAGE_PIXELS": settings.image_pixels}
+    for name, limit in limits.items():
+        with monkeypatch.context() as context:
+            context.setenv(name, "100000")
+            assert refuse(folder) == f"{start}{name} {limit}, now 100000{end}"
     other_zoo = add_to_repository(build_model(seed=1), tmp_path / "zoo")
     assert f"{start}the SHA-256 of the model file " in refuse(folder, "--models", other_zoo)
     added = folder / "0" / "0001a.jpg"

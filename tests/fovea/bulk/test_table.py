@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import sys
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
 import fovea
 from fovea.bulk.rows import Row, create_row
-from fovea.bulk.table_facts import TableFacts
+from fovea.bulk.run_options import RunOptions
+from fovea.bulk.table_facts import TableFacts, find_facts_file
 from fovea.bulk.tables import parquet
 from fovea.bulk.tables.choice import choose_format
-from fovea.bulk.unfinished_run import find_facts_file, find_parts_folder
+from fovea.bulk.unfinished_run import find_parts_folder
 from fovea.service.artifact.contract import Task
 from tests.commands import Command, read_error_line
 from tests.fovea.bulk.tables import read_table, write_images
@@ -26,6 +29,19 @@ from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 
 SUFFIXES = [".parquet", ".csv", ".jsonl"]
+
+METADATA = RunOptions(
+    sources=("photos", "-"),
+    column=None,
+    where="known",
+    allowed_hosts=("a.example",),
+    max_bytes=100,
+    max_pixels=200,
+    facts=TableFacts("m", "1", "d", 5, None),
+    engine="CPU",
+    part_size=8,
+    fovea="1.2.3",
+).to_metadata()
 
 
 @pytest.fixture
@@ -112,21 +128,19 @@ def test_parquet_has_types_and_facts(small_zoo: Path, album: Path, tmp_path: Pat
         "message": "string",
     }
     facts = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-    digest = facts.pop("fovea.digest")
+    digest, run = facts.pop("fovea.digest"), facts.pop("fovea.run")
     assert facts == {
         "fovea.model": "small",
         "fovea.version": "1",
         "fovea.top_k": "5",
         "fovea.coverage": "0.9",
     }
+    assert json.loads(run)["sources"] == [str(album)]
     assert command("classify", album, "--out", tmp_path / "out.csv", "--models", small_zoo) == 0
-    assert json.loads(find_facts_file(tmp_path / "out.csv").read_text()) == {
-        "model": "small",
-        "version": "1",
-        "digest": digest,
-        "top_k": 5,
-        "coverage": None,
-    }
+    metadata = json.loads(find_facts_file(tmp_path / "out.csv").read_text())
+    assert metadata == json.loads(run) | {"coverage": None}
+    assert metadata["digest"] == digest
+    assert (metadata["model"], metadata["version"], metadata["top_k"]) == ("small", "1", 5)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -135,6 +149,8 @@ def test_every_value_survives_every_format(tmp_path: Path, suffix: str) -> None:
         Row("a, \"b\"\n'c'.jpg", "l,1", 0.1, ("l,1", 'ä "2"'), (0.1, 1e-30), ("x",), True, -3.5, 1, 2, "PNG"),
         Row("größe/猫.jpg", "x", 1.0, ("x",), (1.0,), (), False, 0.0, 50_000, 1, "JPEG"),
         Row("z", error="bad_image", message='line\nline, "quoted"'),
+        Row("x\r=1.png", "a\rb", 0.5, ("a\rb", "\r\n"), (0.5, 0.5), ("\r",), None, None, 1, 1, "PNG"),
+        Row("\r", error="bad_image", message="\rline\r"),
     ]
     rows = [
         row._replace(
@@ -151,8 +167,27 @@ def test_every_value_survives_every_format(tmp_path: Path, suffix: str) -> None:
         with table_format.open_part(part) as writer:
             writer.write_rows(rows if number != 1 else [])
     out = tmp_path / f"out{suffix}"
-    table_format.join_parts(parts, out, TableFacts("m", "1", "d", 5, None))
+    table_format.join_parts(parts, out, METADATA)
     assert list(table_format.read_rows(out)) == [*rows, *rows]
+    if table_format.has_facts():
+        assert table_format.read_metadata(out) == METADATA
+
+
+def test_other_programs_read_csv_with_line_breaks_in_names(tmp_path: Path) -> None:
+    """Each row has its cells, and a name cannot begin a row of its own."""
+    names = ["x\r=1.png", "x\n=1.png", "x\r\n=1.png", '"', ","]
+    table_format = choose_format(Path("x.csv"))
+    with table_format.open_part(tmp_path / "part") as writer:
+        writer.write_rows([Row(name, error="bad", message=name) for name in names])
+    table_format.join_parts([tmp_path / "part"], tmp_path / "out.csv", METADATA)
+    arrow_table = pa_csv.read_csv(
+        tmp_path / "out.csv", parse_options=pa_csv.ParseOptions(newlines_in_values=True)
+    )
+    assert arrow_table["path"].to_pylist() == arrow_table["message"].to_pylist() == names
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == ["path", *names]
+    assert {len(row) for row in rows} == {len(Row._fields)}
 
 
 def round_to_float32(value: float) -> float:
@@ -172,7 +207,7 @@ def test_row_groups_are_bounded_and_hold_many_parts(tmp_path: Path) -> None:
             for start in range(0, len(rows), 1000):
                 writer.write_rows(rows[start : start + 1000])
     assert pq.ParquetFile(parts[0]).num_row_groups > 1
-    table_format.join_parts(parts, tmp_path / "out.parquet", TableFacts("m", "1", "d", 5, None))
+    table_format.join_parts(parts, tmp_path / "out.parquet", METADATA)
     with pq.ParquetFile(tmp_path / "out.parquet") as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
     assert sizes == [parquet._GROUP_ROWS, 90_000 - parquet._GROUP_ROWS]

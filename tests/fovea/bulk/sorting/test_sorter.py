@@ -130,6 +130,22 @@ def test_folder_is_sorted_in_place(tmp_path: Path, action: Action) -> None:
     assert read_tree(tmp_path) == expected | ({"dog/2.jpg": "two"} if action is Action.COPY else {})
 
 
+def test_image_that_is_gone_is_no_image_of_an_archive(tmp_path: Path) -> None:
+    """The messages of a move say which of them may be copied instead."""
+    (gone,) = make_files(tmp_path / "in", a__1="one")
+    Path(gone).unlink()
+    (tmp_path / "a.zip").touch()
+    for source, reason in {
+        gone: "it is gone: it was deleted or moved elsewhere since the table was made",
+        f"{tmp_path}/a.zip/1.jpg": "it is no file of this machine, so it cannot be moved; use --copy-to",
+        "s3://bucket/1.jpg": "it is no file of this machine, so it cannot be moved; use --copy-to",
+    }.items():
+        (line,) = make_sorter(tmp_path / "out", Action.MOVE).preview(plan(tmp_path / "out", (source, "cat")))
+        assert (line.target, line.reason) == (None, reason)
+        summary = sort(tmp_path / "out", Action.MOVE, (source, "cat"))
+        assert [failure.message for failure in summary.failures] == [reason]
+
+
 def test_copy_keeps_the_time_and_a_move_keeps_the_file(tmp_path: Path) -> None:
     copied, moved = make_files(tmp_path, one="one", two="two")
     os.utime(copied, (1_000, 1_000))
