@@ -64,7 +64,13 @@ def install_sleep() -> None:
     predict_batch = Predictor.predict_batch
     first_reports: list[BatchReport] = []
 
-    def sleep_instead(self: Predictor, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
+    def sleep_instead(
+        self: Predictor,
+        images: Sequence[Item],
+        *,
+        exclusive: bool = False,
+        deadlines: Sequence[float | None] = (),
+    ) -> BatchReport:
         if not first_reports:
             first_reports.append(predict_batch(self, images[:1], exclusive=exclusive))
         time.sleep(seconds * len(images))

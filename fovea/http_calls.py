@@ -146,7 +146,7 @@ class ClassifyCall:
             first_half = yield from self._send_batch(images[:middle], boxes, path, make_request)
             second_half = yield from self._send_batch(images[middle:], boxes, path, make_request)
             return [*first_half, *second_half]
-        return _parse_results(reply, len(images), self.top_k)
+        return _parse_results(reply, len(images), boxes, self.top_k)
 
 
 def send_with_retries(make_request: Callable[[], httpx.Request], retries: Retries) -> Steps:
@@ -215,26 +215,34 @@ def _unexpected_reply(response: httpx.Response, retry_after: float | None = None
 
 
 def _parse_results(
-    response: httpx.Response, count: int, top_k: int
+    response: httpx.Response, count: int, boxes: Boxes | None, top_k: int
 ) -> list[Result | list[Result] | RequestError]:
-    """Return the results and errors of the `count` images of a request. Raises `UnexpectedReply`."""
+    """Return the results and errors of the `count` images of a request. Raises `UnexpectedReply`.
+
+    With `boxes`, the result of the image is a list of as many results.
+    """
     try:
         reply = json.loads(response.content)
         replies = reply["results"] if count > 1 else [reply]
         if len(replies) != count:
             raise ValueError(f"{len(replies)} results")
-        return [_parse_result(one | {"model": reply["model"]}, top_k) for one in replies]
+        return [_parse_result(one | {"model": reply["model"]}, boxes, top_k) for one in replies]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unexpected_reply(response) from error
 
 
-def _parse_result(reply: dict[str, Any], top_k: int) -> Result | list[Result] | RequestError:
-    if "boxes" in reply:
-        return Result.list_from_reply(reply, top_k)
-    if "error" not in reply:
+def _parse_result(
+    reply: dict[str, Any], boxes: Boxes | None, top_k: int
+) -> Result | list[Result] | RequestError:
+    if "error" in reply:
+        code, message = reply["error"]["code"], reply["error"]["message"]
+        return restore_request_error(code, message) or Internal(f"{code}: {message}")
+    if boxes is None:
         return Result.from_reply(reply, top_k)
-    code, message = reply["error"]["code"], reply["error"]["message"]
-    return restore_request_error(code, message) or Internal(f"{code}: {message}")
+    results = Result.list_from_reply(reply, top_k)
+    if [result.box for result in results] != list(boxes):
+        raise ValueError("the answers are not those of the boxes")
+    return results
 
 
 def _encode_batch(sources: Sequence[Any]) -> list[bytes | ImageError]:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -26,6 +27,7 @@ from fovea.bulk.ray_window import (
     get_cpus,
     iterate_remotely,
     iterate_results,
+    start_heartbeats,
 )
 from fovea.bulk.ray_worker import report_version
 from fovea.errors import FoveaError, StartError
@@ -45,7 +47,17 @@ _ALIVE_INTERVAL: Final = 5.0
 """Time between two looks at the cluster, in seconds."""
 
 _PATIENCE: Final = 60.0
-"""Time without a result in seconds after which a cluster with too few free processors is given up."""
+"""Time without a result and without a worker, in seconds, after which a cluster without free processors is
+given up."""
+
+_HANG_SECONDS: Final = 600.0
+"""Time without a result in seconds after which the run is given up, whatever the cluster does.
+
+A task of 64 slow images takes a minute or two; a worker that reads a pipe waits for ever.
+"""
+
+_REPLY_SECONDS: Final = 10.0
+"""Maximum time in which the actor that hears from the workers replies."""
 
 _PROBE_SECONDS: Final = 90.0
 """Maximum time in which a machine starts a first process that imports Fovea."""
@@ -80,6 +92,10 @@ class _Driver:
         self._is_connected = self._is_running = False
         """Whether there is a cluster, and whether a data set runs."""
         self._iterate_results = iterate_results
+        self._waiting_tasks: list[Sequence[str]] = []
+        """Names of the first entries of each task whose result has not come, the next result's last."""
+        self._heartbeats: Any = None
+        """The actor that hears from the workers."""
 
     def send(self, message: object) -> None:
         """Send a message to the command, from any thread."""
@@ -97,16 +113,17 @@ class _Driver:
         try:
             _check_nodes()
             content = ray.put(np.frombuffer(self._job.content, np.uint8))
+            self._heartbeats = start_heartbeats()
             window = _FIRST_WINDOW
             is_last = False
             while not is_last:
                 self.send(WindowRequest(window))
                 tasks, is_last = self._receive_window()
                 if tasks:
+                    entries = sum(task.entries for task in tasks)
                     started_at = time.monotonic()
                     self._run_window(tasks, content)
-                    speed = window / (time.monotonic() - started_at)
-                    window = max(_FIRST_WINDOW, min(_MAX_WINDOW, int(speed * _WINDOW_SECONDS)))
+                    window = choose_window(entries, time.monotonic() - started_at)
         finally:
             self._is_connected = False
             ray.shutdown()
@@ -125,20 +142,25 @@ class _Driver:
         if self._job.address.startswith("ray://"):
             self._iterate_results = iterate_remotely
 
-    def _receive_window(self) -> tuple[list[bytes], bool]:
-        tasks: list[bytes] = []
+    def _receive_window(self) -> tuple[list[Task], bool]:
+        tasks: list[Task] = []
         while isinstance(message := self._connection.recv(), Task):
-            tasks.append(message.content)
+            tasks.append(message)
         assert isinstance(message, WindowEnd)  # noqa: S101 - the protocol has no other message
         return tasks, message.is_last
 
-    def _run_window(self, tasks: list[bytes], content: Any) -> None:
-        results = self._iterate_results(self._job.model, content, tasks)
+    def _run_window(self, tasks: list[Task], content: Any) -> None:
+        """Run a data set. The list of tasks is emptied, because they may hold images."""
+        self._waiting_tasks = [task.first_names for task in reversed(tasks)]
+        contents = [task.content for task in tasks]
+        tasks.clear()
+        results = self._iterate_results(self._job.model, content, self._heartbeats, contents)
         self._last_result_at, self._is_running = time.monotonic(), True
         try:
             for position, (result_position, result) in enumerate(results):
                 if position != result_position:
                     raise RuntimeError(f"Ray answered task {result_position} in place of {position}")
+                self._waiting_tasks.pop()
                 self._last_result_at = time.monotonic()
                 self.send(TaskResult(result))
         finally:
@@ -169,14 +191,45 @@ class _Driver:
         import ray
 
         total, free = get_cpus(ray.cluster_resources()), get_cpus(ray.available_resources())
-        if not self._is_running or time.monotonic() - self._last_result_at < _PATIENCE:
+        silence = time.monotonic() - self._last_result_at
+        if not self._is_running or silence < _PATIENCE:
             return None
-        if free >= CPUS_PER_ACTOR:
-            return None
-        return (
-            f"the Ray cluster has given no result for {_PATIENCE:g} s: {total - free:g} of its {total:g} "
-            "processors are reserved, and Fovea's workers wait for one"
-        )
+        if silence < _HANG_SECONDS and free < CPUS_PER_ACTOR and not self._has_workers():
+            return (
+                f"the Ray cluster has given no result for {_PATIENCE:g} s: {total - free:g} of its {total:g} "
+                "processors are reserved, and Fovea's workers wait for one"
+            )
+        return describe_hang(silence, self._waiting_tasks)
+
+    def _has_workers(self) -> bool:
+        """Return whether a worker has been alive lately; True if that is unknown."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        try:
+            age: float = ray.get(self._heartbeats.read_age.remote(), timeout=_REPLY_SECONDS)
+        except (GetTimeoutError, RayActorError):  # its machine is lost, or it starts again elsewhere
+            return True
+        return age < _PATIENCE
+
+
+def choose_window(entries: int, seconds: float) -> int:
+    """Return the number of entries in the next data set, when one with `entries` took `seconds`."""
+    return max(_FIRST_WINDOW, min(_MAX_WINDOW, int(entries / max(seconds, 1e-3) * _WINDOW_SECONDS)))
+
+
+def describe_hang(silence: float, waiting_tasks: Sequence[Sequence[str]]) -> str | None:
+    """Return a sentence if `silence`, the time without a result in seconds, is too long.
+
+    `waiting_tasks` has the names of the first entries of each task, the next result's last.
+    """
+    if silence < _HANG_SECONDS:
+        return None
+    names = ", ".join(map(repr, waiting_tasks[-1])) if waiting_tasks else "none"
+    return (
+        f"the Ray cluster has given no result for {silence:.0f} s; the first images of the task that waits "
+        f"are {names}"
+    )
 
 
 def _is_hung_up(connection: Connection) -> bool:

@@ -8,10 +8,10 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,7 +22,7 @@ from fovea.bulk.engine import ClassifiedChunk
 from fovea.bulk.entries import ImageEntry
 from fovea.bulk.local_engine import choose_batch_size
 from fovea.bulk.ray_messages import Failure, RayJob, Task, TaskResult, WindowEnd, WindowRequest
-from fovea.bulk.ray_worker import WorkerModel
+from fovea.bulk.ray_worker import WORKER_SETTINGS, WorkerModel
 from fovea.bulk.table_facts import TableFacts
 from fovea.errors import FoveaError, StartError
 from fovea.service.artifact.contract import Coverage
@@ -41,8 +41,23 @@ _CHUNK_ENTRIES: Final = 8
 _TASK_ENTRIES: Final = 64
 """Number of entries in a task of Ray: a few seconds of large photographs. Ray needs some ms for each task."""
 
-_MAX_WINDOW_BYTES: Final = 256 << 20
-"""Maximum size of the pickled entries in a data set; those of a compressed archive hold their images."""
+_MAX_TASK_BYTES: Final = 8 << 20
+"""Size of the pickled entries in bytes from which a task gets no further chunk.
+
+Entries of a compressed archive or of a table's column hold their images.
+"""
+
+_MAX_WINDOW_BYTES: Final = 128 << 20
+"""Size of the pickled entries in bytes from which a data set gets no further chunk.
+
+A cluster of its own has an object store of twice this size.
+"""
+
+_LISTING_SECONDS: Final = 60.0
+"""Time of listing in seconds after which a data set gets no further chunk: the cluster waits meanwhile."""
+
+_QUOTED_NAMES: Final = 3
+"""Number of names of a task that a message quotes."""
 
 _SILENCE_SECONDS: Final = 120.0
 """Time without a message in seconds after which the driver is given up."""
@@ -92,7 +107,7 @@ class RayEngine:
                 model.name,
                 model.version,
                 version.config,
-                settings,
+                {name: getattr(settings, name) for name in WORKER_SETTINGS},
                 batch_size,
                 top_k,
                 level,
@@ -143,18 +158,53 @@ class RayEngine:
         self, driver: _DriverProcess, chunks: Iterator[Sequence[ImageEntry]], limit: int
     ) -> tuple[int, bool]:
         """Send the tasks of a window. Return their number, and whether there are no more."""
-        chunks_per_task = max(1, _TASK_ENTRIES // self.chunk_size)
-        count = size = 0
-        while count * chunks_per_task * self.chunk_size < limit and size < _MAX_WINDOW_BYTES:
-            task = list(islice(chunks, chunks_per_task))
-            if not task:
-                driver.send(WindowEnd(is_last=True))
-                return count, True
-            content = pickle.dumps(task, 5)
-            driver.send(Task(content))
-            count, size = count + 1, size + len(content)
-        driver.send(WindowEnd(is_last=False))
-        return count, False
+        window = Window(chunks, limit)
+        for task in window:
+            driver.send(task)
+        driver.send(WindowEnd(window.is_last))
+        return window.task_count, window.is_last
+
+
+class Window:
+    """The tasks of a data set, which are listed and pickled one by one."""
+
+    def __init__(self, chunks: Iterator[Sequence[ImageEntry]], limit: int) -> None:
+        """Take about `limit` entries, fewer if they are large or come slowly. Chunks are never cut."""
+        self._chunks, self._limit = chunks, limit
+        self.task_count = 0
+        """Number of tasks so far."""
+        self.is_last = False
+        """Whether there are no more chunks after these tasks."""
+
+    def __iter__(self) -> Iterator[Task]:
+        """Yield the tasks."""
+        entries = size = 0
+        started_at = time.monotonic()
+        while (
+            not self.is_last
+            and entries < self._limit
+            and size < _MAX_WINDOW_BYTES
+            and time.monotonic() - started_at < _LISTING_SECONDS
+        ):
+            if task := self._next_task():
+                entries, size = entries + task.entries, size + len(task.content)
+                self.task_count += 1
+                yield task
+
+    def _next_task(self) -> Task | None:
+        """Return the next task; None if there are no more chunks."""
+        contents: list[bytes] = []
+        names: list[str] = []
+        entries = size = 0
+        while entries < _TASK_ENTRIES and size < _MAX_TASK_BYTES:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                self.is_last = True
+                break
+            names += [entry.name for entry in chunk[: _QUOTED_NAMES - len(names)]]
+            contents.append(pickle.dumps(chunk, 5))
+            entries, size = entries + len(chunk), size + len(contents[-1])
+        return Task(pickle.dumps(contents, 5), entries, names) if contents else None
 
 
 @dataclass(frozen=True)

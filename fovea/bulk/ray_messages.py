@@ -7,6 +7,7 @@ task, in order, and `Alive` from time to time. `Failure` is its last message.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fovea.bulk.ray_worker import WorkerModel
@@ -34,9 +35,14 @@ class WindowRequest:
 
 @dataclass(frozen=True)
 class Task:
-    """The pickled chunks that one actor classifies at once."""
+    """Chunks that one actor classifies at once."""
 
     content: bytes
+    """The pickled list of chunks, each of them pickled on its own."""
+    entries: int
+    """Number of entries in the chunks."""
+    first_names: Sequence[str]
+    """Names of the first entries, for messages."""
 
 
 @dataclass(frozen=True)

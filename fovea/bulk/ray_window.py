@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
-from fovea.bulk.ray_worker import ChunkClassifier, WorkerModel
+from fovea.bulk.ray_worker import ChunkClassifier, Heartbeats, WorkerModel
 from fovea.errors import StartError
 
 CPUS_PER_ACTOR: Final = 0.5
@@ -45,8 +45,20 @@ def count_actors() -> tuple[int, int]:
     return max(1, int(total)), int(free / CPUS_PER_ACTOR)
 
 
-def iterate_results(model: WorkerModel, content: Any, tasks: list[bytes]) -> Iterator[tuple[int, bytes]]:
+def start_heartbeats() -> Any:
+    """Return the handle of a new actor `Heartbeats`, which is started again if its machine dies."""
+    import ray
+
+    return ray.remote(Heartbeats).options(num_cpus=0, max_restarts=-1).remote()
+
+
+def iterate_results(
+    model: WorkerModel, content: Any, heartbeats: Any, tasks: list[bytes]
+) -> Iterator[tuple[int, bytes]]:
     """Yield position and result of each task. `content` is the reference of the model's bytes.
+
+    `heartbeats` is the actor that hears from the workers. The list of tasks is emptied as soon as they are in
+    Ray's memory, because they may hold images.
 
     Raises `StartError` for a cluster without processors, and the errors of Ray.
     """
@@ -55,11 +67,14 @@ def iterate_results(model: WorkerModel, content: Any, tasks: list[bytes]) -> Ite
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    items = [{"position": position, "task": task} for position, task in enumerate(tasks)]
     actors, available = count_actors()
-    data = from_items(items, override_num_blocks=len(items)).map_batches(
+    items = [{"position": position, "task": task} for position, task in enumerate(tasks)]
+    data_set = from_items(items, override_num_blocks=len(items))
+    items.clear()
+    tasks.clear()
+    data = data_set.map_batches(
         ChunkClassifier,
-        fn_constructor_args=(model, content),
+        fn_constructor_args=(model, content, heartbeats),
         batch_size=None,
         num_cpus=CPUS_PER_ACTOR,
         compute=ActorPoolStrategy(min_size=max(1, min(available, actors)), max_size=actors),
@@ -70,13 +85,16 @@ def iterate_results(model: WorkerModel, content: Any, tasks: list[bytes]) -> Ite
         yield from zip(batch["position"].tolist(), batch["result"].tolist(), strict=True)
 
 
-def iterate_remotely(model: WorkerModel, content: Any, tasks: list[bytes]) -> Iterator[tuple[int, bytes]]:
+def iterate_remotely(
+    model: WorkerModel, content: Any, heartbeats: Any, tasks: list[bytes]
+) -> Iterator[tuple[int, bytes]]:
     """Do the same as `iterate_results` by an actor in the cluster, for a driver that is a Ray client."""
     import ray
 
     runner: Any = ray.remote(_WindowRunner).options(num_cpus=0, max_concurrency=2).remote()
     # In a list, because Ray would replace the reference by its value.
-    ray.get(runner.start.remote(model, [content], tasks))
+    ray.get(runner.start.remote(model, [content], heartbeats, tasks))
+    tasks.clear()
     try:
         while (results := ray.get(runner.poll.remote())) is not None:
             yield from results
@@ -88,19 +106,24 @@ class _WindowRunner:
     """The actor that runs a data set for a Ray client, which asks for its results."""
 
     def __init__(self) -> None:
-        self._results: queue.Queue[tuple[int, bytes] | Exception | None] = queue.Queue(_MAX_POLLED)
+        self._results: queue.Queue[tuple[int, bytes] | BaseException | None] = queue.Queue(_MAX_POLLED)
 
-    def start(self, model: WorkerModel, content: list[Any], tasks: list[bytes]) -> None:
+    def start(self, model: WorkerModel, content: list[Any], heartbeats: Any, tasks: list[bytes]) -> None:
         """Start the data set."""
-        threading.Thread(target=self._run, args=(model, content[0], tasks), daemon=True).start()
+        arguments = model, content[0], heartbeats, tasks
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
 
-    def _run(self, model: WorkerModel, content: Any, tasks: list[bytes]) -> None:
+    def _run(self, model: WorkerModel, content: Any, heartbeats: Any, tasks: list[bytes]) -> None:
+        end: BaseException | None = None
         try:
-            for result in iterate_results(model, content, tasks):
+            for result in iterate_results(model, content, heartbeats, tasks):
                 self._results.put(result)
-            self._results.put(None)
         except Exception as error:
-            self._results.put(error)
+            end = error
+        except BaseException as error:  # such as `SystemExit`, which would end the actor without a word
+            end = RuntimeError(f"the data set was ended by {type(error).__name__}: {error}")
+        finally:  # otherwise `poll` would wait for ever
+            self._results.put(end)
 
     def poll(self) -> list[tuple[int, bytes]] | None:
         """Return the next results; None after the last. Raises the error of the data set."""

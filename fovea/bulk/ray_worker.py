@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,24 @@ Columns = dict[str, npt.NDArray[Any]]
 """A batch of Ray Data."""
 
 
+WORKER_SETTINGS: Final = (
+    "batch_max",
+    "batch_wait_ms",
+    "body_bytes",
+    "decode_bytes",
+    "decode_threads",
+    "engine_cache",
+    "image_pixels",
+    "model_name",
+    "provider",
+    "workers",
+)
+"""Settings of the command that a worker needs to load the model. No others go to the cluster."""
+
+_HEARTBEAT_SECONDS: Final = 5.0
+"""Time between two heartbeats of a worker, in seconds."""
+
+
 @dataclass(frozen=True)
 class WorkerModel:
     """How a worker loads the model, whose file it gets beside, and what it answers."""
@@ -37,7 +57,8 @@ class WorkerModel:
     name: str
     version: str
     config: ModelConfig
-    settings: Settings
+    settings: Mapping[str, Any]
+    """Values of the `WORKER_SETTINGS`."""
     batch_size: int
     top_k: int
     coverage: float | None
@@ -50,6 +71,21 @@ def report_version() -> str:
     return __version__
 
 
+class Heartbeats:
+    """An actor that hears from all workers of a run."""
+
+    def __init__(self) -> None:
+        self._last_beat_at = time.monotonic()
+
+    def beat(self) -> None:
+        """Note that a worker runs."""
+        self._last_beat_at = time.monotonic()
+
+    def read_age(self) -> float:
+        """Return the time since the last heartbeat of any worker, or since the start of this actor."""
+        return time.monotonic() - self._last_beat_at
+
+
 class ChunkClassifier:
     """The stateful actor of the data set: it loads the model once, and classifies chunks.
 
@@ -57,13 +93,15 @@ class ChunkClassifier:
     a processor for the run to go on.
     """
 
-    def __init__(self, model: WorkerModel, content: Any) -> None:
+    def __init__(self, model: WorkerModel, content: Any, heartbeats: Any) -> None:
         """Load the model; `content` is the Ray reference of the bytes of its file.
 
-        An error is kept and answered, because Ray would start the actor again for ever.
+        `heartbeats` is the handle of the actor `Heartbeats`. An error is kept and answered, because Ray would
+        start the actor again for ever.
         """
         import ray
 
+        threading.Thread(target=_send_heartbeats, args=(heartbeats,), daemon=True).start()
         with suppress(OSError):  # this machine may have no such folder; then paths are absolute
             os.chdir(model.folder)
         self._engine: LocalEngine | None = None
@@ -77,7 +115,8 @@ class ChunkClassifier:
         """Classify the chunks of some tasks: columns `position` and `task` become `position` and `result`."""
         results = np.empty(len(batch["task"]), object)
         for index, task in enumerate(batch["task"]):
-            results[index] = pickle.dumps(self._classify(pickle.loads(task)), 5)  # noqa: S301 - our driver's
+            chunks = [pickle.loads(chunk) for chunk in pickle.loads(task)]  # noqa: S301 - our driver's
+            results[index] = pickle.dumps(self._classify(chunks), 5)
         return {"position": batch["position"], "result": results}
 
     def _classify(self, chunks: Sequence[Sequence[ImageEntry]]) -> list[ClassifiedChunk] | FoveaError:
@@ -90,13 +129,21 @@ class ChunkClassifier:
             return error.with_traceback(None)
 
 
+def _send_heartbeats(heartbeats: Any) -> None:
+    """Tell the run that this worker is alive, until its process ends. Slow images do not delay this."""
+    while True:
+        with suppress(Exception):  # the actor may be starting again elsewhere; Ray raises many classes
+            heartbeats.beat.remote()
+        time.sleep(_HEARTBEAT_SECONDS)
+
+
 def _load_engine(model: WorkerModel, content: npt.NDArray[np.uint8]) -> LocalEngine:
     """Load the model for one processor: Ray starts an actor for each."""
     configure_pillow()
     with TemporaryDirectory(prefix="fovea-") as folder:
         path = Path(folder) / "model.onnx"
         content.tofile(path)
-        settings = model.settings.model_copy(update={"models": path, "runners": 0, "runner_threads": 0})
+        settings = Settings.model_construct(None, **model.settings, models=path)  # reads no environment
         config = model.config.model_copy(update={"threads": None})
         version = replace(ModelVersion.from_path(path, model.name, model.version), config=config)
         load = create_load(version, settings, 1)

@@ -43,6 +43,7 @@ def parse_form(body: bytes | SharedBuffer, size: int, content_type: bytes) -> Pa
         raise BadRequest("the multipart body ends before its last boundary")
     if not collector.file_ranges:
         raise BadRequest("the multipart body has no file; send one as `-F file=@photo.jpg`")
+    check_spelling(collector.long_names, ["boxes"], "the form's field")
     options = _parse_form_options(collector.fields)
     images: list[Image] = []
     for index, (start, stop) in enumerate(collector.file_ranges):
@@ -109,6 +110,8 @@ class FormCollector:
         """Indices of the `file_ranges` that are base64."""
         self.fields: dict[str, str] = {}
         """Small text fields, by name."""
+        self.long_names: list[str] = []
+        """Names of text fields that are too long for an option, among them perhaps `boxes` misspelled."""
         self.is_complete = False
         self._body = body
         self._offset = offset
@@ -182,12 +185,18 @@ class FormCollector:
                 self.base64_files.add(len(self.file_ranges))
             start = self._start + self._offset
             self.file_ranges.append((start, start + self._size))
-        elif filename is None and self._is_small_field(options.get(b"name", b"")):
-            name = options.get(b"name", b"")[:MAX_FIELD_BYTES].decode(errors="replace")
+        elif filename is None:
+            self._end_field(options.get(b"name", b""))
+
+    def _end_field(self, raw_name: bytes) -> None:
+        name = raw_name[:MAX_FIELD_BYTES].decode(errors="replace")
+        if self._is_small_field(raw_name):
             value = self._body[self._start : self._start + self._size].decode(errors="replace")
             if name in FormOptions.model_fields and name in self.fields:
                 raise BadRequest(f"the form has {name} twice; send it once")
             self.fields[name] = value
+        elif len(self.long_names) < MAX_FIELDS:
+            self.long_names.append(name)
 
     def _is_small_field(self, name: bytes) -> bool:
         """Return True if a text field is small enough for an option, and there are not too many fields.

@@ -88,6 +88,8 @@ def _find_nearest(name: str, known_names: list[str]) -> str | None:
     """Return the known name that was most likely meant, independent of case, hyphens and underscores."""
     names_by_plain = {one.replace("_", "").lower(): one for one in known_names}
     plain_name = name[:MAX_FIELD_BYTES].replace("_", "").replace("-", "").lower()
+    if f"{plain_name}es" in names_by_plain:  # `box` is too short to resemble `boxes`
+        return names_by_plain[f"{plain_name}es"]
     matches = difflib.get_close_matches(plain_name, names_by_plain, n=1, cutoff=_MIN_SIMILARITY)
     return names_by_plain[matches[0]] if matches else None
 

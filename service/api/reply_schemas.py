@@ -294,7 +294,8 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
     413: {"description": "Too many bytes, or too many pixels according to the image's header."},
     415: {"description": "The image format is not supported."},
     422: {
-        "description": "The image is truncated, corrupt, of a mode that cannot be converted, or lacks a box."
+        "description": "The image is truncated, corrupt or of a mode that cannot be converted, or a box is "
+        "empty or not inside the image."
     },
     500: {"description": "Internal error; the log has the traceback under the request id."},
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},

@@ -165,7 +165,7 @@ class Metrics:
         "Memory reserved for large images that runners decode (part of FOVEA_DECODE_BYTES)."
     )
     queue_costly_images = _gauge(
-        "Images that wait for a runner and will take long to decode, estimated from their headers."
+        "Images that wait for a runner and will take long, estimated from their headers and their boxes."
     )
     batch_images = _histogram("Images in one model call.", buckets=_BATCH_BUCKETS)
     runners = _gauge("Runner processes that are ready for work.")

@@ -16,7 +16,14 @@ import numpy as np
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.model_file import MemoryFile
-from fovea.service.errors import BadRequest, Internal, ModelError, NoEmbedding, RequestError
+from fovea.service.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    ModelError,
+    NoEmbedding,
+    RequestError,
+)
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.boxes import Boxes, check_inside
 from fovea.service.inference.decode_memory import DecodeMemory
@@ -127,7 +134,9 @@ class Predictor:
                 bodies_descriptor=bodies_descriptor,
             )
 
-    def predict_batch(self, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
+    def predict_batch(
+        self, images: Sequence[Item], *, exclusive: bool = False, deadlines: Sequence[float | None] = ()
+    ) -> BatchReport:
         """Decode and run one batch. Several threads may call this at once.
 
         A bad image gets an error as its answer and does not affect the other images.
@@ -135,11 +144,14 @@ class Predictor:
         `exclusive` promises that no other batch runs: the call may use all processors. If another batch runs
         all the same, both are slower.
 
+        `deadlines` are those of the images (monotonic, in seconds); an image with boxes gets no further batch
+        after its deadline. None, or no `deadlines`, for no deadline.
+
         Raises `ModelError` when the graph does not run.
         """
         requests = [image for image in images if isinstance(image, ImageRequest)]
         if any(request.boxes is not None for request in requests):
-            return self._predict_with_boxes(images, exclusive=exclusive)
+            return self._predict_with_boxes(images, deadlines or [None] * len(images), exclusive=exclusive)
         return self._predict_inputs(
             list(self._map_images(self._prepare_image, images)),
             exclusive=exclusive,
@@ -182,14 +194,16 @@ class Predictor:
         image_count = sum(call.image_count for call in calls.values())
         return BatchReport(answers, [seconds for _, _, seconds in timed_inputs], inference, image_count)
 
-    def _predict_with_boxes(self, images: Sequence[Item], *, exclusive: bool) -> BatchReport:
+    def _predict_with_boxes(
+        self, images: Sequence[Item], deadlines: Sequence[float | None], *, exclusive: bool
+    ) -> BatchReport:
         """Run a batch in which images have boxes: each of these on its own, and the others together."""
         plain_images: list[Item] = []
         box_reports = []
-        for image in images:
+        for image, deadline in zip(images, deadlines, strict=True):
             if isinstance(image, ImageRequest) and image.boxes is not None:
                 is_alone = exclusive and len(images) == 1
-                box_reports.append(self._predict_boxes(image, image.boxes, exclusive=is_alone))
+                box_reports.append(self._predict_boxes(image, image.boxes, deadline, exclusive=is_alone))
             else:
                 plain_images.append(image)
         reports = [*box_reports, *([self.predict_batch(plain_images)] if plain_images else [])]
@@ -210,10 +224,13 @@ class Predictor:
             max(report.batch_size for report in reports),
         )
 
-    def _predict_boxes(self, image: ImageRequest, boxes: Boxes, *, exclusive: bool) -> BatchReport:
+    def _predict_boxes(
+        self, image: ImageRequest, boxes: Boxes, deadline: float | None, *, exclusive: bool
+    ) -> BatchReport:
         """Decode an image once, and classify its boxes, as many at once as a batch has images.
 
-        Only one batch of boxes is in memory at a time. A box that fails fails the image.
+        Only one batch of boxes is in memory at a time. A box that fails fails the image, and so does a
+        deadline that passes before the last batch: nobody waits for the others.
         """
         started_at = box_started_at = time.monotonic()
         # The session for exclusive calls runs single images only.
@@ -227,6 +244,8 @@ class Predictor:
             with self._open_upright(image, boxes) as upright:
                 check_inside(boxes, upright.image.size)
                 for start in range(0, len(boxes), batch_max):
+                    if deadline is not None and time.monotonic() >= deadline:
+                        raise DeadlineExceeded(f"{start} of {len(boxes)} boxes were classified in time")
                     inputs = []
                     for box in boxes[start : start + batch_max]:
                         decoded = upright.decode_box(box, geometry)

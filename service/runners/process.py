@@ -251,9 +251,18 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[tuple[int
     images = [
         image for batch, mask in zip(group, masks, strict=True) for image in compress(batch.images, mask)
     ]
+    deadlines = [
+        deadline
+        for batch, mask in zip(group, masks, strict=True)
+        for deadline in compress(batch.deadlines, mask)
+    ]
     try:
         exclusive = group[0].exclusive and len(group) == 1
-        report = model.predict_batch(images, exclusive=exclusive) if model else BatchReport([], [], 0.0, 0)
+        report = (
+            model.predict_batch(images, exclusive=exclusive, deadlines=deadlines)
+            if model
+            else BatchReport([], [], 0.0, 0)
+        )
     except Exception as error:  # any error: this batch has failed, the next one may succeed
         if len(group) > 1:
             for batch in group:

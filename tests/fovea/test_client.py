@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -278,6 +278,27 @@ def test_wrong_number_of_results_is_no_answer(stub: Stub, classify: Classify) ->
     stub.replies = [StubReply(200, {"model": OK.body["model"], "results": [render_image()]})]
     with pytest.raises(UnexpectedReply):
         classify(stub.url, [PHOTO, PHOTO])
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [[], [(0, 0, 9, 9)], [(0, 0, 9, 9), (1, 1, 5, 5), (1, 1, 5, 5)], [(1, 1, 5, 5), (0, 0, 9, 9)], None],
+    ids=["none", "too few", "too many", "other order", "no boxes"],
+)
+def test_answers_of_other_boxes_are_no_answer(
+    stub: Stub, classify: Classify, answered: list[tuple[int, ...]] | None
+) -> None:
+    boxes = [[0, 0, 9, 9], [1, 1, 5, 5]]
+    image = render_image()
+
+    def reply_with(answers: Iterable[Iterable[int]]) -> StubReply:
+        parts = [{"box": list(box), "predictions": image["predictions"]} for box in answers]
+        return StubReply(200, {"model": OK.body["model"], "boxes": parts, "image": image["image"]})
+
+    stub.replies = [OK if answered is None else reply_with(answered), reply_with(boxes)]
+    with pytest.raises(UnexpectedReply):
+        classify(stub.url, PHOTO, boxes=boxes)
+    assert [list(one.box) for one in classify(stub.url, PHOTO, boxes=boxes)] == boxes
 
 
 def make_batch_reply(count: int) -> StubReply:

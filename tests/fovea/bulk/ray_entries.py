@@ -49,6 +49,20 @@ class SlowEntry(FileEntry):
 
 
 @dataclass(frozen=True)
+class HangingEntry(FileEntry):
+    """A file whose reading does not end before the test has opened the gate, like a pipe without a writer."""
+
+    folder: Path = Path()
+
+    def read(self, max_bytes: int) -> bytes:
+        """Wait for the gate, and read the file."""
+        (self.folder / f"reading-{os.getpid()}").touch()
+        while not (self.folder / "gate").exists():
+            time.sleep(READ_SECONDS)
+        return super().read(max_bytes)
+
+
+@dataclass(frozen=True)
 class DeadlyEntry(FileEntry):
     """An image that ends every process that reads it."""
 

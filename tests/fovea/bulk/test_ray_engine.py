@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
+from fovea.bulk import ray_driver
 from fovea.bulk.local_engine import LocalEngine
-from fovea.bulk.ray_engine import RayEngine
+from fovea.bulk.ray_engine import RayEngine, Window
+from fovea.bulk.ray_messages import TaskResult
+from fovea.bulk.ray_window import start_heartbeats
+from fovea.bulk.ray_worker import Heartbeats
 from fovea.bulk.rows import Row
 from fovea.errors import StartError
 from fovea.service.settings import load_settings
 from tests.commands import Command
-from tests.fovea.bulk.ray_entries import DeadlyEntry, FileEntry, SlowEntry
+from tests.fovea.bulk.ray_entries import DeadlyEntry, FileEntry, HangingEntry, SlowEntry
 from tests.fovea.bulk.tables import read_table
 from tests.pictures import make_jpeg
 from tests.servers import ROOT
@@ -219,6 +227,52 @@ def test_lost_cluster_is_a_sentence_and_finished_rows_have_come(
         process.kill_all_processes(check_alive=False, allow_graceful=False)
     with pytest.raises(StartError, match=r"connection to the Ray cluster"):
         list(results)
+
+
+def test_slow_task_goes_on_and_one_that_hangs_or_waits_for_processors_ends(
+    cluster: Any, engines: Engines, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other half of the processors is reserved by somebody else, as in any busy cluster."""
+    cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    job = engines.create_ray(cluster.address)._job
+    window = Window(cut([HangingEntry(path, folder=tmp_path) for path in images[:16]], 8), 16)
+    ours, theirs = multiprocessing.Pipe()
+    patience = 8.0  # longer than the time between heartbeats
+    monkeypatch.setattr(ray_driver, "_PATIENCE", patience)
+    ray.init(cluster.address, logging_level="error", log_to_driver=False)
+    try:
+        driver = ray_driver._Driver(job, theirs)
+        driver._heartbeats = start_heartbeats()
+        content = ray.put(np.frombuffer(job.content, np.uint8))
+        thread = threading.Thread(target=driver._run_window, args=(list(window), content))
+        thread.start()
+        wait_for_workers(tmp_path, 1)
+        reservations = [reserve_half_a_processor()]
+        time.sleep(patience + 2)
+        assert driver._find_problem() is None  # nothing is free, but a worker is alive
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_driver, "_HANG_SECONDS", patience)
+            problem = driver._find_problem()
+        assert problem is not None
+        assert re.search(rf"no result for \d+ s; the first images .* are '{images[0]}', ", problem)
+        (tmp_path / "gate").touch()
+        thread.join()
+        assert isinstance(ours.recv(), TaskResult)
+        assert driver._find_problem() is None
+        reservations.append(reserve_half_a_processor())  # that of the worker
+        driver._is_running = True
+        time.sleep(patience + 2)
+        assert "1 of its 1 processors are reserved, and Fovea's" in (driver._find_problem() or "")
+        assert len(reservations) == 2
+    finally:
+        ray.shutdown()
+
+
+def reserve_half_a_processor() -> Any:
+    """Return an actor that reserves half a processor, once it has found a place."""
+    actor = ray.remote(Heartbeats).options(num_cpus=0.5).remote()
+    ray.get(actor.beat.remote(), timeout=60)
+    return actor
 
 
 def test_closed_run_leaves_no_process(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +18,7 @@ import fovea
 from fovea.commands.box_options import read_boxes
 from fovea.errors import BadBox, BadRequest, StartError
 from fovea.service.inference.preprocess import decode_upright
+from tests.commands import Command
 from tests.graphs import add_to_repository, build_model, build_nan_for_black
 from tests.pictures import draw_picture, encode_image, make_jpeg
 from tests.servers import ROOT, Server
@@ -32,13 +31,31 @@ BOXES = [[0, 0, 64, 48], [3, 5, 40, 41], [10, 10, 11, 12], [0, 47, 64, 48], [3, 
 
 @pytest.fixture(scope="module")
 def zoo_server() -> Iterator[Server]:
-    with Server(FOVEA_MODELS=str(ZOO)) as server:
+    with Server(FOVEA_MODELS=str(ZOO), FOVEA_RUNNERS="1") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def zoo_model() -> fovea.Model:
     return fovea.load(ZOO)
+
+
+@pytest.fixture(scope="module")
+def fovea_client(zoo_server: Server) -> Iterator[fovea.Client]:
+    with fovea.Client(zoo_server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Yield a server that takes six images in a request; the queue of the model `narrow` takes four."""
+    root = tmp_path_factory.mktemp("narrow")
+    for name in ("small", "narrow"):
+        add_to_repository(build_model(), root, name)
+    (root / "narrow" / "config.toml").write_text("queue_images = 4\n")
+    settings = {"FOVEA_DEFAULT_MODEL": "small", "FOVEA_REQUEST_IMAGES": "6", "FOVEA_QUEUE_IMAGES": "8"}
+    with Server(FOVEA_MODELS=str(root), FOVEA_RUNNERS="1", **settings) as server:
+        yield server
 
 
 def cut_box(image: bytes, box: list[int]) -> bytes:
@@ -75,11 +92,18 @@ def make_exif(orientation: int) -> Image.Exif:
     return exif
 
 
-def test_every_way_to_ask_gets_the_same_answers(zoo_server: Server, tmp_path: Path) -> None:
+def test_every_way_to_ask_gets_the_same_answers(
+    zoo_server: Server,
+    zoo_model: fovea.Model,
+    fovea_client: fovea.Client,
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     image, client, url = make_jpeg(), zoo_server.client, zoo_server.url
     path = tmp_path / "photo.jpg"
     path.write_bytes(image)
-    expected = fovea.load(ZOO).classify(image, boxes=BOXES, embedding=True, coverage=0.9)
+    expected = zoo_model.classify(image, boxes=BOXES, embedding=True, coverage=0.9)
     assert [list(one.box or ()) for one in expected] == BOXES
     query: dict[str, Any] = {"embedding": "true", "coverage": 0.9}
     image_fields = {"b64": as_b64(image), "boxes": BOXES}
@@ -93,24 +117,17 @@ def test_every_way_to_ask_gets_the_same_answers(zoo_server: Server, tmp_path: Pa
         client.post("/invocations", params=in_query(BOXES) | query, content=image),
         client.post("/v1/models/cifar10/classify", params=in_query(BOXES) | query, content=image),
     ]
-    command = [sys.executable, "-m", "fovea", "classify", str(path), "--json", "--embedding"]
     flags = [f"--box={','.join(map(str, box))}" for box in BOXES[:2]]
-    shell = subprocess.run(
-        [*command, "--coverage=0.9", *flags, "--boxes", json.dumps(BOXES[2:])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for values in [*(reply.json() for reply in replies), json.loads(shell.stdout)]:
+    words = [path, "--models", ZOO, "--json", "--embedding", "--coverage=0.9", *flags]
+    assert command("classify", *words, "--boxes", json.dumps(BOXES[2:])) == 0
+    for values in [*(reply.json() for reply in replies), json.loads(capsys.readouterr().out)]:
         assert fovea.Result.list_from_reply(values, 5) == expected
 
     async def ask_asynchronously() -> Any:
         async with fovea.AsyncClient(url) as asynchronous:
             return await asynchronous.classify([image], boxes=[BOXES], embedding=True, coverage=0.9)
 
-    with fovea.Client(url) as synchronous:
-        assert synchronous.classify(image, boxes=BOXES, embedding=True, coverage=0.9) == expected
+    assert fovea_client.classify(image, boxes=BOXES, embedding=True, coverage=0.9) == expected
     assert asyncio.run(ask_asynchronously()) == [expected]
 
 
@@ -168,7 +185,7 @@ def test_urls_that_differ_in_their_boxes_get_their_own_answers(zoo_server: Serve
     ],
 )
 def test_box_that_is_empty_or_outside_names_itself_and_the_size(
-    zoo_server: Server, zoo_model: fovea.Model, box: list[int], reason: str
+    zoo_server: Server, zoo_model: fovea.Model, fovea_client: fovea.Client, box: list[int], reason: str
 ) -> None:
     image = make_jpeg()
     reply = zoo_server.client.post("/v1/classify", params=in_query([BOXES[0], box]), content=image)
@@ -176,13 +193,12 @@ def test_box_that_is_empty_or_outside_names_itself_and_the_size(
     assert (reply.status_code, error["code"]) == (422, "bad_box")
     assert error["message"].startswith(f"box 1, {box}, {reason}")
     assert error["message"].endswith("(the image is 64 x 48 px)")
-    with fovea.Client(zoo_server.url) as client:
-        for model in (client, zoo_model):
-            with pytest.raises(BadBox, match=r"images\[1\]: box 0, "):
-                model.classify([image, image], boxes=[BOXES, [box]])
-            good, bad = model.classify([image, image], boxes=[BOXES, [box]], on_error="return")
-            assert isinstance(good, list) and len(good) == len(BOXES)
-            assert isinstance(bad, BadBox)
+    for model in (fovea_client, zoo_model):
+        with pytest.raises(BadBox, match=r"images\[1\]: box 0, "):
+            model.classify([image, image], boxes=[BOXES, [box]])
+        good, bad = model.classify([image, image], boxes=[BOXES, [box]], on_error="return")
+        assert isinstance(good, list) and len(good) == len(BOXES)
+        assert isinstance(bad, BadBox)
 
 
 NO_BOXES: list[Any] = [
@@ -201,7 +217,7 @@ NO_BOXES: list[Any] = [
 
 @pytest.mark.parametrize("value", NO_BOXES)
 def test_value_that_is_no_list_of_boxes_is_refused_everywhere(
-    zoo_server: Server, zoo_model: fovea.Model, value: Any
+    zoo_server: Server, zoo_model: fovea.Model, fovea_client: fovea.Client, value: Any
 ) -> None:
     client, image, text = zoo_server.client, make_jpeg(), json.dumps(value)
     body = {"images": [{"b64": as_b64(image), "boxes": value}]}
@@ -213,12 +229,30 @@ def test_value_that_is_no_list_of_boxes_is_refused_everywhere(
     for reply in replies:
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
         assert "boxes: " in reply.json()["error"]["message"]
-    with fovea.Client(zoo_server.url) as fovea_client:
-        for model in (fovea_client, zoo_model):
-            with pytest.raises(BadRequest, match="boxes: "):
-                model.classify(image, boxes=value)
-            with pytest.raises(BadRequest, match="boxes"):
-                model.classify([image], boxes=[value])
+    for model in (fovea_client, zoo_model):
+        with pytest.raises(BadRequest, match="boxes: "):
+            model.classify(image, boxes=value)
+        with pytest.raises(BadRequest, match="boxes"):
+            model.classify([image], boxes=[value])
+
+
+@pytest.mark.parametrize("name", ["box", "Box", "boxs"])
+@pytest.mark.parametrize("count", [1, 64])
+def test_misspelled_boxes_are_refused_with_a_hint(zoo_server: Server, name: str, count: int) -> None:
+    """Otherwise the whole image would be classified, without a word. 64 boxes are a long field of a form."""
+    client, image, boxes = zoo_server.client, make_jpeg(), [[0, 0, 10, 10]] * count
+    replies = [
+        client.post("/v1/classify", params={name: json.dumps(boxes)}, content=image),
+        client.post("/v1/classify", files={"a": image}, data={name: json.dumps(boxes)}),
+        client.post("/v1/classify", json={"images": [{"b64": as_b64(image), name: boxes}]}),
+    ]
+    for reply in replies:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+        assert name in reply.json()["error"]["message"]
+    for reply in replies[:2]:
+        assert "did you mean boxes?" in reply.json()["error"]["message"]
+    other = client.post("/v1/classify", files={"a": image}, data={"notes": json.dumps(boxes)})
+    assert other.status_code == 200
 
 
 @pytest.mark.parametrize("depth", [2, 900, 985, 1000, 1020])
@@ -262,33 +296,27 @@ def test_long_boxes_in_a_form_are_read_or_refused_and_never_ignored(zoo_server: 
     )
 
 
-def test_boxes_count_as_images(zoo_server: Server) -> None:
-    image, labels = make_jpeg(), {"model": "cifar10", "version": "4"}
-    with Server(FOVEA_MODELS=str(ZOO), FOVEA_REQUEST_IMAGES="6", FOVEA_QUEUE_IMAGES="6") as server:
-        client = server.client
-        assert client.post("/v1/classify", params=in_query(BOXES), content=image).status_code == 200
-        server.wait_for_metric(5, "fovea_images_total", **labels)
-        assert server.read_metric("fovea_images_in_flight") == 0
-        too_many = client.post("/v1/classify", params=in_query(BOXES + BOXES[:2]), content=image)
-        assert too_many.status_code == 400
-        assert "7 boxes" in too_many.json()["error"]["message"]
-        images = [{"b64": as_b64(image), "boxes": BOXES}, {"b64": as_b64(image)}]
-        assert client.post("/v1/classify", json={"images": images}).status_code == 200
-        images.append({"b64": as_b64(image), "boxes": []})
-        assert client.post("/v1/classify", json={"images": images}).status_code == 400
-        assert server.read_metric("fovea_images_in_flight") == 0
+def test_boxes_count_as_images(narrow_server: Server) -> None:
+    image, labels = make_jpeg(), {"model": "small", "version": "1"}
+    server, client = narrow_server, narrow_server.client
+    assert client.post("/v1/classify", params=in_query(BOXES), content=image).status_code == 200
+    server.wait_for_metric(5, "fovea_images_total", **labels)
+    assert server.read_metric("fovea_images_in_flight") == 0
+    too_many = client.post("/v1/classify", params=in_query(BOXES + BOXES[:2]), content=image)
+    assert too_many.status_code == 400
+    assert "7 boxes" in too_many.json()["error"]["message"]
+    images = [{"b64": as_b64(image), "boxes": BOXES}, {"b64": as_b64(image)}]
+    assert client.post("/v1/classify", json={"images": images}).status_code == 200
+    images.append({"b64": as_b64(image), "boxes": []})
+    assert client.post("/v1/classify", json={"images": images}).status_code == 400
+    assert server.read_metric("fovea_images_in_flight") == 0
 
 
-def test_boxes_need_as_many_places_in_the_queue(tmp_path: Path) -> None:
-    add_to_repository(build_model(), tmp_path)
-    (tmp_path / "small" / "config.toml").write_text("queue_images = 4\n")
-    with Server(FOVEA_MODELS=str(tmp_path)) as server:
-        replies = [
-            server.client.post("/v1/classify", params=in_query(BOXES[:count]), content=make_jpeg())
-            for count in (4, 5)
-        ]
-        assert [reply.status_code for reply in replies] == [200, 503]
-        assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
+def test_boxes_need_as_many_places_in_the_queue(narrow_server: Server) -> None:
+    client, path = narrow_server.client, "/v1/models/narrow/classify"
+    replies = [client.post(path, params=in_query(BOXES[:count]), content=make_jpeg()) for count in (4, 5)]
+    assert [reply.status_code for reply in replies] == [200, 503]
+    assert client.post(path, content=make_jpeg()).status_code == 200
 
 
 def test_large_image_in_shared_memory_is_decoded_at_full_size(zoo_server: Server) -> None:
@@ -304,7 +332,7 @@ def test_large_image_in_shared_memory_is_decoded_at_full_size(zoo_server: Server
     assert reply["boxes"][0]["predictions"] == expected["predictions"]
 
 
-def test_warnings_are_those_of_the_image_and_of_each_box(zoo_server: Server) -> None:
+def test_warnings_are_those_of_the_image_and_of_each_box(zoo_server: Server, zoo_model: fovea.Model) -> None:
     gif = BytesIO()
     frames = [draw_picture(64, 48, seed) for seed in range(2)]
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
@@ -322,7 +350,7 @@ def test_warnings_are_those_of_the_image_and_of_each_box(zoo_server: Server) -> 
     ]
     assert count_warnings(zoo_server, "one_of_several_pictures") == counts["one_of_several_pictures"] + 1
     assert count_warnings(zoo_server, "strongly_enlarged") == counts["strongly_enlarged"] + 2
-    results = fovea.load(ZOO).classify(gif.getvalue(), boxes=[[0, 0, 2, 2]])
+    results = zoo_model.classify(gif.getvalue(), boxes=[[0, 0, 2, 2]])
     assert [one.code for one in results[0].warnings] == ["one_of_several_pictures", "strongly_enlarged"]
 
 
@@ -351,8 +379,8 @@ def test_models_with_several_tasks_and_no_batches_answer_boxes(tmp_path: Path) -
         assert result.box == tuple(box)
 
 
-def test_arrays_of_a_detector_are_boxes() -> None:
-    model, image = fovea.load(ZOO), np.asarray(draw_picture(64, 48))
+def test_arrays_of_a_detector_are_boxes(zoo_model: fovea.Model) -> None:
+    model, image = zoo_model, np.asarray(draw_picture(64, 48))
     results = model.classify(image, boxes=np.array(BOXES))
     assert results == model.classify(image, boxes=BOXES)
     assert results[0].image.width == 64
@@ -364,30 +392,27 @@ def test_arrays_of_a_detector_are_boxes() -> None:
     assert model.classify([], boxes=[]) == []
 
 
-def test_result_of_a_box_tells_its_box() -> None:
-    (result,) = fovea.load(ZOO).classify(make_jpeg(), boxes=[BOXES[1]])
+def test_result_of_a_box_tells_its_box(zoo_model: fovea.Model) -> None:
+    (result,) = zoo_model.classify(make_jpeg(), boxes=[BOXES[1]])
     assert result.to_dict()["box"] == BOXES[1]
     assert "(3, 5, 40, 41)" in repr(result)
     assert "box (3, 5, 40, 41)" in result._repr_html_()
     assert fovea.Result.from_reply(result.to_dict(), 5) == result
 
 
-def test_command_shows_the_boxes_of_one_file(tmp_path: Path) -> None:
+def test_command_shows_the_boxes_of_one_file(
+    command: Command, small_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(make_jpeg())
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fovea", "classify", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    shown = run(str(path), "--box", "3,5,40,41", "--boxes", "[[0, 0, 64, 48]]", "--top-k", "1")
-    assert shown.returncode == 0
-    assert [line for line in shown.stdout.splitlines() if line.startswith("  box ")] == [
+    words = ["--models", small_zoo, "--box", "3,5,40,41", "--boxes", "[[0, 0, 64, 48]]", "--top-k", "1"]
+    assert command("classify", path, *words) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("  box ")] == [
         "  box 3,5,40,41",
         "  box 0,0,64,48",
     ]
-    refused = run(str(tmp_path), "--box", "0,0,1,1")
-    assert (refused.returncode, "--box and --boxes are for one image" in refused.stderr) == (2, True)
+    assert command("classify", tmp_path, "--models", small_zoo, "--box", "0,0,1,1") == 2
+    assert "--box and --boxes are for one image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Task
-from fovea.service.errors import BadBox, Internal, NoEmbedding, UnsupportedFormat
+from fovea.service.errors import BadBox, DeadlineExceeded, Internal, NoEmbedding, UnsupportedFormat
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.pixels import brightness_of
 from fovea.service.resources.cgroup import Cgroup
-from fovea.service.runners.batch_messages import Answer, BatchReport, BoxAnswers, ImageRequest
+from fovea.service.runners import predictor as predictor_module
+from fovea.service.runners import process
+from fovea.service.runners.batch_messages import Answer, Batch, BatchReport, BoxAnswers, ImageRequest
 from fovea.service.runners.frames import FrameDecoder
 from fovea.service.runners.load_messages import ProcessPlan
 from fovea.service.runners.predictor import Predictor, entropy_of
@@ -139,6 +143,61 @@ def test_boxes_are_answered_beside_other_images(tmp_path: Path) -> None:
         assert answer.logits is not None
     starts = [one.timing.decode_started_at for one in boxed.answers]
     assert starts == sorted(starts)
+
+
+def test_boxes_end_with_the_batch_in_which_their_deadline_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    now = 0.0
+    monkeypatch.setattr(predictor_module, "time", SimpleNamespace(monotonic=lambda: now))
+    run_tensor = predictor._run_tensor
+
+    def run_slowly(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now += 10
+        return run_tensor(*arguments, **options)
+
+    monkeypatch.setattr(predictor, "_run_tensor", run_slowly)
+    box = (0, 0, 64, 48)
+    request = ImageRequest(make_jpeg(), boxes=(box,) * 7)
+    report = predictor.predict_batch([request, request.content, request], deadlines=[15.0, None, None])
+    late, plain, boxed = report.answers
+    assert isinstance(late, DeadlineExceeded)
+    assert str(late) == "6 of 7 boxes were classified in time"
+    assert isinstance(plain, Answer) and isinstance(boxed, BoxAnswers)
+    assert now == 10 * (2 + 3 + 1)
+
+
+def test_runner_ends_boxes_at_the_deadline_of_their_own_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that was dropped before must not shift the deadlines of the others."""
+    (tmp_path / "model.onnx").write_bytes(build_model().SerializeToString())
+    predictor = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(predictor_module, "time", clock)
+    monkeypatch.setattr(process, "time", clock)
+    run_tensor = predictor._run_tensor
+
+    def run_slowly(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now += 10
+        return run_tensor(*arguments, **options)
+
+    monkeypatch.setattr(predictor, "_run_tensor", run_slowly)
+    request = ImageRequest(make_jpeg(), boxes=((0, 0, 64, 48),) * 7)
+    deadlines = [None, 1000.0, 35.0]
+    batch = Batch(1, 0, [request] * 3, deadlines, exclusive=False, separate=False)
+    (content,) = process._run_group(predictor, [batch], {(1, 0)})
+    (frame,) = FrameDecoder().feed(content)
+    dropped, in_time, late = BatchReport.from_frame(frame).answers
+    assert isinstance(dropped, DeadlineExceeded)
+    assert isinstance(in_time, BoxAnswers)
+    assert isinstance(late, DeadlineExceeded)
+    assert str(late) == "3 of 7 boxes were classified in time"
 
 
 def test_boxes_alone_use_the_session_of_exclusive_calls_one_by_one(tmp_path: Path) -> None:
