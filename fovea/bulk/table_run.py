@@ -224,3 +224,4 @@ class TableRun:
 def _cut(values: Iterator[_T], size: int) -> Iterator[Sequence[_T]]:
     while chunk := list(islice(values, size)):
         yield chunk
+        del chunk  # before the next one is cut: it may hold images

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import unicodedata
 from contextlib import suppress
 from pathlib import Path
@@ -104,9 +105,11 @@ def is_same_entry(source: str, target: Path) -> bool:
 
 def has_same_content(source: str, target: Path) -> bool:
     """Return whether two files have the same bytes. Raises `OSError`."""
+    target_status = target.stat()
+    # A pipe of the target's name has no size; opening it would wait for ever.
+    if not stat.S_ISREG(target_status.st_mode) or target_status.st_size != os.stat(source).st_size:  # noqa: PTH116
+        return False
     with open(source, "rb") as one, target.open("rb") as other:  # noqa: PTH123 - a name that is not UTF-8
-        if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
-            return False
         while block := one.read(_COMPARED_BYTES):
             if block != other.read(_COMPARED_BYTES):
                 return False
@@ -115,7 +118,9 @@ def has_same_content(source: str, target: Path) -> bool:
 
 def has_content(target: Path, content: bytes) -> bool:
     """Return whether a file has these bytes. Raises `OSError`."""
-    return target.stat().st_size == len(content) and target.read_bytes() == content
+    status = target.stat()
+    is_alike = stat.S_ISREG(status.st_mode) and status.st_size == len(content)
+    return is_alike and target.read_bytes() == content
 
 
 def compute_digest(path: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.bulk import local_engine
+from fovea.bulk import local_engine, table_run
 from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import BytesEntry as HeldEntry
 from fovea.bulk.local_engine import LocalEngine
@@ -119,21 +119,16 @@ def test_bytes_that_entries_hold_are_few_however_many_threads_there_are(
 ) -> None:
     """A compressed archive of some MB may unpack to members of 64 MB each."""
     engine = make_engine(small_zoo, 8)
-    limit = 3 * engine.chunk_size * IMAGE_BYTES
+    limit = engine.chunk_size * IMAGE_BYTES
     monkeypatch.setattr(local_engine, "_HELD_BYTES", limit)
     count = 20 * engine.chunk_size + 3
     Content.forget()
 
-    def list_chunks() -> Iterator[Sequence[ImageEntry]]:
-        entries = (HeldEntry(f"{number}.jpg", make_large_image(number)) for number in range(count))
-        while chunk := list(islice(entries, engine.chunk_size)):
-            yield chunk
-            del chunk
-
-    names = [name for chunk in engine.classify(list_chunks()) for name in chunk.names]
+    entries = (HeldEntry(f"{number}.jpg", make_large_image(number)) for number in range(count))
+    chunks = table_run._cut(entries, engine.chunk_size)
+    names = [name for chunk in engine.classify(chunks) for name in chunk.names]
     assert names == [f"{number}.jpg" for number in range(count)]
-    chunk_bytes = engine.chunk_size * IMAGE_BYTES
-    assert chunk_bytes <= Content.most_alive <= limit + chunk_bytes
+    assert limit <= Content.most_alive < 2 * limit
 
 
 def test_each_thread_holds_one_file(small_zoo: Path) -> None:

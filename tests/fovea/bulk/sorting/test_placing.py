@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.bulk.sorting.placing import copy_file, move_file, write_image
+from fovea.bulk.sorting.placing import copy_file, has_content, has_same_content, move_file, write_image
 
 DIGEST = "0" * 24
 
@@ -52,6 +52,16 @@ def test_file_that_appears_meanwhile_is_not_replaced(
     assert not place(source, target)
     assert (source.read_text(), target.read_text()) == ("new", "of another program")
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("content", ["new", ""])
+def test_pipe_of_the_same_name_is_another_file(source: Path, tmp_path: Path, content: str) -> None:
+    source.write_text(content)
+    target = tmp_path / "out" / "1.jpg"
+    os.mkfifo(target)
+    assert not has_same_content(str(source), target)
+    assert not has_content(target, content.encode())
+    assert not copy_file(str(source), target, digest=DIGEST)
 
 
 def test_hidden_file_of_a_killed_run_is_replaced_and_not_written_into(
