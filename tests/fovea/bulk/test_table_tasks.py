@@ -266,7 +266,6 @@ OTHER_OPTIONS = {
     "--top-k 1": "--top-k 5, now 1",
     "--coverage 0.9": "--coverage unset, now 0.9",
     "--where known": "--where unset, now known",
-    "--column file": "--column unset, now file",
     "--allow-host photos.example.com": "--allow-host unset, now photos.example.com",
 }
 

@@ -145,6 +145,7 @@ def test_interval_covers_the_rate_and_stays_between_zero_and_one() -> None:
         assert 0 <= interval[0] <= interval[1] <= 1
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_images_or_folders() -> None:
     """Every image is a mistake, or an error, or lies in a folder of its own."""
 
