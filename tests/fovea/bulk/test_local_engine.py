@@ -114,6 +114,7 @@ def make_large_image(number: int) -> Content:
     return Content(content.ljust(IMAGE_BYTES, b"\0"))
 
 
+@pytest.mark.long
 def test_bytes_that_entries_hold_are_few_however_many_threads_there_are(
     small_zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
