@@ -344,13 +344,18 @@ def test_version_option_prints_version(small_zoo: Path) -> None:
 
 
 @pytest.mark.long
-def test_training_commands_without_torch_name_make_setup(small_zoo: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    for arguments in (
-        ("train", "--out", str(tmp_path)),
-        ("export", "run", "--out", str(tmp_path)),
-        ("import", "x", "--labels", "y", "--name", "z", "--out", str(tmp_path)),
-    ):
-        process = run_fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
-        assert (process.returncode, process.stdout) == (2, "")
-        assert process.stderr == "fovea: training, export and import need torch; run `make setup`\n"
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("torch", ("train",)),
+        ("torch", ("export", "run")),
+        ("onnx", ("import", "x", "--labels", "y", "--name", "z")),  # an ONNX file needs no torch
+    ],
+)
+def test_training_commands_without_a_package_name_make_setup(
+    small_zoo: Path, tmp_path: Path, missing: str, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    process = run_fovea(*arguments, "--out", str(tmp_path), zoo=small_zoo, PYTHONPATH=str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"fovea: training, export and import need {missing}; run `make setup`\n"

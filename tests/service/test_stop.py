@@ -251,7 +251,8 @@ def test_sighup_rescans_repository_and_other_signals_are_ignored(tmp_path: Path,
 def test_closed_terminal_ends_service(small_zoo: Path) -> None:
     our_end, service_end = pty.openpty()
     program = (
-        "import os, sys; os.open(sys.argv[1], os.O_RDWR); "
+        "import os, signal, sys; os.open(sys.argv[1], os.O_RDWR); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # the tests may run under nohup
         "os.execv(sys.executable, [sys.executable, '-m', 'fovea.service'])"
     )
     command = [sys.executable, "-c", program, os.ttyname(service_end)]
