@@ -84,7 +84,7 @@ class BulkResult:
 
 @dataclass(frozen=True)
 class ResumeResult:
-    """What became of a run that was killed."""
+    """Outcome of a run that was killed and resumed."""
 
     finished_at_kill: list[int]
     """Number of finished images when each process was killed."""

@@ -41,7 +41,7 @@ _MODEL: Final = ROOT / "zoo"
 
 
 class Timing(NamedTuple):
-    """How a contestant did."""
+    """Measured times of a contestant."""
 
     start: float
     """Time to the first answer, in seconds."""

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from fovea.bulk.conditions import parse_condition
 from fovea.bulk.engine import Engine
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.finished_table import FinishedTable
 from fovea.bulk.inputs import count_entries, list_entries
 from fovea.bulk.inputs.basic_entries import FileEntry
@@ -21,6 +20,7 @@ from fovea.bulk.table_run import TableRun, check_output, leave_out_table
 from fovea.bulk.table_tasks import TableTasks, TaskOptions
 from fovea.bulk.tables.choice import choose_format
 from fovea.service.cli import classify_images
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.boxes import Boxes
 from fovea.service.settings import load_settings
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.rows import Row
 from fovea.bulk.table_facts import TableFacts
 from fovea.errors import FileError, RequestError, UnsupportedFormat
 from fovea.service.artifact.contract import Contract
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.image_suffixes import has_image_suffix
 
 

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 from fovea.bulk.engine import ClassifiedChunk, is_skipped
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import count_held_bytes
 from fovea.bulk.row_maker import RowMaker
 from fovea.bulk.rows import Row
@@ -18,6 +17,7 @@ from fovea.service.artifact.contract import Contract, Coverage
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.cli import load_live_model
 from fovea.service.errors import FileError, ModelError, RequestError
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.runners.batch_messages import Answer, BoxAnswers
 from fovea.service.runners.predictor import Predictor

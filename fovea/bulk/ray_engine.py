@@ -19,7 +19,6 @@ from typing import IO, Final
 
 import fovea
 from fovea.bulk.engine import ClassifiedChunk
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.local_engine import choose_batch_size
 from fovea.bulk.ray_messages import Failure, RayJob, Task, TaskResult, WindowEnd, WindowRequest
 from fovea.bulk.ray_worker import WORKER_SETTINGS, WorkerModel
@@ -27,6 +26,7 @@ from fovea.bulk.table_facts import TableFacts
 from fovea.errors import FoveaError, StartError
 from fovea.service.artifact.contract import Coverage
 from fovea.service.cli import load_live_model
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.inference.session import read_model
 from fovea.service.resources import threads

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.bulk.engine import ClassifiedChunk
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.errors import FoveaError
 from fovea.service import __version__
 from fovea.service.artifact.repository import ModelConfig, ModelVersion
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage

@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 
 from fovea.bulk.conditions import Condition
 from fovea.bulk.engine import ClassifiedChunk, Engine
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.finished_table import FinishedTable
 from fovea.bulk.inputs.patterns import PathPattern, is_pattern
 from fovea.bulk.progress import BulkProgress
@@ -22,6 +21,7 @@ from fovea.bulk.tables.table_format import TableFormat
 from fovea.bulk.unfinished_run import Counts, UnfinishedRun
 from fovea.errors import FoveaError, StartError
 from fovea.service import __version__
+from fovea.service.image_files import ImageEntry
 
 _PART_IMAGES: Final = 1000
 """Number of entries in a part: a kill costs at most the work on these. Rounded up to whole chunks."""

@@ -19,7 +19,6 @@ from fovea.bulk.comparison.folder_comparison import compare_rows
 from fovea.bulk.comparison.html_report import write_html_report
 from fovea.bulk.comparison.terminal_report import print_comparison
 from fovea.bulk.comparison.thumbnails import make_thumbnails
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.finished_table import FinishedTable
 from fovea.bulk.inputs.basic_entries import FileEntry, to_path, to_text
 from fovea.bulk.rows import Row
@@ -32,6 +31,7 @@ from fovea.bulk.table_run import is_same_file
 from fovea.errors import StartError
 from fovea.model.evaluation.report_page import REPORT_FILE
 from fovea.service.artifact.contract import Contract
+from fovea.service.image_files import ImageEntry
 
 _MAX_FAILURES: Final = 5
 """Number of images that could not be sorted that are named on stderr."""

@@ -10,10 +10,10 @@ from typing import Final
 from PIL import Image
 
 from fovea.bulk.comparison.folder_comparison import ConfidentMistake
-from fovea.bulk.entries import ImageEntry
 from fovea.errors import FileError, RequestError, StartError
 from fovea.model.evaluation.report_page import to_data_uri
 from fovea.service.artifact.geometry import Geometry, Interpolation, PixelPath
+from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import decode_image
 
 _THUMBNAIL_SIDE: Final = 232

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple, cast
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import BytesEntry, FailedEntry, LargeEntry, describe_error
 from fovea.bulk.inputs.columns import choose_column, is_content_column
 from fovea.bulk.inputs.source_files import SourceFile
 from fovea.service.errors import FileError
+from fovea.service.image_files import ImageEntry
 
 _DELIMITERS: Final = ",;\t|"
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, cast
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import (
     BytesEntry,
     FailedEntry,
@@ -22,6 +21,7 @@ from fovea.bulk.inputs.basic_entries import (
 from fovea.bulk.inputs.columns import choose_column
 from fovea.bulk.inputs.source_files import SourceFile
 from fovea.service.errors import FileError, StartError
+from fovea.service.image_files import ImageEntry
 
 _PATH_ROWS: Final = 8192
 """Rows with paths that are read at once."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import BinaryIO, Final, Protocol
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import MAX_IMAGE_BYTES, FailedEntry, FileEntry, describe_error, to_text
 from fovea.bulk.inputs.csv_table import check_csv, count_csv_rows, list_csv_images
 from fovea.bulk.inputs.name_list import read_names
@@ -21,6 +20,7 @@ from fovea.bulk.inputs.tar_archive import count_tar_members, list_tar_members
 from fovea.bulk.inputs.urls import HttpsAccess, UrlEntry
 from fovea.bulk.inputs.zip_archive import count_zip_members, list_zip_members
 from fovea.service.errors import FileError, StartError
+from fovea.service.image_files import ImageEntry
 from fovea.service.image_folders import join_path, walk_folder
 from fovea.service.inference.image_suffixes import has_image_suffix
 from fovea.service.remote.guarded_https import Resolver, UrlError

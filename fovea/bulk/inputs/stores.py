@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import FailedEntry, is_hidden_member, to_text
 from fovea.bulk.inputs.patterns import PathPattern
 from fovea.bulk.inputs.source_files import connect_store
 from fovea.service.errors import FileError
-from fovea.service.image_files import check_image_size
+from fovea.service.image_files import ImageEntry, check_image_size
 from fovea.service.remote.store_uri import StoreError
 
 

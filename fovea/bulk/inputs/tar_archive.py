@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, Protocol, cast
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import (
     BytesEntry,
     FailedEntry,
@@ -32,7 +31,7 @@ from fovea.bulk.inputs.basic_entries import (
 from fovea.bulk.inputs.source_files import OpenFile, SourceFile, WindowReader
 from fovea.bulk.inputs.xz_stream import XzStream
 from fovea.service.errors import FileError, UnsupportedFormat
-from fovea.service.image_files import check_image_size
+from fovea.service.image_files import ImageEntry, check_image_size
 from fovea.service.inference.image_format import identify_format
 
 _BLOCK_BYTES: Final = tarfile.BLOCKSIZE

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import (
     FailedEntry,
     SpecialEntry,
@@ -26,7 +25,7 @@ from fovea.bulk.inputs.basic_entries import (
 )
 from fovea.bulk.inputs.source_files import OpenFile, SourceFile, WindowReader
 from fovea.service.errors import FileError
-from fovea.service.image_files import check_image_size
+from fovea.service.image_files import ImageEntry, check_image_size
 
 _END: Final = struct.Struct("<4s4H2LH")  # 4.3.16
 _END_SIGNATURE: Final = b"PK\5\6"

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import FileEntry, to_path
 from fovea.bulk.sorting.names import generate_names
 from fovea.bulk.sorting.placing import (
@@ -30,6 +29,7 @@ from fovea.bulk.sorting.plan import PlannedFile
 from fovea.errors import FileError, RequestError, StartError
 from fovea.service.atomic_files import WriteError
 from fovea.service.errors import to_one_line
+from fovea.service.image_files import ImageEntry
 
 _MAX_NAMES: Final = 100
 """Number of names that are tried for an image."""

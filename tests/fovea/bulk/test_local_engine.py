@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fovea.bulk import local_engine, table_run
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs.basic_entries import BytesEntry as HeldEntry
 from fovea.bulk.local_engine import LocalEngine
 from fovea.errors import FileError, ModelError
 from fovea.service.cli import load_live_model
+from fovea.service.image_files import ImageEntry
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg

@@ -17,10 +17,10 @@ from fovea.bulk.comparison.folder_comparison import FolderComparison, compare_ro
 from fovea.bulk.comparison.html_report import write_html_report
 from fovea.bulk.comparison.terminal_report import print_comparison
 from fovea.bulk.comparison.thumbnails import make_thumbnails
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.rows import Row
 from fovea.errors import FileError, StartError
 from fovea.service.artifact.contract import Task
+from fovea.service.image_files import ImageEntry
 from tests.parsed_page import ParsedPage
 
 

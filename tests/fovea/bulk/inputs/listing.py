@@ -6,9 +6,9 @@ import pickle
 from collections.abc import Iterable
 from typing import Any
 
-from fovea.bulk.entries import ImageEntry
 from fovea.bulk.inputs import list_entries
 from fovea.errors import FileError, RequestError
+from fovea.service.image_files import ImageEntry
 
 MAX_BYTES = 100_000
 
