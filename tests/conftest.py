@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure() -> None:
     """Let Ctrl-C end the processes of tests, because shells start background jobs with SIGINT ignored.
 
-    No example of a property has a time limit: a shared machine may take any time.
+    No example of a property has a time limit, nor have all together: a shared machine may take any time.
     """
-    hypothesis.settings.register_profile("fovea", deadline=None)
+    hypothesis.settings.register_profile(
+        "fovea", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
     hypothesis.settings.load_profile("fovea")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -80,7 +80,7 @@ class Server(AbstractContextManager["Server"]):
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.log = self.process.communicate(timeout=30)[1]
+            self.log = self.process.communicate(timeout=60)[1]
         finally:
             self.process.kill()
 
@@ -136,8 +136,20 @@ def is_running(pid: int) -> bool:
 
 def list_children(pid: int) -> set[int]:
     """Return the ids of the processes that a process has started."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(child) for path in tasks for child in path.read_text().split()}
+    children: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            children.update(map(int, path.read_text().split()))
+    return children
+
+
+def read_open_files(pid: int) -> dict[Path, str]:
+    """Return the names of the files that a process has open, by their paths in `/proc`."""
+    names: dict[Path, str] = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has just been closed
+            names[path] = str(path.readlink())
+    return names
 
 
 def is_running_module(pid: int, module: str) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
 import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,15 @@ from fovea.bench import peers
 from fovea.bench.contestants import FoveaVersion, check_answers, compute_reference, wait_until_ready
 from fovea.bench.minimal_server import MinimalProtocol
 from fovea.bench.peers import PEERS, Configuration, Peer, install_peer, start_peer
-from fovea.bench.processes import find_process_tree, pause_tree, resume_tree, start_process
+from fovea.bench.processes import (
+    find_process_tree,
+    pause_tree,
+    read_command_line,
+    resume_tree,
+    start_process,
+)
 from fovea.bench.workloads import WORKLOADS, BenchError
+from tests.servers import wait_until
 from tests.tools import SYSTEM_REASON
 
 
@@ -42,18 +48,21 @@ def test_minimal_server_reads_the_body_and_answers_200_bytes() -> None:
 def test_paused_tree_stands_still_and_can_be_ended() -> None:
     script = "import subprocess; subprocess.run(['sleep', '60'])"
     with start_process([sys.executable, "-c", script]) as process:
-        while len(pids := find_process_tree(process.pid)) < 2:
-            pass
+        # A parent whose child does not run its own program yet cannot be stopped (vfork(2)).
+        wait_until(lambda: b"sleep\x0060\0" in map(read_command_line, find_process_tree(process.pid)))
+        pids = find_process_tree(process.pid)
         pause_tree(process.pid)
-        while [read_state(pid) for pid in pids] != ["T", "T"]:  # a signal takes a moment
-            pass
+        wait_until(lambda: [read_state(pid) for pid in pids] == ["T", "T"])  # a signal takes a moment
         resume_tree(process.pid)
-        while "T" in [read_state(pid) for pid in pids]:
-            pass
+        wait_until(lambda: "T" not in map(read_state, pids))
         pause_tree(process.pid)
     assert process.returncode == -signal.SIGTERM  # not SIGKILL, which would come after 15 s
-    while [pid for pid in pids if read_state(pid) not in ("Z", "")]:  # the child ends a moment later
-        pass
+    wait_until(lambda: have_ended(pids))  # the child ends a moment later
+
+
+def have_ended(pids: list[int]) -> bool:
+    """Return whether no process runs. Perhaps nobody has asked for its exit status."""
+    return {"Z", ""}.issuperset(map(read_state, pids))
 
 
 def read_state(pid: int) -> str:
@@ -102,7 +111,4 @@ def test_peers_answer_as_the_bare_loop_does(name: str) -> None:
             wait_until_ready(server, workload)
             pids = find_process_tree(server.process.pid)
             assert check_answers(server, expected_labels, agreement=1.0) == 1.0
-        end = time.monotonic() + 10  # grandchildren may take a moment to die
-        while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:  # noqa: PTH110
-            time.sleep(0.05)
-        assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]  # noqa: PTH110
+        wait_until(partial(have_ended, pids))  # grandchildren may take a moment to die

@@ -59,7 +59,7 @@ def test_missing_gpu_is_one_line(options: list[str], capsys: pytest.CaptureFixtu
 def test_budget_ends_the_measurement(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     started_at = time.monotonic()
     assert main([*options, "--provider", "cpu", "--budget", "0.2"]) == 1
-    assert time.monotonic() < started_at + 10
+    assert time.monotonic() < started_at + 60
     assert "0.2 s are over" in capsys.readouterr().err
 
 
@@ -67,9 +67,9 @@ def test_time_limit_is_over_after_the_block() -> None:
     with pytest.raises(OutOfTimeError), limit_time(0.01):
         while True:
             pass
-    with limit_time(0.01):
+    with limit_time(0.5):  # a busy machine may interrupt this process for a moment
         pass
-    time.sleep(0.02)
+    time.sleep(0.6)
 
 
 def test_limit_is_named_with_figures() -> None:

@@ -80,7 +80,7 @@ def test_entrypoint_serves_by_default(small_zoo: Path, arguments: list[str]) -> 
     with Server({"args": [*ENTRY, *arguments]}, **settings) as server:
         assert server.client.get("/health/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_entrypoint_publishes_a_model(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_unwritable_log_does_not_disturb_service(
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert server.client.post("/v1/classify", content=PICTURE).status_code == 200
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.long
@@ -405,7 +405,7 @@ def test_clock_jumps_do_not_disturb_service(small_zoo: Path, tmp_path: Path) -> 
         assert server.read_metric("fovea_errors_total") == 0
         assert server.read_metric("fovea_runner_deaths_total") == 0
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def _read_date(server: Server) -> Any:

@@ -168,7 +168,7 @@ def test_unwritable_greeting_does_not_disturb_service(
             wait_until(lambda: _is_ready(port) or process.poll() is not None)
             assert httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=make_jpeg()).status_code == 200
             process.terminate()
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=60) == 0
         finally:
             process.kill()
             os.close(descriptor)
@@ -221,7 +221,7 @@ def test_signal_ends_service_cleanly(small_zoo: Path, signal_number: int) -> Non
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200
         server.process.send_signal(signal_number)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
         with pytest.raises(httpx.TransportError):
             server.client.get("/health/live")
     assert "Traceback" not in server.log

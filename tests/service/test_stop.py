@@ -18,7 +18,7 @@ import pytest
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import ROOT, Server, is_running, is_running_module, wait_until
+from tests.servers import ROOT, Server, is_running, is_running_module, list_children, wait_until
 from tests.tools import require_namespaces
 
 
@@ -58,7 +58,7 @@ def test_grace_time_is_not_ready_but_accepts_requests(small_zoo: Path) -> None:
         answer = wire.read_response()
         assert (answer.status, answer.is_closing) == (200, True)
         server.process.send_signal(signal.SIGTERM)  # ends the grace time
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_drain_refuses_new_and_finishes_accepted_requests(small_zoo: Path) -> None:
@@ -73,7 +73,7 @@ def test_drain_refuses_new_and_finishes_accepted_requests(small_zoo: Path) -> No
         answer = wire.read_response()
         assert (answer.status, answer.is_closing) == (200, True)
         assert wire.is_closed()
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "cancelled" not in server.log
 
 
@@ -99,7 +99,7 @@ def test_request_past_drain_limit_gets_503_and_is_logged(small_zoo: Path) -> Non
         answer = wire.read_response()
         assert (answer.status, answer.error_code, answer.is_closing) == (503, "draining", True)
         assert answer.headers["retry-after"] == "1"
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "cancelled 1 requests that were not finished in time" in server.log
     assert "Traceback" not in server.log
 
@@ -112,7 +112,7 @@ def test_second_signal_cancels_open_requests(small_zoo: Path) -> None:
         _wait_until_refused(server)
         server.process.send_signal(signal.SIGTERM)
         assert wire.read_response().error_code == "draining"
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "cancelled 1 requests" in server.log
 
 
@@ -126,7 +126,7 @@ def test_three_signals_skip_grace_time_and_drain_limit(small_zoo: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         _wait_until_refused(server)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.long
@@ -137,19 +137,22 @@ def test_ctrl_c_skips_grace_time_and_finishes_requests(small_zoo: Path) -> None:
         _wait_until_refused(server)
         wire.send(remaining_body)
         assert wire.read_response().status == 200
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.long
 def test_idle_connections_do_not_delay_shutdown(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo)) as server, Wire(server.url) as idle_wire, Wire(server.url):
+    settings = {"FOVEA_DRAIN_LIMIT": "600", "FOVEA_KEEP_ALIVE": "600", "FOVEA_HEADER_TIMEOUT": "600"}
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), **settings) as server,
+        Wire(server.url) as idle_wire,
+        Wire(server.url),
+    ):
         idle_wire.send(LIVE_REQUEST)
         assert idle_wire.read_response().status == 200
-        start_time = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert idle_wire.is_closed()
-        assert server.process.wait(timeout=20) == 0
-        assert time.monotonic() - start_time < 5
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.long
@@ -174,7 +177,7 @@ def test_shutdown_resets_no_connection(small_zoo: Path, clients: int) -> None:
             )
             server.process.send_signal(signal.SIGTERM)
             assert set().union(*(future.result() for future in futures)) <= {200, 503}
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 # --- signals during loading ----------------------------------------------------------------------
@@ -182,14 +185,14 @@ def test_shutdown_resets_no_connection(small_zoo: Path, clients: int) -> None:
 
 @pytest.fixture
 def slow_environment(small_zoo: Path, tmp_path: Path) -> dict[str, str]:
-    """Return the environment of a service that creates the file `begun` and then loads for a minute."""
+    """Return the environment of a service that creates the file `begun` and then loads for ten minutes."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pathlib, sys, time\n"
         "class Slow:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'fovea.service.app':\n"
         f"            pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
-        "            time.sleep(60)\n"
+        "            time.sleep(600)\n"
         "sys.meta_path.insert(0, Slow())\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -207,7 +210,7 @@ def test_signal_during_loading_ends_service_at_once(
     )  # fmt: skip
     wait_until((tmp_path / "begun").exists)
     process.send_signal(signal_number)
-    _, error_output = process.communicate(timeout=20)  # a third of the loading time
+    _, error_output = process.communicate(timeout=60)  # a tenth of the loading time
     assert process.returncode == (0 if workers == "2" else -signal_number)
     assert error_output == ""
 
@@ -221,7 +224,7 @@ def test_signal_during_loading_ends_process_1(slow_environment: dict[str, str], 
         wait_until((tmp_path / "begun").exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children), signal.SIGTERM)
-        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
     finally:
         process.kill()
 
@@ -260,7 +263,7 @@ def test_closed_terminal_ends_service(small_zoo: Path) -> None:
     with Server(popen_arguments, FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_GRACE="600") as server:
         os.close(service_end)
         os.close(our_end)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 # --- time of a shutdown --------------------------------------------------------------------------
@@ -275,11 +278,11 @@ def test_stop_with_hung_runners_ends_in_time(small_zoo: Path, workers: str) -> N
         assert server.client.get("/health/live").status_code == 200
         parents = [server.process.pid]
         if workers == "2":
-            parents = _list_children(server.process.pid)
+            parents = [*list_children(server.process.pid)]
         runners = [
             pid
             for parent in parents
-            for pid in _list_children(parent)
+            for pid in list_children(parent)
             if is_running_module(pid, "runners.process")
         ]
         assert len(runners) == int(workers)
@@ -289,11 +292,6 @@ def test_stop_with_hung_runners_ends_in_time(small_zoo: Path, workers: str) -> N
         wait_until(lambda: server.read_metric("fovea_images_in_flight") == 1)
         start_time = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=20)
-        assert time.monotonic() - start_time < 0.5 + 2.5 + 1.0  # 1 s for a busy machine
+        server.process.wait(timeout=60)
+        assert time.monotonic() - start_time < 0.5 + 2.5 + 7.0  # 7 s for a busy machine
         wait_until(lambda: not any(is_running(pid) for pid in runners))
-
-
-def _list_children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in tasks for child in path.read_text().split()]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.pictures import make_jpeg
-from tests.servers import ROOT, Server, wait_until
+from tests.servers import ROOT, Server
 
 IMAGE = make_jpeg()
 B64 = base64.b64encode(IMAGE).decode()
@@ -271,14 +271,14 @@ def test_container_lives_as_the_platform_expects(small_zoo: Path, platform: str)
     started = time.monotonic()
     with Server({"args": command, "env": environment}) as server:
         assert server.url.endswith(f":{port}")
-        assert server.client.get(probe, timeout=2).status_code == 200
+        assert server.client.get(probe).status_code == 200
         assert time.monotonic() - started < 60  # a generous share of each platform's limit for a start
         assert server.client.post(route, **body).status_code == 200
         # The body of this request is complete only after SIGTERM: the work is accepted, and is finished.
         wire = socket.create_connection(("127.0.0.1", int(port)), timeout=30)
         head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(IMAGE)}\r\n\r\n"
         wire.sendall(head.encode() + IMAGE[:100])
-        wait_until(lambda: server.read_metric("fovea_requests_in_flight") >= 1)
+        server.wait_for_metric(2, "fovea_requests_in_flight")  # this request and the scrape
         server.process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
         wire.sendall(IMAGE[100:])

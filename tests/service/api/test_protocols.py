@@ -177,7 +177,7 @@ def test_refusals_have_the_shape_of_the_protocol(small_zoo: Path) -> None:
             assert (draining_reply.status_code, error_code(draining_reply, protocol)) == (503, "draining")
             assert draining_reply.headers["retry-after"] == "1"
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(

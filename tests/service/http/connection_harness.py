@@ -188,7 +188,7 @@ async def open_connection(**settings: Any) -> AsyncIterator[Peer]:
         yield peer
     finally:
         peer.socket.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await peer.lost_event.wait()
             if context.tasks:
                 await asyncio.wait(context.tasks)

