@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -15,12 +15,15 @@ serve: $(VENV)/.runtime ## Serve the default model on port 8000
 
 setup: $(VENV)/.dev ## Install everything for development into .venv
 
-test: $(VENV)/.dev lint ## Check style and types, run all tests; COVER=--cov measures what they reach
+test: $(VENV)/.dev lint ## Check style and types, run all tests but the long ones (6 minutes)
 	@echo "A part: $(BIN)/pytest tests/service/api; one test: $(BIN)/pytest -k part_of_its_name; the long ones: make proof"
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(COVER)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+coverage: $(VENV)/.dev ## Measure which lines of the service the tests of `make test` reach (10 minutes)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-fail-under=90
 
 proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
-	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile $(COVER)
+	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m slow -s --ignore tests/image
 
 lint: $(VENV)/.dev ## Check style and types

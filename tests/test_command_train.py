@@ -251,7 +251,7 @@ def run_interrupted(arguments: list[str]) -> tuple[int, str]:
             assert line, output
             output += line
         process.send_signal(signal.SIGINT)
-        output += process.communicate(timeout=60)[0]
+        output += process.communicate(timeout=300)[0]
     return process.returncode, output
 
 

@@ -21,7 +21,7 @@ from fovea.service.runners.load_messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
 
 CAM_CASES = 200
-OCCLUSION_CASES = 100
+OCCLUSION_CASES = 40
 MIN_HIT_SHARE = 0.85
 
 
@@ -63,6 +63,7 @@ def measure_hit_share(explainer: Explainer, folder: Path, request: ExplanationRe
     return hits / count
 
 
+@pytest.mark.long
 def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
     share = measure_hit_share(explainer, cifar_test, ExplanationRequest(method="cam"), CAM_CASES)
     print(f"class activation maps: {share:.1%} of {CAM_CASES}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,9 @@ class NetworkCase:
     content: bytes
 
 
+@cache
 def make_case(name: str, size: int, task: Task) -> NetworkCase:
+    """Return the case of a network; only its gradients may be changed."""
     net = make_net(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
@@ -189,7 +193,7 @@ def test_convolution_outputs_follow_from_weights(name: str, size: int) -> None:
 def test_receptive_field_matches_the_gradient(name: str, size: int) -> None:
     """Only pixels inside the receptive field change a value, and pixels at its edge do."""
     case = make_case(name, size, Task.MULTICLASS)
-    net = case.net.double()
+    net = deepcopy(case.net).double()
     introspected = IntrospectedModel(case.content, case.contract, PLAN)
     layers_by_name = {
         layer.name: layer

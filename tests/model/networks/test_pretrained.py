@@ -346,7 +346,8 @@ def run_hub(folder: Path) -> Iterator[str]:
 
 
 READ_SCRIPT = """
-import sys
+import sys, time
+time.sleep = lambda seconds: None  # the library of the hub waits between its tries
 from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 
 for source in sys.argv[1:]:

@@ -61,7 +61,7 @@ def _list_parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.long
 def test_replies_conform_to_the_openapi_document(server: Server, tmp_path: Path) -> None:
-    output = run_schemathesis(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
+    output = run_schemathesis(server, tmp_path, "--max-examples", "4", "--generation-deterministic")
     count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
     assert f"Tested: {count}" in output
     assert server.read_metric("fovea_errors_total", reason="internal") == 0
@@ -73,7 +73,7 @@ def test_repository_replies_conform_to_the_openapi_document(managed_server: Serv
         managed_server,
         tmp_path,
         "--max-examples",
-        "15",
+        "10",
         "--generation-deterministic",
         "--include-path-regex",
         "^/v2/repo",
@@ -83,5 +83,5 @@ def test_repository_replies_conform_to_the_openapi_document(managed_server: Serv
 
 @pytest.mark.long
 def test_many_random_requests_get_documented_replies(managed_server: Server, tmp_path: Path) -> None:
-    run_schemathesis(managed_server, tmp_path, "--max-examples", "30", "--generation-database", "none")
+    run_schemathesis(managed_server, tmp_path, "--max-examples", "10", "--generation-database", "none")
     assert managed_server.read_metric("fovea_errors_total", reason="internal") == 0

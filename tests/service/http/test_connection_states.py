@@ -110,7 +110,7 @@ async def run_scenario(scenario: Scenario) -> bytes:
 
 @pytest.mark.long
 @given(scenario=SCENARIOS)
-@settings(max_examples=1000)
+@settings(max_examples=400)
 def test_connection_makes_legal_transitions_and_keeps_nothing(scenario: Scenario) -> None:
     reply = asyncio.run(run_scenario(scenario))
     assert len(re.findall(rb"HTTP/1\.1 \d{3} ", reply)) <= len(scenario.requests)

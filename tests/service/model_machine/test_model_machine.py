@@ -1,6 +1,6 @@
 """Random changes, requests and faults during each other: every answer is allowed, and all views agree.
 
-`make machine` takes 2,000 steps, `make proof` takes 200. The environment variable MACHINE_STEPS sets another
+`make machine` takes 2,000 steps, `make proof` takes 125. The environment variable MACHINE_STEPS sets another
 number. A failure prints the steps that led to it, and the end of the service's log.
 """
 
@@ -29,7 +29,7 @@ from tests.service.model_machine.builds import FileKind
 from tests.service.model_machine.judgement import Operation
 from tests.service.model_machine.run import DEFAULT_NAME, NAMES, MachineFailure, MachineRun
 
-STEPS: Final = int(os.environ.get("MACHINE_STEPS", "200"))
+STEPS: Final = int(os.environ.get("MACHINE_STEPS", "125"))
 
 STEPS_PER_SERVER: Final = 25
 
