@@ -88,6 +88,7 @@ def test_examples_use_existing_options(
             assert option in help_text, example
 
 
+@pytest.mark.long
 def test_help_lists_every_command(small_zoo: Path) -> None:
     help_text = run_fovea("--help", zoo=small_zoo).stdout
     for command in ("serve", "classify", "train", "export", "import"):

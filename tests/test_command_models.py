@@ -527,6 +527,7 @@ def test_targets_of_links_are_kept(zoo: Path, command: Command) -> None:
     assert sorted(path.name for path in (zoo / "small").iterdir()) == ["1", "10"]
 
 
+@pytest.mark.long
 def test_remove_asks_on_a_terminal(zoo: Path) -> None:
     process = run_fovea("remove", "small/1")
     assert (process.returncode, process.stdout) == (2, "")

@@ -34,6 +34,7 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_cpu_path_prints_both_tables(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*options, "--provider", "cpu", "--turn", "0.01", "--seconds", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -199,6 +199,7 @@ def test_ipv6_greeting_has_a_working_url(small_zoo: Path) -> None:
         assert server.client.get("/health/ready").status_code == 200
 
 
+@pytest.mark.long
 def test_model_file_is_served_as_a_repository(small_zoo: Path) -> None:
     path = small_zoo / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path)) as server:

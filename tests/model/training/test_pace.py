@@ -152,6 +152,7 @@ def compute_network_cost(
     return estimate_cost(Net(NetConfig(Task.MULTICLASS, 10, name, size)), precision)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU costs nothing more")
 def test_cost_depends_on_network_size_and_precision() -> None:
     threads = torch.get_num_threads()

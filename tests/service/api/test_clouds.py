@@ -209,6 +209,7 @@ def test_labels_of_columns(server: Server) -> None:
     assert output["probabilities"] == sorted(output["probabilities"], reverse=True)
 
 
+@pytest.mark.long
 def test_predict_route_takes_the_place_of_another_body_only(small_zoo: Path) -> None:
     settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_HEALTH_ROUTE": "/health/ready"}
     with Server(**settings, FOVEA_PREDICT_ROUTE="/predict") as server:  # Hugging Face's path

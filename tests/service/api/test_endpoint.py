@@ -156,7 +156,7 @@ def test_bad_options_are_refused_after_an_unknown_model(server: Server, is_chunk
         assert send_request(server, request, is_chunked=is_chunked)[0] == status
 
 
-@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("is_chunked", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_long_reply_counts_towards_the_body_memory(tmp_path: Path, is_chunked: bool) -> None:
     add_to_repository(build_model(labels=[f"label {number}" for number in range(1000)]), tmp_path)
     limits = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}

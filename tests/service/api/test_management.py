@@ -68,7 +68,7 @@ def test_malformed_index_request_is_refused(server: Server, body: bytes) -> None
     assert status_and_code(server.client.post(INDEX, content=body)) == (400, "bad_request")
 
 
-@pytest.mark.parametrize("managed_server", ["1", "2"], indirect=True)
+@pytest.mark.parametrize("managed_server", ["1", pytest.param("2", marks=pytest.mark.long)], indirect=True)
 def test_version_is_loaded_and_rolled_back(managed_server: Server, zoo: Path) -> None:
     first = classify_pictures(managed_server)
     assert publish_variant(zoo, seed=1) == "2"
@@ -82,6 +82,7 @@ def test_version_is_loaded_and_rolled_back(managed_server: Server, zoo: Path) ->
     assert model_states(managed_server.client.post(INDEX)) == [("small", "1", "READY")]
 
 
+@pytest.mark.long
 def test_watcher_keeps_the_version_after_a_rollback(zoo: Path) -> None:
     publish_variant(zoo, seed=1)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as server:
@@ -94,6 +95,7 @@ def test_watcher_keeps_the_version_after_a_rollback(zoo: Path) -> None:
         assert get_served_version(server) == "3"
 
 
+@pytest.mark.long
 def test_failing_file_of_a_requested_version_is_tried_once(zoo: Path) -> None:
     publish_variant(zoo, seed=1)
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as server:

@@ -182,7 +182,7 @@ def test_refusals_have_the_shape_of_the_protocol(small_zoo: Path) -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [one if one in ("native", "oip") else pytest.param(one, marks=pytest.mark.long) for one in ASKED],
+    [one if one == "native" else pytest.param(one, marks=pytest.mark.long) for one in ASKED],
 )
 def test_unloaded_model_is_loaded_on_request(tmp_path: Path, protocol: str) -> None:
     for number in range(2):

@@ -118,7 +118,7 @@ def read_request_lines(log: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("networks", ["", "127.0.0.0/8"])
+@pytest.mark.parametrize("networks", [pytest.param("", marks=pytest.mark.long), "127.0.0.0/8"])
 def test_log_names_the_client_address(small_zoo: Path, workers: str, networks: str) -> None:
     """This holds for answers with and without ASGI, for refusals, and for input that is not HTTP."""
     settings = {"FOVEA_WORKERS": workers, "FOVEA_TRUSTED_PROXIES": networks, "FOVEA_RUNNERS": "1"}

@@ -20,6 +20,7 @@ def read_versions(server: Server) -> list[tuple[str, str]]:
     return [(one["name"], one["version"]) for one in server.client.get("/v1/models").json()["models"]]
 
 
+@pytest.mark.long
 def test_file_in_the_root_is_served_under_the_given_name(tmp_path: Path) -> None:
     add_to_repository(build_model(), tmp_path, "contract", "7")
     mount = tmp_path / "contract" / "7"

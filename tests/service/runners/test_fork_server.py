@@ -434,6 +434,7 @@ def test_closed_fork_server_starts_again(starter: ForkServer) -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.long
 def test_service_survives_its_fork_server(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as server:
         (pid,) = server.child_pids(FORK_SERVER)

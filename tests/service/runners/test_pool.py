@@ -493,6 +493,7 @@ def test_runner_that_fails_the_golden_set_is_not_ready(small_zoo: Path, tmp_path
         assert _wait_until_not_ready(server).json()["error"]["code"] == "not_ready"
 
 
+@pytest.mark.long
 def test_busy_time_of_runners_is_counted(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1") as server:
         started_at = time.monotonic()
