@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -278,9 +279,12 @@ def test_nothing_is_read_behind_a_refused_pipelined_request(
 def test_pipelined_requests_beyond_memory_are_refused_in_order(low_memory_server: Server) -> None:
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(low_memory_server.url)) for _ in range(20)]
+        pool = stack.enter_context(ThreadPoolExecutor(len(wires)))
+        requests = (classify_request(make_jpeg()), classify_request(bytes(100_000)), LIVE_REQUEST)
         with stop_runners(low_memory_server):
-            for wire in wires:
-                wire.send(classify_request(make_jpeg()), classify_request(bytes(100_000)), LIVE_REQUEST)
+            sends = [pool.submit(wire.send, *requests) for wire in wires]
+            # The system takes everything, or lacks memory: then the rest is sent when the service reads.
+            wait(sends, timeout=5)
             low_memory_server.client.get("/health/live")
         assert {wire.read_response().status for wire in wires} == {200}
         codes = [wire.read_response().error_code for wire in wires]
