@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import pytest
 
 from fovea.bench.oip import make_bare_runner, open_inference_client
 from fovea.export.importer.inspect import ImportRequest
@@ -16,6 +17,7 @@ from tests.export.imports import make_labels
 from tests.servers import Server
 
 
+@pytest.mark.long
 def test_service_and_bare_runtime_agree(tmp_path: Path) -> None:
     model_file, label_file = tmp_path / "plain.onnx", tmp_path / "labels.txt"
     model_file.write_bytes(build_classifier().SerializeToString())

@@ -217,7 +217,9 @@ def test_version_folder_without_model_file_is_not_served(tmp_path: Path) -> None
     assert "small/2 has no model.onnx and is not served" in server.log
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_signal_ends_service_cleanly(small_zoo: Path, signal_number: int) -> None:
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         assert server.client.post("/v1/classify", content=make_jpeg()).status_code == 200

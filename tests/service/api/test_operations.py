@@ -14,7 +14,7 @@ from fovea.service import __version__
 from fovea.service.settings import Settings
 from tests.graphs import build_model, read_contract
 from tests.pictures import make_jpeg
-from tests.servers import Server
+from tests.servers import Server, sum_samples
 from tests.service.runners.test_memory_plan import fit_settings
 
 
@@ -63,13 +63,12 @@ def test_request_is_counted_once_and_timed_in_every_stage(server: Server) -> Non
     stages = ("read", "decode", "queue", "inference", "encode")
 
     def read_counts() -> list[float]:
+        route, text = "/v1/models/{name}/classify", server.client.get("/metrics").text
         return [
-            server.read_metric(
-                "fovea_requests_total", route="/v1/models/{name}/classify", model="small", status="200"
-            ),
-            server.read_metric("fovea_images_total", model="small", version="1"),
-            server.read_metric("fovea_request_seconds_count", route="/v1/models/{name}/classify"),
-            *(server.read_metric("fovea_stage_seconds_count", stage=stage) for stage in stages),
+            sum_samples(text, "fovea_requests_total", route=route, model="small", status="200"),
+            sum_samples(text, "fovea_images_total", model="small", version="1"),
+            sum_samples(text, "fovea_request_seconds_count", route=route),
+            *(sum_samples(text, "fovea_stage_seconds_count", stage=stage) for stage in stages),
         ]
 
     before = read_counts()

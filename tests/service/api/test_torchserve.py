@@ -73,6 +73,7 @@ def test_several_files_get_one_map_each(server: Server) -> None:
     assert reply.json() == [native_probabilities(server, picture) for picture in pictures]
 
 
+@pytest.mark.long
 def test_reply_has_five_labels(tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(add_to_repository(build_model(labels=LABELS), tmp_path, "many"))) as server:
         probabilities = server.client.put("/predictions/many", content=PICTURE).json()

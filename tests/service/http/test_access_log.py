@@ -276,6 +276,7 @@ def test_log_rate_limit_counts_left_out_requests(start_server: Any) -> None:
         assert len(lines) + sum(line.get("left_out", 0) for line in lines) == 61
 
 
+@pytest.mark.long
 def test_request_log_can_be_switched_off(start_server: Any) -> None:
     server, path = start_server(FOVEA_LOG_REQUESTS="0")
     server.client.post(CLASSIFY, content=make_jpeg())

@@ -160,6 +160,7 @@ def test_end_of_the_fork_server_waits_for_a_fork(starter: ForkServer) -> None:
     assert not starter._process, "a second fork server was started"
 
 
+@pytest.mark.long
 def test_children_start_where_their_end_is_ignored(starter: ForkServer) -> None:
     """The system then waits for children itself, and nobody gets their exit status."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -173,6 +174,7 @@ def test_children_start_where_their_end_is_ignored(starter: ForkServer) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
+@pytest.mark.long
 def test_child_that_has_ended_before_its_start_is_reported(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +201,7 @@ process._fork_orphan = fork_and_end""",
         signal.signal(signal.SIGCHLD, handler)
 
 
+@pytest.mark.long
 def test_first_fork_that_is_killed_is_an_error(starter: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "fork = os.fork; os.fork = lambda: fork() or os.kill(os.getpid(), 9)"
     _replace_fork(monkeypatch, code)
@@ -261,6 +264,7 @@ def test_signals_for_the_service_do_not_end_the_fork_server(starter: ForkServer)
     assert _get_pid(starter) == pid
 
 
+@pytest.mark.long
 def test_child_of_a_dying_fork_server_is_no_orphan(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -285,6 +289,7 @@ process._fork_orphan = fork_and_die""",
     process.stop()
 
 
+@pytest.mark.long
 def test_unfinished_fork_of_a_silent_fork_server_is_waited_for(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -317,6 +322,7 @@ process._fork_orphan = fork_and_hang""",
     assert int((tmp_path / "once").read_text()) in waited_pids
 
 
+@pytest.mark.long
 def test_wait_for_a_child_that_cannot_be_killed_has_a_limit(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +341,7 @@ def test_wait_for_a_child_that_cannot_be_killed_has_a_limit(
             child.kill()
 
 
+@pytest.mark.long
 def test_wait_for_a_fork_server_that_cannot_be_killed_has_a_limit(
     starter: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +366,7 @@ def test_fork_server_that_cannot_start_is_an_error(
         ChildProcess("explain.process")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -373,7 +381,7 @@ def test_wrong_reply_counts_as_a_lost_fork_server(
     children = list_children(os.getpid())
     with pytest.raises(OSError, match=message):
         ChildProcess("explain.process")
-    assert list_children(os.getpid()) == children
+    assert list_children(os.getpid()) <= children  # those of other tests may just be ending
 
 
 def test_failed_start_leaves_no_socket(starter: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +393,7 @@ def test_failed_start_leaves_no_socket(starter: ForkServer, monkeypatch: pytest.
     assert _count_open_files() == count
 
 
+@pytest.mark.long
 def test_stopped_fork_server_ends_with_its_process() -> None:
     """It would not see that its socket is closed."""
     code = (
@@ -395,7 +404,7 @@ def test_stopped_fork_server_ends_with_its_process() -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert not is_running(int(result.stdout))
+    wait_until(lambda: not is_running(int(result.stdout)))
 
 
 def test_closed_fork_server_leaves_nothing_behind() -> None:
