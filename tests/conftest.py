@@ -7,11 +7,12 @@ import signal
 import ssl
 import tarfile
 from collections.abc import Generator, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import certifi
+import httpx
 import hypothesis
 import pytest
 
@@ -60,6 +61,15 @@ def _shared_certificates() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", create_context)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient_requests() -> Iterator[None]:
+    """Let `httpx.get` and the like wait a minute for an answer, not five seconds: a machine may be busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("delete", "get", "head", "options", "post", "put", "request"):
+            patch.setattr(httpx, name, partial(getattr(httpx, name), timeout=60))
         yield
 
 

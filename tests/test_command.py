@@ -28,7 +28,7 @@ def run_fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subproce
         env={**os.environ, "FOVEA_MODELS": str(zoo), "COLUMNS": "100", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

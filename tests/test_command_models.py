@@ -280,7 +280,7 @@ def test_commands_load_no_runtime_and_no_training_code(zoo: Path) -> None:
     )
     for arguments in (["models"], ["show", "small"], ["remove", "small/1", "--yes"]):
         process = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=300
         )
         assert process.stdout.splitlines()[-1] == "set()"
 
@@ -292,7 +292,7 @@ def run_fovea(*arguments: str, **environment: str) -> subprocess.CompletedProces
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -334,7 +334,7 @@ def run_without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

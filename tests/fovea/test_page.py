@@ -44,7 +44,7 @@ def run_example(example: str, server: Server, folder: Path) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (process.stderr, process.returncode) == ("", 0)

@@ -32,7 +32,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def send_through_process(content: bytes) -> Any:
     """Return what a fresh process makes of a pickle."""
     process = subprocess.run(
-        [sys.executable, "-c", ECHO], input=content, cwd=ROOT, capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", ECHO], input=content, cwd=ROOT, capture_output=True, timeout=300, check=False
     )
     assert process.returncode == 0, process.stderr.decode()
     return pickle.loads(process.stdout)  # noqa: S301 - ours

@@ -41,7 +41,7 @@ def run_child(context: BaseContext, model: fovea.Model) -> Any:
     results = context.SimpleQueue()
     child = context.Process(target=classify_in_child, args=(model, results))  # type: ignore[attr-defined]
     child.start()
-    child.join(timeout=60)
+    child.join(timeout=300)
     if child.is_alive():
         child.kill()
         raise TimeoutError("the child did not answer")
@@ -73,7 +73,7 @@ if not pid:
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (process.stdout, process.stderr, process.returncode) == ("7\n", "", 0)
 
 

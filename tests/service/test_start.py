@@ -121,7 +121,7 @@ def test_lost_race_for_port_ends_with_one_error_line(small_zoo: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FOVEA_MODELS": str(small_zoo)},
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     _assert_one_line(process, "cannot listen: Address already in use")
 
@@ -186,7 +186,7 @@ def test_unwritable_error_line_keeps_exit_code_2(open_stderr: Callable[[], int])
     descriptor = open_stderr()
     process = subprocess.run(
         [sys.executable, "-m", "fovea.service"], env={**os.environ, "FOVEA_PORT": "high"}, cwd=ROOT,
-        stderr=descriptor, timeout=60, check=False,
+        stderr=descriptor, timeout=300, check=False,
     )  # fmt: skip
     os.close(descriptor)
     assert process.returncode == 2

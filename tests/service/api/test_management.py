@@ -238,7 +238,7 @@ def test_restarted_worker_serves_the_pinned_version(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as server:
         assert server.client.post(LOAD, json={"parameters": {"version": "1"}}).status_code == 200
         first_pid, second_pid = (server.client.get("/runtime").json()["pid"] for _ in range(2))
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             pids = {first_pid, second_pid, client.get("/runtime").json()["pid"]}
             assert len(pids) == 2
         os.kill(first_pid, signal.SIGKILL)
