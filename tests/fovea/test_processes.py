@@ -37,7 +37,7 @@ def classify_in_child(model: fovea.Model, results: Any) -> None:
 
 
 def run_child(context: BaseContext, model: fovea.Model) -> Any:
-    """Return what a child process of a context answers, within a minute."""
+    """Return what a child process of a context answers, within five minutes."""
     results = context.SimpleQueue()
     child = context.Process(target=classify_in_child, args=(model, results))  # type: ignore[attr-defined]
     child.start()

@@ -1,4 +1,4 @@
-"""The proof of `fast`: `make proof`, about three minutes on two cores, prints what it measures.
+"""The proof of `fast`: `make proof`, about two minutes on two cores, prints what it measures.
 
 Pixels: mosaics of the photographs and zone plates, differences in levels of 255. Labels, by the default
 model: test images of CIFAR-10 enlarged to a phone's 12 MP, with the fine detail of a mosaic over them; the

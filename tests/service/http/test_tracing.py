@@ -194,23 +194,25 @@ def test_request_without_a_valid_trace_starts_one(collector: Collector, small_zo
     assert (len(request.trace_id), request.parent_span_id) == (16, b"")
 
 
+PATIENT_EXPORT = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_TIMEOUT": "600"}
+"""Settings with which the exporter tries for ten minutes, longer than a test lets a service stop."""
+
+
 def test_missing_collector_delays_neither_answers_nor_stop(small_zoo: Path) -> None:
-    settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    settings = {**PATIENT_EXPORT, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         for _ in range(20):
             assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
-        stop_time = time.monotonic()
-    assert (server.process.returncode, time.monotonic() - stop_time < 10) == (0, True)
+    assert server.process.returncode == 0
 
 
 def test_silent_collector_delays_neither_answers_nor_stop(small_zoo: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent_socket:
         endpoint = f"http://127.0.0.1:{silent_socket.getsockname()[1]}"
-        settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        settings = {**PATIENT_EXPORT, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
         with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
             assert server.client.post(CLASSIFY, content=make_jpeg()).status_code == 200
-            stop_time = time.monotonic()
-        assert (server.process.returncode, time.monotonic() - stop_time < 10) == (0, True)
+        assert server.process.returncode == 0
 
 
 def test_invalid_tracestate_is_not_logged(collector: Collector, small_zoo: Path) -> None:
