@@ -206,9 +206,10 @@ def test_unreadable_reply_is_an_error(answer: bytes) -> None:
 
 
 def test_refused_connections_are_errors() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket() as listener:  # nobody listens on its port
+        listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    result = run_open_loop(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
+        result = run_open_loop(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
     assert result.errors == {"Connection refused": len(result.planned_times)}
 
 

@@ -34,7 +34,7 @@ from fovea.errors import (
     UnexpectedReply,
 )
 from tests.pictures import make_jpeg
-from tests.servers import ROOT, Server
+from tests.servers import ROOT, Server, wait_until
 
 PHOTO = make_jpeg()
 
@@ -239,7 +239,8 @@ def test_late_answer_is_not_asked_for_again(stub: Stub, classify: Classify) -> N
     release = threading.Event()
     stub.replies = [StubReply(200, OK.body, release=release), OK]
     with pytest.raises(AnswerTimeout, match="the service did not answer in time") as failure:
-        classify(stub.url, PHOTO, options={"timeout": 0.2})
+        classify(stub.url, PHOTO, options={"timeout": 0.6})
+    wait_until(lambda: stub.requests)
     release.set()
     assert isinstance(failure.value, TimeoutError)
     assert len(stub.requests) == 1
@@ -463,8 +464,8 @@ def test_unreachable_host_is_a_connection_error(classify: Classify) -> None:
     with socket.socket() as listener:  # a port that nobody listens on
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    with pytest.raises(ConnectionFailed) as failure:
-        classify(f"http://127.0.0.1:{port}", PHOTO, options={"retry_seconds": 0})
+        with pytest.raises(ConnectionFailed) as failure:
+            classify(f"http://127.0.0.1:{port}", PHOTO, options={"retry_seconds": 0})
     assert isinstance(failure.value.__cause__, httpx.ConnectError)
 
 

@@ -563,8 +563,11 @@ def test_failing_server_leaves_no_file(
 
 
 def test_unreachable_server_leaves_no_file(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused_socket:
+    with (
+        socket.socket() as unused_socket,
+        pytest.raises(DataError, match=r"cannot download .* `--data` takes a folder of images"),
+    ):
+        unused_socket.bind(("127.0.0.1", 0))
         port = unused_socket.getsockname()[1]
-    with pytest.raises(DataError, match=r"cannot download .* `--data` takes a folder of images"):
         cifar10.download_release(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
     assert not list((tmp_path / "data").iterdir())

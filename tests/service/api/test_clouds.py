@@ -255,13 +255,20 @@ PLATFORMS: dict[str, tuple[list[str], dict[str, str], str, str, float]] = {
 PORT_VARIABLES = {"vertex": "AIP_HTTP_PORT", "cloud-run": "PORT"}
 
 
+@pytest.fixture
+def port() -> Iterator[str]:
+    """Yield a port that no other process gets, and that the service may bind too."""
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))
+        yield str(reservation.getsockname()[1])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_container_lives_as_the_platform_expects(small_zoo: Path, platform: str) -> None:
+def test_container_lives_as_the_platform_expects(small_zoo: Path, platform: str, port: str) -> None:
     """The entry point of the image starts, answers the probe, and finishes its work after SIGTERM."""
     arguments, variables, probe, route, kill_seconds = PLATFORMS[platform]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_MODELS": str(small_zoo), PORT_VARIABLES.get(platform, "FOVEA_PORT"): port}
     environment |= {**variables, "PYTHONPATH": str(ROOT)}
