@@ -201,7 +201,8 @@ def test_undisturbed_service_has_no_complaints(workers: int, tmp_path: Path) -> 
     """There are only swaps, unloads, leavers, deadlines, bombs and giants."""
     gap_options = [f"--gap={name}=9999" for name in GAPS if name.startswith(("kill", "stop"))]
     command = [sys.executable, "-m", "fovea.bench.chaos", "--minutes=0.2", f"--workers={workers}",
-               "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", *gap_options]  # fmt: skip
+               "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", "--gap=swap=5", "--gap=unload=6",
+               "--gap=giant=2", *gap_options]  # fmt: skip
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     (leg,) = json.loads((tmp_path / "chaos.json").read_text())["legs"]

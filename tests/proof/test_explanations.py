@@ -17,7 +17,7 @@ def test_every_explanation_belongs_to_its_question(workers: str, tmp_path: Path)
         (tmp_path / "log").open("w") as log,
         explanations.start_service(log, FOVEA_WORKERS=workers) as (url, process),
     ):
-        results = explanations.ask_service(url, process.pid, cams=75, occlusions=4, seed=1)
+        results = explanations.ask_service(url, process.pid, cams=110, occlusions=4, seed=1)
     assert results.failures == []
     assert results.restarts == 2
     assert min(results.leavers.values()) > 0
