@@ -445,7 +445,7 @@ def test_closed_fork_server_starts_again(starter: ForkServer) -> None:
 
 @pytest.mark.long
 def test_service_survives_its_fork_server(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as server:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2", FOVEA_RUNNER_WAIT="60") as server:
         (pid,) = server.child_pids(FORK_SERVER)
         os.kill(pid, signal.SIGKILL)
         runners = server.runner_pids

@@ -34,6 +34,8 @@ from tests.servers import Server, is_running, is_running_module, list_children, 
 from tests.zoo import get_served_version, get_status, publish_variant
 
 PICTURE = make_jpeg()
+PATIENCE = {"FOVEA_RUNNER_WAIT": "60"}
+"""Settings for a machine on which the start of another runner takes long."""
 
 
 def _wait_until_ready(server: Server, runners: int) -> None:
@@ -60,9 +62,8 @@ def blocking_image(tmp_path: Path) -> BlockingImage:
 @pytest.fixture
 def poisoned_server(small_zoo: Path, tmp_path: Path) -> Iterator[Server]:
     """A service with one runner that reacts to the images of `tests.poison`."""
-    with Server(
-        FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **make_poison_environment(tmp_path)
-    ) as instance:
+    environment = make_poison_environment(tmp_path)
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **PATIENCE, **environment) as instance:
         yield instance
 
 
@@ -92,7 +93,7 @@ def test_no_request_fails_when_a_runner_is_killed_under_load(small_zoo: Path) ->
             return {client.post("/v1/classify", content=PICTURE).status_code for _ in range(60)}
 
     with (
-        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as server,
+        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2", **PATIENCE) as server,
         ThreadPoolExecutor(6) as pool,
     ):
         futures = [pool.submit(send_pictures, server.url) for _ in range(6)]
@@ -124,7 +125,7 @@ def test_batch_of_a_killed_runner_is_run_again(
 @pytest.mark.long
 def test_requests_wait_while_all_runners_are_replaced(small_zoo: Path) -> None:
     with (
-        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as server,
+        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2", **PATIENCE) as server,
         Wire(server.url) as first_wire,
         Wire(server.url) as second_wire,
     ):
@@ -187,7 +188,7 @@ def test_exception_in_a_runner_fails_only_its_image(
 
 @pytest.mark.long
 def test_stopped_runner_is_replaced(small_zoo: Path) -> None:
-    settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1.5"}
+    settings = {**PATIENCE, "FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1.5"}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         (pid,) = server.runner_pids
         os.kill(pid, signal.SIGSTOP)
@@ -202,7 +203,7 @@ def test_image_that_hangs_runners_fails(
     small_zoo: Path, tmp_path: Path, blocking_image: BlockingImage
 ) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1", **make_poison_environment(tmp_path)}
-    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+    with Server(FOVEA_MODELS=str(small_zoo), **PATIENCE, **settings) as server:
         reply = server.client.post("/v1/classify", content=blocking_image.image)
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert server.client.post("/v1/classify", content=PICTURE).status_code == 200
@@ -217,7 +218,7 @@ def test_runners_restart_after_the_model_file_is_deleted(small_zoo: Path, tmp_pa
     """The service keeps the file open while it serves the model."""
     zoo = tmp_path / "zoo"
     shutil.copytree(small_zoo, zoo)
-    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0") as server:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0", **PATIENCE) as server:
         runner_count = server.read_metric("fovea_runners")
         shutil.rmtree(zoo / "small")
         for pid in server.runner_pids:
@@ -235,7 +236,7 @@ def test_runners_restart_when_an_overwritten_file_is_restored(small_zoo: Path, t
     shutil.copytree(small_zoo, zoo)
     model_path = zoo / "small" / "1" / "model.onnx"
     content, modified_ns = model_path.read_bytes(), model_path.stat().st_mtime_ns
-    settings = {"FOVEA_MODELS": str(zoo), "FOVEA_WATCH": "0"}
+    settings = {**PATIENCE, "FOVEA_MODELS": str(zoo), "FOVEA_WATCH": "0"}
     with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as server:
         runner_count = server.read_metric("fovea_runners")
         model_path.write_bytes(b"damaged")
@@ -520,7 +521,7 @@ def test_idle_runner_is_replaced_after_a_delay(small_zoo: Path) -> None:
 @pytest.mark.long
 def test_runner_start_waits_for_file_descriptors(small_zoo: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1"}
+    settings = {**PATIENCE, "FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1"}
     with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as server:
         (runner_pid,) = server.runner_pids
         assert server.client.get("/health/ready").status_code == 200
@@ -544,7 +545,7 @@ def test_runner_that_dies_while_loading_is_restarted(small_zoo: Path, tmp_path: 
         "started.write_text('x' * (count + 1))\n"
         "if count == 1: os._exit(3)\n"
     )
-    settings = {"FOVEA_RUNNERS": "1", **write_runner_code(tmp_path, code)}
+    settings = {**PATIENCE, "FOVEA_RUNNERS": "1", **write_runner_code(tmp_path, code)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
         (runner_pid,) = server.runner_pids
         os.kill(runner_pid, signal.SIGKILL)
