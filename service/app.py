@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from fovea.service import __version__
+from fovea.service.access.caller_table import CallerTable
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
@@ -74,13 +75,15 @@ def create_app(
     serving_state: ServingState | None = None,
     participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
+    caller_table: CallerTable | None = None,
 ) -> Application:
     """Load the models and build the application.
 
     Raises `StartError`; in that case nothing has been started.
 
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
-    models to serve as `serving_state` and a `participant` that manages them. Without a participant the
+    models to serve as `serving_state`, a `participant` that manages them, and the `caller_table` that all
+    workers share. Without a participant the
     application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
     """
     # A scrape of another worker must find every request whose answer has been sent.
@@ -90,7 +93,7 @@ def create_app(
     observer = Observer(
         metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies
     )
-    classifier = Classifier(settings, metrics, serving_state)
+    classifier = Classifier(settings, metrics, serving_state, caller_table)
     model_manager = ModelManager(classifier)
     heatmap_explainer, layer_explainer = explainers = [
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)

@@ -28,7 +28,11 @@
         ├── Unavailable        503, with Retry-After
         │   ├── Overloaded     503 overloaded
         │   ├── NotReady       503 not_ready
-        │   └── Draining       503 draining
+        │   ├── Draining       503 draining
+        │   └── CallerLimited           429: this caller must wait, others need not
+        │       ├── RateLimited         429 rate_limited
+        │       ├── TooManyInFlight     429 too_many_in_flight
+        │       └── ShareExceeded       429 share_exceeded
         ├── DeadlineExceeded   504 deadline_exceeded
         └── Internal           500 internal: our own bug, traced in the log and never shown
 
@@ -272,6 +276,32 @@ class Draining(Unavailable):
     """The service is stopping; another instance, or this one after its restart, will take the request."""
 
     code = "draining"
+
+
+class CallerLimited(Unavailable):
+    """The caller of the request has reached a limit that holds for each caller."""
+
+    status = 429
+    delay: float = 0.0
+    """Time in seconds after which the error is sent, because the caller gets many such errors."""
+
+
+class RateLimited(CallerLimited):
+    """The caller has sent more images per second than one caller may."""
+
+    code = "rate_limited"
+
+
+class TooManyInFlight(CallerLimited):
+    """The caller has as many images in flight as one caller may have."""
+
+    code = "too_many_in_flight"
+
+
+class ShareExceeded(CallerLimited):
+    """The queue is half full, and the caller has more than its share of the places."""
+
+    code = "share_exceeded"
 
 
 class DeadlineExceeded(RequestError):

@@ -248,6 +248,28 @@ class Settings(BaseSettings):
         le=100_000,
         description="Largest number of images accepted and not yet answered; beyond it 503.",
     )
+    caller_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1_000_000,
+        description="Images per second that one caller may send on average; beyond it 429; 0: any number.",
+    )
+    caller_burst: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Images that one caller may send at once within its rate; 0: those of one second.",
+    )
+    caller_images: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Largest number of images of one caller in flight; beyond it 429; 0: any number.",
+    )
+    caller_shares: bool = Field(
+        False,
+        description="Divide the places in the queue and the runners' time fairly among the callers.",
+    )
     body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 30, description="Largest request body, in bytes.")
     json_bytes: int = Field(
         4 << 20,
@@ -408,6 +430,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES allows: {self.body_bytes} > "
                 f"{self.bodies_bytes}"
+            )
+        if self.caller_burst and not self.caller_rate:
+            raise ValueError(
+                f"FOVEA_CALLER_BURST is {self.caller_burst} without FOVEA_CALLER_RATE; set both or neither"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from fovea.service.access.caller_limits import CallerReservation
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
@@ -109,16 +110,30 @@ class Services:
         """
         if isinstance(model, LiveModel):
             self.classifier.check_capacity(model)
-            return Admission(self.classifier, model)
-        live_model = await self.manager.load_on_demand(*address)
+            return Admission(self.classifier, model, self.reserve_caller(record))
+        caller = self.reserve_caller(record)  # first: a request that waits for a model counts
         try:
-            self._record_model(live_model, record)
-            self.classifier.check_capacity(live_model)
-            return Admission(self.classifier, live_model)
-        finally:
-            # `load_on_demand` has acquired the model. Release it only now that the admission has its own
-            # reference; the model could otherwise be unloaded in between.
-            live_model.release()
+            live_model = await self.manager.load_on_demand(*address)
+            try:
+                self._record_model(live_model, record)
+                self.classifier.check_capacity(live_model)
+                return Admission(self.classifier, live_model, caller)
+            finally:
+                # `load_on_demand` has acquired the model. Release it only now that the admission has its own
+                # reference; the model could otherwise be unloaded in between.
+                live_model.release()
+        except BaseException:
+            if caller:
+                caller.release()
+            raise
+
+    def reserve_caller(self, record: RequestRecord) -> CallerReservation | None:
+        """Count a request against the limits of its caller; None if there are no limits.
+
+        The result belongs to an `Admission`, which releases it. Raises `CallerLimited`.
+        """
+        limits = self.classifier.caller_limits
+        return limits.reserve(record.caller) if limits else None
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
         """Record that a stage of a request ends now.

@@ -36,6 +36,7 @@ from typing import Any, Final
 from fovea.service.errors import (
     BodyTimeout,
     BodyTooLarge,
+    CallerLimited,
     HeaderTimeout,
     Overloaded,
     RequestError,
@@ -493,8 +494,12 @@ class Connection(asyncio.BufferedProtocol):
         Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
         requests.
         """
-        limiter = self._server.refusal_limiter
-        delay = limiter.next_delay(self._loop.time()) if isinstance(error, Overloaded) else 0.0
+        if isinstance(error, CallerLimited):
+            delay = error.delay  # of its caller alone, so that other callers get their refusals at once
+        elif isinstance(error, Overloaded):
+            delay = self._server.refusal_limiter.next_delay(self._loop.time())
+        else:
+            delay = 0.0
         if delay:
             self._loop.call_later(delay, exchange.refuse, error)
         else:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from fovea.service.access.caller import Caller
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.runners.batch_messages import Answer, BoxAnswers
 from fovea.service.runners.lane import Job
@@ -87,6 +88,11 @@ class RequestRecord:
         """Code of the error that was the answer, or `metrics.CLIENT_LEFT`."""
         self._stages: list[tuple[str, float, float, int]] = []
         """Fields of `TimeSpan`; few requests need the objects."""
+
+    @property
+    def caller(self) -> Caller:
+        """Sender of the request."""
+        return Caller("", self.client)
 
     def add_stage(self, name: str, started_at: float) -> float:
         """Add a stage that ends now and return its duration in seconds."""

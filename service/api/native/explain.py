@@ -107,7 +107,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         summary = "Output of a layer for an image"
         add_route(f"{model}/maps", MapsOptions, handlers.get_maps, summary=summary, responses=responses)
 
-    model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
+    model_errors = {code: error_responses[code] for code in (400, 403, 404, 429, 500, 503, 504)}
     layers_options: dict[str, Any] = {
         "tags": ["explain"],
         "responses": model_errors,
@@ -337,7 +337,8 @@ class _ExplainHandlers:
             async with asyncio.timeout(seconds):
                 model = await self._services.get_model(name, version)
                 # At once: no `await` may come between, in which the model could be unloaded.
-                with Admission(self._services.classifier, model):
+                caller = self._services.reserve_caller(get_record(scope))
+                with Admission(self._services.classifier, model, caller):
                     model.last_used = time.monotonic()
                     return model, await self._services.layer_explainer.send_request(model, question)
         except TimeoutError:
