@@ -14,7 +14,9 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Final
 
@@ -27,6 +29,7 @@ from fovea.service.errors import (
     ShareExceeded,
     TooManyInFlight,
 )
+from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
 _IPV6_PREFIX: Final = 64
@@ -109,18 +112,20 @@ class CallerLimits:
         self._add_images(account, 1)
         return CallerReservation(self, account)
 
-    def check_share(self, *, images: int, total: int, callers: int, limit: int) -> None:
-        """Raise `ShareExceeded` if a caller has more than its share of a queue that is half full.
+    def check_share(
+        self, *, count: int, total: int, callers: int, limit: int, noun: str = "places in the queue"
+    ) -> None:
+        """Raise `ShareExceeded` if a caller has more than its share of something that is half taken.
 
-        `images` are those of the caller with the new ones, `total` are those of all callers, `callers` is the
-        number of callers with any image, and `limit` is the number of places.
+        `count` is the part of the caller with the new ones, `total` that of all callers, `callers` is the
+        number of callers with any part, and `limit` is all that there is.
         """
         share = max(1, limit // (callers + 1))
-        if 2 * total > limit and images > share:
+        if 2 * total > limit and count > share:
             raise ShareExceeded(
-                f"more than half of the {limit} places are taken, and each of {callers} callers may have "
+                f"more than half of the {limit} {noun} are taken, and each of {callers} callers may have "
                 f"{share} of them (FOVEA_CALLER_SHARES)",
-                retry_after=self._estimate_seconds(images - share),
+                retry_after=self._estimate_seconds(self._images_in_flight),
             )
 
     def _check(self, account: _Account | None, slots: Slots, count: int, present: int = 0) -> None:
@@ -138,7 +143,7 @@ class CallerLimits:
             )
         if self.has_shares:
             self.check_share(
-                images=own_images + count,
+                count=own_images + count,
                 total=self._images_in_flight + count,
                 callers=len(self._accounts) + (account is None),
                 limit=self._queue_images,
@@ -192,20 +197,32 @@ class CallerLimits:
         if not account.images:
             del self._accounts[account.name]
 
+    def _add_bytes(self, account: _Account, size: int, memory: BodyMemory) -> None:
+        """Count bytes of a body. Raises `ShareExceeded`."""
+        self.check_share(
+            count=account.body_bytes + size,
+            total=memory.body_bytes + size,
+            callers=len(self._accounts),
+            limit=memory.limit,
+            noun="bytes for bodies (FOVEA_BODIES_BYTES)",
+        )
+        account.body_bytes += size
+
     def _find_uncached(self, caller: Caller) -> tuple[str, Slots]:
         name = name_caller(caller)
         return name, self._table.find_slots(name.encode())
 
 
 class _Account:
-    """The images in flight of one caller in this worker."""
+    """The images in flight of one caller in this worker, and the bytes of their bodies."""
 
-    __slots__ = ("images", "name", "slots")
+    __slots__ = ("body_bytes", "images", "name", "slots")
 
     def __init__(self, name: str, slots: Slots) -> None:
         self.name = name
         self.slots = slots
         self.images = 0
+        self.body_bytes = 0
 
 
 class CallerReservation:
@@ -214,12 +231,13 @@ class CallerReservation:
     Release them by calling `release`.
     """
 
-    __slots__ = ("_account", "_images", "_limits")
+    __slots__ = ("_account", "_body_bytes", "_images", "_limits")
 
     def __init__(self, limits: CallerLimits, account: _Account) -> None:
         self._limits = limits
         self._account = account
         self._images = 1
+        self._body_bytes = 0
 
     @property
     def queue_name(self) -> str | None:
@@ -235,11 +253,53 @@ class CallerReservation:
             self._limits._extend(self._account, self._images, count)
             self._images = image_count
 
+    def add_bytes(self, size: int, memory: BodyMemory) -> None:
+        """Count `size` bytes of the body, before they are reserved in `memory`. Raises `ShareExceeded`."""
+        if self._limits.has_shares and self._images:
+            self._limits._add_bytes(self._account, size, memory)
+            self._body_bytes += size
+
     def release(self) -> None:
-        """Release the places. Further calls do nothing. The rate that the images have used stays used."""
+        """Release places and bytes; the rate stays used. Further calls do nothing."""
         if images := self._images:
             self._images = 0
+            self._account.body_bytes -= self._body_bytes
             self._limits._add_images(self._account, -images)
+
+
+class QuestionPlaces:
+    """The places in which questions wait for a process that explains."""
+
+    def __init__(self, limits: CallerLimits | None, limit: int) -> None:
+        self._limits = limits
+        self._limit = limit
+        self._counts: Counter[str] = Counter()
+        """Number of questions by caller."""
+
+    @contextmanager
+    def reserve(self, caller: str | None) -> Iterator[None]:
+        """Count a question inside the block; `caller` is `CallerReservation.queue_name`.
+
+        Raises `ShareExceeded`.
+        """
+        if caller is None or self._limits is None:
+            yield
+            return
+        counts = self._counts
+        self._limits.check_share(
+            count=counts[caller] + 1,
+            total=counts.total() + 1,
+            callers=len(counts) + (caller not in counts),
+            limit=self._limit,
+            noun="places for explanations",
+        )
+        counts[caller] += 1
+        try:
+            yield
+        finally:
+            counts[caller] -= 1
+            if not counts[caller]:
+                del counts[caller]
 
 
 def has_caller_limits(settings: Settings) -> bool:

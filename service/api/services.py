@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from fovea.service.access.caller_limits import CallerReservation
+from fovea.service.access.caller_limits import CallerReservation, QuestionPlaces
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
-from fovea.service.explain.client import ExplainerClient
+from fovea.service.explain.client import MAX_WAITING_QUESTIONS, ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
@@ -54,6 +54,7 @@ class Services:
         self.manager = manager
         self.heatmap_explainer = heatmap_explainer
         self.layer_explainer = layer_explainer
+        self.question_places = QuestionPlaces(classifier.caller_limits, MAX_WAITING_QUESTIONS)
 
     @property
     def settings(self) -> Settings:

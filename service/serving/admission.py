@@ -64,7 +64,8 @@ class Admission:
     def reserve_bytes(self, size: int) -> None:
         """Reserve `size` more bytes for a body.
 
-        Raises `Overloaded` when all bodies together become too large.
+        Raises `Overloaded` when all bodies together become too large, or `ShareExceeded` when those of the
+        caller do.
         """
         classifier = self._classifier
         limit = classifier.body_memory.limit
@@ -78,8 +79,10 @@ class Admission:
         self._reserve(size)
 
     def _reserve(self, size: int) -> None:
-        """Reserve `size` bytes, or raise `Overloaded`."""
+        """Reserve `size` bytes, or raise `Overloaded` or `ShareExceeded`."""
         classifier = self._classifier
+        if self._caller:
+            self._caller.add_bytes(size, classifier.body_memory)
         if not classifier.body_memory.reserve(size):
             limit = classifier.body_memory.limit
             raise classifier.create_overload_error(

@@ -343,7 +343,7 @@ class Classifier:
             counts = self._batcher.count_callers(level)
             counts[caller] += 1
             self.caller_limits.check_share(
-                images=counts[caller], total=counts.total(), callers=len(counts), limit=limit
+                count=counts[caller], total=counts.total(), callers=len(counts), limit=limit
             )
 
     def cancel(self, job: Job) -> None:

@@ -187,7 +187,8 @@ class ImageEndpoint(AsgiEndpoint):
         if not isinstance(image, bytes | memoryview):
             raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
         options = request.options.model_copy(update=parsed_body.options)
-        return await self._respond(request.model, options, bytes(image), send)
+        with self.services.question_places.reserve(admission.queue_name):
+            return await self._respond(request.model, options, bytes(image), send)
 
 
 async def explain_label(
@@ -338,7 +339,10 @@ class _ExplainHandlers:
                 model = await self._services.get_model(name, version)
                 # At once: no `await` may come between, in which the model could be unloaded.
                 caller = self._services.reserve_caller(get_record(scope))
-                with Admission(self._services.classifier, model, caller):
+                with (
+                    Admission(self._services.classifier, model, caller) as admission,
+                    self._services.question_places.reserve(admission.queue_name),
+                ):
                     model.last_used = time.monotonic()
                     return model, await self._services.layer_explainer.send_request(model, question)
         except TimeoutError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-
 from collections import Counter
 
 import numpy as np
