@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from fovea.service.access.caller import Caller
 from fovea.service.access.caller_limits import (
     CallerLimits,
     CallerReservation,
+    QuestionPlaces,
     has_caller_limits,
     name_caller,
 )
 from fovea.service.access.caller_table import CallerTable
 from fovea.service.errors import BadRequest, RateLimited, SettingsError, ShareExceeded, TooManyInFlight
+from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings, load_settings
 
 ANNE = Caller("anne", "192.0.2.1")
@@ -276,3 +279,45 @@ def test_burst_without_rate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("FOVEA_CALLER_BURST", "5")
     with pytest.raises(SettingsError, match="FOVEA_CALLER_BURST is 5 without FOVEA_CALLER_RATE"):
         load_settings()
+
+
+# --- shares of memory and of explanations ---
+
+
+def test_memory_of_bodies_is_shared_out() -> None:
+    memory = BodyMemory(1000)
+    limits = make_limits(caller_shares=True)
+    flood, other = limits.reserve(ANNE), limits.reserve(BEN)
+    for _ in range(6):  # nothing is refused before half of the memory is taken
+        flood.add_bytes(90, memory)
+        assert memory.reserve(90)
+    with pytest.raises(ShareExceeded, match="FOVEA_BODIES_BYTES"):
+        flood.add_bytes(90, memory)
+    other.add_bytes(300, memory)
+    flood.release()
+    memory.release(540)
+    assert limits.reserve(ANNE)._account.body_bytes == 0
+
+
+def test_memory_of_bodies_is_not_counted_without_shares() -> None:
+    memory = BodyMemory(1000)
+    reservation = make_limits(caller_images=5).reserve(ANNE)
+    for _ in range(20):
+        reservation.add_bytes(90, memory)
+
+
+def test_places_for_explanations_are_shared_out() -> None:
+    places = QuestionPlaces(make_limits(caller_shares=True), 8)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(places.reserve("flood"))
+        for caller in ("flood", "flood"):
+            with pytest.raises(ShareExceeded), places.reserve(caller):
+                pass
+        for _ in range(2):
+            stack.enter_context(places.reserve("other"))
+    assert not places._counts
+    for limits in (None, make_limits(caller_shares=True)):  # without names of callers
+        with ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(QuestionPlaces(limits, 8).reserve(None))
