@@ -288,14 +288,14 @@ def test_memory_of_bodies_is_shared_out() -> None:
     memory = BodyMemory(1000)
     limits = make_limits(caller_shares=True)
     flood, other = limits.reserve(ANNE), limits.reserve(BEN)
-    for _ in range(6):  # nothing is refused before half of the memory is taken
+    for _ in range(5):  # nothing is refused before half of the memory is taken
         flood.add_bytes(90, memory)
         assert memory.reserve(90)
     with pytest.raises(ShareExceeded, match="FOVEA_BODIES_BYTES"):
         flood.add_bytes(90, memory)
     other.add_bytes(300, memory)
     flood.release()
-    memory.release(540)
+    memory.release(450)
     assert limits.reserve(ANNE)._account.body_bytes == 0
 
 

@@ -15,6 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from fovea.service.access.caller import Scope
+from fovea.service.access.keys_file import ApiKey, hash_key
+from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire, classify_request
 from tests.servers import Server, list_children, wait_until
@@ -194,6 +197,21 @@ def test_forged_address_does_not_help_without_trusted_proxies(small_zoo: Path) -
         assert statuses == [200, 200, 200, 429, 429]
 
 
+def test_key_counts_and_not_the_address(small_zoo: Path, tmp_path: Path) -> None:
+    keys = [ApiKey(name, frozenset(Scope), hash_key(name.encode())) for name in ("anne", "ben")]
+    (tmp_path / "keys").write_text("".join(f"{key.to_line()}\n" for key in keys))
+    settings = {"FOVEA_KEYS": str(tmp_path / "keys"), "FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "2"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings, **PROXY) as server:
+        statuses = [
+            send_as(server, f"203.0.113.{number}", Authorization="Bearer anne").status_code
+            for number in range(4)
+        ]
+        assert statuses == [200, 200, 429, 429]
+        assert send_as(server, "203.0.113.3", Authorization="Bearer ben").status_code == 200
+        # A wrong key is refused before it counts.
+        assert send_as(server, "203.0.113.3", Authorization="Bearer carl").status_code == 401
+
+
 # --- fairness ---
 
 
@@ -272,3 +290,18 @@ def test_places_of_a_dead_worker_are_free(small_zoo: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
                 wait_until(partial(has_workers, server, 2))
         assert post_request(server.url, "native").status_code == 200
+
+
+def test_place_is_free_after_waiting_for_a_model(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        add_to_repository(build_model(), tmp_path, name)
+    settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_CALLER_IMAGES": "1", "FOVEA_DEFAULT_MODEL": "one"}
+    with Server(FOVEA_MODELS=str(tmp_path), **settings) as server:
+        statuses = [
+            post_request(server.url, "native", name, **{"X-Deadline-Ms": "1"}).status_code
+            for name in ("two", "one", "two", "one")
+        ]
+        assert set(statuses) <= {200, 504}
+        assert 504 in statuses
+        for name in ("one", "two"):
+            assert post_request(server.url, "native", name).status_code == 200
