@@ -18,8 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 from fovea.bench.command import draw_jpeg
@@ -52,6 +54,9 @@ MIN_SUCCESS: Final = 0.999
 
 _OTHER_ADDRESS: Final = "127.0.0.2"
 """Address of the other caller. The whole network 127.0.0.0/8 belongs to the loopback interface."""
+
+_CONNECTIONS: Final = 16
+"""Number of connections of the other caller."""
 
 _ANSWER_TIMEOUT: Final = 10.0
 """Time limit for one answer to the other caller, in seconds."""
@@ -165,13 +170,24 @@ def _send_flood(url: str, seconds: float) -> int:
 
 
 def _send_requests(address: ServiceAddress, seconds: float) -> tuple[list[float], int]:
-    """Send images at fixed times, and return the latencies of the successful requests, and their number."""
-    image, latencies = draw_jpeg(99), []
+    """Send images at fixed times, and return the latencies of the successful requests, and their number.
+
+    Each connection sends every `_CONNECTIONS`th request, so that a slow answer does not delay the next.
+    """
     count = max(1, int(seconds * REQUESTS_PER_SECOND))
     started_at = time.monotonic()
+    planned_times = [started_at + number / REQUESTS_PER_SECOND for number in range(count)]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        parts = [planned_times[first::_CONNECTIONS] for first in range(_CONNECTIONS)]
+        latencies = pool.map(partial(_send_in_turn, address), parts)
+        return [one for part in latencies for one in part], count
+
+
+def _send_in_turn(address: ServiceAddress, planned_times: Sequence[float]) -> list[float]:
+    """Send images on one connection, and return the latencies of the successful requests."""
+    image, latencies = draw_jpeg(99), []
     connection = _connect(address)
-    for number in range(count):
-        planned_at = started_at + number / REQUESTS_PER_SECOND
+    for planned_at in planned_times:
         time.sleep(max(0.0, planned_at - time.monotonic()))
         try:
             connection.request("POST", "/v1/classify", image)
@@ -184,7 +200,7 @@ def _send_requests(address: ServiceAddress, seconds: float) -> tuple[list[float]
         if response.status == 200:
             latencies.append(time.monotonic() - planned_at)
     connection.close()
-    return latencies, count
+    return latencies
 
 
 def _connect(address: ServiceAddress) -> http.client.HTTPConnection:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -75,6 +76,13 @@ def test_refusal_has_the_shape_of_each_protocol(rate_server: Server, number: int
         assert (reply.status_code, error_code(reply, protocol)) == (429, "rate_limited")
         assert 0 < int(reply.headers["retry-after"]) <= 100
     assert rate_server.read_metric("fovea_errors_total", reason="rate_limited") == counted + 2
+
+
+def test_many_refusals_of_a_caller_are_delayed(rate_server: Server) -> None:
+    started_at = time.monotonic()
+    statuses = [send_as(rate_server, "192.0.2.101").status_code for _ in range(2 + 20 + 10)]
+    assert statuses == [200] * 2 + [429] * 30
+    assert time.monotonic() - started_at > 0.4  # 20 refusals are immediate, and 10 leave at 20 per second
 
 
 def test_explanations_and_questions_about_layers_count_as_images(rate_server: Server) -> None:
