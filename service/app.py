@@ -32,6 +32,7 @@ from fovea.service.errors import StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.cors import CorsPolicy
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.head_requests import HeadMiddleware
 from fovea.service.http.lifecycle import Lifecycle
@@ -98,6 +99,10 @@ def create_app(
         metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies, access
     )
     classifier = Classifier(settings, metrics, serving_state, caller_table)
+    cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
+    access_log = AccessLog(settings.log_requests)
+    observer = Observer(metrics, access_log, _create_tracing(settings), protocols, proxies, access, cors)
+    classifier = Classifier(settings, metrics, serving_state)
     model_manager = ModelManager(classifier)
     heatmap_explainer, layer_explainer = explainers = [
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)

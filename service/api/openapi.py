@@ -11,7 +11,6 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
-from fastapi.staticfiles import StaticFiles
 
 from fovea.service.api import page
 from fovea.service.api.protocol_routes import EndpointRoute
@@ -46,7 +45,7 @@ def add_routes(app: FastAPI, services: Services, web_folder: Path) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # this is the way that FastAPI documents
-    app.mount("/docs/swagger", StaticFiles(directory=web_folder / "swagger"))
+    app.mount("/docs/swagger", page.PageFiles(directory=web_folder / "swagger"))
 
     def render_document(server: str) -> bytes:
         """Return the OpenAPI document for a server at this address.
@@ -69,7 +68,7 @@ def add_routes(app: FastAPI, services: Services, web_folder: Path) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return page.render_page(request, web_folder / "docs.html")
+        return page.render_page(request, web_folder / "docs.html", page.DOCS_HEADERS)
 
 
 def _generate_document(app: FastAPI) -> dict[str, Any]:

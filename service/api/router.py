@@ -42,6 +42,7 @@ class Router:
         self._app = app
         self._cached_replies = cached_replies
         self._access = services.access
+        self._cors = services.observer.cors
         self._routes = [(route, route.answerer) for route in app.routes if isinstance(route, EndpointRoute)]
         self._matches: dict[tuple[bytes, bytes], RouteMatch] = {}
 
@@ -113,6 +114,11 @@ class Router:
         if scope["type"] != "http":
             return self._app
         context = get_context(scope)
+        if scope["method"] == "OPTIONS" and (cors := self._cors):
+            # Before the key is checked: a preflight carries no key.
+            preflight_headers = cors.build_preflight_headers(dict(scope["headers"]))
+            if preflight_headers is not None:
+                return Response(status_code=204, headers=preflight_headers)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):

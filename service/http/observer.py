@@ -18,6 +18,7 @@ from fovea.service.access.access_control import AccessControl
 from fovea.service.errors import Internal, MissingScope, RequestError, Unauthorized, Unavailable
 from fovea.service.http.access_log import AccessLog, parse_trace_id
 from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.cors import CorsPolicy
 from fovea.service.http.paths import normalize_path
 from fovea.service.http.proxies import Header, Origin, TrustedProxies
 from fovea.service.http.request_context import get_context, get_record
@@ -41,8 +42,14 @@ class Observer:
         protocols: ApiProtocols,
         proxies: TrustedProxies,
         access: AccessControl | None = None,
+        cors: CorsPolicy | None = None,
     ) -> None:
-        """Create the recorder; `access` has the API keys if the service needs keys."""
+        """Create the recorder.
+
+        `access` has the API keys if the service needs keys, and `cors` the pages of other sites if any may
+        call the service.
+        """
+        self.cors = cors
         self.metrics = metrics
         self._protocols = protocols
         self._proxies = proxies
@@ -71,6 +78,8 @@ class Observer:
         record = RequestRecord(method, headers, origin.client, origin.peer)
         if self._access:
             record.credential = self._access.identify(header_pairs)
+        if self.cors:
+            record.cors_lines = self.cors.build_lines(headers.get(b"origin"))
         return record, origin
 
     def prepare_scope(self, scope: Scope) -> None:

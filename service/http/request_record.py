@@ -41,6 +41,7 @@ class RequestRecord:
     __slots__ = (
         "_stages",
         "client",
+        "cors_lines",
         "credential",
         "image_errors",
         "images",
@@ -70,6 +71,8 @@ class RequestRecord:
         self.peer = peer
         self.credential: Credential = NO_CREDENTIAL
         """API key of the request. `Observer.create_record` sets it if the service has keys."""
+        self.cors_lines = b""
+        """Encoded headers of the answer for pages of other sites (`service.http.cors`)."""
         self.request_id = _choose_request_id(headers.get(REQUEST_ID_HEADER, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")
