@@ -95,14 +95,10 @@ def create_app(
     proxies = TrustedProxies(settings.trusted_proxies)
     key_watcher = KeyWatcher(settings.keys) if settings.keys else None
     access = key_watcher.access if key_watcher else None
-    observer = Observer(
-        metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies, access
-    )
-    classifier = Classifier(settings, metrics, serving_state, caller_table)
     cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
     access_log = AccessLog(settings.log_requests)
     observer = Observer(metrics, access_log, _create_tracing(settings), protocols, proxies, access, cors)
-    classifier = Classifier(settings, metrics, serving_state)
+    classifier = Classifier(settings, metrics, serving_state, caller_table)
     model_manager = ModelManager(classifier)
     heatmap_explainer, layer_explainer = explainers = [
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)
