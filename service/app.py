@@ -86,8 +86,8 @@ def create_app(
 
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
     models to serve as `serving_state`, a `participant` that manages them, and the `caller_table` that all
-    workers share. Without a participant the
-    application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
+    workers share. Without a participant the application watches the repository itself, and keeps its verdicts
+    on model versions in `refusals`.
     """
     # A scrape of another worker must find every request whose answer has been sent.
     metrics = Metrics(registry, is_shared=settings.workers > 1)
