@@ -9,6 +9,7 @@
     │   │                     `message`, `retry_after`
     │   ├── BadImage …        the same classes for a model in this process and for a service
     │   └── Unavailable       the service was too busy, or stopping, for as long as the client tried
+    │       └── CallerLimited this client has reached a limit that holds for each caller
     ├── UnexpectedReply       an HTTP reply that is not Fovea's, as of a proxy: `status`, `retry_after`
     ├── ConnectionFailed      no service answers at the address; also a `ConnectionError`
     └── AnswerTimeout         the service did not answer in time; also a `TimeoutError`
@@ -23,6 +24,7 @@ from fovea.service.errors import (
     BadImage,
     BadRequest,
     BodyTooLarge,
+    CallerLimited,
     ContractError,
     DeadlineExceeded,
     Draining,
@@ -49,6 +51,7 @@ __all__ = [
     "BadImage",
     "BadRequest",
     "BodyTooLarge",
+    "CallerLimited",
     "ConnectionFailed",
     "ContractError",
     "DeadlineExceeded",

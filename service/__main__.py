@@ -146,6 +146,8 @@ def _run_supervisor(
 ) -> None:
     import asyncio
 
+    from fovea.service.access.caller_limits import has_caller_limits
+    from fovea.service.access.caller_table import create_table_file
     from fovea.service.http.listener import Listener, get_connection_limit
     from fovea.service.observability.multiprocess import SharedMetrics
     from fovea.service.runners.child_process import stop_fork_server
@@ -159,8 +161,9 @@ def _run_supervisor(
     )
     try:
         metrics = SharedMetrics()
+        caller_file = create_table_file(settings.workers) if has_caller_limits(settings) else None
     except OSError as error:
-        raise StartError(f"cannot create the shared metrics of the workers: {error.strerror}") from None
+        raise StartError(f"cannot create the shared memory of the workers: {error.strerror}") from None
     max_connections = get_connection_limit(
         settings.connections, reserved_files=_FILES_PER_WORKER * settings.workers
     )
@@ -173,6 +176,7 @@ def _run_supervisor(
         metrics=metrics,
         serving_state=serving_state,
         refusals=refusals,
+        caller_file=caller_file,
         on_listening=lambda ready: _print_greeting(
             settings,
             _format_greeting(_format_url(settings, bound_socket), names=ready.names, route=ready.route),
@@ -181,11 +185,12 @@ def _run_supervisor(
     asyncio.run(supervisor.run())
 
 
-def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors: int) -> int:
+def run_worker(caller_column: int, channel_descriptor: int, metrics_index: int, *descriptors: int) -> int:
     """Run as a worker of the supervisor at the other end of `channel_descriptor`, and return the exit code.
 
-    The worker keeps its metrics in `metric_descriptors`. The file `metrics_index` lists the metric files of
-    all workers.
+    The worker keeps its metrics in the first `descriptors`, one for each of `METRIC_KINDS`. The file
+    `metrics_index` lists the metric files of all workers. If there are limits of callers, the last descriptor
+    is the table of callers, in which the worker owns `caller_column`.
     """
     # Signals go to the whole process group, but only the supervisor tells a worker to stop.
     signals.ignore_signals()
@@ -212,7 +217,7 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
             # The application needs its manager now, but the channel to the supervisor is attached only when
             # the event loop runs, see `_serve_worker`.
             participant = Participant()
-            app = _create_worker_app(settings, participant, metrics_index, metric_descriptors)
+            app = _create_worker_app(settings, participant, caller_column, metrics_index, descriptors)
             _prepare_serving(settings)
         asyncio.run(_serve_worker(app, settings, channel_socket, participant))
     except StartError as error:
@@ -222,17 +227,28 @@ def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors:
 
 
 def _create_worker_app(
-    settings: Settings, participant: Participant, metrics_index: int, metric_descriptors: Sequence[int]
+    settings: Settings,
+    participant: Participant,
+    caller_column: int,
+    metrics_index: int,
+    descriptors: Sequence[int],
 ) -> Application:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
+    from fovea.service.access.caller_table import CallerTable
     from fovea.service.app import create_app
-    from fovea.service.observability.multiprocess import MetricFiles, create_shared_registry, use_metric_files
+    from fovea.service.observability.multiprocess import (
+        METRIC_KINDS,
+        MetricFiles,
+        create_shared_registry,
+        use_metric_files,
+    )
     from fovea.service.runners.frames import FrameDecoder
     from fovea.service.supervisor.messages import ServeCommand
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    own_files = MetricFiles(metric_descriptors)
+    own_files = MetricFiles(descriptors[: len(METRIC_KINDS)])
+    caller_files = descriptors[len(METRIC_KINDS) :]
     use_metric_files(own_files)
     exposed_registry = create_shared_registry(metrics_index, own_files, os.getppid())
     (frame,) = FrameDecoder().feed(sys.stdin.buffer.read())
@@ -242,6 +258,7 @@ def _create_worker_app(
         exposed_registry=exposed_registry,
         serving_state=ServeCommand.from_frame(frame).to_state(),
         participant=participant,
+        caller_table=CallerTable.open(caller_files[0], column=caller_column) if caller_files else None,
     )
 
 

@@ -12,7 +12,9 @@
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
+        ├── Unauthorized       401 unauthorized, with WWW-Authenticate
         ├── Forbidden          403 forbidden
+        │   └── MissingScope   403 missing_scope, with WWW-Authenticate
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
@@ -28,7 +30,11 @@
         ├── Unavailable        503, with Retry-After
         │   ├── Overloaded     503 overloaded
         │   ├── NotReady       503 not_ready
-        │   └── Draining       503 draining
+        │   ├── Draining       503 draining
+        │   └── CallerLimited           429: this caller must wait, others need not
+        │       ├── RateLimited         429 rate_limited
+        │       ├── TooManyInFlight     429 too_many_in_flight
+        │       └── ShareExceeded       429 share_exceeded
         ├── DeadlineExceeded   504 deadline_exceeded
         └── Internal           500 internal: our own bug, traced in the log and never shown
 
@@ -164,10 +170,36 @@ class BadHttp(RequestError):
     status, code = 400, "bad_http"
 
 
+class Unauthorized(RequestError):
+    """The request has no API key, or one that is not accepted."""
+
+    status, code = 401, "unauthorized"
+    challenge: str = "Bearer"
+    """Value of `WWW-Authenticate` (RFC 6750, section 3)."""
+
+    def __init__(self, message: str, *, has_key: bool = False) -> None:
+        """Create the error; `has_key` if the request has a key that is not accepted."""
+        super().__init__(message)
+        self.challenge = 'Bearer realm="fovea"' + (', error="invalid_token"' if has_key else "")
+
+
 class Forbidden(RequestError):
     """The request needs a feature that is switched off."""
 
     status, code = 403, "forbidden"
+
+
+class MissingScope(Forbidden):
+    """The API key of the request does not open this route."""
+
+    code = "missing_scope"
+    challenge: str = "Bearer"
+    """Value of `WWW-Authenticate` (RFC 6750, section 3)."""
+
+    def __init__(self, message: str, *, scope: str) -> None:
+        """Create the error; `scope` is the scope that the route needs."""
+        super().__init__(message)
+        self.challenge = f'Bearer realm="fovea", error="insufficient_scope", scope="{scope}"'
 
 
 class NotFound(RequestError):
@@ -272,6 +304,32 @@ class Draining(Unavailable):
     """The service is stopping; another instance, or this one after its restart, will take the request."""
 
     code = "draining"
+
+
+class CallerLimited(Unavailable):
+    """The caller of the request has reached a limit that holds for each caller."""
+
+    status = 429
+    delay: float = 0.0
+    """Time in seconds after which the error is sent, because the caller gets many such errors."""
+
+
+class RateLimited(CallerLimited):
+    """The caller has sent more images per second than one caller may."""
+
+    code = "rate_limited"
+
+
+class TooManyInFlight(CallerLimited):
+    """The caller has as many images in flight as one caller may have."""
+
+    code = "too_many_in_flight"
+
+
+class ShareExceeded(CallerLimited):
+    """The queue is half full, and the caller has more than its share of the places."""
+
+    code = "share_exceeded"
 
 
 class DeadlineExceeded(RequestError):

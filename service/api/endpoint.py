@@ -77,7 +77,8 @@ class Endpoint(AsgiEndpoint):
         limit = self._body_limit if raw_format is not None else self.body_limit(headers)
         limit.check(exchange.content_length)
         services.classifier.check_capacity(model)
-        return FastHandler(self, exchange, route_match.options, headers, model, raw_format, time_limit)
+        admission = Admission(services.classifier, model, services.reserve_caller(record))
+        return FastHandler(self, exchange, route_match.options, headers, admission, raw_format, time_limit)
 
     # --- with the whole body ---
 
@@ -106,7 +107,11 @@ class Endpoint(AsgiEndpoint):
         try:
             async with asyncio.timeout_at(own_deadline) if time_limit else nullcontext():
                 outcomes = await self.services.classifier.classify_images(
-                    images, model, deadline=min(deadline, own_deadline), on_answer=record.add_image
+                    images,
+                    model,
+                    deadline=min(deadline, own_deadline),
+                    on_answer=record.add_image,
+                    caller=admission.queue_name,
                 )
         except TimeoutError:
             raise make_deadline_error(time_limit) from None
@@ -188,11 +193,11 @@ class FastHandler:
         exchange: Exchange,
         options: Any,
         headers: Headers,
-        model: LiveModel,
+        admission: Admission,
         raw_format: ReplyFormat | None,
         time_limit: float | None,
     ) -> None:
-        """Start the deadline, `time_limit` seconds from now.
+        """Start the deadline, `time_limit` seconds from now. The handler releases the `admission`.
 
         `raw_format` is the format of the reply to a raw image, or None if the body must be parsed.
         """
@@ -200,10 +205,10 @@ class FastHandler:
         self._exchange = exchange
         self._options = options
         self._headers = headers
-        self._model = model
+        self._model = admission.model
         self._raw_format = raw_format
         self._time_limit = time_limit
-        self._admission = Admission(endpoint.services.classifier, model)
+        self._admission = admission
         self._started_at = time.monotonic()
         self._deadline = self._started_at + time_limit if time_limit else INFINITY
         self._job: Job | None = None
@@ -238,7 +243,12 @@ class FastHandler:
         # The batcher calls `_on_outcome` on the event loop when a runner has answered, never before
         # `submit_image` returns: `_job` is set by then. No task is needed.
         self._job = endpoint.services.classifier.submit_image(
-            image, self._model, self._on_outcome, deadline=self._deadline, on_answer=record.add_image
+            image,
+            self._model,
+            self._on_outcome,
+            deadline=self._deadline,
+            on_answer=record.add_image,
+            caller=self._admission.queue_name,
         )
 
     def _on_outcome(self, outcome: Classification | RequestError | Exception) -> None:

@@ -297,6 +297,7 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
         "description": "The image is truncated, corrupt or of a mode that cannot be converted, or a box is "
         "empty or not inside the image."
     },
+    429: {"description": "The caller has reached one of its own limits; see `Retry-After`."},
     500: {"description": "Internal error; the log has the traceback under the request id."},
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
     504: {"description": "The deadline (`X-Deadline-Ms`) passed before the request was answered."},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from fovea.service.access.access_control import AccessControl
+from fovea.service.access.caller_limits import CallerReservation, QuestionPlaces
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
-from fovea.service.explain.client import ExplainerClient
+from fovea.service.explain.client import MAX_WAITING_QUESTIONS, ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
@@ -22,6 +24,12 @@ MAX_INLINE_LABELS: Final = 200
 """Maximum number of labels that the event loop renders in one reply. Each label takes 2 to 10 us, including
 its share of the rest."""
 
+
+_GREY_IMAGE: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAAAAABWESUoAAAAFklEQVR42mNoIAAYRhWMKhhVMFIVAABC"
+    "AAAfN5c2AAAAAABJRU5ErkJggg=="
+)
+"""A grey PNG of 32 x 32 pixels, base64."""
 
 _MAX_QUOTE_LENGTH: Final = 80
 """Maximum number of bytes of a header that a message quotes."""
@@ -45,14 +53,20 @@ class Services:
         manager: ModelManager,
         heatmap_explainer: ExplainerClient,
         layer_explainer: ExplainerClient,
+        access: AccessControl | None = None,
     ) -> None:
-        """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models."""
+        """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models.
+
+        `access` has the API keys if the service needs keys.
+        """
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
         self.manager = manager
         self.heatmap_explainer = heatmap_explainer
         self.layer_explainer = layer_explainer
+        self.access = access
+        self.question_places = QuestionPlaces(classifier.caller_limits, MAX_WAITING_QUESTIONS)
 
     @property
     def settings(self) -> Settings:
@@ -61,7 +75,12 @@ class Services:
 
     @property
     def example_image(self) -> str:
-        """Smallest image of all golden sets, base64; this host is known to decode it."""
+        """Smallest image of all golden sets, base64; this host is known to decode it.
+
+        If callers need keys, it is a grey image: the examples are open, and golden images may be private.
+        """
+        if self.access:
+            return _GREY_IMAGE
         models = self.classifier.catalog.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
         return min(images, key=len, default="")
@@ -109,16 +128,30 @@ class Services:
         """
         if isinstance(model, LiveModel):
             self.classifier.check_capacity(model)
-            return Admission(self.classifier, model)
-        live_model = await self.manager.load_on_demand(*address)
+            return Admission(self.classifier, model, self.reserve_caller(record))
+        caller = self.reserve_caller(record)  # first: a request that waits for a model counts
         try:
-            self._record_model(live_model, record)
-            self.classifier.check_capacity(live_model)
-            return Admission(self.classifier, live_model)
-        finally:
-            # `load_on_demand` has acquired the model. Release it only now that the admission has its own
-            # reference; the model could otherwise be unloaded in between.
-            live_model.release()
+            live_model = await self.manager.load_on_demand(*address)
+            try:
+                self._record_model(live_model, record)
+                self.classifier.check_capacity(live_model)
+                return Admission(self.classifier, live_model, caller)
+            finally:
+                # `load_on_demand` has acquired the model. Release it only now that the admission has its own
+                # reference; the model could otherwise be unloaded in between.
+                live_model.release()
+        except BaseException:
+            if caller:
+                caller.release()
+            raise
+
+    def reserve_caller(self, record: RequestRecord) -> CallerReservation | None:
+        """Count a request against the limits of its caller; None if there are no limits.
+
+        The result belongs to an `Admission`, which releases it. Raises `CallerLimited`.
+        """
+        limits = self.classifier.caller_limits
+        return limits.reserve(record.caller) if limits else None
 
     def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
         """Record that a stage of a request ends now.

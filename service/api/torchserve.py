@@ -53,6 +53,7 @@ _EXCEPTION_NAMES: Final = {
     404: "ResourceNotFoundException",
     405: "MethodNotAllowedException",
     408: "RequestTimeoutException",
+    429: "TooManyRequestsException",
     500: "InternalServerException",
     503: "ServiceUnavailableException",
     504: "RequestTimeoutException",

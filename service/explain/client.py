@@ -33,7 +33,7 @@ from fovea.service.serving.live_model import LiveModel
 
 log = logging.getLogger(__name__)
 
-_MAX_WAITING: Final = 8
+MAX_WAITING_QUESTIONS: Final = 8
 """Maximum number of questions that wait; the process answers one question at a time."""
 
 _SILENCE_TIMEOUT: Final = 60.0
@@ -115,8 +115,8 @@ class ExplainerClient:
         or memory is short, `NotReady` if somebody kills the process or no process can be started, or
         `Internal`. If the caller is cancelled, it stops waiting, and the process gets a `StopCommand`.
         """
-        if self._waiting_count >= _MAX_WAITING:
-            raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
+        if self._waiting_count >= MAX_WAITING_QUESTIONS:
+            raise Overloaded(f"{MAX_WAITING_QUESTIONS} explanations are waiting already", retry_after=2.0)
         pending = PendingQuestion(model, question, image, on_progress)
         self._waiting_count += 1
         # The model's file must stay open as long as the process may read it, even if the caller leaves.

@@ -36,6 +36,7 @@ from typing import Any, Final
 from fovea.service.errors import (
     BodyTimeout,
     BodyTooLarge,
+    CallerLimited,
     HeaderTimeout,
     Overloaded,
     RequestError,
@@ -461,7 +462,7 @@ class Connection(asyncio.BufferedProtocol):
     def write_error(self, error: RequestError, record: RequestRecord) -> None:
         """Send an error as the last answer of the connection."""
         status, content, headers = encode_error(error, record)
-        lines = self._server.date_line + CONNECTION_CLOSE
+        lines = self._server.date_line + record.cors_lines + CONNECTION_CLOSE
         self.responses.write_answer(status, content, headers, record.request_id, JSON_MEDIA_TYPE, lines)
         self._linger()
 
@@ -480,6 +481,8 @@ class Connection(asyncio.BufferedProtocol):
         if missing_bytes and (self.has_long_rest or missing_bytes > SMALL_BYTES):
             exchange.keep_alive = False
         lines = self._server.date_line
+        if exchange.record.cors_lines:
+            lines += exchange.record.cors_lines
         if not exchange.keep_alive:
             lines += CONNECTION_CLOSE
         elif self._is_http_1_0:
@@ -493,8 +496,12 @@ class Connection(asyncio.BufferedProtocol):
         Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
         requests.
         """
-        limiter = self._server.refusal_limiter
-        delay = limiter.next_delay(self._loop.time()) if isinstance(error, Overloaded) else 0.0
+        if isinstance(error, CallerLimited):
+            delay = error.delay  # of its caller alone, so that other callers get their refusals at once
+        elif isinstance(error, Overloaded):
+            delay = self._server.refusal_limiter.next_delay(self._loop.time())
+        else:
+            delay = 0.0
         if delay:
             self._loop.call_later(delay, exchange.refuse, error)
         else:

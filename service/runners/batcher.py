@@ -9,7 +9,8 @@ neither HTTP, nor images, nor the implementation of a runner.
 Lanes have equal shares of the runners' time: the next batch comes from the lane that has had the least time
 since it was last idle (start-time fair queueing: Goyal, Vin and Cheng, 1996). Lanes of expensive items have
 smaller shares and only some of the runners, so that cheap items are never delayed for long. Items that need
-much memory wait in this queue until there is enough, not in a runner.
+much memory wait in this queue until there is enough, not in a runner. Inside a lane, the items of callers
+with names take turns (`Lane.add_job`); all other items wait in the order of their arrival.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -107,26 +107,27 @@ class Batcher:
         deadline: float,
         memory: int = 0,
         size: int = 1,
+        caller: str | None = None,
     ) -> Job:
         """Queue `item`.
 
         `on_outcome` is called on the event loop, unless `cancel` is called before. If `deadline` (monotonic,
         in seconds) passes first, no work is done; `on_outcome` then gets an error or is not called. The item
         begins when `memory` bytes can be reserved; if it needs more than there are, it reserves all of them.
-        `size` is that of `Job`.
+        `size` and `caller` are those of `Job`.
         """
         now = time.monotonic()
         self._last_arrivals[lane.level] = now
         needed_bytes = int(min(memory, self._total_memory))
         share = lane.compute_share(item)
-        job = Job(item, lane, on_outcome, deadline, now, share, memory=needed_bytes, size=size)
+        job = Job(item, lane, on_outcome, deadline, now, share, memory=needed_bytes, size=size, caller=caller)
         if lane.error is not None:
             # Later, not at once: the caller does not have the job yet, and must get it before the outcome.
             asyncio.get_running_loop().call_soon(job.deliver_outcome, lane.error)
             return job
         if not lane.jobs:  # an idle lane saves up no claim to time
             lane.virtual_time = max(lane.virtual_time, self._virtual_time)
-        lane.jobs.append(job)
+        lane.add_job(job)
         self._lanes[lane] = None
         self._dispatch_soon()
         return job
@@ -144,8 +145,7 @@ class Batcher:
         if job.drop_item:
             job.drop_item(job.index)
         else:
-            with suppress(ValueError):  # the item has left the queue already: its deadline had passed
-                job.lane.jobs.remove(job)
+            job.lane.remove_job(job)
         self._dispatch_soon()
 
     def close_lane(self, lane: Lane[Any, Any], error: Exception) -> None:
@@ -179,6 +179,7 @@ class Batcher:
         deadline: float = INFINITY,
         memory: int = 0,
         size: int = 1,
+        caller: str | None = None,
         convert: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
     ) -> asyncio.Future[Any]:
         """Queue `item` like `enqueue`; return a future of the result or error. Cancel the future to leave.
@@ -187,7 +188,9 @@ class Batcher:
         deadline does not end the future.
         """
         future: JobFuture = JobFuture(self.cancel, convert)
-        future.job = self.enqueue(item, lane, future.set_outcome, deadline=deadline, memory=memory, size=size)
+        future.job = self.enqueue(
+            item, lane, future.set_outcome, deadline=deadline, memory=memory, size=size, caller=caller
+        )
         return future
 
     def reserve_memory(self, size: int) -> bool:
@@ -303,6 +306,15 @@ class Batcher:
     def count_waiting(self, level: int) -> int:
         """Return the number of items of this level that wait for a runner, by their sizes."""
         return sum(job.size for lane in self._lanes if lane.level == level for job in lane.jobs)
+
+    def count_callers(self, level: int) -> Counter[str | None]:
+        """Return the number of waiting items of this level by caller, by their sizes."""
+        counts: Counter[str | None] = Counter()
+        for lane in self._lanes:
+            if lane.level == level:
+                for job in lane.jobs:
+                    counts[job.caller] += job.size
+        return counts
 
     def _count_queued(self) -> int:
         """Return the number of items that wait for a runner, or behind the batch in work, by their sizes."""

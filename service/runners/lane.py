@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +25,9 @@ INFINITY: Final = float("inf")
 
 _FULL_BATCH: Final = 1 + 1e-9
 """Fill of a full batch, with a tolerance for rounding."""
+
+_MAX_IDLE_CALLERS: Final = 64
+"""Number of callers without items whose turns a lane keeps. It forgets them when there are more."""
 
 DropItem: TypeAlias = Callable[[int], None]
 """Function that tells a runner that no caller wants the item at this index of a batch any more."""
@@ -59,6 +63,10 @@ class Job:
     """Bytes to reserve before a runner may begin; 0 if the runner's own share is enough."""
     size: int = 1
     """Number of items for which the item counts in averages and limits. More than 1 fills a batch."""
+    caller: str | None = None
+    """Name of the caller whose items wait in turn with those of other callers; None without turns."""
+    turn: float = 0.0
+    """Turn of the item in its lane; items with lower turns run first."""
 
     def is_wanted(self, now: float) -> bool:
         """Return False once the caller has left or the deadline has passed: no more work is done then."""
@@ -116,6 +124,38 @@ class Lane(Generic[Item, Result]):
     seconds_per_item: float = 0.0
     """Runner time per item in seconds: a moving average, 0 before the first measurement."""
 
+    turn: float = 0.0
+    """Turn of the last item that left the lane for a runner."""
+    next_turns: dict[str, float] = field(default_factory=dict)
+    """Turn of the next item of each caller, by the caller's name."""
+
+    def add_job(self, job: Job) -> None:
+        """Add an item to the queue: at the end, or in its caller's turn.
+
+        Each caller has one item in each turn, so that a caller with one item waits for one item of each other
+        caller and not for all items of a caller with many. This is start-time fair queueing, as among lanes,
+        with the number of items as the time.
+        """
+        if job.caller is None:
+            self.jobs.append(job)
+            return
+        job.turn = max(self.turn, self.next_turns.get(job.caller, 0.0))
+        self.next_turns[job.caller] = job.turn + job.size
+        if len(self.next_turns) > 2 * len(self.jobs) + _MAX_IDLE_CALLERS:
+            waiting = {other.caller for other in self.jobs} | {job.caller}
+            self.next_turns = {name: turn for name, turn in self.next_turns.items() if name in waiting}
+        if self.jobs and self.jobs[-1].turn > job.turn:
+            self.jobs.insert(bisect_right(self.jobs, job.turn, key=_get_turn), job)
+        else:
+            self.jobs.append(job)
+
+    def remove_job(self, job: Job) -> None:
+        """Remove an item that nobody wants any more, and give its turn to the caller's next item."""
+        with suppress(ValueError):  # the item has left the queue already: its deadline had passed
+            self.jobs.remove(job)
+            if job.caller in self.next_turns:
+                self.next_turns[job.caller] -= job.size
+
     def compute_share(self, item: Item) -> float:
         """Return the share of the largest batch that an item takes; at most 1."""
         return max(1 / self.batch_max, min(1.0, self.weigh(item) / self.weight_max))
@@ -153,7 +193,13 @@ class Lane(Generic[Item, Result]):
             self.jobs.popleft()
             if job.is_suspect and batch:
                 break
+        if batch and batch[-1].turn > self.turn:
+            self.turn = batch[-1].turn
         return batch
+
+
+def _get_turn(job: Job) -> float:
+    return job.turn
 
 
 class JobFuture(asyncio.Future[Any]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from fovea.service.access.caller_limits import CallerReservation
 from fovea.service.errors import BadRequest
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.live_model import LiveModel
@@ -27,10 +28,14 @@ class Admission:
     Release them by `with` or by calling `release`.
     """
 
-    __slots__ = ("_classifier", "_is_released", "_reserved_bytes", "_reserved_images", "model")
+    __slots__ = ("_caller", "_classifier", "_is_released", "_reserved_bytes", "_reserved_images", "model")
 
-    def __init__(self, classifier: Classifier, model: LiveModel) -> None:
+    def __init__(
+        self, classifier: Classifier, model: LiveModel, caller: CallerReservation | None = None
+    ) -> None:
+        """Acquire the model. The admission owns the reservation of the `caller`, and releases it."""
         self._classifier = classifier
+        self._caller = caller
         self.model = model
         self._reserved_bytes = self._reserved_images = 0
         self._is_released = False
@@ -50,6 +55,8 @@ class Admission:
         self._reserved_bytes = 0
         if self._reserved_images:
             self._add_images(-self._reserved_images)
+        if self._caller:
+            self._caller.release()
         if not self._is_released:
             self._is_released = True
             self.model.release()
@@ -57,7 +64,8 @@ class Admission:
     def reserve_bytes(self, size: int) -> None:
         """Reserve `size` more bytes for a body.
 
-        Raises `Overloaded` when all bodies together become too large.
+        Raises `Overloaded` when all bodies together become too large, or `ShareExceeded` when those of the
+        caller do.
         """
         classifier = self._classifier
         limit = classifier.body_memory.limit
@@ -71,8 +79,10 @@ class Admission:
         self._reserve(size)
 
     def _reserve(self, size: int) -> None:
-        """Reserve `size` bytes, or raise `Overloaded`."""
+        """Reserve `size` bytes, or raise `Overloaded` or `ShareExceeded`."""
         classifier = self._classifier
+        if self._caller:
+            self._caller.add_bytes(size, classifier.body_memory)
         if not classifier.body_memory.reserve(size):
             limit = classifier.body_memory.limit
             raise classifier.create_overload_error(
@@ -98,9 +108,20 @@ class Admission:
         self._reserve(size)
 
     def reserve_images(self, count: int) -> None:
-        """Take places for `count` images. Raises `Overloaded` at once if there are not enough."""
+        """Take places for `count` images.
+
+        Raises `Overloaded` at once if there are not enough, `CallerLimited` if its caller may not have as
+        many now, or `BadRequest` if its caller may never have as many.
+        """
         self._classifier.check_capacity(self.model, count)
+        if self._caller:
+            self._caller.extend(count)
         self._add_images(count)
+
+    @property
+    def queue_name(self) -> str | None:
+        """Name under which the images wait in turn with those of other callers; None without turns."""
+        return self._caller.queue_name if self._caller else None
 
     def _add_images(self, images: int) -> None:
         """Change the number of images in flight."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from fovea.service.access.caller_limits import CallerLimits
+from fovea.service.access.caller_table import CallerTable
 from fovea.service.artifact.model_file import PinnedFile
 from fovea.service.artifact.repository import ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
@@ -18,6 +20,7 @@ from fovea.service.errors import (
     NotReady,
     Overloaded,
     RequestError,
+    ShareExceeded,
     Unavailable,
 )
 from fovea.service.inference.boxes import Boxes, PixelBox
@@ -86,10 +89,17 @@ class Classifier:
     that runs `start`, so that no method needs a lock.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, state: ServingState | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        state: ServingState | None = None,
+        caller_table: CallerTable | None = None,
+    ) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
 
-        `state` is the desired state if it differs from the current content of the repository.
+        `state` is the desired state if it differs from the current content of the repository. `caller_table`
+        has the counts of callers that several workers share.
         """
         self.settings = settings
         self.metrics = metrics
@@ -135,6 +145,8 @@ class Classifier:
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners, with
         its id in the runners. It is called on the event loop, and must take the model out of the catalog."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
+        self.caller_limits = CallerLimits.create(settings, caller_table, self._batcher.drain_seconds)
+        """Limits of each caller; None if there are none."""
         self._prediction_tallies: dict[LiveModel, PredictionTally] = {}
         self._recent_images: dict[str, RecentImages] = {}
         for version, load, load_result in zip(
@@ -268,12 +280,15 @@ class Classifier:
         *,
         deadline: float,
         on_answer: AnswerCallback,
+        caller: str | None = None,
     ) -> Job:
         """Classify an image and call `on_outcome` on the event loop with its outcome.
 
         The outcome is the same as `classify_images` returns for one image. The caller holds a place for the
         image (`Admission`). An image that is still queued at `deadline` (monotonic, in seconds) or after
-        `cancel` is dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
+        `cancel` is dropped. The images of callers with names wait in turn: `caller` is
+        `CallerReservation.queue_name`. Raises `Overloaded` when too many images with a similar decode cost
+        are queued, or `ShareExceeded` when the caller has too many of them.
         """
 
         # The batcher calls this once, on the event loop, unless the job is cancelled before. The image's
@@ -286,13 +301,17 @@ class Classifier:
             # This call comes last: it may end the request and release the image's memory.
             on_outcome(result)
 
-        lane, memory = self._choose_lane(image, model)
-        return self._batcher.enqueue(image, lane, handle_outcome, deadline=deadline, memory=memory)
+        lane, memory = self._choose_lane(image, model, caller)
+        return self._batcher.enqueue(
+            image, lane, handle_outcome, deadline=deadline, memory=memory, caller=caller
+        )
 
-    def _choose_lane(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
+    def _choose_lane(
+        self, image: Item, model: LiveModel, caller: str | None = None
+    ) -> tuple[Lane[Item, Answer], int]:
         """Return the lane for an image by its decode cost, and the memory in bytes to reserve for decoding.
 
-        Raises `Overloaded` when too many images with that cost are queued.
+        Raises `Overloaded` or `ShareExceeded` when too many images with that cost are queued.
         """
         boxes = None
         if isinstance(image, ImageRequest):
@@ -308,13 +327,24 @@ class Classifier:
             seconds = cost.seconds + _estimate_box_seconds(boxes, model) if boxes else cost.seconds
             level = bisect_right(_LEVEL_SECONDS, seconds)
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
-        limit = max(1, self.settings.queue_images // _COSTLY_DIVISOR)
-        if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= limit:
+        if level == LEVEL_COUNT - 1:
+            self._check_costly_capacity(caller)
+        return model.lanes[level], memory
+
+    def _check_costly_capacity(self, caller: str | None) -> None:
+        """Raise `Overloaded` or `ShareExceeded` if too many of the most expensive images wait."""
+        level, limit = LEVEL_COUNT - 1, max(1, self.settings.queue_images // _COSTLY_DIVISOR)
+        if self._batcher.count_waiting(level) >= limit:
             raise self.create_overload_error(
                 f"{limit} images that take long to decode, or have many boxes, are already waiting; the "
                 "limit is a quarter of FOVEA_QUEUE_IMAGES"
             )
-        return model.lanes[level], memory
+        if caller is not None and self.caller_limits:
+            counts = self._batcher.count_callers(level)
+            counts[caller] += 1
+            self.caller_limits.check_share(
+                count=counts[caller], total=counts.total(), callers=len(counts), limit=limit
+            )
 
     def cancel(self, job: Job) -> None:
         """Cancel a job of `submit_image`, because its caller has left."""
@@ -327,6 +357,7 @@ class Classifier:
         *,
         deadline: float = INFINITY,
         on_answer: AnswerCallback,
+        caller: str | None = None,
     ) -> list[Classification | BoxClassification | RequestError]:
         """Classify images and return one answer or error per image, in order.
 
@@ -349,7 +380,7 @@ class Classifier:
         futures: list[asyncio.Future[Any]] = []
         try:
             for image in images:
-                futures.append(self._queue_image(image, model, deadline, convert_outcome))
+                futures.append(self._queue_image(image, model, deadline, caller, convert_outcome))
         except BaseException:  # nobody will wait for the images before this one: their jobs must end
             for future in futures:
                 future.cancel()
@@ -360,20 +391,31 @@ class Classifier:
         return [_check_outcome(outcome) for outcome in outcomes]
 
     def _queue_image(
-        self, image: Item, model: LiveModel, deadline: float, convert: Callable[[Any, Job], Any]
+        self,
+        image: Item,
+        model: LiveModel,
+        deadline: float,
+        caller: str | None,
+        convert: Callable[[Any, Job], Any],
     ) -> asyncio.Future[Any]:
         """Queue an image and return a future for its outcome.
 
-        `Overloaded` becomes the image's own outcome.
+        `Overloaded` and `ShareExceeded` become the image's own outcome.
         """
         try:
-            lane, memory = self._choose_lane(image, model)
-        except Overloaded as error:
+            lane, memory = self._choose_lane(image, model, caller)
+        except (Overloaded, ShareExceeded) as error:
             future = asyncio.get_running_loop().create_future()
             future.set_result(error)
             return future
         return self._batcher.submit(
-            image, lane, deadline=deadline, memory=memory, size=count_results(image), convert=convert
+            image,
+            lane,
+            deadline=deadline,
+            memory=memory,
+            size=count_results(image),
+            caller=caller,
+            convert=convert,
         )
 
     def _count_image(

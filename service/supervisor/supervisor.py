@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, assert_never
 
 from fovea.service import signals
+from fovea.service.access.caller_table import CallerTable
 from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import KILL_DELAY
@@ -77,10 +78,12 @@ class Supervisor:
         serving_state: ServingState,
         refusals: Refusals,
         on_listening: Callable[[ReadyReport], None],
+        caller_file: int | None = None,
     ) -> None:
         """Set the workers' command and environment, and the shared resources.
 
-        The file descriptors of the channel and of the metrics files are appended to `command`. Each worker
+        The file descriptors of the channel, of the metrics files and of the table of callers (`caller_file`)
+        are appended to `command`. Each worker
         reads the versions to serve from its standard input; the first workers read `serving_state`.
         `on_listening` is called with the description of the served models.
         """
@@ -90,6 +93,7 @@ class Supervisor:
         self._refusals = refusals
         self._listener = listener
         self._metrics = metrics
+        self._caller_file = caller_file
         self._on_listening = on_listening
         patience = compute_change_timeout(settings.trial_seconds)
         self._coordinator = Coordinator(
@@ -153,11 +157,30 @@ class Supervisor:
     def _start_worker(self) -> None:
         """Start a worker. Raises `OSError` when the system has no room for it."""
         worker, metric_files = start_worker(
-            self._command, self._environment, self._coordinator.state, metrics_index=self._metrics.index
+            self._command,
+            self._environment,
+            self._coordinator.state,
+            metrics_index=self._metrics.index,
+            caller_file=self._caller_file,
+            caller_column=self._take_caller_column(),
         )
         self._workers.add(worker)
         self._loop.add_reader(worker.channel.socket, self._read_messages, worker)
         self._metrics.add(worker.process.pid, metric_files)
+
+    def _take_caller_column(self) -> int:
+        """Return an empty column of the table of callers.
+
+        Each process has a column of its own, so that the images in flight of a dead worker can be removed. A
+        worker is replaced only after its process has ended, so that there is always a free column.
+        """
+        processes = (*self._workers, *self._ending_workers)
+        column = min(set(range(self._settings.workers)) - {one.caller_column for one in processes})
+        if self._caller_file is not None:
+            table = CallerTable.open(self._caller_file, column=column)
+            table.clear_column()
+            table.close()
+        return column
 
     def _read_messages(self, worker: WorkerProcess) -> None:
         """Handle all messages that have arrived from a worker."""

@@ -58,6 +58,8 @@ class WorkerProcess:
     """Description of the loaded models; None until the worker has loaded them."""
     served_models: ReadyReport | None = None
     """Same as `loaded_models`, once the worker is admitted."""
+    caller_column: int = 0
+    """Column of the worker in the table of callers (`CallerTable`)."""
     starting_versions: VersionsByModel = field(default_factory=dict)
     """Versions to serve that the worker was started with."""
     is_stopping: bool = False
@@ -172,10 +174,14 @@ def start_worker(
     serving_state: ServingState,
     *,
     metrics_index: int,
+    caller_file: int | None,
+    caller_column: int,
 ) -> tuple[WorkerProcess, MetricFiles]:
     """Start a worker, and return it with the files of its metrics.
 
-    Raises `OSError` when the system has no room for the worker.
+    `metrics_index` and `caller_file` are file descriptors: the index of the metrics, and the table of
+    callers, in which the worker owns `caller_column`. Without a table, the descriptor is None. Raises
+    `OSError` when the system has no room for the worker.
     """
     own_socket, worker_socket = create_channel()
     metric_files = None
@@ -185,10 +191,12 @@ def start_worker(
             state_file.write(ServeCommand.from_state(serving_state).to_bytes())
             state_file.seek(0)
             descriptors = (worker_socket.fileno(), metrics_index, *metric_files.descriptors)
+            if caller_file is not None:
+                descriptors = (*descriptors, caller_file)
             # The worker inherits these descriptors. `with` closes this process's copy of the worker's end
             # after the start: otherwise the death of the worker would not end the channel.
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [*command, *map(str, descriptors)],
+                [*command, str(caller_column), *map(str, descriptors)],
                 env=environment,
                 stdin=state_file,
                 pass_fds=descriptors,
@@ -199,4 +207,10 @@ def start_worker(
             metric_files.close()
         raise
     channel = Channel[WorkerMessage](own_socket, WORKER_MESSAGES)
-    return WorkerProcess(process, channel, starting_versions=serving_state.versions_by_model), metric_files
+    worker = WorkerProcess(
+        process,
+        channel,
+        caller_column=caller_column,
+        starting_versions=serving_state.versions_by_model,
+    )
+    return worker, metric_files

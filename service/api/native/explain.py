@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.api import bodies
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.asgi_endpoint import AsgiEndpoint
@@ -107,7 +108,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         summary = "Output of a layer for an image"
         add_route(f"{model}/maps", MapsOptions, handlers.get_maps, summary=summary, responses=responses)
 
-    model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
+    model_errors = {code: error_responses[code] for code in (400, 403, 404, 429, 500, 503, 504)}
     layers_options: dict[str, Any] = {
         "tags": ["explain"],
         "responses": model_errors,
@@ -146,6 +147,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 class ImageEndpoint(AsgiEndpoint):
     """The application of a route that takes one image, over ASGI only."""
+
+    key_scope = KeyScope.EXPLAIN
 
     def __init__(
         self,
@@ -187,7 +190,8 @@ class ImageEndpoint(AsgiEndpoint):
         if not isinstance(image, bytes | memoryview):
             raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")
         options = request.options.model_copy(update=parsed_body.options)
-        return await self._respond(request.model, options, bytes(image), send)
+        with self.services.question_places.reserve(admission.queue_name):
+            return await self._respond(request.model, options, bytes(image), send)
 
 
 async def explain_label(
@@ -337,7 +341,11 @@ class _ExplainHandlers:
             async with asyncio.timeout(seconds):
                 model = await self._services.get_model(name, version)
                 # At once: no `await` may come between, in which the model could be unloaded.
-                with Admission(self._services.classifier, model):
+                caller = self._services.reserve_caller(get_record(scope))
+                with (
+                    Admission(self._services.classifier, model, caller) as admission,
+                    self._services.question_places.reserve(admission.queue_name),
+                ):
                     model.last_used = time.monotonic()
                     return model, await self._services.layer_explainer.send_request(model, question)
         except TimeoutError:

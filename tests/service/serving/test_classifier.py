@@ -13,12 +13,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.artifact.repository import ModelVersion
-from fovea.service.errors import ModelError
+from fovea.service.errors import ModelError, ShareExceeded
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batch_messages import Batch, ImageRequest, Item
 from fovea.service.runners.connection import _count_suspects, _PendingBatch
+from fovea.service.runners.lane import INFINITY
 from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
 from fovea.service.runners.process import _pop_group
@@ -26,7 +27,7 @@ from fovea.service.serving.classifier import BoxClassification, Classification, 
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.memory_files import is_sealed, weights_path_of
-from tests.pictures import make_jpeg
+from tests.pictures import make_jpeg, make_png_header
 
 
 class NoBytes:
@@ -160,6 +161,32 @@ def test_many_boxes_wait_behind_cheap_images(classifier: Classifier) -> None:
     assert [choose_level(count) for count in (1, 2, 3, 25, 64)] == [0, 0, 1, 2, 2]
     assert classifier._choose_lane(image, model)[0] is lane
     asyncio.run(classifier.close())
+
+
+def test_places_of_costly_images_are_shared_out_among_callers(tmp_path: Path) -> None:
+    zoo = add_to_repository(build_model(), tmp_path / "zoo")
+    settings = load_settings(models=zoo, runners=1, queue_images=48, request_images=1, caller_shares=True)
+    classifier = Classifier(settings, Metrics(CollectorRegistry()))
+    (model,) = classifier.catalog.models
+    giant = make_png_header(7000, 7000)
+
+    def submit(caller: str) -> None:
+        classifier.submit_image(
+            giant, model, lambda outcome: None, deadline=INFINITY, on_answer=lambda *_: None, caller=caller
+        )
+
+    async def work() -> None:
+        for _ in range(6):  # half of the twelve places
+            submit("flood")
+        with pytest.raises(ShareExceeded):
+            submit("flood")
+        for _ in range(4):
+            submit("other")
+        with pytest.raises(ShareExceeded):
+            submit("other")
+        await classifier.close()
+
+    asyncio.run(work())
 
 
 def test_weights_that_no_runner_has_written_are_sealed_too(
