@@ -51,8 +51,6 @@ def make_trailers(request_id: str, error: RequestError | None = None) -> Metadat
     if error is not None:
         trailers += (("code", error.code),)
         if isinstance(error, Unavailable):
-            trailers += (
-                ("retry-after", str(max(1, math.ceil(error.retry_after)))),
-                ("grpc-retry-pushback-ms", str(math.ceil(1000 * error.retry_after))),
-            )
+            seconds = max(1, math.ceil(error.retry_after))
+            trailers += (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
     return trailers
