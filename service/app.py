@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from fovea.service import __version__
+from fovea.service.access.key_watcher import KeyWatcher
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
@@ -22,6 +23,7 @@ from fovea.service.api.native import routes as native
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader, RepositoryManager
+from fovea.service.api.route_scopes import guard_routes
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ServingState
@@ -90,8 +92,10 @@ def create_app(
     metrics = Metrics(registry, is_shared=settings.workers > 1)
     protocols = ApiProtocols()
     proxies = TrustedProxies(settings.trusted_proxies)
+    key_watcher = KeyWatcher(settings.keys) if settings.keys else None
+    access = key_watcher.access if key_watcher else None
     observer = Observer(
-        metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies
+        metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies, access
     )
     classifier = Classifier(settings, metrics, serving_state)
     model_manager = ModelManager(classifier)
@@ -124,6 +128,8 @@ def create_app(
         tasks = [] if participant else [asyncio.create_task(watcher.run(settings.watch))]
         if store_sync:
             tasks.append(asyncio.create_task(store_sync.run()))
+        if key_watcher:
+            tasks.append(asyncio.create_task(key_watcher.run()))
         yield
         # The order matters: no new version may start once the service stops, and the explaining processes
         # reserve memory that the classifier owns.
@@ -147,10 +153,12 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
+    services = Services(
+        classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer, access
+    )
     repository = RepositoryManager(classifier, participant or watcher)
     _add_routes(app, services, protocols, repository, exposed_registry or registry)
-    router = Router(app, services, CachedReplies(classifier.catalog, observer))
+    router = Router(app, services, CachedReplies(classifier.catalog, observer, access))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
     # `ObserverMiddleware` comes next, so that it also counts what the router answers.
     return Application(
@@ -183,9 +191,11 @@ def _add_routes(
             with protocols.register_routes(app.routes, adapter.PROTOCOL):
                 adapter.add_routes(app, services)
     clouds.add_routes(app, services, protocols)
-    openapi.add_routes(app, services.classifier, _WEB_FOLDER)
+    openapi.add_routes(app, services, _WEB_FOLDER)
     page.add_routes(app, _WEB_FOLDER)
     add_error_handlers(app, services.observer)
+    if services.access:
+        guard_routes(app, services.access)
 
 
 def _create_grpc_server(services: Services, repository: RepositoryManager) -> GrpcServer | None:

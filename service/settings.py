@@ -159,6 +159,10 @@ class Settings(BaseSettings):
         description="Host names under which browsers may manage models, separated by commas; private names "
         "and addresses always may.",
     )
+    keys: Path | None = Field(
+        None,
+        description="File with the API keys, which `fovea keys` writes; without it nobody needs a key.",
+    )
     protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
         PROTOCOLS, description="Protocols to serve, separated by commas; `native` must be among them."
     )

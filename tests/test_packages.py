@@ -19,6 +19,7 @@ SERVICE = [
     {"api", "supervisor"},
     {"explain", "rollout"},
     {"serving", "http"},
+    {"access"},
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},

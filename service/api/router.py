@@ -41,6 +41,7 @@ class Router:
         self.shared_bodies = services.classifier.shared_bodies
         self._app = app
         self._cached_replies = cached_replies
+        self._access = services.access
         self._routes = [(route, route.answerer) for route in app.routes if isinstance(route, EndpointRoute)]
         self._matches: dict[tuple[bytes, bytes], RouteMatch] = {}
 
@@ -78,14 +79,21 @@ class Router:
     ) -> RequestHandler | None:
         """Accept a request, or return None if it must go through ASGI, like one with a compressed body.
 
-        See `service.http.fast_path.FastApp`.
+        See `service.http.fast_path.FastApp`. Raises `RequestError`, also for a missing API key.
         """
         if b"content-encoding" in headers:
             return None
         if method == b"GET":
             return self._cached_replies.open_request(exchange, url, headers)
         route_match = self.find_match(method, url)
-        return route_match and route_match.endpoint.open_request(exchange, route_match, headers)
+        if route_match is None:
+            return None
+        endpoint = route_match.endpoint
+        if self._access:
+            record = exchange.record
+            record.route, record.protocol = route_match.route.path, endpoint.protocol
+            self._access.authorize(endpoint.key_scope, record.credential)
+        return endpoint.open_request(exchange, route_match, headers)
 
     def can_answer(self, url: bytes) -> bool:
         """Return True if there may be a cached reply; see `service.http.fast_path.FastApp`."""

@@ -11,12 +11,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from fovea.service.access.caller import Scope
 from fovea.service.api.services import Services, parse_time_limit
 from fovea.service.errors import BadRequest, BodyTooLarge, DeadlineExceeded, Draining, RequestError
 from fovea.service.grpc.message_slots import MessageSlots
@@ -40,9 +41,14 @@ _PLAIN_CHARACTERS: Final = "".join(chr(code) for code in range(0x20, 0x7F) if ch
 """Characters of a status message that are sent as they are."""
 
 
-Handle: TypeAlias = Callable[["Call"], Awaitable[bytes]]
-"""Handler of a method. It returns the bytes of the only message, or nothing after a stream of messages. It
-raises `RequestError`."""
+class Method(NamedTuple):
+    """A method of a service."""
+
+    handle: Callable[[Call], Awaitable[bytes]]
+    """Handler. It returns the bytes of the only message, or nothing after a stream of messages. It raises
+    `RequestError`."""
+    scope: Scope | None
+    """Scope of the API keys that open the method; None for a method that is always open."""
 
 
 class Call:
@@ -126,14 +132,15 @@ def parse_small_message(content: bytes, message_type: Any) -> Any:
         raise BadRequest(f"the message is not a {name}: {error}") from None
 
 
-async def answer_call(call: Call, handle: Handle) -> bytes:
+async def answer_call(call: Call, method: Method) -> bytes:
     """Return the answer to a call, and observe the call. An error ends the call with its status."""
     observer, record, context = call.services.observer, call.record, call.context
     observer.start_request()
     content, error = b"", None
     try:
-        _authorize(call)
-        content = await handle(call)
+        if access := call.services.access:
+            access.authorize(method.scope, record.credential)
+        content = await method.handle(call)
         record.status = 200
     except asyncio.CancelledError:
         _record_cancellation(call)
@@ -154,10 +161,6 @@ async def answer_call(call: Call, handle: Handle) -> bytes:
         await context.abort(find_status(error), _shorten_details(error.message), trailers)
     context.set_trailing_metadata(trailers)
     return content
-
-
-def _authorize(call: Call) -> None:
-    """Check the key of a call. Raises `RequestError`."""
 
 
 def _record_cancellation(call: Call) -> None:

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 
 from fovea.service.api.services import Services
 from fovea.service.errors import NotFound, Overloaded, Unavailable
-from fovea.service.grpc.calls import Call, Handle
+from fovea.service.grpc.calls import Call, Method
 
 SERVICE_NAME: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -31,9 +31,12 @@ class HealthMethods:
         self._names = {"", *names}
         self._watchers = 0
 
-    def list_handlers(self) -> dict[str, Handle]:
-        """Return the handlers by path."""
-        return {f"/{SERVICE_NAME}/Check": self._check, f"/{SERVICE_NAME}/Watch": self._watch}
+    def list_methods(self) -> dict[str, Method]:
+        """Return the methods by path. They are open, like the probes over HTTP."""
+        return {
+            f"/{SERVICE_NAME}/Check": Method(self._check, None),
+            f"/{SERVICE_NAME}/Watch": Method(self._watch, None),
+        }
 
     async def _check(self, call: Call) -> bytes:
         request = await call.parse_message(health_pb2.HealthCheckRequest)

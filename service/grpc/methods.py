@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from fovea.service import __version__
+from fovea.service.access.caller import Scope
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.bodies import RawBody
 from fovea.service.api.endpoint import Endpoint
@@ -14,7 +15,7 @@ from fovea.service.api.oip.repository import RepositoryManager
 from fovea.service.api.services import ModelAddress, Services
 from fovea.service.errors import BadRequest, MethodNotAllowed, ModelNotFound, Unavailable
 from fovea.service.grpc import inference_pb2 as pb
-from fovea.service.grpc.calls import PROTOCOL, Call, Handle
+from fovea.service.grpc.calls import PROTOCOL, Call, Method
 from fovea.service.grpc.infer import GrpcInferAdapter
 from fovea.service.grpc.infer_message import split_message
 
@@ -32,12 +33,14 @@ class InferenceMethods:
         self._repository = repository
         self._endpoint = Endpoint(services, GrpcInferAdapter(), PROTOCOL)
 
-    def list_handlers(self) -> dict[str, Handle]:
-        """Return the handlers by path."""
-        handlers = {
+    def list_methods(self) -> dict[str, Method]:
+        """Return the methods by path."""
+        open_methods = {
             "ServerLive": self._check_live,
             "ServerReady": self._check_ready,
             "ServerMetadata": self._describe_server,
+        }
+        classify_methods = {
             "ModelReady": self._check_model,
             "ModelMetadata": self._describe_model,
             "ModelConfig": self._configure_model,
@@ -45,10 +48,20 @@ class InferenceMethods:
             "ModelInfer": self._infer,
             "ModelStreamInfer": self._refuse_stream,
             "RepositoryIndex": self._list_models,
+        }
+        manage_methods = {
             "RepositoryModelLoad": self._load_model,
             "RepositoryModelUnload": self._unload_model,
         }
-        return {f"/{SERVICE_NAME}/{name}": handler for name, handler in handlers.items()}
+        return {
+            f"/{SERVICE_NAME}/{name}": Method(handle, scope)
+            for handlers, scope in (
+                (open_methods, None),
+                (classify_methods, Scope.CLASSIFY),
+                (manage_methods, Scope.MANAGE),
+            )
+            for name, handle in handlers.items()
+        }
 
     # --- the server ---
 

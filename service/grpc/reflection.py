@@ -9,7 +9,7 @@ import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from fovea.service.errors import BadRequest
-from fovea.service.grpc.calls import Call, Handle, parse_small_message
+from fovea.service.grpc.calls import Call, Method, parse_small_message
 
 _MAX_QUESTIONS: Final = 1000
 """Maximum number of questions of one call."""
@@ -22,9 +22,9 @@ class ReflectionMethods:
         """Describe the services with these names."""
         self._servicer = reflection.aio.ReflectionServicer([*names, reflection.SERVICE_NAME])
 
-    def list_handlers(self) -> dict[str, Handle]:
-        """Return the handlers by path."""
-        return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._answer_questions}
+    def list_methods(self) -> dict[str, Method]:
+        """Return the methods by path. They are open, like the OpenAPI document."""
+        return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": Method(self._answer_questions, None)}
 
     async def _answer_questions(self, call: Call) -> bytes:
         async for answer in self._servicer.ServerReflectionInfo(_read_questions(call), call.context):

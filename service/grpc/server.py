@@ -13,7 +13,7 @@ from fovea.service.api.oip.repository import RepositoryManager
 from fovea.service.api.services import Services
 from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
-from fovea.service.grpc.calls import Call, Handle, answer_call
+from fovea.service.grpc.calls import Call, Method, answer_call
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
@@ -55,14 +55,14 @@ class GrpcServer:
         self._slots = MessageSlots(message_count, settings.queue_images, settings.body_timeout)
         # A client may leave a stream of questions open. It must not keep a place for images meanwhile.
         self._reflection_slots = MessageSlots(1, settings.queue_images, settings.body_timeout)
-        reflection_handlers = ReflectionMethods(names).list_handlers()
-        self._handlers: dict[str, Handle] = {
-            **InferenceMethods(services, repository).list_handlers(),
-            **HealthMethods(services, set(names)).list_handlers(),
-            **reflection_handlers,
+        reflection_methods = ReflectionMethods(names).list_methods()
+        self._methods: dict[str, Method] = {
+            **InferenceMethods(services, repository).list_methods(),
+            **HealthMethods(services, set(names)).list_methods(),
+            **reflection_methods,
         }
-        self._reflection_paths = set(reflection_handlers)
-        self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_handlers}
+        self._reflection_paths = set(reflection_methods)
+        self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
         self._open_streams: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -98,11 +98,11 @@ class GrpcServer:
         On the wire this is no difference.
         """
         slots = self._reflection_slots if path in self._reflection_paths else self._slots
-        handle = self._handlers.get(path)
+        method = self._methods.get(path)
 
         async def answer(_messages: Any, context: Any) -> bytes:
-            call = Call(self._services, slots, context, path if handle else "unmatched")
-            return await answer_call(call, handle or _refuse_unknown)
+            call = Call(self._services, slots, context, path if method else "unmatched")
+            return await answer_call(call, method or _UNKNOWN_METHOD)
 
         async def answer_stream(_messages: Any, context: Any) -> None:
             task = asyncio.current_task()
@@ -120,6 +120,9 @@ class GrpcServer:
 
 async def _refuse_unknown(_call: Call) -> bytes:
     raise MethodNotAllowed("there is no such method")
+
+
+_UNKNOWN_METHOD: Final = Method(_refuse_unknown, None)
 
 
 class _GenericHandler(grpc.GenericRpcHandler):

@@ -7,7 +7,7 @@ from typing import Final
 
 import grpc
 
-from fovea.service.errors import RequestError, TooManyPixels, Unavailable
+from fovea.service.errors import MissingScope, RequestError, TooManyPixels, Unauthorized, Unavailable
 
 _STATUSES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -50,6 +50,8 @@ def make_trailers(request_id: str, error: RequestError | None = None) -> Metadat
     trailers: Metadata = (("x-request-id", request_id),)
     if error is not None:
         trailers += (("code", error.code),)
+        if isinstance(error, Unauthorized | MissingScope):
+            trailers += (("www-authenticate", error.challenge),)
         if isinstance(error, Unavailable):
             seconds = max(1, math.ceil(error.retry_after))
             trailers += (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
