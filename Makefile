@@ -98,9 +98,9 @@ overload: $(VENV)/.dev ## See how many images are still classified when 2,000 ca
 stall: $(VENV)/.dev ## See how long others wait while JSON is read (1 minute)
 	$(BIN)/python -m fovea.bench.stall $(STALL)
 
-fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer requests does not expect (4 minutes)
-	$(BIN)/pip install --quiet atheris
-	$(BIN)/python -m tests.service.api.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
+fuzz: $(VENV)/.dev ## Let atheris look for input that a parser does not expect: FUZZ_SECONDS=65 for each, FUZZ=NAME for one
+	$(BIN)/pip install --quiet atheris==3.0.0
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-65} $(BIN)/python -m tests.fuzz $(FUZZ)
 
 mixed: $(VENV)/.dev ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m fovea.bench.mixed $(MIXED)
