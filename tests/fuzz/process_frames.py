@@ -7,8 +7,8 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from fovea.service.errors import BadImage
-from fovea.service.runners.batch_messages import BatchReport, BoxAnswers
+from fovea.service.errors import BadImage, RequestError
+from fovea.service.runners.batch_messages import Answer, BatchReport, BoxAnswers
 from fovea.service.runners.frames import Frame, FrameDecoder, FrameError
 from fovea.service.runners.messages import Message
 from fovea.service.supervisor.messages import SUPERVISOR_MESSAGES, WORKER_MESSAGES
@@ -62,9 +62,13 @@ def check_stream(stream: bytes) -> bool:
 
 
 def _make_seeds() -> list[bytes]:
-    answers = [ANSWER, BadImage("cut"), BoxAnswers([ANSWER, ANSWER], "JPEG", 5, 4)]
+    answers: list[Answer | BoxAnswers | RequestError] = [
+        ANSWER,
+        BadImage("cut"),
+        BoxAnswers([ANSWER, ANSWER], "JPEG", 5, 4),
+    ]
     reports = [BatchReport(answers[:count], [0.5] * count, 0.25, count, 7) for count in (1, 2, 3)]
-    return [one.to_bytes() for one in (*MESSAGES, *reports)]
+    return [message.to_bytes() for message in MESSAGES] + [report.to_bytes() for report in reports]
 
 
 _change = change_json(
