@@ -22,6 +22,7 @@ from fovea.commands.classify import classify, explain
 from fovea.commands.examples import EXAMPLES, SUMMARIES
 from fovea.commands.export import export
 from fovea.commands.import_ import import_
+from fovea.commands.keys import keys
 from fovea.commands.models import models
 from fovea.commands.publish import publish
 from fovea.commands.quantize import quantize
@@ -48,6 +49,7 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "models": models,
     "show": show,
     "remove": remove,
+    "keys": keys,
     "classify": classify,
     "explain": explain,
     "bench": bench,

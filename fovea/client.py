@@ -10,7 +10,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from fovea.errors import AnswerTimeout, ConnectionFailed
-from fovea.http_calls import ClassifyCall, Sleep, Steps, send_with_retries
+from fovea.http_calls import ClassifyCall, Sleep, Steps, read_key_header, send_with_retries
 from fovea.images import BoxList, ImageError, ImageSource
 from fovea.results import Result
 from fovea.retries import Retries
@@ -46,12 +46,14 @@ class _ClientOptions:
         retry_seconds: float = 30.0,
         batch_size: int = 16,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
         """Create a client for the service at `url`. It connects with the first call.
 
         A request ends after `timeout` seconds without an answer. Replies 429 and 503 and failed connections
         are retried, each request for `retry_seconds` at most; 0 for no retry. A list of images is sent
-        `batch_size` images at a time. `headers` go with every request, for proxies that ask for a key.
+        `batch_size` images at a time. `headers` go with every request, for proxies that ask for a key. `key`
+        is an API key of the service, by default the variable FOVEA_KEY.
 
         Raises `ImportError` without httpx, and `ValueError` for a value out of range.
         """
@@ -66,7 +68,7 @@ class _ClientOptions:
         self._timeout = timeout
         self._retry_seconds = retry_seconds
         self._batch_size = batch_size
-        self._headers = dict(headers or {})
+        self._headers = {**read_key_header(key), **(headers or {})}
         self._is_closed = False
         self._open_http()
 

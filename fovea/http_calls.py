@@ -8,6 +8,8 @@ authentication flows in the same way.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +49,29 @@ _MAX_BATCH_BYTES: Final = 16 << 20
 _IMAGE_ERRORS: Final = (BadBox, BadImage, BodyTooLarge, Internal, TooManyPixels, UnsupportedFormat)
 """Errors that belong to the image if they answer a request with a single image."""
 
+KEY_VARIABLE: Final = "FOVEA_KEY"
+"""Environment variable with the API key of a client."""
+
+_VALID_KEY: Final = re.compile(r"[\x21-\x7e]{1,512}")
+
 _MAX_QUOTE_LENGTH: Final = 200
 """Number of characters of an unexpected reply that a message quotes."""
+
+
+def read_key_header(key: str | None = None) -> dict[str, str]:
+    """Return the header with an API key, by default that of FOVEA_KEY; no header without a key.
+
+    Raises `ValueError` for a key that no service accepts. The message does not quote it.
+    """
+    name = "key" if key is not None else KEY_VARIABLE
+    value = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
+    if not value and key is None:
+        return {}
+    if not _VALID_KEY.fullmatch(value):
+        raise ValueError(
+            f"{name} is not an API key; a key has 1 to 512 visible ASCII characters, without spaces"
+        )
+    return {"Authorization": f"Bearer {value}"}
 
 
 @dataclass(frozen=True)

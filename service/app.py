@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from fovea.service import __version__
+from fovea.service.access.key_watcher import KeyWatcher
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
@@ -22,6 +23,7 @@ from fovea.service.api.native import routes as native
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader
+from fovea.service.api.route_scopes import guard_routes
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ServingState
@@ -29,6 +31,7 @@ from fovea.service.errors import StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.cors import CorsPolicy
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.head_requests import HeadMiddleware
 from fovea.service.http.lifecycle import Lifecycle
@@ -87,9 +90,11 @@ def create_app(
     metrics = Metrics(registry, is_shared=settings.workers > 1)
     protocols = ApiProtocols()
     proxies = TrustedProxies(settings.trusted_proxies)
-    observer = Observer(
-        metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies
-    )
+    key_watcher = KeyWatcher(settings.keys) if settings.keys else None
+    access = key_watcher.access if key_watcher else None
+    cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
+    access_log = AccessLog(settings.log_requests)
+    observer = Observer(metrics, access_log, _create_tracing(settings), protocols, proxies, access, cors)
     classifier = Classifier(settings, metrics, serving_state)
     model_manager = ModelManager(classifier)
     heatmap_explainer, layer_explainer = explainers = [
@@ -121,6 +126,8 @@ def create_app(
         tasks = [] if participant else [asyncio.create_task(watcher.run(settings.watch))]
         if store_sync:
             tasks.append(asyncio.create_task(store_sync.run()))
+        if key_watcher:
+            tasks.append(asyncio.create_task(key_watcher.run()))
         yield
         # The order matters: no new version may start once the service stops, and the explaining processes
         # reserve memory that the classifier owns.
@@ -144,9 +151,11 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
+    services = Services(
+        classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer, access
+    )
     _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
-    router = Router(app, services, CachedReplies(classifier.catalog, observer))
+    router = Router(app, services, CachedReplies(classifier.catalog, observer, access))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
     # `ObserverMiddleware` comes next, so that it also counts what the router answers.
     return Application(
@@ -178,9 +187,11 @@ def _add_routes(
             with protocols.register_routes(app.routes, adapter.PROTOCOL):
                 adapter.add_routes(app, services)
     clouds.add_routes(app, services, protocols)
-    openapi.add_routes(app, services.classifier, _WEB_FOLDER)
+    openapi.add_routes(app, services, _WEB_FOLDER)
     page.add_routes(app, _WEB_FOLDER)
     add_error_handlers(app, services.observer)
+    if services.access:
+        guard_routes(app, services.access)
 
 
 def _create_tracing(settings: Settings) -> Tracing | None:

@@ -12,7 +12,9 @@
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
+        ├── Unauthorized       401 unauthorized, with WWW-Authenticate
         ├── Forbidden          403 forbidden
+        │   └── MissingScope   403 missing_scope, with WWW-Authenticate
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
@@ -164,10 +166,36 @@ class BadHttp(RequestError):
     status, code = 400, "bad_http"
 
 
+class Unauthorized(RequestError):
+    """The request has no API key, or one that is not accepted."""
+
+    status, code = 401, "unauthorized"
+    challenge: str = "Bearer"
+    """Value of `WWW-Authenticate` (RFC 6750, section 3)."""
+
+    def __init__(self, message: str, *, has_key: bool = False) -> None:
+        """Create the error; `has_key` if the request has a key that is not accepted."""
+        super().__init__(message)
+        self.challenge = 'Bearer realm="fovea"' + (', error="invalid_token"' if has_key else "")
+
+
 class Forbidden(RequestError):
     """The request needs a feature that is switched off."""
 
     status, code = 403, "forbidden"
+
+
+class MissingScope(Forbidden):
+    """The API key of the request does not open this route."""
+
+    code = "missing_scope"
+    challenge: str = "Bearer"
+    """Value of `WWW-Authenticate` (RFC 6750, section 3)."""
+
+    def __init__(self, message: str, *, scope: str) -> None:
+        """Create the error; `scope` is the scope that the route needs."""
+        super().__init__(message)
+        self.challenge = f'Bearer realm="fovea", error="insufficient_scope", scope="{scope}"'
 
 
 class NotFound(RequestError):

@@ -12,6 +12,10 @@ from pydantic.fields import FieldInfo
 _VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 
+_VALID_ORIGIN: Final = re.compile(
+    r"https?://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
+)
+
 _VALID_MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 _VERSION_PATTERNS: Final = ("[0-9]*/model.onnx", "[!.]*/[0-9]*/model.onnx")
@@ -34,6 +38,23 @@ def parse_hosts(value: Any) -> Any:
                 f"{one!r} is not a host name; give it without scheme and port, such as photos.example.com"
             )
     return hosts
+
+
+def parse_origins(value: Any) -> Any:
+    """Split a comma-separated list of origins; `*` stands for every origin.
+
+    Raises `ValueError` for a malformed origin.
+    """
+    if not isinstance(value, str):
+        return value
+    origins = tuple(filter(None, (one.strip().lower() for one in value.split(","))))
+    for one in origins:
+        if one != "*" and not _VALID_ORIGIN.fullmatch(one):
+            raise ValueError(
+                f"{one!r} is not an origin; give scheme, host and port without a path, such as "
+                "https://app.example.com, or * for every origin"
+            )
+    return origins
 
 
 def parse_networks(value: Any) -> Any:

@@ -49,6 +49,7 @@ from fovea.service.setting_values import (
     describe_values,
     parse_hosts,
     parse_networks,
+    parse_origins,
 )
 
 ENVIRONMENT_PREFIX: Final = "FOVEA_"
@@ -146,6 +147,14 @@ class Settings(BaseSettings):
         (),
         description="Host names under which browsers may manage models, separated by commas; private names "
         "and addresses always may.",
+    )
+    keys: Path | None = Field(
+        None,
+        description="File with the API keys, which `fovea keys` writes; without it nobody needs a key.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_origins)] = Field(
+        (),
+        description="Origins whose pages may call the service from a browser, separated by commas; `*`: all.",
     )
     protocols: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
         PROTOCOLS, description="Protocols to serve, separated by commas; `native` must be among them."
@@ -418,6 +427,11 @@ def load_service_settings(**overrides: Any) -> Settings:
     A variable of a platform counts if a setting is set neither by `overrides` nor by its own name.
     Raises `SettingsError`.
     """
+    if os.environ.get("FOVEA_KEY") and not os.environ.get("FOVEA_KEYS") and "keys" not in overrides:
+        # Somebody who forgets the last letter must not get a service that is open.
+        raise SettingsError(
+            "FOVEA_KEY is the key of a client; for a service, set FOVEA_KEYS to the file with its keys"
+        )
     prefix = len(ENVIRONMENT_PREFIX)
     platform = {name[prefix:].lower(): value for name, value in read_platform_settings().items()}
     return load_settings(**{**platform, **overrides})
@@ -432,7 +446,7 @@ def load_settings(**overrides: Any) -> Settings:
     for name, value in sorted(os.environ.items()):
         if (
             name.upper().startswith(ENVIRONMENT_PREFIX)
-            and name.upper() not in known_names
+            and name.upper() not in known_names | _CLIENT_VARIABLES
             and not is_kubernetes_variable(name, value)
         ):
             if new_name := _RENAMED.get(name.upper()):
@@ -455,6 +469,9 @@ def load_settings(**overrides: Any) -> Settings:
         name = name_variable(ENVIRONMENT_PREFIX + field.upper(), first["input"])
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
+
+_CLIENT_VARIABLES: Final = {"FOVEA_KEY"}
+"""Variables of clients (`fovea.Client`), which are no settings."""
 
 _RENAMED: Final = {"FOVEA_DIALECTS": "FOVEA_PROTOCOLS"}
 """New names of settings by their old names."""

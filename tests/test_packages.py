@@ -18,6 +18,7 @@ SERVICE = [
     {"api", "supervisor"},
     {"explain", "rollout"},
     {"serving", "http"},
+    {"access"},
     {"runners"},
     {"inference", "observability"},
     {"artifact", "resources", "settings"},

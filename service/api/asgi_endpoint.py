@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.api import bodies
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
@@ -43,6 +44,9 @@ class AsgiEndpoint(ABC):
     small image, and would treat a client that disconnects as a bug. The router calls the endpoint with a
     `RouteMatch`, over ASGI as `RequestContext.target`. A subclass may also accept requests that bypass ASGI.
     """
+
+    key_scope: KeyScope = KeyScope.CLASSIFY
+    """Scope that the route needs of an API key."""
 
     def __init__(self, services: Services, protocol: ApiProtocol) -> None:
         self.services = services
@@ -79,6 +83,8 @@ class AsgiEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if access := self.services.access:
+                access.authorize(self.key_scope, get_record(scope).credential)
             response = await self.answer(scope, receive, send)
         except RequestError as error:
             response = await self.refuse(scope, error, send)

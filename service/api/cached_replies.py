@@ -13,9 +13,12 @@ from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fovea.service.access.access_control import AccessControl
+from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.observer import Observer
+from fovea.service.http.request_context import get_context
 from fovea.service.serving.catalog import ModelCatalog
 
 _CACHEABLE_ROUTES: Final = frozenset(
@@ -69,6 +72,8 @@ class _CachedReply(NamedTuple):
     """Headers except the content type and length."""
     route: str
     protocol: ApiProtocol
+    key_scope: KeyScope | None
+    """Scope that the route needs of an API key."""
     catalog_changes: int
     """State of the repository (`ModelCatalog.change_count`) that the reply describes."""
 
@@ -76,8 +81,11 @@ class _CachedReply(NamedTuple):
 class CachedReplies:
     """A cache of replies by their URLs."""
 
-    def __init__(self, catalog: ModelCatalog, observer: Observer) -> None:
+    def __init__(
+        self, catalog: ModelCatalog, observer: Observer, access: AccessControl | None = None
+    ) -> None:
         self._catalog = catalog
+        self._access = access
         self._observer = observer
         self._replies: dict[bytes, _CachedReply] = {}
         self._refresh_times: dict[bytes, float] = {}
@@ -89,7 +97,10 @@ class CachedReplies:
         return url in self._replies
 
     def open_request(self, exchange: Exchange, url: bytes, headers: Headers) -> CachedReplyHandler | None:
-        """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`)."""
+        """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`).
+
+        Raises `RequestError` for a missing API key.
+        """
         reply = self._replies.get(url)
         if reply is None or reply.catalog_changes != self._catalog.change_count:
             return None
@@ -101,6 +112,8 @@ class CachedReplies:
             self._refresh_times[url] = now + _MAX_AGE
             return None
         exchange.record.route, exchange.record.protocol = reply.route, reply.protocol
+        if self._access:
+            self._access.authorize(reply.key_scope, exchange.record.credential)
         return CachedReplyHandler(exchange, reply)
 
     async def capture_reply(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +158,13 @@ class CachedReplies:
             self._refresh_times.clear()
             self._total_bytes = 0
         self._replies[url] = _CachedReply(
-            content, media_type, headers, record.route, record.protocol, changes
+            content,
+            media_type,
+            headers,
+            record.route,
+            record.protocol,
+            get_context(scope).key_scope,
+            changes,
         )
         self._refresh_times[url] = time.monotonic() + _MAX_AGE
         self._total_bytes += len(content)

@@ -21,6 +21,7 @@ from fovea.service.api.mlflow import InvocationsAdapter
 from fovea.service.api.protocol_routes import EndpointRoute, ProtocolRoutes, add_endpoint_route
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, FlatError
 from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
+from fovea.service.api.route_scopes import PLATFORM_HEALTH
 from fovea.service.api.services import Services
 from fovea.service.http.api_protocol import NATIVE, ApiProtocols
 
@@ -73,7 +74,8 @@ def add_routes(app: FastAPI, services: Services, protocols: ApiProtocols) -> Non
         app.get("/ping", **health_options)(check_health)
     settings = services.settings
     if (path := settings.health_route) and (path == "/" or _find_route(app, "GET", path) is None):
-        app.routes.insert(0, APIRoute(path, check_health, methods=["GET"], include_in_schema=False))
+        route = APIRoute(path, check_health, methods=["GET"], name=PLATFORM_HEALTH, include_in_schema=False)
+        app.routes.insert(0, route)
     if path := settings.predict_route:
         _add_predict_route(app, services, protocols, path)
 

@@ -5,37 +5,47 @@ from __future__ import annotations
 import asyncio
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
-from fastapi.staticfiles import StaticFiles
 
 from fovea.service.api import page
 from fovea.service.api.protocol_routes import EndpointRoute
 from fovea.service.api.request_schemas import build_request_schemas
+from fovea.service.api.services import Services
 from fovea.service.http.paths import relative_root_url
 from fovea.service.http.request_context import get_request_origin
-from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.live_model import LiveModel
 
+_SECURITY_SCHEMES: Final = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "An API key."},
+}
+"""Ways to send an API key, in OpenAPI's words."""
 
-def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
+
+def add_routes(app: FastAPI, services: Services, web_folder: Path) -> None:
     """Add the OpenAPI document, and Swagger UI from `web_folder`.
 
-    Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
+    Swagger UI is served from our own files, because FastAPI's default page loads it from another site. The
+    document is open: if callers need keys, it has no example of the models.
     """
-    models = classifier.catalog.models
-    examples = _example_parameters(models[0]) if models else {}
+    models = services.classifier.catalog.models
+    examples = _example_parameters(models[0]) if models and not services.access else {}
 
     @cache
     def openapi() -> dict[str, Any]:
-        return _correct_document(_generate_document(app), examples)
+        document = _correct_document(_generate_document(app), examples)
+        if services.access:
+            document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+            document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
+        return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # this is the way that FastAPI documents
-    app.mount("/docs/swagger", StaticFiles(directory=web_folder / "swagger"))
+    app.mount("/docs/swagger", page.PageFiles(directory=web_folder / "swagger"))
 
     def render_document(server: str) -> bytes:
         """Return the OpenAPI document for a server at this address.
@@ -58,7 +68,7 @@ def add_routes(app: FastAPI, classifier: Classifier, web_folder: Path) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return page.render_page(request, web_folder / "docs.html")
+        return page.render_page(request, web_folder / "docs.html", page.DOCS_HEADERS)
 
 
 def _generate_document(app: FastAPI) -> dict[str, Any]:

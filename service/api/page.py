@@ -26,14 +26,28 @@ PAGE_HEADERS: Final = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), geolocation=(), microphone=(), payment=(), usb=()",
     "Cache-Control": "no-cache",  # revalidate the ETag on each use
 }
+
+DOCS_HEADERS: Final = {
+    **PAGE_HEADERS,
+    # Swagger UI writes styles into its elements, and has images in its style sheet.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+"""Headers of Swagger UI."""
 
 
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
-class _PageFiles(StaticFiles):
+class PageFiles(StaticFiles):
     """A folder of files that are sent with `PAGE_HEADERS`."""
 
     def file_response(
@@ -50,8 +64,8 @@ class _PageFiles(StaticFiles):
 
 def add_routes(app: FastAPI, folder: Path) -> None:
     """Serve `folder`: `index.html` at `/`, and the folder `page/` at `/page/`."""
-    files = _PageFiles(directory=folder)
-    app.mount("/page", _PageFiles(directory=folder / "page"))
+    files = PageFiles(directory=folder)
+    app.mount("/page", PageFiles(directory=folder / "page"))
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:

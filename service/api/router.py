@@ -41,6 +41,8 @@ class Router:
         self.shared_bodies = services.classifier.shared_bodies
         self._app = app
         self._cached_replies = cached_replies
+        self._access = services.access
+        self._cors = services.observer.cors
         self._routes = [(route, route.answerer) for route in app.routes if isinstance(route, EndpointRoute)]
         self._matches: dict[tuple[bytes, bytes], RouteMatch] = {}
 
@@ -78,14 +80,21 @@ class Router:
     ) -> RequestHandler | None:
         """Accept a request, or return None if it must go through ASGI, like one with a compressed body.
 
-        See `service.http.fast_path.FastApp`.
+        See `service.http.fast_path.FastApp`. Raises `RequestError`, also for a missing API key.
         """
         if b"content-encoding" in headers:
             return None
         if method == b"GET":
             return self._cached_replies.open_request(exchange, url, headers)
         route_match = self.find_match(method, url)
-        return route_match and route_match.endpoint.open_request(exchange, route_match, headers)
+        if route_match is None:
+            return None
+        endpoint = route_match.endpoint
+        if self._access:
+            record = exchange.record
+            record.route, record.protocol = route_match.route.path, endpoint.protocol
+            self._access.authorize(endpoint.key_scope, record.credential)
+        return endpoint.open_request(exchange, route_match, headers)
 
     def can_answer(self, url: bytes) -> bool:
         """Return True if there may be a cached reply; see `service.http.fast_path.FastApp`."""
@@ -105,6 +114,11 @@ class Router:
         if scope["type"] != "http":
             return self._app
         context = get_context(scope)
+        if scope["method"] == "OPTIONS" and (cors := self._cors):
+            # Before the key is checked: a preflight carries no key.
+            preflight_headers = cors.build_preflight_headers(dict(scope["headers"]))
+            if preflight_headers is not None:
+                return Response(status_code=204, headers=preflight_headers)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from fovea.service.access.access_control import AccessControl
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
@@ -22,6 +23,12 @@ MAX_INLINE_LABELS: Final = 200
 """Maximum number of labels that the event loop renders in one reply. Each label takes 2 to 10 us, including
 its share of the rest."""
 
+
+_GREY_IMAGE: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAAAAABWESUoAAAAFklEQVR42mNoIAAYRhWMKhhVMFIVAABC"
+    "AAAfN5c2AAAAAABJRU5ErkJggg=="
+)
+"""A grey PNG of 32 x 32 pixels, base64."""
 
 _MAX_QUOTE_LENGTH: Final = 80
 """Maximum number of bytes of a header that a message quotes."""
@@ -45,14 +52,19 @@ class Services:
         manager: ModelManager,
         heatmap_explainer: ExplainerClient,
         layer_explainer: ExplainerClient,
+        access: AccessControl | None = None,
     ) -> None:
-        """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models."""
+        """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models.
+
+        `access` has the API keys if the service needs keys.
+        """
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
         self.manager = manager
         self.heatmap_explainer = heatmap_explainer
         self.layer_explainer = layer_explainer
+        self.access = access
 
     @property
     def settings(self) -> Settings:
@@ -61,7 +73,12 @@ class Services:
 
     @property
     def example_image(self) -> str:
-        """Smallest image of all golden sets, base64; this host is known to decode it."""
+        """Smallest image of all golden sets, base64; this host is known to decode it.
+
+        If callers need keys, it is a grey image: the examples are open, and golden images may be private.
+        """
+        if self.access:
+            return _GREY_IMAGE
         models = self.classifier.catalog.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
         return min(images, key=len, default="")

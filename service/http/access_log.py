@@ -116,14 +116,15 @@ class _LineLimit:
 def _log_fields(record: RequestRecord, seconds: float, trace_id: str) -> dict[str, Any]:
     """Return the fields of an access log line, named like the metrics and their labels.
 
-    The fields contain no body and no query. The only header values are the ids and the client address that a
-    trusted proxy reports.
+    The fields contain no body, no query and no API key. The only header values are the ids and the client
+    address that a trusted proxy reports. `caller` is the name of a key, as in the keys file.
     """
     longest = record.longest_stages()
     fields = {
         "request_id": record.request_id,
         "trace_id": trace_id,
         "client": record.client,
+        "caller": record.credential.name,
         "peer": record.peer if record.peer != record.client else "",
         "method": record.method,
         "protocol": record.protocol.name,

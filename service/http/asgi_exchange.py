@@ -226,6 +226,8 @@ class AsgiExchange:
         status = message["status"]
         framing = _Framing.UNTIL_CLOSE if self._is_http_1_0 else _Framing.CHUNKED
         lines = [STATUS_LINES[status], self._connection.date_line]
+        if self._context.record:
+            lines.append(self._context.record.cors_lines)
         for name, value in message.get("headers", ()):
             if _INVALID_IN_VALUE.search(value) or _INVALID_IN_VALUE.search(name):
                 raise RuntimeError(f"the header {name!r} has characters that no header may have")

@@ -461,7 +461,7 @@ class Connection(asyncio.BufferedProtocol):
     def write_error(self, error: RequestError, record: RequestRecord) -> None:
         """Send an error as the last answer of the connection."""
         status, content, headers = encode_error(error, record)
-        lines = self._server.date_line + CONNECTION_CLOSE
+        lines = self._server.date_line + record.cors_lines + CONNECTION_CLOSE
         self.responses.write_answer(status, content, headers, record.request_id, JSON_MEDIA_TYPE, lines)
         self._linger()
 
@@ -480,6 +480,8 @@ class Connection(asyncio.BufferedProtocol):
         if missing_bytes and (self.has_long_rest or missing_bytes > SMALL_BYTES):
             exchange.keep_alive = False
         lines = self._server.date_line
+        if exchange.record.cors_lines:
+            lines += exchange.record.cors_lines
         if not exchange.keep_alive:
             lines += CONNECTION_CLOSE
         elif self._is_http_1_0:

@@ -14,9 +14,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fovea.service.errors import Internal, RequestError, Unavailable
+from fovea.service.access.access_control import AccessControl
+from fovea.service.errors import Internal, MissingScope, RequestError, Unauthorized, Unavailable
 from fovea.service.http.access_log import AccessLog, parse_trace_id
 from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.cors import CorsPolicy
 from fovea.service.http.paths import normalize_path
 from fovea.service.http.proxies import Header, Origin, TrustedProxies
 from fovea.service.http.request_context import get_context, get_record
@@ -39,10 +41,19 @@ class Observer:
         tracing: Tracing | None,
         protocols: ApiProtocols,
         proxies: TrustedProxies,
+        access: AccessControl | None = None,
+        cors: CorsPolicy | None = None,
     ) -> None:
+        """Create the recorder.
+
+        `access` has the API keys if the service needs keys, and `cors` the pages of other sites if any may
+        call the service.
+        """
+        self.cors = cors
         self.metrics = metrics
         self._protocols = protocols
         self._proxies = proxies
+        self._access = access
         self._access_log = access_log
         self._tracing = tracing
 
@@ -64,7 +75,12 @@ class Observer:
         connection, None for a Unix socket.
         """
         origin = self._proxies.resolve_origin(client[0] if client else "", header_pairs)
-        return RequestRecord(method, headers, origin.client, origin.peer), origin
+        record = RequestRecord(method, headers, origin.client, origin.peer)
+        if self._access:
+            record.credential = self._access.identify(header_pairs)
+        if self.cors:
+            record.cors_lines = self.cors.build_lines(headers.get(b"origin"))
+        return record, origin
 
     def prepare_scope(self, scope: Scope) -> None:
         """Give an ASGI request its normalised path, its record and its origin.
@@ -109,6 +125,8 @@ class Observer:
         metrics, seconds = self.metrics, time.monotonic() - record.started_at
         metrics.active_requests -= 1
         metrics.count_request(record.protocol.name, record.route, record.model, record.status, seconds)
+        if self._access:
+            self._update_metric(metrics.count_caller, record.credential.name, record.status)
         self.log_request(record)
 
     def _update_metric(self, update: Callable[..., None], *values: object) -> None:
@@ -234,6 +252,8 @@ def encode_error(error: RequestError, record: RequestRecord) -> tuple[int, bytes
     headers = {}
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    elif isinstance(error, Unauthorized | MissingScope):
+        headers["www-authenticate"] = error.challenge
     body = record.protocol.render_error(error, record.request_id)
     return error.status, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
 

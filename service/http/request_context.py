@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from starlette.types import Scope
 
+from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.errors import RequestError
 from fovea.service.http.proxies import Origin
 from fovea.service.http.request_record import RequestRecord
@@ -26,6 +27,8 @@ class RequestContext:
     """Client and address of the request; None until `Observer.prepare_scope` has run."""
     target: Any = None
     """Match of the router (`service.api.asgi_endpoint.RouteMatch`), for the endpoint that answers."""
+    key_scope: KeyScope | None = None
+    """Scope that the route needs of an API key, once it is checked; None for a route that is open."""
     sent_error: RequestError | None = None
     """Error with which the connection has answered in place of the application."""
     has_disconnected: bool = False

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from fovea.service.access.access_control import NO_CREDENTIAL, Credential
+from fovea.service.access.caller import Caller
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.runners.batch_messages import Answer, BoxAnswers
 from fovea.service.runners.lane import Job
@@ -39,6 +41,8 @@ class RequestRecord:
     __slots__ = (
         "_stages",
         "client",
+        "cors_lines",
+        "credential",
         "image_errors",
         "images",
         "method",
@@ -65,6 +69,10 @@ class RequestRecord:
         """Start on the monotonic clock in seconds."""
         self.client = client
         self.peer = peer
+        self.credential: Credential = NO_CREDENTIAL
+        """API key of the request. `Observer.create_record` sets it if the service has keys."""
+        self.cors_lines = b""
+        """Encoded headers of the answer for pages of other sites (`service.http.cors`)."""
         self.request_id = _choose_request_id(headers.get(REQUEST_ID_HEADER, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")
@@ -87,6 +95,11 @@ class RequestRecord:
         """Code of the error that was the answer, or `metrics.CLIENT_LEFT`."""
         self._stages: list[tuple[str, float, float, int]] = []
         """Fields of `TimeSpan`; few requests need the objects."""
+
+    @property
+    def caller(self) -> Caller:
+        """Sender of the request."""
+        return Caller(self.credential.name, self.client)
 
     def add_stage(self, name: str, started_at: float) -> float:
         """Add a stage that ends now and return its duration in seconds."""

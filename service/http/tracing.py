@@ -186,6 +186,7 @@ def _request_attributes(record: RequestRecord) -> dict[str, str | int]:
         "error.type": record.reason,
         "fovea.request_id": record.request_id,
         "fovea.images": record.images,
+        "fovea.caller": record.credential.name,
         **_model_attributes(record),
     }
     return {name: value for name, value in attributes.items() if value}

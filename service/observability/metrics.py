@@ -51,6 +51,13 @@ _SIDE_BUCKETS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_PENDING_REQUESTS: Final = 256
 """Number of requests after which the tallies are folded, so that they do not grow without a scrape."""
 
+MAX_CALLERS: Final = 100
+"""Number of names of API keys that are labels of metrics. Further names count as `OTHER_CALLERS`."""
+
+OTHER_CALLERS: Final = "other"
+ANONYMOUS: Final = "anonymous"
+"""Label of requests without an API key. No key has this name."""
+
 _RequestKey: TypeAlias = tuple[str, str, str, int]
 """Protocol, route, model and status of a request."""
 
@@ -145,6 +152,11 @@ class Metrics:
         "Requests that got an error, and failed images of requests with many images, by error code.",
         "reason",
     )
+    caller_requests = _counter(
+        "Requests by the name of their API key, if keys are needed; `anonymous` without a valid key, and "
+        "`other` after the first hundred names.",
+        "caller", "status",
+    )  # fmt: skip
     image_warnings = _counter("Images answered with a warning, by warning code.", "reason")
     stage_seconds = _histogram(
         "Time in one stage: read and encode per request, decode and queue per image, inference per batch.",
@@ -275,6 +287,8 @@ class Metrics:
         self._gauge_setters: list[Callable[[], None]] = [
             lambda: self.requests_in_flight.set(self.active_requests)
         ]
+        self._caller_counters: dict[tuple[str, int], Counter] = {}
+        self._callers = {ANONYMOUS}
         self._fold_interval = 1 if is_shared else MAX_PENDING_REQUESTS
         self._pending_requests = 0
 
@@ -335,6 +349,19 @@ class Metrics:
         self._pending_requests += 1
         if self._pending_requests >= self._fold_interval:
             self.fold()
+
+    def count_caller(self, name: str, status: int) -> None:
+        """Count a request under the name of its API key; an empty name is that of no key."""
+        caller = name or ANONYMOUS
+        if caller not in self._callers:
+            if len(self._callers) > MAX_CALLERS:
+                caller = OTHER_CALLERS
+            else:
+                self._callers.add(caller)
+        counter = self._caller_counters.get((caller, status))
+        if counter is None:
+            counter = self._caller_counters[caller, status] = self.caller_requests.labels(caller, str(status))
+        counter.inc()
 
     def count_error(self, reason: str) -> None:
         """Count one error by its code, or `CLIENT_LEFT`.

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.api import bodies
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.asgi_endpoint import AsgiEndpoint
@@ -146,6 +147,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 class ImageEndpoint(AsgiEndpoint):
     """The application of a route that takes one image, over ASGI only."""
+
+    key_scope = KeyScope.EXPLAIN
 
     def __init__(
         self,

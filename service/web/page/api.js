@@ -1,5 +1,6 @@
 /** What the page asks the service. Every refusal becomes a `Refusal`, in the service's own words. */
 
+import { askForKey, readKey } from "./key.js";
 import { readNpy } from "./npy.js";
 
 /** @typedef {{name: string, version: string, labels?: number, task?: string, resting?: boolean}} Model */
@@ -155,12 +156,19 @@ async function read(url, options) {
 
 /** @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off) */
 async function ask(url, { photo, signal } = {}) {
-  const sent = photo
-    ? { method: "POST", body: photo, headers: { "Content-Type": "application/octet-stream" } }
-    : {};
-  const reply = await heard(fetch(url, { ...sent, signal }), photo);
-  if (!reply.ok) throw await refusal(reply);
-  return reply;
+  const sent = photo ? { method: "POST", body: photo } : {};
+  for (;;) {
+    const key = readKey();
+    const headers = {
+      ...(photo && { "Content-Type": "application/octet-stream" }),
+      ...(key && { Authorization: `Bearer ${key}` }),
+    };
+    const reply = await heard(fetch(url, { ...sent, headers, signal }), photo);
+    if (reply.ok) return reply;
+    const error = await refusal(reply);
+    // Another request may have a new key since this one was sent.
+    if (reply.status !== 401 || (readKey() === key && !(await askForKey(error.message)))) throw error;
+  }
 }
 
 /** What a promise of the network gives; or its failure, in words. @param {Blob} [photo] that was sent */

@@ -1,0 +1,1 @@
+"""Callers of the service: API keys, their scopes, and what each caller may do."""

@@ -1,0 +1,126 @@
+"""The check of API keys: who sends a request, and whether the sender may do this.
+
+Both paths of HTTP and gRPC use one `AccessControl`. `identify` finds the key of a request by its headers,
+before the request is routed. `authorize` is called with the scope of the route.
+
+Comparison in constant time: the service compares the SHA-256 of a key, not the key. A dictionary finds the
+digest, and Python's hash of `bytes` mixes in a random secret of this process, so the time of a search says
+nothing about the digests in the file.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
+
+from fovea.service.access.caller import Scope
+from fovea.service.access.keys_file import MAX_KEY_LENGTH, VALID_KEY, ApiKey, hash_key
+from fovea.service.errors import MissingScope, Unauthorized
+
+log = logging.getLogger(__name__)
+
+KEY_HEADERS: Final = (b"authorization", b"x-api-key")
+"""Headers that carry a key, in lower case: `Authorization: Bearer KEY`, and `X-API-Key: KEY`."""
+
+_BEARER: Final = b"bearer"
+
+_HOW_TO_SEND: Final = "send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+
+
+class Credential(NamedTuple):
+    """The key of a request, or the reason why the request has none."""
+
+    key: ApiKey | None
+    problem: str = ""
+    """Sentence for the caller if a key was sent and cannot be accepted."""
+
+    @property
+    def name(self) -> str:
+        """Name of the key; empty without a key."""
+        return self.key.name if self.key else ""
+
+
+NO_CREDENTIAL: Final = Credential(None)
+"""Credential of a request without a key."""
+
+
+class AccessControl:
+    """The keys of the service, and the checks against them. Call every method on the event loop."""
+
+    def __init__(self, keys: Iterable[ApiKey], read_clock: Callable[[], float] = time.time) -> None:
+        """Start with these keys; `read_clock` returns seconds since 1970."""
+        self._read_clock = read_clock
+        self.replace_keys(keys)
+
+    def replace_keys(self, keys: Iterable[ApiKey]) -> None:
+        """Accept these keys from now on. Requests that were identified before go on."""
+        self._keys = {key.digest: key for key in keys}
+        self._guards_metrics = any(Scope.METRICS in key.scopes for key in self._keys.values())
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the keys."""
+        return [key.name for key in self._keys.values()]
+
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Credential:
+        """Return the credential in the headers of a request; names are in lower case."""
+        sent: dict[bytes, bytes] = {}
+        for name, value in headers:
+            if name in KEY_HEADERS:
+                if name in sent:
+                    return Credential(None, f"the request has several {_format_name(name)} headers; send one")
+                sent[name] = value
+        if not sent:
+            return NO_CREDENTIAL
+        bearer_header, key = sent.get(KEY_HEADERS[0]), sent.get(KEY_HEADERS[1])
+        if bearer_header is not None:
+            scheme, _, token = bearer_header.partition(b" ")
+            if scheme.lower() == _BEARER:
+                token = token.strip(b" \t")
+                if key is not None and not hmac.compare_digest(token, key):
+                    return Credential(None, "Authorization and X-API-Key have different keys; send one")
+                key = token
+            elif key is None:  # the header of another scheme may be for a proxy, beside our own header
+                return Credential(
+                    None, f"the Authorization header is not of the scheme Bearer; {_HOW_TO_SEND}"
+                )
+        return self._find_key(key or b"")
+
+    def _find_key(self, key: bytes) -> Credential:
+        if not VALID_KEY.fullmatch(key):
+            return Credential(
+                None, f"the API key is not one to {MAX_KEY_LENGTH} visible ASCII characters; {_HOW_TO_SEND}"
+            )
+        found = self._keys.get(hash_key(key))
+        if found is None:
+            return Credential(None, "the API key is not known; it is wrong, or it was removed")
+        if self._read_clock() >= found.expires_at:
+            return Credential(
+                None, f"the API key {found.name!r} has expired; its last day was {found.last_day}"
+            )
+        return Credential(found)
+
+    def authorize(self, scope: Scope | None, credential: Credential) -> None:
+        """Raise `Unauthorized` or `MissingScope` unless a caller may use the routes of a scope.
+
+        None is the scope of routes that are always open.
+        """
+        if scope is None or (scope is Scope.METRICS and not self._guards_metrics):
+            return
+        key = credential.key
+        if key is None:
+            problem = credential.problem or f"the request has no API key; {_HOW_TO_SEND}"
+            raise Unauthorized(problem, has_key=bool(credential.problem))
+        if scope not in key.scopes:
+            raise MissingScope(
+                f"the API key {key.name!r} lacks the scope {scope.value!r}; "
+                f"it has {', '.join(one for one in Scope if one in key.scopes)}",
+                scope=scope.value,
+            )
+
+
+def _format_name(name: bytes) -> str:
+    return {KEY_HEADERS[0]: "Authorization", KEY_HEADERS[1]: "X-API-Key"}[name]

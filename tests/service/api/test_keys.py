@@ -1,0 +1,263 @@
+"""API keys: every route has a scope, and both paths of HTTP check it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from fovea.service.access.caller import Scope
+from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.api.route_scopes import find_scope
+from fovea.service.api.router import Router
+from fovea.service.app import create_app
+from fovea.service.settings import PROTOCOLS, Settings
+from tests.pictures import make_jpeg
+from tests.raw import CLASSIFY_HEAD, Wire
+from tests.servers import Server, run_service, wait_until
+from tests.service.api.test_protocols import error_code, post_request
+
+KEYS = {scope.value: f"key-of-{scope.value}" for scope in Scope} | {"everything": "key-of-everything"}
+"""Keys by their names; each has the scope of its name."""
+
+ANYBODY = httpx.Client(timeout=60)
+"""A client without a key."""
+
+OPEN_ROUTES = {
+    "GET /",
+    "GET /docs",
+    "GET /execution-parameters",
+    "GET /health",
+    "GET /health/live",
+    "GET /health/ready",
+    "GET /my-health",
+    "GET /openapi.json",
+    "GET /ping",
+    "GET /v2",
+    "GET /v2/health/live",
+    "GET /v2/health/ready",
+    "MOUNT /docs/swagger",
+    "MOUNT /page",
+    "OPTIONS /",
+}
+"""Every route that needs no key, whatever keys there are."""
+
+
+def write_keys(path: Path, *extra_lines: str) -> Path:
+    keys = [ApiKey(scope, frozenset({scope}), hash_key(f"key-of-{scope}".encode())) for scope in Scope]
+    keys.append(ApiKey("everything", frozenset(Scope), hash_key(b"key-of-everything")))
+    path.write_text("".join(f"{line}\n" for line in [*(key.to_line() for key in keys), *extra_lines]))
+    return path
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEYS[name]}"}
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    expired = ApiKey("old", frozenset(Scope), hash_key(b"key-of-old")).to_line() + ":2020-02-29"
+    return write_keys(tmp_path_factory.mktemp("keys") / "keys", expired)
+
+
+@pytest.fixture(scope="module")
+def closed_server(small_zoo: Path, keys_file: Path) -> Iterator[Server]:
+    """A server that needs keys and offers everything."""
+    with Server(
+        FOVEA_MODELS=str(small_zoo),
+        FOVEA_KEYS=str(keys_file),
+        FOVEA_MANAGEMENT="true",
+        FOVEA_LOG_LEVEL="debug",
+        FOVEA_HEALTH_ROUTE="/my-health",
+        FOVEA_PREDICT_ROUTE="/my-predict",
+    ) as server:
+        server.client.headers.update(bearer("everything"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def routes(small_zoo: Path, keys_file: Path) -> dict[str, Scope | None]:
+    """Return the scope of every route of a service that offers everything."""
+    settings = Settings(
+        models=small_zoo,
+        keys=keys_file,
+        management=True,
+        health_route="/my-health",
+        predict_route="/my-predict",
+    )
+    router = create_app(settings, registry=CollectorRegistry()).fast_app
+    assert isinstance(router, Router)
+    app: Any = router._app
+    assert isinstance(app, FastAPI)
+    return {
+        f"{method} {route.path}": find_scope(route)  # type: ignore[attr-defined]
+        for route in app.routes
+        for method in getattr(route, "methods", ("MOUNT",))
+    }
+
+
+def ask(server: Server, route: str, model: str = "small", **headers: str) -> httpx.Response:
+    """Send a request to a route, without a key unless `headers` have one."""
+    method, path = route.split(" ")
+    path = path.replace("{name}", model).replace("{version}", "1")
+    if method == "MOUNT":
+        method, path = "GET", path + {"/page": "/main.js", "/docs/swagger": "/swagger-ui.css"}[path]
+    return ANYBODY.request(method, server.url + path, headers=headers)
+
+
+def test_only_the_named_routes_are_open(routes: dict[str, Scope | None]) -> None:
+    assert {route for route, scope in routes.items() if scope is None} == OPEN_ROUTES
+    assert {scope for scope in routes.values() if scope} == set(Scope)
+    assert routes["POST /my-predict"] is Scope.CLASSIFY
+
+
+def test_every_route_answers_as_its_scope_says(
+    closed_server: Server, routes: dict[str, Scope | None]
+) -> None:
+    for route, scope in routes.items():
+        reply = ask(closed_server, route)
+        if scope is None:
+            assert reply.status_code == 200, route
+            continue
+        assert (reply.status_code, reply.headers["www-authenticate"]) == (401, 'Bearer realm="fovea"'), route
+        wrong_scope = Scope.EXPLAIN if scope is not Scope.EXPLAIN else Scope.CLASSIFY
+        refused = ask(closed_server, route, **bearer(wrong_scope))
+        assert refused.status_code == 403, route
+        assert scope.value in refused.text, route
+        assert f'scope="{scope}"' in refused.headers["www-authenticate"], route
+        accepted = ask(closed_server, route, model="unknown", **bearer(scope))
+        # TorchServe's protocol refuses `POST /models` in any case.
+        assert accepted.status_code in ((403,) if route == "POST /models" else (200, 400, 404)), route
+        assert "www-authenticate" not in accepted.headers, route
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_errors_have_the_shape_of_their_protocol(closed_server: Server, protocol: str) -> None:
+    reply = post_request(closed_server.url, protocol)
+    assert (reply.status_code, error_code(reply, protocol)) == (401, "unauthorized")
+    reply = post_request(closed_server.url, protocol, **bearer("metrics"))
+    assert (reply.status_code, error_code(reply, protocol)) == (403, "missing_scope")
+    assert post_request(closed_server.url, protocol, **bearer("classify")).status_code == 200
+    assert post_request(closed_server.url, protocol, **{"X-API-Key": KEYS["classify"]}).status_code == 200
+
+
+CREDENTIALS: dict[str, tuple[int, list[tuple[str, str]]]] = {
+    "none": (401, []),
+    "right": (200, [("Authorization", "Bearer key-of-classify")]),
+    "any case of the scheme": (200, [("authorization", "bEARER key-of-classify")]),
+    "several spaces": (200, [("Authorization", "Bearer   key-of-classify ")]),
+    "own header": (200, [("X-API-Key", "key-of-classify")]),
+    "both equal": (200, [("X-API-Key", "key-of-classify"), ("Authorization", "Bearer key-of-classify")]),
+    "both different": (401, [("X-API-Key", "key-of-explain"), ("Authorization", "Bearer key-of-classify")]),
+    "proxy's scheme beside own header": (
+        200,
+        [("Authorization", "Basic YTpi"), ("X-API-Key", "key-of-classify")],
+    ),
+    "other scheme": (401, [("Authorization", "Basic a2V5LW9mLWNsYXNzaWZ5")]),
+    "no scheme": (401, [("Authorization", "key-of-classify")]),
+    "scheme without a key": (401, [("Authorization", "Bearer")]),
+    "scheme and a space": (401, [("Authorization", "Bearer ")]),
+    "empty": (401, [("Authorization", "")]),
+    "empty own header": (401, [("X-API-Key", "")]),
+    "wrong": (401, [("Authorization", "Bearer key-of-classifx")]),
+    "prefix": (401, [("Authorization", "Bearer key-of-classif")]),
+    "digest instead of key": (
+        401,
+        [("Authorization", f"Bearer {hash_key(b'key-of-classify').hex()}")],
+    ),
+    "expired": (401, [("Authorization", "Bearer key-of-old")]),
+    "doubled": (401, 2 * [("Authorization", "Bearer key-of-classify")]),
+    "doubled own header": (401, 2 * [("X-API-Key", "key-of-classify")]),
+    "list in one header": (401, [("Authorization", "Bearer key-of-classify, Bearer key-of-classify")]),
+    "not ASCII": (401, [("Authorization", "Bearer clé")]),
+    "long": (401, [("Authorization", "Bearer " + 513 * "k")]),
+    "very long": (431, [("Authorization", "Bearer " + (1 << 20) * "k")]),
+    "other scope": (403, [("Authorization", "Bearer key-of-explain")]),
+}
+"""Status and headers of a classification by what a caller sends."""
+
+
+@pytest.mark.parametrize("case", CREDENTIALS)
+@pytest.mark.parametrize("path", ["fast", "asgi", "cached"])
+def test_credentials(closed_server: Server, case: str, path: str) -> None:
+    status, headers = CREDENTIALS[case]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers).encode() + b"\r\n"
+    image = make_jpeg()
+    with Wire(closed_server.url) as wire:
+        if path == "cached":  # the reply is in the cache of the fast path
+            closed_server.client.get("/v1/models")
+            wire.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n", lines)
+        elif path == "fast":
+            wire.send(CLASSIFY_HEAD, b"Content-Length: %d\r\n" % len(image), lines, image)
+        else:
+            chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(image), image)
+            wire.send(CLASSIFY_HEAD, b"Transfer-Encoding: chunked\r\n", lines, chunk)
+        reply = wire.read_response()
+    assert reply.status == status, reply.body
+    if status == 401:
+        assert ('error="invalid_token"' in reply.headers["www-authenticate"]) == bool(headers)
+        assert b"key-of-" not in reply.body
+
+
+def test_refused_request_reads_no_body_and_asks_no_model(closed_server: Server) -> None:
+    with Wire(closed_server.url) as wire:
+        wire.send(CLASSIFY_HEAD, b"Content-Length: 60000000\r\n\r\n", b"x" * 100)
+        assert wire.read_response().status == 401
+    reply = ANYBODY.post(closed_server.url + "/v1/models/unknown/classify", content=make_jpeg())
+    assert reply.status_code == 401  # not 404, which would tell which models there are
+
+
+def test_pages_hold_no_data_of_the_models(closed_server: Server) -> None:
+    document = ANYBODY.get(closed_server.url + "/openapi.json").text
+    assert "small" not in document
+    schemes = json.loads(document)["components"]["securitySchemes"]
+    assert set(schemes) == {"bearer", "header"}
+
+
+def test_metrics_close_with_a_key_of_their_scope_and_the_log_names_callers(
+    small_zoo: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(ApiKey("app", frozenset({Scope.CLASSIFY}), hash_key(b"key")).to_line() + "\n")
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_KEYS=str(file), FOVEA_LOG_LEVEL="debug") as server:
+        assert ANYBODY.get(server.url + "/metrics").status_code == 200
+        write_keys(file)
+        wait_until(lambda: ANYBODY.get(server.url + "/metrics").status_code == 401)
+        assert ANYBODY.get(server.url + "/metrics", headers=bearer("metrics")).status_code == 200
+        assert post_request(server.url, "native", **bearer("classify")).status_code == 200
+        assert post_request(server.url, "oip", **bearer("explain")).status_code == 403
+        assert post_request(server.url, "native", Authorization="Bearer key-of-nobody").status_code == 401
+    lines = [json.loads(line) for line in server.log.splitlines() if '"request"' in line]
+    seen = [(line.get("caller"), line["status"]) for line in lines if line["method"] == "POST"]
+    assert seen == [("classify", 200), ("explain", 403), (None, 401)]
+    assert "key-of" not in server.log
+
+
+def test_requests_are_counted_by_the_name_of_the_key(closed_server: Server) -> None:
+    before = closed_server.read_metric("fovea_caller_requests_total", caller="classify", status="200")
+    refused = closed_server.read_metric("fovea_caller_requests_total", caller="anonymous", status="401")
+    assert post_request(closed_server.url, "native", **bearer("classify")).status_code == 200
+    assert post_request(closed_server.url, "native").status_code == 401
+    text = closed_server.client.get("/metrics").text
+    assert closed_server.read_metric("fovea_caller_requests_total", caller="classify", status="200") == (
+        before + 1
+    )
+    assert closed_server.read_metric("fovea_caller_requests_total", caller="anonymous", status="401") == (
+        refused + 1
+    )
+    assert "key-of" not in text
+
+
+def test_service_does_not_start_without_valid_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# keys\napp:classify:secret\n")
+    result = run_service(FOVEA_KEYS=str(file))
+    assert result.returncode == 2
+    assert f"FOVEA_KEYS is {str(file)!r}: line 2: the third field is not a SHA-256" in result.stderr
+    assert "secret" not in result.stderr
