@@ -53,19 +53,26 @@ def main(**overrides: Any) -> int:
     from fovea.service.settings import load_service_settings
 
     allocator.configure_allocator()
+    grpc_socket = None
     try:
         settings = load_service_settings(**overrides)
         configure_logs(settings)
         bound_socket = _bind_port(settings)
+        settings, grpc_socket = _reserve_grpc_port(settings)
         settings = memory_plan.fit_to_memory(_fetch_models(settings))
         if settings.workers == 1:
             child_process.start_fork_server()
             start_serving(settings, lambda *start: _serve_single_process(settings, bound_socket, *start))
         else:
+            if grpc_socket:  # the workers must know a port that was free
+                overrides["grpc_port"] = settings.grpc_port
             start_serving(settings, lambda *start: _run_supervisor(settings, bound_socket, overrides, *start))
     except StartError as error:
         _write_line(2, f"fovea: {to_one_line(error)}")
         return 2
+    finally:
+        if grpc_socket:
+            grpc_socket.close()
     return 0
 
 
@@ -92,7 +99,7 @@ def _serve_single_process(
         server = _create_server(app, settings)
         loop = asyncio.get_running_loop()
         greeting = _format_greeting(
-            _format_url(settings, bound_socket), **_describe_models(app.classifier.catalog)
+            _format_url(settings, bound_socket), settings, **_describe_models(app.classifier.catalog)
         )
         reload_tasks = set()
         stop_signals: list[int] = []
@@ -131,6 +138,7 @@ def _create_server(app: Application, settings: Settings) -> Server:
         body_memory=app.classifier.body_memory,
         observer=app.observer,
         lifecycle=app.lifecycle,
+        further_server=app.grpc_server,
     )
 
 
@@ -175,7 +183,9 @@ def _run_supervisor(
         refusals=refusals,
         on_listening=lambda ready: _print_greeting(
             settings,
-            _format_greeting(_format_url(settings, bound_socket), names=ready.names, route=ready.route),
+            _format_greeting(
+                _format_url(settings, bound_socket), settings, names=ready.names, route=ready.route
+            ),
         ),
     )
     asyncio.run(supervisor.run())
@@ -367,6 +377,21 @@ def _bind_port(settings: Settings) -> socket.socket:
     return bound_socket
 
 
+def _reserve_grpc_port(settings: Settings) -> tuple[Settings, socket.socket | None]:
+    """Reserve the port of gRPC, and return the settings with this port, and the socket that holds it.
+
+    Raises `StartError`.
+    """
+    if settings.grpc_port is None:
+        return settings, None
+    from fovea.service.grpc.port import reserve_port
+
+    # gRPC writes its own lines to stderr, which are not JSON. Workers inherit the variable.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    reserved = reserve_port(settings)
+    return settings.model_copy(update={"grpc_port": reserved.getsockname()[1]}), reserved
+
+
 def _format_url(settings: Settings, bound_socket: socket.socket) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - only compares
     return f"http://{f'[{host}]' if ':' in host else host}:{bound_socket.getsockname()[1]}"
@@ -389,11 +414,12 @@ def _print_greeting(settings: Settings, greeting: str) -> None:
     _write_line(1 if settings.log_stream == "stderr" else 2, greeting)
 
 
-def _format_greeting(url: str, *, names: str, route: str) -> str:
+def _format_greeting(url: str, settings: Settings, *, names: str, route: str) -> str:
+    grpc_port = f" and gRPC on port {settings.grpc_port}" if settings.grpc_port is not None else ""
     sample = Path("samples/ship.jpg")
     photo = sample if sample.exists() else "photo.jpg"
     return (
-        f"Fovea {__version__} serves {names} at {url}\n"
+        f"Fovea {__version__} serves {names} at {url}{grpc_port}\n"
         f"  try   curl -T {photo} {url}{route}\n"
         f"  page  {url}/ (API: {url}/docs)"
     )

@@ -22,7 +22,7 @@ from fovea.service.api.native import explain
 from fovea.service.api.native import routes as native
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
-from fovea.service.api.oip.repository import ModelLoader
+from fovea.service.api.oip.repository import ModelLoader, RepositoryManager
 from fovea.service.api.route_scopes import guard_routes
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
@@ -45,7 +45,8 @@ from fovea.service.rollout.watcher import Watcher
 from fovea.service.serving.classifier import Classifier
 from fovea.service.settings import Settings
 
-if TYPE_CHECKING:  # the packages of tracing are an optional extra
+if TYPE_CHECKING:  # the packages of tracing and of gRPC are optional extras
+    from fovea.service.grpc.server import GrpcServer
     from fovea.service.http.tracing import Tracing
 
 _OTHER_PROTOCOLS: Final = (oip, torchserve, tensorflow, huggingface)
@@ -67,6 +68,8 @@ class Application:
     watcher: Watcher
     observer: Observer
     lifecycle: Lifecycle
+    grpc_server: GrpcServer | None
+    """Server for gRPC; None if it is off."""
 
 
 def create_app(
@@ -154,7 +157,8 @@ def create_app(
     services = Services(
         classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer, access
     )
-    _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
+    repository = RepositoryManager(classifier, participant or watcher)
+    _add_routes(app, services, protocols, repository, exposed_registry or registry)
     router = Router(app, services, CachedReplies(classifier.catalog, observer, access))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.
     # `ObserverMiddleware` comes next, so that it also counts what the router answers.
@@ -166,6 +170,7 @@ def create_app(
         watcher=watcher,
         observer=observer,
         lifecycle=lifecycle,
+        grpc_server=_create_grpc_server(services, repository),
     )
 
 
@@ -173,14 +178,14 @@ def _add_routes(
     app: FastAPI,
     services: Services,
     protocols: ApiProtocols,
-    model_loader: ModelLoader,
+    repository: RepositoryManager,
     exposed_registry: CollectorRegistry,
 ) -> None:
     """Add every route and the error handlers."""
     native.add_routes(app, services)
     explain.add_routes(app, services)
     with protocols.register_routes(app.routes, oip.PROTOCOL):
-        management.add_routes(app, services.classifier, model_loader)
+        management.add_routes(app, services.classifier, repository)
     operations.add_routes(app, services, exposed_registry)
     for adapter in _OTHER_PROTOCOLS:
         if adapter.PROTOCOL.name in services.settings.protocols:
@@ -192,6 +197,23 @@ def _add_routes(
     add_error_handlers(app, services.observer)
     if services.access:
         guard_routes(app, services.access)
+
+
+def _create_grpc_server(services: Services, repository: RepositoryManager) -> GrpcServer | None:
+    """Return the server for gRPC, or None if FOVEA_GRPC_PORT is not set.
+
+    Raises `StartError` if its packages are missing or do not fit.
+    """
+    if services.settings.grpc_port is None:
+        return None
+    from fovea.service.grpc.port import require_modules
+
+    require_modules()
+    try:
+        from fovea.service.grpc.server import GrpcServer
+    except Exception as error:  # protobuf raises an error of its own for modules of another version
+        raise StartError(f"FOVEA_GRPC_PORT: the packages of gRPC do not work: {to_one_line(error)}") from None
+    return GrpcServer(services, repository)
 
 
 def _create_tracing(settings: Settings) -> Tracing | None:

@@ -93,6 +93,18 @@ class Settings(BaseSettings):
         le=65535,
         description="TCP port to listen on; 0 takes a free port. By default `AIP_HTTP_PORT` or `PORT`.",
     )
+    grpc_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port for gRPC (extra `grpc`); 0 takes a free port; by default gRPC is off.",
+    )
+    grpc_connections: int = Field(
+        256,
+        ge=1,
+        le=1_000_000,
+        description="Largest number of open gRPC connections of each worker; further ones are closed.",
+    )
     models: Annotated[Path, AfterValidator(check_path)] = Field(
         DEFAULT_FOLDER,
         validate_default=True,

@@ -15,6 +15,7 @@ from tests.servers import ROOT
 SERVICE = [
     {"__main__"},
     {"app", "cli", "model_display"},
+    {"grpc"},
     {"api", "supervisor"},
     {"explain", "rollout"},
     {"serving", "http"},

@@ -1,4 +1,4 @@
-"""Tensors of Open Inference Protocol, in JSON or as binary data after the JSON, split into images.
+"""Tensors of Open Inference Protocol, as values or as binary data, split into images.
 
 Memory is never allocated from sizes that a request claims. Shapes and sizes are compared with the received
 data, and binary rows stay in the body without a copy.
@@ -49,6 +49,7 @@ class InferInput(BaseModel):
     datatype: str
     parameters: dict[str, Any] | None = None
     data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")
+    # Over gRPC, encoded images are not base64 but views of the message, which JSON cannot contain.
 
 
 _T = TypeVar("_T", int, bool)
@@ -88,12 +89,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class BinaryData:
-    """The binary data after the JSON of a body."""
+    """The binary data of a request: the bytes after the JSON of a body, or a field of a gRPC message."""
 
     view: memoryview
     """Binary data."""
     get_image: Callable[[int, int], Image]
     """Function that returns the bytes from start to stop in the form that runners take."""
+    field: str = ""
+    """Name of the field of a gRPC message; empty for the bytes after the JSON."""
+
+    def describe_size(self, declared_size: int) -> str:
+        """Return the size as part of a message; `declared_size` is the parameter `binary_data_size`."""
+        if self.field:
+            return f"{self.field} has {len(self.view)} bytes"
+        return f"binary_data_size is {declared_size}, and {len(self.view)} bytes follow the JSON"
 
 
 NO_BINARY_DATA: Final = BinaryData(memoryview(b""), lambda _start, _stop: b"")
@@ -131,7 +140,7 @@ class ModelInputs:
                 )
             return _parse_json_rows(infer_input, tensor, count)
         size = read_parameter(parameters, "binary_data_size", len(binary_data.view))
-        ranges = _locate_images(infer_input, tensor, count, size, binary_data.view)
+        ranges = _locate_images(infer_input, tensor, count, size, binary_data)
         name = tensor.name if tensor else None
         return [Row(binary_data.get_image(start, stop), name) for start, stop in ranges]
 
@@ -211,31 +220,31 @@ def parse_json_size(header: bytes | None, size: int) -> int:
 
 
 def _locate_images(
-    infer_input: InferInput, tensor: InputTensor | None, count: int, size: int, view: memoryview
+    infer_input: InferInput, tensor: InputTensor | None, count: int, size: int, binary_data: BinaryData
 ) -> list[tuple[int, int]]:
     """Return the start and end of each image in the binary data.
 
     `size` is the declared size of the tensor in bytes.
     """
     if tensor is None:
-        return _locate_elements(infer_input, count, size, view)
-    if (expected_size := count * tensor.size) != size or size != len(view):
+        return _locate_elements(infer_input, count, size, binary_data)
+    if (expected_size := count * tensor.size) != size or size != len(binary_data.view):
         name, shape = shorten_value(infer_input.name), shorten_value(infer_input.shape)
         raise BadRequest(
             f"{name} of shape {shape} and {infer_input.datatype} has {expected_size} bytes; "
-            f"binary_data_size is {size}, and {len(view)} bytes follow the JSON"
+            f"{binary_data.describe_size(size)}"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
 
 
 def _locate_elements(
-    infer_input: InferInput, count: int, size: int, view: memoryview
+    infer_input: InferInput, count: int, size: int, binary_data: BinaryData
 ) -> list[tuple[int, int]]:
     """Return the start and end of each element of a `BYTES` tensor, using the length before each element.
 
     OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
     """
-    ranges, start = [], 0
+    ranges, start, view = [], 0, binary_data.view
     for _ in range(count):
         if start + _LENGTH_PREFIX.size > len(view):
             break
@@ -248,8 +257,8 @@ def _locate_elements(
     if count == 1 and size == len(view):
         return [(0, size)]
     raise BadRequest(
-        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not "
-        f"fit the {len(view)} bytes after the JSON"
+        f"{shorten_value(infer_input.name)} has {count} elements, whose lengths do not fit: "
+        f"{binary_data.describe_size(size)}"
     )
 
 
@@ -265,9 +274,10 @@ def _parse_json_rows(infer_input: InferInput, tensor: InputTensor | None, count:
     shape = (count, *tensor.shape) if tensor else tuple(infer_input.shape)
     values = _flatten_values(infer_input, shape)
     if tensor is None:
-        _require_types(infer_input, values, {str})
+        _require_types(infer_input, values, {str, memoryview})
         return [
-            Row(from_base64(text, f"{infer_input.name}.{place}"), None) for place, text in enumerate(values)
+            Row(from_base64(value, f"{infer_input.name}.{place}") if isinstance(value, str) else value, None)
+            for place, value in enumerate(values)
         ]
     _require_types(infer_input, values, {int, float} if tensor.is_float else {int})
     size = len(values) // count

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -46,6 +46,19 @@ _CANCEL_TIMEOUT: Final = 1.0
 """Time limit in seconds for cancelled requests to end."""
 
 
+class FurtherServer(Protocol):
+    """A server for another protocol that starts and stops with the HTTP server."""
+
+    async def start(self) -> None:
+        """Listen. Raises `StartError`."""
+
+    async def stop(self, seconds: float | None) -> None:
+        """Refuse new work, and finish accepted work within `seconds`; None cancels it at once.
+
+        A call with None may follow while an earlier call waits.
+        """
+
+
 class Server:
     """Server for one application, with connections from a source.
 
@@ -64,8 +77,13 @@ class Server:
         body_memory: BodyMemory,
         observer: Observer,
         lifecycle: Lifecycle,
+        further_server: FurtherServer | None = None,
     ) -> None:
-        """Set what is served: `fast_app` answers what it can, and `asgi` all other requests."""
+        """Set what is served: `fast_app` answers what it can, and `asgi` all other requests.
+
+        `further_server` starts before this server, and stops with it.
+        """
+        self._further_server = further_server
         self._settings = settings
         self._observer = observer
         self._lifecycle = lifecycle
@@ -98,6 +116,8 @@ class Server:
         self._context = self._create_context()
         date_task = self._loop.create_task(self._update_date())
         try:
+            if self._further_server:
+                await self._further_server.start()
             # Connections may arrive from here on. `on_listening` follows, because it announces the service.
             source.start(self._add_connection)
             on_listening()
@@ -189,9 +209,10 @@ class Server:
         self._skip_grace_event.set()
         self._lifecycle.phase = Phase.REFUSING
         answer_futures = (connection.get_answer_future() for connection in list(self._context.connections))
-        all_finished = await self._finish_requests(
-            {*self._context.tasks, *filter(None, answer_futures)}, limit
-        )
+        requests = {*self._context.tasks, *filter(None, answer_futures)}
+        if self._further_server:
+            requests.add(self._loop.create_task(self._further_server.stop(limit)))
+        all_finished = await self._finish_requests(requests, limit)
         # Stop the source only now: until here, new requests are answered or refused with 503.
         await self._source.stop()
         if self._connect_tasks:
@@ -228,6 +249,8 @@ class Server:
             log.warning("cancelled %d requests that were not finished in time", lost_count)
         for task in self._context.tasks:
             task.cancel()
+        if self._further_server:
+            await self._further_server.stop(None)
         if self._context.tasks:
             await asyncio.wait(set(self._context.tasks), timeout=_CANCEL_TIMEOUT)
         if self._open_count:

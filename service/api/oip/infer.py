@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 
 from fovea.service.api import bodies
-from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply
+from fovea.service.api.adapter import InferenceRequest, ParsedRequest, ProtocolAdapter, Reply, ReplyFormat
 from fovea.service.api.json_bodies import parse_json, validate_json
 from fovea.service.api.oip.schemas import InferOutput, InferRequest
 from fovea.service.api.options import check_spelling
@@ -79,11 +79,7 @@ class InferAdapter(ProtocolAdapter):
         return _JSON_LENGTH_HEADER.encode() not in headers
 
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
-        # The reply needs NumPy, which takes 7 MB and 0.1 s and which nothing else in this process needs. An
-        # import on the event loop would wait there for an import that another request has begun.
-        if not self._has_numpy:
-            await asyncio.to_thread(importlib.import_module, "numpy")
-            self._has_numpy = True
+        await self._import_numpy()
         body, size = request.body.take_content(), request.body.size
         json_size = parse_json_size(request.headers.get(_JSON_LENGTH_HEADER.encode()), size)
         bodies.json_limit(request.settings).check(json_size)
@@ -97,9 +93,19 @@ class InferAdapter(ProtocolAdapter):
         json_body = bodies.RawBody(body if isinstance(body, SharedBuffer) else body[:json_size], json_size)
         return await parse_json(json_body, lambda value: _parse_infer_request(value, request, binary_data))
 
+    async def _import_numpy(self) -> None:
+        """Import NumPy, which rendering needs, in a thread.
+
+        It takes 7 MB and 0.1 s, and nothing else in this process needs it. An import on the event loop would
+        wait there for an import that another request has begun.
+        """
+        if not self._has_numpy:
+            await asyncio.to_thread(importlib.import_module, "numpy")
+            self._has_numpy = True
+
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """One tensor of a reply."""
 
     name: str
@@ -150,11 +156,27 @@ class _Output:
 
 
 def _parse_infer_request(value: Any, request: InferenceRequest, binary_data: BinaryData) -> ParsedRequest:
+    return parse_infer_value(value, request, binary_data, _InferFormat, is_binary=False)
+
+
+def parse_infer_value(
+    value: dict[str, Any],
+    request: InferenceRequest,
+    binary_data: BinaryData,
+    create_format: Callable[[int, str | None, Sequence[Output]], ReplyFormat],
+    *,
+    is_binary: bool,
+) -> ParsedRequest:
+    """Parse an inference request from plain values: the JSON, or the fields of a gRPC message.
+
+    `create_format` makes the format of the reply from the number of labels per image, the id of the request
+    and the outputs. `is_binary` is the default of `binary_data_output`. Raises `BadRequest`.
+    """
     infer_request = validate_json(InferRequest, value)
     parameters = infer_request.parameters or {}
     _check_spelling(value)
     outputs = _resolve_outputs(
-        infer_request.outputs, read_parameter(parameters, "binary_data_output", False), request.model
+        infer_request.outputs, read_parameter(parameters, "binary_data_output", is_binary), request.model
     )
     rows = ModelInputs(request.model.tensors).split_rows(infer_request.inputs, binary_data, request.settings)
     needs_logits = any(output.is_logits for output in outputs)
@@ -166,7 +188,7 @@ def _parse_infer_request(value: Any, request: InferenceRequest, binary_data: Bin
     ]
     labels = sum(output.top_k or output.width // _VALUES_PER_LABEL for output in outputs)
     microseconds = read_parameter(parameters, "timeout", 0)  # 0 means no limit, as in Triton
-    return ParsedRequest(images, _InferFormat(labels, infer_request.id, outputs), microseconds / 1e6 or None)
+    return ParsedRequest(images, create_format(labels, infer_request.id, outputs), microseconds / 1e6 or None)
 
 
 def _check_spelling(value: dict[str, Any]) -> None:
@@ -199,7 +221,7 @@ _VALUES_PER_LABEL: Final = 50
 
 def _resolve_outputs(
     requested_outputs: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel
-) -> list[_Output]:
+) -> list[Output]:
     """Return the requested outputs; `is_binary` is the default for outputs that do not set `binary_data`.
 
     Raises `BadRequest` for an unknown output, or an output that is requested twice.
@@ -215,7 +237,7 @@ def _resolve_outputs(
             raise BadRequest(f"the model has no output {shorten_value(one.name)}; it has {known}")
         parameters, (width, is_logits) = check_parameters(one.parameters), kinds[one.name]
         outputs.append(
-            _Output(
+            Output(
                 one.name,
                 width,
                 is_logits,
@@ -231,7 +253,7 @@ class _InferFormat(NamedTuple):
 
     labels_per_image: int
     request_id: str | None
-    outputs: Sequence[_Output]
+    outputs: Sequence[Output]
 
     def render(self, results: Sequence[Classification], model: LiveModel, record: RequestRecord) -> Reply:
         """Render the results (`service.api.adapter.ReplyFormat`)."""

@@ -68,29 +68,63 @@ class ModelLoader(Protocol):
         """
 
 
-def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> None:
-    """Add the management routes."""
-    catalog = classifier.catalog
+class RepositoryManager:
+    """The operations of the model repository extension, for HTTP and gRPC."""
 
-    def require_allowed() -> None:
-        if not classifier.settings.management:
+    def __init__(self, classifier: Classifier, loader: ModelLoader) -> None:
+        self._classifier = classifier
+        self._catalog = classifier.catalog
+        self._loader = loader
+
+    def require_allowed(self) -> None:
+        """Raise `Forbidden` unless management is switched on."""
+        if not self._classifier.settings.management:
             raise Forbidden("management is switched off (FOVEA_MANAGEMENT)")
 
-    def require_change_allowed(request: Request) -> None:
-        require_allowed()
-        require_same_site(request, classifier.settings.management_hosts)
+    def require_index_allowed(self) -> None:
+        """Raise `Forbidden` unless the index may be read: the protocol or management is switched on."""
+        if oip.PROTOCOL.name not in self._classifier.settings.protocols:
+            self.require_allowed()
 
-    def find_folder(name: str) -> str | None:
+    async def list_models(self, *, only_ready: bool) -> list[dict[str, str]]:
+        """Return the models of the repository and their states; with `only_ready`, those that are loaded."""
+        statuses = self._catalog.list_statuses()
+        if only_ready:
+            return [_render_status(one) for one in statuses if one.state is VersionState.READY]
+        unserved = await asyncio.to_thread(self._list_unserved, statuses)
+        return [_render_status(one) for one in statuses] + unserved
+
+    async def load(self, name: str, version: str | None) -> list[dict[str, str]]:
+        """Serve the version that the repository selects now, or the given one, and return what is served.
+
+        Call `require_allowed` first. Raises `SwapRefused` or `ModelNotFound`.
+        """
+        await self._loader.load(self._find_folder(name), version)
+        return self._list_served(name)
+
+    async def unload(self, name: str) -> list[dict[str, str]]:
+        """Stop serving a model until it is loaded again, and return what is still served.
+
+        Call `require_allowed` first. Raises `ModelNotFound`.
+        """
+        await self._loader.unload(self._find_folder(name))
+        return self._list_served(name)
+
+    def _find_folder(self, name: str) -> str | None:
         """Return the folder of a model, or None for a single model file.
 
         A single file is not in a folder; its name comes from its contract. A worker that started after the
         file was unloaded does not know this name.
         """
-        is_single = classifier.settings.models.is_file() and catalog.single_model_name in (name, None)
+        is_single = self._classifier.settings.models.is_file() and self._catalog.single_model_name in (
+            name,
+            None,
+        )
         return None if is_single else name
 
-    def list_served(name: str) -> list[dict[str, str]]:
+    def _list_served(self, name: str) -> list[dict[str, str]]:
         """Return the versions of a model that answer, or that the next request loads."""
+        catalog = self._catalog
         served_versions = {(one.name, one.version) for one in catalog.models}
         served_versions |= {(one.name or "", one.version or "") for one in catalog.on_demand_versions}
         return [
@@ -101,12 +135,12 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
             and one.state in (VersionState.READY, VersionState.LOADING, VersionState.FOUND)
         ]
 
-    def list_unserved(statuses: Sequence[VersionStatus]) -> list[dict[str, str]]:
+    def _list_unserved(self, statuses: Sequence[VersionStatus]) -> list[dict[str, str]]:
         """Return the versions in the repository that are not in the catalog: unloaded or new.
 
         Runs in a thread, because it reads folders.
         """
-        settings = classifier.settings
+        settings = self._classifier.settings
         root = settings.models
         known_names = {one.name for one in statuses if one.state is not VersionState.REFUSED}
         refused = {(one.name, one.version) for one in statuses if one.state is VersionState.REFUSED}
@@ -115,11 +149,19 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
             for name in set() if root.is_file() else set(names_in(root, settings.model_name)) - known_names:
                 with suppress(ModelError, OSError):
                     versions += [(name, one.version or "") for one in find_versions(root, name)]
-        single_name = catalog.single_model_name
+        single_name = self._catalog.single_model_name
         if root.is_file() and single_name and single_name not in known_names:
             versions.append((single_name, ""))
         unserved = sorted(set(versions) - refused)
         return [_render_entry(name, version, "UNAVAILABLE", "not served") for name, version in unserved]
+
+
+def add_routes(app: FastAPI, classifier: Classifier, repository: RepositoryManager) -> None:
+    """Add the management routes."""
+
+    def require_change_allowed(request: Request) -> None:
+        repository.require_allowed()
+        require_same_site(request, classifier.settings.management_hosts)
 
     route_options: dict[str, Any] = {
         "tags": ["management"],
@@ -129,13 +171,9 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
     @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **route_options)
     async def index(request: Request) -> list[dict[str, str]]:
         """List the models of the repository and their states; with `ready`, only those that are loaded."""
-        if oip.PROTOCOL.name not in classifier.settings.protocols:
-            require_allowed()
+        repository.require_index_allowed()
         index_request = await _read_body(request, IndexRequest)
-        statuses = catalog.list_statuses()
-        if index_request.ready:
-            return [_render_status(one) for one in statuses if one.state is VersionState.READY]
-        return [_render_status(one) for one in statuses] + await asyncio.to_thread(list_unserved, statuses)
+        return await repository.list_models(only_ready=index_request.ready)
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **route_options)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
@@ -145,15 +183,13 @@ def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> Non
         """
         require_change_allowed(request)
         load_request = await _read_body(request, LoadRequest)
-        await loader.load(find_folder(name), load_request.parameters.version)
-        return list_served(name)
+        return await repository.load(name, load_request.parameters.version)
 
     @app.post("/v2/repository/models/{name}/unload", **route_options)
     async def unload(name: str, request: Request) -> list[dict[str, str]]:
         """Stop serving a model until it is loaded again."""
         require_change_allowed(request)
-        await loader.unload(find_folder(name))
-        return list_served(name)
+        return await repository.unload(name)
 
 
 def _render_status(status: VersionStatus) -> dict[str, str]:

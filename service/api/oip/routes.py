@@ -39,7 +39,7 @@ from fovea.service.serving.statistics import DurationSum
 
 PROTOCOL: Final = ApiProtocol("oip", render_flat_error, path_prefix="/v2")
 
-_EXTENSIONS: Final = (
+EXTENSIONS: Final = (
     "binary_tensor_data",
     "classification",
     "model_configuration",
@@ -73,7 +73,7 @@ def _add_server_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v2", tags=[PROTOCOL.name])
     async def server() -> ServerMetadata:
         """Return the name, the version and the extensions of the service."""
-        return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
+        return ServerMetadata(name="fovea", version=__version__, extensions=list(EXTENSIONS))
 
     @app.get("/v2/health/live", tags=[PROTOCOL.name], responses={503: build_error_responses(FlatError)[503]})
     async def live() -> ServerLive:
@@ -100,7 +100,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     async def all_statistics() -> dict[str, Any]:
         """Return the statistics of all loaded models."""
         services.classifier.metrics.fold()
-        return {"model_stats": [_render_statistics(model) for model in catalog.models]}
+        return {"model_stats": [render_statistics(model) for model in catalog.models]}
 
     def add_route(
         path: str, get_reply: Callable[[str, str | None], Any], reply_type: Any, summary: str
@@ -122,7 +122,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
             )(handler)
 
     async def get_metadata(name: str, version: str | None) -> ModelMetadata:
-        return _render_metadata(
+        return render_metadata(
             await services.get_model(name, version),
             [one.version or "" for one in catalog.list_versions(name)],
         )
@@ -135,12 +135,10 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     async def get_statistics(name: str, version: str | None) -> dict[str, Any]:
         model = await services.get_model(name, version)
         services.classifier.metrics.fold()
-        return {"model_stats": [_render_statistics(model)]}
+        return {"model_stats": [render_statistics(model)]}
 
     async def get_configuration(name: str, version: str | None) -> dict[str, Any]:
-        return _render_configuration(
-            await services.get_model(name, version), services.settings.request_images
-        )
+        return render_configuration(await services.get_model(name, version), services.settings.request_images)
 
     add_route("", get_metadata, ModelMetadata, "Inputs and outputs of a model")
     add_route(
@@ -150,7 +148,7 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     add_route("/stats", get_statistics, dict[str, Any], "Statistics of a model since it was loaded")
 
 
-def _render_metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
+def render_metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
     """Return the metadata with one input and one output.
 
     Clients send every input that the metadata names, and many clients refuse more than one. The others are in
@@ -177,7 +175,7 @@ def _render_metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
     )
 
 
-def _render_configuration(model: LiveModel, max_batch_size: int) -> dict[str, Any]:
+def render_configuration(model: LiveModel, max_batch_size: int) -> dict[str, Any]:
     """Return the configuration in Triton's form.
 
     Clients read the largest batch from it, and the sizes and layout of one image.
@@ -207,7 +205,7 @@ def _render_configuration(model: LiveModel, max_batch_size: int) -> dict[str, An
 _CHANNELS: Final = 3
 
 
-def _render_statistics(model: LiveModel) -> dict[str, Any]:
+def render_statistics(model: LiveModel) -> dict[str, Any]:
     """Return the statistics in Triton's form.
 
     `success` and `fail` count requests, the other entries count images. The numbers are those of the worker

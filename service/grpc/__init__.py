@@ -1,0 +1,1 @@
+"""Open Inference Protocol over gRPC. Only `port` works without the extra `grpc`."""
