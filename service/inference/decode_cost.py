@@ -105,6 +105,8 @@ def estimate_cost(
     if header is None:
         return NO_COST
     pixels = header.width * header.height
+    if pixels > max_pixels and header.format in _UPPER_BOUNDS:
+        pixels = max_pixels  # the decoder may read a smaller size, which it does not refuse
     if pixels > max_pixels or not pixels:
         return NO_COST
     seconds = pixels * _SECONDS_PER_PIXEL[header.format] * (2 if header.is_16_bit else 1)
@@ -139,15 +141,69 @@ def read_header(image: ImageBytes) -> ImageHeader | None:
 
 
 def _read_png(image: ImageBytes) -> ImageHeader:
-    """Read IHDR, the first chunk (PNG, third edition, 5.6)."""
-    return ImageHeader(
-        "PNG", _read_number(image, 16, 4), _read_number(image, 20, 4), is_16_bit=image[24] == 16
-    )
+    """Read IHDR (PNG, third edition, 5.6), and the largest one if there are several before the pixels.
+
+    Decoders take the last one.
+    """
+    header = ImageHeader("PNG", 0, 0)
+    offset = 8
+    for _ in range(_MAX_MARKERS):
+        kind = bytes(image[offset + 4 : offset + 8])
+        if kind == b"IDAT":
+            return header
+        if kind == b"IHDR":
+            width, height = _read_number(image, offset + 8, 4), _read_number(image, offset + 12, 4)
+            header = ImageHeader(
+                "PNG",
+                max(header.width, width),
+                max(header.height, height),
+                is_16_bit=header.is_16_bit or image[offset + 16] == 16,
+            )
+        offset += 12 + _read_number(image, offset, 4)
+    raise ValueError("no pixels")
 
 
 def _read_gif(image: ImageBytes) -> ImageHeader:
-    """Read the size of the logical screen (GIF89a, 18)."""
-    return ImageHeader("GIF", _read_number(image, 6, 2, "little"), _read_number(image, 8, 2, "little"))
+    """Read the size of the logical screen, or of the first picture if it is larger (GIF89a, 18 and 20)."""
+    left, top, width, height = (
+        _read_number(image, _find_gif_picture(image) + 2 * i, 2, "little") for i in range(4)
+    )
+    return ImageHeader(
+        "GIF",
+        max(_read_number(image, 6, 2, "little"), left + width),
+        max(_read_number(image, 8, 2, "little"), top + height),
+    )
+
+
+def _find_gif_picture(image: ImageBytes) -> int:
+    """Return the offset of the first picture's position and size, behind colours and extensions.
+
+    Raises `ValueError` for extensions whose end depends on the decoder.
+    """
+    offset = 13 + (3 << (image[10] & 7) + 1 if image[10] & 128 else 0)
+    while offset < _SEARCH_BYTES:
+        kind = image[offset]
+        offset += 1
+        if kind == _GIF_PICTURE:
+            return offset
+        if kind == _GIF_END:
+            break
+        if kind == _GIF_EXTENSION:
+            start = offset + 1
+            offset = start
+            while size := image[offset]:
+                offset += 1 + size
+            # Pillow then takes the blocks behind for a part of the extension.
+            is_empty = offset == start or (
+                bytes(image[start + 1 : start + 12]) == b"NETSCAPE2.0" and not image[start + 1 + image[start]]
+            )
+            if is_empty and image[start - 1] != _GIF_COMMENT:
+                raise ValueError("an extension without data")
+            offset += 1
+    raise ValueError("no picture")
+
+
+_GIF_PICTURE, _GIF_END, _GIF_EXTENSION, _GIF_COMMENT = 0x2C, 0x3B, 0x21, 0xFE
 
 
 def _read_bmp(image: ImageBytes) -> ImageHeader:
@@ -173,13 +229,19 @@ def _read_webp(image: ImageBytes) -> ImageHeader | None:
     if kind == b"VP8L":
         bits = _read_number(image, 21, 4, "little")
         return ImageHeader("WEBP", 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    if kind != b"VP8 ":
+        raise ValueError("an unknown first chunk")
     return ImageHeader(
         "WEBP", _read_number(image, 26, 2, "little") & 0x3FFF, _read_number(image, 28, 2, "little") & 0x3FFF
     )
 
 
 def _read_jpeg(image: ImageBytes) -> ImageHeader:
-    """Skip segments up to the frame header (ISO/IEC 10918-1, B.2.2)."""
+    """Read the frame header (ISO/IEC 10918-1, B.2.2).
+
+    If there are several before the scan, read the largest: Pillow takes the last one.
+    """
+    header: ImageHeader | None = None
     offset = 2
     for _ in range(_MAX_MARKERS):
         if image[offset] != 0xFF:  # decoders skip bytes between segments
@@ -192,7 +254,12 @@ def _read_jpeg(image: ImageBytes) -> ImageHeader:
             width = image[offset + 7] << 8 | image[offset + 8]
             height = image[offset + 5] << 8 | image[offset + 6]
             scans = _count_scans(image) if marker in _PROGRESSIVE_MARKERS else 0
-            return ImageHeader("JPEG", width, height, scans=scans)
+            if header:
+                width, height = max(width, header.width), max(height, header.height)
+                scans = max(scans, header.scans)
+            header = ImageHeader("JPEG", width, height, scans=scans)
+        if marker == _START_OF_SCAN and header:
+            return header
         if marker == 0xFF:  # a fill byte
             offset += 1
         elif marker in _BARE_MARKERS:
@@ -202,6 +269,7 @@ def _read_jpeg(image: ImageBytes) -> ImageHeader:
     raise ValueError("no frame header")
 
 
+_START_OF_SCAN: Final = 0xDA
 _FRAME_MARKERS: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS: Final = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 """Markers without a length: restart markers, start and end of the image, TEM, and a byte that is stuffed."""
@@ -238,12 +306,36 @@ _SHORT: Final = 3
 
 
 def _read_avif(image: ImageBytes) -> ImageHeader:
-    """Return the largest image spatial extents (`ispe`, ISO/IEC 23008-12, 6.5.3) of any item."""
-    offsets = [match.start() for match in re.finditer(b"ispe", image[:_SEARCH_BYTES])]
-    sizes = [(_read_number(image, offset + 8, 4), _read_number(image, offset + 12, 4)) for offset in offsets]
+    """Return the largest image spatial extents (`ispe`, ISO/IEC 23008-12, 6.5.3) of any item.
+
+    Raises `ValueError` for a film (`moov`), whose size is elsewhere, and for a second `meta` box.
+    """
+    sizes: list[tuple[int, int]] = []
+    offset = 0
+    for _ in range(_MAX_MARKERS):
+        if offset >= len(image):
+            break
+        size, kind = _read_number(image, offset, 4), bytes(image[offset + 4 : offset + 8])
+        if size == 1:
+            size = _read_number(image, offset + 8, 8)
+        end = offset + size if size else len(image)
+        if kind == b"moov" or (kind == b"meta" and sizes) or end < offset + 8:
+            raise ValueError("not one picture")
+        if kind == b"meta":
+            if end - offset > _SEARCH_BYTES:
+                raise ValueError("too much metadata")
+            places = [offset + match.start() for match in re.finditer(b"ispe", image[offset:end])]
+            sizes = [
+                (_read_number(image, place + 8, 4), _read_number(image, place + 12, 4)) for place in places
+            ]
+        offset = end
     if not sizes:
         raise ValueError("no image spatial extents")
     return ImageHeader("AVIF", *max(sizes, key=lambda size: size[0] * size[1]))
+
+
+_UPPER_BOUNDS: Final = frozenset({"AVIF", "TIFF"})
+"""Formats of which the header gives only an upper bound: the largest of several sizes."""
 
 
 def _read_number(image: ImageBytes, start: int, size: int, byte_order: str = "big") -> int:

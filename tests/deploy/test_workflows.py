@@ -206,7 +206,7 @@ def test_signed_image_gets_its_tags(tmp_path: Path, digest: str) -> None:
         docker=f'echo docker "$@" >> calls.txt; [ "$3" = create ] || echo {digest}',
         cosign='echo cosign "$@" >> calls.txt',
     )
-    script = get_script("image", "Sign the image, and give it its tags")
+    script = get_script("image", "Sign the image, attest its packages, and give it its tags")
     process = run_script(script, tmp_path, SIGNING, programs)
     image = "example.com/some/fovea"
     assert (tmp_path / "calls.txt").read_text().splitlines()[:2] == [
@@ -218,7 +218,7 @@ def test_signed_image_gets_its_tags(tmp_path: Path, digest: str) -> None:
 
 def test_image_without_a_signature_gets_no_tag(tmp_path: Path) -> None:
     programs = make_programs(tmp_path, docker="touch called", cosign="exit 1")
-    script = get_script("image", "Sign the image, and give it its tags")
+    script = get_script("image", "Sign the image, attest its packages, and give it its tags")
     assert run_script(script, tmp_path, SIGNING, programs).returncode != 0
     assert not (tmp_path / "called").exists()
 
@@ -265,7 +265,7 @@ def test_image_that_does_not_classify_is_not_signed(tmp_path: Path, label: str |
     assert steps[-3:] == [
         "Build and push by digest, with SBOM and provenance",
         "Classify with the image, as a restricted container",
-        "Sign the image, and give it its tags",
+        "Sign the image, attest its packages, and give it its tags",
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from fovea.service.artifact.contract_file import read_contract
-from fovea.service.artifact.onnx_edit import read_metadata
+from fovea.service.artifact.onnx_edit import ExternalWeight, list_external_weights, read_metadata
 from fovea.service.errors import ContractError, ModelError
 from tests.graphs import build_model
 from tests.graphs import read_contract as parse_contract
@@ -56,7 +56,7 @@ def test_every_cut_file_is_refused(tmp_path: Path) -> None:
         (b"\x7f" * 100, "the file is not an ONNX model"),
         (b"\xff" * 100, "the ONNX model is cut short"),
         (b"\x08\x08" * 200_000, "the file is not an ONNX model"),
-        (b"\x72\x04\x0a\x02\xff\xfe", "the metadata of the ONNX model is not UTF-8"),
+        (b"\x72\x04\x0a\x02\xff\xfe", "a text of the ONNX model is not UTF-8"),
         (b"\x72\x04\x0a\x7f\xff\xfe", "the ONNX model is cut short"),
     ],
 )
@@ -84,3 +84,28 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=message):
             read_contract(tmp_path / name)
+
+
+def _encode(number: int, content: bytes) -> bytes:
+    return bytes((number << 3 | 2, len(content))) + content
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (_encode(8, b"\xff"), "a text of the ONNX model is not UTF-8"),
+        (_encode(13, _encode(1, b"offset") + _encode(2, b"\xff")), "a text of the ONNX model is not UTF-8"),
+        (_encode(13, _encode(1, b"offset") + _encode(2, b"x")), "has the offset 'x'"),
+        (_encode(13, _encode(1, b"offset") + _encode(2, b"-1")), "has the offset '-1'"),
+        (_encode(13, _encode(1, b"offset") + _encode(2, b"9" * 99)), "has the offset '99999999999999999999'"),
+    ],
+)
+def test_damaged_external_weight_is_refused(weight: bytes, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        list_external_weights(_encode(7, _encode(5, weight)))
+
+
+def test_external_weight_without_numbers_or_keys_is_read() -> None:
+    """A packed field may be empty, and an entry may lack its key."""
+    weight = _encode(8, b"a") + _encode(2, b"") + _encode(1, b"\x02\x03") + _encode(13, b"")
+    assert list_external_weights(_encode(7, _encode(5, weight))) == [ExternalWeight("a", 0, (2, 3), 0)]

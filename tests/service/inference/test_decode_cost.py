@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -135,3 +137,75 @@ def test_bytes_between_jpeg_segments_are_skipped() -> None:
     assert header is not None
     assert (header.width, header.height) == (301, 203)
     assert estimate_cost(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, max_pixels=MAX_PIXELS) is None
+
+
+def _compute_png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _draw_second_ihdr() -> bytes:
+    """Return a PNG of 30 x 20 pixels that begins with the header of one pixel."""
+    content = encode_image(PICTURE.resize((30, 20)), "PNG")
+    tiny = _compute_png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+    return content[:8] + tiny + content[8:]
+
+
+def _draw_second_frame_header() -> bytes:
+    content = make_jpeg(30, 20)
+    offset = content.index(b"\xff\xc0")
+    frame = content[offset : offset + 19]
+    return content[:offset] + frame[:5] + b"\0\1\0\1" + frame[9:] + content[offset:]
+
+
+def _draw_larger_picture_in_gif() -> bytes:
+    content = encode_image(PICTURE.resize((30, 20)), "GIF")
+    return content[:6] + struct.pack("<HH", 1, 1) + content[10:]
+
+
+def _draw_many_extents() -> bytes:
+    """Return an AVIF with an extent that no item has, of more pixels than are allowed."""
+    content = encode_image(PICTURE.resize((30, 20)), "AVIF")
+    meta = content.index(b"meta") - 4
+    size = struct.unpack_from(">I", content, meta)[0]
+    fake = struct.pack(">I", 24) + b"free" + b"ispe" + bytes(4) + struct.pack(">II", 1 << 20, 1 << 20)
+    longer = struct.pack(">I", size + len(fake)) + content[meta + 4 : meta + size] + fake
+    end = content[meta + size :]
+    return _move_items(content[:meta] + longer, len(fake)) + end
+
+
+def _move_items(head: bytes, distance: int) -> bytes:
+    """Return the head of an AVIF whose items lie further behind."""
+    place = head.index(b"iloc") + 18  # offset of the first extent
+    (offset,) = struct.unpack_from(">I", head, place)
+    return head[:place] + struct.pack(">I", offset + distance) + head[place + 4 :]
+
+
+@pytest.mark.parametrize(
+    "draw", [_draw_second_ihdr, _draw_second_frame_header, _draw_larger_picture_in_gif, _draw_many_extents]
+)
+def test_header_never_promises_less_than_the_decoder_allocates(draw: Callable[[], bytes]) -> None:
+    """Files that show a small header or a false one first would take memory that nobody has reserved."""
+    content = draw()
+    kind, image = _identify_image(content)
+    width, height = IMAGE_CLASSES[kind](BytesIO(image)).size
+    assert (width, height) == (30, 20)
+    cost = estimate_cost(content, EXACT, max_pixels=MAX_PIXELS)
+    assert cost is not None
+    assert cost.memory_bytes >= (2 << 20) + len(content) + 30 * 20 * 24
+
+
+@pytest.mark.parametrize("blocks", [b"!\xf9\0\0", b"!\xff\x0bNETSCAPE2.0\0\0", b";"])
+def test_gif_that_decoders_read_differently_has_unknown_cost(blocks: bytes) -> None:
+    content = encode_image(PICTURE.resize((30, 20)), "GIF")
+    start = 13 + (3 << (content[10] & 7) + 1)
+    assert estimate_cost(content[:start] + b"!\xfe\x02ab\0" + content[start:], EXACT, max_pixels=10**6)
+    assert estimate_cost(content[:start] + blocks + content[start:], EXACT, max_pixels=10**6) is None
+
+
+def test_film_and_hidden_metadata_have_unknown_cost() -> None:
+    content = encode_image(PICTURE, "AVIF")
+    box = struct.pack(">I", 8)
+    for kind in (b"moov", b"meta"):
+        assert estimate_cost(content + box + kind, EXACT, max_pixels=MAX_PIXELS) is None
+    hidden = content.replace(b"meta", b"free", 1) + b"ispe"
+    assert estimate_cost(hidden, EXACT, max_pixels=MAX_PIXELS) is None

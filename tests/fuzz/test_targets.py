@@ -1,0 +1,50 @@
+"""The fuzz targets accept their seeds, pass the kept inputs, and notice a parser that breaks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.fuzz.target import CORPUS, TARGETS, Target, list_kept_inputs, load_target
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds_are_accepted(name: str) -> None:
+    """A target that refuses everything at its first line would find nothing for ever."""
+    target = load_target(name)
+    for seed in target.make_seeds():
+        assert len(seed) <= target.max_size
+        assert target.check(seed), seed[:200]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kept_inputs_are_read_or_refused(name: str) -> None:
+    target = load_target(name)
+    for path in list_kept_inputs(name):
+        target.check(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_changed_seeds_are_read_or_refused(name: str) -> None:
+    """A fuzzer's first seconds, without its guidance."""
+    target, choice = load_target(name), random.Random(0)  # noqa: S311
+    seeds = target.make_seeds()
+    outcomes = [target.check(_change(target, choice.choice(seeds), choice)) for _ in range(60)]
+    assert True in outcomes
+    assert False in outcomes
+
+
+def _change(target: Target, data: bytes, choice: random.Random) -> bytes:
+    for _ in range(choice.randint(0, 3)):
+        if target.mutate and choice.random() < 0.7:
+            data = target.mutate(data, choice)
+        elif data:
+            place = choice.randrange(len(data))
+            data = data[:place] + choice.choice((b"", b"\0", b"\r\n", b"9")) + data[place + 1 :]
+    return data[: target.max_size]
+
+
+def test_kept_inputs_are_small() -> None:
+    assert {path.parent.name for path in CORPUS.glob("*/*")} <= set(TARGETS)
+    assert sum(path.stat().st_size for path in CORPUS.glob("*/*")) < 200_000
