@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -55,14 +56,17 @@ class WorkerPool:
         context = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
         self._idle_workers: SimpleQueue[_Worker] = SimpleQueue()
-        lock, weights = (os.memfd_create(name, os.MFD_ALLOW_SEALING) for name in ("lock", "weights"))
+        lock = os.memfd_create("lock")
+        weights = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         load = replace(load, weights_file=MemoryFile.from_descriptor(weights))
         try:
             for _ in range(load.plan.processes):
                 connection, remote = context.Pipe()
                 others = [worker.connection for worker in self._workers] + [connection]
                 process = context.Process(target=_serve, args=(remote, others, load, lock), daemon=True)
-                with remote:
+                with remote, warnings.catch_warnings():
+                    # Python 3.12 warns of native threads too: those of NumPy sleep, and survive a fork.
+                    warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 self._workers.append(_Worker(process, connection))
             loaded_models = [_receive_loaded_model(worker) for worker in self._workers]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -92,6 +93,21 @@ def test_rows_are_those_of_one_process_to_the_last_bit(settings: Settings, image
     assert classify(engine, entries) == rows  # a second time, with the same processes
     del engine
     assert list_children() <= children
+
+
+def test_process_with_other_threads_is_not_forked(settings: Settings, images: list[Path]) -> None:
+    children = list_children()
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        engine = LocalEngine.load(settings, None, top_k=2, coverage=None)
+        assert list_children() <= children
+        entries = [FileEntry(path) for path in images]
+        assert classify(engine, entries) == classify(make_engine(settings), entries)
+    finally:
+        end.set()
+        thread.join()
 
 
 def test_image_that_takes_most_of_the_memory_is_classified(small_zoo: Path, images: list[Path]) -> None:
