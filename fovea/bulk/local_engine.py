@@ -1,32 +1,37 @@
-"""Bulk classification in this process, on all processors."""
+"""Bulk classification on all processors of this machine."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final, NamedTuple
 
-from fovea.bulk.engine import ClassifiedChunk, is_skipped
+from fovea.bulk.chunk_classifier import ChunkClassifier
+from fovea.bulk.engine import ClassifiedChunk
 from fovea.bulk.inputs.basic_entries import count_held_bytes
 from fovea.bulk.row_maker import RowMaker
-from fovea.bulk.rows import Row
 from fovea.bulk.table_facts import TableFacts
+from fovea.bulk.worker_pool import WorkerPool
 from fovea.service.artifact.contract import Contract, Coverage
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.cli import load_live_model
-from fovea.service.errors import FileError, ModelError, RequestError
+from fovea.service.errors import ModelError
 from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.runners.batch_messages import Answer, BoxAnswers
+from fovea.service.resources.threads import expects_gpu
+from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
+from fovea.service.serving.standalone import load_predictor
 from fovea.service.settings import Settings
 
 _MIN_CHUNK: Final = 8
-"""Smallest number of entries that a thread takes at once; a thumbnail takes less than a millisecond."""
+"""Smallest number of entries that a worker takes at once; a thumbnail takes less than a millisecond."""
 
 _MIN_BATCH: Final = 4
 _MAX_BATCH: Final = 16
@@ -39,8 +44,8 @@ pixels a batch of 16 takes a fifth less processor time.
 _BATCH_PIXELS: Final = 1 << 14
 """Pixels of all inputs in a batch that is larger than the service's. Batches of large inputs gain nothing."""
 
-_CHUNKS_PER_THREAD: Final = 4
-"""Number of chunks for each thread that are read, running or waiting to be written."""
+_CHUNKS_PER_WORKER: Final = 4
+"""Number of chunks for each process or thread that are read, running or waiting to be written."""
 
 _HELD_BYTES: Final = 256 << 20
 """Bytes of images that their entries hold, above which no further chunk is taken from the sources.
@@ -56,29 +61,30 @@ class _PendingChunk(NamedTuple):
 
 
 class LocalEngine:
-    """Classifies with a model in this process.
+    """Classifies with a process for each processor, or with threads of this process.
 
-    Like the runners of the service at full load, each thread reads, decodes and classifies batches of its
-    own. No call is `exclusive`: which calls run alone depends on the moment, and the number of threads in a
-    call changes the last bits of its result.
+    Like the runners of the service at full load, each of them reads, decodes and classifies batches of its
+    own. There are only threads on a GPU, for a single processor, and in a process that has other threads,
+    which cannot be forked. The rows are the same.
     """
 
     def __init__(
         self,
-        predictor: Predictor,
+        loaded: Predictor | WorkerPool,
         model: LiveModel,
         *,
         top_k: int,
         coverage: Coverage | None,
         max_bytes: int,
     ) -> None:
-        """Create the engine. Images have at most `max_bytes` bytes. Raises `ModelError`."""
-        self._predictor, self._max_bytes = predictor, max_bytes
+        """Create the engine of a model that is `loaded` here or in processes.
+
+        Images have at most `max_bytes` bytes. Raises `ModelError`.
+        """
         self.contract = model.contract
         """Description of the model."""
-        self._row_maker = RowMaker(model, top_k, coverage)
-        self._batch_size = predictor.loaded_model.batch_max
-        self._threads = model.load.plan.processes
+        batch_size = loaded.loaded_model.batch_max
+        self._workers = model.load.plan.processes
         self.facts = TableFacts(
             model.name,
             model.version,
@@ -86,12 +92,19 @@ class LocalEngine:
             top_k,
             None if coverage is None else coverage.level,
         )
-        self.chunk_size = self._batch_size * -(-_MIN_CHUNK // self._batch_size)
+        self.chunk_size = batch_size * -(-_MIN_CHUNK // batch_size)
         threads_per_call = model.load.plan.threads
         self.description = (
-            f"{predictor.loaded_model.provider}, batches of {self._batch_size}, "
+            f"{loaded.loaded_model.provider}, batches of {batch_size}, "
             f"{threads_per_call} thread{'' if threads_per_call == 1 else 's'} each"
         )
+        row_maker = RowMaker(model, top_k, coverage)
+        self._classify_chunk: Callable[[Sequence[ImageEntry]], ClassifiedChunk]
+        if isinstance(loaded, WorkerPool):
+            loaded.prepare(row_maker, max_bytes)
+            self._classify_chunk = loaded.classify
+        else:
+            self._classify_chunk = ChunkClassifier(loaded, row_maker, max_bytes).classify
 
     @classmethod
     def load(
@@ -103,9 +116,9 @@ class LocalEngine:
         model does not have.
         """
         configure_pillow()
-        predictor, live_model = load_live_model(settings, model, choose_batch_size)
+        loaded, live_model = load_live_model(settings, model, _load_model, choose_batch_size)
         return cls(
-            predictor,
+            loaded,
             live_model,
             top_k=top_k,
             coverage=None if coverage is None else find_coverage(live_model.contract, coverage),
@@ -113,11 +126,14 @@ class LocalEngine:
         )
 
     def classify(self, chunks: Iterator[Sequence[ImageEntry]]) -> Generator[ClassifiedChunk, None, None]:
-        """Yield the rows of each chunk, in order. Raises `ModelError` if the graph does not run."""
-        limit = _CHUNKS_PER_THREAD * self._threads
+        """Yield the rows of each chunk, in order. Raises `ModelError` if the graph does not run.
+
+        Raises `StartError` if a process ends, which an image may have caused.
+        """
+        limit = _CHUNKS_PER_WORKER * self._workers
         pending: deque[_PendingChunk] = deque()
         held_bytes = 0
-        executor = ThreadPoolExecutor(self._threads, thread_name_prefix="bulk")
+        executor = ThreadPoolExecutor(self._workers, thread_name_prefix="bulk")
 
         def fill() -> None:
             nonlocal held_bytes
@@ -140,36 +156,14 @@ class LocalEngine:
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _classify_chunk(self, entries: Sequence[ImageEntry]) -> ClassifiedChunk:
-        rows: list[Row | None] = []
-        for start in range(0, len(entries), self._batch_size):
-            rows += self._classify_batch(entries[start : start + self._batch_size])
-        return ClassifiedChunk([entry.name for entry in entries], rows)
 
-    def _classify_batch(self, entries: Sequence[ImageEntry]) -> Iterator[Row | None]:
-        errors: list[RequestError | FileError | None] = []
-
-        def read_all() -> Iterator[bytes]:
-            for entry in entries:
-                try:
-                    content = entry.read(self._max_bytes)
-                except (RequestError, FileError) as error:
-                    errors.append(error.with_traceback(None))  # its frames would keep the content alive
-                    continue
-                errors.append(None)
-                yield content
-                del content  # before the next one is read
-
-        answers = iter(self._predictor.predict_stream(read_all()).answers)
-        for entry, read_error in zip(entries, errors, strict=True):
-            outcome = next(answers) if read_error is None else read_error
-            name = entry.name
-            if isinstance(outcome, BoxAnswers):
-                raise TypeError(f"{name} was asked for without boxes")
-            if not isinstance(outcome, Answer) and is_skipped(name, entry.is_named, outcome):
-                yield None
-            else:
-                yield self._row_maker.create_row(name, outcome)
+def _load_model(load: LoadCommand) -> Predictor | WorkerPool:
+    """Load a model into processes or into this one. Raises `ModelError` and `StartError`."""
+    plan = replace(load.plan, wide_threads=0)  # no call is exclusive
+    load = replace(load, plan=plan)
+    if plan.processes > 1 and not expects_gpu(plan.provider) and threading.active_count() == 1:
+        return WorkerPool(load)
+    return load_predictor(load)
 
 
 def choose_batch_size(contract: Contract) -> int:

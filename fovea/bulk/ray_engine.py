@@ -33,6 +33,7 @@ from fovea.service.resources import threads
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
+from fovea.service.serving.standalone import load_predictor
 from fovea.service.settings import Settings
 
 _CHUNK_ENTRIES: Final = 8
@@ -126,7 +127,7 @@ class RayEngine:
     ) -> RayEngine:
         """Load the named model, or the default model. See `LocalEngine.load` for the errors."""
         configure_pillow()
-        predictor, live_model = load_live_model(settings, model, choose_batch_size)
+        predictor, live_model = load_live_model(settings, model, load_predictor, choose_batch_size)
         label_set = None if coverage is None else find_coverage(live_model.contract, coverage)
         return cls(predictor, live_model, settings, top_k=top_k, coverage=label_set, address=address)
 

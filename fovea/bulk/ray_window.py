@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
-from fovea.bulk.ray_worker import ChunkClassifier, Heartbeats, WorkerModel
+from fovea.bulk.ray_worker import Heartbeats, TaskClassifier, WorkerModel
 from fovea.errors import StartError
 
 CPUS_PER_ACTOR: Final = 0.5
@@ -73,7 +73,7 @@ def iterate_results(
     items.clear()
     tasks.clear()
     data = data_set.map_batches(
-        ChunkClassifier,
+        TaskClassifier,
         fn_constructor_args=(model, content, heartbeats),
         batch_size=None,
         num_cpus=CPUS_PER_ACTOR,

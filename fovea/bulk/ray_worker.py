@@ -86,7 +86,7 @@ class Heartbeats:
         return time.monotonic() - self._last_beat_at
 
 
-class ChunkClassifier:
+class TaskClassifier:
     """The stateful actor of the data set: it loads the model once, and classifies chunks.
 
     It reads the images, too: their bytes stay on the machine that decodes them, and no other task has to get

@@ -13,10 +13,11 @@ import pytest
 
 from fovea.bulk import local_engine, table_run
 from fovea.bulk.inputs.basic_entries import BytesEntry as HeldEntry
-from fovea.bulk.local_engine import LocalEngine
+from fovea.bulk.local_engine import LocalEngine, choose_batch_size
 from fovea.errors import FileError, ModelError
 from fovea.service.cli import load_live_model
 from fovea.service.image_files import ImageEntry
+from fovea.service.serving.standalone import load_predictor
 from fovea.service.settings import load_settings
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
@@ -37,8 +38,10 @@ class BytesEntry:
 
 
 def make_engine(zoo: Path, threads: int) -> LocalEngine:
+    """Return an engine with threads; `test_worker_pool` has processes."""
     settings = load_settings(models=zoo, runners=threads)
-    return LocalEngine.load(settings, None, top_k=2, coverage=None)
+    predictor, model = load_live_model(settings, None, load_predictor, choose_batch_size)
+    return LocalEngine(predictor, model, top_k=2, coverage=None, max_bytes=settings.body_bytes)
 
 
 def cut(entries: Sequence[ImageEntry], size: int) -> Iterator[Sequence[ImageEntry]]:
@@ -170,7 +173,7 @@ def test_closed_engine_leaves_no_thread(small_zoo: Path, entries: list[BytesEntr
 def test_model_that_was_replaced_while_loading_is_refused(tmp_path: Path) -> None:
     zoo = add_to_repository(build_model(), tmp_path / "zoo")
     settings = load_settings(models=zoo)
-    predictor, model = load_live_model(settings, None)
+    predictor, model = load_live_model(settings, None, load_predictor)
     path = model.model_version.path
     path.write_bytes(path.read_bytes())
     with pytest.raises(ModelError, match="was replaced while it was loaded"):

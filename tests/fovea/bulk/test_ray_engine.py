@@ -26,7 +26,7 @@ from fovea.bulk.rows import Row
 from fovea.errors import StartError
 from fovea.service.settings import load_settings
 from tests.commands import Command
-from tests.fovea.bulk.ray_entries import DeadlyEntry, FileEntry, HangingEntry, SlowEntry
+from tests.fovea.bulk.slow_entries import DeadlyEntry, FileEntry, HangingEntry, SlowEntry
 from tests.fovea.bulk.tables import read_table
 from tests.pictures import make_jpeg
 from tests.servers import ROOT

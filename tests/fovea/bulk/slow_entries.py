@@ -1,4 +1,4 @@
-"""Entries for tests of the Ray engine, in a module that workers can import."""
+"""Entries for tests of engines with processes, in a module that workers can import."""
 
 from __future__ import annotations
 
@@ -66,6 +66,20 @@ class HangingEntry(FileEntry):
 class DeadlyEntry(FileEntry):
     """An image that ends every process that reads it."""
 
+    number: int = 0
+    """Signal that ends the process; 0 for an exit with status 1."""
+
     def read(self, max_bytes: int) -> bytes:
         """End this process."""
+        if self.number:
+            os.kill(os.getpid(), self.number)
         os._exit(1)
+
+
+@dataclass(frozen=True)
+class FaultyEntry(FileEntry):
+    """An entry whose reading fails by a mistake in the code."""
+
+    def read(self, max_bytes: int) -> bytes:
+        """Fail."""
+        raise ZeroDivisionError("a mistake")
