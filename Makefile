@@ -15,7 +15,7 @@ serve: $(VENV)/.runtime ## Serve the default model on port 8000
 
 setup: $(VENV)/.dev ## Install everything for development into .venv
 
-test: $(VENV)/.dev lint ## Check style and types, run all tests but the long ones (6 minutes)
+test: $(VENV)/.dev lint ## Check style and types, run all tests but the long ones (about 6 minutes)
 	@echo "A part: $(BIN)/pytest tests/service/api; one test: $(BIN)/pytest -k part_of_its_name; the long ones: make proof"
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
