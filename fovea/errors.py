@@ -8,6 +8,7 @@
     ├── RequestError          an image, or a whole request, cannot be answered: `code`, `status`,
     │   │                     `message`, `retry_after`
     │   ├── BadImage …        the same classes for a model in this process and for a service
+    │   ├── Unauthorized      the service needs an API key; `MissingScope`: the key may not do this
     │   └── Unavailable       the service was too busy, or stopping, for as long as the client tried
     ├── UnexpectedReply       an HTTP reply that is not Fovea's, as of a proxy: `status`, `retry_after`
     ├── ConnectionFailed      no service answers at the address; also a `ConnectionError`
@@ -30,6 +31,7 @@ from fovea.service.errors import (
     FoveaError,
     GoldenError,
     Internal,
+    MissingScope,
     ModelError,
     ModelNotFound,
     NoEmbedding,
@@ -39,6 +41,7 @@ from fovea.service.errors import (
     SettingsError,
     StartError,
     TooManyPixels,
+    Unauthorized,
     Unavailable,
     UnsupportedFormat,
 )
@@ -57,6 +60,7 @@ __all__ = [
     "FoveaError",
     "GoldenError",
     "Internal",
+    "MissingScope",
     "ModelError",
     "ModelNotFound",
     "NoEmbedding",
@@ -66,6 +70,7 @@ __all__ = [
     "SettingsError",
     "StartError",
     "TooManyPixels",
+    "Unauthorized",
     "Unavailable",
     "UnexpectedReply",
     "UnsupportedFormat",
