@@ -59,9 +59,13 @@ def test_key_comes_from_the_environment(
     key_server: Server, key: str, other_key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOVEA_KEY", key)
-    assert fovea.Client(key_server.url).classify(PHOTO).label
-    with pytest.raises(MissingScope, match="'prober' lacks the scope 'classify'"):
-        fovea.Client(key_server.url, key=other_key).classify(PHOTO)
+    with fovea.Client(key_server.url) as client:
+        assert client.classify(PHOTO).label
+    with (
+        fovea.Client(key_server.url, key=other_key) as client,
+        pytest.raises(MissingScope, match="'prober' lacks the scope 'classify'"),
+    ):
+        client.classify(PHOTO)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +75,11 @@ def test_refusal_is_an_error_that_says_where_a_key_goes(
     key_server: Server, monkeypatch: pytest.MonkeyPatch, wrong_key: str | None, message: str
 ) -> None:
     monkeypatch.delenv("FOVEA_KEY", raising=False)
-    with pytest.raises(Unauthorized, match=message) as caught:
-        fovea.Client(key_server.url, key=wrong_key, retry_seconds=0).classify(PHOTO)
+    with fovea.Client(key_server.url, key=wrong_key) as client:
+        with pytest.raises(Unauthorized, match=message) as caught:
+            client.classify(PHOTO)
+        assert client.ready()  # which needs no key
     assert "FOVEA_KEY" in str(caught.value)
-    assert fovea.Client(key_server.url).ready()  # which needs no key
 
 
 @pytest.mark.parametrize("bad_key", ["", "two words", "clé", "k" * 513, "a\r\nHost: b"])

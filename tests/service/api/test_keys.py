@@ -278,5 +278,10 @@ def test_service_refuses_the_variable_of_clients_instead_of_its_own(monkeypatch:
     monkeypatch.setenv("FOVEA_KEY", "/run/secrets/keys")
     with pytest.raises(SettingsError, match="FOVEA_KEY is the key of a client"):
         load_service_settings()
+    monkeypatch.setenv("FOVEA_KEYS", "")
+    monkeypatch.delenv("FOVEA_KEY")
+    with pytest.raises(SettingsError, match="FOVEA_KEYS is empty"):
+        load_service_settings()
+    monkeypatch.setenv("FOVEA_KEY", "fovea_key")
     monkeypatch.setenv("FOVEA_KEYS", "/run/secrets/keys")
     assert load_service_settings().keys == Path("/run/secrets/keys")
