@@ -470,6 +470,9 @@ def load_service_settings(**overrides: Any) -> Settings:
         raise SettingsError(
             "FOVEA_KEY is the key of a client; for a service, set FOVEA_KEYS to the file with its keys"
         )
+    if os.environ.get("FOVEA_KEYS") == "" and "keys" not in overrides:
+        # Elsewhere an empty variable is the default; here that is a service that is open.
+        raise SettingsError("FOVEA_KEYS is empty; give the file with the keys, or do not set it")
     prefix = len(ENVIRONMENT_PREFIX)
     platform = {name[prefix:].lower(): value for name, value in read_platform_settings().items()}
     return load_settings(**{**platform, **overrides})

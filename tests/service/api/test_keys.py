@@ -12,12 +12,14 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from fovea.bench.keys import rotate_under_load
 from fovea.service.access.caller import Scope
 from fovea.service.access.keys_file import ApiKey, hash_key
 from fovea.service.api.route_scopes import find_scope
 from fovea.service.api.router import Router
 from fovea.service.app import create_app
-from fovea.service.settings import PROTOCOLS, Settings
+from fovea.service.errors import SettingsError
+from fovea.service.settings import PROTOCOLS, Settings, load_service_settings
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire
 from tests.servers import Server, run_service, wait_until
@@ -26,7 +28,7 @@ from tests.service.api.test_protocols import error_code, post_request
 KEYS = {scope.value: f"key-of-{scope.value}" for scope in Scope} | {"everything": "key-of-everything"}
 """Keys by their names; each has the scope of its name."""
 
-ANYBODY = httpx.Client(timeout=60)
+ANYBODY = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 """A client without a key."""
 
 OPEN_ROUTES = {
@@ -261,3 +263,25 @@ def test_service_does_not_start_without_valid_keys(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert f"FOVEA_KEYS is {str(file)!r}: line 2: the third field is not a SHA-256" in result.stderr
     assert "secret" not in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rotation_under_load_fails_no_request(tmp_path: Path, workers: int) -> None:
+    """`make bench-keys` does the same with 20,000 requests."""
+    result = rotate_under_load(tmp_path / "keys", requests=200, rotations=1, workers=workers)
+    assert result.rotations == 1
+    assert result.statuses == {200: result.sent}, result.errors
+
+
+def test_service_refuses_the_variable_of_clients_instead_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEA_KEY", "/run/secrets/keys")
+    with pytest.raises(SettingsError, match="FOVEA_KEY is the key of a client"):
+        load_service_settings()
+    monkeypatch.setenv("FOVEA_KEYS", "")
+    monkeypatch.delenv("FOVEA_KEY")
+    with pytest.raises(SettingsError, match="FOVEA_KEYS is empty"):
+        load_service_settings()
+    monkeypatch.setenv("FOVEA_KEY", "fovea_key")
+    monkeypatch.setenv("FOVEA_KEYS", "/run/secrets/keys")
+    assert load_service_settings().keys == Path("/run/secrets/keys")

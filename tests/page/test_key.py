@@ -1,0 +1,75 @@
+"""The page asks for an API key, and keeps it in the tab."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from fovea.service.access.caller import Scope
+from fovea.service.access.key_editor import add_key
+from tests.page.test_use import find_serious_faults
+from tests.page.views import SHIP, View
+from tests.servers import Server
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def key_and_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server]]:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    key = add_key(file, "page", frozenset({Scope.CLASSIFY, Scope.EXPLAIN}))
+    with Server(FOVEA_MODELS=str(models), FOVEA_KEYS=str(file), FOVEA_EXPLAIN_SECONDS="0.3") as server:
+        server.client.headers["X-API-Key"] = key
+        yield key, server
+
+
+def test_page_asks_for_a_key_and_forgets_it_with_the_tab(
+    page: Page, key_and_server: tuple[str, Server]
+) -> None:
+    key, server = key_and_server
+    page.goto(server.url)
+    dialog = page.get_by_role("dialog", name="This service needs an API key")
+    field = dialog.get_by_label("API key")
+    expect(field).to_be_focused()
+    expect(dialog).to_contain_text("the request has no API key")
+    assert find_serious_faults(page) == []
+    page.keyboard.type("no key")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("without spaces")
+    field.fill("wrong")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("the API key is not known")
+    field.fill(f" {key} ")
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#model")).to_be_enabled()
+    view = View(page, server)
+    view.pick_files(SHIP)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    assert page.evaluate("sessionStorage.getItem('fovea-key')") == key
+    assert key not in page.evaluate("JSON.stringify(localStorage) + document.cookie + location.href")
+    page.reload()
+    expect(page.locator("#model")).to_be_enabled()  # without a question
+    expect(dialog).to_be_hidden()
+    page.evaluate("sessionStorage.clear()")
+
+
+def test_cancelled_question_shows_the_error_and_asks_again(
+    page: Page, key_and_server: tuple[str, Server]
+) -> None:
+    key, server = key_and_server
+    page.goto(server.url)
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#fault-text")).to_contain_text(re.compile("API key"))
+    page.get_by_role("button", name="Try again").click()
+    dialog.get_by_label("API key").fill(key)
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#model")).to_be_enabled()
+    page.evaluate("sessionStorage.clear()")
