@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-keys bench-callers overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -87,6 +87,9 @@ bench-bulk: $(VENV)/.dev ## Classify 100,000 thumbnails into a table beside the 
 
 bench-geometry: $(VENV)/.dev ## Compare the answers of right and wrong geometries on photographs (1 minute)
 	$(BIN)/python -m fovea.bench.geometry $(GEOMETRY)
+
+bench-keys: $(VENV)/.dev ## Compare a service with API keys with an open one, and rotate a key under load (3 minutes; needs wrk)
+	$(BIN)/python -m fovea.bench.keys $(KEYS)
 
 bench-ray: $(VENV)/.dev ## Compare the local engine, Ray on the same cores, and HTTP on 2,000 photographs (3 minutes)
 	$(BIN)/pip install --quiet --editable '.[ray]'

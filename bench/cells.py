@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -339,15 +340,16 @@ def _measure_open_share(
     )
 
 
-def run_wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
-    """Run wrk for whole seconds and return the report of `wrk.lua`.
+def run_wrk(url: str, connections: int, seconds: float, images: Path, key: str = "") -> dict[str, float]:
+    """Run wrk for whole seconds and return the report of `wrk.lua`; `key` is the API key to send.
 
     Raises `BenchError`.
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout=30s",
                f"-s{Path(__file__).with_name('wrk.lua')}", url, "--", str(images)]  # fmt: skip
     try:
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "FOVEA_KEY": key}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise BenchError("the benchmark needs wrk: apt-get install wrk") from None
     lines = [line for line in process.stdout.splitlines() if line.startswith("JSON ")]

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fovea.bench.load import LoadResult, run_closed_loop, run_open_loop
+from fovea.http_calls import read_key_header
 from fovea.service.errors import FoveaError
 
 PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
@@ -40,10 +41,15 @@ def run_bench(
     """Load `url` and print the result; return 0, or 1 if any request was not answered with 200.
 
     With `rate`, requests are sent at that rate per second, whether or not earlier ones are answered. Without
-    `rate`, each of `callers` sends its next request after an answer. Raises `BenchError` if the URL does not
+    `rate`, each of `callers` sends its next request after an answer. FOVEA_KEY has the API key if the service
+    needs one. Raises `BenchError` if the URL does not
     answer with 200.
     """
     url = _complete_url(url)
+    try:
+        read_key_header()
+    except ValueError as error:
+        raise BenchError(str(error)) from None
     bodies = [path.read_bytes() for path in images] or [draw_jpeg(seed) for seed in range(16)]
     _check_url(url, bodies[0])
     if rate is None:
@@ -106,7 +112,8 @@ def _check_url(url: str, body: bytes) -> None:
     connection = http.client.HTTPConnection(parts.netloc, timeout=_GRACE_SECONDS)
     try:
         target = parts.path + (f"?{parts.query}" if parts.query else "")
-        connection.request("POST", target, body, {"Content-Type": "application/octet-stream"})
+        headers = {"Content-Type": "application/octet-stream", **read_key_header()}
+        connection.request("POST", target, body, headers)
         reply = connection.getresponse()
         text = reply.read(300).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:

@@ -89,6 +89,8 @@ class Server:
     process: subprocess.Popen[str]
     configuration: str = ""
     """Configuration of a peer; empty for Fovea, which chooses its own."""
+    key: str = ""
+    """API key to send; empty if the server needs none."""
 
     @contextmanager
     def take_turn(self) -> Iterator[None]:
@@ -105,8 +107,9 @@ class Server:
 
     def predict_top1(self, image: bytes) -> int:
         """Return the index of the most probable label according to this server."""
+        key_header = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(  # noqa: S310 - our own servers
-            self.url, image, {"Content-Type": "image/jpeg"}, method="POST"
+            self.url, image, {"Content-Type": "image/jpeg", **key_header}, method="POST"
         )
         with urllib.request.urlopen(request, timeout=_START_TIMEOUT) as response:  # noqa: S310
             index: int = json.load(response)["predictions"][0]["index"]
@@ -186,8 +189,10 @@ def write_image_list(workload: Workload) -> Iterator[Path]:
 
 
 @contextmanager
-def start_fovea(version: FoveaVersion, name: str, workload: Workload, path: str) -> Iterator[Server]:
-    """Start a version of Fovea; its log goes to a file.
+def start_fovea(
+    version: FoveaVersion, name: str, workload: Workload, path: str, key: str = ""
+) -> Iterator[Server]:
+    """Start a version of Fovea; its log goes to a file. `key` is an API key if its settings need one.
 
     The model is the workload's for this pixel path, unless the version has models of its own.
     """
@@ -202,7 +207,7 @@ def start_fovea(version: FoveaVersion, name: str, workload: Workload, path: str)
         ) as process,
     ):
         yield wait_until_ready(
-            Server(name, f"{_read_address(process, version.name)}/v1/classify", process), workload
+            Server(name, f"{_read_address(process, version.name)}/v1/classify", process, key=key), workload
         )
 
 

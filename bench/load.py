@@ -28,6 +28,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
+from fovea.http_calls import read_key_header
+
 LATE_SECONDS: Final = 0.01
 """Delay from which a request counts as late, in seconds.
 
@@ -195,6 +197,7 @@ class _Client:
         address_info = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
         self._family, self._address = address_info[0], address_info[4]
         head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in read_key_header().items())
         self._requests = [
             memoryview(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body) for body in bodies
         ]

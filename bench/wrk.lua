@@ -6,6 +6,10 @@ local requests, position = {}, 0
 
 function init(arguments)
   wrk.headers["Content-Type"] = "image/jpeg"
+  local key = os.getenv("FOVEA_KEY")
+  if key and key ~= "" then
+    wrk.headers["Authorization"] = "Bearer " .. key
+  end
   for path in io.lines(arguments[1]) do
     local file = assert(io.open(path, "rb"))
     requests[#requests + 1] = wrk.format("POST", nil, nil, file:read("*a"))

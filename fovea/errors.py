@@ -8,6 +8,7 @@
     ├── RequestError          an image, or a whole request, cannot be answered: `code`, `status`,
     │   │                     `message`, `retry_after`
     │   ├── BadImage …        the same classes for a model in this process and for a service
+    │   ├── Unauthorized      the service needs an API key; `MissingScope`: the key may not do this
     │   └── Unavailable       the service was too busy, or stopping, for as long as the client tried
     │       └── CallerLimited this client has reached a limit that holds for each caller
     ├── UnexpectedReply       an HTTP reply that is not Fovea's, as of a proxy: `status`, `retry_after`
@@ -32,6 +33,7 @@ from fovea.service.errors import (
     FoveaError,
     GoldenError,
     Internal,
+    MissingScope,
     ModelError,
     ModelNotFound,
     NoEmbedding,
@@ -41,6 +43,7 @@ from fovea.service.errors import (
     SettingsError,
     StartError,
     TooManyPixels,
+    Unauthorized,
     Unavailable,
     UnsupportedFormat,
 )
@@ -60,6 +63,7 @@ __all__ = [
     "FoveaError",
     "GoldenError",
     "Internal",
+    "MissingScope",
     "ModelError",
     "ModelNotFound",
     "NoEmbedding",
@@ -69,6 +73,7 @@ __all__ = [
     "SettingsError",
     "StartError",
     "TooManyPixels",
+    "Unauthorized",
     "Unavailable",
     "UnexpectedReply",
     "UnsupportedFormat",

@@ -30,6 +30,7 @@ from fovea.service.errors import (
     Internal,
     RequestError,
     TooManyPixels,
+    Unauthorized,
     UnsupportedFormat,
     restore_request_error,
     to_one_line,
@@ -223,6 +224,8 @@ def read_error(response: httpx.Response) -> FoveaError:
         error = None
     if error is None:
         return _unexpected_reply(response, retry_after)
+    if isinstance(error, Unauthorized):
+        error.args = (f"{error}; a client takes its key from `key` or {KEY_VARIABLE}",)
     error.retry_after = retry_after
     error.request_id = response.headers.get("X-Request-ID")
     return error

@@ -27,11 +27,22 @@ def bench(
         ),
     ] = 8,
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Duration in seconds.")] = 10.0,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="API key of the service [FOVEA_KEY]; better in the variable, which others cannot see."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
 ) -> None:
     """Load a running service and measure its speed. With --rate, latencies are those that users see."""
-    from fovea.bench.command import run_bench
+    import os
 
+    from fovea.bench.command import run_bench
+    from fovea.http_calls import KEY_VARIABLE
+
+    if key is not None:
+        os.environ[KEY_VARIABLE] = key
     raise typer.Exit(
         run_bench(url, images or [], rate=rate, callers=callers, seconds=seconds, as_json=as_json)
     )

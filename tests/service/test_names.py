@@ -82,7 +82,7 @@ def test_logging_page_lists_exactly_the_log_fields(
 ) -> None:
     _, fields = observed_names
     assert fields - {"timestamp", "level", "event"} <= read_documented_fields()
-    optional_fields = {"left_out", "image_errors", "peer", "warnings"}
+    optional_fields = {"left_out", "image_errors", "peer", "caller", "warnings"}
     assert read_documented_fields() - fields <= optional_fields
 
 
@@ -113,6 +113,7 @@ def test_metrics_named_in_docs_and_deployment_exist(
 ) -> None:
     metrics, _ = observed_names
     conditional_metrics = {
+        "fovea_caller_requests",  # where callers need keys
         "fovea_drift_psi", "fovea_drift_chance_psi",  # once the window is full
         "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",  # once a version was tried
         "fovea_container_throttled_seconds", "fovea_container_memory_bytes",

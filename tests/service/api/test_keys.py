@@ -26,7 +26,7 @@ from tests.service.api.test_protocols import error_code, post_request
 KEYS = {scope.value: f"key-of-{scope.value}" for scope in Scope} | {"everything": "key-of-everything"}
 """Keys by their names; each has the scope of its name."""
 
-ANYBODY = httpx.Client(timeout=60)
+ANYBODY = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 """A client without a key."""
 
 OPEN_ROUTES = {
