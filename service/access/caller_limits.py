@@ -79,7 +79,7 @@ class CallerLimits:
         self.has_shares = settings.caller_shares
         """True if callers have fair shares of the queue and of the runners' time."""
         self._accounts: dict[str, _Account] = {}
-        """Callers that have images in flight in this worker: at most as many as there are requests in flight."""
+        """Callers with images in flight in this worker, at most one for each request in flight."""
         self._images_in_flight = 0
         self._find_caller = lru_cache(_MAX_CACHED_CALLERS)(self._find_uncached)
 

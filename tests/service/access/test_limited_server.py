@@ -172,7 +172,7 @@ def test_place_is_free_after_every_end_of_a_request(places_server: Server, way_o
                 server.wait_for_metric(0, "fovea_images_in_flight")
         elif way_out == "deadline":
             with stop_runners(server):
-                reply = send_as(server, address, **{"X-Deadline-Ms": "50"})
+                reply = send_as(server, address, IMAGE, **{"X-Deadline-Ms": "50"})
             assert reply.status_code == 504
         else:
             with Wire(server.url) as wire:

@@ -23,6 +23,7 @@ from fovea.service.api.router import MAX_CACHED_URL_BYTES, MAX_CACHED_URLS, Rout
 from fovea.service.app import Application, create_app
 from fovea.service.http.fast_path import Exchange
 from fovea.service.http.request_record import RequestRecord
+from fovea.service.serving.admission import Admission
 from fovea.service.settings import Settings
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import encode_image, make_jpeg
@@ -276,10 +277,10 @@ class RecordingHandler(FastHandler):
         self._fails = fails
         model: Any = SimpleNamespace(acquire=lambda: None, release=lambda: self.events.append("release"))
         body_memory = SimpleNamespace(release=lambda _size: None)
-        services = SimpleNamespace(classifier=SimpleNamespace(body_memory=body_memory))
-        endpoint: Any = SimpleNamespace(services=services)
+        classifier: Any = SimpleNamespace(body_memory=body_memory)
+        endpoint: Any = SimpleNamespace(services=SimpleNamespace(classifier=classifier))
         exchange: Any = None
-        super().__init__(endpoint, exchange, None, {}, model, None, 60)
+        super().__init__(endpoint, exchange, None, {}, Admission(classifier, model), None, 60)
 
     def _cancel_jobs(self) -> None:
         super()._cancel_jobs()
