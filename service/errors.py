@@ -13,6 +13,7 @@
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
         ├── Forbidden          403 forbidden
+        ├── CertificateRequired  403 certificate_required
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
@@ -168,6 +169,12 @@ class Forbidden(RequestError):
     """The request needs a feature that is switched off."""
 
     status, code = 403, "forbidden"
+
+
+class CertificateRequired(RequestError):
+    """The client has no certificate, although FOVEA_TLS_CLIENT_CA is set. Raised by the connection."""
+
+    status, code = 403, "certificate_required"
 
 
 class NotFound(RequestError):

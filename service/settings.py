@@ -276,6 +276,16 @@ class Settings(BaseSettings):
     keep_alive: float = Field(
         75.0, gt=0, le=3600, description="Seconds that a connection may wait for its next request."
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM file with the certificate and its chain: the port speaks TLS, and only TLS."
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file with the private key of `FOVEA_TLS_CERT`, without a pass phrase."
+    )
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with authorities: clients need a certificate of one of them except for health.",
+    )
     connections: int = Field(
         4096,
         ge=1,
@@ -404,6 +414,11 @@ class Settings(BaseSettings):
                 f"FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES allows: {self.request_images} > "
                 f"{self.queue_images}"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "FOVEA_TLS_KEY" if self.tls_cert else "FOVEA_TLS_CERT"
+            raise ValueError(f"{missing} is missing: TLS needs both FOVEA_TLS_CERT and FOVEA_TLS_KEY")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("FOVEA_TLS_CLIENT_CA needs FOVEA_TLS_CERT and FOVEA_TLS_KEY")
         if self.body_bytes > self.bodies_bytes:
             raise ValueError(
                 f"FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES allows: {self.body_bytes} > "
