@@ -24,6 +24,7 @@ from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import ModelLoader
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
+from fovea.service.api.url_images import UrlImages
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
@@ -35,6 +36,7 @@ from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, ObserverMiddleware
 from fovea.service.http.proxies import TrustedProxies
 from fovea.service.observability.metrics import Metrics
+from fovea.service.remote.guarded_https import GuardedHttps
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.store_sync import StoreSync
@@ -74,6 +76,7 @@ def create_app(
     serving_state: ServingState | None = None,
     participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
+    https: GuardedHttps | None = None,
 ) -> Application:
     """Load the models and build the application.
 
@@ -82,6 +85,7 @@ def create_app(
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
     models to serve as `serving_state` and a `participant` that manages them. Without a participant the
     application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
+    `https` replaces the client that fetches images by URL.
     """
     # A scrape of another worker must find every request whose answer has been sent.
     metrics = Metrics(registry, is_shared=settings.workers > 1)
@@ -144,7 +148,10 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
+    url_images = UrlImages(settings, metrics, https)
+    services = Services(
+        classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer, url_images
+    )
     _add_routes(app, services, protocols, participant or watcher, exposed_registry or registry)
     router = Router(app, services, CachedReplies(classifier.catalog, observer))
     # The order matters. `HeadMiddleware` is outermost: it creates the record before it replaces the method.

@@ -14,6 +14,7 @@
         ├── BadHttp            400 bad_http
         ├── Forbidden          403 forbidden
         ├── CertificateRequired  403 certificate_required
+        ├── UrlNotAllowed      403 url_refused
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
@@ -25,6 +26,8 @@
         ├── UnsupportedFormat  415 unsupported_format
         ├── BadImage           422 bad_image
         ├── BadBox             422 bad_box
+        ├── UrlUnavailable     424 url_failed
+        │   └── UrlTimeout     424 url_timeout
         ├── HeaderTooLarge     431 header_too_large
         ├── Unavailable        503, with Retry-After
         │   ├── Overloaded     503 overloaded
@@ -244,6 +247,24 @@ class BadBox(RequestError):
     """A box is empty or not inside its image."""
 
     status, code = 422, "bad_box"
+
+
+class UrlNotAllowed(RequestError):
+    """The guard does not allow the URL of an image: its host, its address or its form."""
+
+    status, code = 403, "url_refused"
+
+
+class UrlUnavailable(RequestError):
+    """The host of an image's URL did not give the image."""
+
+    status, code = 424, "url_failed"
+
+
+class UrlTimeout(UrlUnavailable):
+    """The host of an image's URL took longer than FOVEA_URL_SECONDS."""
+
+    code = "url_timeout"
 
 
 class HeaderTooLarge(RequestError):

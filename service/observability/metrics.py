@@ -37,6 +37,9 @@ DEATH_REASONS: Final = ("signal", "exit", "hung")
 HANDSHAKE_FAILURES: Final = ("plain_http", "protocol", "certificate", "timeout", "client_left", "stopped")
 """Reasons for which a connection has no encryption. Without TLS they stay 0."""
 
+URL_RESULTS: Final = ("ok", "refused", "failed", "timeout", "too_large", "overloaded", "client_left")
+"""Results of fetching an image by URL."""
+
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 """Stages of a request, in this order."""
 
@@ -153,6 +156,11 @@ class Metrics:
     tls_certificate_expiry_timestamp_seconds = _gauge(
         "End of the certificate's validity, in seconds since 1970; 0 without TLS.",
         workers="livemax",
+    )
+    url_fetches = _counter(
+        "Images fetched by URL, by result: `ok`, `refused`, `failed`, `timeout`, `too_large`, `overloaded`, "
+        "`client_left`.",
+        "result",
     )
     errors = _counter(
         "Requests that got an error, and failed images of requests with many images, by error code.",
@@ -283,6 +291,8 @@ class Metrics:
             self.runner_start_failures.labels(reason)
         for reason in HANDSHAKE_FAILURES:
             self.tls_handshake_failures.labels(reason)
+        for result in URL_RESULTS:
+            self.url_fetches.labels(result)
         for result in ("ok", "failed"):
             self.tls_certificate_reloads.labels(result)
         self.active_requests = 0

@@ -9,8 +9,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -396,3 +398,43 @@ def test_health_check_of_the_image_speaks_tls(tls_server: Server, mutual_server:
                 check=False,
             )
             assert result.returncode == code, result.stderr
+
+
+@pytest.mark.slow
+def test_no_request_fails_while_the_certificate_is_renewed(small_zoo: Path, tmp_path: Path) -> None:
+    """20,000 requests, a new connection for every fifty, while three renewals and a wrong pair come."""
+    issuer = Authority(tmp_path)
+    pair, request = issuer.issue("used"), classify_request(make_jpeg(32, 32))
+    client_tls = issuer.trust()
+    is_renewed = threading.Event()
+    certificates: set[bytes | None] = set()
+
+    def send_requests(count: int) -> int:
+        answered = 0
+        while answered < count or not is_renewed.is_set():
+            with TlsWire(server.url, client_tls) as wire:
+                assert isinstance(wire.socket, ssl.SSLSocket)
+                certificates.add(wire.socket.getpeercert(binary_form=True))
+                for _ in range(50):
+                    wire.send(request)
+                    assert wire.read_response().status == 200
+                    answered += 1
+        return answered
+
+    with (
+        Server(None, client_tls, FOVEA_MODELS=str(small_zoo), **pair.settings) as server,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        senders = [threads.submit(send_requests, 5_000) for _ in range(4)]
+        try:
+            for number in range(1, 4):
+                pair.replace_with(issuer.issue(f"renewed-{number}"))
+                server.wait_for_metric(number, "fovea_tls_certificate_reloads_total", result="ok")
+            pair.key.write_text("no key")
+            server.wait_for_metric(1, "fovea_tls_certificate_reloads_total", result="failed")
+        finally:
+            is_renewed.set()
+        assert sum(sender.result() for sender in senders) >= 20_000
+        failures = server.read_metric("fovea_tls_handshake_failures_total")
+        assert (failures, server.read_metric("fovea_errors_total")) == (0, 0)
+    assert len(certificates) == 4
