@@ -53,6 +53,7 @@ _SECONDS_PER_PIXEL: Final = {
     "BMP": 8e-9,
     "TIFF": 25e-9,
     "AVIF": 30e-9,
+    "HEIC": 80e-9,
 }
 """Seconds per pixel to decode at full size, convert and resize a noisy image of 12 MP."""
 
@@ -62,7 +63,16 @@ _DRAFT_SECONDS: Final = 4e-9
 _SCAN_SECONDS: Final = 3e-9
 """Seconds per pixel and scan of a progressive JPEG."""
 
-_BYTES_PER_PIXEL: Final = {"JPEG": 24, "PNG": 28, "WEBP": 32, "GIF": 24, "BMP": 24, "TIFF": 32, "AVIF": 32}
+_BYTES_PER_PIXEL: Final = {
+    "JPEG": 24,
+    "PNG": 28,
+    "WEBP": 32,
+    "GIF": 24,
+    "BMP": 24,
+    "TIFF": 32,
+    "AVIF": 32,
+    "HEIC": 32,
+}
 """Peak memory in bytes per pixel, at least that of `peak_memory` in the worst mode.
 
 It covers the image, the decoder's own memory, and the result of the conversion.
@@ -81,7 +91,7 @@ _WORK_BYTES: Final = 2 << 20
 """Bytes that any decode takes beside its pixels."""
 
 _SEARCH_BYTES: Final = 256 << 10
-"""Number of bytes to search for scans, or the boxes of an AVIF.
+"""Number of bytes to search for scans, or the boxes of an AVIF or HEIC.
 
 A search of 50 MB would block the event loop.
 """
@@ -136,7 +146,7 @@ def read_header(image: ImageBytes) -> ImageHeader | None:
         if head.startswith(signature):
             return read_format(image)
     if head[4:8] == b"ftyp":
-        return _read_avif(image)
+        return _read_heif(image)
     return None
 
 
@@ -305,7 +315,7 @@ _WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH, _SUB_DIRECTORIES = 256, 257, 322, 32
 _SHORT: Final = 3
 
 
-def _read_avif(image: ImageBytes) -> ImageHeader:
+def _read_heif(image: ImageBytes) -> ImageHeader:
     """Return the largest image spatial extents (`ispe`, ISO/IEC 23008-12, 6.5.3) of any item.
 
     Raises `ValueError` for a film (`moov`), whose size is elsewhere, and for a second `meta` box.
@@ -331,10 +341,13 @@ def _read_avif(image: ImageBytes) -> ImageHeader:
         offset = end
     if not sizes:
         raise ValueError("no image spatial extents")
-    return ImageHeader("AVIF", *max(sizes, key=lambda size: size[0] * size[1]))
+    # A file with brands of both formats is decoded as AVIF (`image_format`).
+    brands = bytes(image[8 : min(_read_number(image, 0, 4), 64)])
+    kind = "AVIF" if b"avif" in brands or b"avis" in brands else "HEIC"
+    return ImageHeader(kind, *max(sizes, key=lambda size: size[0] * size[1]))
 
 
-_UPPER_BOUNDS: Final = frozenset({"AVIF", "TIFF"})
+_UPPER_BOUNDS: Final = frozenset({"AVIF", "HEIC", "TIFF"})
 """Formats of which the header gives only an upper bound: the largest of several sizes."""
 
 

@@ -42,7 +42,7 @@ def find_profile(
         return profile
     if is_png:
         return None if "srgb" in info else _gamma_profile(info)
-    if kind is AvifImagePlugin.AvifImageFile:
+    if kind is AvifImagePlugin.AvifImageFile or image_file.format == "HEIC":
         offset = encoded_image.find(b"colrnclx", 0, _AVIF_HEADER_BYTES)
         codes = encoded_image[offset + 8 : offset + 12]
         if offset >= 0 and len(codes) == 4:

@@ -20,7 +20,7 @@ from PIL import (
 )
 
 from fovea.service.errors import UnsupportedFormat
-from fovea.service.inference import tiff
+from fovea.service.inference import heic, tiff
 
 IMAGE_CLASSES: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,  # includes MPO: a JPEG followed by further pictures
@@ -30,6 +30,7 @@ IMAGE_CLASSES: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
+    "HEIC": heic.open_heic,
 }
 """Pillow's classes by format.
 
@@ -81,9 +82,13 @@ _RAW_FORMATS: Final = frozenset(
 
 @cache
 def supported_formats() -> tuple[str, ...]:
-    """Return the formats that this build of Pillow can decode."""
+    """Return the formats that this installation can decode."""
     codecs = {"WEBP": "webp", "AVIF": "avif", "JPEG": "jpg"}
-    return tuple(kind for kind in IMAGE_CLASSES if kind not in codecs or features.check(codecs[kind]))
+    return tuple(
+        kind
+        for kind in IMAGE_CLASSES
+        if (heic.is_available() if kind == "HEIC" else kind not in codecs or features.check(codecs[kind]))
+    )
 
 
 def identify_format(head: bytes) -> str:
@@ -95,7 +100,8 @@ def identify_format(head: bytes) -> str:
         raise UnsupportedFormat(tiff.raw_format_message(kind))
     formats = ", ".join(supported_formats())
     if kind:
-        raise UnsupportedFormat(f"{kind} is not served; send one of {formats}")
+        hint = f". {heic.EXTRA_HINT}" if kind == "HEIC" else ""
+        raise UnsupportedFormat(f"{kind} is not served; send one of {formats}{hint}")
     hint = "; JSON needs `Content-Type: application/json`" if head[:1] == b"{" else ""
     raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {formats}{hint}")
 

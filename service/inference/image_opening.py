@@ -138,6 +138,8 @@ def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> 
         PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile,
     ):
         count = image_file.n_frames
+    elif image_file.format == "HEIC":
+        count = getattr(image_file, "n_frames", 1)
     if count < 2:
         return []
     return [

@@ -7,6 +7,7 @@ from typing import Final
 
 _IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
+    | {".heic", ".heif", ".hif"}
 )
 
 

@@ -24,13 +24,13 @@ _WORK_BYTES: Final = 1 << 20
 _PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Bytes per pixel in Pillow's storage, by mode; all other modes take 4."""
 
-_DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16}
+_DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16, "HEIC": 16}
 """Peak bytes per pixel that the decoder holds beside the image.
 
-WebP has two canvases and the frame. AVIF has the planes and two copies of the frame.
+WebP has two canvases and the frame. AVIF and HEIC have the planes and two copies of the frame.
 """
 
-_RETAINED_BYTES: Final = {"WEBP": 8, "AVIF": 8}
+_RETAINED_BYTES: Final = {"WEBP": 8, "AVIF": 8, "HEIC": 8}
 """Bytes per pixel that the decoder keeps as long as its image lives."""
 
 _PROFILE_BYTES: Final = 4 << 20

@@ -124,9 +124,9 @@ def test_folder_outside_the_parts_is_skipped(tmp_path: Path) -> None:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def make_heic() -> bytes:
-    """Return the beginning of an HEIC file."""
-    return b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
+def make_jpeg_xl() -> bytes:
+    """Return the beginning of a JPEG XL file."""
+    return b"\xff\x0a" + bytes(64)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -138,13 +138,13 @@ def test_images_are_recognised_by_content(tmp_path: Path, is_packed: bool) -> No
         "2.JPG_large": encode_image(draw_picture(20, 20, 2), "JPEG"),
         "3.dat": encode_image(draw_picture(20, 20, 3), "WEBP"),
         "4.txt": encode_image(draw_picture(20, 20, 4), "GIF"),
-        "5.heic": make_heic(),
+        "5.jxl": make_jpeg_xl(),
         "6.ppm": encode_image(draw_picture(20, 20, 5), "PPM"),
         "7.ppm": encode_image(draw_picture(20, 20, 6), "PPM"),
         "notes.txt": b"no image",
         "nothing": b"",
         "8.pdf": b"%PDF-1.7",
-        "9.png": make_heic(),
+        "9.png": make_jpeg_xl(),
     }
     for label in ("blue", "red"):
         (folder / label).mkdir(parents=True)
@@ -160,16 +160,16 @@ def test_images_are_recognised_by_content(tmp_path: Path, is_packed: bool) -> No
     assert count_used_images(data) == 10
     assert count_skipped_files(data) == {
         "*.ppm": 4,
-        "*.heic": 2,
+        "*.jxl": 2,
         "*.pdf": 2,
         "*.txt": 2,
         "without a suffix": 2,
     }
     reasons = {group.kind: group.reason for group in data.inventory.skipped_files}
-    assert reasons["*.heic"] == "HEIC is not served"
+    assert reasons["*.jxl"] == "JPEG XL is not served"
     assert reasons["without a suffix"] == "the image is empty"
     assert len(data.unreadable_files) == 2  # by their suffix, they are images
-    assert "HEIC is not served" in data.unreadable_files[0]
+    assert "JPEG XL is not served" in data.unreadable_files[0]
     assert_file_counts(data)
     assert any(
         line.startswith("left out 4 files *.ppm: the bytes are not an image of a")
@@ -238,15 +238,15 @@ def test_oversized_image_file_is_unreadable(tmp_path: Path) -> None:
 def test_skipped_files_are_updated_despite_the_cache(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares")
     assert count_skipped_files(read_dataset(folder, cache=tmp_path / "cache")) == {}
-    (folder / "red" / "new.heic").write_bytes(make_heic())
-    assert count_skipped_files(read_dataset(folder, cache=tmp_path / "cache")) == {"*.heic": 1}
+    (folder / "red" / "new.jxl").write_bytes(make_jpeg_xl())
+    assert count_skipped_files(read_dataset(folder, cache=tmp_path / "cache")) == {"*.jxl": 1}
 
 
 def test_missing_label_error_names_the_skipped_files(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "squares", "blue")
     (folder / "red").mkdir()
-    (folder / "red" / "0.heic").write_bytes(make_heic())
-    with pytest.raises(DataError, match=r"found only 'blue'; left out 1 file \*.heic: HEIC is not served"):
+    (folder / "red" / "0.jxl").write_bytes(make_jpeg_xl())
+    with pytest.raises(DataError, match=r"found only 'blue'; left out 1 file \*.jxl: JPEG XL is not served"):
         read_dataset(folder)
 
 

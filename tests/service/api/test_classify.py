@@ -380,10 +380,10 @@ BAD_REQUESTS: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
         415,
         "unsupported_format",
     ),
-    "heic": (
+    "jpeg xl": (
         "PUT",
         "/v1/classify",
-        {"content": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"},
+        {"content": b"\xff\x0a" + bytes(50)},
         415,
         "unsupported_format",
     ),

@@ -78,7 +78,7 @@ def test_lossy_formats_match_the_decoder_of_pillow(kind: str) -> None:
 
 
 def test_all_promised_formats_are_supported() -> None:
-    assert set(supported_formats()) == {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}
+    assert set(supported_formats()) == {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIC"}
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
@@ -341,8 +341,7 @@ def test_empty_image_is_a_bad_request() -> None:
         (b"hello, this is text", "not an image"),
         (b"PK\x03\x04" + bytes(100), "ZIP"),
         (b"%PDF-1.7", "PDF"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a" + bytes(50), "JPEG XL"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"RIFF\0\0\0\0WAVEfmt ", "not an image"),
         (b"\xff", "not an image"),
