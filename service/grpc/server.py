@@ -64,6 +64,7 @@ class GrpcServer:
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
         self._open_streams: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
 
     async def start(self) -> None:
         """Listen on FOVEA_GRPC_PORT. Raises `StartError`."""
@@ -87,7 +88,8 @@ class GrpcServer:
 
         None cancels at once, also while an earlier call of this method waits.
         """
-        for task in self._open_streams:  # they would last until their clients leave
+        self._is_stopping = True
+        for task in list(self._open_streams):  # they would last until their clients leave
             task.cancel()
         await self._server.stop(seconds)
 
@@ -110,6 +112,12 @@ class GrpcServer:
             self._open_streams.add(task)
             try:
                 await answer(_messages, context)
+            except asyncio.CancelledError:
+                if not self._is_stopping or context.cancelled():
+                    raise
+                # Cancelled by `stop`. gRPC itself would leave the stream open.
+                task.uncancel()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
             finally:
                 self._open_streams.discard(task)
 
