@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import ssl
 import time
 from collections.abc import Iterable, Mapping
 from types import ModuleType, TracebackType
@@ -14,7 +15,7 @@ from fovea.http_calls import ClassifyCall, Sleep, Steps, send_with_retries
 from fovea.images import BoxList, ImageError, ImageSource
 from fovea.results import Result
 from fovea.retries import Retries
-from fovea.service.errors import Unavailable
+from fovea.service.errors import Unavailable, to_one_line
 
 if TYPE_CHECKING:
     import httpx
@@ -46,6 +47,8 @@ class _ClientOptions:
         retry_seconds: float = 30.0,
         batch_size: int = 16,
         headers: Mapping[str, str] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        certificate: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
     ) -> None:
         """Create a client for the service at `url`. It connects with the first call.
 
@@ -53,7 +56,12 @@ class _ClientOptions:
         are retried, each request for `retry_seconds` at most; 0 for no retry. A list of images is sent
         `batch_size` images at a time. `headers` go with every request, for proxies that ask for a key.
 
-        Raises `ImportError` without httpx, and `ValueError` for a value out of range.
+        `ca` is a PEM file with the authority of the service's certificate, in place of public authorities.
+        `certificate` names the PEM files of the client's own certificate and of its key, for a service with
+        FOVEA_TLS_CLIENT_CA.
+
+        Raises `ImportError` without httpx, and `ValueError` for a value out of range or a file that cannot be
+        used.
         """
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}; it must start with http:// or https://")
@@ -67,6 +75,8 @@ class _ClientOptions:
         self._retry_seconds = retry_seconds
         self._batch_size = batch_size
         self._headers = dict(headers or {})
+        self._ca = ca
+        self._certificate = certificate
         self._is_closed = False
         self._open_http()
 
@@ -78,10 +88,26 @@ class _ClientOptions:
                 base_url=self.url,
                 timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS)),
                 headers=self._headers,
+                verify=self._create_tls(),
             )
         except httpx.InvalidURL as error:
             raise ValueError(f"url is {self.url!r}: {error}") from None
         self._pid = os.getpid()
+
+    def _create_tls(self) -> ssl.SSLContext | bool:
+        """Return how https is spoken: a context with the given files, or True for httpx's own way."""
+        if self._ca is None and self._certificate is None:
+            return True
+        context: ssl.SSLContext = import_httpx().create_ssl_context()
+        try:
+            if self._ca is not None:
+                context = ssl.create_default_context(cafile=self._ca)
+            if self._certificate is not None:
+                context.load_cert_chain(*self._certificate)
+        except OSError as error:
+            reason = error.strerror or to_one_line(error)
+            raise ValueError(f"ca is {self._ca}, certificate is {self._certificate}: {reason}") from None
+        return context
 
     def _get_http_type(self) -> type[httpx.Client | httpx.AsyncClient]:
         raise NotImplementedError

@@ -57,6 +57,7 @@ def main(**overrides: Any) -> int:
     try:
         settings = load_service_settings(**overrides)
         configure_logs(settings)
+        _check_certificate(settings)
         bound_socket = _bind_port(settings)
         settings, grpc_socket = _reserve_grpc_port(settings)
         settings = memory_plan.fit_to_memory(_fetch_models(settings))
@@ -357,6 +358,15 @@ def _fetch_models(settings: Settings) -> Settings:
     return fetch_models(settings)
 
 
+def _check_certificate(settings: Settings) -> None:
+    """Raise `StartError` for a certificate that cannot be used, before anything slow is done."""
+    if settings.tls_cert:
+        from fovea.service.http.certificates import CertificateFiles, load_context
+
+        if files := CertificateFiles.from_settings(settings):
+            load_context(files)
+
+
 def _bind_port(settings: Settings) -> socket.socket:
     """Bind the port before anything slow is done.
 
@@ -394,7 +404,8 @@ def _reserve_grpc_port(settings: Settings) -> tuple[Settings, socket.socket | No
 
 def _format_url(settings: Settings, bound_socket: socket.socket) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - only compares
-    return f"http://{f'[{host}]' if ':' in host else host}:{bound_socket.getsockname()[1]}"
+    scheme = "https" if settings.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_socket.getsockname()[1]}"
 
 
 def _describe_models(catalog: ModelCatalog) -> dict[str, str]:

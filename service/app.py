@@ -26,6 +26,7 @@ from fovea.service.api.oip.repository import ModelLoader, RepositoryManager
 from fovea.service.api.route_scopes import guard_routes
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
+from fovea.service.api.url_images import UrlImages
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
@@ -37,6 +38,7 @@ from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, ObserverMiddleware
 from fovea.service.http.proxies import TrustedProxies
 from fovea.service.observability.metrics import Metrics
+from fovea.service.remote.guarded_https import GuardedHttps
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.store_sync import StoreSync
@@ -79,6 +81,7 @@ def create_app(
     serving_state: ServingState | None = None,
     participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
+    https: GuardedHttps | None = None,
 ) -> Application:
     """Load the models and build the application.
 
@@ -87,6 +90,7 @@ def create_app(
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
     models to serve as `serving_state` and a `participant` that manages them. Without a participant the
     application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
+    `https` replaces the client that fetches images by URL.
     """
     # A scrape of another worker must find every request whose answer has been sent.
     metrics = Metrics(registry, is_shared=settings.workers > 1)
@@ -153,8 +157,16 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
+    url_images = UrlImages(settings, metrics, https)
     services = Services(
-        classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer, access
+        classifier,
+        lifecycle,
+        observer,
+        model_manager,
+        heatmap_explainer,
+        layer_explainer,
+        url_images,
+        access,
     )
     repository = RepositoryManager(classifier, participant or watcher)
     _add_routes(app, services, protocols, repository, exposed_registry or registry)

@@ -15,6 +15,8 @@
         ├── Unauthorized       401 unauthorized, with WWW-Authenticate
         ├── Forbidden          403 forbidden
         │   └── MissingScope   403 missing_scope, with WWW-Authenticate
+        ├── CertificateRequired  403 certificate_required
+        ├── UrlNotAllowed      403 url_refused
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
@@ -26,6 +28,8 @@
         ├── UnsupportedFormat  415 unsupported_format
         ├── BadImage           422 bad_image
         ├── BadBox             422 bad_box
+        ├── UrlUnavailable     424 url_failed
+        │   └── UrlTimeout     424 url_timeout
         ├── HeaderTooLarge     431 header_too_large
         ├── Unavailable        503, with Retry-After
         │   ├── Overloaded     503 overloaded
@@ -198,6 +202,12 @@ class MissingScope(Forbidden):
         self.challenge = f'Bearer realm="fovea", error="insufficient_scope", scope="{scope}"'
 
 
+class CertificateRequired(RequestError):
+    """The client has no certificate, although FOVEA_TLS_CLIENT_CA is set. Raised by the connection."""
+
+    status, code = 403, "certificate_required"
+
+
 class NotFound(RequestError):
     """There is nothing at this path."""
 
@@ -265,6 +275,24 @@ class BadBox(RequestError):
     """A box is empty or not inside its image."""
 
     status, code = 422, "bad_box"
+
+
+class UrlNotAllowed(RequestError):
+    """The guard does not allow the URL of an image: its host, its address or its form."""
+
+    status, code = 403, "url_refused"
+
+
+class UrlUnavailable(RequestError):
+    """The host of an image's URL did not give the image."""
+
+    status, code = 424, "url_failed"
+
+
+class UrlTimeout(UrlUnavailable):
+    """The host of an image's URL took longer than FOVEA_URL_SECONDS."""
+
+    code = "url_timeout"
 
 
 class HeaderTooLarge(RequestError):

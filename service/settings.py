@@ -80,6 +80,25 @@ def _parse_protocols(value: Any) -> Any:
     return names
 
 
+def _parse_url_hosts(value: Any) -> Any:
+    """Split a comma-separated list of hosts whose images may be fetched.
+
+    Raises `ValueError` for anything that is no host, with a port or without.
+    """
+    if not isinstance(value, str):
+        return value
+    hosts = tuple(filter(None, (one.strip() for one in value.split(","))))
+    if hosts:
+        from fovea.service.remote.guarded_https import UrlRefused, check_allowed_host  # 20 ms
+
+        for one in hosts:
+            try:
+                check_allowed_host(one)
+            except UrlRefused as error:
+                raise ValueError(str(error)) from None
+    return hosts
+
+
 class Settings(BaseSettings):
     """Every setting, with its unit, bounds and default. Durations are in seconds."""
 
@@ -292,6 +311,16 @@ class Settings(BaseSettings):
     keep_alive: float = Field(
         75.0, gt=0, le=3600, description="Seconds that a connection may wait for its next request."
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM file with the certificate and its chain: the port speaks TLS, and only TLS."
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file with the private key of `FOVEA_TLS_CERT`, without a pass phrase."
+    )
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with authorities: clients need a certificate of one of them except for health.",
+    )
     connections: int = Field(
         4096,
         ge=1,
@@ -318,6 +347,20 @@ class Settings(BaseSettings):
     )
     request_images: int = Field(
         64, ge=1, le=MAX_REQUEST_IMAGES, description="Largest number of images in one request."
+    )
+    url_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_url_hosts)] = Field(
+        (),
+        description="Hosts from which images may be fetched by https URL, such as `*.s3.amazonaws.com`, with "
+        "commas; none by default.",
+    )
+    url_bytes: int = Field(
+        16 << 20, ge=1 << 10, le=1 << 30, description="Largest image that is fetched by URL, in bytes."
+    )
+    url_seconds: float = Field(
+        10.0, gt=0, le=600, description="Seconds within which an image must have been fetched by URL."
+    )
+    url_fetches: int = Field(
+        8, ge=1, le=256, description="Images that one worker fetches by URL at the same time."
     )
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model from which Fovea computes drift."
@@ -420,6 +463,11 @@ class Settings(BaseSettings):
                 f"FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES allows: {self.request_images} > "
                 f"{self.queue_images}"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "FOVEA_TLS_KEY" if self.tls_cert else "FOVEA_TLS_CERT"
+            raise ValueError(f"{missing} is missing: TLS needs both FOVEA_TLS_CERT and FOVEA_TLS_KEY")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("FOVEA_TLS_CLIENT_CA needs FOVEA_TLS_CERT and FOVEA_TLS_KEY")
         if self.body_bytes > self.bodies_bytes:
             raise ValueError(
                 f"FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES allows: {self.body_bytes} > "

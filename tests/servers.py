@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -49,8 +50,18 @@ def _service_environment(settings: dict[str, str]) -> dict[str, str]:
 class Server(AbstractContextManager["Server"]):
     """A service that listens inside the `with` block, and gets SIGTERM afterwards."""
 
-    def __init__(self, popen: Mapping[str, Any] | None = None, /, **settings: str) -> None:
-        """Create a server; the arguments `popen` for `subprocess.Popen` replace the usual ones."""
+    def __init__(
+        self,
+        popen: Mapping[str, Any] | None = None,
+        client_tls: ssl.SSLContext | None = None,
+        /,
+        **settings: str,
+    ) -> None:
+        """Create a server; the arguments `popen` for `subprocess.Popen` replace the usual ones.
+
+        `client_tls` is how `client` speaks TLS, if the service does.
+        """
+        self._client_tls = client_tls
         self._popen_arguments = popen or {}
         self._settings = settings
 
@@ -67,8 +78,8 @@ class Server(AbstractContextManager["Server"]):
             }
         )
         self.greeting = _read_greeting(self.process)
-        self.url = re.findall(r"http://\S+", self.greeting)[0]
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.url = re.findall(r"https?://\S+", self.greeting)[0]
+        self.client = httpx.Client(base_url=self.url, timeout=60, verify=self._client_tls or True)
         return self
 
     def __exit__(

@@ -2,6 +2,7 @@
 
 import http.client  # and not urllib.request: that one would go through a proxy from the environment
 import os
+import ssl
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -25,5 +26,11 @@ port = next(int(value) for value in ports if value.isdecimal())
 host = option("--host") or environment.get("FOVEA_HOST") or "127.0.0.1"
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - reads it
 service = http.client.HTTPConnection(host, port, timeout=2)
+if environment.get("FOVEA_TLS_CERT"):
+    # The certificate has the public name of the service, not this address, and nobody stands in between.
+    tls = ssl.create_default_context()
+    tls.check_hostname = False
+    tls.verify_mode = ssl.CERT_NONE
+    service = http.client.HTTPSConnection(host, port, timeout=2, context=tls)
 service.request("GET", "/health/ready")
 sys.exit(service.getresponse().status != 200)

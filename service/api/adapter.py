@@ -15,6 +15,8 @@ from starlette.datastructures import QueryParams
 
 from fovea.service.api import bodies
 from fovea.service.api.options import refuse_native_options
+from fovea.service.api.url_images import FetchUrl, refuse_url
+from fovea.service.errors import RequestError
 from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Headers
 from fovea.service.http.request_record import RequestRecord
 from fovea.service.runners.batch_messages import Image, Item
@@ -48,6 +50,8 @@ class InferenceRequest:
     model: LiveModel
     settings: Settings
     record: RequestRecord
+    fetch_url: FetchUrl = refuse_url
+    """Function that fetches an image by its URL."""
 
     @property
     def content_type(self) -> bytes:
@@ -79,6 +83,8 @@ class ParsedRequest(NamedTuple):
     reply_format: ReplyFormat
     time_limit: float | None = None
     """Time limit for the answer in seconds, if the body sets one."""
+    failures: Mapping[int, RequestError] = {}
+    """Errors of images that could not be fetched, by the place that they have among the results."""
     result_count: int | None = None
     """Number of images for which the request counts, if boxes make it more than the images."""
 

@@ -121,7 +121,15 @@ class AsgiEndpoint(ABC):
                     raw_body = await bodies.decompress_body(raw_body, encoding, limit, reserve)
                     services.end_stage("read", record.started_at, record)
                     options, model = route_match.options, admission.model
-                    request = InferenceRequest(raw_body, headers, options, model, services.settings, record)
+                    request = InferenceRequest(
+                        raw_body,
+                        headers,
+                        options,
+                        model,
+                        services.settings,
+                        record,
+                        services.url_images.bind(reserve),
+                    )
                     with _DisconnectGuard(context):
                         return await self.answer_body(request, admission, deadline, send)
         except TimeoutError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -40,6 +40,8 @@ class ParsedBody:
     embedding: bool | None = None
     boxes: Sequence[Boxes | None] = ()
     """Boxes of each image; empty if no image has any."""
+    urls: Mapping[int, str] = field(default_factory=dict)
+    """URLs of the images that must be fetched, by index; their place in `images` is empty until then."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Endpoint(AsgiEndpoint):
         """Answer a request with its whole body. Raises `RequestError`."""
         model, record = request.model, request.record
         reply_format = self._adapter.choose_raw_format(request.options, request.headers, model)
-        images, reply_format, time_limit, result_count = (
+        images, reply_format, time_limit, failures, result_count = (
             await self._adapter.parse_request(request)
             if reply_format is None
             else ParsedRequest(
@@ -112,6 +112,8 @@ class Endpoint(AsgiEndpoint):
             raise make_deadline_error(time_limit) from None
         # All jobs are over, so that the images are not needed any more.
         bodies.release_images(images)
+        for place in sorted(failures):
+            outcomes.insert(place, failures[place])
         self._check_outcomes(outcomes, record)
         if result_count * reply_format.labels_per_image <= MAX_INLINE_LABELS:
             return self.render_reply(outcomes, model, reply_format, record)
@@ -230,7 +232,15 @@ class FastHandler:
         endpoint.services.end_stage("read", self._started_at, record)
         if self._raw_format is None:
             raw_body, settings = bodies.RawBody(body, size), endpoint.services.settings
-            request = InferenceRequest(raw_body, self._headers, self._options, self._model, settings, record)
+            request = InferenceRequest(
+                raw_body,
+                self._headers,
+                self._options,
+                self._model,
+                settings,
+                record,
+                endpoint.services.url_images.bind(self._admission.reserve_bytes),
+            )
             self._run(endpoint.handle_request, request, self._admission, self._deadline)
             return
         image = endpoint.create_item(bodies.to_image(body, size), self._raw_format)

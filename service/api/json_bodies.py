@@ -69,7 +69,8 @@ def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes)
     except ValidationError as error:
         raise to_bad_request(error) from None
     images: list[Image] = [
-        from_base64(image.b64, f"images.{index}.b64") for index, image in enumerate(request.images)
+        b"" if image.b64 is None else from_base64(image.b64, f"images.{index}.b64")
+        for index, image in enumerate(request.images)
     ]
     boxes = [image.boxes for image in request.images]
     return ParsedBody(
@@ -79,6 +80,7 @@ def parse_json_body(body: bytes | SharedBuffer, size: int, _content_type: bytes)
         request.coverage,
         request.embedding,
         boxes if any(one is not None for one in boxes) else (),
+        {index: image.url for index, image in enumerate(request.images) if image.url is not None},
     )
 
 

@@ -11,6 +11,9 @@ from pydantic_core import PydanticCustomError
 from fovea.service.inference.boxes import MAX_BOXES, Boxes, check_boxes, parse_boxes
 from fovea.service.settings import MAX_REQUEST_IMAGES
 
+MAX_URL_LENGTH: Final = 4096
+"""Largest length of a URL in characters: presigned URLs have some 1,000."""
+
 TopK = Annotated[
     int, Field(ge=0, description="Maximum number of labels, most probable first; 0 returns all.")
 ]
@@ -149,8 +152,19 @@ class EncodedImage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: str = Field(description="The encoded image, as base64.")
+    b64: str | None = Field(None, description="The encoded image, as base64. Give this or `url`.")
+    url: str | None = Field(
+        None,
+        max_length=MAX_URL_LENGTH,
+        description="https URL of the image, at a host in FOVEA_URL_HOSTS. Give this or `b64`.",
+    )
     boxes: ImageBoxes | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> EncodedImage:
+        if (self.b64 is None) == (self.url is None):
+            raise PydanticCustomError("one_source", "give `b64` or `url`")
+        return self
 
 
 class ClassifyRequest(BaseModel):

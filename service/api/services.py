@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from fovea.service.access.access_control import AccessControl
+from fovea.service.api.url_images import UrlImages
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
@@ -52,12 +53,14 @@ class Services:
         manager: ModelManager,
         heatmap_explainer: ExplainerClient,
         layer_explainer: ExplainerClient,
+        url_images: UrlImages,
         access: AccessControl | None = None,
     ) -> None:
         """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models.
 
         `access` has the API keys if the service needs keys.
         """
+        self.url_images = url_images
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer

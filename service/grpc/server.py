@@ -14,11 +14,13 @@ from fovea.service.api.services import Services
 from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
 from fovea.service.grpc.calls import Call, Method, answer_call
+from fovea.service.grpc.credentials import create_credentials
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
 from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
+from fovea.service.http.certificates import CertificateFiles
 from fovea.service.settings import Settings
 
 _MAX_STREAMS: Final = 128
@@ -80,8 +82,11 @@ class GrpcServer:
         await self._server.start()
 
     def _add_port(self, address: str) -> None:
-        """Bind the port. Raises `RuntimeError`."""
-        self._server.add_insecure_port(address)
+        """Bind the port, with TLS if the HTTP server has TLS. Raises `RuntimeError`, or `StartError`."""
+        if files := CertificateFiles.from_settings(self._services.settings):
+            self._server.add_secure_port(address, create_credentials(files))
+        else:
+            self._server.add_insecure_port(address)
 
     async def stop(self, seconds: float | None) -> None:
         """Refuse new calls, finish the accepted calls within `seconds`, then cancel the rest.

@@ -285,9 +285,13 @@ class AsgiExchange:
 
 
 def build_scope(
-    head: RequestHead, client: tuple[str, int] | None, server: tuple[str, int | None] | None, state: Any
+    head: RequestHead,
+    client: tuple[str, int] | None,
+    server: tuple[str, int | None] | None,
+    state: Any,
+    scheme: str = "http",
 ) -> dict[str, Any]:
-    """Return the ASGI scope of a request.
+    """Return the ASGI scope of a request; `scheme` is "http" or "https".
 
     Raises `BadHttp` if the target is not valid.
     """
@@ -311,7 +315,7 @@ def build_scope(
         "http_version": head.version,
         "server": server,
         "client": client,
-        "scheme": "http",
+        "scheme": scheme,
         "method": head.method.decode("ascii"),
         "root_path": "",
         "path": unquote(path) if "%" in path else path,

@@ -36,6 +36,7 @@ from typing import Any, Final
 from fovea.service.errors import (
     BodyTimeout,
     BodyTooLarge,
+    CertificateRequired,
     HeaderTimeout,
     Overloaded,
     RequestError,
@@ -118,6 +119,8 @@ class Connection(asyncio.BufferedProtocol):
         """Request whose body is arriving, or that is being answered."""
         self._is_new = True
         """True until the first request is complete."""
+        self.is_health_only = False
+        """True if the client lacks a certificate that the service asks for: only health is answered."""
         self._is_http_1_0 = False
         """True when the newest request came by HTTP/1.0."""
         self._rest = b""
@@ -269,6 +272,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _open_exchange(self, head: RequestHead) -> None:
         """Open the exchange for a head. Raises `RequestError`."""
+        if self.is_health_only and not self._server.is_health_request(head):
+            raise CertificateRequired(
+                "the service needs a client certificate (FOVEA_TLS_CLIENT_CA) for this route"
+            )
         self._is_new = False
         self._is_http_1_0 = head.version == "1.0"
         self._state = State.BODY
@@ -290,7 +297,7 @@ class Connection(asyncio.BufferedProtocol):
         """Pass the request to the ASGI application. Raises `BadHttp`."""
         server = self._server
         address = _to_address(self._transport.get_extra_info("sockname"))
-        scope = build_scope(head, self._client, address, server.asgi_state.copy())
+        scope = build_scope(head, self._client, address, server.asgi_state.copy(), server.scheme)
         exchange = AsgiExchange(self, self._observer, head, scope)
         self._exchange = exchange
         if head.content_length > self._settings.body_bytes:
@@ -418,6 +425,10 @@ class Connection(asyncio.BufferedProtocol):
             self._abort()
 
     # --- refusals ---
+
+    def refuse_input(self, error: RequestError) -> None:
+        """Answer with an error before anything is parsed, because the input is not HTTP in the clear."""
+        self._refuse(error)
 
     def _on_header_timeout(self) -> None:
         """Refuse, because the time limit for the head has passed."""

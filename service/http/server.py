@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fovea.service.errors import Draining, StartError
+from fovea.service.http.certificates import CertificateFiles, Certificates
 from fovea.service.http.connection import Connection
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
@@ -23,6 +24,7 @@ from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
 from fovea.service.http.rate_limiter import RateLimiter
 from fovea.service.http.server_context import ServerContext
+from fovea.service.http.tls import TlsServer
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
@@ -81,7 +83,8 @@ class Server:
     ) -> None:
         """Set what is served: `fast_app` answers what it can, and `asgi` all other requests.
 
-        `further_server` starts before this server, and stops with it.
+        `further_server` starts before this server, and stops with it. Raises `StartError` if the certificate
+        in `settings` cannot be used.
         """
         self._further_server = further_server
         self._settings = settings
@@ -94,6 +97,7 @@ class Server:
         self._asgi = asgi
         self._fast_app = fast_app
         self._body_memory = body_memory
+        self._tls = self._load_certificates()
         self._open_count = 0
         self._connect_tasks: set[asyncio.Task[object]] = set()
         self._stop_event = asyncio.Event()
@@ -114,7 +118,9 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._source = source
         self._context = self._create_context()
-        date_task = self._loop.create_task(self._update_date())
+        tasks = [self._loop.create_task(self._update_date())]
+        if self._tls:
+            tasks.append(self._loop.create_task(self._tls.certificates.watch()))
         try:
             if self._further_server:
                 await self._further_server.start()
@@ -124,7 +130,8 @@ class Server:
             await self._stop_event.wait()
             await self._drain()
         finally:
-            date_task.cancel()
+            for task in tasks:
+                task.cancel()
             self._context.hangups.close()
             await self._lifespan.shutdown()
 
@@ -156,7 +163,7 @@ class Server:
     async def _open_connection(self, client_socket: socket.socket) -> None:
         """Create the protocol for an accepted socket."""
         try:
-            await self._loop.connect_accepted_socket(self._create_connection, client_socket)
+            await self._loop.connect_accepted_socket(self._create_protocol, client_socket)
         except Exception as error:
             if not isinstance(error, OSError):  # an OSError means that the client has already gone
                 log.exception("a connection could not be set up")
@@ -175,7 +182,27 @@ class Server:
             hangups=HangUpWatcher(self._loop),
             refusal_limiter=RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY),
             buffer=bytearray(_BUFFER_BYTES),
+            scheme="https" if self._tls else "http",
         )
+
+    def _load_certificates(self) -> TlsServer | None:
+        """Return what encrypted connections share; None without TLS. Raises `StartError`."""
+        files = CertificateFiles.from_settings(self._settings)
+        if files is None:
+            return None
+        metrics = self._observer.metrics
+        certificates = Certificates(files, on_reload=metrics.count_certificate_reload)
+        metrics.add_gauge_setter(
+            lambda: metrics.tls_certificate_expiry_timestamp_seconds.set(certificates.expires_at)
+        )
+        metrics.fold()
+        return TlsServer(certificates, metrics, self._settings.header_timeout)
+
+    def _create_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol of a new connection: HTTP, or TLS that creates the connection later."""
+        if self._tls is None:
+            return self._create_connection()
+        return self._tls.create_stream(self._create_connection, self._on_connection_lost)
 
     def _create_connection(self) -> Connection:
         return Connection(self._context, self._on_connection_lost)
@@ -222,6 +249,8 @@ class Server:
             connection.close_if_idle()
         if self._open_count and all_finished:
             await _wait_for_event(_LATE_REQUEST_TIMEOUT, self._no_connections_event)
+        if self._tls:
+            self._tls.abort_handshakes()
         await self._cancel_requests()
         self._lifecycle.phase = Phase.CLOSED
 

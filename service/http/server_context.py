@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.types import ASGIApp
 
 from fovea.service.http.fast_path import FastApp
 from fovea.service.http.hangups import HangUpWatcher
-from fovea.service.http.known_heads import KnownHeads
+from fovea.service.http.known_heads import KnownHeads, RequestHead
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
 from fovea.service.http.rate_limiter import RateLimiter
@@ -19,6 +19,12 @@ from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
     from fovea.service.http.connection import Connection
+
+
+HEALTH_PATHS: Final = frozenset(
+    {b"/health/live", b"/health/ready", b"/v2/health/live", b"/v2/health/ready", b"/ping"}
+)
+"""Paths that probes ask for, which present no client certificate. FOVEA_HEALTH_ROUTE is added to them."""
 
 
 @dataclass
@@ -38,6 +44,8 @@ class ServerContext:
     buffer: bytearray
     """Buffer for one read. Allocating memory for each read would fragment the heap. Its content is valid only
     until the callback of the read returns."""
+    scheme: str = "http"
+    """Scheme of the service's own URL: "http" or "https"."""
     known_heads: KnownHeads = field(default_factory=KnownHeads)
     """Parsed heads of all connections."""
     date_line: bytes = b""
@@ -46,3 +54,9 @@ class ServerContext:
     """Open connections."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """Running tasks of the ASGI application."""
+
+    def is_health_request(self, head: RequestHead) -> bool:
+        """Return whether a request asks for nothing but health. Other spellings of a path do not count."""
+        path = head.url.partition(b"?")[0]
+        own_path = (self.settings.health_route or "").encode()
+        return head.method in (b"GET", b"HEAD") and (path in HEALTH_PATHS or (path == own_path != b""))

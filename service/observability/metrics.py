@@ -34,6 +34,12 @@ CLIENT_LEFT: Final = "client_left"
 DEATH_REASONS: Final = ("signal", "exit", "hung")
 """Reasons for the death of a worker."""
 
+HANDSHAKE_FAILURES: Final = ("plain_http", "protocol", "certificate", "timeout", "client_left", "stopped")
+"""Reasons for which a connection has no encryption. Without TLS they stay 0."""
+
+URL_RESULTS: Final = ("ok", "refused", "failed", "timeout", "too_large", "overloaded", "client_left")
+"""Results of fetching an image by URL."""
+
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 """Stages of a request, in this order."""
 
@@ -148,6 +154,21 @@ class Metrics:
     )  # fmt: skip
     requests_in_flight = _gauge("Requests that are being answered.")
     connections = _gauge("Open connections.")
+    tls_handshake_failures = _counter(
+        "Connections that ended before or in the handshake of TLS, by reason: `plain_http`, `protocol`, "
+        "`certificate`, `timeout`, `client_left` or `stopped`.",
+        "reason",
+    )
+    tls_certificate_reloads = _counter("Attempts to load a changed certificate, `ok` or `failed`.", "result")
+    tls_certificate_expiry_timestamp_seconds = _gauge(
+        "End of the certificate's validity, in seconds since 1970; 0 without TLS.",
+        workers="livemax",
+    )
+    url_fetches = _counter(
+        "Images fetched by URL, by result: `ok`, `refused`, `failed`, `timeout`, `too_large`, `overloaded`, "
+        "`client_left`.",
+        "result",
+    )
     errors = _counter(
         "Requests that got an error, and failed images of requests with many images, by error code.",
         "reason",
@@ -280,6 +301,12 @@ class Metrics:
             self.image_warnings.labels(code)
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
+        for reason in HANDSHAKE_FAILURES:
+            self.tls_handshake_failures.labels(reason)
+        for result in URL_RESULTS:
+            self.url_fetches.labels(result)
+        for result in ("ok", "failed"):
+            self.tls_certificate_reloads.labels(result)
         self.active_requests = 0
         """Number of requests that are being answered."""
         self._finished_requests: list[tuple[_RequestKey, float]] = []
@@ -304,6 +331,11 @@ class Metrics:
     def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
         """Call `set_gauges` at every fold, to set gauges to what they describe."""
         self._gauge_setters.append(set_gauges)
+
+    def count_certificate_reload(self, is_loaded: bool) -> None:
+        """Count an attempt to load a changed certificate."""
+        self.tls_certificate_reloads.labels("ok" if is_loaded else "failed").inc()
+        self.fold()
 
     def fold(self) -> None:
         """Add everything that is pending to the metrics.

@@ -14,9 +14,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -63,6 +64,10 @@ class UrlFailed(UrlError):
     """A host could not be reached, was too slow, or gave no image."""
 
 
+class UrlTooSlow(UrlFailed):
+    """A host took longer than the limit."""
+
+
 class UrlLimits(NamedTuple):
     """Limits of one fetch, with all of its redirects."""
 
@@ -71,6 +76,36 @@ class UrlLimits(NamedTuple):
     seconds: float = 20.0
     """Longest time, from the first question to the resolver to the last byte."""
     redirects: int = 3
+    bytes_setting: str = "FOVEA_BODY_BYTES"
+    """Setting that `max_bytes` comes from, for messages."""
+
+
+class FetchControl:
+    """Stops a fetch from another thread, and counts what has arrived."""
+
+    def __init__(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        """Call `on_bytes` with the size of each piece, in the thread that fetches. Its errors end it."""
+        self.on_bytes: Final = on_bytes
+        self._lock = threading.Lock()
+        self._connection: socket.socket | None = None
+        self.is_cancelled = False
+        """True after `cancel`."""
+
+    def cancel(self) -> None:
+        """End the fetch: its connection is shut down. The look-up of a name goes on until its limit."""
+        with self._lock:
+            self.is_cancelled = True
+            if self._connection:
+                with suppress(OSError):  # closed already
+                    # Not the method of `ssl`, which would take the encryption away from the other thread.
+                    socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def attach(self, connection: socket.socket | None) -> None:
+        """Note the connection in use, or that there is none. Raises `UrlFailed` after `cancel`."""
+        with self._lock:
+            self._connection = connection
+            if connection and self.is_cancelled:
+                raise UrlFailed("the caller has left")
 
 
 class GuardedHttps:
@@ -95,14 +130,14 @@ class GuardedHttps:
         self._connect: Final = connect or _connect
         self._tls: Final = tls or ssl.create_default_context()
 
-    def fetch(self, url: str) -> bytes:
+    def fetch(self, url: str, control: FetchControl | None = None) -> bytes:
         """Return the content of a URL.
 
         Raises `UrlRefused`, `UrlFailed`, and `BodyTooLarge` above the limit of bytes.
         """
         deadline = time.monotonic() + self._limits.seconds
         for _ in range(self._limits.redirects + 1):
-            result = self._fetch_once(url, deadline)
+            result = self._fetch_once(url, deadline, control or FetchControl())
             if isinstance(result, bytes):
                 return result
             try:
@@ -115,15 +150,22 @@ class GuardedHttps:
         """Raise `UrlRefused` if a URL is malformed or its host is not allowed. Asks nobody."""
         self._check_url(url)
 
-    def _fetch_once(self, url: str, deadline: float) -> bytes | _Redirect:
+    def _fetch_once(self, url: str, deadline: float, control: FetchControl) -> bytes | _Redirect:
         parts, host, port = self._check_url(url)
         name = _shorten(url)
         address = self._choose_address(host, port, deadline, name)
         try:
             with closing(self._connect((address, port), _left(deadline, name))) as plain:
                 plain.settimeout(_left(deadline, name))
-                with self._tls.wrap_socket(plain, server_hostname=host) as encrypted:
-                    return self._exchange(encrypted, parts, deadline, name)
+                with self._tls.wrap_socket(
+                    plain, server_hostname=host, do_handshake_on_connect=False
+                ) as encrypted:
+                    control.attach(encrypted)
+                    try:
+                        encrypted.do_handshake()
+                        return self._exchange(encrypted, parts, deadline, name, control.on_bytes)
+                    finally:
+                        control.attach(None)
         except ssl.SSLCertVerificationError as error:
             raise UrlFailed(f"{name}: the certificate is not valid: {error.verify_message}") from None
         except TimeoutError:
@@ -170,7 +212,12 @@ class GuardedHttps:
         return addresses[0]
 
     def _exchange(
-        self, connection: ssl.SSLSocket, parts: SplitResult, deadline: float, name: str
+        self,
+        connection: ssl.SSLSocket,
+        parts: SplitResult,
+        deadline: float,
+        name: str,
+        on_bytes: Callable[[int], None],
     ) -> bytes | _Redirect:
         target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
             f"?{quote(parts.query, safe='/%:@!$&()*+,;=~-._?')}" if parts.query else ""
@@ -193,15 +240,17 @@ class GuardedHttps:
         self._check_size(declared or 0, name)
         content = bytearray()
         while chunk := response.read1(_CHUNK_BYTES):
+            self._check_size(len(content) + len(chunk), name)
+            on_bytes(len(chunk))
             content += chunk
-            self._check_size(len(content), name)
         if declared is not None and len(content) != declared:
             raise UrlFailed(f"{name}: the host sent {len(content)} of {declared} bytes")
         return bytes(content)
 
     def _check_size(self, size: int, name: str) -> None:
         if size > self._limits.max_bytes:
-            raise BodyTooLarge(f"{name} has more than {self._limits.max_bytes} bytes (FOVEA_BODY_BYTES)")
+            limits = self._limits
+            raise BodyTooLarge(f"{name} has more than {limits.max_bytes} bytes ({limits.bytes_setting})")
 
 
 class _Redirect(NamedTuple):
@@ -270,6 +319,11 @@ def _connect(address: tuple[str, int], seconds: float) -> socket.socket:
     return socket.create_connection(address, timeout=seconds)
 
 
+def check_allowed_host(text: str) -> None:
+    """Raise `UrlRefused` if an entry cannot be in the list of allowed hosts."""
+    _split_allowed(text)
+
+
 def _split_allowed(text: str) -> tuple[str, int]:
     """Split an entry of the list of allowed hosts into host and port. Raises `UrlRefused`."""
     host, colon, port = text.strip().rpartition(":")
@@ -307,8 +361,8 @@ def _left(deadline: float, name: str) -> float:
     return seconds
 
 
-def _too_slow(name: str) -> UrlFailed:
-    return UrlFailed(f"{name}: the host did not answer in time")
+def _too_slow(name: str) -> UrlTooSlow:
+    return UrlTooSlow(f"{name}: the host did not answer in time")
 
 
 def _shorten(url: str) -> str:

@@ -36,6 +36,7 @@ from fovea.service.api.protocol_routes import RAW_IMAGE_CONTENT, add_endpoint_ro
 from fovea.service.api.reply_schemas import ErrorReply, ExplainReply, LayersReply, build_error_responses
 from fovea.service.api.request_schemas import ExplainOptions, MapsOptions, WeightsOptions
 from fovea.service.api.services import Services, make_deadline_error, parse_time_limit
+from fovea.service.api.url_images import fetch_images
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerAnswer
 from fovea.service.explain.messages import (
@@ -186,6 +187,8 @@ class ImageEndpoint(AsgiEndpoint):
         refuse_options(parsed_body.options, self._query_type.model_fields)
         if len(parsed_body.images) != 1:
             raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
+        for error in (await fetch_images(parsed_body.images, parsed_body.urls, request.fetch_url)).values():
+            raise error
         (image,) = parsed_body.images
         if not isinstance(image, bytes | memoryview):
             raise TypeError(f"a body over ASGI must be bytes, and is {type(image).__name__}")

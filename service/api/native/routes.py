@@ -19,6 +19,7 @@ from fovea.service.api.protocol_routes import add_endpoint_route
 from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, ModelList
 from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
 from fovea.service.api.services import Services
+from fovea.service.api.url_images import fetch_images
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import NATIVE
 from fovea.service.http.fast_path import Headers
@@ -63,16 +64,21 @@ class ClassifyAdapter(ProtocolAdapter):
     async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
         parsed_body = await parse_body(request.content_type, request.body, request.settings)
         reply_options = resolve_options(request.options, parsed_body, request.model)
-        images, boxes = parsed_body.images, _resolve_boxes(request.options, parsed_body)
+        boxes = _resolve_boxes(request.options, parsed_body)
+        failures = await fetch_images(parsed_body.images, parsed_body.urls, request.fetch_url)
+        if failures:
+            boxes = [one for index, one in enumerate(boxes) if index not in failures]
+        images = [image for index, image in enumerate(parsed_body.images) if index not in failures]
         if not boxes:
-            return ParsedRequest([self.create_item(image, reply_options) for image in images], reply_options)
-        items: list[Item] = [
+            items = [self.create_item(image, reply_options) for image in images]
+            return ParsedRequest(items, reply_options, failures=failures)
+        items = [
             ImageRequest(image, include_embedding=reply_options.embedding, boxes=image_boxes)
             for image, image_boxes in zip(images, boxes, strict=True)
         ]
         result_count = sum(map(count_results, items))
         bodies.check_image_count(result_count, request.settings, "boxes and images without boxes")
-        return ParsedRequest(items, reply_options, result_count=result_count)
+        return ParsedRequest(items, reply_options, failures=failures, result_count=result_count)
 
 
 def _resolve_boxes(options: ClassifyOptions, body: bodies.ParsedBody) -> Sequence[Boxes | None]:

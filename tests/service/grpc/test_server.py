@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fovea.service.access.caller import Scope
 from fovea.service.access.keys_file import ApiKey, hash_key
 from fovea.service.grpc import inference_pb2 as pb
+from tests.certificates import Authority
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.servers import ROOT, Server, run_service, wait_until
@@ -186,6 +188,53 @@ def test_every_method_but_the_probes_has_a_scope(zoo: Path, tmp_path: Path) -> N
             else:
                 answered.add(method.name)
     assert answered == {"ServerLive", "ServerReady", "ServerMetadata"}
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+def test_port_speaks_tls_with_the_certificate_of_http(zoo: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **pair.settings) as server:
+        address = grpc_address(server).replace("127.0.0.1", "localhost")
+
+        def call_over_new_connection() -> bytes:
+            credentials = grpc.ssl_channel_credentials(authority.file.read_bytes())
+            with grpc.secure_channel(
+                address, credentials, [("grpc.use_local_subchannel_pool", 1)]
+            ) as channel:
+                infer(create_stub(channel))
+            return ssl.get_server_certificate(tuple(address.split(":"))).encode()  # type: ignore[arg-type]
+
+        first = call_over_new_connection()
+        with open_channel(server, enable_retries=0) as channel, pytest.raises(grpc.RpcError):
+            create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=10)
+        pair.replace_with(authority.issue("renewed"))
+        assert call_over_new_connection() != first
+        pair.key.write_text("broken")
+        infer_again = call_over_new_connection()
+        assert infer_again != first
+    assert "the old one stays" in server.log
+
+
+def test_clients_need_a_certificate_of_the_authority(zoo: Path, tmp_path: Path) -> None:
+    authority, clients = Authority(tmp_path, "servers"), Authority(tmp_path, "clients")
+    client = clients.issue("client")
+    settings = {**authority.issue("server").settings, "FOVEA_TLS_CLIENT_CA": str(clients.file)}
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server:
+        address = grpc_address(server).replace("127.0.0.1", "localhost")
+        root = authority.file.read_bytes()
+        with_certificate = grpc.ssl_channel_credentials(
+            root, client.key.read_bytes(), client.certificate.read_bytes()
+        )
+        with grpc.secure_channel(address, with_certificate) as channel:
+            infer(create_stub(channel))
+        with (
+            grpc.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel,
+            pytest.raises(grpc.RpcError),
+        ):
+            create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=10)
 
 
 # --- connections ---------------------------------------------------------------------------------
