@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-grpc bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,6 +59,9 @@ bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and pri
 
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
 	$(BIN)/python -m fovea.bench.oip $(OIP)
+
+bench-grpc: $(VENV)/.dev ## Compare the same images over gRPC and over HTTP (2 minutes)
+	$(BIN)/python -m fovea.bench.grpc $(GRPC)
 
 bench-providers: $(VENV)/.dev ## Compare OpenVINO with plain ONNX Runtime, float32 and int8 (3 minutes)
 	$(BIN)/pip install --quiet --editable '.[openvino]'
