@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -62,6 +62,9 @@ bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and pri
 
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
 	$(BIN)/python -m fovea.bench.oip $(OIP)
+
+bench-grpc: $(VENV)/.dev ## Compare the same images over gRPC and over HTTP (2 minutes)
+	$(BIN)/python -m fovea.bench.grpc $(GRPC)
 
 bench-providers: $(VENV)/.dev ## Compare OpenVINO with plain ONNX Runtime, float32 and int8 (3 minutes)
 	$(BIN)/pip install --quiet --editable '.[openvino]'
@@ -204,7 +207,7 @@ $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing what development needs into $(VENV), with PyTorch: once, for some minutes"
-	@$(BIN)/pip install --disable-pip-version-check --editable '.[train,test,traces]'
+	@$(BIN)/pip install --disable-pip-version-check --editable '.[grpc,train,test,traces]'
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python

@@ -87,8 +87,9 @@ def _serve_single_process(
 
     from fovea.service.app import create_app
     from fovea.service.http.lifecycle import KILL_DELAY, force_exit_after
-    from fovea.service.http.listener import Listener, get_connection_limit
+    from fovea.service.http.listener import Listener, get_connection_limit, raise_file_limit
 
+    raise_file_limit(_count_connections(settings))
     app = create_app(settings, registry=_create_registry(), serving_state=serving_state, refusals=refusals)
     processes = app.observer.metrics.process_metrics
     processes.workers_expected.set(1)
@@ -281,7 +282,7 @@ async def _serve_worker(
     from fovea.service.supervisor.messages import ReadyReport
 
     server = _create_server(app, settings)
-    raise_file_limit(settings.connections)
+    raise_file_limit(_count_connections(settings))
     starvation_counter = app.observer.metrics.process_metrics.connections_starved
     # The source receives connections and messages from the supervisor: signals go to the server, all other
     # messages to `participant`, which sends its own messages through the source. Attach the participant
@@ -402,6 +403,11 @@ def _bind_port(settings: Settings) -> socket.socket:
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     return bound_socket
+
+
+def _count_connections(settings: Settings) -> int:
+    """Return the largest number of connections of this process, over HTTP and over gRPC."""
+    return settings.connections + (settings.grpc_connections if settings.grpc_port is not None else 0)
 
 
 def _reserve_grpc_port(settings: Settings) -> tuple[Settings, socket.socket | None]:

@@ -118,7 +118,7 @@ def test_files_classes_and_tests_named_in_pages_exist() -> None:
     files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in FOLDERS]
     class_names = {
         name for path in files for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.MULTILINE)
-    }
+    } | set(re.findall(r"^  rpc (\w+)", (ROOT / "service/grpc/inference.proto").read_text(), re.MULTILINE))
     test_names = {
         name
         for path in (ROOT / "tests").rglob("test_*.py")

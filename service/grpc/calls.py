@@ -136,7 +136,8 @@ async def answer_call(call: Call, method: Method) -> bytes:
     """Return the answer to a call, and observe the call. An error ends the call with its status."""
     observer, record, context = call.services.observer, call.record, call.context
     observer.start_request()
-    content, error = b"", None
+    content = b""
+    error: RequestError | None = None
     try:
         if access := call.services.access:
             access.authorize(method.scope, record.credential)
@@ -156,9 +157,12 @@ async def answer_call(call: Call, method: Method) -> bytes:
         observer.end_request(record)
     trailers = make_trailers(record.request_id, error)
     if error:
-        error.__traceback__ = None  # refers back to the error and to the whole call
+        status, details = find_status(error), _shorten_details(error.message)
+        # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
+        # and to the frames with the images. Such a cycle would live until the next full garbage collection.
+        error.__traceback__ = error.__context__ = error = None
         # Raises an exception of gRPC, which ends the handler.
-        await context.abort(find_status(error), _shorten_details(error.message), trailers)
+        await context.abort(status, details, trailers)
     context.set_trailing_metadata(trailers)
     return content
 

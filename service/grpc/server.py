@@ -14,11 +14,13 @@ from fovea.service.api.services import Services
 from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
 from fovea.service.grpc.calls import Call, Method, answer_call
+from fovea.service.grpc.credentials import create_credentials
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
 from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
+from fovea.service.http.certificates import CertificateFiles
 from fovea.service.settings import Settings
 
 _MAX_STREAMS: Final = 128
@@ -64,6 +66,7 @@ class GrpcServer:
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
         self._open_streams: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
 
     async def start(self) -> None:
         """Listen on FOVEA_GRPC_PORT. Raises `StartError`."""
@@ -79,15 +82,19 @@ class GrpcServer:
         await self._server.start()
 
     def _add_port(self, address: str) -> None:
-        """Bind the port. Raises `RuntimeError`."""
-        self._server.add_insecure_port(address)
+        """Bind the port, with TLS if the HTTP server has TLS. Raises `RuntimeError`, or `StartError`."""
+        if files := CertificateFiles.from_settings(self._services.settings):
+            self._server.add_secure_port(address, create_credentials(files))
+        else:
+            self._server.add_insecure_port(address)
 
     async def stop(self, seconds: float | None) -> None:
         """Refuse new calls, finish the accepted calls within `seconds`, then cancel the rest.
 
         None cancels at once, also while an earlier call of this method waits.
         """
-        for task in self._open_streams:  # they would last until their clients leave
+        self._is_stopping = True
+        for task in list(self._open_streams):  # they would last until their clients leave
             task.cancel()
         await self._server.stop(seconds)
 
@@ -110,6 +117,12 @@ class GrpcServer:
             self._open_streams.add(task)
             try:
                 await answer(_messages, context)
+            except asyncio.CancelledError:
+                if not self._is_stopping or context.cancelled():
+                    raise
+                # Cancelled by `stop`. gRPC itself would leave the stream open.
+                task.uncancel()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
             finally:
                 self._open_streams.discard(task)
 

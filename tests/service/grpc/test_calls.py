@@ -365,6 +365,16 @@ def read_peak_memory(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
+def test_refused_calls_leave_no_memory(grpc_server: Server, stub: Any) -> None:
+    """An error must not keep its frames, and so its images, until the next full garbage collection."""
+    request = pb.ModelInferRequest(model_name="thing", raw_input_contents=[bytes(1_900_000)])
+    for number in range(110):
+        if number == 10:  # everything is imported and every buffer has its size
+            memory = read_peak_memory(grpc_server.process.pid)
+        expect_error(lambda: stub.ModelInfer(request, timeout=30))
+    assert read_peak_memory(grpc_server.process.pid) < memory + 60_000_000
+
+
 @contextmanager
 def paused_runners(server: Server) -> Iterator[None]:
     """Pause the runners, so that accepted calls have no answer."""

@@ -1,0 +1,326 @@
+"""The gRPC server beside the HTTP server: start, workers, keys, limits on connections, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fovea.service.access.caller import Scope
+from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.grpc import inference_pb2 as pb
+from tests.certificates import Authority
+from tests.graphs import add_to_repository, build_model
+from tests.pictures import make_jpeg
+from tests.servers import ROOT, Server, run_service, wait_until
+from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
+
+IMAGE = make_jpeg(64, 48, 1)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model `small`."""
+    root = tmp_path_factory.mktemp("grpc") / "zoo"
+    add_to_repository(build_model(), root)
+    return root
+
+
+def make_request() -> pb.ModelInferRequest:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(IMAGE)
+    return pb.ModelInferRequest(model_name="small", inputs=[tensor])
+
+
+def infer(stub: Any, **options: Any) -> Any:
+    return stub.ModelInfer(make_request(), timeout=30, **options)
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+
+def test_without_a_port_nothing_is_imported(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        assert "gRPC" not in server.greeting
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "cygrpc" not in maps and "google/_upb" not in maps
+
+
+def test_missing_extra_ends_the_start_with_one_sentence(zoo: Path) -> None:
+    code = (
+        "import importlib.util as util, sys; find = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'grpc_health' else find(name)\n"
+        "from fovea.service.__main__ import main; sys.exit(main())"
+    )
+    settings = {"FOVEA_MODELS": str(zoo), "FOVEA_PORT": "0", "FOVEA_GRPC_PORT": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **settings},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "fovea: FOVEA_GRPC_PORT needs the extra `grpc`: the module grpc_health is not installed; "
+        "run pip install 'fovea-serve[grpc]'"
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_port_that_is_taken_ends_the_start(zoo: Path, workers: str) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0") as server:
+        port = grpc_address(server).split(":")[1]
+        result = run_service(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT=port, FOVEA_WORKERS=workers)
+    assert result.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port} (FOVEA_GRPC_PORT): Address already in use" in result.stderr
+
+
+@pytest.mark.long
+def test_workers_share_the_port(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_WORKERS="2") as server:
+        workers = server.child_pids("__main__") or server.child_pids("")
+
+        def call_over_new_connections() -> None:
+            for _ in range(8):
+                with open_channel(server, use_local_subchannel_pool=1) as channel:
+                    infer(create_stub(channel))
+
+        call_over_new_connections()
+        labels = {"protocol": "grpc", "model": "small", "status": "200"}
+        assert server.read_metric("fovea_requests_total", **labels) == 8
+        if workers:
+            os.kill(min(workers), signal.SIGKILL)
+            server.wait_for_metric(1, "fovea_worker_deaths_total")
+            server.wait_for_metric(2, "fovea_workers")
+            call_over_new_connections()
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def test_calls_need_a_key_with_the_scope_of_their_method(zoo: Path, tmp_path: Path) -> None:
+    keys = {"reader": Scope.CLASSIFY, "manager": Scope.MANAGE}
+    lines = [
+        ApiKey(name, frozenset({scope}), hash_key(f"fovea_{name}".encode())).to_line()
+        for name, scope in keys.items()
+    ]
+    file = tmp_path / "keys"
+    file.write_text("\n".join(lines) + "\n")
+    file.chmod(0o600)
+
+    def bearer(name: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer fovea_{name}"),)
+
+    settings = {"FOVEA_GRPC_PORT": "0", "FOVEA_KEYS": str(file), "FOVEA_MANAGEMENT": "true"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as server, open_channel(server) as channel:
+        stub, health = create_stub(channel), health_pb2_grpc.HealthStub(channel)
+        assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live  # probes send no key
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == 1
+        assert infer(stub, metadata=bearer("reader")).model_name == "small"
+        assert infer(stub, metadata=(("x-api-key", "fovea_reader"),)).model_name == "small"
+        load = pb.RepositoryModelLoadRequest(model_name="small")
+        stub.RepositoryModelLoad(load, timeout=60, metadata=bearer("manager"))
+        refusals: list[tuple[Any, Any, tuple[tuple[str, str], ...], grpc.StatusCode, str]] = [
+            (stub.ModelInfer, make_request(), (), grpc.StatusCode.UNAUTHENTICATED, "unauthorized"),
+            (stub.ModelInfer, make_request(), bearer("x"), grpc.StatusCode.UNAUTHENTICATED, "unauthorized"),
+            (
+                stub.ModelInfer,
+                make_request(),
+                bearer("manager"),
+                grpc.StatusCode.PERMISSION_DENIED,
+                "missing_scope",
+            ),
+            (
+                stub.RepositoryModelLoad,
+                load,
+                bearer("reader"),
+                grpc.StatusCode.PERMISSION_DENIED,
+                "missing_scope",
+            ),
+            (
+                stub.RepositoryIndex,
+                pb.RepositoryIndexRequest(),
+                (),
+                grpc.StatusCode.UNAUTHENTICATED,
+                "unauthorized",
+            ),
+        ]
+        for method, request, metadata, status, code in refusals:
+            with pytest.raises(grpc.RpcError) as info:
+                method(request, timeout=30, metadata=metadata)
+            found_status, message, trailers = read_error(info.value)
+            assert (found_status, trailers["code"]) == (status, code), message
+            assert trailers["www-authenticate"].startswith("Bearer")
+            assert "fovea_" not in message
+    assert "fovea_reader" not in server.log and '"reader"' in server.log
+
+
+def test_every_method_but_the_probes_has_a_scope(zoo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(ApiKey("x", frozenset({Scope.EXPLAIN}), hash_key(b"fovea_x")).to_line() + "\n")
+    file.chmod(0o600)
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_KEYS=str(file)) as server,
+        open_channel(server) as channel,
+    ):
+        answered = set()
+        for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+            call = channel.stream_stream(f"/{method.containing_service.full_name}/{method.name}")
+            try:
+                list(call(iter([b""]), timeout=30))
+            except grpc.RpcError as error:
+                assert error.code() == grpc.StatusCode.UNAUTHENTICATED, method.name
+            else:
+                answered.add(method.name)
+    assert answered == {"ServerLive", "ServerReady", "ServerMetadata"}
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+def test_port_speaks_tls_with_the_certificate_of_http(zoo: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **pair.settings) as server:
+        address = grpc_address(server).replace("127.0.0.1", "localhost")
+
+        def call_over_new_connection() -> bytes:
+            credentials = grpc.ssl_channel_credentials(authority.file.read_bytes())
+            with grpc.secure_channel(
+                address, credentials, [("grpc.use_local_subchannel_pool", 1)]
+            ) as channel:
+                infer(create_stub(channel))
+            return ssl.get_server_certificate(tuple(address.split(":"))).encode()  # type: ignore[arg-type]
+
+        first = call_over_new_connection()
+        with open_channel(server, enable_retries=0) as channel, pytest.raises(grpc.RpcError):
+            create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=10)
+        pair.replace_with(authority.issue("renewed"))
+        assert call_over_new_connection() != first
+        pair.key.write_text("broken")
+        infer_again = call_over_new_connection()
+        assert infer_again != first
+    assert "the old one stays" in server.log
+
+
+def test_clients_need_a_certificate_of_the_authority(zoo: Path, tmp_path: Path) -> None:
+    authority, clients = Authority(tmp_path, "servers"), Authority(tmp_path, "clients")
+    client = clients.issue("client")
+    settings = {**authority.issue("server").settings, "FOVEA_TLS_CLIENT_CA": str(clients.file)}
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server:
+        address = grpc_address(server).replace("127.0.0.1", "localhost")
+        root = authority.file.read_bytes()
+        with_certificate = grpc.ssl_channel_credentials(
+            root, client.key.read_bytes(), client.certificate.read_bytes()
+        )
+        with grpc.secure_channel(address, with_certificate) as channel:
+            infer(create_stub(channel))
+        with (
+            grpc.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel,
+            pytest.raises(grpc.RpcError),
+        ):
+            create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=10)
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+def test_number_of_connections_is_limited(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_GRPC_CONNECTIONS="2") as server:
+        with ExitStack() as stack:
+            stubs = [
+                create_stub(stack.enter_context(open_channel(server, use_local_subchannel_pool=1)))
+                for _ in range(2)
+            ]
+            for stub in stubs:
+                assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
+            with open_channel(server, use_local_subchannel_pool=1, enable_retries=0) as channel:
+                with pytest.raises(grpc.RpcError) as info:
+                    create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=2)
+                assert info.value.code() in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                )
+            assert infer(stubs[0]).model_name == "small"
+        with open_channel(server, use_local_subchannel_pool=1) as channel:
+            live = create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=30, wait_for_ready=True)
+            assert live.live
+
+
+def test_connection_without_a_request_is_closed(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_HEADER_TIMEOUT="0.5") as server:
+        host, port = grpc_address(server).split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            while connection.recv(4096):  # the server's own greeting, and then the end
+                pass
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def paused_runners(server: Server) -> Iterator[None]:
+    """Pause the runners, so that accepted calls have no answer."""
+    pids = server.runner_pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_shutdown_finishes_accepted_calls_and_refuses_new_ones(zoo: Path) -> None:
+    settings = {"FOVEA_GRPC_PORT": "0", "FOVEA_RUNNERS": "1", "FOVEA_DRAIN_GRACE": "0.5"}
+    with (
+        Server(FOVEA_MODELS=str(zoo), **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub, health = create_stub(channel), health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        with paused_runners(server):
+            accepted = stub.ModelInfer.future(make_request(), timeout=60)
+            server.wait_for_metric(1, "fovea_images_in_flight")
+            server.process.send_signal(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError):  # the stream ends with the grace time
+                next(watch)
+            with pytest.raises(grpc.RpcError) as info:
+                infer(stub)
+            assert info.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert accepted.result().model_name == "small"
+        wait_until(lambda: server.process.poll() is not None)
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.log
+
+
+def test_shutdown_cancels_calls_that_take_too_long(zoo: Path) -> None:
+    settings = {"FOVEA_GRPC_PORT": "0", "FOVEA_RUNNERS": "1", "FOVEA_DRAIN_LIMIT": "0.5"}
+    with (
+        Server(FOVEA_MODELS=str(zoo), **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+        paused_runners(server),
+    ):
+        accepted = create_stub(channel).ModelInfer.future(make_request(), timeout=60)
+        server.wait_for_metric(1, "fovea_images_in_flight")
+        server.process.send_signal(signal.SIGTERM)
+        assert accepted.exception().code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    assert server.process.returncode == 0
+    assert '"reason":"draining"' in server.log and "Traceback" not in server.log
