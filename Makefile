@@ -22,6 +22,7 @@ test: $(VENV)/.dev lint ## Check style and types, run all tests; COVER=--cov mea
 proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
 	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile $(COVER)
 	$(BIN)/pytest -m slow -s --ignore tests/image
+	$(MAKE) fuzz
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
