@@ -159,8 +159,9 @@ lock: $(VENV)/.dev ## Choose the versions in the container images and of the rel
 LOCK = $(BIN)/uv pip compile --upgrade --quiet --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url --python-version 3.12 --only-binary :all:
 
-audit: build/audit/bin/pip-audit ## Ask OSV for known vulnerabilities of all locked packages; NOT AUDITED without an answer
-	build/audit/bin/python deploy/audit.py $(AUDIT)
+audit: ## Ask OSV for known vulnerabilities of all locked packages; NOT AUDITED without an answer
+	@if $(PYTHON) deploy/audit.py --only-ask; then $(MAKE) build/audit/bin/pip-audit && build/audit/bin/python deploy/audit.py $(AUDIT); \
+	else [ -z '$(AUDIT)' ]; fi
 
 sbom: build/audit/bin/pip-audit ## Write the packages of the image into build/sbom (CycloneDX)
 	mkdir -p build/sbom

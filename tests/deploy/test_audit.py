@@ -65,10 +65,20 @@ def run_audit(url: str, *arguments: str, program: str = sys.executable) -> subpr
     )
 
 
-@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--strict"], 1)])
+@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--strict"], 1), (["--only-ask"], 1)])
 def test_silent_service_is_not_an_audit(arguments: list[str], status: int) -> None:
     process = run_audit("http://127.0.0.1:9/v1/query", *arguments)
     assert process.stdout.startswith("NOT AUDITED: http://127.0.0.1:9/v1/query does not answer: ")
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize(("variable", "status"), [("AUDIT=", 0), ("AUDIT=--strict", 2)])
+def test_make_audit_installs_nothing_without_an_answer(variable: str, status: int) -> None:
+    environment = {**os.environ, "OSV_URL": "http://127.0.0.1:9/v1/query", "no_proxy": "*"}
+    words = ["make", "--no-print-directory", "audit", variable, f"PYTHON={sys.executable}"]
+    process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout.startswith("NOT AUDITED: ")
+    assert process.stdout.count("\n") == 1
     assert process.returncode == status
 
 
