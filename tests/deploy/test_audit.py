@@ -103,6 +103,20 @@ def test_vulnerable_package_fails_the_audit(tmp_path: Path, vulnerable: str, sta
     assert ("PYSEC-1" in process.stdout) == bool(status)
 
 
+def test_bill_of_materials_has_every_locked_package(tmp_path: Path) -> None:
+    if not (TOOLS / "cyclonedx-py").exists():
+        pytest.skip(f"{SYSTEM_REASON}has no cyclonedx-py: make sbom installs it")
+    line = re.search(r"^SBOM = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line is not None
+    words = [*line[1].split(), "--output-file", str(tmp_path / "bom.json"), "deploy/image/cpu.txt"]
+    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    document = json.loads((tmp_path / "bom.json").read_text())
+    assert document["bomFormat"] == "CycloneDX"
+    assert document["metadata"]["component"]["name"] == "fovea-serve"
+    locked = re.findall(r"^(\S+)==(\S+)", (ROOT / "deploy" / "image" / "cpu.txt").read_text(), re.MULTILINE)
+    assert [(one["name"], one["version"]) for one in document["components"]] == locked
+
+
 def test_audited_files_are_all_lock_files() -> None:
     locks = {
         str(path.relative_to(ROOT / "deploy"))
