@@ -49,14 +49,16 @@ def find_licence(name: str) -> str | None:
         metadata = distribution(_GPU_TWINS.get(name, name)).metadata
     except PackageNotFoundError:
         return None
-    if expression := metadata.get("License-Expression"):
-        return str(expression)
+    if expressions := metadata.get_all("License-Expression"):
+        return str(expressions[0])
     classifiers = [
         one.rpartition(" :: ")[2]
         for one in metadata.get_all("Classifier") or ()
         if one.startswith("License ::")
     ]
-    names = [one for one in classifiers if one != "OSI Approved"] or [metadata.get("License") or "unknown"]
+    names = (
+        [one for one in classifiers if one != "OSI Approved"] or metadata.get_all("License") or ["unknown"]
+    )
     return " AND ".join(sorted({_SPDX.get(one, one) for one in names}))
 
 
