@@ -25,6 +25,7 @@ coverage: $(VENV)/.dev ## Measure which lines of the service the tests of `make 
 proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
 	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m slow -s --ignore tests/image
+	$(MAKE) fuzz
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -179,13 +180,17 @@ lock: $(VENV)/.dev ## Choose the versions in the container images and of the rel
 LOCK = $(BIN)/uv pip compile --upgrade --quiet --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url --python-version 3.12 --only-binary :all:
 
-audit: build/audit/bin/pip-audit ## Ask OSV for known vulnerabilities of all locked packages; NOT AUDITED without an answer
-	build/audit/bin/python deploy/audit.py $(AUDIT)
+audit: ## Ask OSV for known vulnerabilities of all locked packages; NOT AUDITED without an answer
+	@if $(PYTHON) deploy/audit.py --only-ask; then $(MAKE) build/audit/bin/pip-audit && build/audit/bin/python deploy/audit.py $(AUDIT); \
+	else [ -z '$(AUDIT)' ]; fi
 
 sbom: build/audit/bin/pip-audit ## Write the packages of the image into build/sbom (CycloneDX)
 	mkdir -p build/sbom
-	build/audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file build/sbom/cpu.cdx.json deploy/image/cpu.txt
-	build/audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file build/sbom/cuda.cdx.json deploy/image/cuda.txt
+	$(SBOM) --output-file build/sbom/cpu.cdx.json deploy/image/cpu.txt
+	$(SBOM) --output-file build/sbom/cuda.cdx.json deploy/image/cuda.txt
+
+# The validator takes minutes for the hundreds of hashes.
+SBOM = build/audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --no-validate
 
 build/audit/bin/pip-audit: deploy/audit-tools.txt
 	$(PYTHON) -m venv build/audit

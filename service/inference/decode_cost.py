@@ -175,9 +175,8 @@ def _read_png(image: ImageBytes) -> ImageHeader:
 
 def _read_gif(image: ImageBytes) -> ImageHeader:
     """Read the size of the logical screen, or of the first picture if it is larger (GIF89a, 18 and 20)."""
-    left, top, width, height = (
-        _read_number(image, _find_gif_picture(image) + 2 * i, 2, "little") for i in range(4)
-    )
+    start = _find_gif_picture(image)
+    left, top, width, height = (_read_number(image, start + 2 * index, 2, "little") for index in range(4))
     return ImageHeader(
         "GIF",
         max(_read_number(image, 6, 2, "little"), left + width),

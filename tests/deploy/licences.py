@@ -12,8 +12,9 @@ PAGE: Final = ROOT / "docs" / "licences.md"
 
 _INTRODUCTION: Final = """# Licences
 
-The container images contain Fovea (MIT), its base image, and the packages below. `make licences` writes this page from the lock files
-and from the metadata of the installed packages. A test compares both, and fails for a licence that obliges you to publish your own code.
+The container images contain Fovea (MIT), its base image, and the packages below. `make licences` writes this
+page from the lock files and from the metadata of the installed packages. A test compares both, and fails for
+a licence that obliges you to publish your own code.
 
 | package | licence |
 |---|---|
@@ -48,12 +49,16 @@ def find_licence(name: str) -> str | None:
         metadata = distribution(_GPU_TWINS.get(name, name)).metadata
     except PackageNotFoundError:
         return None
-    if expression := metadata.get("License-Expression"):
-        return str(expression)
+    if expressions := metadata.get_all("License-Expression"):
+        return str(expressions[0])
     classifiers = [
-        one.rpartition(" :: ")[2] for one in metadata.get_all("Classifier") or () if one.startswith("License ::")
+        one.rpartition(" :: ")[2]
+        for one in metadata.get_all("Classifier") or ()
+        if one.startswith("License ::")
     ]
-    names = [one for one in classifiers if one != "OSI Approved"] or [metadata.get("License") or "unknown"]
+    names = (
+        [one for one in classifiers if one != "OSI Approved"] or metadata.get_all("License") or ["unknown"]
+    )
     return " AND ".join(sorted({_SPDX.get(one, one) for one in names}))
 
 

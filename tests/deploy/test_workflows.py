@@ -196,7 +196,12 @@ def test_image_is_built_from_digests_and_pushed_without_a_tag(tmp_path: Path, ta
     assert labels["source"] == "https://example.com/Some/Fovea"
 
 
-SIGNING = {"NAME": "example.com/some/fovea@sha256:abc", "SUFFIX": "-x", "VERSION": "1.2.3"}
+SIGNING = {
+    "NAME": "example.com/some/fovea@sha256:abc",
+    "SUFFIX": "-x",
+    "VERSION": "1.2.3",
+    "RUNNER_TEMP": "/temp",
+}
 
 
 @pytest.mark.parametrize("digest", ["sha256:abc", "sha256:def"])
@@ -209,8 +214,9 @@ def test_signed_image_gets_its_tags(tmp_path: Path, digest: str) -> None:
     script = get_script("image", "Sign the image, attest its packages, and give it its tags")
     process = run_script(script, tmp_path, SIGNING, programs)
     image = "example.com/some/fovea"
-    assert (tmp_path / "calls.txt").read_text().splitlines()[:2] == [
+    assert (tmp_path / "calls.txt").read_text().splitlines()[:3] == [
         f"cosign sign --yes {image}@sha256:abc",
+        f"cosign attest --yes --type cyclonedx --predicate /temp/fovea-image.cdx.json {image}@sha256:abc",
         f"docker buildx imagetools create --tag {image}:1.2.3-x --tag {image}:1.2-x {image}@sha256:abc",
     ]
     assert process.returncode == (digest != "sha256:abc")
@@ -262,9 +268,10 @@ def test_image_that_does_not_classify_is_not_signed(tmp_path: Path, label: str |
     assert process.returncode == status
     assert ("docker logs fovea" in process.stdout) == (status != 0)
     steps = [step.get("name") for step in RELEASE["jobs"]["image"]["steps"]]
-    assert steps[-3:] == [
+    assert steps[-4:] == [
         "Build and push by digest, with SBOM and provenance",
         "Classify with the image, as a restricted container",
+        "List the packages of the image (CycloneDX)",
         "Sign the image, attest its packages, and give it its tags",
     ]
 
@@ -324,6 +331,21 @@ def test_build_tools_are_locked() -> None:
     script = get_script("build", "Build")
     assert "--require-hashes" in script
     assert "--no-isolation" in script  # otherwise pip would fetch a build system without hashes
+
+
+def test_wheel_is_stored_before_unlocked_packages_run() -> None:
+    """The packages that the wheel requires are not locked there: they must not change what is published."""
+    steps = RELEASE["jobs"]["build"]["steps"]
+    names = [step.get("name") or step["with"].get("name") for step in steps]
+    order = ["Build", "dist", "Audit all locked packages", "Classify with the wheel alone"]
+    assert [name for name in names if name in order] == order
+    assert names.count("dist") == 1
+    for job, name in (
+        ("build", "Audit all locked packages"),
+        ("image", "List the packages of the image (CycloneDX)"),
+    ):
+        assert "--require-hashes --only-binary :all: -r deploy/audit-tools.txt" in get_script(job, name)
+    assert "deploy/audit.py --strict" in get_script("build", "Audit all locked packages")
 
 
 def test_signature_is_checked_for_the_repository_and_the_tag() -> None:

@@ -91,7 +91,7 @@ def _mutate(image: bytes, choice: random.Random) -> bytes:
             (0, 1, 2, 8, 24, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(content))
         )
         order: Final = choice.choice(("little", "big"))
-        content[place : place + size] = (number % (1 << 8 * size)).to_bytes(size, order)  # type: ignore[arg-type]
+        content[place : place + size] = (number % (1 << 8 * size)).to_bytes(size, order)
     elif action == 1:
         content[place] ^= 1 << choice.randrange(8)
     elif action == 2:

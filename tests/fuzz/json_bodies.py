@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +55,7 @@ class _InlineExecutor(ThreadPoolExecutor):
 def make_loop() -> asyncio.AbstractEventLoop:
     """Return an event loop that runs threads' work inline."""
     loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
     loop.set_default_executor(_InlineExecutor())
     return loop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Final
 
@@ -63,12 +64,12 @@ def _make_seeds() -> list[bytes]:
     ]
 
 
-def _mutate(model: bytes, choice: random.Random) -> bytes:
+def change_field(model: bytes, choice: random.Random, numbers: Sequence[int]) -> bytes:
     """Wrap a piece as a field, or put a number in its place, so that lengths stay right more often."""
     start = choice.randrange(len(model) + 1)
     end = min(len(model), start + choice.choice((0, 1, 2, 8, 40)))
     piece = model[start:end]
-    number = choice.choice((1, 2, 5, 7, 8, 11, 12, 13, 14))
+    number = choice.choice(numbers)
     changes = (
         _encode(number, piece),
         bytes((number << 3, choice.choice((0, 1, 127)))),
@@ -78,6 +79,10 @@ def _mutate(model: bytes, choice: random.Random) -> bytes:
         b"",
     )
     return model[:start] + choice.choice(changes) + model[end:]
+
+
+def _mutate(model: bytes, choice: random.Random) -> bytes:
+    return change_field(model, choice, (1, 2, 5, 7, 8, 11, 12, 13, 14))
 
 
 TARGET = Target(check_model, _make_seeds, _mutate, words=(b"offset", b"location", b"length", b"-1", b"input"))

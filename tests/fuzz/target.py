@@ -19,6 +19,8 @@ TARGETS: Final = (
     "onnx_files",
     "contracts",
     "process_frames",
+    "keys_files",
+    "grpc_messages",
 )
 """Modules of this folder that define a `TARGET`."""
 

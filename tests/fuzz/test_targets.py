@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
+from tests.fuzz.run import ROOT
 from tests.fuzz.target import CORPUS, TARGETS, Target, list_kept_inputs, load_target
 
 
@@ -48,3 +50,16 @@ def _change(target: Target, data: bytes, choice: random.Random) -> bytes:
 def test_kept_inputs_are_small() -> None:
     assert {path.parent.name for path in CORPUS.glob("*/*")} <= set(TARGETS)
     assert sum(path.stat().st_size for path in CORPUS.glob("*/*")) < 200_000
+
+
+def test_page_lists_every_target() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(TARGETS)
+
+
+def test_every_attack_has_an_existing_test() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (.+) \| `(tests/\S+\.py)::(test_\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) >= 40
+    for _, _, path, name in rows:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), name

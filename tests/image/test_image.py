@@ -101,6 +101,25 @@ def test_container_serves_unprivileged_and_read_only(docker: Docker, container: 
     assert float(limit[1]) == 1 << 30
 
 
+def test_container_runs_with_the_default_seccomp_profile(docker: Docker, container: Container) -> None:
+    """Every process is filtered, has no capability, and can get none; proc_pid_status(5) has the fields."""
+    assert container.client.post("/v1/classify", content=SHIP).status_code == 200
+    assert "name=seccomp,profile=builtin" in docker("info", "--format", "{{.SecurityOptions}}")
+    assert docker.inspect(container.name, "{{.HostConfig.SecurityOpt}}") == "[no-new-privileges]"
+    command = "cat /proc/[0-9]*/status"
+    statuses = docker("exec", container.name, "sh", "-c", command, check=False)
+    values = {
+        name: set(re.findall(rf"^{name}:\s*(\S+)", statuses, re.MULTILINE))
+        for name in ("Seccomp", "NoNewPrivs", "CapEff", "CapPrm", "CapBnd", "Uid")
+    }
+    none = {"0" * 16}
+    assert values == {
+        "Seccomp": {"2"}, "NoNewPrivs": {"1"}, "CapEff": none, "CapPrm": none, "CapBnd": none,
+        "Uid": {"10001"},
+    }  # fmt: skip
+    assert statuses.count("\nPid:") >= 4  # init, the service, a runner, and this command
+
+
 def test_container_health_check_follows_arguments(docker: Docker, image: str) -> None:
     name = docker(
         "run",
