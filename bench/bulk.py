@@ -40,7 +40,7 @@ from fovea.service.artifact.contract_file import read_contract
 MIN_RATIO: Final = 0.95
 """Minimum throughput of the run, as a share of the bare loop's."""
 
-MAX_GROWTH: Final = 0.1
+MAX_GROWTH: Final = 0.05
 """Maximum growth of the memory (`BulkResult.growth`), as a share."""
 
 _GROUP_TURNS: Final = 10
@@ -77,15 +77,16 @@ class BulkResult:
 
     @property
     def growth(self) -> float:
-        """Growth of the memory from the first tenth of the run to its second half, as a share.
+        """Growth of the memory from the first third of the run to its last third, as a share.
 
-        The highest value of the first tenth is compared with the median of the second half: at the very end,
-        the parts are joined, which takes the memory of one row group more.
+        The highest value of the first third, in which buffers reach their size, is compared with the median
+        of the last third: at the very end, joining the parts takes the memory of one row group more.
         """
         memory = [one for _, one in self.curve]
-        if not memory:
+        if len(memory) < 3:
             return 0.0
-        return median(memory[len(memory) // 2 :]) / max(memory[: max(1, len(memory) // 10)]) - 1
+        third = len(memory) // 3
+        return median(memory[-third:]) / max(memory[:third]) - 1
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,7 @@ def find_failures(results: list[BulkResult], resume_result: ResumeResult) -> lis
         if one.ratio < MIN_RATIO
     ]
     failures += [
-        f"{one.workload}: the memory grew by {one.growth:.0%} after the first tenth; at most {MAX_GROWTH:.0%}"
+        f"{one.workload}: the memory grew by {one.growth:.0%} after the first third; at most {MAX_GROWTH:.0%}"
         for one in results
         if one.growth > MAX_GROWTH
     ]
