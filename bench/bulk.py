@@ -21,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import IO, Final
+from typing import IO, Final, NamedTuple
 
 from fovea.bench.contestants import MIN_AGREEMENT, BareLoop, compute_reference, start_loop
 from fovea.bench.machine import describe_processor
@@ -40,10 +40,11 @@ from fovea.service.artifact.contract_file import read_contract
 MIN_RATIO: Final = 0.95
 """Minimum throughput of the run, as a share of the bare loop's."""
 
-MAX_GROWTH: Final = 0.1
+MAX_GROWTH: Final = 0.05
 """Maximum growth of the memory (`BulkResult.growth`), as a share."""
 
-_SAMPLE_SECONDS: Final = 0.5
+_GROUP_TURNS: Final = 10
+"""Number of turns whose ratio is shown: in one turn, about one part of a thousand images is finished."""
 
 _START_SECONDS: Final = 60.0
 
@@ -59,8 +60,8 @@ class BulkResult:
     start_seconds: float
     """Time to start Python, import and load the model."""
     bare_rate: float
-    turn_ratios: list[float]
-    """Rate of each whole turn over that of the bare loop's turn after it, by finished parts."""
+    group_ratios: list[float]
+    """Rate in each `_GROUP_TURNS` turns over that of the bare loop between them, by finished parts."""
     curve: list[tuple[float, int]]
     """(seconds of the run, memory)."""
     agreement: float
@@ -76,15 +77,16 @@ class BulkResult:
 
     @property
     def growth(self) -> float:
-        """Growth of the memory from the first tenth of the run to its second half, as a share.
+        """Growth of the memory from the first third of the run to its last third, as a share.
 
-        The highest value of the first tenth is compared with the median of the second half: at the very end,
-        the parts are joined, which takes the memory of one row group more.
+        The highest value of the first third, in which buffers reach their size, is compared with the median
+        of the last third: at the very end, joining the parts takes the memory of one row group more.
         """
         memory = [one for _, one in self.curve]
-        if not memory:
+        if len(memory) < 3:
             return 0.0
-        return median(memory[len(memory) // 2 :]) / max(memory[: max(1, len(memory) // 10)]) - 1
+        third = len(memory) // 3
+        return median(memory[-third:]) / max(memory[:third]) - 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--photographs", type=int, default=1_000, help="photographs (default: 1,000); 0 for none"
     )
-    parser.add_argument("--turn", type=float, default=5.0, help="seconds of each turn (default: 5)")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of each turn (default: 1)")
     parser.add_argument("--kills", type=int, default=3, help="kills of the second run (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--suffix", default=".parquet", choices=[".parquet", ".csv", ".jsonl"])
@@ -195,8 +197,7 @@ def measure_run(workload: Workload, folder: Path, count: int, out: Path, turn_se
     """Run the command over a folder, taking turns with the bare loop. Raises `BenchError`."""
     curve: list[tuple[float, int]] = []
     active_seconds = 0.0
-    bare_rates: list[float] = []
-    bulk_rates: list[float] = []
+    turns: list[_Turn] = []
     with start_loop("bare", workload) as loop, tempfile.TemporaryFile("w+") as log:
         started_at = time.monotonic()
         with _start_run(workload, folder, out, log) as process:
@@ -204,30 +205,46 @@ def measure_run(workload: Workload, folder: Path, count: int, out: Path, turn_se
             start_seconds = time.monotonic() - started_at
             while process.poll() is None:
                 turn_started_at, finished_before = time.monotonic(), _count_finished(out)
-                while process.poll() is None and time.monotonic() < turn_started_at + turn_seconds:
-                    try:
-                        process.wait(_SAMPLE_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        seconds = active_seconds + time.monotonic() - turn_started_at
-                        curve.append((seconds, measure_resident_bytes([process.pid])))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(turn_seconds)
+                if process.poll() is None:
+                    pause_tree(process.pid)  # which takes its time, in which some processes still work
                 elapsed = time.monotonic() - turn_started_at
                 active_seconds += elapsed
                 if process.poll() is None:
-                    pause_tree(process.pid)
-                    bulk_rates.append((_count_finished(out) - finished_before) / elapsed)
-                bare_rates.append(_measure_bare(loop, turn_seconds))
+                    curve.append((active_seconds, measure_resident_bytes([process.pid])))
+                finished = _count_finished(out) - finished_before
+                turns.append(_Turn(finished, elapsed, _measure_bare(loop, turn_seconds)))
                 resume_tree(process.pid)
             _check_end(process, log)
+    groups = (turns[start : start + _GROUP_TURNS] for start in range(0, len(turns), _GROUP_TURNS))
     return BulkResult(
         workload.name,
         count,
         active_seconds,
         start_seconds,
-        sum(bare_rates) / len(bare_rates),
-        [one / bare for one, bare in zip(bulk_rates, bare_rates, strict=False)],
+        _compute_bare_rate(turns),
+        [_compute_ratio(group) for group in groups if len(group) == _GROUP_TURNS and group[-1].finished >= 0],
         curve,
         compute_agreement(workload, out),
     )
+
+
+class _Turn(NamedTuple):
+    finished: int
+    """Images in parts that were finished in the turn; negative for the last turn, which joins the parts."""
+    seconds: float
+    bare_rate: float
+
+
+def _compute_bare_rate(turns: Sequence[_Turn]) -> float:
+    return sum(turn.bare_rate for turn in turns) / len(turns)
+
+
+def _compute_ratio(turns: Sequence[_Turn]) -> float:
+    """Return the rate of the run in consecutive turns, over that of the bare loop."""
+    seconds = sum(turn.seconds for turn in turns)
+    return sum(turn.finished for turn in turns) / seconds / _compute_bare_rate(turns)
 
 
 def compute_agreement(workload: Workload, out: Path) -> float:
@@ -319,7 +336,7 @@ def find_failures(results: list[BulkResult], resume_result: ResumeResult) -> lis
         if one.ratio < MIN_RATIO
     ]
     failures += [
-        f"{one.workload}: the memory grew by {one.growth:.0%} after the first tenth; at most {MAX_GROWTH:.0%}"
+        f"{one.workload}: the memory grew by {one.growth:.0%} after the first third; at most {MAX_GROWTH:.0%}"
         for one in results
         if one.growth > MAX_GROWTH
     ]
@@ -336,7 +353,7 @@ def find_failures(results: list[BulkResult], resume_result: ResumeResult) -> lis
 
 
 def _format_result(result: BulkResult) -> str:
-    ratios = result.turn_ratios or [result.ratio]
+    ratios = result.group_ratios or [result.ratio]
     highest = max(memory for _, memory in result.curve) if result.curve else 0
     return (
         f"| {result.workload} | {result.images:,} | {result.seconds:.1f} | {result.start_seconds:.1f} | "
@@ -346,7 +363,7 @@ def _format_result(result: BulkResult) -> str:
 
 
 def _show(results: list[BulkResult], resume_result: ResumeResult, machine: str) -> None:
-    names = "workload", "images", "seconds", "start, s", "images/s", "bare loop", "ratio (turns)"
+    names = "workload", "images", "seconds", "start, s", "images/s", "bare loop", "ratio (ten turns)"
     print(f"\n| {' | '.join((*names, 'memory, MB', 'same label'))} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for result in results:
