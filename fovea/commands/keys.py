@@ -72,23 +72,22 @@ def _print_keys(all_keys: tuple[ApiKey, ...], *, as_json: bool) -> None:
 
     from fovea.service.access.caller import Scope
 
-    rows = [
-        {
-            "name": key.name,
-            "scopes": [scope.value for scope in Scope if scope in key.scopes],
-            "last_day": key.last_day and key.last_day.isoformat(),
-            "expired": key.expires_at <= time.time(),
-        }
-        for key in all_keys
-    ]
     if as_json:
+        rows = [
+            {
+                "name": key.name,
+                "scopes": [scope.value for scope in Scope if scope in key.scopes],
+                "last_day": key.last_day and key.last_day.isoformat(),
+                "expired": key.expires_at <= time.time(),
+            }
+            for key in all_keys
+        ]
         print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
         return
     width = max((len(key.name) for key in all_keys), default=0)
-    for row in rows:
-        end = f"  until {row['last_day']}" if row["last_day"] else ""
-        print(
-            f"{row['name']:{width}}  {','.join(row['scopes'])}{end}{' (expired)' if row['expired'] else ''}"
-        )
-    if not rows:
+    for key in all_keys:
+        scopes = ",".join(scope for scope in Scope if scope in key.scopes)
+        end = f"  until {key.last_day}" if key.last_day else ""
+        print(f"{key.name:{width}}  {scopes}{end}{' (expired)' if key.expires_at <= time.time() else ''}")
+    if not all_keys:
         print("there are no keys: nobody is let in")

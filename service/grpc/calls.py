@@ -160,7 +160,8 @@ async def answer_call(call: Call, method: Method) -> bytes:
         status, details = find_status(error), _shorten_details(error.message)
         # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
         # and to the frames with the images. Such a cycle would live until the next full garbage collection.
-        error.__traceback__ = error.__context__ = error = None
+        error.__traceback__ = error.__context__ = None
+        error = None
         # Raises an exception of gRPC, which ends the handler.
         await context.abort(status, details, trailers)
     context.set_trailing_metadata(trailers)

@@ -138,7 +138,7 @@ async def _refuse_unknown(_call: Call) -> bytes:
 _UNKNOWN_METHOD: Final = Method(_refuse_unknown, None)
 
 
-class _GenericHandler(grpc.GenericRpcHandler):
+class _GenericHandler(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no types
     """The way from the path of a method to its handler. A path without a method has a handler as well."""
 
     def __init__(self, create_handler: Callable[[str], grpc.RpcMethodHandler]) -> None:

@@ -342,8 +342,8 @@ def _read_heif(image: ImageBytes) -> ImageHeader:
         raise ValueError("no image spatial extents")
     # A file with brands of both formats is decoded as AVIF (`image_format`).
     brands = bytes(image[8 : min(_read_number(image, 0, 4), 64)])
-    kind = "AVIF" if b"avif" in brands or b"avis" in brands else "HEIC"
-    return ImageHeader(kind, *max(sizes, key=lambda size: size[0] * size[1]))
+    name = "AVIF" if b"avif" in brands or b"avis" in brands else "HEIC"
+    return ImageHeader(name, *max(sizes, key=lambda size: size[0] * size[1]))
 
 
 _UPPER_BOUNDS: Final = frozenset({"AVIF", "HEIC", "TIFF"})

@@ -143,7 +143,7 @@ def packed_floats(values: np.ndarray[Any, Any]) -> bytes:
 def encode_row(contents: bytes) -> bytes:
     """Return a request for `thing` whose contents are encoded by hand."""
     tensor = pb.ModelInferRequest.InferInputTensor(name="image", datatype="FP32", shape=[1, 3, 16, 16])
-    head = pb.ModelInferRequest(model_name="thing").SerializeToString()
+    head: bytes = pb.ModelInferRequest(model_name="thing").SerializeToString()
     return head + encode_field(5, tensor.SerializeToString() + encode_field(5, contents))
 
 

@@ -89,7 +89,7 @@ def test_damaged_message_is_refused_or_parsed(request: pb.ModelInferRequest, dat
 
 def test_number_of_fields_is_limited_at_every_level() -> None:
     def nest(number: int, content: bytes) -> bytes:
-        message = pb.InferTensorContents(bytes_contents=[content]).SerializeToString()
+        message: bytes = pb.InferTensorContents(bytes_contents=[content]).SerializeToString()
         return bytes([number << 3 | 2]) + message[1:]  # the same length, under another number
 
     many = MAX_FIELDS + 1

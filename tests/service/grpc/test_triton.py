@@ -112,7 +112,7 @@ def test_classification_extension_and_several_outputs(
 
 
 def test_tensors_get_the_answers_of_http(grpc_server: Server, answers: Any) -> None:
-    requests = [
+    requests: list[tuple[str, str, str, Any, list[int], str]] = [
         ("thing", "image", "FP32", np.linspace(0, 1, 2 * 768, dtype=np.float32), [2, 3, 16, 16], "logits"),
         ("small", "pixels", "UINT8", np.linspace(0, 255, 2 * 768).astype(np.uint8), [2, 16, 16, 3], ""),
     ]
