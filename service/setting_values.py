@@ -111,6 +111,8 @@ def check_route(route: str | None) -> str | None:
 def describe_values(field: FieldInfo) -> str:
     """Return words for the values that a setting accepts, to follow "it must be"."""
     value_type: Any = field.annotation
+    if type(None) in get_args(value_type):  # `int | None`: None is the default and cannot be written
+        (value_type,) = (one for one in get_args(value_type) if one is not type(None))
     choices = [repr(choice) for choice in get_args(value_type)] if get_origin(value_type) is Literal else []
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"

@@ -26,6 +26,17 @@ def encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def encode_heic(image: Image.Image, orientation: int = 1) -> bytes:
+    """Encode the image as HEIC, with an orientation in its EXIF data; needs pillow-heif, a test package."""
+    import pillow_heif
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=95, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
 def make_jpeg(width: int = 64, height: int = 48, seed: int = 0, **options: Any) -> bytes:
     """Return a JPEG of smooth random colours."""
     return encode_image(draw_picture(width, height, seed), "JPEG", **options)

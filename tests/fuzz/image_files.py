@@ -22,7 +22,7 @@ from fovea.service.inference.image_opening import open_image
 from fovea.service.inference.preprocess import configure_pillow, decode_image
 from fovea.service.inference.repair import find_repairs
 from tests.fuzz.target import Target, require
-from tests.pictures import draw_picture, encode_image
+from tests.pictures import draw_picture, encode_heic, encode_image
 
 _MAX_PIXELS: Final = 20_000
 _GEOMETRY: Final = Geometry.cropped(8, 8, 8, Interpolation.BILINEAR, PixelPath.FAST)
@@ -68,7 +68,9 @@ def _compare_with_decoder(image: bytes, cost: DecodeCost) -> None:
 
 def _make_seeds() -> list[bytes]:
     picture = draw_picture(24, 16)
-    seeds = [encode_image(picture, kind) for kind in supported_formats() if kind not in ("MPO",)]
+    seeds = [encode_image(picture, kind) for kind in supported_formats() if kind not in ("MPO", "HEIC")]
+    if "HEIC" in supported_formats():
+        seeds.append(encode_heic(picture))
     seeds += [
         encode_image(picture, "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
         encode_image(picture.convert("P"), "PNG", transparency=0),

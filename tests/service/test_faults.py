@@ -423,6 +423,7 @@ def test_wall_clock_is_read_only_for_displayed_dates() -> None:
         ("api", "datetime.fromtimestamp"),  # formats the time since when a version has its state
         ("api", "time.time("),  # the last inference, in the statistics of the Open Inference Protocol
         ("http", "time.time("),  # the header Date
+        ("http", "time.time("),  # whether a certificate is valid now
         ("http", "time.time("),  # the start of a trace
         ("rollout", "datetime.now"),  # the time of a verdict on a model version
         ("rollout", "time.time("),  # the last update of the copy of a store, in its index

@@ -195,6 +195,7 @@ def round_to_float32(value: float) -> float:
     return rounded
 
 
+@pytest.mark.long
 def test_row_groups_are_bounded_and_hold_many_parts(tmp_path: Path) -> None:
     """A reader of Parquet is slow if each part of a thousand rows is a row group of its own."""
     table_format, rows = (

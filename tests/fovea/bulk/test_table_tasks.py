@@ -270,6 +270,7 @@ OTHER_OPTIONS = {
 }
 
 
+@pytest.mark.long
 def test_finished_table_must_have_the_options_of_the_command(
     command: Command,
     photos: Path,

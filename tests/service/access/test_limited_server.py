@@ -199,6 +199,7 @@ def test_addresses_of_one_ipv6_network_are_one_caller(rate_server: Server) -> No
     assert send_as(rate_server, "2001:db8:78::1").status_code == 200
 
 
+@pytest.mark.long
 def test_forged_address_does_not_help_without_trusted_proxies(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_CALLER_RATE="0.01", FOVEA_CALLER_BURST="3") as server:
         statuses = [send_as(server, f"203.0.113.{number}").status_code for number in range(5)]
@@ -233,6 +234,7 @@ def flood(server: Server, stack: ExitStack, address: str, count: int) -> list[Wi
     return wires
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("has_shares", [pytest.param(False, marks=pytest.mark.long), True])
 def test_caller_is_served_beside_a_flood(small_zoo: Path, has_shares: bool) -> None:
     settings: dict[str, Any] = {
@@ -300,6 +302,7 @@ def test_places_of_a_dead_worker_are_free(small_zoo: Path) -> None:
         assert post_request(server.url, "native").status_code == 200
 
 
+@pytest.mark.long
 def test_place_is_free_after_waiting_for_a_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
         add_to_repository(build_model(), tmp_path, name)

@@ -80,6 +80,7 @@ def test_missing_extra_ends_the_start_with_one_sentence(zoo: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_port_that_is_taken_ends_the_start(zoo: Path, workers: str) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0") as server:
@@ -170,6 +171,7 @@ def test_calls_need_a_key_with_the_scope_of_their_method(zoo: Path, tmp_path: Pa
     assert "fovea_reader" not in server.log and '"reader"' in server.log
 
 
+@pytest.mark.long
 def test_every_method_but_the_probes_has_a_scope(zoo: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(ApiKey("x", frozenset({Scope.EXPLAIN}), hash_key(b"fovea_x")).to_line() + "\n")
@@ -218,6 +220,7 @@ def test_port_speaks_tls_with_the_certificate_of_http(zoo: Path, tmp_path: Path)
     assert "the old one stays" in server.log
 
 
+@pytest.mark.long
 def test_clients_need_a_certificate_of_the_authority(zoo: Path, tmp_path: Path) -> None:
     authority, clients = Authority(tmp_path, "servers"), Authority(tmp_path, "clients")
     client = clients.issue("client")
@@ -240,6 +243,7 @@ def test_clients_need_a_certificate_of_the_authority(zoo: Path, tmp_path: Path) 
 # --- connections ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_number_of_connections_is_limited(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_GRPC_CONNECTIONS="2") as server:
         with ExitStack() as stack:
@@ -262,6 +266,7 @@ def test_number_of_connections_is_limited(zoo: Path) -> None:
             assert live.live
 
 
+@pytest.mark.long
 def test_connection_without_a_request_is_closed(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_HEADER_TIMEOUT="0.5") as server:
         host, port = grpc_address(server).split(":")
@@ -311,6 +316,7 @@ def test_shutdown_finishes_accepted_calls_and_refuses_new_ones(zoo: Path) -> Non
     assert "Traceback" not in server.log
 
 
+@pytest.mark.long
 def test_shutdown_cancels_calls_that_take_too_long(zoo: Path) -> None:
     settings = {"FOVEA_GRPC_PORT": "0", "FOVEA_RUNNERS": "1", "FOVEA_DRAIN_LIMIT": "0.5"}
     with (

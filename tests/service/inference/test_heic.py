@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pillow_heif
 import pytest
 from PIL import Image
 
@@ -19,18 +18,10 @@ from fovea.service.inference import heic, image_format
 from fovea.service.inference.decode_cost import estimate_cost, read_header
 from fovea.service.inference.image_suffixes import has_image_suffix
 from fovea.service.inference.preprocess import decode_image, decode_upright, identity_geometry
-from tests.pictures import draw_picture
+from tests.pictures import draw_picture, encode_heic
 from tests.servers import DEFAULT_MODEL, Server
 
 LIMIT = 50_000_000
-
-
-def encode_heic(image: Image.Image, orientation: int = 1) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stream = BytesIO()
-    pillow_heif.from_pillow(image).save(stream, quality=95, exif=exif.tobytes())
-    return stream.getvalue()
 
 
 PICTURE = draw_picture(128, 96)

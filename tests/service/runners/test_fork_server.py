@@ -110,6 +110,7 @@ def test_quiet_child_writes_no_errors(starter: ForkServer) -> None:
         process.stop()
 
 
+@pytest.mark.long
 def test_fork_server_keeps_no_files_of_its_children(starter: ForkServer) -> None:
     counts = []
     for _ in range(3):
@@ -145,6 +146,7 @@ def test_orphans_are_adopted_only_during_a_fork(starter: ForkServer) -> None:
     assert value.value == 0
 
 
+@pytest.mark.long
 def test_end_of_the_fork_server_waits_for_a_fork(starter: ForkServer) -> None:
     ChildProcess("explain.process").stop()
     pid = _get_pid(starter)
@@ -233,6 +235,7 @@ def test_dead_fork_server_is_replaced_and_its_children_live(starter: ForkServer)
         assert process.wait_exit() == 0
 
 
+@pytest.mark.long
 def test_silent_fork_server_is_replaced(starter: ForkServer) -> None:
     ChildProcess("explain.process").stop()
     pid = _get_pid(starter)
@@ -430,6 +433,7 @@ def test_fork_server_without_file_descriptors_reports_it(starter: ForkServer) ->
     assert _get_pid(starter) == pid
 
 
+@pytest.mark.long
 def test_closed_fork_server_starts_again(starter: ForkServer) -> None:
     starter.start()
     pid = _get_pid(starter)
@@ -465,6 +469,7 @@ def test_service_survives_its_fork_server(small_zoo: Path) -> None:
         wait_until(lambda: not any(map(is_running, remaining)))
 
 
+@pytest.mark.long
 def test_idle_children_map_no_code_that_they_used_once(starter: ForkServer) -> None:
     """Imports alone touch 9 MB of ONNX Runtime's code."""
     process = ChildProcess("explain.process")
