@@ -1,8 +1,8 @@
 """Files of the Helm chart that follow from others; `make chart` writes them.
 
 * `files/alerts.yml` is a copy of `deploy/alerts.yml`, because Helm reads no file outside of the chart.
-* `settings` in `values.schema.json` has every setting with its type and bounds; `env` has none that a template
-  sets.
+* `settings` in `values.schema.json` has every setting with its type and bounds.
+* `env` in the same file refuses the settings that a template sets.
 * `models.uri` in the same file knows the schemes of stores.
 * `version` and `appVersion` in `Chart.yaml` are the version of the package.
 """
