@@ -43,7 +43,7 @@ class Service:
             first = Path(certificate).read_text().partition(LAST_LINE)[0] + LAST_LINE
             self._tls = ssl.create_default_context(cadata=first)
             self._tls.check_hostname = False
-            self._tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            self._tls.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN
         if self._tls and client:
             self._tls.load_cert_chain(f"{client}/tls.crt", f"{client}/tls.key")
 
