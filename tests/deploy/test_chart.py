@@ -257,6 +257,7 @@ REFUSED: list[tuple[Manifest, str]] = [
     ({"test": {"certificateSecret": "a"}}, "test.certificateSecret needs tls.clientCA"),
     ({"serviceMonitor": {"key": {"secret": "a", "entry": "key"}}}, "serviceMonitor.key needs keys.secret"),
     ({**CASES["secure"], "serviceMonitor": ON}, "Prometheus needs a certificate"),
+    ({"serviceMonitor": {"tlsConfig": {"serverName": "a"}}}, "serviceMonitor.tlsConfig needs tls.secret"),
     ({"service": {"externalTrafficPolicy": "Local"}}, "needs service.type NodePort or LoadBalancer"),
     ({"service": {"grpcPort": 80}, "grpc": ON}, "service.port and service.grpcPort are both 80"),
     ({"volumes": [{"name": "tls", "emptyDir": {}}]}, "a volume of the chart"),

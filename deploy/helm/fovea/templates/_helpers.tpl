@@ -112,6 +112,9 @@ httpGet: {path: {{ .path }}, port: http{{ if .context.Values.tls.secret }}, sche
 {{- fail (printf "%s needs keys.secret: without it, the service asks for no key" $name) -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.serviceMonitor.tlsConfig (not .Values.tls.secret) -}}
+{{- fail "serviceMonitor.tlsConfig needs tls.secret: without it, the service speaks plain HTTP" -}}
+{{- end -}}
 {{- if and .Values.serviceMonitor.enabled .Values.tls.clientCA (not .Values.serviceMonitor.tlsConfig.cert) -}}
 {{- fail "serviceMonitor.tlsConfig needs cert and keySecret: with tls.clientCA, Prometheus needs a certificate" -}}
 {{- end -}}
