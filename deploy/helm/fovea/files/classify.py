@@ -49,10 +49,9 @@ class Service:
 
     def call(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Return the status and the body of a reply."""
+        connection = http.client.HTTPConnection(*self._address, timeout=20)
         if self._tls:
             connection = http.client.HTTPSConnection(*self._address, timeout=20, context=self._tls)
-        else:
-            connection = http.client.HTTPConnection(*self._address, timeout=20)
         headers = {"Content-Type": "image/png"} if body else {}
         if KEY:
             headers["Authorization"] = f"Bearer {KEY}"
