@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -829,6 +830,18 @@ def _list_values(values: Manifest, prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _format(value: object) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def test_page_adds_the_packages_of_the_extra_to_the_image() -> None:
+    (command,) = re.findall(r"^RUN pip install .* 'grpcio.*$", read_page("kubernetes"), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = [word for word in shlex.split(command) if re.search(r"[<>=]", word)]
+    assert packages == project["optional-dependencies"]["grpc"]
+    folder = re.search(r"--target (\S+)", command)
+    assert folder is not None
+    own_path = re.search(r"PYTHONPATH=(\S+)", (ROOT / "Dockerfile").read_text())
+    assert own_path is not None
+    assert f"\nENV PYTHONPATH={folder[1]}:{own_path[1]}\n" in read_page("kubernetes")
 
 
 @needs_helm
