@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Install the chart on a cluster of kind, classify, roll under load, and count lost requests.
-# Needs docker, kind, kubectl and helm. IMAGE names an image that exists; otherwise the image is built.
+# Install the chart on a cluster of kind, classify, roll under load, count lost requests, and turn on a key and TLS.
+# Needs docker, kind, kubectl, helm and openssl. IMAGE names an image that exists; otherwise the image is built.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-for program in docker kind kubectl helm; do
+for program in docker kind kubectl helm openssl; do
   command -v "$program" >/dev/null || { echo "$program is missing; NOTHING was tested" >&2; exit 2; }
 done
 
@@ -12,12 +12,13 @@ cluster=fovea-test
 namespace=photos
 image=${IMAGE:-fovea:kind}
 kubeconfig=$(mktemp)
+secrets=$(mktemp -d)
 export KUBECONFIG=$kubeconfig
 
 stop() {
   [ -z "${forward:-}" ] || kill "$forward" 2>/dev/null || true
   [ -n "${KEEP:-}" ] || kind delete cluster --name "$cluster"
-  rm -f "$kubeconfig"
+  rm -rf "$kubeconfig" "$secrets"
 }
 trap stop EXIT
 
@@ -82,4 +83,17 @@ forward=$!
 curl --fail --silent --retry 10 --retry-connrefused --retry-delay 1 \
   --data-binary @samples/ship.jpg http://127.0.0.1:18080/v1/classify
 echo
+
+# With a key and TLS: `helm test` shows the key to the holder of the certificate alone.
+docker run --rm --user "$(id -u):$(id -g)" --volume "$secrets:/secrets" "$image" \
+  keys add test --scope classify --file /secrets/keys | tr -d '\n' >"$secrets/key"
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=fovea \
+  -keyout "$secrets/tls.key" -out "$secrets/tls.crt"
+kubectl --namespace "$namespace" create secret generic api-keys --from-file=keys="$secrets/keys"
+kubectl --namespace "$namespace" create secret generic test-key --from-file=key="$secrets/key"
+kubectl --namespace "$namespace" create secret tls fovea-tls --cert "$secrets/tls.crt" --key "$secrets/tls.key"
+helm upgrade fovea deploy/helm/fovea --namespace "$namespace" --reset-then-reuse-values --wait --timeout 5m \
+  --set keys.secret=api-keys,tls.secret=fovea-tls,test.key.secret=test-key,test.key.entry=key
+helm test fovea --namespace "$namespace" --logs
+
 echo "the chart works on $(kubectl version --output json | grep -o '"gitVersion": "[^"]*"' | tail -1)"

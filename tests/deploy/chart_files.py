@@ -2,6 +2,7 @@
 
 * `files/alerts.yml` is a copy of `deploy/alerts.yml`, because Helm reads no file outside of the chart.
 * `settings` in `values.schema.json` has every setting with its type and bounds.
+* `env` in the same file refuses the settings that a template sets.
 * `models.uri` in the same file knows the schemes of stores.
 * `version` and `appVersion` in `Chart.yaml` are the version of the package.
 """
@@ -21,8 +22,10 @@ from tests.servers import ROOT
 
 CHART: Final = ROOT / "deploy" / "helm" / "fovea"
 
-FIXED_SETTINGS: Final = frozenset({"port", "models", "model_cache", "state"})
-"""Settings that the chart's templates choose."""
+FIXED_SETTINGS: Final = frozenset(
+    {"port", "grpc_port", "models", "model_cache", "state", "keys", "tls_cert", "tls_key", "tls_client_ca"}
+)
+"""Settings that the chart's templates choose, by other values."""
 
 _JSON_TYPES: Final = {bool: "boolean", int: "integer", float: "number"}
 _JSON_BOUNDS: Final = {
@@ -41,6 +44,8 @@ def render_chart_files() -> dict[str, str]:
     chart = re.sub(r"^appVersion: .*$", f'appVersion: "{version}"', chart, flags=re.MULTILINE)
     schema = json.loads((CHART / "values.schema.json").read_text())
     schema["properties"]["settings"] = make_settings_schema()
+    variable = schema["properties"]["env"]["items"]["properties"]["name"]
+    variable["not"]["enum"] = sorted(ENVIRONMENT_PREFIX + name.upper() for name in FIXED_SETTINGS)
     schema["properties"]["models"]["properties"]["uri"]["pattern"] = make_uri_pattern()
     return {
         "Chart.yaml": chart,

@@ -64,6 +64,10 @@ CHANGED = {
     result: format_series("fovea_model_changes_total", model="pets", result=result)
     for result in ("refused", "loaded")
 }
+EXPIRY = format_series("fovea_tls_certificate_expiry_timestamp_seconds")
+RELOADS = {
+    result: format_series("fovea_tls_certificate_reloads_total", result=result) for result in ("ok", "failed")
+}
 PSI, CHANCE = (format_series(f"fovea_drift_{infix}psi", signal="label") for infix in ("", "chance_"))
 
 BAD_HOUR = {OK: format_counter((420, 1000)), FAILED: format_counter((360, 0), (60, 50))}
@@ -152,6 +156,12 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a worker is replaced", {WORKERS: "4x5 3x2 4x20", EXPECTED_WORKERS: "4x30"}, "15m", []),
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
+    ("a certificate that expires in two days", {EXPIRY: "172800x20"}, "15m", ["FoveaCertificateExpires"]),
+    ("a certificate that has expired", {EXPIRY: "1x20"}, "15m", ["FoveaCertificateExpires"]),
+    ("a certificate for four days", {EXPIRY: "345600x20"}, "15m", []),
+    ("no certificate", {EXPIRY: "0x20"}, "15m", []),
+    ("a wrong certificate", {RELOADS["failed"]: "0x10 1x20"}, "15m", ["FoveaCertificateRefused"]),
+    ("a new certificate", {RELOADS["ok"]: "0x10 1x20", RELOADS["failed"]: "0x30"}, "15m", []),
     ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),
     ("a version loaded", {CHANGED["loaded"]: "0x10 1x20"}, "15m", []),
     ("a version refused yesterday", {CHANGED["refused"]: "0x10 1x60"}, "60m", []),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import yaml
 
 from fovea.service.remote.store_uri import STORE_SCHEMES
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
+from tests.certificates import Authority
 from tests.deploy.chart_files import CHART, render_chart_files
 from tests.deploy.conftest import list_metric_names, needs_helm, needs_promtool
 from tests.deploy.manifests import (
@@ -108,6 +112,26 @@ CASES: dict[str, Manifest] = {
         "nodeSelector": {"gpu": "true"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
     },
+    "secure": {
+        "keys": {"secret": "api-keys", "entry": "keys.txt"},
+        "tls": {"secret": "certificate", "clientCA": {"secret": "authority", "entry": "ca.crt"}},
+        "grpc": ON,
+        "settings": {"FOVEA_CALLER_RATE": 50, "FOVEA_CALLER_BURST": 200, "FOVEA_CALLER_SHARES": True},
+        "service": {"type": "LoadBalancer", "externalTrafficPolicy": "Local"},
+        "serviceMonitor": {
+            **ON,
+            "key": {"secret": "prometheus-key", "entry": "key"},
+            "tlsConfig": {
+                "ca": {"secret": {"name": "certificate", "key": "ca.crt"}},
+                "cert": {"secret": {"name": "prometheus", "key": "tls.crt"}},
+                "keySecret": {"name": "prometheus", "key": "tls.key"},
+                "serverName": "photos.example.com",
+            },
+        },
+        "test": {"key": {"secret": "test-key", "entry": "key"}, "certificateSecret": "test-certificate"},
+    },
+    "tls": {"tls": {"secret": "certificate"}, "serviceMonitor": ON},
+    "urls": {"settings": {"FOVEA_URL_HOSTS": "photos.example.com"}},
     "small": {
         "replicas": 1,
         "user": None,
@@ -219,6 +243,26 @@ REFUSED: list[tuple[Manifest, str]] = [
     ({"terminationGracePeriodSeconds": 20}, "it must be at least 30"),
     ({"settings": {"FOVEA_DRAIN_GRACE": 30}}, "it must be at least 53"),
     ({"autoscaling": {"type": "hpa", "minReplicas": 11}}, "more than autoscaling.maxReplicas, 10"),
+    ({"settings": {"FOVEA_KEYS": "/keys"}}, "FOVEA_KEYS"),
+    ({"settings": {"FOVEA_TLS_CERT": "/tls.crt"}}, "FOVEA_TLS_CERT"),
+    ({"settings": {"FOVEA_GRPC_PORT": 9000}}, "FOVEA_GRPC_PORT"),
+    ({"settings": {"FOVEA_CALLER_BURST": 9}}, "FOVEA_CALLER_BURST without FOVEA_CALLER_RATE"),
+    ({"env": [{"name": "FOVEA_KEYS", "valueFrom": {"secretKeyRef": {}}}]}, "env/0/name"),
+    ({"keys": {"file": "keys"}}, "file"),
+    ({"keys": {"secret": "API_KEYS"}}, "keys/secret"),
+    ({"keys": {"entry": "a/b"}}, "keys/entry"),
+    ({"tls": {"cert": "-----BEGIN CERTIFICATE-----"}}, "cert"),
+    ({"tls": {"clientCA": {"secret": "a"}}}, "entry"),
+    ({"tls": {"clientCA": {"secret": "a", "entry": "ca.crt"}}}, "tls.clientCA needs tls.secret"),
+    ({"test": {"key": {"secret": "a", "entry": "key"}}}, "test.key needs keys.secret"),
+    ({"test": {"certificateSecret": "a"}}, "test.certificateSecret needs tls.clientCA"),
+    ({"serviceMonitor": {"key": {"secret": "a", "entry": "key"}}}, "serviceMonitor.key needs keys.secret"),
+    ({**CASES["secure"], "serviceMonitor": ON}, "Prometheus needs a certificate"),
+    ({"serviceMonitor": {"tlsConfig": {"serverName": "a"}}}, "serviceMonitor.tlsConfig needs tls.secret"),
+    ({"service": {"externalTrafficPolicy": "Local"}}, "needs service.type NodePort or LoadBalancer"),
+    ({"service": {"grpcPort": 80}, "grpc": ON}, "service.port and service.grpcPort are both 80"),
+    ({"volumes": [{"name": "tls", "emptyDir": {}}]}, "a volume of the chart"),
+    ({"volumeMounts": [{"name": "a", "mountPath": "/run/fovea/tls"}]}, "volumeMounts/0/mountPath"),
 ]
 
 
@@ -270,7 +314,7 @@ def test_image_volume_needs_a_new_cluster() -> None:
 def test_settings_metrics_and_paths_in_the_chart_exist(server: Server) -> None:
     notes = (CHART / "values.yaml").read_text() + (CHART / "files" / "classify.py").read_text()
     text = TEMPLATES + notes
-    assert set(re.findall(r"FOVEA_[A-Z_]+", text)) <= SETTING_NAMES
+    assert set(re.findall(r"FOVEA_[A-Z_]+", text)) - {"FOVEA_KEY"} <= SETTING_NAMES  # a variable of clients
     metrics = set(re.findall(r"\bfovea_[a-z_]+", text))
     assert metrics == {"fovea_images_in_flight", "fovea_images_limit"}
     assert metrics <= list_metric_names()
@@ -393,6 +437,90 @@ def test_settings_become_text_that_the_service_reads(monkeypatch: pytest.MonkeyP
     assert read.trusted_proxies == ("10.0.0.0/8", "::1")
 
 
+def _list_secret_files(pod: Manifest, container: Manifest) -> dict[str, tuple[str, str]]:
+    """Return the Secret and the entry of each file that a container finds, by its path."""
+    mounts = {one["name"]: one for one in container["volumeMounts"]}
+    files = {}
+    for volume in pod["volumes"]:
+        if "secret" in volume:
+            mount = mounts[volume["name"]]
+            assert mount["readOnly"] is True
+            assert "subPath" not in mount, "Kubernetes never updates it"
+            for item in volume["secret"]["items"]:
+                files[f"{mount['mountPath']}/{item['path']}"] = (volume["secret"]["secretName"], item["key"])
+    return files
+
+
+@needs_helm
+def test_settings_name_the_files_of_the_secrets() -> None:
+    pod = get_manifest(render_chart(CASES["secure"]), "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    files, environment = _list_secret_files(pod, container), _read_environment(container)
+    assert {name: files[path] for name, path in environment.items() if path in files} == {
+        "FOVEA_KEYS": ("api-keys", "keys.txt"),
+        "FOVEA_TLS_CERT": ("certificate", "tls.crt"),
+        "FOVEA_TLS_KEY": ("certificate", "tls.key"),
+        "FOVEA_TLS_CLIENT_CA": ("authority", "ca.crt"),
+    }
+    assert len(files) == 4
+
+
+@needs_helm
+def test_chart_needs_no_secret_by_default() -> None:
+    pod = get_manifest(render_chart(), "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert not _list_secret_files(pod, container)
+    names = _read_environment(container).keys()
+    assert not {"FOVEA_KEYS", "FOVEA_TLS_CERT", "FOVEA_TLS_CLIENT_CA", "FOVEA_GRPC_PORT"} & names
+
+
+@needs_helm
+@pytest.mark.parametrize(("case", "scheme"), [("defaults", None), ("secure", "HTTPS"), ("tls", "HTTPS")])
+def test_probes_speak_as_the_service_does(case: str, scheme: str | None) -> None:
+    manifests = render_chart(CASES[case])
+    (container,) = get_manifest(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"].get("scheme") == scheme
+    service = next(one for one in manifests if one["kind"] == "Service")
+    assert service["spec"]["ports"][0]["appProtocol"] == ("https" if scheme else "http")
+
+
+@needs_helm
+def test_grpc_has_a_port_everywhere() -> None:
+    """In settings, container, policy, Service, and a Service without an address of its own."""
+    manifests = render_chart({"grpc": ON})
+    (container,) = get_manifest(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    port = int(_read_environment(container)["FOVEA_GRPC_PORT"])
+    assert {"name": "grpc", "containerPort": port} in container["ports"]
+    (rule,) = get_manifest(manifests, "NetworkPolicy")["spec"]["ingress"]
+    assert port in {one["port"] for one in rule["ports"]}
+    service, headless = (one["spec"] for one in manifests if one["kind"] == "Service")
+    assert [one["name"] for one in service["ports"]] == ["http", "grpc"]
+    assert headless["clusterIP"] == "None"
+    assert headless["selector"] == service["selector"]
+    # No second target of the ServiceMonitor, which looks for the port `http`.
+    assert [(one["name"], one["port"]) for one in headless["ports"]] == [("grpc", port)]
+
+
+@needs_helm
+def test_prometheus_has_the_key_and_the_certificate() -> None:
+    monitor = get_manifest(render_chart(CASES["secure"]), "ServiceMonitor")["spec"]["endpoints"][0]
+    assert monitor["authorization"] == {
+        "type": "Bearer", "credentials": {"name": "prometheus-key", "key": "key"},
+    }  # fmt: skip
+    assert monitor["tlsConfig"] == CASES["secure"]["serviceMonitor"]["tlsConfig"]
+    assert monitor["scheme"] == "https"
+
+
+@needs_helm
+def test_prometheus_verifies_the_certificate_by_default() -> None:
+    monitor = get_manifest(render_chart(CASES["tls"]), "ServiceMonitor")["spec"]["endpoints"][0]
+    assert monitor["tlsConfig"] == {
+        "ca": {"secret": {"name": "certificate", "key": "ca.crt"}}, "serverName": "fovea.photos.svc",
+    }  # fmt: skip
+    assert "authorization" not in monitor
+
+
 @needs_helm
 def test_rules_are_those_of_the_repository() -> None:
     rules = get_manifest(render_chart(CASES["monitoring"]), "PrometheusRule")
@@ -478,6 +606,8 @@ def test_averages_for_the_autoscaler_are_in_thousandths() -> None:
         ("google", [53, 53, 443, 80, 988]),
         ("azure", [53, 53, 443]),
         ("policy", [4318]),
+        ("urls", [53, 53, 443]),
+        ("secure", []),
     ],
 )
 def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
@@ -489,6 +619,22 @@ def test_pods_reach_only_what_they_need(case: str, ports: list[int]) -> None:
     ports_of_pod = [port["containerPort"] for one in deployment["containers"] for port in one["ports"]]
     assert [port["port"] for port in rule["ports"]] == ports_of_pod
     assert ("from" in rule) == (case == "policy")
+
+
+@needs_helm
+def test_images_by_url_come_from_public_addresses_only() -> None:
+    """The guard of the service comes first; the policy holds if it has a fault."""
+    policy = get_manifest(render_chart(CASES["urls"]), "NetworkPolicy")["spec"]
+    (rule,) = (one for one in policy["egress"] if one["ports"][0]["port"] == 443)
+    blocks = [peer["ipBlock"] for peer in rule["to"]]
+    assert [block["cidr"] for block in blocks] == ["0.0.0.0/0", "::/0"]
+    closed = [ipaddress.ip_network(one) for block in blocks for one in block["except"]]
+    for address in ("10.0.0.1", "127.0.0.1", "169.254.169.254", "172.20.0.1", "192.168.1.1", "100.64.0.1",
+                    "fd00:ec2::254", "fe80::1"):  # fmt: skip
+        ip = ipaddress.ip_address(address)
+        assert any(ip in network for network in closed if network.version == ip.version), address
+    for network in closed:
+        assert not network.is_global
 
 
 @needs_helm
@@ -560,12 +706,78 @@ def test_helm_test_classifies_with_a_real_service(server: Server) -> None:
 
 
 @needs_helm
+def test_pod_of_the_test_sees_no_private_key_of_the_service() -> None:
+    pod = get_manifest(render_chart(CASES["secure"]), "Pod")["spec"]
+    (container,) = pod["containers"]
+    assert set(_list_secret_files(pod, container).values()) == {
+        ("certificate", "tls.crt"), ("test-certificate", "tls.crt"), ("test-certificate", "tls.key"),
+    }  # fmt: skip
+    assert container["env"] == [
+        {"name": "FOVEA_KEY", "valueFrom": {"secretKeyRef": {"name": "test-key", "key": "key"}}}
+    ]
+
+
+@needs_helm
+@pytest.mark.long
+def test_helm_test_classifies_with_keys_and_certificates(tmp_path: Path) -> None:
+    """The pod's own command against a real service with keys and mutual TLS, and all that it must refuse."""
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    own = authority.issue("service", "fovea.photos.svc")
+    client, other = authority.issue("client", "client"), stranger.issue("other", "fovea.photos.svc")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(client.certificate, folder / "tls.crt")
+    shutil.copy(client.key, folder / "tls.key")
+    key = "test-key-0123456789-abcdefghijklmnopqrstuvwxyz"
+    keys = tmp_path / "keys"
+    keys.write_text(f"test:classify:{hashlib.sha256(key.encode()).hexdigest()}\n")
+    (container,) = get_manifest(render_chart(CASES["secure"]), "Pod")["spec"]["containers"]
+    code, _, _, *files = container["args"]
+    assert len(files) == 2
+    settings = {**own.settings, "FOVEA_TLS_CLIENT_CA": str(authority.file), "FOVEA_KEYS": str(keys)}
+    with Server(None, authority.trust(client), **settings) as server:
+        host, port = server.url.removeprefix("https://").split(":")
+
+        def run(certificate: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, *container["command"][1:], code, host, port, str(certificate), *words]
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+
+        process = run(own.certificate, str(folder), FOVEA_KEY=key + "\n")
+        assert process.returncode == 0, process.stderr
+        assert "{" in process.stdout
+        for words, variables, status in (((str(folder),), {}, 401), ((), {"FOVEA_KEY": key}, 403)):
+            process = run(own.certificate, *words, **variables)
+            assert process.returncode == 0, process.stderr
+            assert f"refuses callers without a key or certificate: {status};" in process.stdout
+        assert "401" in run(own.certificate, str(folder), FOVEA_KEY=key + "x").stderr
+        # The key goes to nobody but the holder of the very certificate.
+        process = run(other.certificate, str(folder), FOVEA_KEY=key)
+        assert "CERTIFICATE_VERIFY_FAILED" in process.stderr
+        assert process.returncode != 0
+
+
+@needs_helm
 def test_notes_name_the_way_in() -> None:
     words = ["--dry-run=client", "--namespace", "photos"]
     process = run_helm("install", "fovea", ".", *words)
     assert process.returncode == 0, process.stderr
     assert "port-forward service/fovea 8000:80" in process.stdout
     assert "WARNING" not in process.stdout
+
+
+@needs_helm
+def test_notes_show_the_key_and_the_certificate() -> None:
+    options = [
+        word for name, one in CASES["secure"].items() for word in ("--set-json", f"{name}={json.dumps(one)}")
+    ]
+    process = run_helm("install", "fovea", ".", "--dry-run=client", "--namespace", "photos", *options)
+    assert process.returncode == 0, process.stderr
+    command = re.search(r"^  curl .*$", process.stdout, re.MULTILINE)
+    assert command is not None
+    words = shlex.split(command[0])
+    assert {"Authorization: Bearer $FOVEA_KEY", "--cert", "https://localhost:8000/v1/classify"} <= set(words)
+    assert "dns:///fovea-grpc.photos:8001" in process.stdout
+    assert "Callers need no key" not in process.stdout
 
 
 @needs_helm
@@ -576,6 +788,17 @@ def test_notes_name_the_way_in() -> None:
         ({"settings": {"FOVEA_TRACES": True}}, "traces reach no collector"),
         ({"replicas": 1}, "a drained node interrupts the service"),
         ({"settings": {"FOVEA_TRACES": True}, **CASES["policy"]}, ""),
+        ({**CASES["tls"], "ingress": {**ON, "hosts": ["a.example.com"]}}, "backend-protocol to HTTPS"),
+        ({**CASES["tls"], "ingress": CASES["ingress"]["ingress"]}, ""),
+        ({**CASES["tls"], **CASES["route"]}, "needs a BackendTLSPolicy for the Service fovea"),
+        ({**CASES["route"], "settings": {"FOVEA_CALLER_SHARES": True}}, "Set FOVEA_TRUSTED_PROXIES"),
+        (
+            {
+                **CASES["route"],
+                "settings": {"FOVEA_CALLER_SHARES": True, "FOVEA_TRUSTED_PROXIES": "10.0.0.0/8"},
+            },
+            "",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -607,6 +830,18 @@ def _list_values(values: Manifest, prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _format(value: object) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def test_page_adds_the_packages_of_the_extra_to_the_image() -> None:
+    (command,) = re.findall(r"^RUN pip install .* 'grpcio.*$", read_page("kubernetes"), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = [word for word in shlex.split(command) if re.search(r"[<>=]", word)]
+    assert packages == project["optional-dependencies"]["grpc"]
+    folder = re.search(r"--target (\S+)", command)
+    assert folder is not None
+    own_path = re.search(r"PYTHONPATH=(\S+)", (ROOT / "Dockerfile").read_text())
+    assert own_path is not None
+    assert f"\nENV PYTHONPATH={folder[1]}:{own_path[1]}\n" in read_page("kubernetes")
 
 
 @needs_helm

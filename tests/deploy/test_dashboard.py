@@ -1,9 +1,10 @@
-"""The dashboard and its provisioning: valid queries of existing metrics."""
+"""The dashboard, its provisioning and docker-compose: queries of existing metrics, and files that agree."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.conftest import ROOT
 from tests.deploy.conftest import EXTERNAL_METRICS, list_metric_names, needs_promtool
 from tests.servers import Server
@@ -238,3 +240,56 @@ def test_compose_services_are_pinned_limited_and_awaited() -> None:
         for volume in COMPOSE["services"][name]["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith(".") or (ROOT / source).exists(), source
+
+
+# --- keys and TLS --------------------------------------------------------------------------------
+
+
+def test_secure_compose_changes_what_it_says() -> None:
+    secure: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.secure.yml").read_text())["services"]
+    assert secure.keys() <= COMPOSE["services"].keys()
+    environment = secure["fovea"]["environment"]
+    settings = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    assert environment.keys() <= settings
+    source, target, mode = secure["fovea"]["volumes"][0].split(":")
+    assert mode == "ro"
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    for value in environment.values():
+        if value != "true":  # a file, which a command of the page makes
+            assert value.startswith(f"{target}/")
+            assert value.replace(target, source.removeprefix("./")) in page
+    # Docker merges volumes by their targets: the other file takes the place of deploy/prometheus.yml.
+    targets = {
+        name: [volume.split(":")[1] for volume in services["prometheus"]["volumes"]]
+        for name, services in (("open", COMPOSE["services"]), ("secure", secure))
+    }
+    assert set(targets["open"]) & set(targets["secure"]) == {"/etc/prometheus/prometheus.yml"}
+
+
+def test_secure_prometheus_differs_in_key_and_certificate() -> None:
+    configuration, secure = (
+        yaml.safe_load((ROOT / "deploy" / f"{name}.yml").read_text())
+        for name in ("prometheus", "prometheus-secure")
+    )
+    job = secure["scrape_configs"][0]
+    files = {job.pop("authorization")["credentials_file"], job.pop("tls_config")["ca_file"]}
+    assert job.pop("scheme") == "https"
+    assert secure == configuration
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    for file in files:
+        assert file.replace("/run/fovea/", "secrets/prometheus/") in page
+
+
+@needs_promtool
+@pytest.mark.parametrize("name", ["prometheus", "prometheus-secure"])
+def test_prometheus_accepts_its_configuration(name: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "deploy" / f"{name}.yml", tmp_path)
+    shutil.copy(ROOT / "deploy" / "alerts.yml", tmp_path)
+    process = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", f"{name}.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import re
 import shutil
 import tomllib
@@ -12,13 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
+from fovea.service.grpc import inference_pb2 as pb
 from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.deploy.conftest import needs_validation
 from tests.deploy.manifests import validate_manifest
 from tests.servers import DEFAULT_MODEL, ROOT, Server, sum_samples
+from tests.service.grpc.channels import create_stub, open_channel
 
 FOLDER = ROOT / "deploy" / "kserve"
 RUNTIME: dict[str, Any] = yaml.safe_load((FOLDER / "runtime.yaml").read_text())
+GRPC_RUNTIME: dict[str, Any] = yaml.safe_load((FOLDER / "runtime-grpc.yaml").read_text())
 SAMPLE: dict[str, Any] = yaml.safe_load((FOLDER / "inferenceservice.yaml").read_text())
 (CONTAINER,) = RUNTIME["spec"]["containers"]
 ENVIRONMENT = {one["name"]: one["value"] for one in CONTAINER["env"]}
@@ -26,7 +30,9 @@ SHIP = (ROOT / "samples" / "ship.jpg").read_bytes()
 
 
 @needs_validation
-@pytest.mark.parametrize("manifest", [RUNTIME, SAMPLE], ids=lambda manifest: str(manifest["kind"]))
+@pytest.mark.parametrize(
+    "manifest", [RUNTIME, GRPC_RUNTIME, SAMPLE], ids=lambda manifest: str(manifest["metadata"]["name"])
+)
 def test_manifest_is_valid(manifest: dict[str, Any]) -> None:
     validate_manifest(manifest)
 
@@ -60,6 +66,22 @@ def test_names_agree_and_exist() -> None:
 def test_image_has_the_version_of_the_package() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert CONTAINER["image"] == f"fovea:{version}"
+
+
+def test_runtime_with_grpc_differs_in_what_grpc_needs() -> None:
+    """Another name, image and port, and no format that KServe chooses it for by itself."""
+    runtime = copy.deepcopy(GRPC_RUNTIME)
+    (container,) = runtime["spec"]["containers"]
+    port = container["ports"].pop()
+    assert port == {"name": "grpc-port", "containerPort": 9000, "protocol": "TCP"}
+    container["env"].remove({"name": "FOVEA_GRPC_PORT", "value": str(port["containerPort"])})
+    container["image"] = container["image"].removesuffix("-grpc")
+    assert runtime["spec"]["protocolVersions"].pop() == "grpc-v2"
+    assert not any(one["autoSelect"] for one in runtime["spec"]["supportedModelFormats"])
+    runtime["spec"]["supportedModelFormats"] = RUNTIME["spec"]["supportedModelFormats"]
+    assert runtime["metadata"].pop("name") == "fovea-grpc"
+    runtime["metadata"]["name"] = "fovea"
+    assert runtime == RUNTIME
 
 
 def test_sample_chooses_the_mode_that_takes_its_fields() -> None:
@@ -110,6 +132,24 @@ def test_service_with_the_variables_of_the_runtime_answers_both_protocols(
             assert metadata["versions"] == [layout]
     for folder in (models, models / layout):
         folder.chmod(0o755)
+
+
+@pytest.mark.long
+def test_service_with_the_variables_of_the_runtime_answers_grpc(tmp_path: Path) -> None:
+    name = SAMPLE["metadata"]["name"]
+    shutil.copy(DEFAULT_MODEL, tmp_path)
+    (container,) = GRPC_RUNTIME["spec"]["containers"]
+    variables = {
+        **{one["name"]: one["value"].replace("{{.Name}}", name) for one in container["env"]},
+        "FOVEA_HOST": "127.0.0.1", "FOVEA_PORT": "0", "FOVEA_GRPC_PORT": "0",
+        "FOVEA_MODELS": str(tmp_path), "FOVEA_STATE": str(tmp_path),
+    }  # fmt: skip
+    request = pb.ModelInferRequest(model_name=name)
+    request.inputs.add(name="image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(SHIP)
+    with Server(**variables) as server, open_channel(server) as channel:
+        stub = create_stub(channel)
+        assert stub.ModelReady(pb.ModelReadyRequest(name=name)).ready
+        assert stub.ModelInfer(request).model_name == name
 
 
 def test_page_explains_every_file() -> None:

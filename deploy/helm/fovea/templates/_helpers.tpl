@@ -68,6 +68,11 @@ capabilities:
 {{- end -}}
 {{- end }}
 
+{{/* The request of a probe. Kubernetes does not verify the certificate. */}}
+{{- define "fovea.probe" -}}
+httpGet: {path: {{ .path }}, port: http{{ if .context.Values.tls.secret }}, scheme: HTTPS{{ end }}}
+{{- end }}
+
 {{/* Combinations that the schema cannot express. */}}
 {{- define "fovea.check" -}}
 {{- $settings := merge (deepCopy .Values.settings) (dict "FOVEA_DRAIN_GRACE" 7.0 "FOVEA_DRAIN_LIMIT" 20.0) -}}
@@ -89,9 +94,35 @@ capabilities:
 {{- $names = append $names .name -}}
 {{- end -}}
 {{- range .Values.volumes -}}
-{{- if has .name (list "state" "cache" "models") -}}
+{{- if has .name (list "state" "cache" "models" "api-keys" "tls" "client-ca") -}}
 {{- fail (printf "volumes has a volume %s, which is the name of a volume of the chart. Choose another" .name) -}}
 {{- end -}}
+{{- end -}}
+{{- if and .Values.settings.FOVEA_CALLER_BURST (not .Values.settings.FOVEA_CALLER_RATE) -}}
+{{- fail "settings has FOVEA_CALLER_BURST without FOVEA_CALLER_RATE. Set both or neither" -}}
+{{- end -}}
+{{- if and .Values.tls.clientCA (not .Values.tls.secret) -}}
+{{- fail "tls.clientCA needs tls.secret: without TLS, clients show no certificate" -}}
+{{- end -}}
+{{- if and .Values.test.certificateSecret (not .Values.tls.clientCA) -}}
+{{- fail "test.certificateSecret needs tls.clientCA: without it, the service asks for no certificate" -}}
+{{- end -}}
+{{- range $name, $key := dict "test.key" .Values.test.key "serviceMonitor.key" .Values.serviceMonitor.key -}}
+{{- if and $key (not $.Values.keys.secret) -}}
+{{- fail (printf "%s needs keys.secret: without it, the service asks for no key" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.serviceMonitor.tlsConfig (not .Values.tls.secret) -}}
+{{- fail "serviceMonitor.tlsConfig needs tls.secret: without it, the service speaks plain HTTP" -}}
+{{- end -}}
+{{- if and .Values.serviceMonitor.enabled .Values.tls.clientCA (not .Values.serviceMonitor.tlsConfig.cert) -}}
+{{- fail "serviceMonitor.tlsConfig needs cert and keySecret: with tls.clientCA, Prometheus needs a certificate" -}}
+{{- end -}}
+{{- if and .Values.service.externalTrafficPolicy (eq .Values.service.type "ClusterIP") -}}
+{{- fail "service.externalTrafficPolicy needs service.type NodePort or LoadBalancer" -}}
+{{- end -}}
+{{- if and .Values.grpc.enabled (eq (int .Values.service.port) (int .Values.service.grpcPort)) -}}
+{{- fail (printf "service.port and service.grpcPort are both %v. Choose another for one of them" .Values.service.port) -}}
 {{- end -}}
 {{- if and .Values.models.image (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) -}}
 {{- fail (printf "models.image needs Kubernetes 1.33, which mounts images as volumes; this cluster has %s. Use models.initContainer or models.persistentVolumeClaim" .Capabilities.KubeVersion.Version) -}}
