@@ -72,6 +72,7 @@ class GrpcServer:
         """Listen on FOVEA_GRPC_PORT. Raises `StartError`."""
         settings = self._services.settings
         logging.getLogger("grpc").setLevel(logging.WARNING)  # it has a line for each call on level debug
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_decoding_error)
         self._server = grpc.aio.server(options=_list_options(settings))
         self._server.add_generic_rpc_handlers((_GenericHandler(self._create_handler),))
         address = format_address(settings.host, settings.grpc_port or 0)
@@ -129,6 +130,15 @@ class GrpcServer:
         if path in self._streaming_paths:
             return grpc.stream_stream_rpc_method_handler(answer_stream, None, None)
         return grpc.stream_unary_rpc_method_handler(answer, None, None)
+
+
+def _is_no_decoding_error(record: logging.LogRecord) -> bool:
+    """Return False for a line of gRPC about bytes of a client that are not UTF-8.
+
+    Such lines have a traceback and the bytes, among them the value of `authorization`. Any client could fill
+    the log with them.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
 
 
 async def _refuse_unknown(_call: Call) -> bytes:

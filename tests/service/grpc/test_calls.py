@@ -25,6 +25,7 @@ from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.servers import Server
 from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
+from tests.service.grpc.raw_calls import RawConnection
 
 IMAGES = [make_jpeg(64 + seed, 48, seed) for seed in range(2)]
 ROW = np.linspace(-1, 1, 3 * 16 * 16, dtype=np.float32)
@@ -448,6 +449,20 @@ def test_garbage_on_the_port_ends_its_connection_only(grpc_server: Server, stub:
         while connection.recv(4096):
             pass
     assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
+
+
+def test_metadata_and_paths_that_are_not_utf8_leave_nothing_in_the_log(zoo: Path) -> None:
+    """The library logs such bytes with a traceback, and a key may be among them."""
+    live = b"/inference.GRPCInferenceService/ServerLive"
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0") as server:
+        with RawConnection(server) as connection:
+            for path, value in ((live, b"Bearer fovea_secret\xff"), (live + b"\xff", b"Bearer x")):
+                stream = connection.start_call(path, (b"authorization", value))
+                connection.send_message(stream)
+                connection.wait_for_end(stream)
+        with open_channel(server) as channel:
+            assert create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=30).live
+    assert "fovea_secret" not in server.log and "Traceback" not in server.log
 
 
 # --- log, health, reflection ---------------------------------------------------------------------
