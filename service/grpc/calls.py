@@ -96,14 +96,14 @@ class Call:
 
     def hold_slot(self) -> AbstractAsyncContextManager[None]:
         """Hold a slot for receiving a message (`MessageSlots.hold`)."""
-        return self._slots.hold()
+        return self._slots.hold(self.record.caller)
 
     async def read_message(self) -> bytes:
         """Receive the message of the call.
 
         Raises `BodyTooLarge`, `BodyTimeout`, or `Overloaded`.
         """
-        async with self._slots.hold():
+        async with self.hold_slot():
             message = await self.context.read()
         if message is grpc.aio.EOF:  # the client of a message that is too large gets gRPC's own status
             limit = self.services.settings.body_bytes

@@ -21,6 +21,9 @@ from fovea.service.grpc.infer_message import split_message
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
+INFER_PATH: Final = f"/{SERVICE_NAME}/ModelInfer"
+"""Path of the only method whose messages have images."""
+
 _EXTENSIONS: Final = [one for one in oip.EXTENSIONS if one != "binary_tensor_data"]
 """Extensions of the protocol; raw contents are part of gRPC itself."""
 

@@ -41,6 +41,10 @@ connection."""
 
 _MAX_PING_STRIKES: Final = 2
 
+_SMALL_MESSAGE_PATIENCE: Final = 0.1
+"""Time in seconds for a message without images while other calls wait. Such a message usually arrives with
+its call, and probes have a time limit of a second."""
+
 _IDENTITY_ONLY: Final = 1
 """Bit set of the accepted compressions. gRPC unpacks a compressed message completely before it compares the
 size with the limit, so that 64 KB could become 64 MB many times over."""
@@ -54,9 +58,12 @@ class GrpcServer:
         settings = services.settings
         names = (methods.SERVICE_NAME, health.SERVICE_NAME)
         message_count = max(1, settings.bodies_bytes // settings.body_bytes)
-        self._slots = MessageSlots(message_count, settings.queue_images, settings.body_timeout)
-        # A client may leave a stream of questions open. It must not keep a place for images meanwhile.
-        self._reflection_slots = MessageSlots(1, settings.queue_images, settings.body_timeout)
+        limits = settings.queue_images, settings.body_timeout
+        self._image_slots = MessageSlots(message_count, *limits)
+        # Probes must not wait for the images of slow clients, nor images for calls that need no key.
+        self._small_slots = MessageSlots(1, *limits, patience=_SMALL_MESSAGE_PATIENCE)
+        # A client may leave a stream of questions open. It must not keep other calls waiting meanwhile.
+        self._reflection_slots = MessageSlots(1, *limits)
         reflection_methods = ReflectionMethods(names).list_methods()
         self._methods: dict[str, Method] = {
             **InferenceMethods(services, repository).list_methods(),
@@ -105,7 +112,7 @@ class GrpcServer:
         Every handler reads its messages by itself, so that a call is admitted before its message is received.
         On the wire this is no difference.
         """
-        slots = self._reflection_slots if path in self._reflection_paths else self._slots
+        slots = self._find_slots(path)
         method = self._methods.get(path)
 
         async def answer(_messages: Any, context: Any) -> bytes:
@@ -130,6 +137,11 @@ class GrpcServer:
         if path in self._streaming_paths:
             return grpc.stream_stream_rpc_method_handler(answer_stream, None, None)
         return grpc.stream_unary_rpc_method_handler(answer, None, None)
+
+    def _find_slots(self, path: str) -> MessageSlots:
+        if path == methods.INFER_PATH:
+            return self._image_slots
+        return self._reflection_slots if path in self._reflection_paths else self._small_slots
 
 
 def _is_no_decoding_error(record: logging.LogRecord) -> bool:

@@ -422,6 +422,18 @@ def test_deadline_of_the_call_counts(grpc_server: Server, stub: Any) -> None:
     assert bad[0] == grpc.StatusCode.INVALID_ARGUMENT and "X-Deadline-Ms" in bad[1]
 
 
+def test_probes_do_not_wait_for_messages_that_do_not_arrive(zoo: Path) -> None:
+    sizes = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "2000000"}  # two messages at once
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **sizes) as server:
+        with RawConnection(server) as connection, open_channel(server) as channel:
+            for _ in range(2):
+                connection.start_call(INFER.encode())
+            server.wait_for_metric(3, "fovea_requests_in_flight")  # with the request of this metric
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == 1
+            assert server.read_metric("fovea_errors_total") == 0  # no message was cut off for the probe
+
+
 def test_full_queue_is_unavailable_with_a_delay(zoo: Path) -> None:
     with (
         Server(
