@@ -26,6 +26,7 @@ from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import log_internal_error
 from fovea.service.http.proxies import Header
+from fovea.service.http.rate_limiter import RateLimiter, find_refusal_delay
 from fovea.service.observability.metrics import CLIENT_LEFT
 from fovea.service.runners.lane import INFINITY
 
@@ -54,13 +55,21 @@ class Method(NamedTuple):
 class Call:
     """One call. The handler of its method reads the message and returns the answer."""
 
-    def __init__(self, services: Services, slots: MessageSlots, context: Any, path: str) -> None:
+    def __init__(
+        self,
+        services: Services,
+        slots: MessageSlots,
+        refusal_limiter: RateLimiter,
+        context: Any,
+        path: str,
+    ) -> None:
         """Start the record and the deadline of a call; `context` is a `grpc.aio.ServicerContext`."""
         pairs: list[Header] = [
             (name.encode(), value if isinstance(value, bytes) else value.encode("latin-1", "replace"))
             for name, value in context.invocation_metadata() or ()
         ]
         self.services = services
+        self.refusal_limiter = refusal_limiter
         self.context = context
         self.headers = dict(pairs)
         """Metadata of the call by name in lower case, like the headers of a request."""
@@ -161,7 +170,10 @@ async def answer_call(call: Call, method: Method) -> bytes:
         # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
         # and to the frames with the images. Such a cycle would live until the next full garbage collection.
         error.__traceback__ = error.__context__ = None
+        delay = find_refusal_delay(error, call.refusal_limiter, asyncio.get_running_loop().time())
         error = None
+        if delay:
+            await asyncio.sleep(delay)
         # Raises an exception of gRPC, which ends the handler.
         await context.abort(status, details, trailers)
     context.set_trailing_metadata(trailers)

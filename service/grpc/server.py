@@ -21,6 +21,7 @@ from fovea.service.grpc.methods import InferenceMethods
 from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
 from fovea.service.http.certificates import CertificateFiles
+from fovea.service.http.rate_limiter import create_refusal_limiter
 from fovea.service.settings import Settings
 
 _MAX_STREAMS: Final = 128
@@ -72,6 +73,7 @@ class GrpcServer:
         }
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
+        self._refusal_limiter = create_refusal_limiter()
         self._open_streams: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
 
@@ -116,7 +118,8 @@ class GrpcServer:
         method = self._methods.get(path)
 
         async def answer(_messages: Any, context: Any) -> bytes:
-            call = Call(self._services, slots, context, path if method else "unmatched")
+            route = path if method else "unmatched"
+            call = Call(self._services, slots, self._refusal_limiter, context, route)
             return await answer_call(call, method or _UNKNOWN_METHOD)
 
         async def answer_stream(_messages: Any, context: Any) -> None:
