@@ -22,6 +22,7 @@ from fovea.service.api.services import Services, parse_time_limit
 from fovea.service.errors import BadRequest, BodyTooLarge, DeadlineExceeded, Draining, RequestError
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.statuses import find_status, make_trailers
+from fovea.service.grpc.unread_replies import UnreadReplies
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import log_internal_error
@@ -52,6 +53,13 @@ class Method(NamedTuple):
     """Scope of the API keys that open the method; None for a method that is always open."""
 
 
+class SharedLimits(NamedTuple):
+    """Limits of all calls together."""
+
+    refusal_limiter: RateLimiter
+    unread_replies: UnreadReplies
+
+
 class Call:
     """One call. The handler of its method reads the message and returns the answer."""
 
@@ -59,7 +67,7 @@ class Call:
         self,
         services: Services,
         slots: MessageSlots,
-        refusal_limiter: RateLimiter,
+        limits: SharedLimits,
         context: Any,
         path: str,
     ) -> None:
@@ -69,7 +77,7 @@ class Call:
             for name, value in context.invocation_metadata() or ()
         ]
         self.services = services
-        self.refusal_limiter = refusal_limiter
+        self.limits = limits
         self.context = context
         self.headers = dict(pairs)
         """Metadata of the call by name in lower case, like the headers of a request."""
@@ -151,6 +159,8 @@ async def answer_call(call: Call, method: Method) -> bytes:
         if access := call.services.access:
             access.authorize(method.scope, record.credential)
         content = await method.handle(call)
+        if content:
+            call.limits.unread_replies.add(record.caller, len(content))
         record.status = 200
     except asyncio.CancelledError:
         _record_cancellation(call)
@@ -166,11 +176,12 @@ async def answer_call(call: Call, method: Method) -> bytes:
         observer.end_request(record)
     trailers = make_trailers(record.request_id, error)
     if error:
+        content = b""
         status, details = find_status(error), _shorten_details(error.message)
         # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
         # and to the frames with the images. Such a cycle would live until the next full garbage collection.
         error.__traceback__ = error.__context__ = None
-        delay = find_refusal_delay(error, call.refusal_limiter, asyncio.get_running_loop().time())
+        delay = find_refusal_delay(error, call.limits.refusal_limiter, asyncio.get_running_loop().time())
         error = None
         if delay:
             await asyncio.sleep(delay)

@@ -13,13 +13,14 @@ from fovea.service.api.oip.repository import RepositoryManager
 from fovea.service.api.services import Services
 from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
-from fovea.service.grpc.calls import Call, Method, answer_call
+from fovea.service.grpc.calls import Call, Method, SharedLimits, answer_call
 from fovea.service.grpc.credentials import create_credentials
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
 from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
+from fovea.service.grpc.unread_replies import UnreadReplies
 from fovea.service.http.certificates import CertificateFiles
 from fovea.service.http.rate_limiter import create_refusal_limiter
 from fovea.service.settings import Settings
@@ -73,7 +74,7 @@ class GrpcServer:
         }
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
-        self._refusal_limiter = create_refusal_limiter()
+        self._limits = SharedLimits(create_refusal_limiter(), UnreadReplies(settings.bodies_bytes))
         self._open_streams: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
 
@@ -118,8 +119,7 @@ class GrpcServer:
         method = self._methods.get(path)
 
         async def answer(_messages: Any, context: Any) -> bytes:
-            route = path if method else "unmatched"
-            call = Call(self._services, slots, self._refusal_limiter, context, route)
+            call = Call(self._services, slots, self._limits, context, path if method else "unmatched")
             return await answer_call(call, method or _UNKNOWN_METHOD)
 
         async def answer_stream(_messages: Any, context: Any) -> None:

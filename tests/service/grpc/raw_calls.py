@@ -11,6 +11,9 @@ from tests.service.grpc.channels import grpc_address
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4
 """Types of frames."""
 
+_INITIAL_WINDOW_SIZE = 4
+"""Identifier of a setting."""
+
 _END_STREAM, _END_HEADERS = 1, 4
 """Flags of frames."""
 
@@ -21,10 +24,12 @@ EMPTY_MESSAGE = bytes(5)
 class RawConnection:
     """A connection to the gRPC port. Use it as a context manager."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, window: int = 65_535) -> None:
+        """Connect; the server may send `window` bytes of each reply."""
         host, port = grpc_address(server).split(":")
         self._socket = socket.create_connection((host, int(port)), timeout=30)
-        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _encode_frame(_SETTINGS, 0, 0, b""))
+        settings = struct.pack("!HI", _INITIAL_WINDOW_SIZE, window)
+        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _encode_frame(_SETTINGS, 0, 0, settings))
         self._next_stream = 1
 
     def __enter__(self) -> RawConnection:

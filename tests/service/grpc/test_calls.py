@@ -494,6 +494,40 @@ def test_messages_count_while_their_model_is_loaded(zoo: Path) -> None:
         assert sum(call.code() is grpc.StatusCode.OK for call in calls) == 3
 
 
+def test_replies_that_nobody_reads_have_a_limit(zoo: Path) -> None:
+    sizes = {"FOVEA_BODY_BYTES": "1024", "FOVEA_BODIES_BYTES": "1024"}
+    path = b"/inference.GRPCInferenceService/ModelMetadata"
+    question = pb.ModelMetadataRequest(name="small")
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **sizes) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub = create_stub(channel)
+        assert stub.ModelMetadata(question, timeout=30).name == "small"
+        with RawConnection(server, window=0) as connection:
+            for _ in range(8):
+                stream = connection.start_call(path)
+                connection.send_message(stream, encode_message(question))
+            connection.wait_for_end(stream)  # a refusal has no message
+            status, message, trailers = expect_error(lambda: stub.ModelMetadata(question, timeout=30))
+            assert (status, trailers["code"]) == (grpc.StatusCode.UNAVAILABLE, "overloaded")
+            assert "clients have not read" in message
+        server.wait_for_metric(1, "fovea_requests_in_flight")
+        wait_until(lambda: has_answer(stub, question))
+
+
+def encode_message(message: Any) -> bytes:
+    content: bytes = message.SerializeToString()
+    return b"\0" + struct.pack("!I", len(content)) + content
+
+
+def has_answer(stub: Any, question: pb.ModelMetadataRequest) -> bool:
+    try:
+        return bool(stub.ModelMetadata(question, timeout=30).name == "small")
+    except grpc.RpcError:
+        return False
+
+
 def test_full_queue_is_unavailable_with_a_delay(zoo: Path) -> None:
     with (
         Server(
