@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -23,7 +24,7 @@ from fovea.service.grpc import inference_pb2 as pb
 from tests.certificates import Authority
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
-from tests.servers import ROOT, Server, run_service, wait_until
+from tests.servers import ROOT, Server, is_running, list_children, run_service, wait_until
 from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
 
 IMAGE = make_jpeg(64, 48, 1)
@@ -92,7 +93,8 @@ def test_port_that_is_taken_ends_the_start(zoo: Path, workers: str) -> None:
 @pytest.mark.long
 def test_workers_share_the_port(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_WORKERS="2") as server:
-        workers = server.child_pids("__main__") or server.child_pids("")
+        workers = list_children(server.process.pid)
+        assert len(workers) == 2
 
         def call_over_new_connections() -> None:
             for _ in range(8):
@@ -102,11 +104,15 @@ def test_workers_share_the_port(zoo: Path) -> None:
         call_over_new_connections()
         labels = {"protocol": "grpc", "model": "small", "status": "200"}
         assert server.read_metric("fovea_requests_total", **labels) == 8
-        if workers:
-            os.kill(min(workers), signal.SIGKILL)
-            server.wait_for_metric(1, "fovea_worker_deaths_total")
+        for number, pid in enumerate(workers, 1):
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
+            server.client.close()  # it may have a connection to this worker
+            server.client = httpx.Client(base_url=server.url, timeout=60)
+            server.wait_for_metric(number, "fovea_worker_deaths_total")
             server.wait_for_metric(2, "fovea_workers")
             call_over_new_connections()
+        assert not workers & list_children(server.process.pid)
 
 
 # --- keys ----------------------------------------------------------------------------------------
