@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from fovea.service.access.caller import Scope
 from fovea.service.api.services import Services, parse_time_limit
 from fovea.service.errors import BadRequest, BodyTooLarge, DeadlineExceeded, Draining, RequestError
+from fovea.service.grpc.delayed_refusals import DelayedRefusals
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.statuses import find_status, make_trailers
 from fovea.service.grpc.unread_replies import UnreadReplies
@@ -27,7 +28,6 @@ from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import log_internal_error
 from fovea.service.http.proxies import Header
-from fovea.service.http.rate_limiter import RateLimiter, find_refusal_delay
 from fovea.service.observability.metrics import CLIENT_LEFT
 from fovea.service.runners.lane import INFINITY
 
@@ -56,7 +56,7 @@ class Method(NamedTuple):
 class SharedLimits(NamedTuple):
     """Limits of all calls together."""
 
-    refusal_limiter: RateLimiter
+    refusals: DelayedRefusals
     unread_replies: UnreadReplies
 
 
@@ -181,10 +181,9 @@ async def answer_call(call: Call, method: Method) -> bytes:
         # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
         # and to the frames with the images. Such a cycle would live until the next full garbage collection.
         error.__traceback__ = error.__context__ = None
-        delay = find_refusal_delay(error, call.limits.refusal_limiter, asyncio.get_running_loop().time())
+        delay = call.limits.refusals.find_delay(error)
         error = None
-        if delay:
-            await asyncio.sleep(delay)
+        await call.limits.refusals.wait(delay)
         # Raises an exception of gRPC, which ends the handler.
         await context.abort(status, details, trailers)
     context.set_trailing_metadata(trailers)

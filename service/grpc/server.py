@@ -15,6 +15,7 @@ from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
 from fovea.service.grpc.calls import Call, Method, SharedLimits, answer_call
 from fovea.service.grpc.credentials import create_credentials
+from fovea.service.grpc.delayed_refusals import DelayedRefusals
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
@@ -22,7 +23,6 @@ from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
 from fovea.service.grpc.unread_replies import UnreadReplies
 from fovea.service.http.certificates import CertificateFiles
-from fovea.service.http.rate_limiter import create_refusal_limiter
 from fovea.service.settings import Settings
 
 _MAX_STREAMS: Final = 128
@@ -74,7 +74,7 @@ class GrpcServer:
         }
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
-        self._limits = SharedLimits(create_refusal_limiter(), UnreadReplies(settings.bodies_bytes))
+        self._limits = SharedLimits(DelayedRefusals(), UnreadReplies(settings.bodies_bytes))
         self._open_streams: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
 
