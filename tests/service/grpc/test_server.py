@@ -26,6 +26,9 @@ from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.servers import ROOT, Server, is_running, list_children, run_service, wait_until
 from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
+from tests.service.grpc.raw_calls import RawConnection
+
+INFERENCE = "inference.GRPCInferenceService"
 
 IMAGE = make_jpeg(64, 48, 1)
 
@@ -194,6 +197,31 @@ def test_every_method_but_the_probes_has_a_scope(zoo: Path, tmp_path: Path) -> N
             else:
                 answered.add(method.name)
     assert answered == {"ServerLive", "ServerReady", "ServerMetadata"}
+
+
+def test_calls_whose_messages_do_not_arrive_leave_room_for_another_caller(zoo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    names = ("flood", "reader")
+    keys = [ApiKey(name, frozenset({Scope.CLASSIFY}), hash_key(b"fovea_" + name.encode())) for name in names]
+    file.write_text("".join(key.to_line() + "\n" for key in keys))
+    file.chmod(0o600)
+    settings = {
+        "FOVEA_KEYS": str(file),
+        "FOVEA_BODY_BYTES": "1000000",
+        "FOVEA_BODIES_BYTES": "1000000",  # one message at a time
+        "FOVEA_QUEUE_IMAGES": "32",
+        "FOVEA_REQUEST_IMAGES": "32",
+    }
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+        RawConnection(server) as connection,
+    ):
+        for _ in range(100):
+            connection.start_call(f"/{INFERENCE}/ModelInfer".encode(), (b"x-api-key", b"fovea_flood"))
+        wait_until(lambda: server.read_metric("fovea_errors_total", reason="overloaded") > 60)
+        stub = create_stub(channel)
+        assert infer(stub, metadata=(("x-api-key", "fovea_reader"),)).model_name == "small"
 
 
 # --- TLS -----------------------------------------------------------------------------------------
