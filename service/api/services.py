@@ -123,16 +123,20 @@ class Services:
         model.last_used = record.started_at
 
     async def create_admission(
-        self, address: ModelAddress, model: LiveModel | ModelVersion, record: RequestRecord
+        self,
+        address: ModelAddress,
+        model: LiveModel | ModelVersion,
+        record: RequestRecord,
+        caller: CallerReservation | None = None,
     ) -> Admission:
         """Return the admission of a request, and load its model first if necessary.
 
-        Raises `RequestError`.
+        `caller` is the reservation of a request that has one already. Raises `RequestError`.
         """
         if isinstance(model, LiveModel):
             self.classifier.check_capacity(model)
-            return Admission(self.classifier, model, self.reserve_caller(record))
-        caller = self.reserve_caller(record)  # first: a request that waits for a model counts
+            return Admission(self.classifier, model, caller or self.reserve_caller(record))
+        caller = caller or self.reserve_caller(record)  # first: a request that waits for a model counts
         try:
             live_model = await self.manager.load_on_demand(*address)
             try:

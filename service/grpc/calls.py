@@ -20,8 +20,10 @@ from google.protobuf.message import DecodeError
 from fovea.service.access.caller import Scope
 from fovea.service.api.services import Services, parse_time_limit
 from fovea.service.errors import BadRequest, BodyTooLarge, DeadlineExceeded, Draining, RequestError
+from fovea.service.grpc.delayed_refusals import DelayedRefusals
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.statuses import find_status, make_trailers
+from fovea.service.grpc.unread_replies import UnreadReplies
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import log_internal_error
@@ -51,16 +53,31 @@ class Method(NamedTuple):
     """Scope of the API keys that open the method; None for a method that is always open."""
 
 
+class SharedLimits(NamedTuple):
+    """Limits of all calls together."""
+
+    refusals: DelayedRefusals
+    unread_replies: UnreadReplies
+
+
 class Call:
     """One call. The handler of its method reads the message and returns the answer."""
 
-    def __init__(self, services: Services, slots: MessageSlots, context: Any, path: str) -> None:
+    def __init__(
+        self,
+        services: Services,
+        slots: MessageSlots,
+        limits: SharedLimits,
+        context: Any,
+        path: str,
+    ) -> None:
         """Start the record and the deadline of a call; `context` is a `grpc.aio.ServicerContext`."""
         pairs: list[Header] = [
             (name.encode(), value if isinstance(value, bytes) else value.encode("latin-1", "replace"))
             for name, value in context.invocation_metadata() or ()
         ]
         self.services = services
+        self.limits = limits
         self.context = context
         self.headers = dict(pairs)
         """Metadata of the call by name in lower case, like the headers of a request."""
@@ -96,14 +113,14 @@ class Call:
 
     def hold_slot(self) -> AbstractAsyncContextManager[None]:
         """Hold a slot for receiving a message (`MessageSlots.hold`)."""
-        return self._slots.hold()
+        return self._slots.hold(self.record.caller)
 
     async def read_message(self) -> bytes:
         """Receive the message of the call.
 
         Raises `BodyTooLarge`, `BodyTimeout`, or `Overloaded`.
         """
-        async with self._slots.hold():
+        async with self.hold_slot():
             message = await self.context.read()
         if message is grpc.aio.EOF:  # the client of a message that is too large gets gRPC's own status
             limit = self.services.settings.body_bytes
@@ -142,6 +159,8 @@ async def answer_call(call: Call, method: Method) -> bytes:
         if access := call.services.access:
             access.authorize(method.scope, record.credential)
         content = await method.handle(call)
+        if content:
+            call.limits.unread_replies.add(record.caller, len(content))
         record.status = 200
     except asyncio.CancelledError:
         _record_cancellation(call)
@@ -157,11 +176,14 @@ async def answer_call(call: Call, method: Method) -> bytes:
         observer.end_request(record)
     trailers = make_trailers(record.request_id, error)
     if error:
+        content = b""
         status, details = find_status(error), _shorten_details(error.message)
         # The traceback of the error, or of another one in whose handling it was raised, refers to this frame
         # and to the frames with the images. Such a cycle would live until the next full garbage collection.
         error.__traceback__ = error.__context__ = None
+        delay = call.limits.refusals.find_delay(error)
         error = None
+        await call.limits.refusals.wait(delay)
         # Raises an exception of gRPC, which ends the handler.
         await context.abort(status, details, trailers)
     context.set_trailing_metadata(trailers)

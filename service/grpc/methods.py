@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fovea.service import __version__
 from fovea.service.access.caller import Scope
+from fovea.service.access.caller_limits import CallerReservation
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.bodies import RawBody
 from fovea.service.api.endpoint import Endpoint
@@ -18,8 +19,12 @@ from fovea.service.grpc import inference_pb2 as pb
 from fovea.service.grpc.calls import PROTOCOL, Call, Method
 from fovea.service.grpc.infer import GrpcInferAdapter
 from fovea.service.grpc.infer_message import split_message
+from fovea.service.serving.admission import hold_body
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+INFER_PATH: Final = f"/{SERVICE_NAME}/ModelInfer"
+"""Path of the only method whose messages have images."""
 
 _EXTENSIONS: Final = [one for one in oip.EXTENSIONS if one != "binary_tensor_data"]
 """Extensions of the protocol; raw contents are part of gRPC itself."""
@@ -117,17 +122,25 @@ class InferenceMethods:
         )
 
     async def _infer(self, call: Call) -> bytes:
-        self._services.lifecycle.require_accepting()
-        async with call.limit_time():
-            return await self._answer_images(call)
+        services = self._services
+        services.lifecycle.require_accepting()
+        caller = services.reserve_caller(call.record)  # before the message is received
+        try:
+            async with call.limit_time():
+                return await self._answer_images(call, caller)
+        finally:
+            if caller:
+                caller.release()
 
-    async def _answer_images(self, call: Call) -> bytes:
+    async def _answer_images(self, call: Call, caller: CallerReservation | None) -> bytes:
         services, record = self._services, call.record
         content = await call.read_message()
-        message = split_message(content, services.settings.json_bytes)
-        address = ModelAddress(message.head.model_name, message.head.model_version or None)
-        model = services.admit(*address, record)
-        with await services.create_admission(address, model, record) as admission:
+        with hold_body(services.classifier, len(content)):  # the model may have to be loaded first
+            message = split_message(content, services.settings.json_bytes)
+            address = ModelAddress(message.head.model_name, message.head.model_version or None)
+            model = services.admit(*address, record)
+            admission = await services.create_admission(address, model, record, caller)
+        with admission:
             admission.reserve_bytes(len(content))
             services.end_stage("read", record.started_at, record)
             request = InferenceRequest(

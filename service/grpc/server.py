@@ -13,13 +13,15 @@ from fovea.service.api.oip.repository import RepositoryManager
 from fovea.service.api.services import Services
 from fovea.service.errors import MethodNotAllowed, StartError
 from fovea.service.grpc import health, methods
-from fovea.service.grpc.calls import Call, Method, answer_call
+from fovea.service.grpc.calls import Call, Method, SharedLimits, answer_call
 from fovea.service.grpc.credentials import create_credentials
+from fovea.service.grpc.delayed_refusals import DelayedRefusals
 from fovea.service.grpc.health import HealthMethods
 from fovea.service.grpc.message_slots import MessageSlots
 from fovea.service.grpc.methods import InferenceMethods
 from fovea.service.grpc.port import format_address
 from fovea.service.grpc.reflection import ReflectionMethods
+from fovea.service.grpc.unread_replies import UnreadReplies
 from fovea.service.http.certificates import CertificateFiles
 from fovea.service.settings import Settings
 
@@ -41,6 +43,10 @@ connection."""
 
 _MAX_PING_STRIKES: Final = 2
 
+_SMALL_MESSAGE_PATIENCE: Final = 0.1
+"""Time in seconds for a message without images while other calls wait. Such a message usually arrives with
+its call, and probes have a time limit of a second."""
+
 _IDENTITY_ONLY: Final = 1
 """Bit set of the accepted compressions. gRPC unpacks a compressed message completely before it compares the
 size with the limit, so that 64 KB could become 64 MB many times over."""
@@ -54,9 +60,12 @@ class GrpcServer:
         settings = services.settings
         names = (methods.SERVICE_NAME, health.SERVICE_NAME)
         message_count = max(1, settings.bodies_bytes // settings.body_bytes)
-        self._slots = MessageSlots(message_count, settings.queue_images, settings.body_timeout)
-        # A client may leave a stream of questions open. It must not keep a place for images meanwhile.
-        self._reflection_slots = MessageSlots(1, settings.queue_images, settings.body_timeout)
+        limits = settings.queue_images, settings.body_timeout
+        self._image_slots = MessageSlots(message_count, *limits)
+        # Probes must not wait for the images of slow clients, nor images for calls that need no key.
+        self._small_slots = MessageSlots(1, *limits, patience=_SMALL_MESSAGE_PATIENCE)
+        # A client may leave a stream of questions open. It must not keep other calls waiting meanwhile.
+        self._reflection_slots = MessageSlots(1, *limits)
         reflection_methods = ReflectionMethods(names).list_methods()
         self._methods: dict[str, Method] = {
             **InferenceMethods(services, repository).list_methods(),
@@ -65,6 +74,7 @@ class GrpcServer:
         }
         self._reflection_paths = set(reflection_methods)
         self._streaming_paths = {f"/{health.SERVICE_NAME}/Watch", *reflection_methods}
+        self._limits = SharedLimits(DelayedRefusals(), UnreadReplies(settings.bodies_bytes))
         self._open_streams: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
 
@@ -72,6 +82,7 @@ class GrpcServer:
         """Listen on FOVEA_GRPC_PORT. Raises `StartError`."""
         settings = self._services.settings
         logging.getLogger("grpc").setLevel(logging.WARNING)  # it has a line for each call on level debug
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_decoding_error)
         self._server = grpc.aio.server(options=_list_options(settings))
         self._server.add_generic_rpc_handlers((_GenericHandler(self._create_handler),))
         address = format_address(settings.host, settings.grpc_port or 0)
@@ -104,11 +115,11 @@ class GrpcServer:
         Every handler reads its messages by itself, so that a call is admitted before its message is received.
         On the wire this is no difference.
         """
-        slots = self._reflection_slots if path in self._reflection_paths else self._slots
+        slots = self._find_slots(path)
         method = self._methods.get(path)
 
         async def answer(_messages: Any, context: Any) -> bytes:
-            call = Call(self._services, slots, context, path if method else "unmatched")
+            call = Call(self._services, slots, self._limits, context, path if method else "unmatched")
             return await answer_call(call, method or _UNKNOWN_METHOD)
 
         async def answer_stream(_messages: Any, context: Any) -> None:
@@ -129,6 +140,20 @@ class GrpcServer:
         if path in self._streaming_paths:
             return grpc.stream_stream_rpc_method_handler(answer_stream, None, None)
         return grpc.stream_unary_rpc_method_handler(answer, None, None)
+
+    def _find_slots(self, path: str) -> MessageSlots:
+        if path == methods.INFER_PATH:
+            return self._image_slots
+        return self._reflection_slots if path in self._reflection_paths else self._small_slots
+
+
+def _is_no_decoding_error(record: logging.LogRecord) -> bool:
+    """Return False for a line of gRPC about bytes of a client that are not UTF-8.
+
+    Such lines have a traceback and the bytes, among them the value of `authorization`. Any client could fill
+    the log with them.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
 
 
 async def _refuse_unknown(_call: Call) -> bytes:

@@ -36,7 +36,6 @@ from typing import Any, Final
 from fovea.service.errors import (
     BodyTimeout,
     BodyTooLarge,
-    CallerLimited,
     CertificateRequired,
     HeaderTimeout,
     Overloaded,
@@ -47,6 +46,7 @@ from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, open_exchang
 from fovea.service.http.known_heads import RequestHead
 from fovea.service.http.lifecycle import Phase
 from fovea.service.http.observer import encode_error
+from fovea.service.http.rate_limiter import find_refusal_delay
 from fovea.service.http.read_control import ReadControl
 from fovea.service.http.request_parser import MAX_HEADER_BYTES, RequestParser
 from fovea.service.http.request_record import RequestRecord
@@ -502,17 +502,8 @@ class Connection(asyncio.BufferedProtocol):
         self.end_answer()
 
     def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
-        """Refuse a request at once, or later if too many requests are refused for lack of capacity.
-
-        Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
-        requests.
-        """
-        if isinstance(error, CallerLimited):
-            delay = error.delay  # of its caller alone, so that other callers get their refusals at once
-        elif isinstance(error, Overloaded):
-            delay = self._server.refusal_limiter.next_delay(self._loop.time())
-        else:
-            delay = 0.0
+        """Refuse a request at once, or later if too many requests are refused for lack of capacity."""
+        delay = find_refusal_delay(error, self._server.refusal_limiter, self._loop.time())
         if delay:
             self._loop.call_later(delay, exchange.refuse, error)
         else:

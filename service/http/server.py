@@ -22,7 +22,7 @@ from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
 from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
-from fovea.service.http.rate_limiter import RateLimiter
+from fovea.service.http.rate_limiter import create_refusal_limiter
 from fovea.service.http.server_context import ServerContext
 from fovea.service.http.tls import TlsServer
 from fovea.service.resources.body_memory import BodyMemory
@@ -36,13 +36,6 @@ _LATE_REQUEST_TIMEOUT: Final = 1.0
 _BUFFER_BYTES: Final = 256 << 10
 """Size of the receive buffer in bytes, as in asyncio's own transports. Parsing a full buffer takes about 1
 ms."""
-
-_REFUSAL_RATE: Final = 200
-"""Refusals per second for lack of capacity, and size of the initial burst. Each takes 0.15 ms of the event
-loop."""
-
-_MAX_REFUSAL_DELAY: Final = 4.0
-"""Maximum delay of a refusal in seconds."""
 
 _CANCEL_TIMEOUT: Final = 1.0
 """Time limit in seconds for cancelled requests to end."""
@@ -180,7 +173,7 @@ class Server:
             observer=self._observer,
             body_memory=self._body_memory,
             hangups=HangUpWatcher(self._loop),
-            refusal_limiter=RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY),
+            refusal_limiter=create_refusal_limiter(),
             buffer=bytearray(_BUFFER_BYTES),
             scheme="https" if self._tls else "http",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from fovea.service.access.caller_limits import CallerReservation
@@ -67,15 +69,8 @@ class Admission:
         Raises `Overloaded` when all bodies together become too large, or `ShareExceeded` when those of the
         caller do.
         """
-        classifier = self._classifier
-        limit = classifier.body_memory.limit
-        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is reserved for small bodies
-            large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.body_memory.body_bytes + size > large_limit:
-                raise classifier.create_overload_error(
-                    f"there is no room for this body: all bodies together may take {limit} bytes, and large "
-                    f"bodies {large_limit:.0f} of them (FOVEA_BODIES_BYTES)"
-                )
+        if self._reserved_bytes + size > _LARGE_BODY_BYTES:
+            _check_large_body(self._classifier, size)
         self._reserve(size)
 
     def _reserve(self, size: int) -> None:
@@ -83,12 +78,7 @@ class Admission:
         classifier = self._classifier
         if self._caller:
             self._caller.add_bytes(size, classifier.body_memory)
-        if not classifier.body_memory.reserve(size):
-            limit = classifier.body_memory.limit
-            raise classifier.create_overload_error(
-                f"there is no room for this request: all bodies together may take {limit} bytes "
-                "(FOVEA_BODIES_BYTES)"
-            )
+        _reserve_memory(classifier, size)
         if self._is_released:  # `BodyMemory` has cut off this request's own client to make room
             classifier.body_memory.release(size)
         else:
@@ -128,3 +118,38 @@ class Admission:
         self._reserved_images += images
         self._classifier.images_in_flight += images
         self.model.images_in_flight += images
+
+
+@contextmanager
+def hold_body(classifier: Classifier, size: int) -> Iterator[None]:
+    """Count the bytes of a received body that has no admission yet, because its model may be loaded first.
+
+    Raises `Overloaded`.
+    """
+    if size > _LARGE_BODY_BYTES:
+        _check_large_body(classifier, size)
+    _reserve_memory(classifier, size)
+    try:
+        yield
+    finally:
+        classifier.body_memory.release(size)
+
+
+def _check_large_body(classifier: Classifier, size: int) -> None:
+    """Raise `Overloaded` unless there is room for a large body: the last quarter is for small bodies."""
+    limit = classifier.body_memory.limit
+    large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
+    if classifier.body_memory.body_bytes + size > large_limit:
+        raise classifier.create_overload_error(
+            f"there is no room for this body: all bodies together may take {limit} bytes, and large "
+            f"bodies {large_limit:.0f} of them (FOVEA_BODIES_BYTES)"
+        )
+
+
+def _reserve_memory(classifier: Classifier, size: int) -> None:
+    if not classifier.body_memory.reserve(size):
+        limit = classifier.body_memory.limit
+        raise classifier.create_overload_error(
+            f"there is no room for this request: all bodies together may take {limit} bytes "
+            "(FOVEA_BODIES_BYTES)"
+        )

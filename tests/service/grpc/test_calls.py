@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,9 @@ from tests.export.classifiers import build_classifier
 from tests.export.imports import import_graph
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
-from tests.servers import Server
+from tests.servers import Server, wait_until
 from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
+from tests.service.grpc.raw_calls import RawConnection
 
 IMAGES = [make_jpeg(64 + seed, 48, seed) for seed in range(2)]
 ROW = np.linspace(-1, 1, 3 * 16 * 16, dtype=np.float32)
@@ -421,6 +423,111 @@ def test_deadline_of_the_call_counts(grpc_server: Server, stub: Any) -> None:
     assert bad[0] == grpc.StatusCode.INVALID_ARGUMENT and "X-Deadline-Ms" in bad[1]
 
 
+def test_probes_do_not_wait_for_messages_that_do_not_arrive(zoo: Path) -> None:
+    sizes = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "2000000"}  # two messages at once
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **sizes) as server,
+        RawConnection(server) as connection,
+        open_channel(server) as channel,
+    ):
+        for _ in range(2):
+            connection.start_call(INFER.encode())
+        server.wait_for_metric(3, "fovea_requests_in_flight")  # with the request of this metric
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == 1
+        assert server.read_metric("fovea_errors_total") == 0  # no message was cut off for the probe
+
+
+def test_call_counts_for_its_caller_before_its_message_arrives(zoo: Path) -> None:
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_CALLER_IMAGES="1") as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub, request = create_stub(channel), image_request(IMAGES[:1])
+        with RawConnection(server) as connection:
+            connection.start_call(INFER.encode())
+            server.wait_for_metric(2, "fovea_requests_in_flight")  # with the request of this metric
+            status, _, trailers = expect_error(lambda: stub.ModelInfer(request, timeout=30))
+            assert (status, trailers["code"]) == (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "too_many_in_flight",
+            )
+        server.wait_for_metric(1, "fovea_requests_in_flight")
+        assert stub.ModelInfer(request, timeout=30).model_name == "thing"
+
+
+def test_refusals_of_one_caller_are_delayed(zoo: Path) -> None:
+    """Otherwise a caller that asks again at once takes the time of the event loop."""
+    settings = {"FOVEA_CALLER_RATE": "0.001", "FOVEA_CALLER_BURST": "1"}
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub, request = create_stub(channel), image_request(IMAGES[:1])
+        stub.ModelInfer(request, timeout=30)
+        started_at = time.monotonic()
+        calls = [stub.ModelInfer.future(request, timeout=30) for _ in range(60)]
+        assert {call.exception().code() for call in calls} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert time.monotonic() - started_at > 1.5  # 20 at once, and 20 a second
+
+
+def test_messages_count_while_their_model_is_loaded(zoo: Path) -> None:
+    settings = {
+        "FOVEA_BODY_BYTES": "1000000",
+        "FOVEA_BODIES_BYTES": "3000000",
+        "FOVEA_MODELS_LOADED": "1",
+        "FOVEA_RUNNERS": "1",
+    }
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub = create_stub(channel)
+        stub.ModelInfer(image_request(), timeout=60)  # `small` is not loaded now
+        large = image_request([make_jpeg().ljust(900_000, b"\0")], model="small")
+        with paused_runners(server):
+            calls = [stub.ModelInfer.future(large, timeout=60) for _ in range(6)]
+            wait_until(lambda: any(call.done() for call in calls))
+            refused = next(call for call in calls if call.done())
+            assert "FOVEA_BODIES_BYTES" in refused.details()
+        wait_until(lambda: all(call.done() for call in calls))
+        assert sum(call.code() is grpc.StatusCode.OK for call in calls) == 3
+
+
+def test_replies_that_nobody_reads_have_a_limit(zoo: Path) -> None:
+    sizes = {"FOVEA_BODY_BYTES": "1024", "FOVEA_BODIES_BYTES": "1024"}
+    path = b"/inference.GRPCInferenceService/ModelMetadata"
+    question = pb.ModelMetadataRequest(name="small")
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **sizes) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        stub = create_stub(channel)
+        assert stub.ModelMetadata(question, timeout=30).name == "small"
+        with RawConnection(server, window=0) as connection:
+            for _ in range(8):
+                stream = connection.start_call(path)
+                connection.send_message(stream, encode_message(question))
+            connection.wait_for_end(stream)  # a refusal has no message
+            status, message, trailers = expect_error(lambda: stub.ModelMetadata(question, timeout=30))
+            assert (status, trailers["code"]) == (grpc.StatusCode.UNAVAILABLE, "overloaded")
+            assert "clients have not read" in message
+        server.wait_for_metric(1, "fovea_requests_in_flight")
+        wait_until(lambda: has_answer(stub, question))
+
+
+def encode_message(message: Any) -> bytes:
+    content: bytes = message.SerializeToString()
+    return b"\0" + struct.pack("!I", len(content)) + content
+
+
+def has_answer(stub: Any, question: pb.ModelMetadataRequest) -> bool:
+    try:
+        return bool(stub.ModelMetadata(question, timeout=30).name == "small")
+    except grpc.RpcError:
+        return False
+
+
 def test_full_queue_is_unavailable_with_a_delay(zoo: Path) -> None:
     with (
         Server(
@@ -448,6 +555,20 @@ def test_garbage_on_the_port_ends_its_connection_only(grpc_server: Server, stub:
         while connection.recv(4096):
             pass
     assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
+
+
+def test_metadata_and_paths_that_are_not_utf8_leave_nothing_in_the_log(zoo: Path) -> None:
+    """The library logs such bytes with a traceback, and a key may be among them."""
+    live = b"/inference.GRPCInferenceService/ServerLive"
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0") as server:
+        with RawConnection(server) as connection:
+            for path, value in ((live, b"Bearer fovea_secret\xff"), (live + b"\xff", b"Bearer x")):
+                stream = connection.start_call(path, (b"authorization", value))
+                connection.send_message(stream)
+                connection.wait_for_end(stream)
+        with open_channel(server) as channel:
+            assert create_stub(channel).ServerLive(pb.ServerLiveRequest(), timeout=30).live
+    assert "fovea_secret" not in server.log and "Traceback" not in server.log
 
 
 # --- log, health, reflection ---------------------------------------------------------------------

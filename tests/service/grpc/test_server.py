@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -23,8 +24,11 @@ from fovea.service.grpc import inference_pb2 as pb
 from tests.certificates import Authority
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
-from tests.servers import ROOT, Server, run_service, wait_until
+from tests.servers import ROOT, Server, is_running, list_children, run_service, wait_until
 from tests.service.grpc.channels import create_stub, grpc_address, open_channel, read_error
+from tests.service.grpc.raw_calls import RawConnection
+
+INFERENCE = "inference.GRPCInferenceService"
 
 IMAGE = make_jpeg(64, 48, 1)
 
@@ -93,7 +97,8 @@ def test_port_that_is_taken_ends_the_start(zoo: Path, workers: str) -> None:
 @pytest.mark.long
 def test_workers_share_the_port(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_WORKERS="2") as server:
-        workers = server.child_pids("__main__") or server.child_pids("")
+        workers = list_children(server.process.pid)
+        assert len(workers) == 2
 
         def call_over_new_connections() -> None:
             for _ in range(8):
@@ -103,11 +108,15 @@ def test_workers_share_the_port(zoo: Path) -> None:
         call_over_new_connections()
         labels = {"protocol": "grpc", "model": "small", "status": "200"}
         assert server.read_metric("fovea_requests_total", **labels) == 8
-        if workers:
-            os.kill(min(workers), signal.SIGKILL)
-            server.wait_for_metric(1, "fovea_worker_deaths_total")
+        for number, pid in enumerate(workers, 1):
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
+            server.client.close()  # it may have a connection to this worker
+            server.client = httpx.Client(base_url=server.url, timeout=60)
+            server.wait_for_metric(number, "fovea_worker_deaths_total")
             server.wait_for_metric(2, "fovea_workers")
             call_over_new_connections()
+        assert not workers & list_children(server.process.pid)
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -190,6 +199,31 @@ def test_every_method_but_the_probes_has_a_scope(zoo: Path, tmp_path: Path) -> N
             else:
                 answered.add(method.name)
     assert answered == {"ServerLive", "ServerReady", "ServerMetadata"}
+
+
+def test_calls_whose_messages_do_not_arrive_leave_room_for_another_caller(zoo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    names = ("flood", "reader")
+    keys = [ApiKey(name, frozenset({Scope.CLASSIFY}), hash_key(b"fovea_" + name.encode())) for name in names]
+    file.write_text("".join(key.to_line() + "\n" for key in keys))
+    file.chmod(0o600)
+    settings = {
+        "FOVEA_KEYS": str(file),
+        "FOVEA_BODY_BYTES": "1000000",
+        "FOVEA_BODIES_BYTES": "1000000",  # one message at a time
+        "FOVEA_QUEUE_IMAGES": "32",
+        "FOVEA_REQUEST_IMAGES": "32",
+    }
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", **settings) as server,
+        open_channel(server, enable_retries=0) as channel,
+        RawConnection(server) as connection,
+    ):
+        for _ in range(100):
+            connection.start_call(f"/{INFERENCE}/ModelInfer".encode(), (b"x-api-key", b"fovea_flood"))
+        wait_until(lambda: server.read_metric("fovea_errors_total", reason="overloaded") > 60)
+        stub = create_stub(channel)
+        assert infer(stub, metadata=(("x-api-key", "fovea_reader"),)).model_name == "small"
 
 
 # --- TLS -----------------------------------------------------------------------------------------
