@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from fovea.service.errors import SettingsError
 from fovea.service.settings import PROTOCOLS, Settings, load_service_settings
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire
-from tests.servers import Server, run_service, wait_until
+from tests.servers import Server, list_children, run_service, wait_until
 from tests.service.api.test_protocols import error_code, post_request
 
 KEYS = {scope.value: f"key-of-{scope.value}" for scope in Scope} | {"everything": "key-of-everything"}
@@ -49,6 +51,9 @@ OPEN_ROUTES = {
     "OPTIONS /",
 }
 """Every route that needs no key, whatever keys there are."""
+
+
+NEW_KEY = {"Authorization": "Bearer key-of-new"}
 
 
 def write_keys(path: Path, *extra_lines: str) -> Path:
@@ -272,6 +277,34 @@ def test_rotation_under_load_fails_no_request(tmp_path: Path, workers: int) -> N
     result = rotate_under_load(tmp_path / "keys", requests=200, rotations=1, workers=workers)
     assert result.rotations == 1
     assert result.statuses == {200: result.sent}, result.errors
+
+
+@pytest.mark.long
+def test_dead_worker_is_replaced_while_the_file_is_broken(small_zoo: Path, tmp_path: Path) -> None:
+    file = write_keys(tmp_path / "keys")
+    settings = {"FOVEA_WORKERS": "2", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_KEYS=str(file), **settings) as server:
+        server.client.headers.update({**bearer("everything"), "Connection": "close"})
+
+        def has_workers(dead: set[int]) -> bool:
+            try:
+                pids = {server.client.get("/runtime").json()["pid"] for _ in range(4)}
+            except httpx.TransportError:  # the worker of the connection has died
+                return False
+            return len(pids) == 2 and not pids & dead
+
+        wait_until(lambda: has_workers(set()))
+        file.write_text("broken")
+        pids = set(list_children(server.process.pid))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: has_workers(pids))
+        assert post_request(server.url, "native", **bearer("classify")).status_code == 200
+        write_keys(file, ApiKey("new", frozenset(Scope), hash_key(b"key-of-new")).to_line())
+        for _ in range(2):  # each connection goes to another worker
+            wait_until(lambda: ANYBODY.get(server.url + "/runtime", headers=NEW_KEY).status_code == 200)
+    assert "keys from before stay in force" in server.log
+    assert "could not start" not in server.log
 
 
 def test_service_refuses_the_variable_of_clients_instead_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
