@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from fovea.service import __version__
 from fovea.service.access.caller_table import CallerTable
 from fovea.service.access.key_watcher import KeyWatcher
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
@@ -101,7 +102,9 @@ def create_app(
     metrics = Metrics(registry, is_shared=settings.workers > 1)
     protocols = ApiProtocols()
     proxies = TrustedProxies(settings.trusted_proxies)
-    key_watcher = KeyWatcher(settings.keys, keys) if settings.keys else None
+    key_watcher = None
+    if settings.keys:
+        key_watcher = KeyWatcher(settings.keys, keys, RefusalPace(caller_table or CallerTable.create()))
     access = key_watcher.access if key_watcher else None
     cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
     access_log = AccessLog(settings.log_requests)

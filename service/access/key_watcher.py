@@ -10,6 +10,7 @@ from typing import Final, TypeAlias
 
 from fovea.service.access.access_control import AccessControl
 from fovea.service.access.keys_file import KeysFileError, parse_keys, read_content
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,11 @@ class KeyWatcher:
     Kubernetes. Nothing that happens to the file changes the keys until the whole file is valid again.
     """
 
-    def __init__(self, path: Path, content: bytes | None = None) -> None:
+    def __init__(self, path: Path, content: bytes | None = None, pace: RefusalPace | None = None) -> None:
         """Read the file. Raises `StartError`, because a service must not start without its keys.
 
         A worker starts with the `content` that is in force in its supervisor. The first looks then read the
-        file, which may be broken now.
+        file, which may be broken now. `pace` is that of `AccessControl`.
         """
         self._path = path
         self._signature = _read_signature(path) if content is None else None
@@ -47,7 +48,7 @@ class KeyWatcher:
             keys = parse_keys(self.content)
         except KeysFileError as error:
             raise StartError(f"FOVEA_KEYS is {str(path)!r}: {error}") from None
-        self.access = AccessControl(keys)
+        self.access = AccessControl(keys, pace=pace)
         if not keys:
             log.warning("the keys file has no keys: every request that needs a key is refused")
 
@@ -70,7 +71,7 @@ class KeyWatcher:
             content = await asyncio.to_thread(read_content, self._path)
             if await asyncio.to_thread(_read_signature, self._path) != signature:
                 return  # it was being written: a part of it may be valid, too
-            # Only now: a file that cannot be read, as without free file descriptors, is read at the next look.
+            # Only now: if the file cannot be read, as without free descriptors, the next look tries again.
             self._signature = signature
             if content == self.content:
                 return
@@ -87,7 +88,9 @@ class KeyWatcher:
         if self._reported_problem != (signature, problem):
             self._reported_problem = signature, problem
             log.error(
-                f"the keys file {self._path} cannot be used, and the keys from before stay in force: {problem}"
+                "the keys file %s cannot be used, and the keys from before stay in force: %s",
+                self._path,
+                problem,
             )
 
 

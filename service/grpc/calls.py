@@ -140,7 +140,7 @@ async def answer_call(call: Call, method: Method) -> bytes:
     error: RequestError | None = None
     try:
         if access := call.services.access:
-            access.authorize(method.scope, record.credential)
+            access.authorize(method.scope, record.credential, record.client)
         content = await method.handle(call)
         record.status = 200
     except asyncio.CancelledError:

@@ -36,10 +36,10 @@ from typing import Any, Final
 from fovea.service.errors import (
     BodyTimeout,
     BodyTooLarge,
-    CallerLimited,
     CertificateRequired,
     HeaderTimeout,
     Overloaded,
+    PacedRefusal,
     RequestError,
 )
 from fovea.service.http.asgi_exchange import AsgiExchange, build_scope
@@ -140,6 +140,8 @@ class Connection(asyncio.BufferedProtocol):
         self._accounted_bytes = 0
         """Number of bytes of this connection in the memory account."""
         self._answer_future: asyncio.Future[None] | None = None
+        self._delayed_refusal: asyncio.TimerHandle | None = None
+        """Timer of the last refusal with a delay."""
 
     # --- asyncio's calls ---
 
@@ -164,6 +166,8 @@ class Connection(asyncio.BufferedProtocol):
     def _release(self) -> None:
         """Release what the connection holds, after it is lost."""
         self._resolve_answer_future()
+        if self._delayed_refusal:  # it would keep the connection until then
+            self._delayed_refusal.cancel()
         self._timer.close()
         self._parser.close()
         self.responses.close()
@@ -502,19 +506,19 @@ class Connection(asyncio.BufferedProtocol):
         self.end_answer()
 
     def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
-        """Refuse a request at once, or later if too many requests are refused for lack of capacity.
+        """Refuse a request at once, or later if its caller or all callers get too many refusals.
 
         Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
         requests.
         """
-        if isinstance(error, CallerLimited):
+        if isinstance(error, PacedRefusal):
             delay = error.delay  # of its caller alone, so that other callers get their refusals at once
         elif isinstance(error, Overloaded):
             delay = self._server.refusal_limiter.next_delay(self._loop.time())
         else:
             delay = 0.0
         if delay:
-            self._loop.call_later(delay, exchange.refuse, error)
+            self._delayed_refusal = self._loop.call_later(delay, exchange.refuse, error)
         else:
             exchange.refuse(error)
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from fovea.service.access.caller import Caller
+from fovea.service.access.caller import Caller, name_caller
 from fovea.service.access.caller_limits import (
     CallerLimits,
     CallerReservation,
     QuestionPlaces,
     has_caller_limits,
-    name_caller,
 )
 from fovea.service.access.caller_table import CallerTable
 from fovea.service.errors import BadRequest, RateLimited, SettingsError, ShareExceeded, TooManyInFlight

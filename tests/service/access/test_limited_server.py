@@ -18,6 +18,7 @@ import pytest
 
 from fovea.service.access.caller import Scope
 from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.observability.metrics import CLIENT_LEFT
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire, classify_request
@@ -78,11 +79,29 @@ def test_refusal_has_the_shape_of_each_protocol(rate_server: Server, number: int
     assert rate_server.read_metric("fovea_errors_total", reason="rate_limited") == counted + 2
 
 
-def test_many_refusals_of_a_caller_are_delayed(rate_server: Server) -> None:
+@pytest.mark.parametrize(
+    ("address", "headers"),
+    [("192.0.2.101", {}), ("192.0.2.102", {"Content-Encoding": "identity"})],  # with and without ASGI
+    ids=["fast", "asgi"],
+)
+def test_many_refusals_of_a_caller_are_delayed(
+    rate_server: Server, address: str, headers: dict[str, str]
+) -> None:
     started_at = time.monotonic()
-    statuses = [send_as(rate_server, "192.0.2.101").status_code for _ in range(2 + 20 + 10)]
+    statuses = [send_as(rate_server, address, **headers).status_code for _ in range(2 + 20 + 10)]
     assert statuses == [200] * 2 + [429] * 30
     assert time.monotonic() - started_at > 0.4  # 20 refusals are immediate, and 10 leave at 20 per second
+
+
+def test_delayed_refusal_ends_when_its_client_leaves(rate_server: Server) -> None:
+    """Otherwise connections that come and go at once would leave seconds of work behind."""
+    counted = rate_server.read_metric("fovea_errors_total", reason=CLIENT_LEFT)
+    with ExitStack() as stack:
+        for _ in range(2 + 100):  # the last ones would wait for four seconds
+            wire = stack.enter_context(Wire(rate_server.url))
+            wire.send(CLASSIFY_HEAD, b"X-Forwarded-For: 192.0.2.103\r\nTransfer-Encoding: chunked\r\n\r\n")
+        wait_until(wire.is_all_read)
+    wait_until(lambda: rate_server.read_metric("fovea_errors_total", reason=CLIENT_LEFT) > counted + 10)
 
 
 def test_explanations_and_questions_about_layers_count_as_images(rate_server: Server) -> None:
