@@ -228,8 +228,12 @@ class CallerReservation:
 
         Raises `CallerLimited`, or `BadRequest` for more images than a caller may ever have.
         """
+        image_count = max(1, image_count)  # a request without images still counts, until its end
         if count := image_count - self._images:
-            self._limits._extend(self._account, self._images, count)
+            if count > 0:
+                self._limits._extend(self._account, self._images, count)
+            else:  # images that could not be fetched; the rate stays used
+                self._limits._add_images(self._account, count)
             self._images = image_count
 
     def add_bytes(self, size: int, memory: BodyMemory) -> None:

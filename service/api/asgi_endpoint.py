@@ -131,6 +131,7 @@ class AsgiEndpoint(ABC):
                         services.settings,
                         record,
                         services.url_images.bind(reserve),
+                        admission.count_images,
                     )
                     with _DisconnectGuard(context):
                         return await self.answer_body(request, admission, deadline, send)

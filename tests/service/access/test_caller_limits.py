@@ -180,6 +180,26 @@ def test_more_images_than_a_caller_may_ever_have_are_a_bad_request() -> None:
         reservation.extend(11)
 
 
+def test_request_without_images_counts_until_its_end() -> None:
+    """All images by URL may have failed."""
+    memory = BodyMemory(1000)
+    limits = make_limits(caller_images=3, caller_rate=0.1, caller_burst=9, caller_shares=True)
+    other = limits.reserve(ANNE)
+    for _ in range(4):
+        reservation = limits.reserve(ANNE)
+        reservation.extend(2)
+        reservation.add_bytes(200, memory)
+        reservation.extend(0)
+        assert limits._table.count_images(limits._find_caller(ANNE)[1]) == 2
+        reservation.extend(1)
+        reservation.release()
+        assert limits._accounts["key anne"].body_bytes == 0
+    with pytest.raises(RateLimited):  # the images that failed have used the rate
+        limits.reserve(ANNE)
+    other.release()
+    assert not limits._accounts
+
+
 def test_state_of_callers_ends_with_their_requests() -> None:
     limits = make_limits(caller_rate=5.0, caller_images=10, caller_shares=True)
     for number in range(10_000):

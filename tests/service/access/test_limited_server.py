@@ -129,6 +129,22 @@ def test_boxes_count_as_images(places_server: Server) -> None:
     assert "FOVEA_CALLER_IMAGES" in reply.text
 
 
+def test_images_by_url_count_before_they_are_fetched(small_zoo: Path) -> None:
+    settings = {"FOVEA_CALLER_IMAGES": "2", "FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "3"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_URL_HOSTS="images.invalid", **settings) as server:
+
+        def send(count: int, **headers: str) -> httpx.Response:
+            body = {"images": count * [{"url": "https://images.invalid/a.jpg"}]}
+            return server.client.post("/v1/classify", json=body, headers=headers)
+
+        for extra in ({}, {"Content-Encoding": "identity"}):  # with and without ASGI
+            reply = send(3, **extra)
+            assert (reply.status_code, error_code(reply, "native")) == (400, "bad_request")
+        assert send(1).status_code == 424
+        assert send(1).status_code == 429
+        assert server.read_metric("fovea_url_fetches_total") == 1
+
+
 # --- what ends a place ---
 
 
