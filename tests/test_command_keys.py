@@ -70,6 +70,7 @@ def test_removed_key_leaves_comments_and_other_keys(
         (["add", "b", "--scope", "admin"], "a scope is not known; give classify, explain, manage, metrics"),
         (["add"], "needs the name of a key"),
         (["add", "b", "--expires", "tomorrow"], "the last day is not a date like 2027-06-30"),
+        (["add", "b", "--expires", "2020-02-29"], "--expires is 2020-02-29, which has passed"),
         (["remove", "b"], "there is no key 'b'"),
         (["remove", "b", "--scope", "classify"], "--scope is for `fovea keys add`"),
         (["list", "app"], "takes no name"),

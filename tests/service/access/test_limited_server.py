@@ -335,6 +335,19 @@ def test_places_of_a_dead_worker_are_free(small_zoo: Path) -> None:
         assert post_request(server.url, "native").status_code == 200
 
 
+def test_caller_beyond_its_rate_loads_no_model(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        add_to_repository(build_model(), tmp_path, name)
+    limits = {"FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "1", "FOVEA_CALLER_IMAGES": "1"}
+    settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_DEFAULT_MODEL": "one"}
+    with Server(FOVEA_MODELS=str(tmp_path), **limits, **settings) as server:
+        assert server.client.get("/v1/models/none/layers").status_code == 404  # releases its place
+        reply = server.client.get("/v1/models/two/layers")
+        assert (reply.status_code, error_code(reply, "native")) == (429, "rate_limited")
+        assert server.read_metric("fovea_model_info", model="two") == 0
+        assert server.read_metric("fovea_model_info", model="one") == 1
+
+
 def test_place_is_free_after_waiting_for_a_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
         add_to_repository(build_model(), tmp_path, name)
