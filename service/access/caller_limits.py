@@ -109,9 +109,10 @@ class CallerLimits:
         """
         share = max(1, limit // (callers + 1))
         if 2 * total > limit and count > share:
+            # Without the share, which would tell a caller how many others there are.
             raise ShareExceeded(
-                f"more than half of the {limit} {noun} are taken, and each of {callers} callers may have "
-                f"{share} of them (FOVEA_CALLER_SHARES)",
+                f"more than half of the {limit} {noun} are taken, and this caller has its share of them "
+                "(FOVEA_CALLER_SHARES)",
                 retry_after=self._estimate_seconds(self._images_in_flight),
             )
 

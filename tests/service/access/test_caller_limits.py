@@ -240,6 +240,19 @@ def test_lone_caller_leaves_half_of_the_places_to_others() -> None:
     assert len(fill_queue(limits, Caller("carl", ""))) == 25
 
 
+def test_refusal_does_not_tell_how_many_others_there_are() -> None:
+    messages = set()
+    for others in (1, 2, 5):
+        limits = make_limits(queue_images=100, request_images=1, caller_shares=True)
+        for number in range(others):
+            limits.reserve(Caller(str(number), ""))
+        fill_queue(limits, ANNE)
+        with pytest.raises(ShareExceeded) as caught:
+            limits.reserve(ANNE)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+
+
 def test_flooding_caller_is_refused_before_others() -> None:
     limits = make_limits(queue_images=100, request_images=1, caller_shares=True)
     flood = fill_queue(limits, ANNE)
