@@ -88,7 +88,7 @@ def test_many_refusals_of_a_caller_are_delayed(
     rate_server: Server, address: str, headers: dict[str, str]
 ) -> None:
     started_at = time.monotonic()
-    statuses = [send_as(rate_server, address, **headers).status_code for _ in range(2 + 20 + 10)]
+    statuses = [send_as(rate_server, address, IMAGE, **headers).status_code for _ in range(2 + 20 + 10)]
     assert statuses == [200] * 2 + [429] * 30
     assert time.monotonic() - started_at > 0.4  # 20 refusals are immediate, and 10 leave at 20 per second
 

@@ -24,7 +24,7 @@ from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.api.route_scopes import find_scope
 from fovea.service.api.router import Router
 from fovea.service.app import create_app
-from fovea.service.errors import MissingScope, SettingsError, Unauthorized
+from fovea.service.errors import MissingScope, PacedRefusal, SettingsError, Unauthorized
 from fovea.service.settings import PROTOCOLS, Settings, load_service_settings
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire
@@ -259,6 +259,7 @@ def test_refusals_are_delayed_for_each_address_or_key_alone() -> None:
     def get_delay(credential: Credential, address: str) -> float:
         with pytest.raises((Unauthorized, MissingScope)) as caught:
             access.authorize(Scope.MANAGE, credential, address)
+        assert isinstance(caught.value, PacedRefusal)
         return caught.value.delay
 
     delays = [get_delay(wrong, "192.0.2.1") for _ in range(200)]
