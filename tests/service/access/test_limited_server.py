@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -148,17 +149,25 @@ def test_images_by_url_count_before_they_are_fetched(small_zoo: Path) -> None:
 # --- what ends a place ---
 
 
+def has_answer(wire: Wire) -> bool:
+    return bool(select.select([wire.socket], [], [], 0)[0])
+
+
+def has_settled(server: Server, wire: Wire, count: int) -> bool:
+    """Return whether a request is answered, or waits as one of `count` images."""
+    return has_answer(wire) or server.read_metric("fovea_images_in_flight") == count
+
+
 def count_places(server: Server, address: str) -> int:
     """Return the number of requests that a caller can have in flight now."""
     with ExitStack() as stack, stop_runners(server):
         for count in range(10):
             wire = stack.enter_context(Wire(server.url))
             wire.send(classify_request(IMAGE, b"X-Forwarded-For: " + address.encode()))
-            wire.socket.settimeout(0.2)
-            try:
-                response = wire.read_response()
-            except TimeoutError:
+            wait_until(partial(has_settled, server, wire, count + 1))
+            if not has_answer(wire):
                 continue  # it waits
+            response = wire.read_response()
             assert (response.status, response.error_code) == (429, "too_many_in_flight")
             assert response.headers["retry-after"] == "1"
             return count
@@ -307,6 +316,11 @@ def has_workers(server: Server, count: int) -> bool:
         return False
 
 
+def is_replaced(server: Server, pid: int) -> bool:
+    """Return whether a worker has ended, and another one answers in its place."""
+    return pid not in list_children(server.process.pid) and has_workers(server, 2)
+
+
 @pytest.mark.long
 def test_workers_share_the_limits_of_a_caller(small_zoo: Path) -> None:
     settings = {"FOVEA_WORKERS": "2", "FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "6"}
@@ -331,7 +345,7 @@ def test_places_of_a_dead_worker_are_free(small_zoo: Path) -> None:
             wait_until(lambda: post_request(server.url, "native").status_code == 429)
             for pid in list_children(server.process.pid):
                 os.kill(pid, signal.SIGKILL)
-                wait_until(partial(has_workers, server, 2))
+                wait_until(partial(is_replaced, server, pid))
         assert post_request(server.url, "native").status_code == 200
 
 
