@@ -181,20 +181,16 @@ class TlsStream(asyncio.BufferedProtocol):
             if 0x41 <= data[0] <= 0x5A:  # a capital letter begins every request of HTTP
                 self._refuse_plain_http()
                 return
-        rest = data
-        while True:
-            self._incoming.write(rest[:_PIECE_BYTES])
-            rest = rest[_PIECE_BYTES:]
-            try:
-                self._tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                self._flush()
-                if not rest:
-                    return
-            except ssl.SSLError as error:
-                self._fail(_classify(error))
-                return
+        # A client may send its first request right behind the handshake: OpenSSL keeps what belongs to it.
+        self._incoming.write(data)
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+            return
+        except ssl.SSLError as error:
+            self._fail(_classify(error))
+            return
         self._flush()
         self._end_handshake()
         if self._transport.is_closing():  # the system has reported an error while the last flight was sent
@@ -206,9 +202,7 @@ class TlsStream(asyncio.BufferedProtocol):
             self._server.certificates.wants_client_certificate and not has_certificate
         )
         self._connection.connection_made(TlsTransport(self, self._transport))
-        # A client may send its first request right behind the handshake. OpenSSL keeps the part of it that is
-        # in the last piece.
-        self._decrypt(rest)
+        self._decrypt(data[:0])
 
     def _end_handshake(self) -> None:
         self._timer.cancel()
