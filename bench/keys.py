@@ -137,7 +137,11 @@ class _Callers:
         self._requests = requests
         self._lock = threading.Lock()
         self._is_stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._send_requests) for _ in range(_CALLERS)]
+        self._threads = [
+            threading.Thread(target=self._send_requests, args=[number]) for number in range(_CALLERS)
+        ]
+        self._used_keys = [key] * _CALLERS
+        """Key of the request that each thread sends now."""
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -154,10 +158,23 @@ class _Callers:
             for thread in self._threads:
                 thread.join()
 
-    def _send_requests(self) -> None:
+    def use_key(self, key: str) -> None:
+        """Send further requests with this key, and wait until no request has another key.
+
+        Raises `BenchError`.
+        """
+        self.key = key
+        deadline = time.monotonic() + _TIMEOUT
+        while any(used_key != key for used_key in self._used_keys):
+            if time.monotonic() > deadline:
+                raise BenchError(f"a caller did not use the new key within {_TIMEOUT:g} s")
+            time.sleep(0.01)
+
+    def _send_requests(self, number: int) -> None:
         connection = http.client.HTTPConnection(self._parts.netloc, timeout=_TIMEOUT)
         while not (self._is_stopping.is_set() and self.result.sent >= self._requests):
-            headers = {"Authorization": f"Bearer {self.key}"}
+            key = self._used_keys[number] = self.key
+            headers = {"Authorization": f"Bearer {key}"}
             try:
                 connection.request("POST", self._parts.path, self._image, headers)
                 reply = connection.getresponse()
@@ -189,7 +206,8 @@ def rotate_under_load(file: Path, *, requests: int, rotations: int, workers: int
             for number in range(1, rotations + 1):
                 new_key = add_key(file, f"key-{number}", frozenset({Scope.CLASSIFY}))
                 _wait_for_status(server.url, new_key, 200, workers)
-                old_key, callers.key = callers.key, new_key
+                old_key = callers.key
+                callers.use_key(new_key)
                 remove_key(file, f"key-{number - 1}")
                 _wait_for_status(server.url, old_key, 401, workers)
                 callers.result.rotations += 1

@@ -158,6 +158,7 @@ def _run_supervisor(
 
     from fovea.service.access.caller_limits import has_caller_limits
     from fovea.service.access.caller_table import create_table_file
+    from fovea.service.access.key_watcher import KeyWatcher
     from fovea.service.http.listener import Listener, get_connection_limit
     from fovea.service.observability.multiprocess import SharedMetrics
     from fovea.service.runners.child_process import stop_fork_server
@@ -187,6 +188,7 @@ def _run_supervisor(
         serving_state=serving_state,
         refusals=refusals,
         caller_file=caller_file,
+        key_watcher=KeyWatcher(settings.keys) if settings.keys else None,
         on_listening=lambda ready: _print_greeting(
             settings,
             _format_greeting(
@@ -269,6 +271,7 @@ def _create_worker_app(
         registry=CollectorRegistry(),
         exposed_registry=exposed_registry,
         serving_state=ServeCommand.from_frame(frame).to_state(),
+        keys=bytes(frame.content) or None,
         participant=participant,
         caller_table=CallerTable.open(caller_files[0], column=caller_column) if caller_files else None,
     )

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from fovea.service import __version__
 from fovea.service.access.caller_table import CallerTable
 from fovea.service.access.key_watcher import KeyWatcher
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
@@ -84,6 +85,7 @@ def create_app(
     participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
     caller_table: CallerTable | None = None,
+    keys: bytes | None = None,
     https: GuardedHttps | None = None,
 ) -> Application:
     """Load the models and build the application.
@@ -91,15 +93,18 @@ def create_app(
     Raises `StartError`; in that case nothing has been started.
 
     The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
-    models to serve as `serving_state`, a `participant` that manages them, and the `caller_table` that all
-    workers share. Without a participant the application watches the repository itself, and keeps its verdicts
-    on model versions in `refusals`. `https` replaces the client that fetches images by URL.
+    models to serve as `serving_state`, a `participant` that manages them, the `caller_table` that all
+    workers share, and as `keys` the content of the keys file that is in force. Without a participant the
+    application watches the repository itself, and keeps its verdicts on model versions in `refusals`. `https`
+    replaces the client that fetches images by URL.
     """
     # A scrape of another worker must find every request whose answer has been sent.
     metrics = Metrics(registry, is_shared=settings.workers > 1)
     protocols = ApiProtocols()
     proxies = TrustedProxies(settings.trusted_proxies)
-    key_watcher = KeyWatcher(settings.keys) if settings.keys else None
+    key_watcher = None
+    if settings.keys:
+        key_watcher = KeyWatcher(settings.keys, keys, RefusalPace(caller_table or CallerTable.create()))
     access = key_watcher.access if key_watcher else None
     cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
     access_log = AccessLog(settings.log_requests)

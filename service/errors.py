@@ -174,7 +174,14 @@ class BadHttp(RequestError):
     status, code = 400, "bad_http"
 
 
-class Unauthorized(RequestError):
+class PacedRefusal:
+    """An error that is sent later and later to a caller that gets many such errors."""
+
+    delay: float = 0.0
+    """Time in seconds after which the error is sent."""
+
+
+class Unauthorized(RequestError, PacedRefusal):
     """The request has no API key, or one that is not accepted."""
 
     status, code = 401, "unauthorized"
@@ -193,7 +200,7 @@ class Forbidden(RequestError):
     status, code = 403, "forbidden"
 
 
-class MissingScope(Forbidden):
+class MissingScope(Forbidden, PacedRefusal):
     """The API key of the request does not open this route."""
 
     code = "missing_scope"
@@ -334,12 +341,10 @@ class Draining(Unavailable):
     code = "draining"
 
 
-class CallerLimited(Unavailable):
+class CallerLimited(Unavailable, PacedRefusal):
     """The caller of the request has reached a limit that holds for each caller."""
 
     status = 429
-    delay: float = 0.0
-    """Time in seconds after which the error is sent, because the caller gets many such errors."""
 
 
 class RateLimited(CallerLimited):

@@ -70,6 +70,7 @@ def test_removed_key_leaves_comments_and_other_keys(
         (["add", "b", "--scope", "admin"], "a scope is not known; give classify, explain, manage, metrics"),
         (["add"], "needs the name of a key"),
         (["add", "b", "--expires", "tomorrow"], "the last day is not a date like 2027-06-30"),
+        (["add", "b", "--expires", "2020-02-29"], "--expires is 2020-02-29, which has passed"),
         (["remove", "b"], "there is no key 'b'"),
         (["remove", "b", "--scope", "classify"], "--scope is for `fovea keys add`"),
         (["list", "app"], "takes no name"),
@@ -104,6 +105,22 @@ def test_file_with_a_bad_line_is_not_changed(tmp_path: Path) -> None:
     with pytest.raises(KeysFileError, match="line 1: the third field"):
         add_key(file, "b", frozenset({Scope.CLASSIFY}))
     assert file.read_text() == "app:classify:secret\n"
+
+
+def test_new_file_has_the_permissions_before_it_has_the_content(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    add_key(file, "app", frozenset({Scope.CLASSIFY}))
+    file.chmod(0o600)
+    code = (
+        "import os, sys; from pathlib import Path; from fovea.service.access.key_editor import remove_key\n"
+        "sys.addaudithook(lambda event, values: event == 'os.chmod' and print(os.stat(values[0]).st_size))\n"
+        "remove_key(Path(sys.argv[1]), 'app')"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "0\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert read_keys_file(file) == ()
 
 
 def test_link_stays_a_link(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -53,6 +54,8 @@ def keys(
         _print_keys(list_keys(path), as_json=as_json)
     elif action == "add":
         last_day = None if expires is None else parse_last_day(expires)
+        if last_day and last_day < datetime.now(UTC).date():
+            raise StartError(f"--expires is {last_day}, which has passed; the key would never work")
         key = add_key(path, name, parse_scopes(",".join(scope or [Scope.CLASSIFY])), last_day)
         print(key)
         print(

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from fovea.service.access.caller import Scope
+from fovea.service.access.caller import Caller, Scope
 from fovea.service.access.keys_file import MAX_KEY_LENGTH, VALID_KEY, ApiKey, hash_key
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.errors import MissingScope, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,18 @@ NO_CREDENTIAL: Final = Credential(None)
 class AccessControl:
     """The keys of the service, and the checks against them. Call every method on the event loop."""
 
-    def __init__(self, keys: Iterable[ApiKey], read_clock: Callable[[], float] = time.time) -> None:
-        """Start with these keys; `read_clock` returns seconds since 1970."""
+    def __init__(
+        self,
+        keys: Iterable[ApiKey],
+        read_clock: Callable[[], float] = time.time,
+        pace: RefusalPace | None = None,
+    ) -> None:
+        """Start with these keys.
+
+        `read_clock` returns seconds since 1970. `pace` delays the refusals of callers that try again and
+        again.
+        """
+        self._pace = pace
         self._read_clock = read_clock
         self.replace_keys(keys)
 
@@ -103,11 +114,19 @@ class AccessControl:
             )
         return Credential(found)
 
-    def authorize(self, scope: Scope | None, credential: Credential) -> None:
+    def authorize(self, scope: Scope | None, credential: Credential, address: str) -> None:
         """Raise `Unauthorized` or `MissingScope` unless a caller may use the routes of a scope.
 
-        None is the scope of routes that are always open.
+        None is the scope of routes that are always open. `address` is that of the client, as in `Caller`.
         """
+        try:
+            self._check(scope, credential)
+        except (Unauthorized, MissingScope) as error:
+            if self._pace:
+                error.delay = self._pace.count_refusal(Caller(credential.name, address))
+            raise
+
+    def _check(self, scope: Scope | None, credential: Credential) -> None:
         if scope is None or (scope is Scope.METRICS and not self._guards_metrics):
             return
         key = credential.key

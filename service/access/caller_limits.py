@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import time
 from collections import Counter
@@ -20,8 +19,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Final
 
-from fovea.service.access.caller import Caller
+from fovea.service.access.caller import Caller, name_caller
 from fovea.service.access.caller_table import CallerTable, Slots
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.errors import (
     BadRequest,
     CallerLimited,
@@ -32,22 +32,8 @@ from fovea.service.errors import (
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
-_IPV6_PREFIX: Final = 64
-"""Length in bits of the part of an IPv6 address that counts: one customer has at least a /64 network, and any
-address in the network."""
-
-_IPV4_IN_IPV6: Final = ipaddress.IPv6Network("64:ff9b::/96")
-"""Addresses of IPv4 clients behind a translator (RFC 6052)."""
-
 _MAX_CACHED_CALLERS: Final = 4096
 """Maximum number of callers whose slots are cached. Computing the slots takes longer than a lookup."""
-
-_REFUSAL_RATE: Final = 20
-"""Refusals per second of one caller that are sent at once, after a burst of as many. Each takes 0.15 ms of
-the event loop, and callers that retry at once would take all of it."""
-
-_MAX_REFUSAL_DELAY: Final = 4.0
-"""Maximum delay of a refusal in seconds."""
 
 _TOLERANCE: Final = 1e-6
 """Tolerance of the rate for rounding, in seconds."""
@@ -71,6 +57,7 @@ class CallerLimits:
         self._table = table
         self._estimate_seconds = estimate_seconds
         self._clock = clock
+        self._pace = RefusalPace(table, clock)
         self._interval = 1 / settings.caller_rate if settings.caller_rate else 0.0
         """Time in seconds between two images at the rate; 0 without a rate."""
         self._burst = settings.caller_burst or math.ceil(settings.caller_rate)
@@ -105,7 +92,7 @@ class CallerLimits:
         try:
             self._check(account, slots, 1)
         except CallerLimited as error:
-            error.delay = self._delay_refusal(slots)
+            error.delay = self._pace.count_in_slots(slots)
             raise
         if account is None:
             account = self._accounts[name] = _Account(name, slots)
@@ -122,9 +109,10 @@ class CallerLimits:
         """
         share = max(1, limit // (callers + 1))
         if 2 * total > limit and count > share:
+            # Without the share, which would tell a caller how many others there are.
             raise ShareExceeded(
-                f"more than half of the {limit} {noun} are taken, and each of {callers} callers may have "
-                f"{share} of them (FOVEA_CALLER_SHARES)",
+                f"more than half of the {limit} {noun} are taken, and this caller has its share of them "
+                "(FOVEA_CALLER_SHARES)",
                 retry_after=self._estimate_seconds(self._images_in_flight),
             )
 
@@ -169,14 +157,6 @@ class CallerLimits:
                 retry_after=wait,
             )
         self._table.advance_image_time(slots, start + count * interval)
-
-    def _delay_refusal(self, slots: Slots) -> float:
-        """Count a refusal, and return the delay in seconds after which it is sent."""
-        now, interval = self._clock(), 1 / _REFUSAL_RATE
-        start = max(self._table.read_refusal_time(slots), now - _REFUSAL_RATE * interval)
-        time_used = min(start + interval, now + _MAX_REFUSAL_DELAY)
-        self._table.advance_refusal_time(slots, time_used)
-        return max(0.0, time_used - now)
 
     def _extend(self, account: _Account, present: int, count: int) -> None:
         """Count `count` more images of a request that has `present` images."""
@@ -249,8 +229,12 @@ class CallerReservation:
 
         Raises `CallerLimited`, or `BadRequest` for more images than a caller may ever have.
         """
+        image_count = max(1, image_count)  # a request without images still counts, until its end
         if count := image_count - self._images:
-            self._limits._extend(self._account, self._images, count)
+            if count > 0:
+                self._limits._extend(self._account, self._images, count)
+            else:  # images that could not be fetched; the rate stays used
+                self._limits._add_images(self._account, count)
             self._images = image_count
 
     def add_bytes(self, size: int, memory: BodyMemory) -> None:
@@ -305,22 +289,3 @@ class QuestionPlaces:
 def has_caller_limits(settings: Settings) -> bool:
     """Return whether any limit of callers is set."""
     return bool(settings.caller_rate or settings.caller_images or settings.caller_shares)
-
-
-def name_caller(caller: Caller) -> str:
-    """Return the name under which a caller is counted: its key, or else its address.
-
-    IPv6 addresses are counted by network. All callers without an address, as on a Unix socket, are one
-    caller.
-    """
-    if caller.name:
-        return f"key {caller.name}"
-    try:
-        address = ipaddress.ip_address(caller.address)
-    except ValueError:
-        return f"address {caller.address}"
-    if isinstance(address, ipaddress.IPv4Address):
-        return f"address {address}"
-    if address in _IPV4_IN_IPV6:
-        return f"address {ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)}"
-    return f"network {ipaddress.IPv6Network((int(address), _IPV6_PREFIX), strict=False)}"

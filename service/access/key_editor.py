@@ -93,13 +93,15 @@ def _write(path: Path, content: bytes) -> None:
     target = path.resolve()  # a link stays a link
     try:
         parse_keys(content)
-        with replace_file(target) as partial:
-            partial.write_bytes(content)
+        with replace_file(target) as partial, partial.open("wb") as file:
+            # The permissions come first: nobody may read the new file who cannot read the old one.
             if target.exists():
                 status = target.stat()
-                shutil.copymode(target, partial)
                 with suppress(PermissionError):  # only root can give a file to another user
                     os.chown(partial, status.st_uid, status.st_gid)
+                shutil.copymode(target, partial)
+            file.write(content)
+            file.flush()  # before the file is written to the disk and gets its name
     except OSError as error:
         raise KeysFileError(f"{path}: it cannot be written: {error.strerror}") from None
 

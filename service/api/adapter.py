@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -52,6 +52,8 @@ class InferenceRequest:
     record: RequestRecord
     fetch_url: FetchUrl = refuse_url
     """Function that fetches an image by its URL."""
+    count_images: Callable[[int], None] = lambda count: None
+    """Function that counts images before they are fetched (`Admission.count_images`)."""
 
     @property
     def content_type(self) -> bytes:

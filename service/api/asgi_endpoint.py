@@ -16,7 +16,7 @@ from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.api import bodies
 from fovea.service.api.adapter import InferenceRequest
 from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
-from fovea.service.errors import RequestError
+from fovea.service.errors import PacedRefusal, RequestError
 from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Exchange, Headers, RequestHandler
 from fovea.service.http.observer import render_error
@@ -84,9 +84,11 @@ class AsgiEndpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if access := self.services.access:
-                access.authorize(self.key_scope, get_record(scope).credential)
+                record = get_record(scope)
+                access.authorize(self.key_scope, record.credential, record.client)
             response = await self.answer(scope, receive, send)
         except RequestError as error:
+            await await_refusal(error, get_context(scope))
             response = await self.refuse(scope, error, send)
         if response:
             await response(scope, receive, send)
@@ -129,11 +131,23 @@ class AsgiEndpoint(ABC):
                         services.settings,
                         record,
                         services.url_images.bind(reserve),
+                        admission.count_images,
                     )
                     with _DisconnectGuard(context):
                         return await self.answer_body(request, admission, deadline, send)
         except TimeoutError:
             raise make_deadline_error(time_limit) from None
+
+
+async def await_refusal(error: RequestError, context: RequestContext) -> None:
+    """Wait until an error may be sent, if its caller gets many errors.
+
+    Raises `ClientDisconnect` at once when the client leaves: nothing may be kept for a client that is gone.
+    """
+    if isinstance(error, PacedRefusal) and error.delay:
+        error.__traceback__ = None  # it refers to all that the request had
+        with _DisconnectGuard(context):
+            await asyncio.sleep(error.delay)
 
 
 class _DisconnectGuard:

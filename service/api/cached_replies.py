@@ -111,9 +111,10 @@ class CachedReplies:
             # Only this request makes the reply again; others get the cached one.
             self._refresh_times[url] = now + _MAX_AGE
             return None
-        exchange.record.route, exchange.record.protocol = reply.route, reply.protocol
+        record = exchange.record
+        record.route, record.protocol = reply.route, reply.protocol
         if self._access:
-            self._access.authorize(reply.key_scope, exchange.record.credential)
+            self._access.authorize(reply.key_scope, record.credential, record.client)
         return CachedReplyHandler(exchange, reply)
 
     async def capture_reply(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -245,6 +245,7 @@ class FastHandler:
                 settings,
                 record,
                 endpoint.services.url_images.bind(self._admission.reserve_bytes),
+                self._admission.count_images,
             )
             self._run(endpoint.handle_request, request, self._admission, self._deadline)
             return

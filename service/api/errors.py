@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from fovea.service.api.asgi_endpoint import await_refusal
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
 from fovea.service.http.observer import Observer, render_error
+from fovea.service.http.request_context import get_context
 from fovea.service.validation import describe_error
 
 
@@ -18,6 +23,8 @@ def add_error_handlers(app: FastAPI, observer: Observer) -> None:
 
     @app.exception_handler(RequestError)
     async def handle_request_error(request: Request, error: RequestError) -> Response:
+        with suppress(ClientDisconnect):  # then nobody gets the answer
+            await await_refusal(error, get_context(request.scope))
         return render_error(request.scope, error, observer)
 
     @app.exception_handler(RequestValidationError)

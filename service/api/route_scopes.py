@@ -113,5 +113,6 @@ class _Guard:
         """Pass on a request with the right key. Raises `Unauthorized` or `MissingScope`."""
         if scope["type"] == "http":
             get_context(scope).key_scope = self._key_scope
-            self._access.authorize(self._key_scope, get_record(scope).credential)
+            record = get_record(scope)
+            self._access.authorize(self._key_scope, record.credential, record.client)
         await self._app(scope, receive, send)

@@ -93,7 +93,7 @@ class Router:
         if self._access:
             record = exchange.record
             record.route, record.protocol = route_match.route.path, endpoint.protocol
-            self._access.authorize(endpoint.key_scope, record.credential)
+            self._access.authorize(endpoint.key_scope, record.credential, record.client)
         return endpoint.open_request(exchange, route_match, headers)
 
     def can_answer(self, url: bytes) -> bool:

@@ -157,7 +157,7 @@ async def answer_call(call: Call, method: Method) -> bytes:
     error: RequestError | None = None
     try:
         if access := call.services.access:
-            access.authorize(method.scope, record.credential)
+            access.authorize(method.scope, record.credential, record.client)
         content = await method.handle(call)
         if content:
             call.limits.unread_replies.add(record.caller, len(content))

@@ -140,6 +140,8 @@ class Connection(asyncio.BufferedProtocol):
         self._accounted_bytes = 0
         """Number of bytes of this connection in the memory account."""
         self._answer_future: asyncio.Future[None] | None = None
+        self._delayed_refusal: asyncio.TimerHandle | None = None
+        """Timer of the last refusal with a delay."""
 
     # --- asyncio's calls ---
 
@@ -164,6 +166,8 @@ class Connection(asyncio.BufferedProtocol):
     def _release(self) -> None:
         """Release what the connection holds, after it is lost."""
         self._resolve_answer_future()
+        if self._delayed_refusal:  # it would keep the connection until then
+            self._delayed_refusal.cancel()
         self._timer.close()
         self._parser.close()
         self.responses.close()
@@ -502,10 +506,14 @@ class Connection(asyncio.BufferedProtocol):
         self.end_answer()
 
     def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
-        """Refuse a request at once, or later if too many requests are refused for lack of capacity."""
+        """Refuse a request at once, or later if its caller or all callers get too many refusals.
+
+        Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
+        requests.
+        """
         delay = find_refusal_delay(error, self._server.refusal_limiter, self._loop.time())
         if delay:
-            self._loop.call_later(delay, exchange.refuse, error)
+            self._delayed_refusal = self._loop.call_later(delay, exchange.refuse, error)
         else:
             exchange.refuse(error)
 

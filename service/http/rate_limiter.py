@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fovea.service.errors import CallerLimited, Overloaded, RequestError
+from fovea.service.errors import Overloaded, PacedRefusal, RequestError
 
 _REFUSAL_RATE: Final = 200
 """Refusals per second for lack of capacity, and size of the initial burst. Each takes 0.15 ms of the event
@@ -43,6 +43,6 @@ def find_refusal_delay(error: RequestError, limiter: RateLimiter, now: float) ->
 
     Delaying refusals limits the load from callers that retry at once, and leaves time for admitted requests.
     """
-    if isinstance(error, CallerLimited):
+    if isinstance(error, PacedRefusal):
         return error.delay  # of its caller alone, so that other callers get their refusals at once
     return limiter.next_delay(now) if isinstance(error, Overloaded) else 0.0

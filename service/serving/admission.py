@@ -104,9 +104,16 @@ class Admission:
         many now, or `BadRequest` if its caller may never have as many.
         """
         self._classifier.check_capacity(self.model, count)
+        self.count_images(count)
+        self._add_images(count)
+
+    def count_images(self, count: int) -> None:
+        """Count `count` images in all against the limits of the caller, before they take places.
+
+        Raises `CallerLimited`, or `BadRequest` if the caller may never have as many.
+        """
         if self._caller:
             self._caller.extend(count)
-        self._add_images(count)
 
     @property
     def queue_name(self) -> str | None:

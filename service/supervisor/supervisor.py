@@ -16,6 +16,7 @@ from typing import Any, Final, assert_never
 
 from fovea.service import signals
 from fovea.service.access.caller_table import CallerTable
+from fovea.service.access.key_watcher import KeyWatcher
 from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import KILL_DELAY
@@ -79,13 +80,14 @@ class Supervisor:
         refusals: Refusals,
         on_listening: Callable[[ReadyReport], None],
         caller_file: int | None = None,
+        key_watcher: KeyWatcher | None = None,
     ) -> None:
         """Set the workers' command and environment, and the shared resources.
 
         The file descriptors of the channel, of the metrics files and of the table of callers (`caller_file`)
-        are appended to `command`. Each worker
-        reads the versions to serve from its standard input; the first workers read `serving_state`.
-        `on_listening` is called with the description of the served models.
+        are appended to `command`. Each worker reads the versions to serve from its standard input, and the
+        keys that `key_watcher` has in force; the first workers read `serving_state`. `on_listening` is called
+        with the description of the served models.
         """
         self._command = command
         self._environment = environment
@@ -94,6 +96,7 @@ class Supervisor:
         self._listener = listener
         self._metrics = metrics
         self._caller_file = caller_file
+        self._key_watcher = key_watcher
         self._on_listening = on_listening
         patience = compute_change_timeout(settings.trial_seconds)
         self._coordinator = Coordinator(
@@ -137,6 +140,8 @@ class Supervisor:
                     self._start_worker()
                 except OSError as error:
                     raise StartError(f"cannot start a worker: {error.strerror}") from None
+            if self._key_watcher:
+                self._start_task(self._key_watcher.run())
             self._checked_at = time.monotonic()
             self._check_workers()
             await self._start_future
@@ -160,6 +165,8 @@ class Supervisor:
             self._command,
             self._environment,
             self._coordinator.state,
+            # Not the file itself, which may be broken now: a worker must start nevertheless.
+            keys=self._key_watcher.content if self._key_watcher else b"",
             metrics_index=self._metrics.index,
             caller_file=self._caller_file,
             caller_column=self._take_caller_column(),

@@ -173,13 +173,15 @@ def start_worker(
     environment: Mapping[str, str],
     serving_state: ServingState,
     *,
+    keys: bytes,
     metrics_index: int,
     caller_file: int | None,
     caller_column: int,
 ) -> tuple[WorkerProcess, MetricFiles]:
     """Start a worker, and return it with the files of its metrics.
 
-    `metrics_index` and `caller_file` are file descriptors: the index of the metrics, and the table of
+    `keys` is the content of the keys file that is in force, empty without keys. `metrics_index` and
+    `caller_file` are file descriptors: the index of the metrics, and the table of
     callers, in which the worker owns `caller_column`. Without a table, the descriptor is None. Raises
     `OSError` when the system has no room for the worker.
     """
@@ -188,7 +190,7 @@ def start_worker(
     try:
         with worker_socket, os.fdopen(os.memfd_create("fovea-serving-state"), "w+b") as state_file:
             metric_files = MetricFiles.create()
-            state_file.write(ServeCommand.from_state(serving_state).to_bytes())
+            state_file.writelines(ServeCommand.from_state(serving_state).to_pieces([keys]))
             state_file.seek(0)
             descriptors = (worker_socket.fileno(), metrics_index, *metric_files.descriptors)
             if caller_file is not None:

@@ -246,7 +246,8 @@ def test_compose_services_are_pinned_limited_and_awaited() -> None:
 
 
 def test_secure_compose_changes_what_it_says() -> None:
-    secure: dict[str, Any] = yaml.safe_load((ROOT / "deploy/docker-compose.secure.yml").read_text())["services"]
+    content = (ROOT / "deploy/docker-compose.secure.yml").read_text()
+    secure: dict[str, Any] = yaml.safe_load(content)["services"]
     assert secure.keys() <= COMPOSE["services"].keys()
     environment = secure["fovea"]["environment"]
     settings = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}

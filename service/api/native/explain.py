@@ -340,11 +340,11 @@ class _ExplainHandlers:
         _require_enabled(self._services)
         self._services.lifecycle.require_accepting()
         seconds = parse_time_limit(dict(scope["headers"]), self._services.settings)
+        caller = self._services.reserve_caller(get_record(scope))  # first: a request that waits counts
         try:
             async with asyncio.timeout(seconds):
                 model = await self._services.get_model(name, version)
                 # At once: no `await` may come between, in which the model could be unloaded.
-                caller = self._services.reserve_caller(get_record(scope))
                 with (
                     Admission(self._services.classifier, model, caller) as admission,
                     self._services.question_places.reserve(admission.queue_name),
@@ -353,6 +353,9 @@ class _ExplainHandlers:
                     return model, await self._services.layer_explainer.send_request(model, question)
         except TimeoutError:
             raise make_deadline_error(seconds) from None
+        finally:
+            if caller:
+                caller.release()
 
 
 def _require_enabled(services: Services) -> None:

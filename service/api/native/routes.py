@@ -65,6 +65,8 @@ class ClassifyAdapter(ProtocolAdapter):
         parsed_body = await parse_body(request.content_type, request.body, request.settings)
         reply_options = resolve_options(request.options, parsed_body, request.model)
         boxes = _resolve_boxes(request.options, parsed_body)
+        if parsed_body.urls:
+            request.count_images(len(parsed_body.images))  # before the service fetches them
         failures = await fetch_images(parsed_body.images, parsed_body.urls, request.fetch_url)
         if failures:
             boxes = [one for index, one in enumerate(boxes) if index not in failures]

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from fovea.service.access.caller import Caller
+from fovea.service.access.caller import Caller, name_caller
 from fovea.service.access.caller_limits import (
     CallerLimits,
     CallerReservation,
     QuestionPlaces,
     has_caller_limits,
-    name_caller,
 )
 from fovea.service.access.caller_table import CallerTable
 from fovea.service.errors import BadRequest, RateLimited, SettingsError, ShareExceeded, TooManyInFlight
@@ -181,6 +180,26 @@ def test_more_images_than_a_caller_may_ever_have_are_a_bad_request() -> None:
         reservation.extend(11)
 
 
+def test_request_without_images_counts_until_its_end() -> None:
+    """All images by URL may have failed."""
+    memory = BodyMemory(1000)
+    limits = make_limits(caller_images=3, caller_rate=0.1, caller_burst=9, caller_shares=True)
+    other = limits.reserve(ANNE)
+    for _ in range(4):
+        reservation = limits.reserve(ANNE)
+        reservation.extend(2)
+        reservation.add_bytes(200, memory)
+        reservation.extend(0)
+        assert limits._table.count_images(limits._find_caller(ANNE)[1]) == 2
+        reservation.extend(1)
+        reservation.release()
+        assert limits._accounts["key anne"].body_bytes == 0
+    with pytest.raises(RateLimited):  # the images that failed have used the rate
+        limits.reserve(ANNE)
+    other.release()
+    assert not limits._accounts
+
+
 def test_state_of_callers_ends_with_their_requests() -> None:
     limits = make_limits(caller_rate=5.0, caller_images=10, caller_shares=True)
     for number in range(10_000):
@@ -219,6 +238,19 @@ def test_lone_caller_leaves_half_of_the_places_to_others() -> None:
     with pytest.raises(ShareExceeded):
         limits.reserve(ANNE)
     assert len(fill_queue(limits, Caller("carl", ""))) == 25
+
+
+def test_refusal_does_not_tell_how_many_others_there_are() -> None:
+    messages = set()
+    for others in (1, 2, 5):
+        limits = make_limits(queue_images=100, request_images=1, caller_shares=True)
+        for number in range(others):
+            limits.reserve(Caller(str(number), ""))
+        fill_queue(limits, ANNE)
+        with pytest.raises(ShareExceeded) as caught:
+            limits.reserve(ANNE)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
 
 
 def test_flooding_caller_is_refused_before_others() -> None:

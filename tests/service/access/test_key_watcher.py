@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from fovea.service.access import key_watcher
 from fovea.service.access.caller import Scope
 from fovea.service.access.key_watcher import KeyWatcher
-from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.access.keys_file import ApiKey, hash_key, read_content
 from fovea.service.errors import StartError
 from tests.tools import SYSTEM_REASON
 
@@ -131,6 +134,85 @@ def test_comment_alone_lets_nobody_in(file: Path) -> None:
     file.write_text("# nobody\n")
     poll_twice(watcher)
     assert watcher.access.names == []
+
+
+def test_worker_starts_with_the_keys_in_force_when_the_file_is_broken(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = KeyWatcher(file).content
+    file.write_text("broken")
+    worker = KeyWatcher(file, content)
+    for _ in range(3):
+        poll_twice(worker)
+    assert worker.access.names == ["old"]
+    (record,) = caplog.records
+    assert "line 1 does not end" in record.getMessage()
+    file.write_text(line("new"))
+    poll_twice(worker)
+    assert worker.access.names == ["new"]
+    assert worker.content == file.read_bytes()
+
+
+def test_worker_reads_a_file_that_has_changed_before_its_start(file: Path) -> None:
+    content = KeyWatcher(file).content
+    file.write_text(line("new"))
+    worker = KeyWatcher(file, content)
+    poll_twice(worker)
+    assert worker.access.names == ["new"]
+
+
+@contextmanager
+def forbid_new_files() -> Iterator[None]:
+    """Let this process open no file inside the block."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_file_is_read_again_when_the_system_could_not_read_it(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watcher = KeyWatcher(file)
+    file.write_text(line("new"))
+
+    async def poll() -> None:
+        await watcher.poll()
+        with forbid_new_files():
+            await watcher.poll()
+            await watcher.poll()
+        assert watcher.access.names == ["old"]
+        await watcher.poll()
+
+    asyncio.run(poll())
+    assert watcher.access.names == ["new"]
+    (record,) = caplog.records
+    assert "Too many open files" in record.getMessage()
+
+
+def test_part_of_a_file_does_not_count(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer may begin between two looks and the reading, and have written some whole lines."""
+    watcher = KeyWatcher(file)
+    text = line("new") + line("second")
+    file.write_text(text)
+
+    def read_and_let_the_writer_continue(path: Path) -> bytes:
+        file.write_text(line("new"))
+        content = read_content(path)
+        file.write_text(text)
+        return content
+
+    asyncio.run(watcher.poll())
+    with monkeypatch.context() as patch:
+        patch.setattr(key_watcher, "read_content", read_and_let_the_writer_continue)
+        asyncio.run(watcher.poll())
+    assert watcher.access.names == ["old"]
+    poll_twice(watcher)
+    assert watcher.access.names == ["new", "second"]
 
 
 def test_first_read_must_succeed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -18,6 +19,7 @@ import pytest
 
 from fovea.service.access.caller import Scope
 from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.observability.metrics import CLIENT_LEFT
 from tests.graphs import add_to_repository, build_model
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire, classify_request
@@ -78,11 +80,29 @@ def test_refusal_has_the_shape_of_each_protocol(rate_server: Server, number: int
     assert rate_server.read_metric("fovea_errors_total", reason="rate_limited") == counted + 2
 
 
-def test_many_refusals_of_a_caller_are_delayed(rate_server: Server) -> None:
+@pytest.mark.parametrize(
+    ("address", "headers"),
+    [("192.0.2.101", {}), ("192.0.2.102", {"Content-Encoding": "identity"})],  # with and without ASGI
+    ids=["fast", "asgi"],
+)
+def test_many_refusals_of_a_caller_are_delayed(
+    rate_server: Server, address: str, headers: dict[str, str]
+) -> None:
     started_at = time.monotonic()
-    statuses = [send_as(rate_server, "192.0.2.101").status_code for _ in range(2 + 20 + 10)]
+    statuses = [send_as(rate_server, address, IMAGE, **headers).status_code for _ in range(2 + 20 + 10)]
     assert statuses == [200] * 2 + [429] * 30
     assert time.monotonic() - started_at > 0.4  # 20 refusals are immediate, and 10 leave at 20 per second
+
+
+def test_delayed_refusal_ends_when_its_client_leaves(rate_server: Server) -> None:
+    """Otherwise connections that come and go at once would leave seconds of work behind."""
+    counted = rate_server.read_metric("fovea_errors_total", reason=CLIENT_LEFT)
+    with ExitStack() as stack:
+        for _ in range(300):  # the last ones would wait for four seconds
+            wire = stack.enter_context(Wire(rate_server.url))
+            wire.send(CLASSIFY_HEAD, b"X-Forwarded-For: 192.0.2.103\r\nTransfer-Encoding: chunked\r\n\r\n")
+        wait_until(wire.is_all_read)
+    wait_until(lambda: rate_server.read_metric("fovea_errors_total", reason=CLIENT_LEFT) > counted)
 
 
 def test_explanations_and_questions_about_layers_count_as_images(rate_server: Server) -> None:
@@ -110,7 +130,32 @@ def test_boxes_count_as_images(places_server: Server) -> None:
     assert "FOVEA_CALLER_IMAGES" in reply.text
 
 
+def test_images_by_url_count_before_they_are_fetched(small_zoo: Path) -> None:
+    settings = {"FOVEA_CALLER_IMAGES": "2", "FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "3"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_URL_HOSTS="images.invalid", **settings) as server:
+
+        def send(count: int, **headers: str) -> httpx.Response:
+            body = {"images": count * [{"url": "https://images.invalid/a.jpg"}]}
+            return server.client.post("/v1/classify", json=body, headers=headers)
+
+        for extra in ({}, {"Content-Encoding": "identity"}):  # with and without ASGI
+            reply = send(3, **extra)
+            assert (reply.status_code, error_code(reply, "native")) == (400, "bad_request")
+        assert send(1).status_code == 424
+        assert send(1).status_code == 429
+        assert server.read_metric("fovea_url_fetches_total") == 1
+
+
 # --- what ends a place ---
+
+
+def has_answer(wire: Wire) -> bool:
+    return bool(select.select([wire.socket], [], [], 0)[0])
+
+
+def has_settled(server: Server, wire: Wire, count: int) -> bool:
+    """Return whether a request is answered, or waits as one of `count` images."""
+    return has_answer(wire) or server.read_metric("fovea_images_in_flight") == count
 
 
 def count_places(server: Server, address: str) -> int:
@@ -119,11 +164,10 @@ def count_places(server: Server, address: str) -> int:
         for count in range(10):
             wire = stack.enter_context(Wire(server.url))
             wire.send(classify_request(IMAGE, b"X-Forwarded-For: " + address.encode()))
-            wire.socket.settimeout(0.2)
-            try:
-                response = wire.read_response()
-            except TimeoutError:
+            wait_until(partial(has_settled, server, wire, count + 1))
+            if not has_answer(wire):
                 continue  # it waits
+            response = wire.read_response()
             assert (response.status, response.error_code) == (429, "too_many_in_flight")
             assert response.headers["retry-after"] == "1"
             return count
@@ -274,6 +318,11 @@ def has_workers(server: Server, count: int) -> bool:
         return False
 
 
+def is_replaced(server: Server, pid: int) -> bool:
+    """Return whether a worker has ended, and another one answers in its place."""
+    return pid not in list_children(server.process.pid) and has_workers(server, 2)
+
+
 @pytest.mark.long
 def test_workers_share_the_limits_of_a_caller(small_zoo: Path) -> None:
     settings = {"FOVEA_WORKERS": "2", "FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "6"}
@@ -298,8 +347,22 @@ def test_places_of_a_dead_worker_are_free(small_zoo: Path) -> None:
             wait_until(lambda: post_request(server.url, "native").status_code == 429)
             for pid in list_children(server.process.pid):
                 os.kill(pid, signal.SIGKILL)
-                wait_until(partial(has_workers, server, 2))
+                wait_until(partial(is_replaced, server, pid))
         assert post_request(server.url, "native").status_code == 200
+
+
+@pytest.mark.long
+def test_caller_beyond_its_rate_loads_no_model(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        add_to_repository(build_model(), tmp_path, name)
+    limits = {"FOVEA_CALLER_RATE": "0.01", "FOVEA_CALLER_BURST": "1", "FOVEA_CALLER_IMAGES": "1"}
+    settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_DEFAULT_MODEL": "one"}
+    with Server(FOVEA_MODELS=str(tmp_path), **limits, **settings) as server:
+        assert server.client.get("/v1/models/none/layers").status_code == 404  # releases its place
+        reply = server.client.get("/v1/models/two/layers")
+        assert (reply.status_code, error_code(reply, "native")) == (429, "rate_limited")
+        assert server.read_metric("fovea_model_info", model="two") == 0
+        assert server.read_metric("fovea_model_info", model="one") == 1
 
 
 @pytest.mark.long

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,19 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from fovea.bench.keys import rotate_under_load
+from fovea.service.access.access_control import AccessControl, Credential
 from fovea.service.access.caller import Scope
+from fovea.service.access.caller_table import CallerTable
 from fovea.service.access.keys_file import ApiKey, hash_key
+from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.api.route_scopes import find_scope
 from fovea.service.api.router import Router
 from fovea.service.app import create_app
-from fovea.service.errors import SettingsError
+from fovea.service.errors import MissingScope, PacedRefusal, SettingsError, Unauthorized
 from fovea.service.settings import PROTOCOLS, Settings, load_service_settings
 from tests.pictures import make_jpeg
 from tests.raw import CLASSIFY_HEAD, Wire
-from tests.servers import Server, run_service, wait_until
+from tests.servers import Server, list_children, run_service, wait_until
 from tests.service.api.test_protocols import error_code, post_request
 
 KEYS = {scope.value: f"key-of-{scope.value}" for scope in Scope} | {"everything": "key-of-everything"}
@@ -49,6 +55,9 @@ OPEN_ROUTES = {
     "OPTIONS /",
 }
 """Every route that needs no key, whatever keys there are."""
+
+
+NEW_KEY = {"Authorization": "Bearer key-of-new"}
 
 
 def write_keys(path: Path, *extra_lines: str) -> Path:
@@ -102,6 +111,14 @@ def routes(small_zoo: Path, keys_file: Path) -> dict[str, Scope | None]:
         for route in app.routes
         for method in getattr(route, "methods", ("MOUNT",))
     }
+
+
+@pytest.fixture(scope="module")
+def patient_server(small_zoo: Path, keys_file: Path) -> Iterator[Server]:
+    """A server behind a proxy."""
+    settings = {"FOVEA_KEYS": str(keys_file), "FOVEA_TRUSTED_PROXIES": "127.0.0.1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        yield server
 
 
 def ask(server: Server, route: str, model: str = "small", **headers: str) -> httpx.Response:
@@ -207,6 +224,53 @@ def test_credentials(closed_server: Server, case: str, path: str) -> None:
         assert b"key-of-" not in reply.body
 
 
+PATHS = ("fast", "asgi", "cached", "fastapi", "wrong scope")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_refusals_of_a_caller_that_tries_again_and_again_are_delayed(
+    patient_server: Server, path: str
+) -> None:
+    headers = {"X-Forwarded-For": f"192.0.2.{PATHS.index(path)}"}
+    url = {"cached": "/v1/models", "fastapi": "/runtime"}.get(path, "/v1/classify")
+    image = make_jpeg()
+
+    def send(key: dict[str, str]) -> int:
+        if url != "/v1/classify":
+            return patient_server.client.get(url, headers={**headers, **key}).status_code
+        content: Any = iter([image]) if path == "asgi" else image
+        return patient_server.client.post(url, content=content, headers={**headers, **key}).status_code
+
+    assert send(bearer("everything")) == 200
+    started_at = time.monotonic()
+    wrong = bearer("metrics") if path == "wrong scope" else {"Authorization": "Bearer wrong"}
+    statuses = [send(wrong) for _ in range(20 + 10)]
+    assert time.monotonic() - started_at > 0.4  # 20 refusals are immediate, and 10 leave at 20 per second
+    assert statuses == 30 * [403 if path == "wrong scope" else 401]
+    assert send(bearer("everything")) == 200
+
+
+def test_refusals_are_delayed_for_each_address_or_key_alone() -> None:
+    key = ApiKey("app", frozenset({Scope.CLASSIFY}), hash_key(b"key-of-app"))
+    pace = RefusalPace(CallerTable.create(), clock=lambda: 1e6)
+    access = AccessControl([key], pace=pace)
+    wrong, right = (access.identify([(b"x-api-key", value)]) for value in (b"wrong", b"key-of-app"))
+
+    def get_delay(credential: Credential, address: str) -> float:
+        with pytest.raises((Unauthorized, MissingScope)) as caught:
+            access.authorize(Scope.MANAGE, credential, address)
+        assert isinstance(caught.value, PacedRefusal)
+        return caught.value.delay
+
+    delays = [get_delay(wrong, "192.0.2.1") for _ in range(200)]
+    assert delays[:20] == pytest.approx([0.0] * 20, abs=0.001)
+    assert delays[40] > 1.0
+    assert max(delays) == pytest.approx(4.0)
+    assert get_delay(wrong, "192.0.2.2") == 0.0
+    assert get_delay(right, "192.0.2.1") == 0.0
+    access.authorize(Scope.CLASSIFY, right, "192.0.2.1")
+
+
 def test_refused_request_reads_no_body_and_asks_no_model(closed_server: Server) -> None:
     with Wire(closed_server.url) as wire:
         wire.send(CLASSIFY_HEAD, b"Content-Length: 60000000\r\n\r\n", b"x" * 100)
@@ -272,6 +336,34 @@ def test_rotation_under_load_fails_no_request(tmp_path: Path, workers: int) -> N
     result = rotate_under_load(tmp_path / "keys", requests=200, rotations=1, workers=workers)
     assert result.rotations == 1
     assert result.statuses == {200: result.sent}, result.errors
+
+
+@pytest.mark.long
+def test_dead_worker_is_replaced_while_the_file_is_broken(small_zoo: Path, tmp_path: Path) -> None:
+    file = write_keys(tmp_path / "keys")
+    settings = {"FOVEA_WORKERS": "2", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_KEYS=str(file), **settings) as server:
+        server.client.headers.update({**bearer("everything"), "Connection": "close"})
+
+        def has_workers(dead: set[int]) -> bool:
+            try:
+                pids = {server.client.get("/runtime").json()["pid"] for _ in range(4)}
+            except httpx.TransportError:  # the worker of the connection has died
+                return False
+            return len(pids) == 2 and not pids & dead
+
+        wait_until(lambda: has_workers(set()))
+        file.write_text("broken")
+        pids = set(list_children(server.process.pid))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: has_workers(pids))
+        assert post_request(server.url, "native", **bearer("classify")).status_code == 200
+        write_keys(file, ApiKey("new", frozenset(Scope), hash_key(b"key-of-new")).to_line())
+        for _ in range(2):  # each connection goes to another worker
+            wait_until(lambda: ANYBODY.get(server.url + "/runtime", headers=NEW_KEY).status_code == 200)
+    assert "keys from before stay in force" in server.log
+    assert "could not start" not in server.log
 
 
 def test_service_refuses_the_variable_of_clients_instead_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

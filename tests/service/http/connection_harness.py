@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
-from fovea.service.errors import BadRequest, Overloaded
+from fovea.service.errors import BadRequest, Overloaded, Unauthorized
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import ApiProtocols
 from fovea.service.http.connection import TRANSITIONS, Connection, State
@@ -95,6 +95,10 @@ class FastApp:
     def open_request(
         self, exchange: Exchange, method: bytes, url: bytes, headers: Mapping[bytes, bytes]
     ) -> RequestHandler | None:
+        if url == b"/fast/later":
+            error = Unauthorized("many such errors")
+            error.delay = 1000.0
+            raise error
         return FastHandler(exchange, url) if url.startswith(b"/fast") else None
 
 

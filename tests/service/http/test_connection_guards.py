@@ -112,6 +112,20 @@ def test_lost_connection_ends_the_wait_for_the_answer() -> None:
     asyncio.run(play())
 
 
+def test_lost_connection_ends_the_wait_for_a_refusal() -> None:
+    """Otherwise connections that come and go at once would stay in memory for the whole delay."""
+
+    async def play() -> None:
+        async with open_connection() as peer:
+            await peer.send(CLOSING_HEAD % (b"later", 3))
+            timer = peer.connection._delayed_refusal
+            assert timer
+            assert not timer.cancelled()
+        assert timer.cancelled()
+
+    asyncio.run(play())
+
+
 def test_bytes_of_a_later_head_do_not_extend_its_time_limit() -> None:
     async def play() -> None:
         async with open_connection(header_timeout=0.1) as peer:

@@ -18,6 +18,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from fovea.service.access.caller import Scope
+from fovea.service.access.key_editor import add_key
 from fovea.service.http.request_record import RequestRecord, TimeSpan
 from fovea.service.http.tracing import Tracing
 from fovea.service.observability.metrics import STAGES
@@ -117,6 +119,21 @@ def test_request_has_a_span_per_stage_in_the_caller_trace(collector: Collector, 
     assert [(link.trace_id, link.span_id) for link in batch.links] == [(TRACE, request.span_id)]
     assert [(link.trace_id, link.span_id) for link in inference.links] == [(batch.trace_id, batch.span_id)]
     assert collector.services == {"fovea"}
+
+
+def test_span_names_the_key_and_never_contains_it(
+    collector: Collector, small_zoo: Path, tmp_path: Path
+) -> None:
+    key = add_key(tmp_path / "keys", "phone-app", frozenset({Scope.CLASSIFY}))
+    settings = {**collector.settings, "FOVEA_KEYS": str(tmp_path / "keys")}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for value, status in ((f"Bearer {key}", 200), (f"Bearer {key}x", 401)):
+            reply = server.client.post(CLASSIFY, content=make_jpeg(), headers={"Authorization": value})
+            assert reply.status_code == status
+    spans = sorted(collector.find_spans(f"POST {CLASSIFY}"), key=lambda span: span.start_time_unix_nano)
+    callers = [read_span_attributes(span).get("fovea.caller") for span in spans]
+    assert callers == ["phone-app", None]
+    assert key not in str(collector.spans)
 
 
 def test_batch_span_links_to_all_of_its_requests(collector: Collector, small_zoo: Path) -> None:
