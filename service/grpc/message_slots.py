@@ -14,8 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from fovea.service.access.caller import Caller
-from fovea.service.access.caller_limits import name_caller
+from fovea.service.access.caller import Caller, name_caller
 from fovea.service.errors import BodyTimeout, Overloaded
 
 _PATIENCE: Final = 1.0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from fovea.service.access.caller import Caller
-from fovea.service.access.caller_limits import name_caller
+from fovea.service.access.caller import Caller, name_caller
 from fovea.service.errors import Overloaded
 
 
