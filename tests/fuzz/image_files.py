@@ -10,7 +10,10 @@ import random
 import struct
 import warnings
 import zlib
+from io import BytesIO
 from typing import Final
+
+from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath
 from fovea.service.errors import RequestError
@@ -66,9 +69,19 @@ def _compare_with_decoder(image: bytes, cost: DecodeCost) -> None:
     )
 
 
+def _encode_heic(picture: Image.Image) -> bytes:
+    import pillow_heif  # the codec is optional
+
+    stream = BytesIO()
+    pillow_heif.from_pillow(picture).save(stream)
+    return stream.getvalue()
+
+
 def _make_seeds() -> list[bytes]:
     picture = draw_picture(24, 16)
-    seeds = [encode_image(picture, kind) for kind in supported_formats() if kind not in ("MPO",)]
+    seeds = [encode_image(picture, kind) for kind in supported_formats() if kind != "HEIC"]
+    if "HEIC" in supported_formats():
+        seeds.append(_encode_heic(picture))
     seeds += [
         encode_image(picture, "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
         encode_image(picture.convert("P"), "PNG", transparency=0),
@@ -123,7 +136,9 @@ TARGET = Target(
         b"\xff\xd8", b"\xff\xc0", b"\xff\xc2", b"\xff\xda", b"\xff\xd9", b"\xff\xe1", b"\xff\xff", b"IHDR",
         b"IDAT",
         b"PLTE", b"iCCP", b"eXIf", b"acTL", b"fdAT", b"GIF89a", b"BM", b"RIFF", b"WEBPVP8X", b"VP8L", b"VP8 ",
-        b"ANMF", b"II*\0", b"MM\0*", b"ftypavif", b"ispe", b"meta", b"ICC_PROFILE\0", b"Exif\0\0",
+        b"ANMF", b"II*\0", b"MM\0*", b"ftypavif", b"ftypheic", b"ispe", b"meta",
+        b"hvcC", b"av01", b"hvc1", b"grid", b"auxl", b"dimg",
+        b"ICC_PROFILE\0", b"Exif\0\0",
     ),
     max_size=3000,
 )  # fmt: skip
