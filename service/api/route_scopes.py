@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fovea.service.access.access_control import AccessControl
 from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.api.protocol_routes import EndpointRoute
+from fovea.service.http.paths import HEALTH_PATHS
 from fovea.service.http.request_context import get_context, get_record
 
 PLATFORM_HEALTH: Final = "platform_health"
@@ -24,19 +25,16 @@ _OPEN: Final = None
 """Scope of open routes: probes, which send no key, and the files of the pages, which hold no data."""
 
 _SCOPES: Final[Mapping[str, KeyScope | None]] = {
+    **{f"GET {path}": _OPEN for path in HEALTH_PATHS},
     "GET /": _OPEN,
     "GET /docs": _OPEN,
     "GET /execution-parameters": _OPEN,
-    "GET /health": _OPEN,
-    "GET /health/live": _OPEN,
-    "GET /health/ready": _OPEN,
     "GET /metrics": KeyScope.METRICS,
     "GET /models": KeyScope.CLASSIFY,
     "GET /models/{name}": KeyScope.CLASSIFY,
     "GET /models/{name}/all": KeyScope.CLASSIFY,
     "GET /models/{name}/{version}": KeyScope.CLASSIFY,
     "GET /openapi.json": _OPEN,
-    "GET /ping": _OPEN,
     "GET /runtime": KeyScope.MANAGE,
     "GET /v1/models": KeyScope.CLASSIFY,
     "GET /v1/models/{name}": KeyScope.CLASSIFY,
@@ -50,8 +48,6 @@ _SCOPES: Final[Mapping[str, KeyScope | None]] = {
     "GET /v1/models/{name}/versions/{version}/weights": KeyScope.EXPLAIN,
     "GET /v1/models/{name}/weights": KeyScope.EXPLAIN,
     "GET /v2": _OPEN,
-    "GET /v2/health/live": _OPEN,
-    "GET /v2/health/ready": _OPEN,
     "GET /v2/models/stats": KeyScope.CLASSIFY,
     "GET /v2/models/{name}": KeyScope.CLASSIFY,
     "GET /v2/models/{name}/config": KeyScope.CLASSIFY,

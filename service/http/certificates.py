@@ -96,6 +96,10 @@ class Certificates:
         self._poll_seconds: Final = poll_seconds
         self._stamp = files.read_stamp()
         self.context, self.expires_at = load_context(files)
+        self._last_stamp: _Stamp | None = self._stamp
+        """State of the files at the last look; None if they could not be used."""
+        self._last_message = ""
+        """Problem that was reported last."""
         self._next_warning = 0.0
 
     context: ssl.SSLContext
@@ -110,31 +114,37 @@ class Certificates:
 
     async def watch(self) -> None:
         """Load the files again whenever they have changed, until the task is cancelled."""
-        last_stamp: _Stamp | None = self._stamp
-        last_message = ""
         while True:
             await asyncio.sleep(self._poll_seconds)
-            self._warn_if_expired()
             try:
-                stamp = await asyncio.to_thread(self._files.read_stamp)
-                if stamp == self._stamp or stamp != last_stamp:
-                    last_stamp = stamp
-                    continue
-                context, expires_at = await asyncio.to_thread(load_context, self._files)
-            except CertificateError as error:
-                last_stamp = None
-                # A file that cannot be read may be readable at the next look, so it is tried again; a file
-                # that is wrong stays wrong until it changes. The same problem is reported once.
-                if not isinstance(error, UnreadableFile):
-                    self._stamp = stamp
-                if str(error) != last_message:
-                    last_message = str(error)
-                    log.error("the changed certificate is not used, and the old one stays: %s", error)
-                    self._on_reload(False)
-                continue
-            self._stamp, self.context, self.expires_at, last_message = stamp, context, expires_at, ""
-            log.info("new connections use the certificate that is valid until %s", format_time(expires_at))
-            self._on_reload(True)
+                self._warn_if_expired()
+                await self._poll()
+            except Exception:  # such as no room for a thread: the next look may succeed
+                log.exception("the certificate could not be watched")
+
+    async def _poll(self) -> None:
+        """Look at the files, and load them if they have changed and have not changed since the last look."""
+        stamp: _Stamp | None = None
+        try:
+            stamp = await asyncio.to_thread(self._files.read_stamp)
+            if stamp == self._stamp or stamp != self._last_stamp:
+                self._last_stamp = stamp
+                return
+            context, expires_at = await asyncio.to_thread(load_context, self._files)
+        except CertificateError as error:
+            self._last_stamp = None
+            # A file that cannot be read may be readable at the next look, so it is tried again; a file
+            # that is wrong stays wrong until it changes. The same problem is reported once.
+            if stamp is not None and not isinstance(error, UnreadableFile):
+                self._stamp = stamp
+            if str(error) != self._last_message:
+                self._last_message = str(error)
+                log.error("the changed certificate is not used, and the old one stays: %s", error)
+                self._on_reload(False)
+            return
+        self._stamp, self.context, self.expires_at, self._last_message = stamp, context, expires_at, ""
+        log.info("new connections use the certificate that is valid until %s", format_time(expires_at))
+        self._on_reload(True)
 
     def _warn_if_expired(self) -> None:
         now = time.time()

@@ -1,9 +1,15 @@
-"""Normalisation of request paths for routing."""
+"""Paths of requests: their normalisation for routing, and those of health checks."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
+
+HEALTH_PATHS: Final = (
+    "/health", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready",
+)  # fmt: skip
+"""Paths that probes ask for. Probes have neither an API key nor a client certificate. FOVEA_HEALTH_ROUTE is
+another."""
 
 _REPEATED_SLASHES: Final = re.compile("//+")
 

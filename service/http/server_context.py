@@ -13,6 +13,7 @@ from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.known_heads import KnownHeads, RequestHead
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer
+from fovea.service.http.paths import HEALTH_PATHS
 from fovea.service.http.rate_limiter import RateLimiter
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
     from fovea.service.http.connection import Connection
 
 
-HEALTH_PATHS: Final = frozenset(
-    {b"/health/live", b"/health/ready", b"/v2/health/live", b"/v2/health/ready", b"/ping"}
-)
-"""Paths that probes ask for, which present no client certificate. FOVEA_HEALTH_ROUTE is added to them."""
+_HEALTH_URLS: Final = frozenset(path.encode() for path in HEALTH_PATHS)
 
 
 @dataclass
@@ -59,4 +57,4 @@ class ServerContext:
         """Return whether a request asks for nothing but health. Other spellings of a path do not count."""
         path = head.url.partition(b"?")[0]
         own_path = (self.settings.health_route or "").encode()
-        return head.method in (b"GET", b"HEAD") and (path in HEALTH_PATHS or (path == own_path != b""))
+        return head.method in (b"GET", b"HEAD") and (path in _HEALTH_URLS or (path == own_path != b""))

@@ -46,8 +46,9 @@ _PIECE_BYTES: Final = 17 << 10
 _WRITE_BYTES: Final = 64 << 10
 """Bytes that are encrypted at once, for the same reason."""
 
-_HANDSHAKE_RECORD: Final = 0x16
-"""First byte of every client that speaks TLS."""
+_MAX_REPLY_BYTES: Final = 16 << 10
+"""Bytes that OpenSSL itself may send while the client does not read, such as replies to updates of keys (27
+bytes each). No limit of the connection counts them, so a client could fill our memory by them."""
 
 _CERTIFICATE_REASONS: Final = ("CERTIFICATE", "CERT_", "UNKNOWN_CA", "BAD_SIGNATURE", "UNSUITABLE")
 """Parts of OpenSSL's reasons that concern the client's certificate, or what the client says of ours."""
@@ -113,6 +114,10 @@ class TlsStream(asyncio.BufferedProtocol):
         """True while the connection does not want data."""
         self._is_input_over = False
         """True when the client has sent the end of its stream."""
+        self._is_client_slow = False
+        """True while the client has not read everything."""
+        self._reply_bytes = 0
+        """Bytes that OpenSSL itself has sent meanwhile."""
         self._connection: Connection | None = None
 
     # --- asyncio's calls ---
@@ -165,11 +170,14 @@ class TlsStream(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Pass on that the client has not read everything."""
+        self._is_client_slow = True
         if self._connection:
             self._connection.pause_writing()
 
     def resume_writing(self) -> None:
         """Pass on that the client has read everything."""
+        self._is_client_slow = False
+        self._reply_bytes = 0
         if self._connection:
             self._connection.resume_writing()
 
@@ -181,16 +189,20 @@ class TlsStream(asyncio.BufferedProtocol):
             if 0x41 <= data[0] <= 0x5A:  # a capital letter begins every request of HTTP
                 self._refuse_plain_http()
                 return
-        # A client may send its first request right behind the handshake: OpenSSL keeps what belongs to it.
-        self._incoming.write(data)
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            return
-        except ssl.SSLError as error:
-            self._fail(_classify(error))
-            return
+        rest = data
+        while True:
+            self._incoming.write(rest[:_PIECE_BYTES])
+            rest = rest[_PIECE_BYTES:]
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._flush()
+                if not rest:
+                    return
+            except ssl.SSLError as error:
+                self._fail(_classify(error))
+                return
         self._flush()
         self._end_handshake()
         if self._transport.is_closing():  # the system has reported an error while the last flight was sent
@@ -202,7 +214,9 @@ class TlsStream(asyncio.BufferedProtocol):
             self._server.certificates.wants_client_certificate and not has_certificate
         )
         self._connection.connection_made(TlsTransport(self, self._transport))
-        self._decrypt(data[:0])
+        # A client may send its first request right behind the handshake. OpenSSL keeps the part of it that is
+        # in the last piece.
+        self._decrypt(rest)
 
     def _end_handshake(self) -> None:
         self._timer.cancel()
@@ -224,8 +238,8 @@ class TlsStream(asyncio.BufferedProtocol):
         self._flush()
         self._state = TlsState.CLOSED
         self._end_handshake()
-        if reason == "timeout":
-            self._transport.abort()  # it may not read either
+        if reason == "timeout" or self._transport.get_write_buffer_size():
+            self._transport.abort()  # it does not read, and nothing else would end the connection
         else:
             self._transport.close()
 
@@ -250,7 +264,7 @@ class TlsStream(asyncio.BufferedProtocol):
                     try:
                         count = _read_into(self._tls, target[filled:])
                     except ssl.SSLWantReadError:
-                        if position == len(data):
+                        if position == len(data) or not self._send_replies():
                             break
                         end = min(position + _PIECE_BYTES, len(data))
                         self._incoming.write(data[position:end])
@@ -266,7 +280,8 @@ class TlsStream(asyncio.BufferedProtocol):
                 self._state = TlsState.CLOSED
                 self._transport.close()
                 return
-            self._flush()  # answers of TLS itself, such as to an update of keys
+            if not self._send_replies():
+                return
             if filled:
                 connection.buffer_updated(filled)
             if is_over:
@@ -278,6 +293,18 @@ class TlsStream(asyncio.BufferedProtocol):
                 return
         if position < len(data) and self._state is TlsState.OPEN:
             self._incoming.write(data[position:])  # read when the connection resumes
+
+    def _send_replies(self) -> bool:
+        """Send what OpenSSL itself has to send. Abort, and return False, if the client reads too little."""
+        if self._outgoing.pending:
+            if self._is_client_slow:
+                self._reply_bytes += self._outgoing.pending
+                if self._reply_bytes > _MAX_REPLY_BYTES:
+                    log.debug("a connection is closed: the client does not read")
+                    self.abort()
+                    return False
+            self._flush()
+        return True
 
     def _flush(self) -> None:
         """Send what OpenSSL has to send."""

@@ -8,7 +8,6 @@ from io import BytesIO
 from typing import Final
 
 from PIL import (
-    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     ImageFile,
@@ -20,7 +19,7 @@ from PIL import (
 )
 
 from fovea.service.errors import UnsupportedFormat
-from fovea.service.inference import heic, tiff
+from fovea.service.inference import avif, heic, tiff
 
 IMAGE_CLASSES: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,  # includes MPO: a JPEG followed by further pictures
@@ -29,7 +28,7 @@ IMAGE_CLASSES: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "WEBP": WebPImagePlugin.WebPImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
-    "AVIF": AvifImagePlugin.AvifImageFile,
+    "AVIF": avif.open_avif,
     "HEIC": heic.open_heic,
 }
 """Pillow's classes by format.

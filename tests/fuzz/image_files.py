@@ -125,7 +125,9 @@ TARGET = Target(
         b"\xff\xd8", b"\xff\xc0", b"\xff\xc2", b"\xff\xda", b"\xff\xd9", b"\xff\xe1", b"\xff\xff", b"IHDR",
         b"IDAT",
         b"PLTE", b"iCCP", b"eXIf", b"acTL", b"fdAT", b"GIF89a", b"BM", b"RIFF", b"WEBPVP8X", b"VP8L", b"VP8 ",
-        b"ANMF", b"II*\0", b"MM\0*", b"ftypavif", b"ispe", b"meta", b"ICC_PROFILE\0", b"Exif\0\0",
+        b"ANMF", b"II*\0", b"MM\0*", b"ftypavif", b"ftypheic", b"ispe", b"meta",
+        b"hvcC", b"av01", b"hvc1", b"grid", b"auxl", b"dimg",
+        b"ICC_PROFILE\0", b"Exif\0\0",
     ),
     max_size=3000,
 )  # fmt: skip

@@ -127,7 +127,7 @@ class Watched:
         self.has_reported.set()
 
     async def wait(self) -> None:
-        await self.has_reported.wait()
+        await asyncio.wait_for(self.has_reported.wait(), 30)
         self.has_reported.clear()
 
 
@@ -183,6 +183,41 @@ def test_wrong_new_pair_is_reported_once_and_the_old_one_stays(
         assert "No such file" in errors[1]
 
     asyncio.run(scenario())
+
+
+def test_file_that_is_too_large_does_not_end_the_watch(authority: Authority) -> None:
+    async def scenario() -> None:
+        pair, new = authority.issue("used"), authority.issue("new")
+        async with watch(files_of(pair)) as watched:
+            pair.certificate.write_bytes(bytes((1 << 20) + 1))
+            await watched.wait()
+            pair.replace_with(new)
+            await watched.wait()
+            assert watched.reports == [False, True]
+
+    asyncio.run(scenario())
+
+
+def test_unexpected_error_does_not_end_the_watch(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        pair, has_loaded = authority.issue("used"), asyncio.Event()
+
+        def report(_: bool) -> None:
+            has_loaded.set()
+            raise RuntimeError("can't start new thread")
+
+        certificates = Certificates(files_of(pair), on_reload=report, poll_seconds=0.01)
+        task = asyncio.create_task(certificates.watch())
+        for name in ("new", "newer"):
+            pair.replace_with(authority.issue(name))
+            await asyncio.wait_for(has_loaded.wait(), 30)
+            has_loaded.clear()
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert "the certificate could not be watched" in caplog.text
 
 
 def test_kubernetes_replaces_a_link_to_a_folder(authority: Authority, tmp_path: Path) -> None:

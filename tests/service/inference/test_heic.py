@@ -18,6 +18,7 @@ from fovea.service.inference import heic, image_format
 from fovea.service.inference.decode_cost import estimate_cost, read_header
 from fovea.service.inference.image_suffixes import has_image_suffix
 from fovea.service.inference.preprocess import decode_image, decode_upright, identity_geometry
+from tests.heif_boxes import Item, box, build_heif, make_reference, make_size, read_box
 from tests.pictures import draw_picture, encode_heic
 from tests.servers import DEFAULT_MODEL, Server
 
@@ -98,18 +99,12 @@ def test_picture_larger_than_its_promise_is_refused() -> None:
         decode(replace_size(HEIC, 16, 16))
 
 
-def box(kind: bytes, *parts: bytes) -> bytes:
-    content = b"".join(parts)
-    return struct.pack(">I", 8 + len(content)) + kind + content
-
-
 def build_grid(
     rows: int, columns: int, size: tuple[int, int], *, tiles: int, output: tuple[int, int] | None = None,
     kind: bytes = b"grid", tile_kind: bytes = b"hvc1",
 ) -> bytes:  # fmt: skip
     """Return the head of a file with one grid, of which each tile is the same item, of 128 x 96 px."""
-    start = HEIC.index(b"hvcC") - 4
-    configuration = HEIC[start : start + struct.unpack_from(">I", HEIC, start)[0]]
+    configuration = read_box(HEIC, b"hvcC")
     grid = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *(output or size))
     item = b"\2\0\0\0"
     meta = box(
@@ -131,8 +126,12 @@ def build_grid(
             ),
             box(b"ipma", bytes(4), struct.pack(">I", 2), b"\0\1\1\3", b"\0\2\2\1\2"),
         ),
-        box(b"idat", grid),
-        box(b"iloc", b"\1\0\0\0\x44\0\0\1", struct.pack(">HHHHII", 1, 1, 0, 1, 0, len(grid))),
+        box(b"idat", grid, bytes(8)),
+        box(
+            b"iloc", b"\1\0\0\0\x44\0\0\2",
+            struct.pack(">HHHHII", 1, 1, 0, 1, 0, len(grid)),
+            struct.pack(">HHHHII", 2, 1, 0, 1, len(grid), 8),
+        ),
     )  # fmt: skip
     return box(b"ftyp", b"heic", bytes(4), b"mif1heic") + meta
 
@@ -149,6 +148,64 @@ def test_grid_of_tiles_is_checked() -> None:
     ):
         with pytest.raises(BadImage, match=message):
             heic.check_structure(content)
+
+
+TINY = encode_heic(PICTURE.resize((16, 16)))
+CODED, TINY_CODED = (read_box(content, b"mdat")[8:] for content in (HEIC, TINY))
+
+
+def read_parameters(configuration: bytes) -> list[bytes]:
+    """Return the units in a box `hvcC`."""
+    position, units = 31, []
+    for _ in range(configuration[30]):
+        count = struct.unpack_from(">H", configuration, position + 1)[0]
+        position += 3
+        for _ in range(count):
+            length = struct.unpack_from(">H", configuration, position)[0]
+            units.append(configuration[position + 2 : position + 2 + length])
+            position += 2 + length
+    return units
+
+
+def build_tiny(coded: bytes, configuration: bytes = read_box(TINY, b"hvcC")) -> bytes:
+    return build_heif(b"heic", [Item(b"hvc1", coded, (1, 2))], [configuration, make_size(16, 16)])
+
+
+def test_larger_parameters_are_found_wherever_the_decoder_finds_them() -> None:
+    heic.check_structure(build_tiny(TINY_CODED))
+    units = read_parameters(read_box(HEIC, b"hvcC"))
+    with_lengths = b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
+    (tiny_sps,) = (one for one in read_parameters(read_box(TINY, b"hvcC")) if one[0] >> 1 == 33)
+    lists = b"".join(
+        bytes([kind]) + struct.pack(">HH", 1, len(unit)) + unit
+        for kind, unit in [(33, tiny_sps), *((39, unit) for unit in units)]  # a list of remarks, it says
+    )
+    configuration = box(b"hvcC", read_box(TINY, b"hvcC")[8:30], bytes([len(units) + 1]), lists)
+    assert len(read_parameters(configuration)) == len(units) + 1
+    for content in (build_tiny(with_lengths + CODED), build_tiny(CODED, configuration)):
+        with pytest.raises(BadImage, match="promises 16 x 16 px and contains 128 x 96 px"):
+            heic.check_structure(content)
+
+
+def test_lengths_that_codecs_read_differently_are_refused() -> None:
+    configuration = bytearray(read_box(TINY, b"hvcC"))
+    configuration[29] = configuration[29] & 0xFC | 1
+    with pytest.raises(BadImage, match="not of 4 bytes"):
+        heic.check_structure(build_tiny(TINY_CODED, bytes(configuration)))
+
+
+def test_second_description_of_the_picture_is_refused() -> None:
+    with pytest.raises(BadImage, match="several boxes `meta`"):
+        heic.check_structure(TINY + read_box(HEIC, b"meta"))
+
+
+def test_mask_that_leads_to_a_larger_picture_is_refused() -> None:
+    alpha = box(b"auxC", bytes(4), b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0")
+    properties = [read_box(TINY, b"hvcC"), make_size(16, 16), read_box(HEIC, b"hvcC"), alpha]
+    items = [Item(b"hvc1", TINY_CODED, (1, 2)), Item(b"iden", b"", (2, 4)), Item(b"hvc1", CODED, (3, 2))]
+    references = [make_reference(b"auxl", 2, 1), make_reference(b"dimg", 2, 3)]
+    with pytest.raises(BadImage, match="of the kind 'iden'; hvc1 and grid are served"):
+        heic.check_structure(build_heif(b"heic", items, properties, references))
 
 
 def test_damaged_files_get_their_own_error() -> None:
