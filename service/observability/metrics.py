@@ -299,6 +299,7 @@ class Metrics:
         self._error_counters = {code: self.errors.labels(code) for code in (*list_error_codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
+        self.caller_requests.labels(ANONYMOUS, "401")
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
         for reason in HANDSHAKE_FAILURES:

@@ -244,7 +244,7 @@ def test_worker_with_invalid_message_is_replaced(small_zoo: Path, tmp_path: Path
         "def say():\n"
         f"    while not os.path.exists({str(trigger)!r}):\n"
         "        time.sleep(0.01)\n"
-        "    channel = sys.orig_argv[sys.orig_argv.index('--worker') + 1]\n"
+        "    channel = sys.orig_argv[sys.orig_argv.index('--worker') + 2]\n"
         f"    socket.socket(fileno=os.dup(int(channel))).send({packet!r})\n"
         "if '--worker' in sys.orig_argv and not os.path.exists("
         f"{str(trigger)!r}):\n"
