@@ -28,6 +28,7 @@ from fovea.bench.mixed import describe_machine
 from fovea.bench.workloads import WORKLOADS, BenchError
 from fovea.service.access.caller import Scope
 from fovea.service.access.key_editor import add_key, remove_key
+from fovea.service.access.key_watcher import POLL_SECONDS
 
 CONNECTIONS: Final = (8, 32)
 
@@ -206,12 +207,18 @@ def rotate_under_load(file: Path, *, requests: int, rotations: int, workers: int
             for number in range(1, rotations + 1):
                 new_key = add_key(file, f"key-{number}", frozenset({Scope.CLASSIFY}))
                 _wait_for_status(server.url, new_key, 200, workers)
+                if workers > 1:  # a busy worker may have got none of these connections
+                    time.sleep(_AGREEMENT_SECONDS)
                 old_key = callers.key
                 callers.use_key(new_key)
                 remove_key(file, f"key-{number - 1}")
                 _wait_for_status(server.url, old_key, 401, workers)
                 callers.result.rotations += 1
     return callers.result
+
+
+_AGREEMENT_SECONDS: Final = 5 * POLL_SECONDS
+"""Time in seconds in which every worker reads a changed file; it takes two looks."""
 
 
 def _wait_for_status(url: str, key: str, status: int, workers: int) -> None:
