@@ -37,7 +37,7 @@ _WORKLOAD: Final = WORKLOADS["thumbnails"]
 _CALLERS: Final = 4
 """Number of callers during a rotation, with one request at a time each."""
 
-_TIMEOUT: Final = 30.0
+_TIMEOUT: Final = 60.0
 """Time in seconds within which a change of the keys file must count."""
 
 
