@@ -75,7 +75,7 @@ class ServiceAddress(NamedTuple):
 
 @dataclass(frozen=True)
 class Leg:
-    """What the other caller and the flood got, beside each other or alone."""
+    """The answers to the other caller and to the flood, beside each other or alone."""
 
     latencies: Sequence[float]
     """Times from the planned time to the answer, in seconds, of the requests with an answer 200."""

@@ -65,7 +65,7 @@ class TlsState(Enum):
 
 @dataclass
 class TlsServer:
-    """What all encrypted connections of a server share."""
+    """The settings and the receive buffer that all encrypted connections of a server share."""
 
     certificates: Certificates
     metrics: Metrics

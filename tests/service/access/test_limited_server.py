@@ -233,7 +233,7 @@ def test_forwarded_address_counts_behind_a_trusted_proxy(rate_server: Server) ->
     statuses = [send_as(rate_server, "203.0.113.1").status_code for _ in range(3)]
     assert statuses == [200, 200, 429]
     assert send_as(rate_server, "203.0.113.2").status_code == 200
-    # What the client itself has written stands to the left of its address.
+    # The part that the client itself has written stands to the left of its address.
     assert send_as(rate_server, "198.18.0.1, 203.0.113.1").status_code == 429
 
 

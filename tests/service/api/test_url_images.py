@@ -255,7 +255,7 @@ def test_fetch_ends_with_its_caller_and_makes_room(web: Web, small_zoo: Path) ->
         )
         assert error_code(late) == "deadline_exceeded"
         assert service.client.get("/health/live").status_code == 200
-        # What arrives counts as a body: the memory of all bodies is a limit too.
+        # A fetched image counts as a body: the memory of all bodies is a limit too.
         refused = service.classify(f"{HOST}/endless")
         assert (refused.status_code, error_code(refused)) == (503, "overloaded")
         assert "FOVEA_BODIES_BYTES" in refused.text

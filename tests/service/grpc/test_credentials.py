@@ -39,7 +39,7 @@ def test_problem_is_logged_once_and_files_are_tried_again(
 def test_file_that_could_not_be_read_is_read_without_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the process has no free file descriptor."""
+    """The first look finds no free file descriptor, which is no fault of the file."""
     authority = Authority(tmp_path)
     pair = authority.issue("server")
     source = CertificateSource(CertificateFiles(pair.certificate, pair.key))
