@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,10 +22,17 @@ test: $(VENV)/.dev lint ## Check style and types, run all tests but the long one
 coverage: $(VENV)/.dev ## Measure which lines of the service the tests of `make test` reach (10 minutes)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-fail-under=90
 
-proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
+proof: long slow fuzz ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
+
+long: $(VENV)/.dev ## Run the tests that are marked `long` (20 minutes)
 	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile
+
+slow: $(VENV)/.dev ## Run the tests that are marked `slow`, one at a time (8 minutes)
 	$(BIN)/pytest -m slow -s --ignore tests/image
-	$(MAKE) fuzz
+
+again: $(VENV)/.dev ## Run the tests that failed last again, one at a time, if they are at most three
+	@grep -c true .pytest_cache/v/cache/lastfailed 2>/dev/null | grep -qx "[123]" || { echo "no test failed, or more than three"; exit 1; }
+	$(BIN)/pytest -m '' --last-failed --last-failed-no-failures none
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

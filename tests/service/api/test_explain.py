@@ -39,7 +39,7 @@ PHOTO = make_jpeg(200, 120)
 SMALL = "/v1/models/small"
 VGG = "/v1/models/vgg"
 LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
-"""A request for an explanation that takes longer than a process may take to stop."""
+"""A request for an explanation that no processor finishes before its time limit."""
 
 
 @pytest.fixture(scope="module")
@@ -462,9 +462,7 @@ def test_crash_of_explain_process_fails_one_request(zoo: Path) -> None:
         cpu_before = measure_own_cpu_seconds(pid)
         replies: list[httpx.Response] = []
         thread = threading.Thread(
-            target=lambda: replies.append(
-                httpx.post(f"{server.url}{VGG}/explain?samples=8000", content=PHOTO, timeout=60)
-            )
+            target=lambda: replies.append(httpx.post(f"{server.url}{LONG}", content=PHOTO, timeout=60))
         )
         thread.start()
         wait_until(lambda: measure_own_cpu_seconds(pid) > cpu_before + 0.05)  # it works on the request
@@ -503,9 +501,9 @@ def test_late_explanation_does_not_affect_the_next(zoo: Path) -> None:
 
 
 def test_late_progress_ends_with_an_error_line(explain_server: Server) -> None:
-    post_explain(explain_server, path=f"{VGG}/explain", samples=16)
+    post_explain(explain_server, path="/v1/models/large/explain?method=occlusion", samples=16)
     reply = explain_server.client.post(
-        f"{VGG}/explain?progress=true&samples=8000", content=PHOTO, headers={"X-Deadline-Ms": "2000"}
+        f"{LONG}&progress=true", content=PHOTO, headers={"X-Deadline-Ms": "2000"}
     )
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert reply.status_code == 200
@@ -574,7 +572,7 @@ def test_very_long_image_is_explained_but_not_painted(explain_server: Server) ->
 
 @pytest.mark.long
 def test_too_many_explanations_get_503(zoo: Path) -> None:
-    head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
+    head = f"POST {LONG} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
     with Server(FOVEA_MODELS=str(zoo)) as server, ExitStack() as stack:
         wires = [stack.enter_context(Wire(server.url)) for _ in range(8)]
         for wire in wires:
