@@ -104,7 +104,8 @@ def create_app(
     proxies = TrustedProxies(settings.trusted_proxies)
     key_watcher = None
     if settings.keys:
-        key_watcher = KeyWatcher(settings.keys, keys, RefusalPace(caller_table or CallerTable.create()))
+        pace = RefusalPace(caller_table or CallerTable.create())
+        key_watcher = KeyWatcher(settings.keys, keys, pace, on_reload=metrics.count_keys_reload)
     access = key_watcher.access if key_watcher else None
     cors = CorsPolicy(settings.cors_origins) if settings.cors_origins else None
     access_log = AccessLog(settings.log_requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -30,13 +31,22 @@ class KeyWatcher:
     Kubernetes. Nothing that happens to the file changes the keys until the whole file is valid again.
     """
 
-    def __init__(self, path: Path, content: bytes | None = None, pace: RefusalPace | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        content: bytes | None = None,
+        pace: RefusalPace | None = None,
+        *,
+        on_reload: Callable[[bool], None] = lambda is_valid: None,
+    ) -> None:
         """Read the file. Raises `StartError`, because a service must not start without its keys.
 
         A worker starts with the `content` that is in force in its supervisor. The first looks then read the
-        file, which may be broken now. `pace` is that of `AccessControl`.
+        file, which may be broken now. `pace` is that of `AccessControl`. `on_reload` is called on the event
+        loop for each new state of the file, with whether it is valid.
         """
         self._path = path
+        self._on_reload = on_reload
         self._signature = _read_signature(path) if content is None else None
         """Signature of the file when it was last read; None if it has not been read."""
         self._pending_signature = self._signature
@@ -81,12 +91,14 @@ class KeyWatcher:
             return
         self.content = content
         self.access.replace_keys(keys)
+        self._on_reload(True)
         log.info(f"the keys file has changed; it has {len(keys)} keys now")
 
     def _report_problem(self, signature: _Signature, problem: str) -> None:
         """Log a problem of the file, once for each state of the file."""
         if self._reported_problem != (signature, problem):
             self._reported_problem = signature, problem
+            self._on_reload(False)
             log.error(
                 "the keys file %s cannot be used, and the keys from before stay in force: %s",
                 self._path,

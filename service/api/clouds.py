@@ -23,7 +23,9 @@ from fovea.service.api.reply_schemas import CLASSIFY_RESPONSES, FlatError
 from fovea.service.api.request_schemas import ClassifyOptions, build_request_content
 from fovea.service.api.route_scopes import PLATFORM_HEALTH
 from fovea.service.api.services import Services
+from fovea.service.errors import StartError
 from fovea.service.http.api_protocol import NATIVE, ApiProtocols
+from fovea.service.http.paths import HEALTH_PATHS
 
 _KEPT_PROTOCOLS: Final = ("native", "oip", "tensorflow", "torchserve")
 """Protocols whose routes a predict route does not replace: it then names the route that you want.
@@ -73,9 +75,17 @@ def add_routes(app: FastAPI, services: Services, protocols: ApiProtocols) -> Non
     if _find_route(app, "GET", "/ping") is None:  # without TorchServe's protocol
         app.get("/ping", **health_options)(check_health)
     settings = services.settings
-    if (path := settings.health_route) and (path == "/" or _find_route(app, "GET", path) is None):
-        route = APIRoute(path, check_health, methods=["GET"], name=PLATFORM_HEALTH, include_in_schema=False)
-        app.routes.insert(0, route)
+    if path := settings.health_route:
+        if path == "/" or _find_route(app, "GET", path) is None:
+            route = APIRoute(
+                path, check_health, methods=["GET"], name=PLATFORM_HEALTH, include_in_schema=False
+            )
+            app.routes.insert(0, route)
+        elif settings.tls_client_ca and path not in HEALTH_PATHS:
+            raise StartError(
+                f"FOVEA_HEALTH_ROUTE is {path!r}, which answers more than health; with FOVEA_TLS_CLIENT_CA "
+                "choose another path, because health is answered without a client's certificate"
+            )
     if path := settings.predict_route:
         _add_predict_route(app, services, protocols, path)
 

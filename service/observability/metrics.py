@@ -159,6 +159,9 @@ class Metrics:
         "`certificate`, `timeout`, `client_left` or `stopped`.",
         "reason",
     )
+    keys_reloads = _counter(
+        "New states of the keys file: `ok`, or `failed` if the keys from before stay.", "result"
+    )
     tls_certificate_reloads = _counter("Attempts to load a changed certificate, `ok` or `failed`.", "result")
     tls_certificate_expiry_timestamp_seconds = _gauge(
         "End of the certificate's validity, in seconds since 1970; 0 without TLS.",
@@ -308,6 +311,7 @@ class Metrics:
             self.url_fetches.labels(result)
         for result in ("ok", "failed"):
             self.tls_certificate_reloads.labels(result)
+            self.keys_reloads.labels(result)
         self.active_requests = 0
         """Number of requests that are being answered."""
         self._finished_requests: list[tuple[_RequestKey, float]] = []
@@ -332,6 +336,11 @@ class Metrics:
     def add_gauge_setter(self, set_gauges: Callable[[], None]) -> None:
         """Call `set_gauges` at every fold, to set gauges to what they describe."""
         self._gauge_setters.append(set_gauges)
+
+    def count_keys_reload(self, is_valid: bool) -> None:
+        """Count a new state of the keys file."""
+        self.keys_reloads.labels("ok" if is_valid else "failed").inc()
+        self.fold()
 
     def count_certificate_reload(self, is_loaded: bool) -> None:
         """Count an attempt to load a changed certificate."""

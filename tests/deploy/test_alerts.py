@@ -68,6 +68,7 @@ EXPIRY = format_series("fovea_tls_certificate_expiry_timestamp_seconds")
 RELOADS = {
     result: format_series("fovea_tls_certificate_reloads_total", result=result) for result in ("ok", "failed")
 }
+KEYS_REFUSED = format_series("fovea_keys_reloads_total", result="failed")
 PSI, CHANCE = (format_series(f"fovea_drift_{infix}psi", signal="label") for infix in ("", "chance_"))
 
 BAD_HOUR = {OK: format_counter((420, 1000)), FAILED: format_counter((360, 0), (60, 50))}
@@ -160,6 +161,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a certificate that has expired", {EXPIRY: "1x20"}, "15m", ["FoveaCertificateExpires"]),
     ("a certificate for four days", {EXPIRY: "345600x20"}, "15m", []),
     ("no certificate", {EXPIRY: "0x20"}, "15m", []),
+    ("a broken keys file", {KEYS_REFUSED: "0x10 1x20"}, "15m", ["FoveaKeysRefused"]),
     ("a wrong certificate", {RELOADS["failed"]: "0x10 1x20"}, "15m", ["FoveaCertificateRefused"]),
     ("a new certificate", {RELOADS["ok"]: "0x10 1x20", RELOADS["failed"]: "0x30"}, "15m", []),
     ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),

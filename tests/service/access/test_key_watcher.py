@@ -104,7 +104,8 @@ def test_file_counts_only_when_it_has_settled(file: Path) -> None:
 def test_old_keys_stay_until_the_file_is_valid_again(
     file: Path, damage: Callable[[Path], object], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watcher = KeyWatcher(file)
+    reloads: list[bool] = []
+    watcher = KeyWatcher(file, on_reload=reloads.append)
     damage(file)
     for _ in range(3):
         poll_twice(watcher)
@@ -113,11 +114,13 @@ def test_old_keys_stay_until_the_file_is_valid_again(
     assert message in record.getMessage()
     assert record.levelno == logging.ERROR
     assert "secret" not in record.getMessage()
+    assert reloads == [False]
     if file.is_dir():
         file.rmdir()
     file.write_text(line("new"))
     poll_twice(watcher)
     assert watcher.access.names == ["new"]
+    assert reloads == [False, True]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason=f"{SYSTEM_REASON}lets root read every file")

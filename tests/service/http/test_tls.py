@@ -28,7 +28,7 @@ from fovea.service.http.paths import HEALTH_PATHS
 from tests.certificates import Authority
 from tests.pictures import make_jpeg
 from tests.raw import LIVE_REQUEST, Wire, classify_request
-from tests.servers import ROOT, Server, wait_until
+from tests.servers import ROOT, Server, run_service, wait_until
 
 HEADER_TIMEOUT = 1.0
 
@@ -316,6 +316,25 @@ def test_client_without_certificate_gets_health_alone(mutual_server: Server, aut
         assert wire.read_response().status == 200
         assert wire.read_response().error_code == "certificate_required"
         assert wire.is_closed()
+
+
+@pytest.mark.parametrize(("path", "starts"), [("/v1/models", False), ("/own", True), ("/ping", True)])
+def test_health_route_opens_no_other_route(
+    authority: Authority, small_zoo: Path, path: str, starts: bool
+) -> None:
+    settings = {
+        **authority.issue("health").settings,
+        "FOVEA_TLS_CLIENT_CA": str(authority.file),
+        "FOVEA_MODELS": str(small_zoo),
+        "FOVEA_HEALTH_ROUTE": path,
+    }
+    if starts:
+        with Server(None, authority.trust(), **settings) as server:
+            assert server.client.get(path).status_code == 200
+    else:
+        process = run_service(**settings)
+        assert process.returncode != 0
+        assert f"FOVEA_HEALTH_ROUTE is '{path}', which answers more than health" in process.stderr
 
 
 def test_client_with_foreign_or_expired_certificate_is_refused(
