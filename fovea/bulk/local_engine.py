@@ -22,8 +22,10 @@ from fovea.service.cli import load_live_model
 from fovea.service.errors import ModelError
 from fovea.service.image_files import ImageEntry
 from fovea.service.inference.preprocess import configure_pillow
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.resources.threads import expects_gpu
 from fovea.service.runners.load_messages import LoadCommand
+from fovea.service.runners.memory_plan import estimate_process_bytes
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
@@ -54,6 +56,10 @@ One chunk may exceed the limit: a chunk is cut by position, so that the batches 
 """
 
 
+_USABLE_SHARE: Final = 0.9
+"""Share of a container's memory that processes are planned for."""
+
+
 class _PendingChunk(NamedTuple):
     future: Future[ClassifiedChunk]
     held_bytes: int
@@ -64,8 +70,8 @@ class LocalEngine:
     """Classifies with a process for each processor, or with threads of this process.
 
     Like the runners of the service at full load, each of them reads, decodes and classifies batches of its
-    own. There are only threads on a GPU, for a single processor, and in a process that has other threads,
-    which cannot be forked. The rows are the same.
+    own. There are only threads on a GPU, for a single processor, in a container without memory for two
+    processes, and in a process that has other threads, which cannot be forked. The rows are the same.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class LocalEngine:
         self.contract = model.contract
         """Description of the model."""
         batch_size = loaded.loaded_model.batch_max
-        self._workers = model.load.plan.processes
+        self._workers = loaded.process_count if isinstance(loaded, WorkerPool) else model.load.plan.processes
         self.facts = TableFacts(
             model.name,
             model.version,
@@ -161,9 +167,23 @@ def _load_model(load: LoadCommand) -> Predictor | WorkerPool:
     """Load a model into processes or into this one. Raises `ModelError` and `StartError`."""
     plan = replace(load.plan, wide_threads=0)  # no call is exclusive
     load = replace(load, plan=plan)
-    if plan.processes > 1 and not expects_gpu(plan.provider) and threading.active_count() == 1:
-        return WorkerPool(load)
+    processes = count_processes(load, Cgroup())
+    if processes > 1 and not expects_gpu(plan.provider) and threading.active_count() == 1:
+        return WorkerPool(replace(load, plan=replace(plan, processes=processes)))
     return load_predictor(load)
+
+
+def count_processes(load: LoadCommand, cgroup: Cgroup) -> int:
+    """Return how many of the planned processes fit into the free memory of the container.
+
+    Without a limit, or if the use is unknown, all of them fit.
+    """
+    plan = load.plan
+    limit, used_bytes = cgroup.memory_limit_bytes(), cgroup.memory_working_set_bytes()
+    if limit is None or used_bytes is None:
+        return plan.processes
+    free_bytes = _USABLE_SHARE * limit - used_bytes - plan.decode_bytes
+    return min(plan.processes, max(0, int(free_bytes // estimate_process_bytes([load]))))
 
 
 def choose_batch_size(contract: Contract) -> int:

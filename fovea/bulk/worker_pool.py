@@ -83,6 +83,11 @@ class WorkerPool:
         """The model as a process has loaded it."""
         weakref.finalize(self, _close, self._workers)
 
+    @property
+    def process_count(self) -> int:
+        """Number of the processes."""
+        return len(self._workers)
+
     def prepare(self, row_maker: RowMaker, max_bytes: int) -> None:
         """Let all processes make rows like this one; images have at most `max_bytes` bytes."""
         for worker in self._workers:

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from fovea.bulk.inputs.basic_entries import BytesEntry
-from fovea.bulk.local_engine import LocalEngine, choose_batch_size
+from fovea.bulk.local_engine import LocalEngine, choose_batch_size, count_processes
 from fovea.bulk.rows import Row
 from fovea.bulk.worker_pool import WorkerPool
 from fovea.errors import ModelError, StartError
 from fovea.service.cli import load_live_model
 from fovea.service.image_files import ImageEntry
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners.load_messages import LoadCommand
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.standalone import load_predictor
@@ -93,6 +94,23 @@ def test_rows_are_those_of_one_process_to_the_last_bit(settings: Settings, image
     assert classify(engine, entries) == rows  # a second time, with the same processes
     del engine
     assert list_children() <= children
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [(None, 0, 64), (8_000, 100, 64), (2_000, 100, 55), (2_000, 1_500, 1), (400, 300, 0)],
+)
+def test_processes_fit_into_the_memory_of_the_container(
+    settings: Settings, tmp_path: Path, limit: int | None, used: int, expected: int
+) -> None:
+    """A process of the small model takes about 26 MB, and all processes share what decoding may take."""
+    (tmp_path / "memory.max").write_text("max" if limit is None else str(limit << 20))
+    (tmp_path / "memory.current").write_text(str(used << 20))
+    (tmp_path / "memory.stat").write_text("inactive_file 0\n")
+    (tmp_path / "membership").write_text("0::/\n")
+    load = load_live_model(settings, None, load_predictor)[1].load
+    load = replace(load, plan=replace(load.plan, processes=64, decode_bytes=256 << 20))
+    assert count_processes(load, Cgroup(tmp_path, tmp_path / "membership")) == expected
 
 
 def test_process_with_other_threads_is_not_forked(settings: Settings, images: list[Path]) -> None:
