@@ -30,8 +30,8 @@ _DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16, "
 WebP has two canvases and the frame. AVIF and HEIC have the planes and two copies of the frame.
 """
 
-_RETAINED_BYTES: Final = {"WEBP": 8, "AVIF": 8, "HEIC": 8}
-"""Bytes per pixel that the decoder keeps as long as its image lives."""
+_RETAINED_BYTES: Final = {"WEBP": 10, "AVIF": 8, "HEIC": 8}
+"""Bytes per pixel that the decoder keeps as long as its image lives. WebP has two canvases and alpha."""
 
 _PROFILE_BYTES: Final = 4 << 20
 """Peak bytes that a transform takes beside its profile, while it is built and as long as it is cached."""
@@ -122,7 +122,7 @@ def _convert_bytes(image_file: ImageFile.ImageFile) -> int:
         return 12
     if image_file.has_transparency_data:
         return 8 if image_file.mode == "RGBA" else 12
-    return 0 if image_file.mode == "RGB" else 4
+    return 0 if image_file.mode == "RGB" else 4 + _PIXEL_BYTES.get(image_file.mode, 0)
 
 
 @lru_cache(PLAN_CACHE_SIZE)

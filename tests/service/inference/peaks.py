@@ -149,8 +149,7 @@ def estimate_bytes(content: bytes, geometry: Geometry, boxes: Boxes | None = Non
 
 
 def _measure_peak(content: bytes, geometry: Geometry, boxes: Boxes | None = None) -> int:
-    if content[4:8] == b"ftyp" and b"avif" not in content[:40]:
-        trim_heap()  # the encoder of HEIC has threads, whose heaps would hold what is decoded
+    trim_heap()  # memory that is free already would hide a part of the peak
     Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak (proc(5))
     before = _read_status("VmRSS")
     _decode(content, geometry, boxes, None)
