@@ -42,7 +42,7 @@ function openDialog(reason) {
   const why = document.getElementById("key-why");
   const ended = new AbortController();
   const options = { signal: ended.signal };
-  why.textContent = reason;
+  why.textContent = readKey() ? reason : "Whoever runs this service gives out the keys.";
   field.value = "";
   return new Promise((resolve) => {
     const end = (hasKey) => {
