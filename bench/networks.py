@@ -60,7 +60,7 @@ def _build_model_file(
 ) -> bytes:
     @torch.inference_mode()
     def compute_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = net(torch.from_numpy(pixels)).numpy()
+        logits: npt.NDArray[np.float32] = net(torch.tensor(pixels)).numpy()
         return logits
 
     contract = build_contract(
