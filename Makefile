@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -108,6 +108,9 @@ bench-keys: $(VENV)/.dev ## Compare a service with API keys with an open one, an
 bench-ray: $(VENV)/.dev ## Compare the local engine, Ray on the same cores, and HTTP on 2,000 photographs (3 minutes)
 	$(BIN)/pip install --quiet --editable '.[ray]'
 	$(BIN)/python -m fovea.bench.ray_data $(RAY)
+
+bench-tls: $(VENV)/.dev ## Compare HTTPS with HTTP, and measure a handshake (2 minutes; needs wrk)
+	$(BIN)/python -m fovea.bench.tls $(TLS)
 
 bench-callers: $(VENV)/.dev ## See what one caller gets beside another that floods the service, with and without limits (3 minutes)
 	$(BIN)/python -m fovea.bench.callers $(CALLERS)
