@@ -27,6 +27,7 @@ from typing import Final
 
 import grpc
 
+from fovea.bench.machine import read_processor_seconds
 from fovea.bench.mixed import describe_machine
 from fovea.bench.processes import start_process
 from fovea.bench.workloads import CACHE, ROOT, WORKLOADS, BenchError
@@ -39,8 +40,6 @@ WORKLOAD_NAMES: Final = ("thumbnails", "photographs")
 _MODEL: Final = "cifar10"
 
 _CLIENT_OPTION: Final = "--client"
-
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _start_service() -> Iterator[tuple[int, dict[str, int]]]:
 def _measure(
     pid: int, ports: dict[str, int], workload: str, protocol: str, seconds: float, threads: int
 ) -> Round:
-    before = _read_processor_seconds(pid)
+    before = read_processor_seconds(pid)
     command = [sys.executable, "-m", "fovea.bench.grpc", _CLIENT_OPTION]
     client = subprocess.run(
         [*command, protocol, str(ports[protocol]), workload, str(seconds), str(threads)],
@@ -127,19 +126,13 @@ def _measure(
     if client.returncode:
         raise BenchError(f"the client failed: {client.stderr[-500:]}")
     count, duration = json.loads(client.stdout)
-    one = Round(workload, protocol, count / duration, (_read_processor_seconds(pid) - before) / count)
+    one = Round(workload, protocol, count / duration, (read_processor_seconds(pid) - before) / count)
     print(
         f"  {workload:<12}{protocol:<5} {one.rate:7.1f} images/s, {1e6 * one.service_seconds:6.0f} us of the "
         "service's processor time for each",
         flush=True,
     )
     return one
-
-
-def _read_processor_seconds(pid: int) -> float:
-    """Return the processor time of a process without its children, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _show_table(rounds: list[Round], workloads: list[str]) -> None:

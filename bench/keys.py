@@ -1,8 +1,9 @@
 """The `make bench-keys` benchmark: what API keys cost, and the rotation of a key under load.
 
 wrk loads the services in turn with thumbnails, the cheapest images: a service without keys, the same with
-keys, and with `--old` an earlier source tree. The ratios are taken in each round. Then callers send requests
-without a pause while keys are added, taken into use and removed; no request may fail.
+keys, and with `--old` an earlier source tree. The ratios are taken in each round: of the images per second,
+and of the images per processor time of the service's own process. Then callers send requests without a pause
+while keys are added, taken into use and removed; no request may fail.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from fovea.bench.cells import run_wrk
 from fovea.bench.contestants import FoveaVersion, Server, start_fovea, write_image_list
+from fovea.bench.machine import read_processor_seconds
 from fovea.bench.mixed import describe_machine
 from fovea.bench.workloads import WORKLOADS, BenchError
 from fovea.service.access.caller import Scope
@@ -85,32 +87,50 @@ def _measure_ratios(file: Path, old: Path | None, rounds: int, seconds: float) -
         for connections in CONNECTIONS:
             for server in servers:
                 run_wrk(server.url, connections, 1, images, key=server.key)
-            rates = [
+            costs = [
                 _measure_round(servers, connections, seconds, images, is_reversed=bool(number % 2))
                 for number in range(rounds)
             ]
             for name, other in (("open", "old"), ("keys", "open")):
                 if other in versions:
-                    ratios = sorted(row[name] / row[other] for row in rates)
+                    times = [row[other].seconds / row[name].seconds for row in costs]
+                    own_times = [row[other].processor_seconds / row[name].processor_seconds for row in costs]
                     print(
-                        f"{connections} connections, {name} / {other}: {statistics.median(ratios):.3f} "
-                        f"({ratios[0]:.3f} to {ratios[-1]:.3f}); "
-                        f"{statistics.median(row[name] for row in rates):,.0f} images/s",
+                        f"{connections} connections, {name} / {other}: images/s {_format_ratios(times)}, "
+                        f"images per processor time {_format_ratios(own_times)}; "
+                        f"{statistics.median(1 / row[name].seconds for row in costs):,.0f} images/s, "
+                        f"{statistics.median(1e6 * row[name].processor_seconds for row in costs):,.0f} us",
                         flush=True,
                     )
 
 
+def _format_ratios(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+class _Cost(NamedTuple):
+    """What one image takes."""
+
+    seconds: float
+    """Time of the round for each image, in seconds."""
+    processor_seconds: float
+    """Processor time of the service's own process, without its runners, in seconds."""
+
+
 def _measure_round(
     servers: list[Server], connections: int, seconds: float, images: Path, *, is_reversed: bool
-) -> Mapping[str, float]:
-    """Return the images per second of each service. Every second round has the other order."""
-    rates = {}
+) -> Mapping[str, _Cost]:
+    """Return what an image takes in each service. Every second round has the other order."""
+    costs = {}
     for server in reversed(servers) if is_reversed else servers:
+        before = read_processor_seconds(server.process.pid)
         report = run_wrk(server.url, connections, seconds, images, key=server.key)
         if report["refused"] or report["errors"]:
             raise BenchError(f"{server.name} refused {report['refused']:.0f} requests")
-        rates[server.name] = report["requests"] / report["seconds"]
-    return rates
+        processor_seconds = read_processor_seconds(server.process.pid) - before
+        count = report["requests"]
+        costs[server.name] = _Cost(report["seconds"] / count, processor_seconds / count)
+    return costs
 
 
 # --- rotation ------------------------------------------------------------------------------------
