@@ -1,7 +1,8 @@
 """The `make bench-keys` benchmark: what API keys cost, and the rotation of a key under load.
 
 wrk loads the services in turn with thumbnails, the cheapest images: a service without keys, the same with
-keys, and with `--old` an earlier source tree. The ratios are taken in each round: of the images per second,
+keys, and with `--old` an earlier source tree. All of them get the key, so that the client has the same work:
+it shares the processors with the service. The ratios are taken in each round: of the images per second,
 and of the images per processor time of the service's own process. Then callers send requests without a pause
 while keys are added, taken into use and removed; no request may fail.
 """
@@ -73,16 +74,14 @@ def main() -> int:
 def _measure_ratios(file: Path, old: Path | None, rounds: int, seconds: float) -> None:
     """Print the images per second of each service, and the ratios within the rounds."""
     key = add_key(file, "bench", frozenset({Scope.CLASSIFY}))
-    versions = {"open": (FoveaVersion(), ""), "keys": (FoveaVersion(settings={"FOVEA_KEYS": str(file)}), key)}
+    versions = {"open": FoveaVersion(), "keys": FoveaVersion(settings={"FOVEA_KEYS": str(file)})}
     if old:
-        versions = {"old": (FoveaVersion("old", old.absolute()), ""), **versions}
+        versions = {"old": FoveaVersion("old", old.absolute()), **versions}
     with ExitStack() as stack:
         images = stack.enter_context(write_image_list(_WORKLOAD))
         servers = [
-            stack.enter_context(
-                start_fovea(version, name, _WORKLOAD, _WORKLOAD.pixel_paths[0], key=version_key)
-            )
-            for name, (version, version_key) in versions.items()
+            stack.enter_context(start_fovea(version, name, _WORKLOAD, _WORKLOAD.pixel_paths[0], key=key))
+            for name, version in versions.items()
         ]
         for connections in CONNECTIONS:
             for server in servers:
