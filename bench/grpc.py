@@ -27,9 +27,8 @@ from typing import Final
 
 import grpc
 
-from fovea.bench.machine import read_processor_seconds
 from fovea.bench.mixed import describe_machine
-from fovea.bench.processes import start_process
+from fovea.bench.processes import measure_own_cpu_seconds, start_process
 from fovea.bench.workloads import CACHE, ROOT, WORKLOADS, BenchError
 from fovea.service.grpc import inference_pb2 as pb
 
@@ -114,7 +113,7 @@ def _start_service() -> Iterator[tuple[int, dict[str, int]]]:
 def _measure(
     pid: int, ports: dict[str, int], workload: str, protocol: str, seconds: float, threads: int
 ) -> Round:
-    before = read_processor_seconds(pid)
+    before = measure_own_cpu_seconds(pid)
     command = [sys.executable, "-m", "fovea.bench.grpc", _CLIENT_OPTION]
     client = subprocess.run(
         [*command, protocol, str(ports[protocol]), workload, str(seconds), str(threads)],
@@ -126,7 +125,7 @@ def _measure(
     if client.returncode:
         raise BenchError(f"the client failed: {client.stderr[-500:]}")
     count, duration = json.loads(client.stdout)
-    one = Round(workload, protocol, count / duration, (read_processor_seconds(pid) - before) / count)
+    one = Round(workload, protocol, count / duration, (measure_own_cpu_seconds(pid) - before) / count)
     print(
         f"  {workload:<12}{protocol:<5} {one.rate:7.1f} images/s, {1e6 * one.service_seconds:6.0f} us of the "
         "service's processor time for each",

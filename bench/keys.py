@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 from fovea.bench.cells import run_wrk
 from fovea.bench.contestants import FoveaVersion, Server, start_fovea, write_image_list
-from fovea.bench.machine import read_processor_seconds
 from fovea.bench.mixed import describe_machine
+from fovea.bench.processes import measure_own_cpu_seconds
 from fovea.bench.workloads import WORKLOADS, BenchError
 from fovea.service.access.caller import Scope
 from fovea.service.access.key_editor import add_key, remove_key
@@ -108,7 +108,7 @@ def _format_ratios(ratios: list[float]) -> str:
 
 
 class _Cost(NamedTuple):
-    """What one image takes."""
+    """Times that one image takes."""
 
     seconds: float
     """Time of the round for each image, in seconds."""
@@ -122,11 +122,11 @@ def _measure_round(
     """Return what an image takes in each service. Every second round has the other order."""
     costs = {}
     for server in reversed(servers) if is_reversed else servers:
-        before = read_processor_seconds(server.process.pid)
+        before = measure_own_cpu_seconds(server.process.pid)
         report = run_wrk(server.url, connections, seconds, images, key=server.key)
         if report["refused"] or report["errors"]:
             raise BenchError(f"{server.name} refused {report['refused']:.0f} requests")
-        processor_seconds = read_processor_seconds(server.process.pid) - before
+        processor_seconds = measure_own_cpu_seconds(server.process.pid) - before
         count = report["requests"]
         costs[server.name] = _Cost(report["seconds"] / count, processor_seconds / count)
     return costs

@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import Final
 
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
-
 _INSTRUCTION_SETS: Final = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -36,9 +34,3 @@ def read_processor() -> tuple[str, frozenset[str]]:
     flags_match = re.search(r"^(?:flags|Features)\s*: (.*)$", content, re.MULTILINE)
     name = name_match[1] if name_match else platform.machine()
     return name, frozenset(flags_match[1].split() if flags_match else ())
-
-
-def read_processor_seconds(pid: int) -> float:
-    """Return the processor time of a process without its children, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS

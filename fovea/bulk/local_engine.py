@@ -25,7 +25,7 @@ from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.resources.threads import expects_gpu
 from fovea.service.runners.load_messages import LoadCommand
-from fovea.service.runners.memory_plan import estimate_process_bytes
+from fovea.service.runners.memory_plan import USABLE_SHARE, estimate_process_bytes
 from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.live_model import LiveModel
 from fovea.service.serving.ranking import find_coverage
@@ -54,10 +54,6 @@ _HELD_BYTES: Final = 256 << 20
 
 One chunk may exceed the limit: a chunk is cut by position, so that the batches are always the same.
 """
-
-
-_USABLE_SHARE: Final = 0.9
-"""Share of a container's memory that processes are planned for."""
 
 
 class _PendingChunk(NamedTuple):
@@ -182,7 +178,7 @@ def count_processes(load: LoadCommand, cgroup: Cgroup) -> int:
     limit, used_bytes = cgroup.memory_limit_bytes(), cgroup.memory_working_set_bytes()
     if limit is None or used_bytes is None:
         return plan.processes
-    free_bytes = _USABLE_SHARE * limit - used_bytes - plan.decode_bytes
+    free_bytes = USABLE_SHARE * limit - used_bytes - plan.decode_bytes
     return min(plan.processes, max(0, int(free_bytes // estimate_process_bytes([load]))))
 
 

@@ -39,7 +39,7 @@ _SUPERVISOR_BYTES: Final = 40 << 20
 _PROCESS_BYTES: Final = 26 << 20
 """Memory of a child of the fork server without a model, in bytes, beside what it shares (measured: 15 MB)."""
 
-_USABLE_SHARE: Final = 0.9
+USABLE_SHARE: Final = 0.9
 """Share of the limit that is planned. The rest is for page tables, sockets and allocator fragmentation."""
 
 _MIN_CALLER_BYTES: Final = 48 << 20
@@ -121,7 +121,7 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
 
 def _warn_of_small_limit(limit: str, division: _MemoryDivision, runner_count: int) -> None:
     if division.caller_bytes < _MIN_CALLER_BYTES:
-        resting_bytes = division.limit * _USABLE_SHARE - division.caller_bytes
+        resting_bytes = division.limit * USABLE_SHARE - division.caller_bytes
         log.warning(
             f"{limit} is too small for {runner_count} runners: with the service they take "
             f"{_to_megabytes(resting_bytes)} MB at rest, and images need {_to_megabytes(_MIN_CALLER_BYTES)} "
@@ -140,7 +140,7 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
     limit = (cgroup or Cgroup()).memory_limit_bytes()
     if limit is None:
         return None
-    usable_bytes = int(limit * _USABLE_SHARE)
+    usable_bytes = int(limit * USABLE_SHARE)
     model_sizes = _model_sizes(settings)
     runner_bytes = _PROCESS_BYTES + MODEL_COPIES * sum(model_sizes)
     base_bytes = settings.workers * (_SERVICE_BYTES + _FORK_SERVER_BYTES)
@@ -158,7 +158,7 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
         _PROCESS_BYTES + 2 * MODEL_COPIES * max(model_sizes, default=0) + _SPARE_DECODE_BYTES
     )
     shortage = max(0, spare_bytes + _MIN_CALLER_BYTES - caller_bytes)
-    missing_bytes = math.ceil(shortage / _USABLE_SHARE)
+    missing_bytes = math.ceil(shortage / USABLE_SHARE)
     return _MemoryDivision(
         limit, runners, thread_plan.runners, caller_bytes, 0 if shortage else spare_bytes, missing_bytes
     )
