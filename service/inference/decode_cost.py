@@ -296,26 +296,35 @@ def _count_scans(image: ImageBytes) -> int:
 
 
 def _read_tiff(image: ImageBytes) -> ImageHeader:
-    """Read the first directory's width and length (TIFF 6.0, section 2), or those of its larger tiles."""
+    """Read the first directory's width and length (TIFF 6.0, section 2), or those of its larger tiles.
+
+    Raises `ValueError` if one of them is there twice, or is anything but one number of 16 or 32 bits.
+    """
     byte_order = "little" if image[0] == 0x49 else "big"
     if _read_number(image, 2, 2, byte_order) != 42:
         raise ValueError("a BigTIFF, or a raw file")
     offset = _read_number(image, 4, 4, byte_order)
+    entries = _read_number(image, offset, 2, byte_order)
+    if entries > _MAX_MARKERS:
+        raise ValueError("a directory of many entries")
     sides: dict[int, int] = {}
-    for entry in range(min(_read_number(image, offset, 2, byte_order), _MAX_MARKERS)):
-        start = offset + 2 + 12 * entry
+    for start in range(offset + 2, offset + 2 + 12 * entries, 12):
         tag, kind = _read_number(image, start, 2, byte_order), _read_number(image, start + 2, 2, byte_order)
-        if tag in (_WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH, _SUB_DIRECTORIES):
-            sides[tag] = _read_number(image, start + 8, 2 if kind == _SHORT else 4, byte_order)
-    if _SUB_DIRECTORIES in sides:
-        raise ValueError("its largest picture may be in another directory")
+        count = _read_number(image, start + 4, 4, byte_order)
+        if tag == _SUB_DIRECTORIES:
+            raise ValueError("its largest picture may be in another directory")
+        if tag in (_WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH):
+            if tag in sides or kind not in _INTEGER_BYTES or count != 1:
+                raise ValueError("a size that decoders read differently")
+            sides[tag] = _read_number(image, start + 8, _INTEGER_BYTES[kind], byte_order)
     width = max(sides.get(_WIDTH, 0), sides.get(_TILE_WIDTH, 0))
     length = max(sides.get(_LENGTH, 0), sides.get(_TILE_LENGTH, 0))
     return ImageHeader("TIFF", width, length)
 
 
 _WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH, _SUB_DIRECTORIES = 256, 257, 322, 323, 330
-_SHORT: Final = 3
+_INTEGER_BYTES: Final = {3: 2, 4: 4}
+"""Bytes of a value by its type number: SHORT and LONG."""
 
 
 def _read_heif(image: ImageBytes) -> ImageHeader:

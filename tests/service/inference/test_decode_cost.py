@@ -130,6 +130,12 @@ def test_tiff_with_possible_hidden_pictures_has_unknown_cost() -> None:
     assert estimate_cost(tiff_with_subdirectory, EXACT, max_pixels=MAX_PIXELS) is None
 
 
+def test_tiff_of_many_entries_has_unknown_cost() -> None:
+    entries = b"".join(struct.pack("<HHII", 65000 + index, 3, 1, 0) for index in range(300))
+    content = b"II*\0" + struct.pack("<IH", 8, 300) + entries + bytes(4)
+    assert estimate_cost(content, EXACT, max_pixels=MAX_PIXELS) is None
+
+
 def test_bytes_between_jpeg_segments_are_skipped() -> None:
     jpeg = make_jpeg(301, 203)
     padded_jpeg = jpeg[:2] + b"x" * 1000 + jpeg[2:]
@@ -161,6 +167,16 @@ def _insert_before_frame(make_segment: Callable[[bytes], bytes]) -> bytes:
     return content[:offset] + make_segment(content[offset : offset + 19]) + content[offset:]
 
 
+def _insert_tiff_entry(entry: bytes) -> bytes:
+    """Return a TIFF of 30 x 20 pixels whose directory has one more entry, at its end."""
+    content = encode_image(PICTURE.resize((30, 20)), "TIFF")
+    (offset,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, offset)
+    end = offset + 2 + 12 * count
+    directory = struct.pack("<H", count + 1) + content[offset + 2 : end] + entry + bytes(4)
+    return content[:4] + struct.pack("<I", len(content)) + content[8:] + directory
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -171,8 +187,14 @@ def _insert_before_frame(make_segment: Callable[[bytes], bytes]) -> bytes:
             _insert_before_frame(lambda frame, code=code: bytes([0xFF, code, 0, 21]) + frame)  # type: ignore[misc]
             for code in (0xC8, 0xF0, 0xFD)
         ),
+        _insert_tiff_entry(struct.pack("<HHII", 256, 3, 1, 0)),
+        _insert_tiff_entry(struct.pack("<HHII", 322, 3, 2, 60_000)),
+        _insert_tiff_entry(struct.pack("<HHII", 322, 5, 1, 8)),
     ],
-    ids=["PNG 1", "PNG 60000", "JPEG 1", "JPEG 60000", "hierarchy", "C8", "F0", "FD"],
+    ids=[
+        *("PNG 1", "PNG 60000", "JPEG 1", "JPEG 60000", "hierarchy", "C8", "F0", "FD"),
+        *("second width", "wide tile of two numbers", "wide tile as a fraction"),
+    ],
 )
 def test_image_of_which_decoders_may_read_another_size_has_unknown_cost(content: bytes) -> None:
     """A false size may be small, or so large that the image would count as refused."""
