@@ -296,19 +296,33 @@ def _count_scans(image: ImageBytes) -> int:
 
 
 def _read_tiff(image: ImageBytes) -> ImageHeader:
-    """Read the first directory's width and length (TIFF 6.0, section 2), or those of its larger tiles.
+    """Read width and length of the largest directory (TIFF 6.0, section 2), or of its larger tiles.
 
-    Raises `ValueError` if one of them is there twice, or is anything but one number of 16 or 32 bits.
+    The largest of several pages is decoded if the first one is a thumbnail. Raises `ValueError` if a size is
+    there twice, or is anything but one number of 16 or 32 bits.
     """
     byte_order = "little" if image[0] == 0x49 else "big"
     if _read_number(image, 2, 2, byte_order) != 42:
         raise ValueError("a BigTIFF, or a raw file")
-    offset = _read_number(image, 4, 4, byte_order)
-    entries = _read_number(image, offset, 2, byte_order)
-    if entries > _MAX_MARKERS:
-        raise ValueError("a directory of many entries")
+    header = ImageHeader("TIFF", 0, 0)
+    remaining_entries = _MAX_MARKERS
+    place = 4
+    while offset := _read_number(image, place, 4, byte_order):
+        entries = _read_number(image, offset, 2, byte_order)
+        remaining_entries -= 1 + entries
+        if remaining_entries < 0:
+            raise ValueError("many directories, or many entries in one")
+        place = offset + 2 + 12 * entries
+        width, length = _read_tiff_sides(image, range(offset + 2, place, 12), byte_order)
+        if width * length > header.width * header.height:
+            header = ImageHeader("TIFF", width, length)
+    return header
+
+
+def _read_tiff_sides(image: ImageBytes, entries: Sequence[int], byte_order: str) -> tuple[int, int]:
+    """Return the width and the length in a directory whose entries lie at these offsets."""
     sides: dict[int, int] = {}
-    for start in range(offset + 2, offset + 2 + 12 * entries, 12):
+    for start in entries:
         tag, kind = _read_number(image, start, 2, byte_order), _read_number(image, start + 2, 2, byte_order)
         count = _read_number(image, start + 4, 4, byte_order)
         if tag == _SUB_DIRECTORIES:
@@ -318,8 +332,7 @@ def _read_tiff(image: ImageBytes) -> ImageHeader:
                 raise ValueError("a size that decoders read differently")
             sides[tag] = _read_number(image, start + 8, _INTEGER_BYTES[kind], byte_order)
     width = max(sides.get(_WIDTH, 0), sides.get(_TILE_WIDTH, 0))
-    length = max(sides.get(_LENGTH, 0), sides.get(_TILE_LENGTH, 0))
-    return ImageHeader("TIFF", width, length)
+    return width, max(sides.get(_LENGTH, 0), sides.get(_TILE_LENGTH, 0))
 
 
 _WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH, _SUB_DIRECTORIES = 256, 257, 322, 323, 330
