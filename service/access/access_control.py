@@ -5,7 +5,8 @@ before the request is routed. `authorize` is called with the scope of the route.
 
 Comparison in constant time: the service compares the SHA-256 of a key, not the key. A dictionary finds the
 digest, and Python's hash of `bytes` mixes in a random secret of this process, so the time of a search says
-nothing about the digests in the file.
+nothing about the digests in the file. Headers whose key was found once are found again in the same way,
+without the digest: a search compares bytes only if their hashes are equal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ KEY_HEADERS: Final = (b"authorization", b"x-api-key")
 """Headers that carry a key, in lower case: `Authorization: Bearer KEY`, and `X-API-Key: KEY`."""
 
 _BEARER: Final = b"bearer"
+
+_KeyValues = tuple[bytes | None, bytes | None]
+"""Values of `KEY_HEADERS` in a request, None for a header that it lacks."""
+
+_MAX_REMEMBERED_KEYS: Final = 1000
+_MAX_REMEMBERED_BYTES: Final = 1024
+"""Limits of the remembered headers: their number, and the length of one."""
 
 _HOW_TO_SEND: Final = "send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 
@@ -69,6 +77,7 @@ class AccessControl:
     def replace_keys(self, keys: Iterable[ApiKey]) -> None:
         """Accept these keys from now on. Requests that were identified before go on."""
         self._keys = {key.digest: key for key in keys}
+        self._keys_by_values: dict[_KeyValues, ApiKey] = {}
         self._guards_metrics = any(Scope.METRICS in key.scopes for key in self._keys.values())
 
     @property
@@ -86,33 +95,39 @@ class AccessControl:
                 sent[name] = value
         if not sent:
             return NO_CREDENTIAL
-        bearer_header, key = sent.get(KEY_HEADERS[0]), sent.get(KEY_HEADERS[1])
+        values = sent.get(KEY_HEADERS[0]), sent.get(KEY_HEADERS[1])
+        key = self._keys_by_values.get(values)
+        if key is None:
+            found = self._find_key(*values)
+            if isinstance(found, str):
+                return Credential(None, found)
+            key = found
+            self._remember_key(values, key)
+        if self._read_clock() >= key.expires_at:
+            return Credential(None, f"the API key {key.name!r} has expired; its last day was {key.last_day}")
+        return Credential(key)
+
+    def _find_key(self, bearer_header: bytes | None, key: bytes | None) -> ApiKey | str:
+        """Return the key in the values of `KEY_HEADERS`, or a sentence that says why there is none."""
         if bearer_header is not None:
             scheme, _, token = bearer_header.partition(b" ")
             if scheme.lower() == _BEARER:
                 token = token.strip(b" \t")
                 if key is not None and not hmac.compare_digest(token, key):
-                    return Credential(None, "Authorization and X-API-Key have different keys; send one")
+                    return "Authorization and X-API-Key have different keys; send one"
                 key = token
             elif key is None:  # the header of another scheme may be for a proxy, beside our own header
-                return Credential(
-                    None, f"the Authorization header is not of the scheme Bearer; {_HOW_TO_SEND}"
-                )
-        return self._find_key(key or b"")
+                return f"the Authorization header is not of the scheme Bearer; {_HOW_TO_SEND}"
+        if key is None or not VALID_KEY.fullmatch(key):
+            return f"the API key is not one to {MAX_KEY_LENGTH} visible ASCII characters; {_HOW_TO_SEND}"
+        return self._keys.get(hash_key(key)) or "the API key is not known; it is wrong, or it was removed"
 
-    def _find_key(self, key: bytes) -> Credential:
-        if not VALID_KEY.fullmatch(key):
-            return Credential(
-                None, f"the API key is not one to {MAX_KEY_LENGTH} visible ASCII characters; {_HOW_TO_SEND}"
-            )
-        found = self._keys.get(hash_key(key))
-        if found is None:
-            return Credential(None, "the API key is not known; it is wrong, or it was removed")
-        if self._read_clock() >= found.expires_at:
-            return Credential(
-                None, f"the API key {found.name!r} has expired; its last day was {found.last_day}"
-            )
-        return Credential(found)
+    def _remember_key(self, values: _KeyValues, key: ApiKey) -> None:
+        """Find this key without its digest from now on."""
+        if sum(len(value) for value in values if value) <= _MAX_REMEMBERED_BYTES:
+            if len(self._keys_by_values) >= _MAX_REMEMBERED_KEYS:
+                self._keys_by_values.clear()
+            self._keys_by_values[values] = key
 
     def authorize(self, scope: Scope | None, credential: Credential, address: str) -> None:
         """Raise `Unauthorized` or `MissingScope` unless a caller may use the routes of a scope.

@@ -124,9 +124,9 @@ class Observer:
         """Count a finished request, then log and trace it."""
         metrics, seconds = self.metrics, time.monotonic() - record.started_at
         metrics.active_requests -= 1
-        metrics.count_request(record.protocol.name, record.route, record.model, record.status, seconds)
         if self._access:
-            self._update_metric(metrics.count_caller, record.credential.name, record.status)
+            metrics.count_caller(record.credential.name, record.status)
+        metrics.count_request(record.protocol.name, record.route, record.model, record.status, seconds)
         self.log_request(record)
 
     def _update_metric(self, update: Callable[..., None], *values: object) -> None:

@@ -319,6 +319,7 @@ class Metrics:
         self._gauge_setters: list[Callable[[], None]] = [
             lambda: self.requests_in_flight.set(self.active_requests)
         ]
+        self._finished_callers: list[tuple[str, int]] = []
         self._caller_counters: dict[tuple[str, int], Counter] = {}
         self._callers = {ANONYMOUS}
         self._fold_interval = 1 if is_shared else MAX_PENDING_REQUESTS
@@ -355,7 +356,8 @@ class Metrics:
         self._pending_requests = 0
         tallies = (*self._tallies, *self._pending_tallies)
         self._pending_tallies.clear()
-        for update in (*(tally.fold for tally in tallies), self._fold_requests, *self._gauge_setters):
+        folds = (*(tally.fold for tally in tallies), self._fold_requests, self._fold_callers)
+        for update in (*folds, *self._gauge_setters):
             self._update(update)
 
     def _update(self, update: Callable[[], None]) -> None:
@@ -385,6 +387,27 @@ class Metrics:
             series[0].inc(len(values))
             observe_all(series[1], values)
 
+    def _fold_callers(self) -> None:
+        """Count the requests of each caller.
+
+        Those of callers beyond the first `MAX_CALLERS` have one name.
+        """
+        counts: defaultdict[tuple[str, int], int] = defaultdict(int)
+        for key in self._finished_callers:
+            counts[key] += 1
+        self._finished_callers.clear()
+        for (caller, status), count in counts.items():
+            name = caller
+            if name not in self._callers:
+                if len(self._callers) > MAX_CALLERS:
+                    name = OTHER_CALLERS
+                else:
+                    self._callers.add(name)
+            counter = self._caller_counters.get((name, status))
+            if counter is None:
+                counter = self._caller_counters[name, status] = self.caller_requests.labels(name, str(status))
+            counter.inc(count)
+
     def count_request(self, protocol: str, route: str, model: str, status: int, seconds: float) -> None:
         """Count one request that took `seconds`, and fold if enough are pending."""
         self._finished_requests.append(((protocol, route, model, status), seconds))
@@ -393,17 +416,11 @@ class Metrics:
             self.fold()
 
     def count_caller(self, name: str, status: int) -> None:
-        """Count a request under the name of its API key; an empty name is that of no key."""
-        caller = name or ANONYMOUS
-        if caller not in self._callers:
-            if len(self._callers) > MAX_CALLERS:
-                caller = OTHER_CALLERS
-            else:
-                self._callers.add(caller)
-        counter = self._caller_counters.get((caller, status))
-        if counter is None:
-            counter = self._caller_counters[caller, status] = self.caller_requests.labels(caller, str(status))
-        counter.inc()
+        """Count a request under the name of its API key; an empty name is that of no key.
+
+        Call it before `count_request`, which folds.
+        """
+        self._finished_callers.append((name or ANONYMOUS, status))
 
     def count_error(self, reason: str) -> None:
         """Count one error by its code, or `CLIENT_LEFT`.

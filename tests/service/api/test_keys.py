@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import time
+import tracemalloc
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,42 @@ def test_refusals_are_delayed_for_each_address_or_key_alone() -> None:
     assert get_delay(wrong, "192.0.2.2") == 0.0
     assert get_delay(right, "192.0.2.1") == 0.0
     access.authorize(Scope.CLASSIFY, right, "192.0.2.1")
+
+
+def test_headers_whose_key_was_found_are_checked_again_for_every_request() -> None:
+    """The search for a key is remembered, and neither its expiry nor its removal is."""
+    now = 0.0
+    lasting, expiring = (
+        ApiKey(name, frozenset({Scope.CLASSIFY}), hash_key(f"key-of-{name}".encode()), last_day)
+        for name, last_day in (("lasting", None), ("expiring", date(2020, 1, 1)))
+    )
+    access = AccessControl([lasting, expiring], read_clock=lambda: now)
+    long_space = b"Bearer" + 5000 * b" " + b"key-of-lasting"
+    for _ in range(3):
+        assert access.identify([(b"x-api-key", b"key-of-expiring")]).key == expiring
+        assert access.identify([(b"authorization", b"Bearer key-of-lasting")]).key == lasting
+        assert access.identify([(b"authorization", long_space)]).key == lasting
+        # A value is known as that of its header only.
+        assert access.identify([(b"authorization", b"key-of-expiring")]).key is None
+        assert access.identify([(b"x-api-key", b"Bearer key-of-lasting")]).key is None
+    now = expiring.expires_at
+    assert access.identify([(b"x-api-key", b"key-of-expiring")]).key is None
+    access.replace_keys([expiring])
+    assert access.identify([(b"authorization", b"Bearer key-of-lasting")]).key is None
+
+
+def test_remembered_headers_take_limited_memory() -> None:
+    key = ApiKey("app", frozenset({Scope.CLASSIFY}), hash_key(b"key-of-app"))
+    access = AccessControl([key])
+    tracemalloc.start()
+    try:
+        for number in range(20_000):  # any number of headers beside the key is accepted
+            other = b"Basic %d " % number + 2000 * b"x" * (number % 2)
+            assert access.identify([(b"authorization", other), (b"x-api-key", b"key-of-app")]).key == key
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 1 << 20
 
 
 def test_refused_request_reads_no_body_and_asks_no_model(closed_server: Server) -> None:

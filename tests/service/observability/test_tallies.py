@@ -140,3 +140,16 @@ def test_pending_tally_does_not_bring_removed_series_back() -> None:
     metrics.fold()
     series = {"model": "small", "version": "1", "signal": "label"}
     assert metrics.registry.get_sample_value("fovea_drift_psi", series) is None
+
+
+def test_callers_are_counted_with_the_request_that_follows() -> None:
+    metrics = Metrics(CollectorRegistry(), is_shared=True)
+    for name, status in (("app", 200), ("app", 200), ("app", 429), ("", 401)):
+        metrics.count_caller(name, status)
+    count_requests(metrics, 1)
+    counts = {
+        (sample.labels["caller"], sample.labels["status"]): sample.value
+        for sample in next(iter(metrics.caller_requests.collect())).samples
+        if sample.name == "fovea_caller_requests_total"
+    }
+    assert counts == {("app", "200"): 2, ("app", "429"): 1, ("anonymous", "401"): 1}
