@@ -294,7 +294,7 @@ def test_disabled_explanations_are_reported(page: Page, minimal_server: Server) 
     expect(page.locator("#heat-text")).to_contain_text("There is no heat map: ")
     expect(page.locator("#saw")).to_contain_text("It cannot be shown: ")
     expect(page.locator("#layers-text")).to_contain_text("The layers cannot be shown: ")
-    for empty in ("#network", "#lens", ".looked .under"):
+    for empty in ("#network", "#lens", ".looked .under", ".saw"):
         expect(page.locator(empty)).not_to_be_visible()
 
 

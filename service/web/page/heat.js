@@ -19,7 +19,7 @@ const bar = /** @type {HTMLProgressElement} */ (byId("heat-progress"));
  */
 export async function look(model, photo, label, signal, known) {
   tell("Looking …");
-  setBare(false);
+  hideEmpty(false, false);
   let saw = null;
   try {
     for await (const told of explain(model, photo.file, label, signal)) {
@@ -37,7 +37,7 @@ export async function look(model, photo, label, signal, known) {
   } catch (error) {
     if (error.name === "AbortError") return;
     showHeat(null);
-    setBare(true);
+    hideEmpty(true, !saw);
     if (!saw) showSaw(null, `It cannot be shown: ${error.message}`);
     known(null);
     tell(`There is no heat map: ${error.message}`);
@@ -51,9 +51,10 @@ function tell(words, share = null) {
   if (share !== null) bar.value = share;
 }
 
-/** Take away what a heat map alone needs. */
-function setBare(on) {
-  text.closest(".looked").classList.toggle("bare", on);
+/** Take away what only a heat map needs, and the place for the model's input. @param {boolean} heat @param {boolean} input */
+function hideEmpty(heat, input) {
+  byId("opened").classList.toggle("no-heat", heat);
+  byId("opened").classList.toggle("no-input", input);
 }
 
 function conclude(told) {
