@@ -218,7 +218,11 @@ class Result:
         if self.coverage:
             labels = escape(", ".join(self.coverage.labels)) or "none"
             doubt = " (too uncertain to decide)" if self.coverage.abstain else ""
-            lines.append(f"{100 * self.coverage.level:g}% sure to be among: {labels}{doubt}")
+            share = f"{100 * self.coverage.level:g}%"
+            lines.append(
+                f"for images like the test images, the true label is among these in {share} of cases: "
+                f"{labels}{doubt}"
+            )
         caption = escape(f"{self.model.name} version {self.model.version}")
         if self.box:
             caption += f", box {self.box}"

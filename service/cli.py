@@ -336,7 +336,10 @@ def _print_warnings(console: Console, warnings: Sequence[ImageWarning]) -> None:
 def _format_label_set(prediction_set: LabelSet) -> str:
     doubt = " (too uncertain to decide)" if prediction_set.abstain else ""
     labels = ", ".join(prediction_set.labels) or "none"
-    return f"  {100 * prediction_set.level:g}% sure to be among: {labels}{doubt}"
+    return (
+        f"  for images like the test images, the true label is among these "
+        f"in {100 * prediction_set.level:g}% of cases: {labels}{doubt}"
+    )
 
 
 def _printable_name(path: Path) -> str:

@@ -71,7 +71,8 @@ def test_coverage_output_equals_service_answer(server: Server, small_zoo: Path, 
     json_process = run_fovea("classify", pictures[0], "--json", "--coverage", "0.9", zoo=small_zoo)
     assert json.loads(json_process.stdout) == expected
     text = run_fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
-    assert f"90% sure to be among: {', '.join(expected['coverage']['labels'])}" in text
+    sentence = "for images like the test images, the true label is among these in 90% of cases"
+    assert f"{sentence}: {', '.join(expected['coverage']['labels'])}" in text
     assert "too uncertain" not in text
     refusal = run_fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
     assert (refusal.returncode, refusal.stdout) == (2, "")
@@ -88,10 +89,10 @@ def test_empty_and_full_sets_are_marked_as_too_uncertain(tmp_path: Path) -> None
         with_contract(graph, replace(read_contract(graph), coverage=coverage)), tmp_path / "zoo"
     )
     empty_set_output = run_fovea("classify", black_picture, "--coverage", "0.5", zoo=zoo).stdout
-    assert "50% sure to be among: none (too uncertain to decide)\n" in empty_set_output
+    assert "in 50% of cases: none (too uncertain to decide)\n" in empty_set_output
     full_set_output = run_fovea("classify", black_picture, "--coverage", "0.995", zoo=zoo).stdout
     assert re.search(
-        r"99\.5% sure to be among: (ant, bee|bee, ant) \(too uncertain to decide\)\n", full_set_output
+        r"in 99\.5% of cases: (ant, bee|bee, ant) \(too uncertain to decide\)\n", full_set_output
     )
 
 

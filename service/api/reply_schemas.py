@@ -263,6 +263,14 @@ class LayerInfo(BaseModel):
     constants: dict[str, float]
     attributes: dict[str, Any]
     weights: list[str]
+    input: str | None = Field(
+        description="Tensor of the vector that a linear layer multiplies with its weights, for `maps`; "
+        "null for other layers."
+    )
+    order: str | None = Field(
+        description="Order in which a flattening writes its source into one row: `CHW` or `HWC`; null if "
+        "it is unknown, and for other layers."
+    )
     field: ReceptiveField | None
 
 

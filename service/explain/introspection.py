@@ -19,7 +19,7 @@ from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
 from fovea.service.explain.cam import NoCam, find_head, verify_cam
 from fovea.service.explain.layer_view import LayerView
-from fovea.service.explain.layers import describe_layers
+from fovea.service.explain.layers import LINEAR_KINDS, describe_layers, find_input_tensor
 from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, decode_golden_pixels
@@ -70,9 +70,18 @@ class IntrospectedModel:
         small_tensors = [
             name for name, shape in self._weights.items() if _count_values(shape) <= _MAX_CONSTANT_VALUES
         ]
-        constants = dict(zip(small_tensors, self._run_graph(small_tensors, self._black_image), strict=True))
-        self.layers: list[LayerView] = describe_layers(self._complete_shapes(), self._weights, constants)
+        test_card = _create_test_card(contract)
+        *small_values, input_value = self._run_graph([*small_tensors, find_input_tensor(contract)], test_card)
+        constants = dict(zip(small_tensors, small_values, strict=True))
+        input_view, *other_views = describe_layers(self._complete_shapes(), self._weights, constants)
+        self.layers: list[LayerView] = [
+            replace(input_view, attributes=_describe_colours(input_view, input_value, test_card)),
+            *other_views,
+        ]
         self._layers_by_tensor = {layer.tensor: layer for layer in self.layers}
+        self._input_tensors = {
+            layer.input_tensor for layer in self.layers if layer.input_tensor
+        } - self._layers_by_tensor.keys()
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
         self._last_outputs: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
@@ -106,20 +115,20 @@ class IntrospectedModel:
         return decoded_image.pixels
 
     def compute_output(self, tensor: str, pixels: Pixels) -> Floats:
-        """Return the output of a layer for an image, uint8 (height, width, 3).
+        """Return the output of a layer, or the input vector of a linear layer, for an image.
 
-        The result is float32, maps are (channels, height, width). Raises `NotFound` if no layer has this
-        tensor.
+        The image is uint8 (height, width, 3). The result is float32, maps are (channels, height, width).
+        Raises `NotFound` if no layer has this tensor.
         """
-        layer = self._find_layer(tensor)
+        layout = None if tensor in self._input_tensors else self._find_layer(tensor).layout
         key = pixels.tobytes()
         if self._last_outputs[0] != key:
             self._last_outputs = (key, self._compute_outputs(pixels[None]))
         outputs = self._last_outputs[1]
         value = outputs[tensor] if tensor in outputs else self._run_graph([tensor], pixels[None])[0]
-        layout = layer.layout
         maps = layout.to_maps(value) if layout else value
-        return np.atleast_1d(np.asarray(maps[0], np.float32))
+        image_maps = np.asarray(maps[0], np.float32)
+        return image_maps.reshape(-1) if tensor in self._input_tensors else np.atleast_1d(image_maps)
 
     def read_weights(self, tensor: str, part: str) -> Floats:
         """Return a part of a layer's weights (`LayerView.weights`): float32, one row for each output.
@@ -132,7 +141,12 @@ class IntrospectedModel:
                 f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
             )
         value = np.asarray(self._read_weight_tensor(layer.weights[part]), np.float32)
-        return np.moveaxis(value, -1, 0) if part == "weight" and layer.is_transposed else value
+        if part == "weight":
+            return np.moveaxis(value, -1, 0) if layer.is_transposed else value
+        if part != "bias" or layer.kind not in LINEAR_KINDS:
+            return value
+        vector = value.reshape(-1)  # the bias of a Gemm may be (1, outputs), or one number for all outputs
+        return np.repeat(vector, layer.shape[0] or 1) if vector.size == 1 else vector
 
     def _read_weight_tensor(self, name: str) -> npt.NDArray[Any]:
         """Return a weight.
@@ -163,7 +177,7 @@ class IntrospectedModel:
 
         One run costs the same for all layers as for one layer.
         """
-        names = list(self._layers_by_tensor)
+        names = [*self._layers_by_tensor, *sorted(self._input_tensors)]
         if 4 * sum(_count_values(layer.shape) for layer in self.layers) > _MAX_CACHED_BYTES:
             return {}
         return dict(zip(names, self._run_graph(names, batch), strict=True))
@@ -203,6 +217,41 @@ class IntrospectedModel:
                 f"with all layers as outputs, the graph's logits are off by {difference:.3g}; "
                 f"the tolerance is {tolerance:.3g}"
             )
+
+
+_CARD_COLOURS: Final = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
+"""Colours of the first pixels of the test card; the second to the fourth are the channels of the image."""
+
+_CHANNEL_NAMES: Final = ("red", "green", "blue")
+
+
+def _create_test_card(contract: Contract) -> Pixels:
+    """Return a batch of one black image with pure colours in its first pixels."""
+    image = np.zeros((contract.input.height * contract.input.width, 3), np.uint8)
+    image[: len(_CARD_COLOURS)] = _CARD_COLOURS[: len(image)]
+    return image.reshape(1, contract.input.height, contract.input.width, 3)
+
+
+def _describe_colours(view: LayerView, value: npt.NDArray[Any], test_card: Pixels) -> dict[str, Any]:
+    """Return which colour each map of the network's input shows, and its range; nothing if pixels are mixed.
+
+    `value` is the input of the network for the test card.
+    """
+    _, height, width, _ = test_card.shape
+    if view.layout is None or view.shape[1:] != (height, width) or height * width < len(_CARD_COLOURS):
+        return {}
+    colours = view.layout.to_maps(value)[0].reshape(view.layout.channels, -1)[:, : len(_CARD_COLOURS)]
+    if not np.isfinite(colours).all():
+        return {}
+    # (maps, red, green, blue): what a pure colour adds to black
+    responses = np.abs(colours[:, 1:4] - colours[:, :1])
+    is_response = responses > 1e-4 * responses.max(initial=0)
+    names = [
+        _CHANNEL_NAMES[int(np.argmax(row))] if row.sum() == 1 else "grey" if row.all() else None
+        for row in is_response
+    ]
+    colour_range = {"lowest": float(colours.min()), "highest": float(colours.max())}
+    return {**colour_range, "channels": names} if None not in names else colour_range
 
 
 def slice_rows(values: Floats, first: int, count: int) -> Floats:

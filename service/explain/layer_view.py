@@ -38,5 +38,11 @@ class LayerView:
     """Tensor of each part, such as `weight`."""
     is_transposed: bool = False
     """True if the weight is (inputs, outputs), see `layers.is_transposed`."""
+    input_tensor: str | None = None
+    """Tensor of the vector that a linear layer multiplies with its weights; None for other layers. The source
+    may have the same values as maps of one pixel, or have more values, such as the tokens of all places."""
+    flattened_axes: str | None = None
+    """Order in which a `Flatten` writes its source into one row, `CHW` or `HWC`; None if it is unknown, and
+    for other layers."""
     receptive_field: ReceptiveField | None = None
     """Receptive field of one value; None if it is the whole input or the output is not a map."""

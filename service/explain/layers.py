@@ -41,8 +41,10 @@ _ELEMENTWISE_KINDS: Final = frozenset(
 )  # fmt: skip
 """Elementwise operators: each value depends only on values at the same place, in any channel."""
 
-_LINEAR_KINDS: Final = frozenset({"Gemm", "MatMul"})
-_WEIGHTED_KINDS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR_KINDS})
+LINEAR_KINDS: Final = frozenset({"Gemm", "MatMul"})
+"""Operators of linear layers."""
+
+_WEIGHTED_KINDS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *LINEAR_KINDS})
 """Operators that can be the first layer of a network; everything before it prepares the input."""
 
 
@@ -71,6 +73,15 @@ def describe_layers(contract: Contract, shapes: Shapes, constants: Constants) ->
     """
     reader = _LayerReader(contract, shapes, constants)
     return assign_blocks(merge_composites(reader.read_layers()))
+
+
+def find_input_tensor(contract: Contract) -> str:
+    """Return the tensor that the first layer with weights reads: the input of the network itself."""
+    image_tensors = find_image_tensors(contract)
+    for layer in contract.layers:
+        if layer.kind in _WEIGHTED_KINDS and layer.inputs[0] in image_tensors:
+            return layer.inputs[0]
+    return contract.input_name
 
 
 def is_transposed(layer: Layer) -> bool:
@@ -104,7 +115,7 @@ class _LayerReader:
         self._consumer_counts = Counter(name for layer in contract.layers for name in layer.inputs)
         self._image_tensors = find_image_tensors(contract)
         self._layouts = find_layouts(contract)
-        self._input_name = self._find_input_tensor()
+        self._input_name = find_input_tensor(contract)
         self._views: dict[str, LayerView] = {}
         self._sources: dict[str, tuple[str, ...]] = {}
         """Shown layers from which each tensor is computed."""
@@ -157,13 +168,6 @@ class _LayerReader:
             if tensor != self._input_name and tensor in self._image_tensors:
                 self._sources[tensor] = tuple(sources)
 
-    def _find_input_tensor(self) -> str:
-        """Return the tensor that the first layer with weights reads."""
-        for layer in self._contract.layers:
-            if layer.kind in _WEIGHTED_KINDS and layer.inputs[0] in self._image_tensors:
-                return layer.inputs[0]
-        return self._contract.input_name
-
     def _find_ancestors(self, tensor: str) -> set[str]:
         """Return a tensor and all tensors from which it is computed."""
         ancestors: set[str] = set()
@@ -186,8 +190,7 @@ class _LayerReader:
             return False
         if layer.kind in RESHAPE_KINDS:
             # Only the flattening of maps is shown, not a reshape of one value per channel.
-            shape = self._find_shape(layer.inputs[0])
-            return len(shape) == 3 and len(layer.shape) == 1 and len(_drop_ones(shape)) > 1
+            return len(layer.shape) == 1 and len(_drop_ones(self._find_shape(layer.inputs[0]))) > 1
         return True
 
     def _create_view(self, layer: Layer) -> LayerView:
@@ -213,15 +216,30 @@ class _LayerReader:
             },
             weights=weights,
             is_transposed=is_transposed(layer),
+            input_tensor=self._find_input_vector(layer, weights),
+            flattened_axes=self._find_flattened_axes(layer),
         )
         return replace(view, receptive_field=self._find_field(layer, view))
 
     def _find_weights(self, layer: Layer) -> dict[str, str]:
         if layer.kind == "Add":  # a vector that is added may be the bias of a product
-            vectors = [name for name in layer.inputs if len(self._shapes.get(name, ())) == 1]
+            vectors = [name for name in layer.inputs if _is_vector(self._shapes.get(name, ()))]
             return {"bias": vectors[0]} if vectors else {}
         parts = zip(_WEIGHT_NAMES.get(layer.kind, ()), layer.inputs[1:], strict=False)
         return {part: name for part, name in parts if name and name not in self._image_tensors}
+
+    def _find_input_vector(self, layer: Layer, weights: Mapping[str, str]) -> str | None:
+        name = layer.inputs[0]
+        if layer.kind not in LINEAR_KINDS or "weight" not in weights or name not in self._producers:
+            return None
+        return name if len(_drop_ones(self._find_shape(name))) <= 1 else None
+
+    def _find_flattened_axes(self, layer: Layer) -> str | None:
+        """Return the order of the values of a flattened source, as its axes."""
+        layout = self._layouts.get(layer.inputs[0])
+        if layer.kind not in RESHAPE_KINDS or layout is None or layout.leading_tokens:
+            return None
+        return layout.axes.replace("T", "HW") if self._find_source(layer.inputs[0]) in self._views else None
 
     def _count_parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
         """Return the number of learned parameters, without paddings, sizes and scalar constants."""
@@ -371,6 +389,11 @@ _WINDOW_ATTRIBUTES: Final = frozenset(
 
 def _drop_ones(shape: Sequence[int | None]) -> list[int | None]:
     return [size for size in shape if size != 1]
+
+
+def _is_vector(shape: Sequence[int]) -> bool:
+    """Return True if an array of this shape has one value for each output of a linear layer."""
+    return len(shape) > 0 and shape[-1] == prod(shape)
 
 
 def _read_pair(layer: Layer, name: str, default: int) -> tuple[int, int]:

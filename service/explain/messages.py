@@ -135,6 +135,8 @@ class LayerDescription:
     constants: Mapping[str, float | None]
     attributes: Mapping[str, Any]
     weights: Sequence[str]
+    input: str | None
+    order: str | None
     field: Mapping[str, Sequence[int]] | None
 
 

@@ -294,5 +294,7 @@ def _render_layer(layer: LayerView) -> LayerDescription:
         constants=layer.constants,
         attributes=layer.attributes,
         weights=list(layer.weights),
+        input=layer.input_tensor,
+        order=layer.flattened_axes,
         field=field and {axis: list(span) for axis, span in field._asdict().items()},
     )

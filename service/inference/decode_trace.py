@@ -39,7 +39,7 @@ def trace_decoding(
     if image_file.size != size:
         trace.add_step(
             "scale",
-            f"decoded at {format_size(image_file.size)}: the JPEG decoder leaves out detail",
+            f"to {format_size(image_file.size)} by the JPEG decoder, which leaves out detail",
         )
 
 
@@ -61,17 +61,40 @@ def trace_conversion(
         trace.add_step("convert", f"from {image_file.mode} to RGB")
 
 
-def trace_geometry(trace: DecodeTrace, size: Size, geometry: Geometry) -> None:
-    """Record the steps of the geometry for an upright image of full `size`.
+def trace_geometry(trace: DecodeTrace, size: Size, decoded_size: Size, geometry: Geometry) -> None:
+    """Record the steps of the geometry for an upright image of full `size`, decoded at `decoded_size`.
 
-    The region outside the crop may not have been resized, which the trace does not show.
+    The steps up to the resize are in pixels of the decoded image. The region outside the crop may not have
+    been resized, which the trace does not show.
     """
     plan = plan_steps(size, geometry)
+    scale = decoded_size[0] / size[0], decoded_size[1] / size[1]
     for planned_step in plan:
         before = planned_step.size
         if planned_step.target_size != before or planned_step.box != (0, 0, *before):
-            trace.add_step(*_describe_step(planned_step))
+            trace.add_step(*_describe_step(_scale_step(planned_step, scale)))
+        if isinstance(planned_step.step, ResizeStep):
+            scale = 1.0, 1.0
     trace.crop_box = find_visible_box(plan)
+
+
+def _scale_step(planned_step: PlannedStep, scale: tuple[float, float]) -> PlannedStep:
+    """Return the step for an image of which the JPEG decoder has kept only a share of width and height."""
+    step, size, box, target_size = planned_step
+    if scale == (1.0, 1.0):
+        return planned_step
+    left, top, right, bottom = box
+    across, down = scale
+    return PlannedStep(
+        step,
+        _scale_size(size, scale),
+        (left * across, top * down, right * across, bottom * down),
+        target_size if isinstance(step, ResizeStep) else _scale_size(target_size, scale),
+    )
+
+
+def _scale_size(size: Size, scale: tuple[float, float]) -> Size:
+    return round(size[0] * scale[0]), round(size[1] * scale[1])
 
 
 def _describe_step(planned_step: PlannedStep) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TypeVar
+from typing import Final, TypeVar
 from warnings import filterwarnings
 
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, _imaging
@@ -242,9 +242,21 @@ def _error_for_caller(error: Exception, kind: str, max_pixels: int) -> Exception
     # Pillow has its own limit, which some formats check before the size is known.
     if isinstance(error, Image.DecompressionBombError):
         return TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP")
-    refusal = BadImage(f"the {kind} image cannot be decoded: {error}")
+    refusal = BadImage(f"the {kind} image cannot be decoded: {_describe_damage(error)}")
     refusal.__cause__ = error
     return refusal
+
+
+_CUT_WORDS: Final = ("truncated", "unexpected end", "not enough", "end of file", "eof")
+"""Words by which Pillow and its codecs say that a file is too short."""
+
+
+def _describe_damage(error: Exception) -> str:
+    """Return what is wrong with a file, in words for people; a decoder's own words are about its code."""
+    text = str(error).lower()
+    if isinstance(error, EOFError) or any(word in text for word in _CUT_WORDS):
+        return "its end is missing; was it copied or downloaded completely?"
+    return "its content is damaged"
 
 
 def _decode_pixels(
@@ -272,7 +284,8 @@ def _decode_pixels(
         conversion = find_conversion(source.profile, image.mode, warnings)
         if trace:
             trace_conversion(trace, image_file, rotation, conversion)
-            trace_geometry(trace, (width, height), geometry)
+            decoded_size = image.size[::-1] if rotation and rotation.swaps_axes else image.size
+            trace_geometry(trace, (width, height), decoded_size, geometry)
         del image_file, source  # 50 MP take 200 MB: free the previous step's image
         if rotation and geometry.is_exact:
             image = image.transpose(rotation.method)

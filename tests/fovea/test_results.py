@@ -174,5 +174,5 @@ def test_notebooks_show_a_table_and_escape_labels(tmp_path: Path) -> None:
     assert "<b>" not in html
     assert "a&lt;b version 1" in html
     assert "mostly_cropped: the model sees only the middle" in html
-    assert "50% sure to be among: " in html
+    assert "the true label is among these in 50% of cases: " in html
     assert html.count("<tr>") == 2

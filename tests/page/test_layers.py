@@ -137,9 +137,12 @@ def test_row_layers_show_a_value_without_an_equation(view: View, tensor: str) ->
     assert value == pytest.approx(float(view.fetch_maps(tensor)[1, 2, 2]), abs=1e-5)
 
 
-def test_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
+def test_maps_of_a_layer_can_share_one_colour_scale(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
+    view.column(tensor)
+    view.page.get_by_label("Stretch colours").select_option("of no map")
+    expect(view.column(tensor)).to_have_attribute("data-stretched", "false")
     values = view.fetch_maps(tensor)
     share = values / np.abs(values).max() / 2 + 0.5
     maps = view.column(tensor).locator(".map canvas")
@@ -147,27 +150,77 @@ def test_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
         assert is_coloured(maps.nth(index), share[index])
 
 
-def test_stretch_button_scales_the_colours_of_each_map(view: View) -> None:
+def test_pale_maps_are_stretched_until_another_choice(view: View) -> None:
+    """One map of the first convolution is much stronger than the others, which would be nearly white."""
     view.pick_files(SHIP, TRUCK)
     tensor = view.tensor_name("Conv")
-    values = view.fetch_maps(tensor)[1]
-    map_shares = values / np.abs(values).max() / 2 + 0.5
+    values = view.fetch_maps(tensor)
+    assert np.median(np.abs(values[:8]).max(axis=(1, 2))) < np.abs(values).max() / 2
+    map_shares = values[1] / np.abs(values[1]).max() / 2 + 0.5
     column = view.column(tensor)
-    stretch_button = view.page.get_by_role("button", name="Stretch colours")
-    stretch_button.click()
-    expect(column.locator(".strip")).to_have_count(0)
-    expect(column.locator(".map canvas.pixels")).to_have_count(8)
+    choice = view.page.get_by_label("Stretch colours")
+    expect(choice).to_have_value("pale")
+    expect(column).to_have_attribute("data-stretched", "true")
+    expect(column.locator(".foot .scale")).to_have_text("each itsown")
     assert is_coloured(column.locator(".map canvas").nth(1), map_shares)
+    choice.select_option("of no map")
+    expect(column).to_have_attribute("data-stretched", "false")
+    assert not is_coloured(column.locator(".map canvas").nth(1), map_shares)
     view.photo_item("truck.png").locator(".open").click()
     expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
-    expect(stretch_button).to_have_attribute("aria-pressed", "true")
-    view.photo_item("ship.jpg").locator(".open").click()
-    expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
-    expect(column.locator(".map canvas.pixels")).to_have_count(8)
-    expect(column.locator(".strip")).to_have_count(0)
-    stretch_button.click()
-    expect(column.locator(".strip")).to_have_count(1)
-    assert not is_coloured(column.locator(".map canvas").nth(1), map_shares)
+    expect(choice).to_have_value("never")
+    expect(view.column(tensor)).to_have_attribute("data-stretched", "false")
+
+
+@pytest.mark.parametrize("choice", ["pale", "never"])
+def test_value_keeps_its_colour_through_an_activation(view: View, choice: str) -> None:
+    """The maps of a ReLU have no negative values, and yet the colours of the maps before it."""
+    view.select_model("deep")
+    view.pick_files(SHIP)
+    tensors = [(f"blocks.{number}.conv", f"blocks.{number}.act") for number in range(12)]
+    maps = {tensor: view.fetch_maps(tensor) for pair in tensors for tensor in pair}
+    # Its own range would be smaller.
+    conv, relu = next(pair for pair in tensors if -maps[pair[0]].min() > 1.2 * maps[pair[1]].max())
+    view.page.get_by_role("button", name="Unfold all").click()
+    view.page.get_by_label("Stretch colours").select_option(choice)
+    columns = [view.column(tensor) for tensor in (conv, relu)]
+    for column in columns:
+        expect(column).to_have_attribute("data-stretched", re.compile("true|false"))
+    compared = 0
+    for index in range(len(maps[conv])):
+        before, after = (
+            np.array(column.locator(".map canvas").nth(index).evaluate(PIXELS)).reshape(-1, 4)
+            for column in columns
+        )
+        passes = (maps[conv][index] > 0).ravel()
+        assert (before[passes] == after[passes]).all()
+        compared += int(passes.sum())
+    assert compared > 20
+
+
+def test_kernels_and_probabilities_have_scales_of_their_own(view: View) -> None:
+    view.pick_files(SHIP)
+    scales = json.loads((ROOT / "service/web/page/colours.json").read_text())
+    cells = view.inspect_map(view.tensor_name("Conv")).locator(".terms .term").first.locator(".grid")
+    assert read_background(cells.nth(0).locator("td").first) in scales["signed"]
+    kernel_cells = cells.nth(1).locator("td")
+    weights = read_numbers(kernel_cells)
+    largest = int(np.abs(weights).argmax())
+    assert read_background(kernel_cells.nth(largest)) in scales["kernel"]
+    assert read_background(kernel_cells.nth(largest)) not in scales["signed"]
+    swatches = view.column(view.tensor_name("Softmax")).locator(".swatch")
+    for swatch in (swatches.nth(8), swatches.nth(0)):
+        probability = read_number(swatch)
+        assert read_background(swatch) == scales["heat"][round(255 * probability)]
+    expect(view.column(view.tensor_name("Softmax")).locator(".foot")).to_contain_text("01.0")
+    logit = view.column(view.tensor_name("Gemm")).locator(".swatch").nth(8)
+    assert read_background(logit) in scales["signed"]
+
+
+def read_background(element: Locator) -> list[int]:
+    """Return the colour behind an element: red, green and blue."""
+    colour = element.evaluate("(element) => getComputedStyle(element).backgroundColor")
+    return [int(part) for part in re.findall(r"\d+", colour)[:3]]
 
 
 def is_coloured(canvas: Locator, shares: Array) -> bool:
@@ -398,9 +451,18 @@ def test_numbers_have_a_short_and_a_long_form(view: View) -> None:
         }""",
         values,
     )
+    short_texts = view.page.evaluate(
+        """async (values) => {
+          const {figure} = await import("/page/numbers.js");
+          return values.map((value) => figure(value, 3));
+        }""",
+        [0, 0.00093, 0.000499, 0.000093, 0.0041, -0.5],
+    )
+    # A number that is not zero never looks like it.
+    assert short_texts == ["0", "9.3·10⁻⁴", "5.0·10⁻⁴", "9.3·10⁻⁵", "0.004", "−0.500"]
     assert texts == [
         ["0.00", "0.00", "0.004", "−0.01", "3.1", "−251", "1.2·10⁶"],
-        ["0.0000", "−0.0004", "0.0041", "−0.0123", "3.142", "−250.6", "1.23·10⁶"],
+        ["0", "−0.0004", "0.0041", "−0.0123", "3.142", "−250.6", "1.23·10⁶"],
     ]
 
 

@@ -92,7 +92,7 @@ def tab_to(page: Page, selector: str) -> None:
     raise AssertionError(f"Tab never comes to {selector}")
 
 
-@pytest.mark.parametrize("width", [360, 768])
+@pytest.mark.parametrize("width", [320, 768])
 def test_page_fits_narrow_screens(view: View, width: int) -> None:
     view.page.set_viewport_size({"width": width, "height": 760})
     assert_fits(view.page, width)

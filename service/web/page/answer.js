@@ -1,7 +1,7 @@
 /** The answer as bars: labels by probability, each a button that asks where the model saw it. */
 
 import { byId, make } from "./dom.js";
-import { percent } from "./numbers.js";
+import { figure, percent } from "./numbers.js";
 import { timing } from "./timing.js";
 
 const place = byId("answer");
@@ -10,7 +10,7 @@ const place = byId("answer");
  * Show a photo's answer.
  * @param {import("./gallery.js").Photo} photo
  * @param {import("./api.js").Model} model
- * @param {{temperature: number, task: string} | null} contract null until it is known
+ * @param {{temperature: number, task: string, known?: {threshold: number} | null} | null} contract null until it is known
  * @param {string | null} explained the label whose heat map is shown
  * @param {{choose: (label: string) => void, again: () => void}} acts
  */
@@ -41,10 +41,22 @@ function answered(answer, model, contract, explained, choose) {
       make("span", { class: "word" }, best.label),
       make("span", { class: "sure", title: exactly(best) }, percent(best.probability)),
     ),
+    answer.known === false && unlike(answer, contract),
     make("ol", { class: "bars" }, ...answer.predictions.map((one) => bar(one, explained, choose))),
     make("p", { class: "soft" }, ...meta(model, contract)),
     timing(answer),
-  ];
+  ].filter(Boolean);
+}
+
+/** That the model should not be believed. @param {{known_score: number}} answer */
+function unlike({ known_score: score }, contract) {
+  const limit = contract?.known ? `; of photos like its own it is ${figure(contract.known.threshold)} or more` : "";
+  return make(
+    "p",
+    { class: "unlike", title: `The score is ${figure(score)}${limit}.` },
+    make("strong", {}, "Unlike anything I was trained on."),
+    " I can only name what I know: take this answer as a guess.",
+  );
 }
 
 function bar(prediction, explained, choose) {
@@ -92,6 +104,7 @@ function meta(model, contract) {
     name,
     " · ",
     make("span", { class: "calibrated", title: note }, calibrated ? "calibrated" : "not calibrated"),
+    calibrated ? " for photos like those it was trained on" : "",
     make("span", { class: "unseen" }, ` ${note}`),
   ];
 }

@@ -33,6 +33,8 @@ import { readNpy } from "./npy.js";
  * @property {number} left_out tokens that are no place, such as the class token
  * @property {boolean} direct false: its sources are cut or rearranged before it reads them
  * @property {string[]} weights
+ * @property {string | null} input the vector that a linear layer multiplies with its weights
+ * @property {"CHW" | "HWC" | null} order in which a flattening writes its source into one row; null if unknown
  * @property {{rows: [number, number, number], columns: [number, number, number]} | null} field
  */
 /**

@@ -1,4 +1,4 @@
-/** The two colour scales, which the service paints its own pictures with too; both perceptually uniform. */
+/** The colour scales: of shares, of values and of kernels; all perceptually uniform, and even around zero. */
 
 import { make } from "./dom.js";
 import { figure } from "./numbers.js";
@@ -11,24 +11,41 @@ import { figure } from "./numbers.js";
  * @property {Colour[]} colours 256 of them
  */
 
-/** @type {{heat: Colour[], signed: Colour[]}} */
+/** @type {{heat: Colour[], signed: Colour[], kernel: Colour[]}} */
 const COLOURS = await (await fetch(new URL("colours.json", import.meta.url))).json();
 
-/** For shares from 0 to 1. @type {Scale} */
+/** For shares from 0 to 1: heat maps and probabilities. @type {Scale} */
 export const HEAT = { lowest: 0, highest: 1, colours: COLOURS.heat };
 
-/** One scale for all of a layer: from dark to light where nothing is negative, else the same on both sides of 0. */
-export function scaleFor(lowest, highest) {
-  if (lowest >= 0) return { lowest: 0, highest: highest || 1, colours: COLOURS.heat };
-  const size = Math.max(-lowest, highest) || 1;
-  return { lowest: -size, highest: size, colours: COLOURS.signed };
+/** For the values of layers: the same on both sides of 0, also where nothing is negative. @param {number} size the largest value of either sign */
+export function valueScale(size) {
+  return around(size, COLOURS.signed);
 }
 
-/** The same on both sides of 0, wide enough for all values. @param {ArrayLike<number>} values */
+/** Of values, wide enough for all of them. @param {ArrayLike<number>} values */
 export function signedScale(values) {
+  return valueScale(largest(values));
+}
+
+/** Of learned weights, which are no values: wide enough for all of them. @param {ArrayLike<number>} weights */
+export function kernelScale(weights) {
+  return around(largest(weights), COLOURS.kernel);
+}
+
+/** The wider one of scales of values. @param {...Scale} scales */
+export function widest(...scales) {
+  return scales.reduce((one, other) => (other.highest > one.highest ? other : one));
+}
+
+/** The largest size of values of either sign. @param {ArrayLike<number>} values */
+export function largest(values) {
   let size = 0;
   for (let i = 0; i < values.length; i += 1) size = Math.max(size, Math.abs(values[i]));
-  return { lowest: -(size || 1), highest: size || 1, colours: COLOURS.signed };
+  return size;
+}
+
+function around(size, colours) {
+  return { lowest: -(size || 1), highest: size || 1, colours };
 }
 
 /** @param {Scale} scale @returns {Colour} */

@@ -15,7 +15,7 @@
 /** Networks of more layers start with their blocks folded. */
 export const FOLDED_BEYOND = 30;
 /** Maps that a column shows at a time. */
-const SHOWN = 8;
+export const SHOWN = 8;
 /** Labels that a column shows at a time. */
 export const LABELS_SHOWN = 10;
 /** Side of a small map. */

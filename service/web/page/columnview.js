@@ -4,6 +4,7 @@ import { capacity, middle } from "./columns.js";
 import { colourOf, css, inkOn, legend } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { lesson } from "./learn.js";
+import { colourName } from "./names.js";
 import { counted, figure, whole } from "./numbers.js";
 
 /** @typedef {import("./columns.js").Column} Column */
@@ -83,7 +84,8 @@ export function bracket(block, columns, folded, toggle) {
 export function mapButton(column, index, row, label, open) {
   const { layer, content } = column;
   const { name } = lesson(layer);
-  const place = `${content === "maps" ? "map" : "value"} ${index + 1} of ${layer.shape[0]}`;
+  const colour = colourName(layer, index);
+  const place = `${colour ? `${colour}, ` : ""}${content === "maps" ? "map" : "value"} ${index + 1} of ${layer.shape[0]}`;
   const button = make(
     "button",
     {
@@ -95,6 +97,7 @@ export function mapButton(column, index, row, label, open) {
       on: { click: open },
     },
     content === "maps" && make("canvas", {}),
+    colour && make("span", { class: "colour", "aria-hidden": "true" }, colour),
   );
   setStyles(button, { top: `${middle(column, row)}px` });
   return button;
@@ -111,14 +114,15 @@ export function showValue(button, value, scale, label) {
 /**
  * What is below the maps: a pager where there are more, and the legend of the layer's colours.
  * @param {import("./colours.js").Scale | null} scale null: not known yet
+ * @param {boolean} each whether each map has a scale of its own instead
  * @param {(step: number) => void} turn
  */
-export function foot(column, scale, turn) {
+export function foot(column, scale, each, turn) {
   const more = column.layer.shape[0] > capacity(column);
   return [
     more ? pager(column, turn) : make("span", { class: "pager" }),
     scale
-      ? legend(scale, [figure(scale.lowest, 2), figure(scale.highest, 2)])
+      ? legend(scale, each ? ["each its", "own"] : [figure(scale.lowest, 2), figure(scale.highest, 2)])
       : make("span", { class: "scale" }),
   ];
 }

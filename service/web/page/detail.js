@@ -1,6 +1,6 @@
 /** The arithmetic of one map or value, beneath the network. */
 
-import { average } from "./arithmetic/average.js";
+import { average, maximum } from "./arithmetic/average.js";
 import { combination } from "./arithmetic/combination.js";
 import { convolution, placewise } from "./arithmetic/convolution.js";
 import { elementwise } from "./arithmetic/elementwise.js";
@@ -14,7 +14,9 @@ import { softmax } from "./arithmetic/softmax.js";
 import { shapeOf } from "./columnview.js";
 import { byId, make } from "./dom.js";
 import { lesson } from "./learn.js";
+import { colourName } from "./names.js";
 import { counted, whole } from "./numbers.js";
+import { isVector } from "./operands.js";
 
 /** @typedef {import("./api.js").Layer} Layer */
 /**
@@ -87,25 +89,24 @@ async function fill(body, context) {
 
 /** The module that knows a layer's arithmetic. @returns {(context: Context) => Promise<Node | Node[]>} */
 function arithmeticOf({ layer, sources }) {
+  const isLinear = (layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight");
+  if (isLinear && layer.input && layer.shape.length === 1 && sources.length) return linear;
   const pictures = [layer, ...sources].every(
     ({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null),
   );
-  if (!pictures || !sources.length || !layer.direct) return plain;
+  if (!pictures || !sources.length) return plain;
+  if (layer.kind === "Flatten" && layer.order) return rearrangement;
+  if (!layer.direct) return plain;
   const [source] = sources;
   if (layer.kind === "Conv" && layer.weights.includes("weight") && layer.kernel) return convolution;
   if ((layer.kind === "MaxPool" || layer.kind === "AveragePool") && layer.kernel) return pooling;
   if (layer.kind === "BatchNormalization" && layer.weights.length === 4) return normalisation;
   if (layer.kind === "LayerNormalization" && layer.weights.includes("scale")) return layerNormalisation;
-  if (
-    (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") &&
-    source.shape[0] === layer.shape[0] &&
-    layer.shape.slice(1).every((side) => side === 1)
-  )
-    return average;
-  if ((layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight")) {
-    if (source.shape.length === 1) return linear;
-    if (layer.shape.length === 3) return placewise;
+  if (source.shape[0] === layer.shape[0] && isVector(layer)) {
+    if (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") return average;
+    if (layer.kind === "GlobalMaxPool" || layer.kind === "ReduceMax") return maximum;
   }
+  if (isLinear && layer.shape.length === 3) return placewise;
   if (layer.kind === "Softmax" && layer.shape.length === 1) return softmax;
   if (["Flatten", "Concat"].includes(layer.kind)) return rearrangement;
   if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1)
@@ -152,8 +153,10 @@ function head({ description, layer, index, open }) {
   );
 }
 
-function which({ labels }, { shape }, index) {
-  if (shape.length === 3) return `map ${index + 1} of ${shape[0]}`;
+function which({ labels }, layer, index) {
+  const { shape } = layer;
+  const colour = colourName(layer, index);
+  if (shape.length === 3) return `${colour ? `${colour}, ` : ""}map ${index + 1} of ${shape[0]}`;
   if (shape[0] === labels.length) return labels[index];
   return `value ${index + 1} of ${shape[0]}`;
 }

@@ -114,5 +114,6 @@ export function summary(photo) {
   if (photo.error) return photo.error.message;
   if (!photo.answer) return "…";
   const [best] = photo.answer.predictions;
-  return best ? `${best.label} ${percent(best.probability)}` : "no label";
+  const unlike = photo.answer.known === false ? " · unlike its training" : "";
+  return best ? `${best.label} ${percent(best.probability)}${unlike}` : "no label";
 }

@@ -19,6 +19,7 @@ const bar = /** @type {HTMLProgressElement} */ (byId("heat-progress"));
  */
 export async function look(model, photo, label, signal, known) {
   tell("Looking …");
+  hideEmpty(false, false);
   let saw = null;
   try {
     for await (const told of explain(model, photo.file, label, signal)) {
@@ -36,6 +37,7 @@ export async function look(model, photo, label, signal, known) {
   } catch (error) {
     if (error.name === "AbortError") return;
     showHeat(null);
+    hideEmpty(true, !saw);
     if (!saw) showSaw(null, `It cannot be shown: ${error.message}`);
     known(null);
     tell(`There is no heat map: ${error.message}`);
@@ -47,6 +49,12 @@ function tell(words, share = null) {
   text.textContent = words;
   bar.hidden = share === null;
   if (share !== null) bar.value = share;
+}
+
+/** Take away what only a heat map needs, and the place for the model's input. @param {boolean} heat @param {boolean} input */
+function hideEmpty(heat, input) {
+  byId("opened").classList.toggle("no-heat", heat);
+  byId("opened").classList.toggle("no-input", input);
 }
 
 function conclude(told) {

@@ -4,12 +4,15 @@ import { sample } from "./api.js";
 import { takePhoto } from "./camera.js";
 import { byId } from "./dom.js";
 
+const LINK =
+  "that is a link, and this page loads nothing from elsewhere: save the picture, and choose its file";
+
 let pasted = 0;
 
 /**
  * Listen for photos.
  * @param {(files: File[]) => void} receive called with at least one
- * @param {(message: string) => void} fail called where a sample cannot be had
+ * @param {(message: string) => void} fail called where a sample cannot be had, or a link came instead of a photo
  */
 export function listen(receive, fail) {
   const chooser = /** @type {HTMLInputElement} */ (byId("files"));
@@ -19,8 +22,12 @@ export function listen(receive, fail) {
     chooser.value = ""; // so that the same file can be chosen again
   });
   byId("shoot").addEventListener("click", async () => hand([await takePhoto()].filter(Boolean), receive));
-  document.addEventListener("paste", (event) => hand([...event.clipboardData.files].map(renamed), receive));
-  listenForDrops(receive);
+  document.addEventListener("paste", (event) => {
+    hand([...event.clipboardData.files].map(renamed), receive);
+    const isLink = !event.clipboardData.files.length && isUrl(event.clipboardData.getData("text/plain"));
+    if (isLink && !event.target.closest?.("input")) fail(LINK);
+  });
+  listenForDrops(receive, fail);
   for (const image of document.querySelectorAll(".samples img"))
     image.parentElement.addEventListener("click", () =>
       sample(image.src).then(
@@ -30,18 +37,24 @@ export function listen(receive, fail) {
     );
 }
 
-function listenForDrops(receive) {
+function isUrl(text) {
+  return /^https?:\S+$/.test(text.trim());
+}
+
+function listenForDrops(receive, fail) {
   const over = (on) => document.body.classList.toggle("over", on);
   document.addEventListener("dragover", (event) => {
-    if (!event.dataTransfer.types.includes("Files")) return;
-    event.preventDefault(); // or the browser would open the file
-    over(true);
+    const has = (type) => event.dataTransfer.types.includes(type);
+    if (!has("Files") && !has("text/uri-list")) return;
+    event.preventDefault(); // or the browser would open the file, or follow the link
+    over(has("Files"));
   });
   document.addEventListener("dragleave", (event) => event.relatedTarget || over(false));
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     over(false);
     hand(event.dataTransfer.files, receive);
+    if (!event.dataTransfer.files.length && event.dataTransfer.types.includes("text/uri-list")) fail(LINK);
   });
 }
 

@@ -12,12 +12,15 @@ const section = byId("layers");
 const text = byId("layers-text");
 const tools = byId("layers-tools");
 
+/** @type {Record<import("./network.js").Stretch, string>} */
+const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map" };
+
 /** @type {Map<string, Promise<api.Description>>} by model and version */
 const descriptions = new Map();
 /** What is open. */
 let opened = null;
-/** Whether each map has the whole range of colours; stays so for other photos. */
-let stretched = false;
+/** Which maps have the whole range of colours; stays so for other photos. @type {import("./network.js").Stretch} */
+let stretch = "pale";
 
 /**
  * Show the layers for a photo. The maps are asked for once `showInput` has said what of.
@@ -31,13 +34,14 @@ export async function openLayers(model, photo) {
   const mine = { model, photo, calledOff, ...picture(), network: null, layer: null };
   opened = mine;
   section.hidden = false;
+  section.classList.remove("bare");
   lookAt(photo);
   text.textContent = "Reading the network …";
   try {
     const description = await descriptionOf(model);
     if (opened === mine) show(mine, description);
   } catch (error) {
-    if (opened === mine) text.textContent = `The layers cannot be shown: ${error.message}`;
+    if (opened === mine) tellWhy(`The layers cannot be shown: ${error.message}`);
   }
 }
 
@@ -83,11 +87,17 @@ function descriptionOf(model) {
   return descriptions.get(key);
 }
 
+/** Say why there is nothing to see, in place of an empty network. */
+function tellWhy(words) {
+  text.textContent = words;
+  section.classList.add("bare");
+}
+
 /** @param {api.Description} description */
 function show(mine, description) {
   text.textContent = `${whole(description.layers.length)} layers, ${whole(description.parameters)} parameters.`;
   if (description.reason) {
-    text.textContent += ` Their maps cannot be shown: ${description.reason}.`;
+    tellWhy(`${text.textContent} Their maps cannot be shown: ${description.reason}.`);
     return;
   }
   const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
@@ -109,7 +119,7 @@ function show(mine, description) {
     showLesson(layer ?? mine.layer);
     showReceptiveField(layer, row, column, value);
   };
-  mine.network = new Network(byId("network"), description, tensors, { open, point });
+  mine.network = new Network(byId("network"), description, tensors, { open, point }, stretch);
   showTools(mine.network);
 }
 
@@ -122,21 +132,24 @@ function leave(mine, layer, index) {
 }
 
 function showTools(network) {
-  const button = (name, act, options = {}) =>
-    make("button", { type: "button", on: { click: act }, ...options }, name);
-  const stretch = button("Stretch colours", () => apply(!stretched), {
-    class: "toggle",
-    title: "Give each map the whole range of colours, to see what is faint beside others",
+  const button = (name, act) => make("button", { type: "button", on: { click: act } }, name);
+  const choices = make(
+    "select",
+    { title: "Give each map the whole range of colours, to see what is faint beside others" },
+    ...Object.entries(STRETCHES).map(([value, text]) =>
+      make("option", { value, selected: value === stretch }, text),
+    ),
+  );
+  choices.addEventListener("change", () => {
+    stretch = /** @type {import("./network.js").Stretch} */ (choices.value);
+    network.stretch(stretch);
   });
-  const apply = (on) => {
-    stretched = on;
-    stretch.setAttribute("aria-pressed", String(on));
-    network.stretch(on);
-  };
-  apply(stretched);
   const folding = [
     button("Fold all", () => network.foldAll(true)),
     button("Unfold all", () => network.foldAll(false)),
   ];
-  tools.replaceChildren(stretch, ...(network.blocks.size ? folding : []));
+  tools.replaceChildren(
+    make("label", { class: "stretch" }, make("span", {}, "Stretch colours"), choices),
+    ...(network.blocks.size ? folding : []),
+  );
 }

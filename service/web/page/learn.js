@@ -8,10 +8,6 @@
 
 /** @type {Record<string, Lesson>} by ONNX operator */
 const LESSONS = {
-  Input: {
-    name: "Input",
-    text: "The photo as numbers: one map each for red, green and blue. The network's own first steps have shifted and stretched the colours so that they lie around zero; blue is below, orange above.",
-  },
   Conv: {
     name: "Convolution",
     text: "A small window of learned weights, the kernel, slides over the maps before it. At each place it multiplies what it covers by its weights and adds everything up, with one more number, the bias. Where the picture resembles the kernel the sum is large. Each output map has kernels of its own: it looks for something of its own, such as an edge or, deeper in, the parts of things.",
@@ -137,6 +133,7 @@ const LESSONS = {
   Resize: { name: "Resize", text: "Makes maps larger or smaller by interpolating between their values." },
   Pad: { name: "Padding", text: "Lays a border around each map." },
 };
+LESSONS.ReduceMax = LESSONS.GlobalMaxPool;
 LESSONS.ReduceMean = LESSONS.GlobalAveragePool;
 LESSONS.MatMul = LESSONS.Gemm;
 LESSONS.Silu = LESSONS.Swish;
@@ -168,12 +165,32 @@ export function lesson(layer) {
 }
 
 /** What a kind means where it stands. @returns {Lesson | null} */
-function special({ kind, shape, weights }) {
+function special({ kind, shape, weights, attributes }) {
+  if (kind === "Input") return { name: "Input", text: inputLesson(attributes) };
   if (kind === "Div" && shape.length === 1) return TEMPERATURE;
   if (kind === "Softmax" && shape.length !== 1) return SHARES;
   if (kind === "MatMul" && !weights.includes("weight")) return ATTENTION;
   if ((kind === "MatMul" || kind === "Gemm") && shape.length !== 1) return AT_EACH_PLACE;
   return null;
+}
+
+/** What the network reads: its colours, and their range as the graph makes it of black, of white and of pure colours. */
+function inputLesson({ channels, lowest, highest }) {
+  const maps = channels?.length > 1 ? `one map each for ${listed(channels)}` : "one map of brightness";
+  const beginning = channels
+    ? `The photo as numbers: ${maps}.`
+    : "The photo as numbers, as the network's first layer reads them.";
+  if (lowest === undefined) return beginning;
+  const short = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
+  const range = `from ${short(lowest)} to ${short(highest)}`;
+  return lowest < 0
+    ? `${beginning} The network's own first steps have shifted and stretched the colours so that they lie around zero, ${range}; blue is below, orange above.`
+    : `${beginning} They are not shifted to lie around zero: they go ${range}, and the deeper the orange, the more there is of a colour.`;
+}
+
+/** "red, green and blue" */
+function listed(words) {
+  return words.join(", ").replace(/, ([^,]*)$/, " and $1");
 }
 
 function unknown(layer) {

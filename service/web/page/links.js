@@ -27,7 +27,7 @@ export function linked(layer, index, source, sources) {
   if (WHOLE.has(layer.kind)) return [0, maps - 1];
   if (layer.shape[0] === maps) return [index, index];
   if (maps === 1) return [0, 0];
-  if (source.shape.length === 3 && layer.shape.length === 1) return flattened(index, source);
+  if (layer.order) return mapOf(placeOf(layer.order, index, source.shape).map);
   return [0, maps - 1];
 }
 
@@ -45,7 +45,23 @@ function partOf(index, source, sources) {
   return at >= 0 && at < source.shape[0] ? [at, at] : null;
 }
 
-function flattened(index, { shape: [maps, height, width] }) {
-  const map = Math.floor(index / (height * width));
-  return map < maps ? [map, map] : null;
+function mapOf(map) {
+  return [map, map];
+}
+
+/**
+ * Where a value of a flattened row comes from.
+ * @param {"CHW" | "HWC"} order in which the maps were written
+ * @param {number} index of the value
+ * @param {number[]} shape of the maps: (maps, height, width)
+ */
+export function placeOf(order, index, [maps, height, width]) {
+  const sizes = { C: maps, H: height, W: width };
+  const at = {};
+  let rest = index;
+  for (const axis of [...order].reverse()) {
+    at[axis] = rest % sizes[axis];
+    rest = Math.floor(rest / sizes[axis]);
+  }
+  return { map: at.C, row: at.H, column: at.W };
 }

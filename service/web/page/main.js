@@ -6,6 +6,7 @@ import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { look } from "./heat.js";
 import { listen } from "./intake.js";
+import { describeKnowledge } from "./knowledge.js";
 import { closeLayers, openLayers, showInput } from "./layers.js";
 import { showSaw } from "./saw.js";
 import { showPhoto } from "./stage.js";
@@ -32,9 +33,12 @@ let ofModel = new AbortController();
 let ofPhoto = new AbortController();
 let made = 0;
 
-listen(add, showFault);
+listen(add, (message) => showFault(message, false));
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
-byId("retry").addEventListener("click", start);
+byId("retry").addEventListener("click", async () => {
+  await start();
+  if (byId("fault").hidden) byId("choose").focus(); // the button with the focus is gone
+});
 await start();
 
 /** Read which models there are; the one that was asked before stays, whatever its version is now. */
@@ -60,8 +64,12 @@ async function start() {
 }
 
 function choice(one) {
+  return make("option", {}, nameOf(one));
+}
+
+function nameOf(one) {
   const version = models.filter(({ name }) => name === one.name).length > 1 ? ` · ${one.version}` : "";
-  return make("option", {}, one.name + version + (one.resting ? " (resting)" : ""));
+  return one.name + version + (one.resting ? " (resting)" : "");
 }
 
 /** Ask another model, about all photos anew. */
@@ -70,12 +78,14 @@ async function choose(chosen) {
   ofModel = new AbortController();
   model = chosen;
   contract = null;
+  byId("knows").textContent = "";
   for (const photo of photos) Object.assign(photo, { answer: null, error: null });
   if (current) open(current);
   const answering = classifyAll(photos);
   try {
     const known = await api.contract(chosen);
     if (model === chosen) contract = known;
+    if (model === chosen) byId("knows").textContent = describeKnowledge(known);
     refresh();
   } catch {
     // without its contract the answer does not say whether it is calibrated
@@ -89,8 +99,11 @@ function add(files) {
     made += 1;
     return { id: made, name: file.name, file, url: URL.createObjectURL(file), answer: null, error: null };
   });
+  const wasOnSample = document.activeElement?.closest(".samples");
   photos = [...photos, ...added];
+  if (models.length) showFault(null);
   open(added[0]);
+  if (wasOnSample) focusOn(current); // the samples are hidden now
   if (model) classifyAll(added);
 }
 
@@ -145,6 +158,7 @@ async function classify(photo, signal) {
   } catch (error) {
     told.error = error;
   }
+  if (told.answer && model.resting && !signal.aborted) showLoaded();
   if (signal.aborted || !photos.includes(photo)) return;
   Object.assign(photo, told);
   say(`${photo.name}: ${summary(photo)}`);
@@ -152,6 +166,20 @@ async function classify(photo, signal) {
   if (photo.answer) return explain(null);
   closeLayers();
   return refresh();
+}
+
+/** Say which models rest now that one has been loaded; another may have made room for it. */
+async function showLoaded() {
+  model.resting = false;
+  try {
+    for (const known of await api.models()) {
+      const one = models.find(({ name, version }) => name === known.name && version === known.version);
+      if (one) one.resting = Boolean(known.resting);
+    }
+  } catch {
+    // the list says it when it is read the next time
+  }
+  models.forEach((one, at) => (picker.options[at].textContent = nameOf(one)));
 }
 
 /** Ask about the opened photo again; which models there are too, where its own is gone. */
@@ -186,8 +214,9 @@ function refresh() {
   showAnswer(current, model, contract, explained, { choose: explain, again: askAgain });
 }
 
-/** Say what keeps the page from working. @param {string | null} message null: nothing does */
-function showFault(message) {
+/** Say what keeps the page from working. @param {string | null} message null: nothing does @param {boolean} [again] whether trying again can help */
+function showFault(message, again = true) {
   byId("fault").hidden = message === null;
+  byId("retry").hidden = !again;
   if (message) byId("fault-text").textContent = `${message[0].toUpperCase()}${message.slice(1)}`;
 }

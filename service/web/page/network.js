@@ -2,11 +2,10 @@
 
 import { BOTTOM, FOLDED_BEYOND, GAP, LABELS_SHOWN, SIDE, arrange, blocks, capacity } from "./columns.js";
 import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
-import { scaleFor } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
-import { ownScale } from "./operands.js";
 import { paint } from "./paint.js";
+import { LayerScales } from "./scales.js";
 
 /** @typedef {import("./columns.js").Column} Column */
 /** @typedef {import("./api.js").Layer} Layer */
@@ -18,6 +17,8 @@ const NEAR = "500px";
 /** The map that Tab comes to. */
 const TAB_STOP = '.map[tabindex="0"]';
 
+/** @typedef {"pale" | "always" | "never"} Stretch which maps have the whole range of colours, each by itself */
+
 export class Network {
   /**
    * @param {HTMLElement} place scrolls sideways
@@ -27,8 +28,13 @@ export class Network {
    * @param {(layer: Layer, index: number) => void} acts.open a map or a value was chosen
    * @param {(layer: Layer | null, row?: number, column?: number, value?: number) => void} acts.point the layer that
    *   is pointed at, the pixel of its map, and what that is
+   * @param {Stretch} stretch
    */
-  constructor(place, description, tensors, acts) {
+  constructor(place, description, tensors, acts, stretch) {
+    this.#stretch = stretch;
+    this.#scales = new LayerScales(description, tensors, (tensor) =>
+      this.#columns.some(({ layer }) => layer.tensor === tensor),
+    );
     this.#place = place;
     this.#description = description;
     this.#tensors = tensors;
@@ -58,7 +64,9 @@ export class Network {
   /** @type {Map<Column, HTMLElement>} */
   #elements = new Map();
   #listening = new AbortController();
-  #stretched = false;
+  /** @type {Stretch} */
+  #stretch;
+  #scales;
   /** @type {WeakMap<HTMLElement, Float32Array>} what the maps show */
   #values = new WeakMap();
 
@@ -75,9 +83,9 @@ export class Network {
     this.#build();
   }
 
-  /** Give each map the whole range of colours; or one scale to all of a layer. */
-  stretch(each) {
-    this.#stretched = each;
+  /** Give each map the whole range of colours, or one scale to all of a layer. @param {Stretch} which */
+  stretch(which) {
+    this.#stretch = which;
     for (const column of this.#columns) {
       if (!this.#elements.get(column).querySelector(".map")) continue;
       this.#empty(column);
@@ -233,20 +241,36 @@ export class Network {
     const all = content === "labels"; // they need not stand in their own order
     const array = await this.#tensors.maps(layer.tensor, all ? 0 : first, all ? 0 : indices.length);
     if (!buttons[0].isConnected) return; // it went out of view meanwhile
-    const scale = scaleFor(array.lowest, array.highest);
-    const size = content === "maps" ? layer.shape[1] * layer.shape[2] : 1;
+    const scale = await this.#scales.ofLayer(layer);
+    if (content === "maps") {
+      const size = layer.shape[1] * layer.shape[2];
+      const maps = buttons.map((_, row) => array.values.subarray(row * size, (row + 1) * size));
+      const each = await this.#scalesOfEach(layer, first, maps);
+      if (!buttons[0].isConnected) return;
+      buttons.forEach((button, row) => {
+        this.#values.set(button, maps[row]);
+        paintMap(button, maps[row], layer, each ? each[row] : scale);
+      });
+      this.#showFoot(column, scale, each !== null);
+      return;
+    }
     buttons.forEach((button, row) => {
-      const at = (all ? indices[row] : row) * size;
-      if (content === "maps") {
-        const values = array.values.subarray(at, at + size);
-        this.#values.set(button, values);
-        paintMap(button, values, layer, this.#stretched ? ownScale(values, array) : scale);
-      } else showValue(button, array.values[at], scale, this.#label(column, indices[row]));
+      const at = all ? indices[row] : row;
+      showValue(button, array.values[at], scale, this.#label(column, indices[row]));
     });
-    this.#showFoot(column, this.#stretched && content === "maps" ? null : scale);
+    this.#showFoot(column, scale);
   }
 
-  #showFoot(column, scale) {
+  /** The scale of each map by itself; null where all maps share that of the layer. */
+  async #scalesOfEach(layer, first, maps) {
+    if (this.#stretch === "always") return this.#scales.ofEach(maps);
+    const isPale = this.#stretch === "pale" && (await this.#scales.isPale(layer));
+    return isPale ? this.#scales.ofEachKept(layer, first, maps) : null;
+  }
+
+  /** @param {import("./colours.js").Scale | null} scale null: not known yet @param {boolean} [each] whether each map has its own */
+  #showFoot(column, scale, each = false) {
+    this.#elements.get(column).dataset.stretched = String(each);
     const turn = async (step) => {
       await this.#turn(column, column.first + step);
       const pager = this.#elements.get(column).querySelector(".pager");
@@ -257,7 +281,7 @@ export class Network {
     this.#elements
       .get(column)
       .querySelector(".foot")
-      .replaceChildren(...foot(column, scale, turn));
+      .replaceChildren(...foot(column, scale, each, turn));
   }
 
   /** Show other maps of a column, from the `first` on. */

@@ -7,12 +7,13 @@ export function percent(probability) {
   return `${(100 * probability).toFixed(1)}%`;
 }
 
-/** Any number with `digits` significant digits and a true minus sign. */
+/** Any number with `digits` digits and a true minus sign; only zero looks like zero. */
 export function figure(value, digits = 4) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : value < 0 ? "−∞" : "not a number";
   const size = Math.abs(value);
-  const text =
-    size !== 0 && (size >= 1e5 || size < 1e-4) ? exponential(value, digits - 2) : fixed(value, digits);
+  if (size === 0) return "0";
+  const isRound = size < 1e5 && size >= 10 ** -Math.min(4, digits); // fewer places would show zeros only
+  const text = isRound ? fixed(value, digits) : exponential(value, digits - 2);
   return text.replace("-", "−");
 }
 

@@ -1,6 +1,6 @@
 /** The values that an arithmetic is shown with: of the layer's own map, and of those that it is made of. */
 
-import { scaleFor, signedScale } from "./colours.js";
+import { signedScale, widest } from "./colours.js";
 
 /**
  * @typedef {object} Operand
@@ -19,17 +19,18 @@ import { scaleFor, signedScale } from "./colours.js";
 export async function operand(tensors, layer, index) {
   const maps = await tensors.maps(layer.tensor, index, 1);
   const [, height = 1, width = 1] = layer.shape;
-  return { values: maps.values, size: [height, width], scale: ownScale(maps.values, maps) };
+  return { values: maps.values, size: [height, width], scale: signedScale(maps.values) };
 }
 
-/** The colours of one map; of the same kind as its layer's. @param {{lowest: number}} layer */
-export function ownScale(values, { lowest }) {
-  return lowest < 0
-    ? signedScale(values)
-    : scaleFor(
-        0,
-        values.reduce((one, other) => Math.max(one, other), 0),
-      );
+/** Operands with one scale for all: for maps of which values go on unchanged. @param {Operand[]} operands @returns {Operand[]} */
+export function withOneScale(operands) {
+  const scale = widest(...operands.map((one) => one.scale));
+  return operands.map((one) => ({ ...one, scale }));
+}
+
+/** Whether a layer has one value for each of its maps. @param {import("./api.js").Layer} layer */
+export function isVector({ shape }) {
+  return shape.length > 0 && shape.slice(1).every((side) => side === 1);
 }
 
 /** The map of a source that has the same place as map `index`; its only one where it is spread over all. */

@@ -14,6 +14,8 @@ export class Tensors {
   /** @type {Map<string, {promise: Promise<any>, size: number}>} the longest unused first */
   #kept = new Map();
   #size = 0;
+  /** @type {Map<string, Promise<{lowest: number, highest: number}>>} */
+  #ranges = new Map();
 
   /**
    * @param {api.Model} model
@@ -26,11 +28,18 @@ export class Tensors {
     this.#signal = signal;
   }
 
+  /** Between which values all maps of a tensor lie. @returns {Promise<{lowest: number, highest: number}>} */
+  range(tensor) {
+    return this.#ranges.get(tensor) ?? this.maps(tensor, 0, 1);
+  }
+
   /** `count` maps from the `first` on (0: all), or values of a vector. @returns {Promise<Maps>} */
   maps(tensor, first = 0, count = 0) {
-    return this.#once(`${tensor} ${first} ${count}`, async () =>
+    const maps = this.#once(`${tensor} ${first} ${count}`, async () =>
       api.maps(this.#model, tensor, first, count, await this.#picture, this.#signal),
     );
+    if (!this.#ranges.has(tensor)) this.#remember(tensor, maps);
+    return maps;
   }
 
   /** A part of a layer's weights, for `count` outputs from the `first` on (0: all). */
@@ -38,6 +47,13 @@ export class Tensors {
     return this.#once(`${tensor} ${part} ${first} ${count}`, () =>
       api.weights(this.#model, tensor, part, first, count),
     );
+  }
+
+  /** @param {Promise<Maps>} maps some of the tensor; the reply has the range of all */
+  #remember(tensor, maps) {
+    const range = maps.then(({ lowest, highest }) => ({ lowest, highest }));
+    this.#ranges.set(tensor, range);
+    range.catch(() => this.#ranges.delete(tensor));
   }
 
   #once(key, load) {

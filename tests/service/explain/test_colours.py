@@ -22,6 +22,8 @@ ANCHORS = {
              (0.96, 0.09, 105)],
     "signed": [(0.43, 0.13, 262), (0.67, 0.10, 250), (0.95, 0.0, 250), (0.95, 0.0, 55), (0.72, 0.13, 55),
                (0.48, 0.12, 45)],
+    "kernel": [(0.40, 0.17, 312), (0.65, 0.136, 312), (0.95, 0.0, 312), (0.95, 0.0, 150), (0.72, 0.13, 150),
+               (0.44, 0.13, 150)],
 }  # fmt: skip
 
 # Björn Ottosson, 2020, "A perceptual color space for image processing"
@@ -100,16 +102,16 @@ def read_scale(name: str) -> Array:
     return _srgb_to_linear(np.array(json.loads(FILE.read_text())[name]) / 255)
 
 
-@pytest.mark.parametrize("name", ["heat", "signed"])
+@pytest.mark.parametrize("name", ANCHORS)
 def test_file_equals_generated_scales(name: str) -> None:
     assert json.loads(FILE.read_text())[name] == make_scale(name)
 
 
-@pytest.mark.parametrize("name", ["heat", "signed"])
+@pytest.mark.parametrize("name", ANCHORS)
 def test_equal_steps_are_perceptually_even(name: str) -> None:
     lab = _linear_to_lab(read_scale(name))[::8]
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
-    if name == "signed":
+    if name != "heat":
         steps = np.delete(steps, np.argmin(steps))  # where the path turns round
     assert steps.max() < 1.35 * steps.mean()
     assert steps.min() > 0.6 * steps.mean()
@@ -119,13 +121,15 @@ def test_equal_steps_are_perceptually_even(name: str) -> None:
 def test_colours_stay_distinct_for_colour_blindness(deficiency: str) -> None:
     heat = _linear_to_lab(read_scale("heat") @ COLOUR_BLINDNESS[deficiency].T)
     assert (np.diff(heat[::8, 0]) > 0.01).all()  # from dark to light
-    signed = _linear_to_lab(read_scale("signed") @ COLOUR_BLINDNESS[deficiency].T)
-    assert np.linalg.norm(signed[0] - signed[-1]) > 0.15
-    assert np.linalg.norm(signed[64] - signed[192]) > 0.1
+    for name in ("signed", "kernel"):
+        signed = _linear_to_lab(read_scale(name) @ COLOUR_BLINDNESS[deficiency].T)
+        assert np.linalg.norm(signed[0] - signed[-1]) > 0.15
+        assert np.linalg.norm(signed[64] - signed[192]) > 0.1
 
 
-def test_zero_is_lightest_colour_of_signed_scale() -> None:
-    lightness = _linear_to_lab(read_scale("signed"))[:, 0]
+@pytest.mark.parametrize("name", ["signed", "kernel"])
+def test_zero_is_lightest_colour_of_scales_with_two_sides(name: str) -> None:
+    lightness = _linear_to_lab(read_scale(name))[:, 0]
     assert np.abs(np.argmax(lightness) - 127.5) < 12
     assert lightness[0] < 0.55
     assert lightness[-1] < 0.55

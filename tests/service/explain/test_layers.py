@@ -134,6 +134,49 @@ def test_flatten_of_one_value_per_map_is_left_out() -> None:
         assert views["scores"].is_direct
 
 
+def test_flattened_axes_are_the_order_of_the_row() -> None:
+    views = describe_rows(
+        PLANES,
+        MAPS,
+        ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
+        ("Reshape", "maps shape", "columns", (8, 8), {}),
+        ("Transpose", "columns", "tokens", (8, 8), {"perm": (0, 2, 1)}),
+        ("Gather", "last order", "shuffled", (4, 2, 8), {"axis": 1}),
+        *(
+            (kind, source, f"flat {source}", (64,), {})
+            for kind, source in (
+                ("Flatten", "maps"),
+                ("Flatten", "last"),
+                ("Reshape", "tokens"),
+                ("Flatten", "shuffled"),
+            )
+        ),
+    )
+    axes = [views[f"flat {source}"].flattened_axes for source in ("maps", "last", "tokens", "shuffled")]
+    assert axes == ["CHW", "HWC", "HWC", None]
+    assert views["maps"].flattened_axes is None
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("GlobalAveragePool", "maps", "mean", (8, 1, 1), {}), ("Flatten", "mean", "row", (8,), {})],
+        [("ReduceMean", "maps", "row", (8,), {"axes": (2, 3)})],
+        [("Reshape", "maps shape", "flat", (8, 8), {}), ("Gather", "flat zero", "row", (8,), {"axis": 2})],
+    ],
+    ids=["pool", "mean", "one token"],
+)
+def test_linear_layer_of_a_vector_names_its_input(rows: list[LayerRow]) -> None:
+    scores: LayerRow = ("Gemm", "row weight bias", "scores", (5,), {})
+    views = describe_rows(PLANES, MAPS, *rows, scores)
+    assert views["scores"].input_tensor == "row"
+    assert views["maps"].input_tensor is None
+
+
+def test_product_of_maps_has_no_input_vector() -> None:
+    assert describe_rows(PLANES, MAPS, TOKENS, PRODUCT)["product"].input_tensor is None
+
+
 TOKENS: LayerRow = ("Reshape", "maps shape", "rows", (8, 8), {})
 PRODUCT: LayerRow = ("MatMul", "rows weight", "product", (8, 8), {})
 

@@ -404,6 +404,43 @@ def test_trace_names_a_crop_that_begins_in_the_corner() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "orientation", "steps"),
+    [
+        (
+            "resize cover 32 x 32 bilinear, crop 32 x 32",
+            1,
+            [
+                ("resize", "from 400 x 300 to 42 x 32, bilinear"),
+                ("crop", "the middle 32 x 32, 5 from the left and 0 from the top"),
+            ],
+        ),
+        (
+            "crop aspect 1 x 1, resize stretch 32 x 32 bilinear",
+            6,
+            [
+                ("crop", "the middle 300 x 300, 0 from the left and 50 from the top"),
+                ("resize", "from 300 x 300 to 32 x 32, bilinear"),
+            ],
+        ),
+    ],
+)
+def test_trace_of_a_smaller_decoding_does_not_contradict_itself(
+    text: str, orientation: int, steps: list[tuple[str, str]]
+) -> None:
+    """The JPEG decoder scales the image first, so the later steps begin with what it made."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode_image(draw_picture(800, 600), "JPEG", exif=exif)
+    trace = DecodeTrace()
+    decode_image(content, make_geometry(text, PixelPath.FAST), max_pixels=10**6, trace=trace)
+    assert [step for step in trace.steps if step[0] != "orient"] == [
+        ("decode", "JPEG of 800 x 600 pixels"),
+        ("scale", "to 400 x 300 by the JPEG decoder, which leaves out detail"),
+        *steps,
+    ]
+
+
 def test_trace_names_the_black_border_of_a_large_crop() -> None:
     trace = DecodeTrace()
     geometry = make_geometry("crop 40 x 50")

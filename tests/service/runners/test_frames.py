@@ -101,6 +101,8 @@ LAYER = LayerDescription(
     constants={"min": None, "max": 6.0},
     attributes={"axis": [1, "x"]},
     weights=["weight"],
+    input="x",
+    order=None,
     field={"rows": [1, 0, 2], "columns": [1, 0, 2]},
 )
 

@@ -3,7 +3,7 @@
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
-import { counterpart, operand } from "../operands.js";
+import { counterpart, operand, withOneScale } from "../operands.js";
 import { equation, formula, line, nameOf, result, sign, summand } from "../parts.js";
 
 const OPERATIONS = {
@@ -17,10 +17,12 @@ const OPERATIONS = {
 /** @param {import("../detail.js").Context} context */
 export async function combination(context) {
   const { layer, index, sources, tensors } = context;
-  const [made, ...given] = await Promise.all([
+  const operands = await Promise.all([
     operand(tensors, layer, index),
     ...sources.map((source) => operand(tensors, source, counterpart(source, index))),
   ]);
+  const isOfOneKind = layer.kind !== "Mul" && layer.kind !== "Div";
+  const [made, ...given] = isOfOneKind ? withOneScale(operands) : operands;
   const views = given.map((one, at) => new MapView({ name: sources[at].name, ...one }));
   const worked = make("div", {});
   const show = (row, column) => {

@@ -1,12 +1,13 @@
 /** A convolution: its kernels slide over the maps before it; products, their sums, the bias, and what they come to. */
 
 import { chooser } from "../chooser.js";
-import { signedScale } from "../colours.js";
+import { kernelScale, signedScale } from "../colours.js";
 import { make } from "../dom.js";
 import { groupOf } from "../links.js";
 import { MapView } from "../mapview.js";
+import { mapName } from "../names.js";
 import { counted } from "../numbers.js";
-import { operand, ownScale } from "../operands.js";
+import { operand } from "../operands.js";
 import { equation, formula, grid, number } from "../parts.js";
 import { plain } from "./plain.js";
 import { patchAt, slide, windowAt } from "./window.js";
@@ -75,16 +76,18 @@ class Convolution {
    */
   constructor(layer, source, first, inputs, kernel, bias) {
     this.#layer = layer;
+    this.#source = source;
     this.#first = first;
     this.#kernel = kernel;
     this.#bias = bias;
     this.#inputs = inputs;
     this.#size = [source.shape[1], source.shape[2]];
     this.#count = inputs.shape[0];
-    this.#kernelScale = signedScale(kernel);
+    this.#kernelScale = kernelScale(kernel);
   }
 
   #layer;
+  #source;
   #first;
   #kernel;
   #bias;
@@ -147,7 +150,7 @@ class Convolution {
   }
 
   #name(map) {
-    return `map ${this.#first + map + 1}`;
+    return mapName(this.#source, this.#first + map);
   }
 
   #row(map, { patch, values, sum }, productScale, row, column) {
@@ -164,7 +167,7 @@ class Convolution {
         `what the window covers of ${name}`,
         patch.values,
         across,
-        ownScale(this.#map(map), this.#inputs),
+        signedScale(this.#map(map)),
         patch,
       ),
       make("span", { class: "sign" }, "×"),
@@ -184,7 +187,7 @@ class Convolution {
   #input(map) {
     const { padding } = this.#layer;
     const values = this.#map(map);
-    const scale = ownScale(values, this.#inputs);
+    const scale = signedScale(values);
     return new MapView({ name: this.#name(map), values, size: this.#size, scale, keyed: false, padding });
   }
 

@@ -3,8 +3,9 @@
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
-import { counterpart, operand } from "../operands.js";
+import { counterpart, operand, withOneScale } from "../operands.js";
 import { formula, step } from "../parts.js";
+import { keepsValues } from "../scales.js";
 import { Curve } from "./curve.js";
 import { functionOf } from "./functions.js";
 
@@ -12,11 +13,12 @@ import { functionOf } from "./functions.js";
 export async function elementwise(context) {
   const { layer, index, sources, tensors } = context;
   const { formula: text, of } = functionOf(layer);
-  const [given, made, whole] = await Promise.all([
+  const [own, after, whole] = await Promise.all([
     operand(tensors, sources[0], counterpart(sources[0], index)),
     operand(tensors, layer, index),
     tensors.maps(sources[0].tensor, 0, 1), // for the ends of the whole layer's values
   ]);
+  const [given, made] = keepsValues(layer) ? withOneScale([own, after]) : [own, after];
   const curve = new Curve(of, whole.lowest, whole.highest);
   const worked = make("div", {});
   const input = new MapView({ name: "before", ...given });

@@ -1,16 +1,24 @@
 /** A linear layer: every input times its weight, all added up, and the bias. */
 
 import { whole } from "../numbers.js";
-import { operand } from "../operands.js";
+import { isVector, operand } from "../operands.js";
 import { equation, formula } from "../parts.js";
 import { leading, ranking } from "./ranking.js";
+
+/**
+ * The tensor of the inputs: the source where it shows just these, be it a vector or maps of one pixel.
+ * @param {import("../api.js").Layer} layer @param {import("../api.js").Layer[]} sources
+ */
+function inputOf(layer, [source]) {
+  return layer.direct && isVector(source) ? source.tensor : layer.input;
+}
 
 /** @param {import("../detail.js").Context} context */
 export async function linear(context) {
   const { layer, index, sources, tensors } = context;
   const [made, given, row, bias] = await Promise.all([
     operand(tensors, layer, index),
-    tensors.maps(sources[0].tensor),
+    tensors.maps(inputOf(layer, sources)),
     tensors.weights(layer.tensor, "weight", index, 1),
     layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", index, 1) : null,
   ]);

@@ -3,17 +3,15 @@
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
-import { operand } from "../operands.js";
+import { operand, withOneScale } from "../operands.js";
 import { formula, grid, line, result, sign } from "../parts.js";
 import { patchAt, windowAt } from "./window.js";
 
 /** @param {import("../detail.js").Context} context */
 export async function pooling(context) {
   const { layer, index, sources, tensors } = context;
-  const [given, made] = await Promise.all([
-    operand(tensors, sources[0], index),
-    operand(tensors, layer, index),
-  ]);
+  const maps = [operand(tensors, sources[0], index), operand(tensors, layer, index)];
+  const [given, made] = withOneScale(await Promise.all(maps));
   const input = new MapView({ name: "before", ...given, padding: layer.padding });
   const worked = make("div", { class: "row" });
   const show = (row, column) => {

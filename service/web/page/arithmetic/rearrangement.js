@@ -1,7 +1,7 @@
 /** Layers that compute nothing: where each value comes from. */
 
 import { make } from "../dom.js";
-import { linked } from "../links.js";
+import { linked, placeOf } from "../links.js";
 import { MapView } from "../mapview.js";
 import { operand } from "../operands.js";
 import { formula, step } from "../parts.js";
@@ -9,33 +9,40 @@ import { plain } from "./plain.js";
 
 /** @param {import("../detail.js").Context} context */
 export async function rearrangement(context) {
-  const { layer, index, sources, tensors, point } = context;
+  const { layer, index, sources } = context;
+  if (layer.order) return flattened(context);
   const found = sources
     .map((source) => ({ source, range: linked(layer, index, source, sources) }))
     .find(({ range }) => range);
-  if (!found || layer.shape.length === found.source.shape.length)
-    return [copied(found), ...[await plain(context)].flat()];
-  const { source, range } = found;
-  const [, height, width] = source.shape;
-  const place = index - range[0] * height * width;
-  const [row, column] = [Math.floor(place / width), place % width];
-  const [given, made] = await Promise.all([
-    operand(tensors, source, range[0]),
-    operand(tensors, layer, index),
-  ]);
-  const view = new MapView({ name: `map ${range[0] + 1}`, ...given });
+  return [copied(found), ...[await plain(context)].flat()];
+}
+
+/** Maps that were written into one row. @param {import("../detail.js").Context} context */
+async function flattened({ layer, index, sources: [source], tensors, point }) {
+  const { map, row, column } = placeOf(layer.order, index, source.shape);
+  const [given, made] = await Promise.all([operand(tensors, source, map), operand(tensors, layer, index)]);
+  const value = given.values[row * given.size[1] + column];
+  const view = new MapView({ name: `map ${map + 1}`, ...given });
   view.mark(row, column);
   point(source, row, column);
   return [
-    formula(`place = map · ${height * width} + row · ${width} + column`),
-    make("p", {}, `Value ${index + 1} is that of map ${range[0] + 1} in row ${row}, column ${column}.`),
+    formula(placeFormula(layer.order, source.shape)),
+    make("p", {}, `Value ${index + 1} is that of map ${map + 1} in row ${row}, column ${column}.`),
+    make("p", { class: "soft" }, "The formula counts places and maps from 0."),
     make(
       "div",
       { class: "row" },
       view.element,
-      step(given.values[place], given.values[place], made.values[0]),
+      step(value, value, made.values[0]),
     ),
   ];
+}
+
+/** How the place in the row follows from the place in the maps. */
+function placeFormula(order, [maps, height, width]) {
+  return order === "HWC"
+    ? `place = row · ${width * maps} + column · ${maps} + map`
+    : `place = map · ${height * width} + row · ${width} + column`;
 }
 
 /** @param {{source: import("../api.js").Layer, range: [number, number] | null} | undefined} found */

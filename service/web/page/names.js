@@ -1,0 +1,15 @@
+/** What maps are called. */
+
+/**
+ * The colour that a map of the input shows, or else its number.
+ * @param {import("./api.js").Layer} layer
+ * @param {number} index of the map
+ */
+export function mapName(layer, index) {
+  return colourName(layer, index) ?? `map ${index + 1}`;
+}
+
+/** The colour that a map of the input shows; null for other maps. @returns {string | null} */
+export function colourName({ kind, attributes }, index) {
+  return kind === "Input" ? (attributes.channels?.[index] ?? null) : null;
+}

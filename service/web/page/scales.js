@@ -1,0 +1,116 @@
+/** Which colours a layer is shown with: a value keeps its colour where it goes on unchanged. */
+
+import { HEAT, largest, signedScale, valueScale, widest } from "./colours.js";
+import { SHOWN } from "./columns.js";
+
+/** Kinds whose outputs are inputs that go on as they are, or nearly so, or not at all. */
+const KEEPING = new Set([
+  "Relu",
+  "LeakyRelu",
+  "PRelu",
+  "Clip",
+  "Elu",
+  "Selu",
+  "Gelu",
+  "Silu",
+  "Swish",
+  "HardSwish",
+  "Mish",
+  "MaxPool",
+  "GlobalMaxPool",
+  "ReduceMax",
+  "Flatten",
+  "Concat",
+  "Pad",
+]);
+
+/** A layer whose typical map has less than this share of the layer's range would be pale. */
+const PALE = 0.5;
+
+/** Whether values pass a layer unchanged, where they pass. @param {import("./api.js").Layer} layer */
+export function keepsValues({ kind }) {
+  return KEEPING.has(kind);
+}
+
+/** The scales of all layers on the page, for one photo. */
+export class LayerScales {
+  /**
+   * @param {import("./api.js").Description} description
+   * @param {import("./tensors.js").Tensors} tensors
+   * @param {(tensor: string) => boolean} isShown whether a layer has maps on the page; others are not asked for
+   */
+  constructor(description, tensors, isShown) {
+    this.#description = description;
+    this.#tensors = tensors;
+    this.#isShown = isShown;
+  }
+
+  #description;
+  #tensors;
+  #isShown;
+
+  /** One for all maps of a layer. @param {import("./api.js").Layer} layer @returns {Promise<import("./colours.js").Scale>} */
+  async ofLayer(layer) {
+    return this.#isProbability(layer) ? HEAT : valueScale(await this.#sizeOf(layer));
+  }
+
+  /** The whole range of colours for each map by itself. @param {ArrayLike<number>[]} maps */
+  ofEach(maps) {
+    return maps.map(signedScale);
+  }
+
+  /**
+   * As `ofEach`, but with the range of the maps before, where values keep their colour.
+   * @param {import("./api.js").Layer} layer
+   * @param {number} first number of the first map
+   * @param {ArrayLike<number>[]} maps
+   */
+  async ofEachKept(layer, first, maps) {
+    const own = this.ofEach(maps);
+    const source = this.#keptSource(layer);
+    if (!source) return own;
+    const before = await this.ofEachKept(source, first, await this.#mapsOf(source, first, maps.length));
+    return own.map((scale, at) => widest(scale, before[at]));
+  }
+
+  /** Whether maps would be hard to see with the scale of their layer; the same for layers through which values pass. */
+  async isPale(layer) {
+    const source = this.#keptSource(layer);
+    if (source) return this.isPale(source);
+    const maps = await this.#mapsOf(layer, 0, Math.min(SHOWN, layer.shape[0]));
+    const sizes = maps.map(largest).sort((one, other) => one - other);
+    return sizes[Math.floor(sizes.length / 2)] < PALE * (await this.ofLayer(layer)).highest;
+  }
+
+  async #sizeOf(layer) {
+    const before = keepsValues(layer) ? this.#sourcesOf(layer).map((source) => this.#sizeOf(source)) : [];
+    const { lowest, highest } = await this.#tensors.range(layer.tensor);
+    return Math.max(-lowest, highest, ...(await Promise.all(before)));
+  }
+
+  /** Those that are shown. */
+  #sourcesOf({ sources }) {
+    const { layers } = this.#description;
+    return layers.filter(({ tensor }) => sources.includes(tensor) && this.#isShown(tensor));
+  }
+
+  /** The layer whose maps go on into maps with the same numbers; null if there is none on the page. */
+  #keptSource(layer) {
+    const [source, ...others] = keepsValues(layer) ? this.#sourcesOf(layer) : [];
+    const isSame = source && !others.length && layer.sources.length === 1 && source.shape[0] === layer.shape[0];
+    return isSame && source.shape.length === 3 && layer.shape.length === 3 ? source : null;
+  }
+
+  async #mapsOf({ tensor, shape: [, height, width] }, first, count) {
+    const { values } = await this.#tensors.maps(tensor, first, count);
+    const size = height * width;
+    return Array.from({ length: count }, (_, at) => values.subarray(at * size, (at + 1) * size));
+  }
+
+  /** Whether values are probabilities: of a softmax over labels, or of the sigmoid at the end. */
+  #isProbability({ kind, shape, tensor }) {
+    const { layers } = this.#description;
+    if (kind === "Softmax") return shape.length === 1;
+    return kind === "Sigmoid" && layers[layers.length - 1].tensor === tensor;
+  }
+}
