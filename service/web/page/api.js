@@ -49,7 +49,7 @@ import { readNpy } from "./npy.js";
 /** @typedef {{body: Blob, prepared: boolean}} Picture an image, and whether it is the exact input already */
 
 /** The service's own address, by this file's: it has the prefix that a proxy may have put in front of ours. */
-const ROOT = new URL("..", import.meta.url).href;
+const ROOT = import.meta.url.replace(/page\/(v-\w+\/)?api\.js$/, "");
 
 /** Statuses that say something of the photo itself. */
 const OF_THE_PHOTO = [400, 413, 415, 422];

@@ -1,14 +1,10 @@
 /** The page put together: what is open, and who must know when it changes. */
 
 import * as api from "./api.js";
-import { showAnswer } from "./answer.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
-import { look } from "./heat.js";
 import { listen } from "./intake.js";
-import { closeLayers, openLayers, showInput } from "./layers.js";
-import { showSaw } from "./saw.js";
-import { showPhoto } from "./stage.js";
+import { closeLayers, loaded, look, openLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
 const TOGETHER = 3;
@@ -35,6 +31,7 @@ let made = 0;
 listen(add, showFault);
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
 byId("retry").addEventListener("click", start);
+loaded.then(refresh, () => showFault("a part of this page could not be loaded; reload the page"));
 await start();
 
 /** Read which models there are; the one that was asked before stays, whatever its version is now. */
