@@ -33,6 +33,7 @@ _SECURITY_SCHEMES: Final = {
 
 _TAGS: Final = {
     "classify": "Labels and probabilities of images. Choose a file below, and execute.",
+    "images": "Send an image once, and ask about it many times.",
     "explain": "What a model looked at, and every layer of the network with its values and weights.",
     "models": "The models that are served, and what they say about themselves.",
     "operations": "Health, metrics, and the configuration that is in force.",

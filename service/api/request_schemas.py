@@ -159,7 +159,8 @@ class EncodedImage(BaseModel):
     url: str | None = Field(
         None,
         max_length=MAX_URL_LENGTH,
-        description="https URL of the image, at a host in FOVEA_URL_HOSTS. Give this or `b64`.",
+        description="https URL of the image, at a host in FOVEA_URL_HOSTS, or the URL of an image that was "
+        "sent before (`/v1/images`). Give this or `b64`.",
     )
     boxes: ImageBoxes | None = None
 

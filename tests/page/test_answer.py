@@ -384,7 +384,7 @@ def test_unreachable_service_shows_an_error_and_a_retry(view: View) -> None:
 def test_deleted_file_shows_a_read_error(view: View, tmp_path: Path) -> None:
     photo = tmp_path / "gone.jpg"
     photo.write_bytes(SHIP.read_bytes())
-    view.page.route("**/classify?*", lambda route: route.abort())
+    view.page.route("**/v1/images", lambda route: route.abort())
     view.pick_files(photo)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the service does not answer")
     photo.unlink()

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
+import { Upload } from "./upload.js";
 import { closeLayers, loaded, look, openLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
@@ -84,7 +85,10 @@ async function choose(chosen) {
 function add(files) {
   const added = files.map((file) => {
     made += 1;
-    return { id: made, name: file.name, file, url: URL.createObjectURL(file), answer: null, error: null };
+    const upload = new Upload(file);
+    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null };
+    upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
+    return photo;
   });
   photos = [...photos, ...added];
   open(added[0]);
@@ -94,6 +98,7 @@ function add(files) {
 function remove(photo) {
   const at = photos.indexOf(photo);
   photos = photos.filter((one) => one !== photo);
+  photo.upload.cancel();
   URL.revokeObjectURL(photo.url);
   if (photo !== current) refresh();
   else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
@@ -138,7 +143,7 @@ async function classifyAll(waiting) {
 async function classify(photo, signal) {
   const told = { answer: null, error: null };
   try {
-    told.answer = await api.classify(model, photo.file, TOP, signal);
+    told.answer = await api.classify(model, photo.upload, TOP, signal);
   } catch (error) {
     told.error = error;
   }
