@@ -30,7 +30,7 @@ def test_every_group_is_described_and_images_come_first(document: dict[str, Any]
     names = [tag["name"] for tag in document["tags"]]
     assert {tag for _, operation in list_operations(document) for tag in operation["tags"]} == set(names)
     assert all(tag["description"].endswith(".") for tag in document["tags"])
-    assert names[:3] == ["classify", "explain", "models"]
+    assert names[:4] == ["classify", "images", "explain", "models"]
 
 
 def test_every_call_has_a_summary_in_words(document: dict[str, Any]) -> None:
