@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -114,6 +114,9 @@ bench-tls: $(VENV)/.dev ## Compare HTTPS with HTTP, and measure a handshake (2 m
 
 bench-callers: $(VENV)/.dev ## See what one caller gets beside another that floods the service, with and without limits (3 minutes)
 	$(BIN)/python -m fovea.bench.callers $(CALLERS)
+
+page-speed: $(VENV)/.dev ## Measure the page on a line of 400 kbit/s and 300 ms (1 minute; needs chromium)
+	$(BIN)/python -m tests.page.slow_line $(PAGE)
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
 	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)

@@ -22,6 +22,9 @@ HEIGHT: Final = 384
 SCALE: Final = 4
 """Factor by which pictures are drawn larger; averaging them down smooths the edges."""
 
+BUTTON_SIZE: Final = (192, 144)
+"""Size of the pictures on the page's buttons: twice their size in CSS pixels, for dense screens."""
+
 HERE: Final = Path(__file__).parent
 Array: TypeAlias = npt.NDArray[np.float64]
 Outline: TypeAlias = Array | Sequence[tuple[float, float]]
@@ -265,11 +268,15 @@ def _draw_wheel(canvas: Canvas, along: float, depth: float = 0) -> None:
 
 
 def main() -> None:
-    for folder in (HERE, HERE.parent / "service" / "web" / "page" / "samples"):
+    page_folder = HERE.parent / "service" / "web" / "page" / "samples"
+    for folder in (HERE, page_folder):
         draw_airplane().render_image(grain=2).save(folder / "airplane.jpg", quality=88)
         draw_ship().render_image(grain=2).save(folder / "ship.jpg", quality=88)
         # a PNG with grain is 4 times the size
         draw_truck().render_image(grain=0).save(folder / "truck.png", optimize=True)
+    for name, draw in (("airplane", draw_airplane), ("ship", draw_ship), ("truck", draw_truck)):
+        small_image = draw().render_image(grain=0).resize(BUTTON_SIZE, Image.Resampling.LANCZOS)
+        small_image.save(page_folder / f"{name}-small.jpg", quality=80, optimize=True)
 
 
 if __name__ == "__main__":

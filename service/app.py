@@ -20,7 +20,7 @@ from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.api import clouds, huggingface, openapi, operations, page, tensorflow, torchserve
 from fovea.service.api.cached_replies import CachedReplies
 from fovea.service.api.errors import add_error_handlers
-from fovea.service.api.native import explain
+from fovea.service.api.native import explain, images
 from fovea.service.api.native import routes as native
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
@@ -28,6 +28,7 @@ from fovea.service.api.oip.repository import ModelLoader, RepositoryManager
 from fovea.service.api.route_scopes import guard_routes
 from fovea.service.api.router import Router
 from fovea.service.api.services import Services
+from fovea.service.api.uploads import Uploads
 from fovea.service.api.url_images import UrlImages
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import StartError, to_one_line
@@ -152,6 +153,7 @@ def create_app(
         for explainer in explainers:
             explainer.close()
         await classifier.close()
+        uploads.close()
         observer.close()
 
     lifecycle = Lifecycle()
@@ -166,7 +168,8 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    url_images = UrlImages(settings, metrics, https)
+    uploads = Uploads(classifier.body_memory)
+    url_images = UrlImages(settings, metrics, uploads, https)
     services = Services(
         classifier,
         lifecycle,
@@ -204,6 +207,7 @@ def _add_routes(
     """Add every route and the error handlers."""
     native.add_routes(app, services)
     explain.add_routes(app, services)
+    images.add_routes(app, services)
     with protocols.register_routes(app.routes, oip.PROTOCOL):
         management.add_routes(app, services.classifier, repository)
     operations.add_routes(app, services, exposed_registry)
@@ -213,7 +217,7 @@ def _add_routes(
                 adapter.add_routes(app, services)
     clouds.add_routes(app, services, protocols)
     openapi.add_routes(app, services, _WEB_FOLDER)
-    page.add_routes(app, _WEB_FOLDER)
+    page.add_routes(app, _WEB_FOLDER, needs_key=services.access is not None)
     add_error_handlers(app, services.observer)
     if services.access:
         guard_routes(app, services.access)

@@ -225,6 +225,12 @@ class NotFound(RequestError):
     status, code = 404, "not_found"
 
 
+class UploadNotFound(NotFound):
+    """The image of an `upload:` URL is not kept here, or not any more."""
+
+    code = "upload_not_found"
+
+
 class ModelNotFound(NotFound):
     """No model, or no version of the model, has this name."""
 

@@ -130,7 +130,7 @@ class AsgiEndpoint(ABC):
                         model,
                         services.settings,
                         record,
-                        services.url_images.bind(reserve),
+                        services.url_images.bind(reserve, record),
                         admission.count_images,
                     )
                     with _DisconnectGuard(context):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fovea.service.access.access_control import AccessControl
 from fovea.service.access.caller import Scope as KeyScope
 from fovea.service.http.api_protocol import ApiProtocol
+from fovea.service.http.compression import accepts_gzip, request_accepts_gzip
 from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.observer import Observer
 from fovea.service.http.request_context import get_context
@@ -78,8 +79,12 @@ class _CachedReply(NamedTuple):
     """State of the repository (`ModelCatalog.change_count`) that the reply describes."""
 
 
+_Key: TypeAlias = tuple[bytes, bool]
+"""URL of a reply, and True if it is the reply to requests that take gzip."""
+
+
 class CachedReplies:
-    """A cache of replies by their URLs."""
+    """A cache of replies by their URLs, and by whether a request takes gzip."""
 
     def __init__(
         self, catalog: ModelCatalog, observer: Observer, access: AccessControl | None = None
@@ -87,29 +92,30 @@ class CachedReplies:
         self._catalog = catalog
         self._access = access
         self._observer = observer
-        self._replies: dict[bytes, _CachedReply] = {}
-        self._refresh_times: dict[bytes, float] = {}
+        self._replies: dict[_Key, _CachedReply] = {}
+        self._refresh_times: dict[_Key, float] = {}
         """Time at which each reply must be made again, on the monotonic clock."""
         self._total_bytes = 0
 
     def has_reply(self, url: bytes) -> bool:
         """Return True if there may be a cached reply for this URL."""
-        return url in self._replies
+        return (url, True) in self._replies or (url, False) in self._replies
 
     def open_request(self, exchange: Exchange, url: bytes, headers: Headers) -> CachedReplyHandler | None:
         """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`).
 
         Raises `RequestError` for a missing API key.
         """
-        reply = self._replies.get(url)
+        key = url, accepts_gzip(headers.get(b"accept-encoding", b""))
+        reply = self._replies.get(key)
         if reply is None or reply.catalog_changes != self._catalog.change_count:
             return None
         if not _is_unconditional(headers):
             return None
         now = time.monotonic()
-        if now > self._refresh_times[url]:
+        if now > self._refresh_times[key]:
             # Only this request makes the reply again; others get the cached one.
-            self._refresh_times[url] = now + _MAX_AGE
+            self._refresh_times[key] = now + _MAX_AGE
             return None
         record = exchange.record
         record.route, record.protocol = reply.route, reply.protocol
@@ -146,19 +152,19 @@ class CachedReplies:
         record = self._observer.resolve_record(scope)
         if record.route not in _CACHEABLE_ROUTES or changes != self._catalog.change_count:
             return
-        url = scope.get("raw_path") or scope["path"].encode()
+        key = scope.get("raw_path") or scope["path"].encode(), request_accepts_gzip(scope)
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]
         }
         headers.pop("content-length", None)
         media_type = headers.pop("content-type", "application/octet-stream")
         content = b"".join(pieces)
-        self._drop_reply(url)
+        self._drop_reply(key)
         if len(self._replies) >= _MAX_REPLIES or self._total_bytes + len(content) > _MAX_TOTAL_BYTES:
             self._replies.clear()
             self._refresh_times.clear()
             self._total_bytes = 0
-        self._replies[url] = _CachedReply(
+        self._replies[key] = _CachedReply(
             content,
             media_type,
             headers,
@@ -167,11 +173,11 @@ class CachedReplies:
             get_context(scope).key_scope,
             changes,
         )
-        self._refresh_times[url] = time.monotonic() + _MAX_AGE
+        self._refresh_times[key] = time.monotonic() + _MAX_AGE
         self._total_bytes += len(content)
 
-    def _drop_reply(self, url: bytes) -> None:
-        if (old := self._replies.pop(url, None)) is not None:
+    def _drop_reply(self, key: _Key) -> None:
+        if (old := self._replies.pop(key, None)) is not None:
             self._total_bytes -= len(old.content)
 
 

@@ -244,7 +244,7 @@ class FastHandler:
                 self._model,
                 settings,
                 record,
-                endpoint.services.url_images.bind(self._admission.reserve_bytes),
+                endpoint.services.url_images.bind(self._admission.reserve_bytes, record),
                 self._admission.count_images,
             )
             self._run(endpoint.handle_request, request, self._admission, self._deadline)

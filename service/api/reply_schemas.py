@@ -274,6 +274,14 @@ class LayerInfo(BaseModel):
     field: ReceptiveField | None
 
 
+class UploadReply(BaseModel):
+    """An image that is kept for questions."""
+
+    url: str = Field(description="URL of the image, for the JSON of other calls.")
+    bytes: int
+    seconds: int = Field(description="Time for which the image is kept after the last question about it.")
+
+
 class InputSize(BaseModel):
     """The size of the model's input in pixels."""
 
@@ -297,7 +305,7 @@ class LayersReply(BaseModel):
 
 _ERRORS: Final[dict[int, dict[str, Any]]] = {
     400: {"description": "Malformed request: bad JSON, bad base64, no file, or a bad parameter."},
-    404: {"description": "There is no such model."},
+    404: {"description": "There is no such model, or an image with an `upload:` URL is not kept here."},
     408: {"description": "The body arrived too slowly."},
     413: {"description": "Too many bytes, or too many pixels according to the image's header."},
     415: {"description": "The image format is not supported."},

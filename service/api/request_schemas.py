@@ -37,6 +37,8 @@ _BOXES_DESCRIPTION: Final = (
     "the upright image; right and bottom do not belong to the region."
 )
 
+_TEXT_BOXES_DESCRIPTION: Final = f"{_BOXES_DESCRIPTION} A list of lists, as JSON; for one image."
+
 ImageBoxes = Annotated[
     Boxes,
     PlainValidator(check_boxes),
@@ -47,8 +49,9 @@ ImageBoxes = Annotated[
 TextBoxes = Annotated[
     Boxes,
     PlainValidator(parse_boxes),
-    WithJsonSchema({"type": "string", "example": "[[0, 0, 100, 100]]"}),
-    Field(description=f"{_BOXES_DESCRIPTION} A list of lists, as JSON; for one image."),
+    WithJsonSchema(
+        {"type": "string", "example": "[[0, 0, 100, 100]]", "description": _TEXT_BOXES_DESCRIPTION}
+    ),
 ]
 
 
@@ -156,7 +159,8 @@ class EncodedImage(BaseModel):
     url: str | None = Field(
         None,
         max_length=MAX_URL_LENGTH,
-        description="https URL of the image, at a host in FOVEA_URL_HOSTS. Give this or `b64`.",
+        description="https URL of the image, at a host in FOVEA_URL_HOSTS, or the URL of an image that was "
+        "sent before (`/v1/images`). Give this or `b64`.",
     )
     boxes: ImageBoxes | None = None
 

@@ -188,8 +188,12 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/models", tags=[PROTOCOL.name], responses={400: errors[400]}, response_model_exclude_none=True)
     async def models(
-        limit: Annotated[int, Query(ge=1)] = _DEFAULT_PAGE_SIZE,
-        next_page_token: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[
+            int, Query(ge=1, description="Maximum number of models on a page.")
+        ] = _DEFAULT_PAGE_SIZE,
+        next_page_token: Annotated[
+            int, Query(ge=0, description="`nextPageToken` of the page before; 0 for the first page.")
+        ] = 0,
     ) -> ModelPage:
         """List the latest version of each model, page by page."""
         all_models: list[LiveModel | ModelVersion] = [*catalog.models, *catalog.on_demand_versions]

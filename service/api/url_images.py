@@ -1,4 +1,4 @@
-"""Images by https URL, from the hosts in FOVEA_URL_HOSTS.
+"""Images by URL: those that were sent before, and https URLs at the hosts in FOVEA_URL_HOSTS.
 
 `service.remote.guarded_https` decides what may be asked. It blocks, so each fetch has a thread, and the
 threads are limited. A fetch ends early when its caller leaves: its connection is shut down.
@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, TypeAlias
 
+from fovea.service.api.uploads import SCHEME, Uploads
 from fovea.service.errors import (
     BodyTooLarge,
     Internal,
@@ -23,6 +24,7 @@ from fovea.service.errors import (
     UrlTimeout,
     UrlUnavailable,
 )
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
 from fovea.service.remote.guarded_https import (
     FetchControl,
@@ -53,17 +55,29 @@ _Outcome: TypeAlias = bytes | Exception
 class UrlImages:
     """Fetches images by URL, a limited number at a time. Every method is called on the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, https: GuardedHttps | None = None) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, uploads: Uploads, https: GuardedHttps | None = None
+    ) -> None:
         """Allow the hosts in `settings`; `https` replaces the client that fetches."""
+        self.uploads = uploads
         self._settings = settings
         self._metrics = metrics
         self._https = https
         self._slots = asyncio.Semaphore(settings.url_fetches)
         self._waiting_count = 0
 
-    def bind(self, reserve: ReserveBytes) -> FetchUrl:
+    def bind(self, reserve: ReserveBytes, record: RequestRecord) -> FetchUrl:
         """Return the function that fetches for one request, which reserves memory by `reserve`."""
-        return partial(self._fetch_counted, reserve) if self._settings.url_hosts else refuse_url
+        return partial(self._get_image, reserve, record)
+
+    async def _get_image(self, reserve: ReserveBytes, record: RequestRecord, url: str) -> bytes:
+        if url.startswith(SCHEME):
+            image = self.uploads.find_image(url, record.caller)
+            reserve(len(image))  # the image may be dropped while this request still needs it
+            return image
+        if not self._settings.url_hosts:
+            return await refuse_url(url)
+        return await self._fetch_counted(reserve, url)
 
     async def _fetch_counted(self, reserve: ReserveBytes, url: str) -> bytes:
         result = CLIENT_LEFT

@@ -84,6 +84,8 @@ class IntrospectedModel:
         } - self._layers_by_tensor.keys()
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
+        self._last_pixels: tuple[bytes, bool, Pixels] | None = None
+        """The last image, whether it was prepared, and its pixels: questions about layers come in series."""
         self._last_outputs: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._cached_weights: Mapping[str, npt.NDArray[Any]] = {}
         """Weights by their tensors."""
@@ -103,6 +105,8 @@ class IntrospectedModel:
 
         Raises the errors of `preprocess.decode_image`, and `BadRequest` if a prepared image has another size.
         """
+        if self._last_pixels and self._last_pixels[:2] == (image, is_prepared):
+            return self._last_pixels[2]
         geometry = self._contract.input
         if is_prepared:
             geometry = identity_geometry(geometry.height, geometry.width)
@@ -112,6 +116,7 @@ class IntrospectedModel:
                 f"a prepared image must have {geometry.width} x {geometry.height} pixels; "
                 f"this image has {decoded_image.width} x {decoded_image.height}"
             )
+        self._last_pixels = image, is_prepared, decoded_image.pixels
         return decoded_image.pixels
 
     def compute_output(self, tensor: str, pixels: Pixels) -> Floats:

@@ -466,7 +466,7 @@ def test_unreachable_service_shows_an_error_and_a_retry(view: View) -> None:
 def test_deleted_file_shows_a_read_error(view: View, tmp_path: Path) -> None:
     photo = tmp_path / "gone.jpg"
     photo.write_bytes(SHIP.read_bytes())
-    view.page.route("**/classify?*", lambda route: route.abort())
+    view.page.route("**/v1/images", lambda route: route.abort())
     view.pick_files(photo)
     expect(view.page.locator("#answer .refusal")).to_contain_text("the service does not answer")
     photo.unlink()
@@ -509,7 +509,7 @@ def test_retry_uses_the_new_version_of_a_replaced_model(page: Page, tmp_path: Pa
 
 
 def test_page_has_security_and_caching_headers(page_server: Server) -> None:
-    for path in ("/", "/page/main.js", "/page/base.css", "/page/arithmetic/convolution.js"):
+    for path in ("/", "/page/fovea.svg"):  # everything that a browser can open as a page
         reply = page_server.client.get(path)
         assert reply.status_code == 200
         policy = dict(
@@ -520,6 +520,16 @@ def test_page_has_security_and_caching_headers(page_server: Server) -> None:
         assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
         assert reply.headers["X-Content-Type-Options"] == "nosniff"
         assert reply.headers["Referrer-Policy"] == "no-referrer"
+    for path in (
+        "/",
+        "/page/fovea.svg",
+        "/page/main.js",
+        "/page/base.css",
+        "/page/arithmetic/convolution.js",
+    ):
+        reply = page_server.client.get(path)
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert reply.headers["Cache-Control"] == "no-cache"
         second_reply = page_server.client.get(path, headers={"If-None-Match": reply.headers["ETag"]})
         assert second_reply.status_code == 304

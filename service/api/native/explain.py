@@ -27,6 +27,7 @@ from fovea.service.api.native.explanation_replies import (
     PiecewiseResponse,
     json_response,
     render_explanation,
+    render_json,
     render_progress,
     send_line,
 )
@@ -50,6 +51,7 @@ from fovea.service.explain.messages import (
     WeightsQuestion,
 )
 from fovea.service.http.api_protocol import NATIVE, ApiProtocol
+from fovea.service.http.compression import Compressor
 from fovea.service.http.request_context import get_record
 from fovea.service.image_warnings import create_warning_headers
 from fovea.service.serving.admission import Admission
@@ -230,6 +232,7 @@ class _ExplainHandlers:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._compressor = Compressor()
 
     async def explain(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -301,19 +304,18 @@ class _ExplainHandlers:
         """Return the layers of a model."""
         model, answer = await self._ask_model(scope, name, version, LayersQuestion())
         contract, result = model.contract, answer.result
-        return json_response(
-            {
-                "model": render_model_name(model),
-                "task": contract.task,
-                "labels": contract.labels,
-                "input": {"height": contract.input.height, "width": contract.input.width},
-                "temperature": contract.temperature,
-                "parameters": sum(layer.parameters for layer in result.layers),
-                "layers": result.layers,
-                "cam": result.cam,
-                "reason": result.reason,
-            }
-        )
+        reply = {
+            "model": render_model_name(model),
+            "task": contract.task,
+            "labels": contract.labels,
+            "input": {"height": contract.input.height, "width": contract.input.width},
+            "temperature": contract.temperature,
+            "parameters": sum(layer.parameters for layer in result.layers),
+            "layers": result.layers,
+            "cam": result.cam,
+            "reason": result.reason,
+        }
+        return await self._compressor.create_response(scope, render_json(reply), "application/json")
 
     async def get_weights(
         self, scope: Scope, name: str, version: str | None, query: WeightsOptions

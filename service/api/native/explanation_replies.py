@@ -101,7 +101,12 @@ class PiecewiseResponse(Response):
 
 def json_response(value: Any) -> Response:
     """Return a response with plain values as JSON."""
-    return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
+    return Response(render_json(value), media_type="application/json")
+
+
+def render_json(value: Any) -> bytes:
+    """Return plain values as JSON."""
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
 async def send_line(send: Send, value: Any, *, more: bool = True) -> None:

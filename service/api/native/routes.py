@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 
 from fovea.service.api import bodies
@@ -22,6 +22,7 @@ from fovea.service.api.services import Services
 from fovea.service.api.url_images import fetch_images
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import NATIVE
+from fovea.service.http.compression import Compressor
 from fovea.service.http.fast_path import Headers
 from fovea.service.inference.boxes import Boxes
 from fovea.service.runners.batch_messages import Image, ImageRequest, Item, count_results
@@ -33,6 +34,11 @@ _CLASSIFY_ROUTES: Final = {
     "version": ("/v1/models/{name}/versions/{version}/classify", "one version of a model"),
 }
 """Path of each classification route, and the model that answers, by the end of the operation's id."""
+
+WithGoldenImages = Annotated[
+    bool,
+    Query(description="Also return the golden images with their logits, most of the contract's bytes."),
+]
 
 _EMPTY_BODY: Final = bodies.ParsedBody([])
 """Body without options of its own."""
@@ -141,9 +147,16 @@ def add_routes(app: FastAPI, services: Services) -> None:
         versions = [{**one._asdict(), "since": _format_time(one.since)} for one in catalog.list_statuses()]
         return {"models": loaded, "resting": resting, "refused": refused, "versions": versions}
 
-    async def get_contract(name: str, version: str | None = None) -> Response:
+    compressor = Compressor()
+
+    async def get_contract(
+        request: Request, name: str, version: str | None, *, has_golden_images: bool
+    ) -> Response:
         model = await services.get_model(name, version)
-        return Response(model.load_result.contract_json, media_type="application/json")
+        document = model.load_result.contract_json
+        if not has_golden_images:
+            document = await model.read_short_contract()
+        return await compressor.create_response(request.scope, document.encode(), "application/json")
 
     route_options: dict[str, Any] = {
         "response_model": dict[str, Any],
@@ -152,14 +165,16 @@ def add_routes(app: FastAPI, services: Services) -> None:
     }
 
     @app.get("/v1/models/{name}/contract", **route_options)
-    async def contract_of_model(name: str) -> Response:
+    async def contract_of_model(request: Request, name: str, golden: WithGoldenImages = False) -> Response:
         """Return the contract of the newest version of a model."""
-        return await get_contract(name)
+        return await get_contract(request, name, None, has_golden_images=golden)
 
     @app.get("/v1/models/{name}/versions/{version}/contract", **route_options)
-    async def contract_of_version(name: str, version: str) -> Response:
+    async def contract_of_version(
+        request: Request, name: str, version: str, golden: WithGoldenImages = False
+    ) -> Response:
         """Return the contract of one version of a model."""
-        return await get_contract(name, version)
+        return await get_contract(request, name, version, has_golden_images=golden)
 
 
 def _format_time(seconds: float) -> str:

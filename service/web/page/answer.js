@@ -18,9 +18,30 @@ export function showAnswer(photo, model, contract, explained, acts) {
   const hadFocus = place.contains(document.activeElement);
   const held = document.activeElement?.closest("#answer li")?.getAttribute("data-label");
   if (photo.error) place.replaceChildren(refused(photo, acts.again));
-  else if (!photo.answer) place.replaceChildren(make("p", { class: "soft" }, "Asking …"));
+  else if (!photo.answer) place.replaceChildren(waiting(photo.upload));
   else place.replaceChildren(...answered(photo.answer, model, contract, explained, acts.choose));
   if (hadFocus) (place.querySelector(`[data-label="${CSS.escape(held ?? "")}"] button`) ?? place).focus(); // it was made anew
+}
+
+/** How much of the photo has been sent, and a way to stop it. @param {import("./upload.js").Upload} upload */
+function waiting(upload) {
+  const words = make("p", { class: "soft" });
+  const bar = make("progress", { "aria-label": "Sent of the photo" });
+  const cancel = make("button", { type: "button", on: { click: () => upload.cancel() } }, "Cancel");
+  const element = make("div", { class: "refusal" });
+  let isSending = null;
+  const update = () => {
+    words.textContent = upload.isSending ? `Sending the photo: ${Math.floor(100 * upload.progress)}% …` : "Asking …";
+    bar.value = upload.progress;
+    if (upload.isSending === isSending) return;
+    ({ isSending } = upload);
+    const hadFocus = element.contains(document.activeElement);
+    element.replaceChildren(words, ...(isSending ? [bar, cancel] : []));
+    if (hadFocus) place.focus();
+  };
+  upload.addEventListener("progress", update);
+  update();
+  return element;
 }
 
 function refused({ name, error }, again) {

@@ -48,10 +48,11 @@ import { readNpy } from "./npy.js";
  * @property {string | null} reason
  * @property {Layer[]} layers
  */
-/** @typedef {{body: Blob, prepared: boolean}} Picture an image, and whether it is the exact input already */
+/** @typedef {import("./upload.js").Upload} Upload a photo that is sent once and asked about many times */
+/** @typedef {{body: Blob | Upload, prepared: boolean}} Picture an image, and whether it is the exact input already */
 
 /** The service's own address, by this file's: it has the prefix that a proxy may have put in front of ours. */
-const ROOT = new URL("..", import.meta.url).href;
+const ROOT = import.meta.url.replace(/page\/(v-\w+\/)?api\.js$/, "");
 
 /** Statuses that say something of the photo itself. */
 const OF_THE_PHOTO = [400, 413, 415, 422];
@@ -87,11 +88,20 @@ export async function layers(model) {
 }
 
 /**
+ * Let the service keep a photo for questions. @param {File} photo
+ * @param {(share: number) => void} progress called with how much of it has been sent @param {AbortSignal} signal
+ * @returns {Promise<string>} its URL for `Upload`
+ */
+export async function keep(photo, progress, signal) {
+  return (await read(`${ROOT}v1/images`, { photo, signal, progress })).url;
+}
+
+/**
  * The labels of one photo, and how many milliseconds all of it took.
- * @param {Model} model @param {Blob} photo @param {number} top how many labels @param {AbortSignal} [signal]
+ * @param {Model} model @param {Upload} photo @param {number} top how many labels @param {AbortSignal} [signal]
  */
 export async function classify(model, photo, top, signal) {
-  if (!photo.size && (await isReadable(photo))) throw new Refusal("the file is empty", "bad_image", true);
+  if (!photo.file.size && (await isReadable(photo.file))) throw new Refusal("the file is empty", "bad_image", true);
   const started = performance.now();
   const reply = await read(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal });
   return { ...reply, total: performance.now() - started };
@@ -99,7 +109,7 @@ export async function classify(model, photo, top, signal) {
 
 /**
  * What the model looked at: one object after another as it is found out; the last one has all.
- * @param {Model} model @param {Blob} photo @param {string | null} label null for the most probable
+ * @param {Model} model @param {Upload} photo @param {string | null} label null for the most probable
  * @param {AbortSignal} [signal]
  */
 export async function* explain(model, photo, label, signal) {
@@ -156,21 +166,57 @@ async function read(url, options) {
   return heard((await ask(url, options)).json());
 }
 
-/** @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off) */
-async function ask(url, { photo, signal } = {}) {
-  const sent = photo ? { method: "POST", body: photo } : {};
+/**
+ * Ask about nothing, about a picture, or about an uploaded photo: by its URL, or where the service does not keep it, by
+ * the photo itself.
+ * @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off)
+ */
+async function ask(url, options = {}) {
+  const { photo: upload, signal } = options;
+  if (!upload?.file) return send(url, options);
+  // The first time it may be too old, or in another worker of the service.
+  for (let attempt = 0; attempt < 2; attempt += 1) {
+    const kept = await upload.url();
+    signal?.throwIfAborted();
+    if (!kept) break;
+    try {
+      return await send(url, { json: { images: [{ url: kept }] }, signal });
+    } catch (error) {
+      if (error.code !== "upload_not_found") throw error;
+      await upload.forget(kept);
+    }
+  }
+  return send(url, { photo: upload.file, signal });
+}
+
+async function send(url, { photo, json, signal, progress }) {
+  const body = json ? JSON.stringify(json) : photo;
+  const type = json ? "application/json" : "application/octet-stream";
   for (;;) {
     const key = readKey();
-    const headers = {
-      ...(photo && { "Content-Type": "application/octet-stream" }),
-      ...(key && { Authorization: `Bearer ${key}` }),
-    };
-    const reply = await heard(fetch(url, { ...sent, headers, signal }), photo);
+    const headers = { ...(body && { "Content-Type": type }), ...(key && { Authorization: `Bearer ${key}` }) };
+    const sent = { ...(body && { method: "POST", body }), headers, signal };
+    const reply = await heard(progress ? transfer(url, sent, progress) : fetch(url, sent), photo);
     if (reply.ok) return reply;
     const error = await refusal(reply);
     // Another request may have a new key since this one was sent.
     if (reply.status !== 401 || (readKey() === key && !(await askForKey(error.message)))) throw error;
   }
+}
+
+/** As `fetch`, which does not tell how much of a body has been sent. @returns {Promise<Response>} */
+function transfer(url, { method, body, headers, signal }, progress) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open(method, url);
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+    request.upload.onprogress = ({ loaded, total }) => progress(loaded / total);
+    request.onload = () => resolve(new Response(request.responseText, { status: request.status }));
+    request.onerror = () => reject(new TypeError("the network failed"));
+    request.onabort = () => reject(new DOMException("it was called off", "AbortError"));
+    signal.addEventListener("abort", () => request.abort());
+    request.send(body);
+  });
 }
 
 /** What a promise of the network gives; or its failure, in words. @param {Blob} [photo] that was sent */

@@ -7,7 +7,8 @@ import { percent } from "./numbers.js";
  * @typedef {object} Photo
  * @property {number} id
  * @property {string} name
- * @property {Blob} file
+ * @property {File} file
+ * @property {import("./upload.js").Upload} upload of the file: what the service is asked about
  * @property {string} url of the file, for an `<img>`
  * @property {any} answer the reply to `classify`; null until then
  * @property {import("./api.js").Refusal | null} error
@@ -112,6 +113,7 @@ export function focusOn(photo) {
 /** One line about a photo. @param {Photo} photo */
 export function summary(photo) {
   if (photo.error) return photo.error.message;
+  if (photo.upload.isSending) return `sending, ${Math.floor(100 * photo.upload.progress)}%`;
   if (!photo.answer) return "…";
   const [best] = photo.answer.predictions;
   const unlike = photo.answer.known === false ? " · unlike its training" : "";

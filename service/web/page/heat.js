@@ -22,7 +22,7 @@ export async function look(model, photo, label, signal, known) {
   hideEmpty(false, false);
   let saw = null;
   try {
-    for await (const told of explain(model, photo.file, label, signal)) {
+    for await (const told of explain(model, photo.upload, label, signal)) {
       if (signal.aborted) return;
       if (told.heatmap) showHeat(told.heatmap);
       if (told.what_the_model_saw && !saw) {

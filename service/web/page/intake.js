@@ -30,11 +30,13 @@ export function listen(receive, fail) {
   listenForDrops(receive, fail);
   for (const image of document.querySelectorAll(".samples img"))
     image.parentElement.addEventListener("click", () =>
-      sample(image.src).then(
+      sample(image.dataset.photo).then(
         (file) => receive([file]),
         ({ message }) => fail(message),
       ),
     );
+  // `early.js` hands over what came before.
+  document.dispatchEvent(new CustomEvent("intake", { detail: { receive } }));
 }
 
 function isUrl(text) {

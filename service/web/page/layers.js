@@ -23,7 +23,7 @@ let opened = null;
 let stretch = "pale";
 
 /**
- * Show the layers for a photo. The maps are asked for once `showInput` has said what of.
+ * Show the layers for a photo. The service knows the photo already, so its maps can be asked for at once.
  * @param {api.Model} model
  * @param {import("./gallery.js").Photo} photo
  */
@@ -31,7 +31,7 @@ export async function openLayers(model, photo) {
   if (opened?.model === model && opened.photo === photo) return;
   closeLayers();
   const calledOff = new AbortController();
-  const mine = { model, photo, calledOff, ...picture(), network: null, layer: null };
+  const mine = { model, photo, calledOff, ...pictureOf(photo), network: null, layer: null };
   opened = mine;
   section.hidden = false;
   section.classList.remove("bare");
@@ -56,7 +56,7 @@ export function closeLayers() {
 }
 
 /**
- * Say what the model's exact input is; null where that is not to be had: then the maps are of the photo itself.
+ * Say what the model's exact input is; null where that is not to be had.
  * @param {import("./gallery.js").Photo} photo
  * @param {api.Saw | null} saw
  */
@@ -66,11 +66,12 @@ export function showInput(model, photo, saw) {
   opened.settle(saw ? { body: decoded(saw.png), prepared: true } : { body: photo.file, prepared: false });
 }
 
-/** A picture that is not known yet. */
-function picture() {
+/** What the maps are of: the photo, if the service keeps it; or else the exact input, which is smaller to send. */
+function pictureOf(photo) {
   let settle;
-  const promise = new Promise((resolve) => (settle = resolve));
-  return { picture: promise, settle };
+  const input = new Promise((resolve) => (settle = resolve));
+  const kept = photo.upload.url().catch(() => null);
+  return { picture: kept.then((url) => (url ? { body: photo.upload, prepared: false } : input)), settle };
 }
 
 function decoded(base64) {

@@ -1,15 +1,12 @@
 /** The page put together: what is open, and who must know when it changes. */
 
 import * as api from "./api.js";
-import { showAnswer } from "./answer.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
-import { look } from "./heat.js";
 import { listen } from "./intake.js";
 import { describeKnowledge } from "./knowledge.js";
-import { closeLayers, openLayers, showInput } from "./layers.js";
-import { showSaw } from "./saw.js";
-import { showPhoto } from "./stage.js";
+import { closeLayers, loaded, look, openLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
+import { Upload } from "./upload.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
 const TOGETHER = 3;
@@ -39,6 +36,7 @@ byId("retry").addEventListener("click", async () => {
   await start();
   if (byId("fault").hidden) byId("choose").focus(); // the button with the focus is gone
 });
+loaded.then(refresh, () => showFault("a part of this page could not be loaded; reload the page", false));
 await start();
 
 /** Read which models there are; the one that was asked before stays, whatever its version is now. */
@@ -97,7 +95,10 @@ async function choose(chosen) {
 function add(files) {
   const added = files.map((file) => {
     made += 1;
-    return { id: made, name: file.name, file, url: URL.createObjectURL(file), answer: null, error: null };
+    const upload = new Upload(file);
+    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null };
+    upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
+    return photo;
   });
   const wasOnSample = document.activeElement?.closest(".samples");
   photos = [...photos, ...added];
@@ -110,6 +111,7 @@ function add(files) {
 function remove(photo) {
   const at = photos.indexOf(photo);
   photos = photos.filter((one) => one !== photo);
+  photo.upload.cancel();
   URL.revokeObjectURL(photo.url);
   if (photo !== current) refresh();
   else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
@@ -154,7 +156,7 @@ async function classifyAll(waiting) {
 async function classify(photo, signal) {
   const told = { answer: null, error: null };
   try {
-    told.answer = await api.classify(model, photo.file, TOP, signal);
+    told.answer = await api.classify(model, photo.upload, TOP, signal);
   } catch (error) {
     told.error = error;
   }

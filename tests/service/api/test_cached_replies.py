@@ -49,19 +49,25 @@ def server_and_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[S
     assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
 @pytest.mark.parametrize("path", PATHS)
-def test_cached_reply_equals_first_reply(server_and_zoo: tuple[Server, Path], path: str) -> None:
+def test_cached_reply_equals_first_reply(
+    server_and_zoo: tuple[Server, Path], path: str, encoding: str
+) -> None:
     server, _ = server_and_zoo
+    headers = {"Accept-Encoding": encoding}
     count_before = server.read_metric("fovea_requests_total", status="200")
     first_reply, *later_replies = [
-        server.client.get(path, headers={"X-Request-Id": str(n)}) for n in range(5)
+        server.client.get(path, headers={**headers, "X-Request-Id": str(n)}) for n in range(5)
     ]
     for number, reply in enumerate(later_replies, 1):
         assert reply.content == first_reply.content
         assert reply.status_code == first_reply.status_code == 200
         assert reply.headers["x-request-id"] == str(number)
         assert _stable_headers(reply) == _stable_headers(first_reply)
-    assert server.client.head(path).headers["content-length"] == str(len(first_reply.content))
+    assert first_reply.headers.get("content-encoding", "identity") in (encoding, "identity")
+    head_reply = server.client.head(path, headers=headers)
+    assert head_reply.headers["content-length"] == str(first_reply.num_bytes_downloaded)
     # five GET requests, one HEAD request and the first scrape
     assert server.read_metric("fovea_requests_total", status="200") == count_before + 7
 
@@ -75,6 +81,20 @@ def test_cached_reply_honours_etag_and_range(server_and_zoo: tuple[Server, Path]
     assert server.client.get("/page/main.js").content == page.content
     assert server.client.get("/page/main.js", headers={"Range": "bytes=0-9"}).content == page.content[:10]
     assert server.client.get("/page/main.js").content == page.content
+
+
+def test_cached_reply_has_the_encoding_that_its_request_takes(server_and_zoo: tuple[Server, Path]) -> None:
+    server, _ = server_and_zoo
+    for path in ("/", "/page/main.js", "/openapi.json", "/v1/models/small/contract"):
+        contents = set()
+        for encoding in ("gzip", "identity", "gzip", "identity", "gzip;q=0, br"):
+            reply = server.client.get(path, headers={"Accept-Encoding": encoding})
+            assert reply.headers.get("content-encoding", "identity") == encoding.replace(
+                "gzip;q=0, br", "identity"
+            )
+            assert reply.headers["vary"] == "Accept-Encoding"
+            contents.add(reply.content)
+        assert len(contents) == 1
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections import Counter
@@ -54,9 +55,19 @@ def test_runtime_shows_every_memory_dependent_limit(server: Server, small_zoo: P
 
 def test_contract_route_returns_contract_of_the_file(server: Server) -> None:
     expected = read_contract(build_model()).to_json()
-    assert server.client.get("/v1/models/small/contract").text == expected
-    assert server.client.get("/v1/models/small/versions/1/contract").text == expected
+    for path in ("/v1/models/small/contract", "/v1/models/small/versions/1/contract"):
+        assert server.client.get(path, params={"golden": "true"}).text == expected
     assert server.client.get("/v1/models/none/contract").status_code == 404
+
+
+def test_contract_route_leaves_out_golden_images_unless_asked(server: Server) -> None:
+    document = json.loads(read_contract(build_model()).to_json())
+    assert document["golden"]["images"]
+    document["golden"]["images"] = []
+    for path in ("/v1/models/small/contract", "/v1/models/small/versions/1/contract"):
+        for params in ({}, {"golden": "false"}):
+            text = server.client.get(path, params=params).text
+            assert text == json.dumps(document, separators=(",", ":"))
 
 
 def test_request_is_counted_once_and_timed_in_every_stage(server: Server) -> None:
@@ -119,13 +130,14 @@ def test_openmetrics_format_is_sent_on_request(server: Server) -> None:
 def test_documentation_loads_only_local_files(server: Server) -> None:
     page = server.client.get("/docs")
     assert page.status_code == 200
-    linked_paths = re.findall(r'(?:href|src)="([^"]+)"', page.text)
-    assert linked_paths
+    linked_paths = re.findall(r'<(?:link|script|img)[^>]* (?:href|src)="([^"]+)"', page.text)
+    assert len(linked_paths) == 6
     for path in linked_paths:
-        assert path.startswith("./docs/swagger/")
-        before = server.read_metric("fovea_requests_total", route="/docs/swagger", status="200")
+        route = "/page" if path.endswith("fovea.svg") else "/docs/swagger"
+        assert path.startswith(f".{route}/")
+        before = server.read_metric("fovea_requests_total", route=route, status="200")
         assert server.client.get(path).status_code == 200
-        assert server.read_metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
+        assert server.read_metric("fovea_requests_total", route=route, status="200") == before + 1
 
 
 def test_documentation_examples_succeed(server: Server) -> None:

@@ -93,7 +93,8 @@ def test_links_are_relative(server: Server, path: str) -> None:
 def test_documentation_links_work_with_a_trailing_slash(server: Server) -> None:
     for path in ("/docs", "/docs/"):
         for link in re.findall(r'(?:href|src)="([^"]+)"', server.client.get(path).text):
-            assert server.client.get(f"{server.url}{path}").url.join(link).path.startswith("/docs/swagger/")
+            url = server.client.get(f"{server.url}{path}").url.join(link)
+            assert server.client.get(url).status_code == 200
 
 
 def test_openapi_server_url_is_relative_to_the_document(server: Server) -> None:

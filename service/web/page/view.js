@@ -1,0 +1,7 @@
+/** What shows an open photo: loaded by `later.js`. */
+
+export { showAnswer } from "./answer.js";
+export { look } from "./heat.js";
+export { closeLayers, openLayers, showInput } from "./layers.js";
+export { showSaw } from "./saw.js";
+export { showPhoto } from "./stage.js";

@@ -1,0 +1,104 @@
+"""A photo is sent to the service once, and asked about many times."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, Request, Route, expect
+
+from tests.page.slow_line import SlowVisit
+from tests.page.views import SHIP, TRUCK, View, make_upload
+from tests.servers import Server
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def requests(page: Page) -> Iterator[list[tuple[str, str]]]:
+    """The last part of the path and the content type of everything that the page sends."""
+    requests: list[tuple[str, str]] = []
+
+    def note_request(request: Request) -> None:
+        if request.method == "POST":
+            requests.append((urlsplit(request.url).path.rpartition("/")[2], request.headers["content-type"]))
+
+    page.on("request", note_request)
+    yield requests
+    page.remove_listener("request", note_request)
+
+
+def test_photo_is_sent_once_whatever_is_asked(view: View, requests: list[tuple[str, str]]) -> None:
+    view.pick_files(SHIP)
+    expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
+    view.page.locator("#answer li button").nth(1).click()
+    expect(view.page.locator("#heat-text")).not_to_contain_text("“ship”")
+    view.inspect_map(view.tensor_name("Conv"))
+    view.select_model("float")
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    view.inspect_map(view.tensor_name("Conv", 1))
+    view.pick_files(TRUCK)
+    expect(view.top_label).to_have_attribute("data-label", "truck")
+    view.photo_item("ship.jpg").locator(".open").click()
+    expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
+    assert requests.count(("images", "application/octet-stream")) == 2
+    questions = {one for one in requests if one[0] != "images"}
+    assert questions == {(call, "application/json") for call in ("classify", "explain", "maps")}
+
+
+def test_page_works_with_a_service_that_keeps_little(page: Page, models: Path) -> None:
+    """There is room for the ship or a filler, and never for the truck."""
+    settings = {"FOVEA_BODIES_BYTES": "300000", "FOVEA_BODY_BYTES": "150000", "FOVEA_EXPLAIN_SECONDS": "0.3"}
+    with Server(FOVEA_MODELS=str(models), **settings) as server:
+        view = View(page, server)
+        view.open()
+        with page.expect_request("**/v1/images"):
+            view.pick_files(SHIP)
+        expect(page.locator("#heat-text")).to_contain_text("“ship”")
+        assert server.client.post("/v1/images", content=bytes(37_000)).status_code == 200
+        with page.expect_request("**/v1/images"):
+            page.locator("#answer li button").nth(1).click()
+        expect(page.locator("#heat-text")).not_to_contain_text("“ship”")
+        expect(page.locator("#heat-text")).to_contain_text("Light where")
+        view.pick_files(TRUCK)
+        expect(view.top_label).to_have_attribute("data-label", "truck")
+        expect(page.locator("#heat-text")).to_contain_text("“truck”")
+        view.inspect_map(view.tensor_name("Conv"))
+
+
+def test_sending_can_be_cancelled_and_begun_again(view: View) -> None:
+    held_routes: list[Route] = []
+    view.page.route("**/v1/images", lambda route: held_routes.append(route))
+    view.pick_files(SHIP)
+    expect(view.page.locator("#answer")).to_contain_text("Sending the photo")
+    expect(view.photo_item("ship.jpg").locator(".told")).to_contain_text("sending")
+    view.page.get_by_role("button", name="Cancel").click()
+    expect(view.page.locator("#answer .refusal")).to_contain_text("sending it was cancelled")
+    view.page.unroute("**/v1/images")
+    view.page.get_by_role("button", name="Ask again").click()
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+
+
+def test_removing_a_photo_stops_sending_it(view: View) -> None:
+    held_routes: list[Route] = []
+    view.page.route("**/v1/images", lambda route: held_routes.append(route))
+    view.pick_files(SHIP)
+    expect(view.photo_item("ship.jpg").locator(".told")).to_contain_text("sending")
+    with view.page.expect_event("requestfailed", lambda request: request.url.endswith("/v1/images")):
+        view.page.get_by_role("button", name="Remove ship.jpg").click()
+    expect(view.page.locator("#gallery li")).to_have_count(0)
+
+
+def test_page_shows_how_much_has_been_sent(browser: Browser, page_server: Server) -> None:
+    context = browser.new_context()
+    visit = SlowVisit(context, kilobits=2000, latency=0)
+    visit.open(page_server)
+    photo = make_upload("large.jpg", SHIP.read_bytes() + bytes(700_000))
+    visit.page.set_input_files("#files", files=[photo])
+    expect(visit.page.locator("#answer")).to_contain_text(re.compile(r"Sending the photo: [1-9]\d?%"))
+    expect(visit.page.locator("#gallery .told")).to_contain_text(re.compile(r"sending, [1-9]\d?%"))
+    expect(visit.page.locator(".verdict")).to_have_attribute("data-label", "ship")
+    context.close()
