@@ -114,6 +114,14 @@ class Net(nn.Module):
         logits = 1 if config.task is Task.BINARY else config.labels
         self.head = nn.Linear(self.features.channels, logits)
 
+    @property
+    def has_temperature(self) -> bool:
+        """Return whether logits are divided by a fitted temperature.
+
+        The network for teaching ends with the softmax alone, because a temperature would be one more layer.
+        """
+        return self.config.name != "tiny_vgg"
+
     @torch.no_grad()
     def fit_whitening(self, pixels: Pixels) -> None:
         """Initialise the whitening layer from training pixels, uint8 (N, H, W, 3), before training starts."""
