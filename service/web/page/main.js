@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { showAnswer } from "./answer.js";
+import { listenForArticle, showInArticle } from "./article/loader.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { look } from "./heat.js";
@@ -33,6 +34,7 @@ let ofPhoto = new AbortController();
 let made = 0;
 
 listen(add, showFault);
+listenForArticle(add);
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
 byId("retry").addEventListener("click", start);
 await start();
@@ -180,6 +182,7 @@ function showPhotos() {
 /** Show the photos and the answer as they now are. */
 function refresh() {
   showPhotos();
+  showInArticle(model, current);
   if (!current) return;
   const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
   byId("opened").classList.toggle("refused", current.error !== null);
