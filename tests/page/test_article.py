@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 from io import BytesIO
 
 import numpy as np
@@ -182,6 +183,9 @@ def test_playground_output_is_that_of_a_convolution(view: View, values: tuple[in
     rows = [starts[last] + offset - padding for offset in offsets]
     columns = [offset - padding for offset in offsets]
     assert read_marked(view.page, "input") == set(itertools.product(rows, columns))
+    sentence = view.page.locator(".playground .sees").text_content() or ""
+    numbers = [int(number.replace("−", "-")) for number in re.findall(r"−?\d+", sentence.split(": rows")[1])]
+    assert numbers == [*rows, *columns]
 
 
 def test_playground_works_by_keyboard_and_from_input_to_output(view: View) -> None:

@@ -380,7 +380,6 @@ function values(picture, size) {
 }
 
 function list(numbers) {
-  return numbers.length > 1
-    ? `${numbers.slice(0, -1).join(", ")} and ${numbers[numbers.length - 1]}`
-    : String(numbers[0]);
+  const words = numbers.map((number) => String(number).replace("-", "−"));
+  return words.length > 1 ? `${words.slice(0, -1).join(", ")} and ${words[words.length - 1]}` : words[0];
 }
