@@ -137,6 +137,22 @@ def read_numbers_of(elements: Locator, name: str) -> list[float]:
     return [read_number(element, name) for element in elements.all()]
 
 
+@pytest.mark.parametrize("model", ["tiny_vgg", "varied", "deep", "float"])
+def test_every_section_has_its_picture_for_other_models(view: View, model: str) -> None:
+    """Networks without a class activation map get one heat map, by occlusion."""
+    view.select_model(model)
+    open_article(view)
+    kinds = {layer["kind"] for layer in view.fetch_layers()}
+    for section in ("image", "convolution", "relu", "pooling", "linear", "softmax", "hierarchy", "heat"):
+        picture = find_picture(view, section)
+        expect(picture).not_to_contain_text("There is no picture here")
+        expect(picture.locator(".drawing > *").first).to_be_visible()
+        if section not in ("heat", "image", "hierarchy"):
+            expect(view.page.locator(f"#learn-{section} .live")).to_be_visible()
+    maps = find_picture(view, "heat").locator(".warm")
+    expect(maps).to_have_count(1 if kinds & {"Flatten"} and model != "deep" else 2)
+
+
 def test_article_says_why_it_has_no_pictures(view: View) -> None:
     view.select_model("closed")
     open_article(view)

@@ -107,7 +107,8 @@ async function beforeAndAfter(studio, { layer: choose }) {
 
 async function votes(studio, { layer: choose }) {
   const context = await found(studio, choose);
-  if (context.source.shape.length !== 1) throw new Error("its linear layer reads no plain list of numbers");
+  const isList = context.source.shape.slice(1).every((side) => side === 1); // pooled maps of one pixel are one too
+  if (!isList) throw new Error("its linear layer reads no plain list of numbers");
   const [best] = await studio.predictions();
   const index = context.layer.shape[0] === context.description.labels.length ? best.index : 0;
   return linear({ ...context, index });

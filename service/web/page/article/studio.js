@@ -86,13 +86,14 @@ export class Studio {
   pixels() {
     return this.#once("pixels", async () => {
       const { file } = await this.photo();
-      for await (const { what_the_model_saw: saw } of api.explain(
-        this.model,
-        file,
-        null,
-        this.#calledOff.signal,
-      ))
-        if (saw) return decoded(saw);
+      const enough = new AbortController(); // so that an occlusion does not go on for nobody
+      const signal = AbortSignal.any([this.#calledOff.signal, enough.signal]);
+      try {
+        for await (const { what_the_model_saw: saw } of api.explain(this.model, file, null, signal))
+          if (saw) return decoded(saw);
+      } finally {
+        enough.abort();
+      }
       throw new Error("the service does not say what the model saw");
     });
   }
