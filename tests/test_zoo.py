@@ -90,6 +90,7 @@ def test_model_for_teaching_is_small_and_has_only_the_layers_of_a_first_lesson()
     block = ["Conv", "Relu"] * 2 + ["MaxPool"]
     assert kinds[kinds.index("Conv") :] == [*block, *block, "Reshape", "Gemm", "Softmax"]
     assert contract.training.command.startswith("fovea train --data data/cifar10-jpeg.tar.gz --net tiny_vgg ")
+    assert len(contract.training.commit) == 40  # and no changes that were not committed
     assert contract.training.images == 45_000
     assert contract.accuracy is not None
     assert contract.accuracy.top1 >= 0.6
