@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 DEFAULT_MODEL = find_versions(ROOT / "zoo", "cifar10")[0].path
 """The model that a service without settings serves: int8."""
 
+TEACHING_MODEL = find_versions(ROOT / "zoo", "tiny_vgg")[0].path
+"""The small model that the page teaches with."""
+
 FLOAT_MODEL = ROOT / "zoo" / "cifar10" / "3" / "model.onnx"
 """The float version of the default model, for tests of float arithmetic and of large weights."""
 

@@ -88,7 +88,12 @@ def test_json_has_the_facts_of_the_contract(command: Command, capsys: Output) ->
     inventory = list_models(command, capsys, ROOT / "zoo")
     path = ROOT / "zoo" / "cifar10" / "4" / "model.onnx"
     assert inventory["default_model"] == "cifar10"
-    assert inventory["models"][-1] == {
+    assert [(one["name"], one["version"]) for one in inventory["models"]] == [
+        ("cifar10", "3"),
+        ("cifar10", "4"),
+        ("tiny_vgg", "1"),
+    ]
+    assert inventory["models"][1] == {
         "name": "cifar10",
         "version": "4",
         "path": str(path),

@@ -123,6 +123,27 @@ def test_train_with_export_makes_the_default_model(
     assert (zoo / "default").read_text() == "third\n"
 
 
+def test_network_for_teaching_learns_and_has_only_the_layers_of_a_first_lesson(
+    tmp_path: Path, command: Command
+) -> None:
+    source, version = tmp_path / "squares", tmp_path / "zoo" / "tiny" / "1"
+    draw_images(source / "train", count=24)
+    draw_images(source / "test", count=8, seed=1)
+    train = ["train", "--data", source, "--out", tmp_path / "run", "--size", 32, "--epochs", 12]
+    assert command(*train, "--net", "tiny_vgg", "--export", version) == 0
+    assert (version / "model.onnx").stat().st_size <= 100_000
+    engine = Engine.load(version / "model.onnx", provider="cpu", threads=1)
+    assert engine.contract.temperature == 1
+    recipe = checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"]
+    assert recipe["peak_lr"] == pytest.approx(0.05 * recipe["batch"] / 256)
+    assert recipe["cutout"] == 0
+    assert engine.contract.accuracy is not None
+    assert engine.contract.accuracy.top1 >= 0.9
+    kinds = [layer.kind for layer in engine.contract.layers]
+    block = ["Conv", "Relu"] * 2 + ["MaxPool"]
+    assert kinds[kinds.index("Conv") :] == [*block, *block, "Reshape", "Gemm", "Softmax"]
+
+
 def test_zoo_version_can_be_start_and_teacher(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

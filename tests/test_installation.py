@@ -18,7 +18,7 @@ import pytest
 
 import fovea
 import fovea.errors
-from tests.servers import DEFAULT_MODEL, ROOT, Server
+from tests.servers import DEFAULT_MODEL, ROOT, TEACHING_MODEL, Server
 
 pytestmark = pytest.mark.long
 
@@ -61,14 +61,16 @@ def _list_wheel(path: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_has_the_newest_default_model(distributions: Distributions) -> None:
+def test_wheel_has_the_newest_default_model_and_the_model_for_teaching(distributions: Distributions) -> None:
+    zoo, prefix = ROOT / "zoo", "fovea/default_models"
     names = _list_wheel(distributions.wheel)
-    folder = DEFAULT_MODEL.parent.relative_to(ROOT / "zoo")
-    packaged = {name for name in names if name.startswith("fovea/default_models/")}
-    expected = {path.name for path in DEFAULT_MODEL.parent.iterdir()}
-    assert packaged == {f"fovea/default_models/{folder}/{name}" for name in expected}
+    packaged = {name for name in names if name.startswith(f"{prefix}/")}
+    folders = DEFAULT_MODEL.parent, TEACHING_MODEL.parent
+    expected = {path.relative_to(zoo) for folder in folders for path in folder.iterdir()}
+    assert packaged == {f"{prefix}/default", *(f"{prefix}/{path}" for path in expected)}
     with zipfile.ZipFile(distributions.wheel) as archive:
-        assert archive.read(f"fovea/default_models/{folder}/model.onnx") == DEFAULT_MODEL.read_bytes()
+        for model in (DEFAULT_MODEL, TEACHING_MODEL):
+            assert archive.read(f"{prefix}/{model.relative_to(zoo)}") == model.read_bytes()
 
 
 def test_wheel_has_only_its_package(distributions: Distributions) -> None:

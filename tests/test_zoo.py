@@ -16,7 +16,7 @@ import pytest
 from fovea.service.artifact.contract import Precision, Task
 from fovea.service.inference.drift import SIGNALS
 from fovea.service.inference.engine import Engine
-from tests.servers import DEFAULT_MODEL, FLOAT_MODEL, ROOT, Server
+from tests.servers import DEFAULT_MODEL, FLOAT_MODEL, ROOT, TEACHING_MODEL, Server
 
 pytestmark = pytest.mark.long
 
@@ -83,7 +83,31 @@ def test_default_model_is_int8_for_every_processor_and_proven_against_the_float_
     assert quantization.speedup >= 2
 
 
-@pytest.mark.parametrize("path", [DEFAULT_MODEL, FLOAT_MODEL], ids=["int8", "float"])
+def test_model_for_teaching_is_small_and_has_only_the_layers_of_a_first_lesson() -> None:
+    contract = Engine.load(TEACHING_MODEL, provider="cpu", threads=1).contract
+    assert TEACHING_MODEL.stat().st_size <= 100_000
+    kinds = [layer.kind for layer in contract.layers]
+    block = ["Conv", "Relu"] * 2 + ["MaxPool"]
+    assert kinds[kinds.index("Conv") :] == [*block, *block, "Reshape", "Gemm", "Softmax"]
+    assert contract.training.command.startswith("fovea train --data data/cifar10-jpeg.tar.gz --net tiny_vgg ")
+    assert len(contract.training.commit) == 40  # and no changes that were not committed
+    assert contract.training.images == 45_000
+    assert contract.accuracy is not None
+    assert contract.accuracy.top1 >= 0.6
+
+
+def test_model_for_teaching_is_served_beside_the_default(zoo_server: Server) -> None:
+    models = zoo_server.client.get("/v1/models").json()["models"]
+    assert {one["name"]: one["default"] for one in models} == {"cifar10": True, "tiny_vgg": False}
+    for sample in ("airplane.jpg", "ship.jpg", "truck.png"):
+        content = (ROOT / "samples" / sample).read_bytes()
+        answer = zoo_server.client.post("/v1/models/tiny_vgg/classify", content=content).json()
+        assert answer["predictions"][0]["label"] == sample.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    "path", [DEFAULT_MODEL, FLOAT_MODEL, TEACHING_MODEL], ids=["int8", "float", "teaching"]
+)
 def test_golden_set_passes_on_this_host(path: Path) -> None:
     assert Engine.load(path, provider="cpu", threads=1).check_golden_set().images == 8
 

@@ -52,7 +52,8 @@ def train(
     net: Annotated[
         str | None,
         typer.Option(
-            help="Network: cnn, cnn_large, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn."
+            help="Network: cnn, cnn_large, resnet18, resnet34, resnet50, mobilenet_v2, or tiny_vgg for "
+            "teaching; default cnn."
         ),
     ] = None,
     size: Annotated[

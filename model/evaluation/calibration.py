@@ -51,12 +51,15 @@ def fit_calibration(
     conformal_logits: Tensor,
     conformal_targets: Tensor,
     task: Task,
+    *,
+    has_temperature: bool = True,
 ) -> Calibration:
     """Fit temperature and thresholds on one half of the held-out images and the quantiles on the other.
 
-    Logits are float32 (N, n), targets as in `model.data.dataset.Examples`.
+    Logits are float32 (N, n), targets as in `model.data.dataset.Examples`. Without `has_temperature`, the
+    temperature stays 1, so that the probabilities are the softmax of the logits and nothing else.
     """
-    temperature = fit_temperature(validation_logits, validation_targets, task)
+    temperature = fit_temperature(validation_logits, validation_targets, task) if has_temperature else 1.0
     return Calibration(
         temperature,
         fit_thresholds(to_probabilities(validation_logits, task, temperature), validation_targets, task),

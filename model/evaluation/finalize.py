@@ -38,6 +38,7 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
         logits_by_part["conformal"],
         data.conformal.targets,
         task,
+        has_temperature=net.has_temperature,
     )
     part = "test" if len(data.test) else "validation"
     measurements = measure_part(logits_by_part[part], getattr(data, part), task, calibration)

@@ -1,7 +1,8 @@
 """Networks that map uint8 pixels to logits, with interchangeable backbones.
 
-Every backbone is followed by global average pooling and one linear layer, the head. The class activation map
-of a label is therefore exactly the label's row of the head times the feature maps (Zhou et al., 2016).
+Every backbone is followed by one linear layer, the head. All but `tiny_vgg` have global average pooling
+before the head. The class activation map of a label is then exactly the label's row of the head times the
+feature maps (Zhou et al., 2016).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fovea.model.data.pixels import Pixels
 from fovea.model.networks.cnn import DEFAULT_WIDTHS, LARGE_WIDTHS, Cnn, Whitening
 from fovea.model.networks.mobilenet import MobileNetV2
 from fovea.model.networks.resnet import DEPTHS, ResNet
+from fovea.model.networks.tiny_vgg import TinyVgg
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError
 
@@ -68,8 +70,12 @@ NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
     "cnn_large": lambda config: Cnn(config.size, config.widths or LARGE_WIDTHS),
     **{name: lambda config: ResNet(config.name, config.size) for name in DEPTHS},
     "mobilenet_v2": lambda config: MobileNetV2(config.size),
+    "tiny_vgg": lambda config: TinyVgg(config.size),
 }
-"""Backbones by name: modules from normalised images (B, 3, H, W) to feature maps (B, `channels`, h, w)."""
+"""Backbones by name: modules from normalised images (B, 3, H, W) to feature maps (B, `channels`, h, w).
+
+`tiny_vgg` flattens its last maps to (B, `channels`) itself.
+"""
 
 
 def require_supported_net(name: str | None, size: int | None) -> None:
@@ -108,6 +114,14 @@ class Net(nn.Module):
         logits = 1 if config.task is Task.BINARY else config.labels
         self.head = nn.Linear(self.features.channels, logits)
 
+    @property
+    def has_temperature(self) -> bool:
+        """Return whether logits are divided by a fitted temperature.
+
+        The network for teaching ends with the softmax alone, because a temperature would be one more layer.
+        """
+        return self.config.name != "tiny_vgg"
+
     @torch.no_grad()
     def fit_whitening(self, pixels: Pixels) -> None:
         """Initialise the whitening layer from training pixels, uint8 (N, H, W, 3), before training starts."""
@@ -118,8 +132,9 @@ class Net(nn.Module):
             stems[0].fit_kernels(self.normalize(sample))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        maps = self.features(self.normalize(pixels))  # (B, channels, h, w)
-        logits: Tensor = self.head(maps.mean(dim=(2, 3)))  # (B, n)
+        features = self.features(self.normalize(pixels))  # (B, channels, h, w) or (B, channels)
+        values = features.mean(dim=(2, 3)) if features.ndim == 4 else features  # (B, channels)
+        logits: Tensor = self.head(values)  # (B, n)
         return logits
 
 

@@ -57,6 +57,9 @@ _MAIN: Final = "main.js"
 _MODELS_PRELOAD: Final = '<link rel="preload" as="fetch" crossorigin="anonymous" href="./v1/models">'
 """Link by which the browser asks for the list of models before the modules that need it have arrived."""
 
+_ARTICLE: Final = "article/"
+"""Folder of the modules that the page loads only when somebody opens the article."""
+
 _MODULES_MARK: Final = "<!-- modules -->"
 """Place in `index.html` for the links to the modules."""
 
@@ -82,7 +85,7 @@ def add_routes(app: FastAPI, folder: Path, *, needs_key: bool) -> None:
 
 @lru_cache(maxsize=1)
 def _link_modules(folder: Path, version: str, preload: str) -> str:
-    """Return the links that load all modules of the page at once, first those with which the page starts.
+    """Return the links that load the modules of the page at once, first those with which the page starts.
 
     Then comes `preload`, and the modules that the page loads afterwards.
     `version` is the version of the folder, which has other modules when it changes.
@@ -95,6 +98,7 @@ def _link_modules(folder: Path, version: str, preload: str) -> str:
             *(
                 f'<link rel="modulepreload" fetchpriority="low" href="./page/{escape(module)}">'
                 for module in later
+                if not module.startswith(_ARTICLE)
             ),
         ]
     )

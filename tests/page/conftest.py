@@ -1,4 +1,4 @@
-"""A real browser, a real server with six models, and a page that must log no error."""
+"""A real browser, a real server with seven models, and a page that must log no error."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of six models.
+    """A repository of seven models.
 
     `cifar10` is the default, in int8, and `float` is the same in float32. `small` has seven nodes, `deep` has
-    many layers, `varied` has no class activation map, and `closed` has no maps of layers.
+    many layers, `varied` has no class activation map, `closed` has no maps of layers, and `tiny_vgg` is the
+    model for teaching.
     """
     require_tool("chromium")  # before anything slow
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("models"))
     add_to_repository(build_unopenable(), root, "closed")
-    shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
+    for name in ("cifar10", "tiny_vgg"):
+        shutil.copytree(ROOT / ZOO / name, root / name)
     shutil.copytree(FLOAT_MODEL.parent, root / "float" / "1")
     (root / "default").write_text("cifar10\n")
     for name, network in (("varied", build_varied_network()), ("deep", build_deep_network())):

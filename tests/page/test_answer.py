@@ -319,6 +319,7 @@ def test_default_model_is_selected_first(view: View) -> None:
         "deep",
         "float",
         "small",
+        "tiny_vgg",
         "varied",
     ]
 

@@ -22,8 +22,11 @@ export const LABELS_SHOWN = 10;
 export const SIDE = 52;
 
 /** Between two columns, and before the first. */
-export const GAP = 14;
+const GAP = 14;
 const WIDTH = { maps: 100, labels: 158, values: 100, nothing: 100 };
+/** The same where all columns then fit on the screen, and would not otherwise; the gap is the smallest. */
+const COMPACT_GAP = 4;
+const COMPACT_WIDTH = { maps: 66, labels: 120, values: 66, nothing: 66 };
 const TOP = 128;
 const PITCH = { maps: 60, labels: 48, values: 60, nothing: 60 };
 /** From the top to the last map's lower edge. */
@@ -42,10 +45,32 @@ export function blocks(layers) {
  * @param {Layer[]} layers
  * @param {Set<string>} unfolded names of blocks whose layers all have a column
  * @param {number} labels how many the model has
+ * @param {number} room width of the screen for all columns
  * @returns {Column[]}
  */
-export function arrange(layers, unfolded, labels) {
-  let left = GAP;
+export function arrange(layers, unfolded, labels, room) {
+  const columns = placed(layers, unfolded, labels, WIDTH, GAP);
+  if (reach(columns) <= room) return columns;
+  const compact = placed(layers, unfolded, labels, COMPACT_WIDTH, COMPACT_GAP);
+  const spare = (room - reach(compact)) / (compact.length + 1);
+  if (spare < 0) return columns;
+  return placed(layers, unfolded, labels, COMPACT_WIDTH, Math.min(GAP, COMPACT_GAP + Math.floor(spare)));
+}
+
+/** Whether columns are narrower than they could be, so that all fit. @param {Column[]} columns */
+export function areCompact(columns) {
+  return columns.some(({ width, content }) => width < WIDTH[content]);
+}
+
+/** The width of all columns. @param {Column[]} columns */
+export function reach(columns) {
+  const last = columns[columns.length - 1];
+  return last.left + last.width + columns[0].left;
+}
+
+/** @returns {Column[]} */
+function placed(layers, unfolded, labels, widths, gap) {
+  let left = gap;
   return runs(layers)
     .flatMap((run) => (run.length > 1 && !unfolded.has(run[0].block) ? [run] : run.map((layer) => [layer])))
     .map((held) => {
@@ -57,10 +82,10 @@ export function arrange(layers, unfolded, labels) {
         block: layer.block,
         content,
         left,
-        width: WIDTH[content],
+        width: widths[content],
         first: 0,
       };
-      left += column.width + GAP;
+      left += column.width + gap;
       return column;
     });
 }

@@ -19,6 +19,8 @@ const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map
 const descriptions = new Map();
 /** What is open. */
 let opened = null;
+/** What to open once the network is shown. @type {{choose: (layers: api.Layer[]) => api.Layer | undefined, index: number} | null} */
+let wish = null;
 /** Which maps have the whole range of colours; stays so for other photos. @type {import("./network.js").Stretch} */
 let stretch = "pale";
 
@@ -43,6 +45,16 @@ export async function openLayers(model, photo) {
   } catch (error) {
     if (opened === mine) tellWhy(`The layers cannot be shown: ${error.message}`);
   }
+}
+
+/**
+ * Open a map of a layer: now, or as soon as a photo's network is shown.
+ * @param {(layers: api.Layer[]) => api.Layer | undefined} choose
+ * @param {number} index of the map, or of the value
+ */
+export function visit(choose, index) {
+  wish = { choose, index };
+  opened?.visit?.();
 }
 
 /** Take the layers off the page. */
@@ -122,6 +134,15 @@ function show(mine, description) {
   };
   mine.network = new Network(byId("network"), description, tensors, { open, point }, stretch);
   showTools(mine.network);
+  mine.visit = () => {
+    const [layer, index] = [wish?.choose(description.layers), wish?.index ?? 0];
+    wish = null;
+    if (!layer) return;
+    mine.network.scrollTo(layer);
+    open(layer, Math.min(index, layer.shape[0] - 1));
+    section.scrollIntoView();
+  };
+  mine.visit();
 }
 
 /** The detail was closed: back to the map that it was of. */

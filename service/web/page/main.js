@@ -1,6 +1,7 @@
 /** The page put together: what is open, and who must know when it changes. */
 
 import * as api from "./api.js";
+import { listenForArticle, showInArticle } from "./article/loader.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
@@ -30,6 +31,7 @@ let ofModel = new AbortController();
 let ofPhoto = new AbortController();
 let made = 0;
 
+listenForArticle(add);
 listen(add, (message) => showFault(message, false));
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
 byId("retry").addEventListener("click", async () => {
@@ -210,6 +212,7 @@ function showPhotos() {
 /** Show the photos and the answer as they now are. */
 function refresh() {
   showPhotos();
+  showInArticle(model, current);
   if (!current) return;
   const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
   byId("opened").classList.toggle("refused", current.error !== null);

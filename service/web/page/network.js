@@ -1,6 +1,16 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
-import { BOTTOM, FOLDED_BEYOND, GAP, LABELS_SHOWN, SIDE, arrange, blocks, capacity } from "./columns.js";
+import {
+  BOTTOM,
+  FOLDED_BEYOND,
+  LABELS_SHOWN,
+  SIDE,
+  areCompact,
+  arrange,
+  blocks,
+  capacity,
+  reach,
+} from "./columns.js";
 import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
@@ -107,6 +117,12 @@ export class Network {
     this.#buttonOf(layer, index)?.focus();
   }
 
+  /** Scroll sideways to a layer's column, or to that of its folded block. */
+  scrollTo(layer) {
+    const column = this.#columns.find(({ layers }) => layers.includes(layer));
+    if (column) this.#place.scrollTo({ left: column.left + column.width / 2 - this.#place.clientWidth / 2 });
+  }
+
   /** @type {{layer: Layer, index: number} | null} */
   #opened = null;
 
@@ -127,13 +143,12 @@ export class Network {
   #build() {
     this.#observer.disconnect();
     const { layers, labels } = this.#description;
-    this.#columns = arrange(layers, this.#unfolded, labels.length);
+    this.#columns = arrange(layers, this.#unfolded, labels.length, this.#place.clientWidth);
     this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, HEIGHT)]));
-    const last = this.#columns[this.#columns.length - 1];
-    const width = last.left + last.width + GAP;
+    const width = reach(this.#columns);
     const canvas = make(
       "div",
-      { class: "canvas" },
+      { class: areCompact(this.#columns) ? "canvas compact" : "canvas" },
       this.#edges.element,
       ...this.#brackets(),
       ...this.#elements.values(),
@@ -288,8 +303,7 @@ export class Network {
   async #turn(column, first) {
     column.first = first;
     this.#empty(column);
-    const last = this.#columns[this.#columns.length - 1];
-    this.#edges.draw(this.#columns, last.left + last.width + GAP, HEIGHT);
+    this.#edges.draw(this.#columns, reach(this.#columns), HEIGHT);
     await this.#fill(column);
   }
 

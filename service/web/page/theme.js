@@ -41,7 +41,17 @@
     apply(name);
   }
 
+  /** Whether the tour is known; before the first paint too, so that its offer does not come and go. */
+  function tour() {
+    try {
+      return localStorage.getItem("fovea-tour") ?? "new";
+    } catch {
+      return "new";
+    }
+  }
+
   apply(chosen());
+  document.documentElement.dataset.tour = tour();
   document.addEventListener("DOMContentLoaded", () => {
     apply(chosen());
     document.getElementById("theme").addEventListener("click", next);

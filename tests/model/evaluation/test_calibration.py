@@ -190,3 +190,11 @@ def test_temperature_and_quantiles_use_different_halves() -> None:
     probabilities = to_probabilities(second_half[0], Task.MULTICLASS, calibration.temperature)
     assert calibration.coverage == fit_quantiles(probabilities, second_half[1], Task.MULTICLASS)
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+def test_network_without_temperature_has_thresholds_and_quantiles_of_its_plain_probabilities() -> None:
+    first_half, second_half = simulate_logits(2_000, scale=3.0), simulate_logits(2_000, scale=3.0, seed=1)
+    calibration = fit_calibration(*first_half, *second_half, Task.MULTICLASS, has_temperature=False)
+    assert calibration.temperature == 1
+    probabilities = to_probabilities(second_half[0], Task.MULTICLASS)
+    assert calibration.coverage == fit_quantiles(probabilities, second_half[1], Task.MULTICLASS)
