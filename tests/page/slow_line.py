@@ -39,12 +39,10 @@ class SlowVisit:
         """Open a tab whose line has this speed in kbit/s and this latency in ms."""
         self.page: Page = context.new_page()
         self.page.set_default_timeout(_TIMEOUT)
-        self.bytes = 0
-        """Bytes of all answers so far, as they were transferred."""
+        self.sizes: dict[str, int] = {}
+        """Bytes of the answers so far, as they were transferred and not read from the cache, by URL."""
         self.early_bytes = 0
         """Bytes that had been transferred when the page worked."""
-        self.urls: list[str] = []
-        """URLs of the answers that were transferred, not read from the cache."""
         self._request_urls: dict[str, str] = {}
         self._last_transfer = time.monotonic()
         session = context.new_cdp_session(self.page)
@@ -63,6 +61,11 @@ class SlowVisit:
         session.on("Network.loadingFinished", self._count_answer)
         session.on("Network.dataReceived", self._note_transfer)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all answers so far."""
+        return sum(self.sizes.values())
+
     def open(self, server: Server) -> float:
         """Open the page, and return the seconds until it works: it knows the models and takes photos."""
         started = time.monotonic()
@@ -76,9 +79,9 @@ class SlowVisit:
         self._note_transfer(event)
 
     def _count_answer(self, event: dict[str, Any]) -> None:
-        if event["encodedDataLength"]:
-            self.bytes += int(event["encodedDataLength"])
-            self.urls.append(self._request_urls[event["requestId"]])
+        if size := int(event["encodedDataLength"]):
+            url = self._request_urls[event["requestId"]]
+            self.sizes[url] = self.sizes.get(url, 0) + size
         self._note_transfer(event)
 
     def _note_transfer(self, _event: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def measure_visit(context: BrowserContext, server: Server) -> list[str]:
         f"{seconds:.1f}",
         f"{visit.early_bytes / 1000:.0f}",
         f"{visit.bytes / 1000:.0f}",
-        str(len(visit.urls)),
+        str(len(visit.sizes)),
     ]
 
 

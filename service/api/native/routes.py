@@ -160,7 +160,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     route_options: dict[str, Any] = {
         "response_model": dict[str, Any],
-        "responses": {404: CLASSIFY_RESPONSES[404]},
+        "responses": {code: CLASSIFY_RESPONSES[code] for code in (400, 404)},
         "tags": ["models"],
     }
 
