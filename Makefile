@@ -115,8 +115,9 @@ bench-tls: $(VENV)/.dev ## Compare HTTPS with HTTP, and measure a handshake (2 m
 bench-callers: $(VENV)/.dev ## See what one caller gets beside another that floods the service, with and without limits (3 minutes)
 	$(BIN)/python -m fovea.bench.callers $(CALLERS)
 
-page-speed: $(VENV)/.dev ## Measure the page on a line of 400 kbit/s and 300 ms (1 minute; needs chromium)
+page-speed: $(VENV)/.dev ## Measure the page on a line of 400 kbit/s and 300 ms, and with ResNet-50 (3 minutes; needs chromium)
 	$(BIN)/python -m tests.page.slow_line $(PAGE)
+	$(BIN)/python -m tests.page.large_network
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
 	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)

@@ -143,3 +143,34 @@ def test_page_asks_for_the_models_in_advance_unless_that_needs_a_key(page_server
         '<link rel="preload" as="fetch" crossorigin="anonymous" href="./v1/models">'
         in page_server.client.get("/").text
     )
+
+
+@pytest.mark.parametrize("sign", ["click", "hover", "focus", "drag"])
+def test_network_is_read_before_the_photo_comes(page_server: Server, browser: Browser, sign: str) -> None:
+    """The service takes a second or more to read a large network for the first time."""
+    page = browser.new_page()
+    view = View(page, page_server)
+    view.open()
+    layers = re.compile("/layers$")
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    with page.expect_response(layers):
+        if sign == "click":
+            with page.expect_file_chooser():
+                page.locator("#choose").click()
+        elif sign == "hover":
+            page.locator(".samples button").first.hover()
+        elif sign == "focus":
+            page.locator(".samples button").last.focus()
+        else:
+            page.evaluate(
+                """() => {
+                    const dataTransfer = new DataTransfer();
+                    dataTransfer.items.add(new File(["x"], "photo.jpg", { type: "image/jpeg" }));
+                    document.body.dispatchEvent(new DragEvent("dragenter", { dataTransfer, bubbles: true }));
+                }"""
+            )
+    view.pick_files(SHIP)
+    expect(page.locator(".column .strip").first).to_be_attached()
+    assert len([url for url in requests if layers.search(url)]) == 1
+    page.close()

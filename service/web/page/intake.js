@@ -13,28 +13,38 @@ let pasted = 0;
  * Listen for photos.
  * @param {(files: File[]) => void} receive called with at least one
  * @param {(message: string) => void} fail called where a sample cannot be had, or a link came instead of a photo
+ * @param {() => void} expect called, once or more, where a photo will probably come soon
  */
-export function listen(receive, fail) {
+export function listen(receive, fail, expect) {
   const chooser = /** @type {HTMLInputElement} */ (byId("files"));
-  byId("choose").addEventListener("click", () => chooser.click());
+  byId("choose").addEventListener("click", () => {
+    chooser.click();
+    expect();
+  });
   chooser.addEventListener("change", () => {
     hand(chooser.files, receive);
     chooser.value = ""; // so that the same file can be chosen again
   });
-  byId("shoot").addEventListener("click", async () => hand([await takePhoto()].filter(Boolean), receive));
+  byId("shoot").addEventListener("click", async () => {
+    expect();
+    hand([await takePhoto()].filter(Boolean), receive);
+  });
+  document.addEventListener("dragenter", ({ dataTransfer }) => dataTransfer.types.includes("Files") && expect());
   document.addEventListener("paste", (event) => {
     hand([...event.clipboardData.files].map(renamed), receive);
     const isLink = !event.clipboardData.files.length && isUrl(event.clipboardData.getData("text/plain"));
     if (isLink && !event.target.closest?.("input")) fail(LINK);
   });
   listenForDrops(receive, fail);
-  for (const image of document.querySelectorAll(".samples img"))
+  for (const image of document.querySelectorAll(".samples img")) {
+    for (const event of ["pointerenter", "focus"]) image.parentElement.addEventListener(event, expect);
     image.parentElement.addEventListener("click", () =>
       sample(image.dataset.photo).then(
         (file) => receive([file]),
         ({ message }) => fail(message),
       ),
     );
+  }
   // `early.js` hands over what came before.
   document.dispatchEvent(new CustomEvent("intake", { detail: { receive } }));
 }

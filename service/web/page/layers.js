@@ -48,6 +48,14 @@ export async function openLayers(model, photo) {
 }
 
 /**
+ * Let the service read a network whose layers will be shown soon, which takes a second or two the first time.
+ * @param {api.Model} model
+ */
+export function prepareLayers(model) {
+  descriptionOf(model).catch(() => {}); // `openLayers` asks again, and says why
+}
+
+/**
  * Open a map of a layer: now, or as soon as a photo's network is shown.
  * @param {(layers: api.Layer[]) => api.Layer | undefined} choose
  * @param {number} index of the map, or of the value

@@ -6,7 +6,7 @@ import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
 import { describeKnowledge } from "./knowledge.js";
-import { closeLayers, loaded, look, openLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
+import { closeLayers, loaded, look, openLayers, prepareLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
 import { Upload } from "./upload.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
@@ -32,7 +32,7 @@ let ofPhoto = new AbortController();
 let made = 0;
 
 listenForArticle(add);
-listen(add, (message) => showFault(message, false));
+listen(add, (message) => showFault(message, false), () => model && prepareLayers(model));
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
 byId("retry").addEventListener("click", async () => {
   await start();

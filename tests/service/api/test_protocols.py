@@ -104,11 +104,14 @@ def test_routing_error_has_the_shape_of_the_route(server: Server) -> None:
 )
 def test_head_equals_get_without_the_body(server: Server, path: str) -> None:
     """Load balancers send HEAD requests."""
-    reply, head = server.client.get(path), server.client.head(path)
-    assert head.status_code == reply.status_code
-    assert head.content == b""
-    if reply.status_code == 200:
-        assert int(head.headers["content-length"]) == len(reply.content)
+    for coding in ("identity", "gzip"):
+        accepted = {"Accept-Encoding": coding}
+        reply, head = server.client.get(path, headers=accepted), server.client.head(path, headers=accepted)
+        assert head.status_code == reply.status_code
+        assert head.content == b""
+        assert head.headers.get("content-encoding") == reply.headers.get("content-encoding")
+        if reply.status_code == 200:
+            assert int(head.headers["content-length"]) == reply.num_bytes_downloaded
 
 
 def test_head_is_counted_under_its_route(server: Server) -> None:

@@ -145,7 +145,7 @@ def test_malformed_origin_is_refused(monkeypatch: pytest.MonkeyPatch, value: str
 
 
 def test_pages_have_security_headers(server: Server) -> None:
-    for path in ("/", "/page/main.js", "/docs", "/docs/swagger/start.js"):
+    for path in ("/", "/docs", "/page/fovea.svg"):  # a browser can open an SVG file as a page
         headers = server.client.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"], path
         assert "frame-ancestors 'none'" in headers["content-security-policy"], path
@@ -155,3 +155,7 @@ def test_pages_have_security_headers(server: Server) -> None:
         assert headers["cross-origin-opener-policy"] == "same-origin", path
         assert "geolocation=()" in headers["permissions-policy"], path
     assert "unsafe-inline" not in server.client.get("/").headers["content-security-policy"]
+    for path in ("/page/main.js", "/page/base.css", "/docs/swagger/start.js"):
+        headers = server.client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["cross-origin-resource-policy"] == "same-origin", path
