@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, TypeAlias
 
+from fovea.service.access.caller import name_caller
+from fovea.service.access.fair_slots import FairSlots
 from fovea.service.api.uploads import SCHEME, Uploads
 from fovea.service.errors import (
     BodyTooLarge,
@@ -63,8 +65,9 @@ class UrlImages:
         self._settings = settings
         self._metrics = metrics
         self._https = https
-        self._slots = asyncio.Semaphore(settings.url_fetches)
-        self._waiting_count = 0
+        self._slots = FairSlots(
+            settings.url_fetches, settings.queue_images, "images wait to be fetched by URL"
+        )
 
     def bind(self, reserve: ReserveBytes, record: RequestRecord) -> FetchUrl:
         """Return the function that fetches for one request, which reserves memory by `reserve`."""
@@ -77,12 +80,12 @@ class UrlImages:
             return image
         if not self._settings.url_hosts:
             return await refuse_url(url)
-        return await self._fetch_counted(reserve, url)
+        return await self._fetch_counted(reserve, name_caller(record.caller), url)
 
-    async def _fetch_counted(self, reserve: ReserveBytes, url: str) -> bytes:
+    async def _fetch_counted(self, reserve: ReserveBytes, caller: str, url: str) -> bytes:
         result = CLIENT_LEFT
         try:
-            content = await self._fetch(reserve, url)
+            content = await self._fetch(reserve, caller, url)
             result = "ok"
         except RequestError as error:
             result = _RESULTS.get(type(error), "failed")
@@ -91,7 +94,7 @@ class UrlImages:
             self._metrics.url_fetches.labels(result).inc()
         return content
 
-    async def _fetch(self, reserve: ReserveBytes, url: str) -> bytes:
+    async def _fetch(self, reserve: ReserveBytes, caller: str, url: str) -> bytes:
         if self._https is None:
             settings = self._settings
             limits = UrlLimits(settings.url_bytes, settings.url_seconds, bytes_setting="FOVEA_URL_BYTES")
@@ -101,24 +104,19 @@ class UrlImages:
             self._https.check(url)  # a URL that is not allowed needs no place
         except UrlRefused as error:
             raise UrlNotAllowed(str(error)) from None
-        await self._take_slot()
+        await self._take_slot(caller)
         return await self._fetch_in_thread(self._https, url, reserve)
 
-    async def _take_slot(self) -> None:
-        """Wait for a place. Raises `Overloaded` if too many wait, and `UrlTimeout`."""
-        if self._waiting_count >= self._settings.queue_images:
-            raise Overloaded(f"{self._waiting_count} images wait to be fetched by URL", retry_after=1.0)
-        self._waiting_count += 1
+    async def _take_slot(self, caller: str) -> None:
+        """Wait for a place; callers have turns. Raises `Overloaded` if too many wait, and `UrlTimeout`."""
         try:
             async with asyncio.timeout(self._settings.url_seconds):
-                await self._slots.acquire()
+                await self._slots.take(caller)
         except TimeoutError:
             raise UrlTimeout(
                 f"the image was not fetched within {self._settings.url_seconds:g} s (FOVEA_URL_SECONDS): "
                 f"{self._settings.url_fetches} others were being fetched (FOVEA_URL_FETCHES)"
             ) from None
-        finally:
-            self._waiting_count -= 1
 
     async def _fetch_in_thread(self, https: GuardedHttps, url: str, reserve: ReserveBytes) -> bytes:
         """Fetch in a thread that gives the place back at its end, which may come after this call's."""
@@ -128,7 +126,7 @@ class UrlImages:
         control = FetchControl(account.count)
 
         def end(outcome: _Outcome) -> None:
-            self._slots.release()
+            self._slots.give()
             if not future.done():
                 future.set_result(outcome)
 
@@ -144,7 +142,7 @@ class UrlImages:
         try:
             threading.Thread(target=run, name="url", daemon=True).start()
         except RuntimeError as error:  # the system has no room for a thread
-            self._slots.release()
+            self._slots.give()
             raise Overloaded(f"the image cannot be fetched: {error}", retry_after=1.0) from None
         try:
             outcome = await future

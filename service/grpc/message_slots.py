@@ -8,13 +8,14 @@ together, and the other calls wait. Callers have turns, so that one caller canno
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from fovea.service.access.caller import Caller, name_caller
+from fovea.service.access.fair_slots import FairSlots
 from fovea.service.errors import BodyTimeout, Overloaded
 
 _PATIENCE: Final = 1.0
@@ -43,13 +44,11 @@ class MessageSlots:
         that a client has while other calls wait.
         """
         self._count = count
-        self._free = count
-        self._max_waiting = max_waiting
+        self._slots = FairSlots(
+            count, max_waiting, "calls wait for their messages to be received", on_wait=self._start_timer
+        )
         self._timeout = timeout
         self._patience = patience
-        self._waiting = 0
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        """Calls that wait, by caller. The first call of the first caller is the next."""
         self._timer: asyncio.TimerHandle | None = None
         self._receptions: dict[_Reception, None] = {}
         """Messages that are being received, longest first."""
@@ -61,7 +60,7 @@ class MessageSlots:
         Raises `Overloaded` if too many calls wait or the block was ended for a call that waits, and
         `BodyTimeout` if the block takes too long.
         """
-        await self._take_slot(caller)
+        await self._slots.take(name_caller(caller))
         now = asyncio.get_running_loop().time()
         reception = _Reception(caller, asyncio.timeout(self._timeout), now)
         try:
@@ -77,57 +76,11 @@ class MessageSlots:
             raise BodyTimeout(self._timeout) from None
         finally:
             self._receptions.pop(reception, None)
-            self._give_slot()
+            self._slots.give()
 
-    async def _take_slot(self, caller: Caller) -> None:
-        """Take a slot, or wait for one. Raises `Overloaded`."""
-        if self._free:
-            self._free -= 1
-            return
-        name = name_caller(caller)
-        self._check_place(name)
-        loop = asyncio.get_running_loop()
+    def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = loop.call_later(self._patience, self._make_room)
-        future = loop.create_future()
-        self._queues.setdefault(name, deque()).append(future)
-        self._waiting += 1
-        try:
-            await future
-        except asyncio.CancelledError:
-            if not future.cancelled():  # the slot came at the same moment
-                self._give_slot()
-            elif future in (queue := self._queues.get(name, deque())):
-                queue.remove(future)
-                self._waiting -= 1
-                if not queue:
-                    del self._queues[name]
-            raise
-
-    def _check_place(self, name: str) -> None:
-        """Raise `Overloaded` if a caller has its share of the places for calls that wait.
-
-        Half of the places are for any caller. After that there is always room for one more caller.
-        """
-        queue = self._queues.get(name)
-        share = self._max_waiting // (len(self._queues) + (queue is None) + 1)
-        total, own = self._waiting + 1, len(queue or ()) + 1
-        if total > self._max_waiting or (2 * total > self._max_waiting and own > max(1, share)):
-            raise Overloaded("too many calls wait for their messages to be received", retry_after=1.0)
-
-    def _give_slot(self) -> None:
-        """Give a slot to the next call, and move its caller behind the others."""
-        while self._queues:
-            name = next(iter(self._queues))
-            queue = self._queues.pop(name)
-            future = queue.popleft()
-            self._waiting -= 1
-            if queue:
-                self._queues[name] = queue
-            if not future.done():  # otherwise its call is cancelled, and does not know this yet
-                future.set_result(None)
-                return
-        self._free += 1
+            self._timer = asyncio.get_running_loop().call_later(self._patience, self._make_room)
 
     def _make_room(self) -> None:
         """End the slowest receptions, one for each call that waits.
@@ -137,11 +90,13 @@ class MessageSlots:
         wait.
         """
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._patience, self._make_room) if self._waiting else None
+        self._timer = None
+        if self._slots.waiting_count:
+            self._start_timer()
         receptions = {one: name_caller(one.caller) for one in self._receptions if not one.is_cut_off}
         counts = Counter(receptions.values())
-        share = self._count // max(1, len(counts.keys() | self._queues.keys()))
-        for name, queue in self._queues.items():
+        share = self._count // max(1, len(counts.keys() | self._slots.queues.keys()))
+        for name, queue in self._slots.queues.items():
             for _ in queue:
                 reception = next(
                     (

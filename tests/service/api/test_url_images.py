@@ -262,3 +262,31 @@ def test_fetch_ends_with_its_caller_and_makes_room(web: Web, small_zoo: Path) ->
         wait_until(lambda: service.app.classifier.body_memory.used_bytes == 0)
         assert service.classify(f"{HOST}/cat.jpg", f"{HOST}/cat.jpg", f"{HOST}/cat.jpg").status_code == 200
         assert service.count("overloaded") == 1
+
+
+def test_callers_have_turns_for_the_places(web: Web, small_zoo: Path) -> None:
+    """Slow hosts of one caller would keep all places from others."""
+    with run_service(
+        web, small_zoo, max_bytes=1 << 20, seconds=20.0, url_fetches=1, trusted_proxies=("127.0.0.1",)
+    ) as service:
+
+        async def run() -> int:
+            async with httpx.AsyncClient(base_url=service.client.base_url, timeout=60) as client:
+
+                async def ask(path: str, caller: str) -> asyncio.Task[httpx.Response]:
+                    body, sender = {"images": [{"url": HOST + path}]}, {"X-Forwarded-For": caller}
+                    task = asyncio.create_task(client.post("/v1/classify", json=body, headers=sender))
+                    await asyncio.sleep(0.3)
+                    return task
+
+                greedy = [await ask("/slow-body", "192.0.2.1") for _ in range(4)]
+                polite = await ask("/cat.jpg", "192.0.2.2")
+                for task in greedy[:2]:  # the second has the place by now
+                    task.cancel()
+                    await asyncio.sleep(0.3)
+                reply = await asyncio.wait_for(polite, 10)
+                for task in greedy:
+                    task.cancel()
+                return reply.status_code
+
+        assert asyncio.run(run()) == 200
