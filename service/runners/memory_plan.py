@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _SERVICE_BYTES: Final = 62 << 20
 """Memory of a process that serves HTTP, at rest, in bytes (measured: 53 MB)."""
 
+_GRPC_BYTES: Final = 16 << 20
+"""Memory of the gRPC server in such a process, at rest, in bytes (measured: 12 MB)."""
+
 _FORK_SERVER_BYTES: Final = 40 << 20
 """Memory of a fork server, in bytes: its own, and what it shares with its children (measured: 36 MB)."""
 
@@ -52,6 +55,10 @@ _SPARE_DECODE_DIVISOR: Final = 8
 
 _BODIES_SHARE: Final = 1 / 4
 """Share of the remaining memory for waiting bodies. Runners decode in the rest."""
+
+_GRPC_BODIES: Final = 3
+"""Parts of that memory with FOVEA_GRPC_PORT: for bodies over HTTP, for gRPC messages that are being received
+and for gRPC replies that nobody has read. Each part may take FOVEA_BODIES_BYTES."""
 
 _IDLE_SECONDS: Final = 5.0
 """Seconds after which an unused explaining process ends, where memory is limited."""
@@ -87,7 +94,8 @@ def fit_to_memory(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     limit = f"the container's memory limit of {_to_megabytes(division.limit)} MB"
     _warn_of_small_limit(limit, division, settings.workers * division.runners)
     caller_bytes = max(division.caller_bytes - division.spare_bytes, _MIN_CALLER_BYTES)
-    bodies_bytes = min(settings.bodies_bytes, int(caller_bytes * _BODIES_SHARE) // settings.workers)
+    parts = settings.workers * (1 if settings.grpc_port is None else _GRPC_BODIES)
+    bodies_bytes = min(settings.bodies_bytes, int(caller_bytes * _BODIES_SHARE) // parts)
     if "body_bytes" in settings.model_fields_set:
         bodies_bytes = max(bodies_bytes, settings.body_bytes)
     has_fewer_runners = division.runners < division.planned_runners
@@ -143,7 +151,8 @@ def _divide_memory(settings: Settings, cgroup: Cgroup | None) -> _MemoryDivision
     usable_bytes = int(limit * USABLE_SHARE)
     model_sizes = _model_sizes(settings)
     runner_bytes = _PROCESS_BYTES + MODEL_COPIES * sum(model_sizes)
-    base_bytes = settings.workers * (_SERVICE_BYTES + _FORK_SERVER_BYTES)
+    grpc_bytes = 0 if settings.grpc_port is None else _GRPC_BYTES
+    base_bytes = settings.workers * (_SERVICE_BYTES + grpc_bytes + _FORK_SERVER_BYTES)
     if settings.workers > 1:
         base_bytes += _SUPERVISOR_BYTES
     thread_plan = threads.plan_threads(

@@ -57,15 +57,21 @@ def test_large_limit_changes_only_explain_idle(repository: Path) -> None:
 
 @pytest.mark.parametrize("limit", [300, 400, 512, 1000, 2000])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bodies_and_decoding_fit_within_the_limit(repository: Path, limit: int, workers: int) -> None:
+@pytest.mark.parametrize("grpc_port", [None, 8001])
+def test_bodies_and_decoding_fit_within_the_limit(
+    repository: Path, limit: int, workers: int, grpc_port: int | None
+) -> None:
+    """With gRPC, messages that arrive and replies that nobody reads take as much as bodies over HTTP."""
     model_path = repository / "a" / "2" / "model.onnx"
-    settings = fit_settings(repository, limit * MB, runners=1, workers=workers, models=model_path)
-    idle_mb = workers * (62 + 40 + 26 + 24) + (40 if workers > 1 else 0)
+    settings = fit_settings(
+        repository, limit * MB, runners=1, workers=workers, models=model_path, grpc_port=grpc_port
+    )
+    idle_mb = workers * (62 + (16 if grpc_port else 0) + 40 + 26 + 24) + (40 if workers > 1 else 0)
     spare_mb = workers * (26 + 2 * 24 + 16)
     available_mb = limit * 0.9 - idle_mb
     if available_mb - spare_mb >= 48:
         available_mb -= spare_mb
-    bodies, decode = workers * settings.bodies_bytes, settings.decode_bytes
+    bodies, decode = workers * settings.bodies_bytes * (3 if grpc_port else 1), settings.decode_bytes
     assert bodies + decode <= max(48, available_mb) * MB
     assert settings.body_bytes <= settings.bodies_bytes
     assert settings.json_bytes <= settings.bodies_bytes
