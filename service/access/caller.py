@@ -55,3 +55,13 @@ def name_caller(caller: Caller) -> str:
     if address in _IPV4_IN_IPV6:
         return f"address {ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)}"
     return f"network {ipaddress.IPv6Network((int(address), _IPV6_PREFIX), strict=False)}"
+
+
+def exceeds_share(*, own: int, total: int, callers: int, limit: int) -> bool:
+    """Return whether a caller has more than its share of something of which more than half is taken.
+
+    The first half is for any caller. After that there is always room for one more caller. `own` is the part
+    of the caller with the new ones, `total` that of all callers, `callers` is the number of callers with any
+    part, and `limit` is all that there is.
+    """
+    return 2 * total > limit and own > max(1, limit // (callers + 1))

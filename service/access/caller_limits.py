@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Final
 
-from fovea.service.access.caller import Caller, name_caller
+from fovea.service.access.caller import Caller, exceeds_share, name_caller
 from fovea.service.access.caller_table import CallerTable, Slots
 from fovea.service.access.refusal_pace import RefusalPace
 from fovea.service.errors import (
@@ -102,13 +102,8 @@ class CallerLimits:
     def check_share(
         self, *, count: int, total: int, callers: int, limit: int, noun: str = "places in the queue"
     ) -> None:
-        """Raise `ShareExceeded` if a caller has more than its share of something that is half taken.
-
-        `count` is the part of the caller with the new ones, `total` that of all callers, `callers` is the
-        number of callers with any part, and `limit` is all that there is.
-        """
-        share = max(1, limit // (callers + 1))
-        if 2 * total > limit and count > share:
+        """Raise `ShareExceeded` if a caller has more than its share; see `exceeds_share`."""
+        if exceeds_share(own=count, total=total, callers=callers, limit=limit):
             # Without the share, which would tell a caller how many others there are.
             raise ShareExceeded(
                 f"more than half of the {limit} {noun} are taken, and this caller has its share of them "

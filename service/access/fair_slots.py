@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from fovea.service.access.caller import exceeds_share
 from fovea.service.errors import Overloaded
 
 _Queue: TypeAlias = deque[asyncio.Future[None]]
@@ -73,12 +74,13 @@ class FairSlots:
         self._free += 1
 
     def _check_place(self, caller: str) -> None:
-        """Raise `Overloaded` if a caller has its share of the places for calls that wait.
-
-        Half of the places are for any caller. After that there is always room for one more caller.
-        """
+        """Raise `Overloaded` if a caller has its share of the places for calls that wait."""
         queue = self._queues.get(caller)
-        share = self._max_waiting // (len(self._queues) + (queue is None) + 1)
-        total, own = self.waiting_count + 1, len(queue or ()) + 1
-        if total > self._max_waiting or (2 * total > self._max_waiting and own > max(1, share)):
+        total = self.waiting_count + 1
+        if total > self._max_waiting or exceeds_share(
+            own=len(queue or ()) + 1,
+            total=total,
+            callers=len(self._queues) + (queue is None),
+            limit=self._max_waiting,
+        ):
             raise Overloaded(f"too many {self._noun}", retry_after=1.0)

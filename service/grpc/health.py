@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, Final
 
 from grpc_health.v1 import health_pb2
 
+from fovea.service.access.caller import exceeds_share, name_caller
 from fovea.service.api.services import Services
 from fovea.service.errors import NotFound, Overloaded, Unavailable
 from fovea.service.grpc.calls import Call, Method
@@ -29,7 +31,8 @@ class HealthMethods:
         """Set the names that clients may ask about; the empty name is the whole server."""
         self._services = services
         self._names = {"", *names}
-        self._watchers = 0
+        self._watchers: Counter[str] = Counter()
+        """Number of clients that watch, by caller."""
 
     def list_methods(self) -> dict[str, Method]:
         """Return the methods by path. They are open, like the probes over HTTP."""
@@ -46,9 +49,16 @@ class HealthMethods:
 
     async def _watch(self, call: Call) -> bytes:
         """Send the status now and whenever it changes, until the client leaves or the server stops."""
-        if self._watchers >= _MAX_WATCHERS:
-            raise Overloaded(f"{_MAX_WATCHERS} clients watch already", retry_after=_POLL_INTERVAL)
-        self._watchers += 1
+        watchers, caller = self._watchers, name_caller(call.record.caller)
+        total = watchers.total() + 1
+        if total > _MAX_WATCHERS or exceeds_share(
+            own=watchers[caller] + 1,
+            total=total,
+            callers=len(watchers) + (caller not in watchers),
+            limit=_MAX_WATCHERS,
+        ):
+            raise Overloaded("too many clients watch", retry_after=_POLL_INTERVAL)
+        watchers[caller] += 1
         try:
             request = await call.parse_message(health_pb2.HealthCheckRequest)
             sent = b""
@@ -59,7 +69,9 @@ class HealthMethods:
                     sent = status
                 await asyncio.sleep(_POLL_INTERVAL)
         finally:
-            self._watchers -= 1
+            watchers[caller] -= 1
+            if not watchers[caller]:
+                del watchers[caller]
 
     def _render_status(self, request: Any) -> bytes:
         status = _Status.SERVING

@@ -226,6 +226,38 @@ def test_calls_whose_messages_do_not_arrive_leave_room_for_another_caller(zoo: P
         assert infer(stub, metadata=(("x-api-key", "fovea_reader"),)).model_name == "small"
 
 
+def test_one_caller_cannot_take_all_places_of_watchers(zoo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    key = ApiKey("second", frozenset({Scope.CLASSIFY}), hash_key(b"fovea_second"))
+    file.write_text(key.to_line() + "\n")
+    file.chmod(0o600)
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_GRPC_PORT="0", FOVEA_KEYS=str(file)) as server,
+        open_channel(server, enable_retries=0) as channel,
+    ):
+        health, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
+        watches = [health.Watch(request, timeout=60) for _ in range(32)]
+        assert [next(watch).status for watch in watches] == 32 * [health_pb2.HealthCheckResponse.SERVING]
+        with pytest.raises(grpc.RpcError, match="too many clients watch"):
+            next(health.Watch(request, timeout=60))
+        metadata = (("x-api-key", "fovea_second"),)
+        assert next(health.Watch(request, timeout=60, metadata=metadata)).status == 1
+        for watch in watches:
+            watch.cancel()
+        wait_until(lambda: _can_watch(health))  # the places are free again
+
+
+def _can_watch(health: Any) -> bool:
+    watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(20)]
+    try:
+        return all(next(watch).status == 1 for watch in watches)
+    except grpc.RpcError:
+        return False
+    finally:
+        for watch in watches:
+            watch.cancel()
+
+
 # --- TLS -----------------------------------------------------------------------------------------
 
 
