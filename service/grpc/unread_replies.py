@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from fovea.service.access.caller import Caller, name_caller
+from fovea.service.access.caller import Caller, exceeds_share, name_caller
 from fovea.service.errors import Overloaded
 
 
@@ -26,15 +26,16 @@ class UnreadReplies:
     def add(self, caller: Caller, size: int) -> None:
         """Count a reply of `size` bytes until the current task ends, which is when the client has read it.
 
-        A single reply is always accepted. Above half of the limit, there is room for one more caller. Raises
-        `Overloaded`.
+        A single reply is always accepted; see also `exceeds_share`. Raises `Overloaded`.
         """
         name, task = name_caller(caller), asyncio.current_task()
         assert task, "gRPC runs each handler in a task"  # noqa: S101
         own, total = self._sizes.get(name, 0), self._bytes + size
-        share = self._limit // (len(self._sizes) + (name not in self._sizes) + 1)
+        callers = len(self._sizes) + (name not in self._sizes)
         is_full = self._bytes and total > self._limit
-        if is_full or (own and 2 * total > self._limit and own + size > share):
+        if is_full or (
+            own and exceeds_share(own=own + size, total=total, callers=callers, limit=self._limit)
+        ):
             raise Overloaded(
                 f"there is no room for this reply: clients have not read {self._bytes} bytes of other "
                 f"replies, of which {own} are for this caller, and all replies together may take "
