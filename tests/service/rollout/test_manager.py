@@ -318,7 +318,7 @@ def test_lost_model_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_lost_model_whose_place_is_taken_waits_for_a_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RELOAD_DELAYS", (0.5, 1.0))
+    monkeypatch.setattr(module, "_RELOAD_DELAYS", (4.0, 4.0))  # longer than the load of `small`
     losses: list[tuple[str | None, bool]] = []
 
     async def work(case: Case, manager: ModelManager) -> None:
