@@ -5,6 +5,7 @@
  * @typedef {object} Column
  * @property {Layer[]} layers one, or all of a folded block
  * @property {Layer} layer the last of them, whose maps are shown
+ * @property {string} number of the layers, counted from 1
  * @property {string | null} block
  * @property {"maps" | "labels" | "values" | "nothing"} content
  * @property {number} left
@@ -27,7 +28,7 @@ const WIDTH = { maps: 100, labels: 158, values: 100, nothing: 100 };
 /** The same where all columns then fit on the screen, and would not otherwise; the gap is the smallest. */
 const COMPACT_GAP = 4;
 const COMPACT_WIDTH = { maps: 66, labels: 120, values: 66, nothing: 66 };
-const TOP = 128;
+const TOP = 146;
 const PITCH = { maps: 60, labels: 48, values: 60, nothing: 60 };
 /** From the top to the last map's lower edge. */
 export const BOTTOM = TOP + SHOWN * PITCH.maps;
@@ -70,15 +71,18 @@ export function reach(columns) {
 
 /** @returns {Column[]} */
 function placed(layers, unfolded, labels, widths, gap) {
+  const numbers = new Map(layers.map((layer, at) => [layer, at + 1]));
   let left = gap;
   return runs(layers)
     .flatMap((run) => (run.length > 1 && !unfolded.has(run[0].block) ? [run] : run.map((layer) => [layer])))
     .map((held) => {
       const layer = held[held.length - 1];
       const content = contentOf(layer, labels);
+      const [from, to] = [numbers.get(held[0]), numbers.get(layer)];
       const column = {
         layers: held,
         layer,
+        number: from === to ? `${to}` : `${from}–${to}`,
         block: layer.block,
         content,
         left,

@@ -12,7 +12,7 @@ import { counted, figure, whole } from "./numbers.js";
 
 /** A column without its maps. @param {Column} column @param {number} height CSS pixels */
 export function columnElement(column, height) {
-  const { layer, layers, left, width } = column;
+  const { layer, layers, number, left, width } = column;
   const folded = layers.length > 1;
   const element = make(
     "div",
@@ -25,6 +25,7 @@ export function columnElement(column, height) {
     make(
       "div",
       { class: "title" },
+      make("span", { class: "number" }, number),
       make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layer).name),
       make("span", { title: layer.name }, folded ? `last: ${lesson(layer).name}` : shortened(layer.name)),
       make("span", {}, shapeOf(layer)),
@@ -36,9 +37,9 @@ export function columnElement(column, height) {
   return element;
 }
 
-function titleOf({ layer, layers, block }) {
-  if (layers.length > 1) return `${block}, ${layers.length} layers folded`;
-  return `${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
+function titleOf({ layer, layers, number, block }) {
+  if (layers.length > 1) return `Layers ${number}: ${block}, folded`;
+  return `Layer ${number}: ${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
 }
 
 /** @param {Layer} layer */

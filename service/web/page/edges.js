@@ -7,7 +7,7 @@ import { linked } from "./links.js";
 /** @typedef {import("./columns.js").Column} Column */
 
 /** Height of the first line that goes around columns. */
-const AROUND = 112;
+const AROUND = 130;
 
 export class Edges {
   constructor() {
