@@ -12,8 +12,9 @@ import { counted, figure, whole } from "./numbers.js";
 
 /** A column without its maps. @param {Column} column @param {number} height CSS pixels */
 export function columnElement(column, height) {
-  const { layer, layers, number, left, width } = column;
-  const folded = layers.length > 1;
+  const { layer, layers, number, isPair, left, width } = column;
+  const folded = layers.length > 1 && !isPair;
+  const others = isPair ? layers.slice(1).map((one) => `+ ${lesson(one).name}`) : [];
   const element = make(
     "div",
     {
@@ -26,7 +27,8 @@ export function columnElement(column, height) {
       "div",
       { class: "title" },
       make("span", { class: "number" }, number),
-      make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layer).name),
+      make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layers[0]).name),
+      ...others.map((name) => make("span", { class: "folded-kind" }, name)),
       make("span", { title: layer.name }, folded ? `last: ${lesson(layer).name}` : shortened(layer.name)),
       make("span", {}, shapeOf(layer)),
     ),
@@ -37,7 +39,8 @@ export function columnElement(column, height) {
   return element;
 }
 
-function titleOf({ layer, layers, number, block }) {
+function titleOf({ layer, layers, number, block, isPair }) {
+  if (isPair) return `Layers ${number}: ${layers.map((one) => lesson(one).name).join(" and ")}, ${shapeOf(layer)}`;
   if (layers.length > 1) return `Layers ${number}: ${block}, folded`;
   return `Layer ${number}: ${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
 }
@@ -71,7 +74,7 @@ export function bracket(block, columns, folded, toggle) {
       on: { click: toggle },
     },
     make("span", { class: "sign", "aria-hidden": "true" }, folded ? "+" : "−"),
-    make("span", { class: "name" }, shortened(block)),
+    make("span", { class: "name" }, make("bdi", {}, block)),
   );
   setStyles(button, { left: `${first.left}px`, width: `${last.left + last.width - first.left}px` });
   return button;

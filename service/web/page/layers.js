@@ -2,18 +2,18 @@
 
 import * as api from "./api.js";
 import { closeDetail, openDetail } from "./detail.js";
-import { byId, make } from "./dom.js";
+import { byId } from "./dom.js";
 import { lookAt, showInputPicture, showLesson, showReceptiveField } from "./lens.js";
+import { Minimap } from "./minimap.js";
 import { Network } from "./network.js";
 import { whole } from "./numbers.js";
 import { Tensors } from "./tensors.js";
+import { display, toolsOf } from "./toolbar.js";
 
 const section = byId("layers");
 const text = byId("layers-text");
 const tools = byId("layers-tools");
-
-/** @type {Record<import("./network.js").Stretch, string>} */
-const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map" };
+const minimap = byId("minimap");
 
 /** @type {Map<string, Promise<api.Description>>} by model and version */
 const descriptions = new Map();
@@ -21,9 +21,6 @@ const descriptions = new Map();
 let opened = null;
 /** What to open once the network is shown. @type {{choose: (layers: api.Layer[]) => api.Layer | undefined, index: number} | null} */
 let wish = null;
-/** Which maps have the whole range of colours; stays so for other photos. @type {import("./network.js").Stretch} */
-let stretch = "pale";
-
 /**
  * Show the layers for a photo. The service knows the photo already, so its maps can be asked for at once.
  * @param {api.Model} model
@@ -65,6 +62,7 @@ export function closeLayers() {
   closeDetail();
   section.hidden = true;
   tools.replaceChildren();
+  minimap.replaceChildren();
 }
 
 /**
@@ -132,8 +130,9 @@ function show(mine, description) {
     showLesson(layer ?? mine.layer);
     showReceptiveField(layer, row, column, value);
   };
-  mine.network = new Network(byId("network"), description, tensors, { open, point }, stretch);
-  showTools(mine.network);
+  mine.network = new Network(byId("network"), description, tensors, { open, point }, display);
+  tools.replaceChildren(...toolsOf(description, mine.network));
+  minimap.replaceChildren(new Minimap(description.layers, mine.network).element);
   mine.visit = () => {
     const [layer, index] = [wish?.choose(description.layers), wish?.index ?? 0];
     wish = null;
@@ -151,27 +150,4 @@ function leave(mine, layer, index) {
   showLesson(null);
   mine.network.mark(null);
   mine.network.focus(layer, index);
-}
-
-function showTools(network) {
-  const button = (name, act) => make("button", { type: "button", on: { click: act } }, name);
-  const choices = make(
-    "select",
-    { title: "Give each map the whole range of colours, to see what is faint beside others" },
-    ...Object.entries(STRETCHES).map(([value, text]) =>
-      make("option", { value, selected: value === stretch }, text),
-    ),
-  );
-  choices.addEventListener("change", () => {
-    stretch = /** @type {import("./network.js").Stretch} */ (choices.value);
-    network.stretch(stretch);
-  });
-  const folding = [
-    button("Fold all", () => network.foldAll(true)),
-    button("Unfold all", () => network.foldAll(false)),
-  ];
-  tools.replaceChildren(
-    make("label", { class: "stretch" }, make("span", {}, "Stretch colours"), choices),
-    ...(network.blocks.size ? folding : []),
-  );
 }

@@ -1,14 +1,14 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
 import {
-  BOTTOM,
   FOLDED_BEYOND,
   LABELS_SHOWN,
-  SIDE,
-  areCompact,
+  areNarrow,
   arrange,
   blocks,
+  bottom,
   capacity,
+  inOrder,
   reach,
 } from "./columns.js";
 import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
@@ -16,12 +16,15 @@ import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
 import { paint } from "./paint.js";
 import { LayerScales } from "./scales.js";
+import { scrollByWheel } from "./sideways.js";
 
 /** @typedef {import("./columns.js").Column} Column */
 /** @typedef {import("./api.js").Layer} Layer */
 
-/** Height of a column, CSS pixels: below its maps are the pager and the legend. */
-const HEIGHT = BOTTOM + 62;
+/** Height of what is below a column's maps, CSS pixels: the pager and the legend. */
+const FOOT = 56;
+/** Time without a change of the window's size after which columns are arranged anew, milliseconds. */
+const SETTLED = 150;
 /** How near a column must come before its maps are asked for, CSS pixels. */
 const NEAR = "500px";
 /** The map that Tab comes to. */
@@ -38,10 +41,11 @@ export class Network {
    * @param {(layer: Layer, index: number) => void} acts.open a map or a value was chosen
    * @param {(layer: Layer | null, row?: number, column?: number, value?: number) => void} acts.point the layer that
    *   is pointed at, the pixel of its map, and what that is
-   * @param {Stretch} stretch
+   * @param {{stretch: Stretch, pairs: boolean}} display
    */
-  constructor(place, description, tensors, acts, stretch) {
+  constructor(place, description, tensors, acts, { stretch, pairs }) {
     this.#stretch = stretch;
+    this.#pairs = pairs;
     this.#scales = new LayerScales(description, tensors, (tensor) =>
       this.#columns.some(({ layer }) => layer.tensor === tensor),
     );
@@ -58,6 +62,7 @@ export class Network {
     });
     this.#listen();
     this.#build();
+    this.#arrangeAnewWhenResized();
   }
 
   #place;
@@ -69,6 +74,12 @@ export class Network {
   /** @type {number[] | null} labels as their columns show them; null until that is needed */
   #order = null;
   #edges = new Edges();
+  /** Whether each layer is folded with its norm and activation. */
+  #pairs;
+  /** Told of the first and the last layer that are in view. */
+  #watcher = (_first, _last) => {};
+  /** @type {ResizeObserver} */
+  #resizes;
   /** @type {Column[]} */
   #columns = [];
   /** @type {Map<Column, HTMLElement>} */
@@ -83,6 +94,7 @@ export class Network {
   /** Take it off the page. */
   close() {
     this.#observer.disconnect();
+    this.#resizes.disconnect();
     this.#listening.abort();
     this.#place.replaceChildren();
   }
@@ -90,6 +102,12 @@ export class Network {
   /** Fold all blocks, or unfold them. */
   foldAll(fold) {
     this.#unfolded = fold ? new Set() : new Set(this.blocks);
+    this.#build();
+  }
+
+  /** Fold each layer with its norm and activation, or unfold them. */
+  foldPairs(fold) {
+    this.#pairs = fold;
     this.#build();
   }
 
@@ -109,7 +127,9 @@ export class Network {
     for (const one of this.#place.querySelectorAll(".map[aria-current]")) one.removeAttribute("aria-current");
     if (!layer) return;
     await this.#reveal(layer, index);
-    this.#buttonOf(layer, index)?.setAttribute("aria-current", "true");
+    const button = this.#buttonOf(layer, index);
+    button?.setAttribute("aria-current", "true");
+    button?.scrollIntoView({ block: "nearest", inline: "nearest" }); // its arithmetic may cover it
   }
 
   /** Put the focus on a map. */
@@ -117,10 +137,51 @@ export class Network {
     this.#buttonOf(layer, index)?.focus();
   }
 
-  /** Scroll sideways to a layer's column, or to that of its folded block. */
+  /** Scroll sideways to a layer's column, or to that of its folded block, and mark its title. */
   scrollTo(layer) {
-    const column = this.#columns.find(({ layers }) => layers.includes(layer));
-    if (column) this.#place.scrollTo({ left: column.left + column.width / 2 - this.#place.clientWidth / 2 });
+    const column = this.#columnOf(layer);
+    if (!column) return;
+    this.#scrollToMiddle(column);
+    for (const [one, element] of this.#elements) element.classList.toggle("sought", one === column);
+  }
+
+  /** Scroll to a layer, out of its folded block if need be. */
+  show(layer) {
+    const { layers, block, isPair } = this.#columnOf(layer);
+    if (layers.length > 1 && !isPair) {
+      this.#unfolded.add(block);
+      this.#build();
+    }
+    this.scrollTo(layer);
+  }
+
+  /** Scroll to a layer's column, and put the focus on its first map. */
+  async enter(layer) {
+    this.scrollTo(layer);
+    await this.#goTo(this.#columns.indexOf(this.#columnOf(layer)), 0, -1);
+  }
+
+  /** Call a function with the first and the last layer that are in view, now and whenever they change. */
+  watch(watcher) {
+    this.#watcher = watcher;
+    this.#tellView();
+  }
+
+  /** @param {Column} column @param {ScrollBehavior} [behavior] */
+  #scrollToMiddle({ left, width }, behavior) {
+    this.#place.scrollTo({ left: left + width / 2 - this.#place.clientWidth / 2, behavior });
+  }
+
+  #columnOf(layer) {
+    return this.#columns.find(({ layers }) => layers.includes(layer));
+  }
+
+  #tellView() {
+    const { scrollLeft, clientWidth } = this.#place;
+    const inView = this.#columns.filter(
+      ({ left, width }) => left + width / 2 >= scrollLeft && left + width / 2 <= scrollLeft + clientWidth,
+    );
+    if (inView.length) this.#watcher(inView[0].layers[0], inView[inView.length - 1].layer);
   }
 
   /** @type {{layer: Layer, index: number} | null} */
@@ -142,21 +203,66 @@ export class Network {
 
   #build() {
     this.#observer.disconnect();
-    const { layers, labels } = this.#description;
-    this.#columns = arrange(layers, this.#unfolded, labels.length, this.#place.clientWidth);
-    this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, HEIGHT)]));
+    const pages = new Map(this.#columns.map(({ layer, first }) => [layer, first]));
+    this.#columns = this.#arranged();
+    for (const column of this.#columns) column.first = pages.get(column.layer) ?? 0;
+    const height = this.#height;
+    this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, height)]));
     const width = reach(this.#columns);
     const canvas = make(
       "div",
-      { class: areCompact(this.#columns) ? "canvas compact" : "canvas" },
+      { class: areNarrow(this.#columns) ? "canvas narrow" : "canvas" },
       this.#edges.element,
       ...this.#brackets(),
       ...this.#elements.values(),
     );
-    setStyles(canvas, { width: `${width}px`, height: `${HEIGHT}px` });
+    setStyles(canvas, { width: `${width}px`, height: `${height}px`, "--side": `${this.#columns[0].side}px` });
     this.#place.replaceChildren(canvas);
-    this.#edges.draw(this.#columns, width, HEIGHT);
+    this.#drawEdges();
     for (const element of this.#elements.values()) this.#observer.observe(element);
+    this.#tellView();
+  }
+
+  #drawEdges() {
+    this.#edges.draw(this.#columns, reach(this.#columns), this.#height);
+  }
+
+  #arranged() {
+    const { layers, labels } = this.#description;
+    const folding = { unfolded: this.#unfolded, pairs: this.#pairs };
+    const room = { width: this.#place.clientWidth, height: window.innerHeight };
+    return arrange(layers, folding, labels.length, room);
+  }
+
+  get #height() {
+    return bottom(this.#columns) + FOOT;
+  }
+
+  /** Use the room that there is. What was in the middle stays there, and the focus stays on its map. */
+  #arrangeAnewWhenResized() {
+    const { signal } = this.#listening;
+    let timer;
+    const arrangeAnew = async () => {
+      const places = (columns) => columns.map(({ left, side }) => `${left} ${side}`).join();
+      if (places(this.#arranged()) === places(this.#columns)) return;
+      const middle = this.#place.scrollLeft + this.#place.clientWidth / 2;
+      const central = this.#columns.findLast(({ left }) => left <= middle)?.layer;
+      const focused = this.#place.contains(document.activeElement) ? document.activeElement.dataset : {};
+      this.#build();
+      if (central) this.#scrollToMiddle(this.#columnOf(central), "instant");
+      const column = focused.index && this.#columns.find(({ layer }) => layer.tensor === focused.tensor);
+      if (!column) return;
+      await this.#fill(column);
+      this.#buttonOf(column.layer, focused.index)?.focus({ preventScroll: true });
+    };
+    const resized = () => {
+      clearTimeout(timer);
+      timer = setTimeout(arrangeAnew, SETTLED);
+    };
+    this.#resizes = new ResizeObserver(resized);
+    this.#resizes.observe(this.#place);
+    window.addEventListener("resize", resized, { signal });
+    signal.addEventListener("abort", () => clearTimeout(timer));
   }
 
   /** One for each block that has several layers. */
@@ -197,7 +303,8 @@ export class Network {
     }
     if (column.content === "labels" && !this.#order) this.#order = await this.#labelOrder();
     if (place.childElementCount) return; // it was filled while the order was waited for
-    const indices = this.#indices(column);
+    column.indices = this.#indices(column);
+    const { indices } = column;
     const buttons = indices.map((index, row) => this.#button(column, index, row));
     place.replaceChildren(...buttons);
     this.#showFoot(column, null);
@@ -212,9 +319,8 @@ export class Network {
 
   /** Which maps, values or labels a column shows now. */
   #indices(column) {
-    const count = Math.min(capacity(column), column.layer.shape[0] - column.first);
-    const inOrder = Array.from({ length: count }, (_, row) => column.first + row);
-    return this.#isOrdered(column) ? inOrder.map((at) => this.#order[at]) : inOrder;
+    const places = inOrder(column);
+    return this.#isOrdered(column) ? places.map((at) => this.#order[at]) : places;
   }
 
   /** Whether its values stand in the labels' order. */
@@ -225,13 +331,13 @@ export class Network {
   /** Labels in their own order where all are shown, else the most probable first. */
   async #labelOrder() {
     const { layers, labels } = this.#description;
-    const inOrder = labels.map((_, index) => index);
-    if (labels.length <= LABELS_SHOWN) return inOrder;
+    const indices = labels.map((_, index) => index);
+    if (labels.length <= LABELS_SHOWN) return indices;
     try {
       const { values } = await this.#tensors.maps(layers[layers.length - 1].tensor);
-      return inOrder.sort((one, other) => values[other] - values[one]);
+      return indices.sort((one, other) => values[other] - values[one]);
     } catch {
-      return inOrder;
+      return indices;
     }
   }
 
@@ -264,7 +370,7 @@ export class Network {
       if (!buttons[0].isConnected) return;
       buttons.forEach((button, row) => {
         this.#values.set(button, maps[row]);
-        paintMap(button, maps[row], layer, each ? each[row] : scale);
+        paintMap(button, maps[row], column, each ? each[row] : scale);
       });
       this.#showFoot(column, scale, each !== null);
       return;
@@ -302,8 +408,9 @@ export class Network {
   /** Show other maps of a column, from the `first` on. */
   async #turn(column, first) {
     column.first = first;
+    column.indices = this.#indices(column);
     this.#empty(column);
-    this.#edges.draw(this.#columns, reach(this.#columns), HEIGHT);
+    this.#drawEdges();
     await this.#fill(column);
   }
 
@@ -317,6 +424,8 @@ export class Network {
     on("focusin", ({ target }) => target.matches(".map") && this.#focused(target));
     on("focusout", () => this.#point(null));
     on("keydown", (event) => this.#key(event));
+    on("scroll", () => this.#tellView());
+    scrollByWheel(this.#place, signal);
   }
 
   #focused(button) {
@@ -338,15 +447,22 @@ export class Network {
     this.#acts.point(layer, y, x, this.#values.get(button)?.[y * layer.shape[2] + x]);
   }
 
-  /** Arrows go from map to map; Tab leaves the network. */
+  /** Arrows go from map to map, Home and End to the first and the last column; Tab leaves the network. */
   #key(event) {
     const button = event.target.closest(".map");
+    const row = Number(button?.dataset.row ?? 0);
+    const ends = { Home: [0, 1], End: [this.#columns.length - 1, -1] };
     const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
-    if (!button || !(event.key in moves)) return;
-    event.preventDefault();
-    const [across, down] = moves[event.key];
-    const at = this.#columns.findIndex(({ layer }) => layer.tensor === button.dataset.tensor);
-    this.#goTo(at + across, Number(button.dataset.row) + down, across);
+    if (event.key in ends) {
+      const [at, inward] = ends[event.key];
+      event.preventDefault();
+      this.#goTo(at, row, inward);
+    } else if (button && event.key in moves) {
+      const [across, down] = moves[event.key];
+      const at = this.#columns.findIndex(({ layer }) => layer.tensor === button.dataset.tensor);
+      event.preventDefault();
+      this.#goTo(at + across, row + down, across);
+    }
   }
 
   async #goTo(at, row, across) {
@@ -389,9 +505,11 @@ function pixelAt(button, event, { shape: [, height, width] }) {
   return [Math.floor(y * height), Math.floor(x * width)];
 }
 
-function paintMap(button, values, { shape: [, height, width] }, scale) {
+/** @param {Column} column */
+function paintMap(button, values, { layer, side }, scale) {
+  const [, height, width] = layer.shape;
   const canvas = button.firstChild;
   paint(canvas, values, height, width, scale);
-  canvas.classList.toggle("pixels", width <= 2 * SIDE);
+  canvas.classList.toggle("pixels", width <= 2 * side);
   setStyles(button, { "--ratio": width / height });
 }
