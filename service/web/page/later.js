@@ -36,6 +36,7 @@ export const showAnswer = (...told) => view?.showAnswer(...told);
 export const look = later("look");
 export const openLayers = later("openLayers");
 export const closeLayers = later("closeLayers");
+export const showFeatures = later("showFeatures");
 export const showInput = later("showInput");
 export const showSaw = later("showSaw");
 export const showPhoto = later("showPhoto");
