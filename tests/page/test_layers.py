@@ -161,7 +161,7 @@ def test_pale_maps_are_stretched_until_another_choice(view: View) -> None:
     choice = view.page.get_by_label("Stretch colours")
     expect(choice).to_have_value("pale")
     expect(column).to_have_attribute("data-stretched", "true")
-    expect(column.locator(".foot .scale")).to_have_text("each itsown")
+    expect(column.locator(".foot .scale")).to_have_text("each its own")
     assert is_coloured(column.locator(".map canvas").nth(1), map_shares)
     choice.select_option("of no map")
     expect(column).to_have_attribute("data-stretched", "false")

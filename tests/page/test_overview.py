@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Route, expect
 
-from tests.page.views import SHIP, View
+from tests.page.views import SHIP, View, read_number
 from tests.servers import wait_until
 
 pytestmark = pytest.mark.long
@@ -318,3 +319,74 @@ def test_maps_are_larger_in_a_tall_window(view: View) -> None:
         view.page.set_viewport_size({"width": 2560, "height": height})
         expect(first_map).to_have_css("width", f"{side}px")
         assert count_columns_in_view(view) == 14
+
+
+def test_layer_of_ten_maps_shows_all(view: View) -> None:
+    view.select_model("unnamed")
+    view.pick_files(SHIP)
+    view.page.get_by_role("button", name="Unfold all").click()
+    expect(view.column("0.down").locator(".map")).to_have_count(4)
+    expect(view.column("0.0.expand").locator(".map")).to_have_count(10)
+    expect(view.column("0.0.expand").locator(".pager")).to_contain_text("2 more")
+    view.select_model("tiny_vgg")
+    expect(view.column(view.tensor_name("Gemm")).locator(".map")).to_have_count(10)
+
+
+def read_indices(column: Locator, count: int) -> list[int]:
+    """Return which maps a column shows, once it shows `count` of them."""
+    expect(column.locator(".map")).to_have_count(count)
+    return [int(one.get_attribute("data-index") or "") for one in column.locator(".map").all()]
+
+
+def test_maps_are_ordered_by_strength(view: View) -> None:
+    view.pick_files(SHIP)
+    tensor = view.tensor_name("Conv", 1)
+    maps = view.fetch_maps(tensor)
+    strengths = np.abs(maps).mean(axis=(1, 2))
+    view.page.get_by_label("Order maps").select_option("strength")
+    column = view.column(tensor)
+    expect(column.locator(".map .colour").first).to_have_text(str(int(strengths.argmax()) + 1))
+    order = [int(index) for index in np.argsort(-strengths, kind="stable")]
+    assert read_indices(column, 10) == order[:10]
+    column.get_by_role("button", name="more maps").click()
+    expect(column.locator(f'.map[data-index="{order[10]}"]')).to_be_visible()
+    assert read_indices(column, 10) == order[10:20]
+    column.locator(".map").nth(1).click()
+    equation = view.detail.locator(".equation")
+    assert read_number(equation, "shown") == pytest.approx(float(maps[order[11], 15, 15]), abs=1e-5)
+    view.page.locator('[data-go="-1"]').click()  # to the map before in the network, on whatever page it is
+    expect(column.locator(f'.map[data-index="{order[11] - 1}"]')).to_have_attribute("aria-current", "true")
+
+
+def test_maps_are_ordered_by_contribution_to_the_chosen_label(view: View) -> None:
+    view.select_model("float")
+    view.pick_files(SHIP)
+    expect(view.top_label).to_be_visible()
+    view.page.get_by_label("Order maps").select_option("contribution")
+    last_maps, head = view.tensor_name("Pow"), view.tensor_name("Gemm")
+    means = view.fetch_maps(last_maps).mean(axis=(1, 2))
+    for label in (8, 2):
+        weights = view.fetch_weights(head, label)
+        order = [int(index) for index in np.argsort(-means * weights, kind="stable")[:10]]
+        column = view.column(last_maps)
+        expect(column.locator(".map").first).to_have_attribute("data-index", str(order[0]))
+        assert read_indices(column, 10) == order
+        assert read_indices(view.column(view.tensor_name("ReduceMean")), 10) == order
+        view.page.locator('.bars [data-label="bird"] button').click()
+    expect(view.page.locator('option[value="contribution"]')).to_have_text("by contribution to “bird”")
+    assert read_indices(view.column(view.tensor_name("Conv")), 10) == list(range(10))
+
+
+def test_contribution_that_cannot_be_computed_is_disabled_with_a_reason(view: View) -> None:
+    def hide_weights(route: Route) -> None:
+        description = route.fetch().json()
+        for layer in description["layers"]:
+            layer["weights"] = []
+        route.fulfill(json=description)
+
+    view.page.route("**/layers", hide_weights)
+    view.select_model("small")
+    view.pick_files(SHIP)
+    option = view.page.locator('option[value="contribution"]')
+    expect(option).to_be_disabled()
+    expect(option).to_contain_text("not here, the network does not end in a linear layer")

@@ -16,6 +16,7 @@ import { ACTIVATIONS } from "./names.js";
  * @property {number} side of a map
  * @property {number} pitch from row to row
  * @property {number} first how many maps come before those that are shown
+ * @property {number[] | null} order of all its maps, values or labels; null: their own
  * @property {number[]} indices of the maps, values or labels that are shown
  */
 
@@ -85,7 +86,7 @@ export function arrange(layers, folding, labels, room) {
 
 /** Whether columns are too narrow for large words. @param {Column[]} columns */
 export function areNarrow(columns) {
-  return columns.some(({ width, content }) => content !== "labels" && width < 90);
+  return columns.some(({ width, content }) => content !== "labels" && width < 100);
 }
 
 /** The width of all columns. @param {Column[]} columns */
@@ -120,6 +121,7 @@ function place(parts, labels, { side, pitch }, widths) {
       side,
       pitch,
       first: 0,
+      order: null,
       indices: [],
     };
     column.indices = inOrder(column);

@@ -89,6 +89,7 @@ export function mapButton(column, index, row, label, open) {
   const { layer, content } = column;
   const { name } = lesson(layer);
   const colour = colourName(layer, index);
+  const mark = colour ?? (content === "maps" && column.order ? String(index + 1) : null);
   const place = `${colour ? `${colour}, ` : ""}${content === "maps" ? "map" : "value"} ${index + 1} of ${layer.shape[0]}`;
   const button = make(
     "button",
@@ -97,11 +98,12 @@ export function mapButton(column, index, row, label, open) {
       class: `map ${content}`,
       tabIndex: -1,
       data: { tensor: layer.tensor, index, row },
+      title: column.order && label === null ? place : null,
       "aria-label": label === null ? `${place}, ${name} ${layer.name}` : `${label}, ${name}`,
       on: { click: open },
     },
     content === "maps" && make("canvas", {}),
-    colour && make("span", { class: "colour", "aria-hidden": "true" }, colour),
+    mark !== null && make("span", { class: "colour", "aria-hidden": "true" }, mark),
   );
   setStyles(button, { top: `${middle(column, row)}px` });
   return button;
@@ -126,7 +128,7 @@ export function foot(column, scale, each, turn) {
   return [
     more ? pager(column, turn) : make("span", { class: "pager" }),
     scale
-      ? legend(scale, each ? ["each its", "own"] : [figure(scale.lowest, 2), figure(scale.highest, 2)])
+      ? legend(scale, each ? ["each its ", "own"] : [figure(scale.lowest, 2), figure(scale.highest, 2)])
       : make("span", { class: "scale" }),
   ];
 }

@@ -9,7 +9,7 @@ import { Minimap } from "./minimap.js";
 import { Network } from "./network.js";
 import { whole } from "./numbers.js";
 import { Tensors } from "./tensors.js";
-import { display, toolsOf } from "./toolbar.js";
+import { display, orderFor, toolsOf } from "./toolbar.js";
 
 const section = byId("layers");
 const text = byId("layers-text");
@@ -23,6 +23,7 @@ const descriptions = new Map();
 let opened = null;
 /** What to open once the network is shown. @type {{choose: (layers: api.Layer[]) => api.Layer | undefined, index: number} | null} */
 let wish = null;
+
 /**
  * Show the layers for a photo. The service knows the photo already, so its maps can be asked for at once.
  * @param {api.Model} model
@@ -66,6 +67,7 @@ export async function showFeatures(label) {
   const mine = opened;
   if (!mine) return;
   mine.label = label;
+  if (mine.network) orderFor(label);
   const place = features.querySelector("div");
   place.setAttribute("aria-busy", "true");
   try {
@@ -180,6 +182,7 @@ function show(mine, description) {
   mine.network = new Network(byId("network"), description, tensors, { open, point }, display);
   mine.know({ description, tensors, acts: { visit: visitFeature, point } });
   tools.replaceChildren(...toolsOf(description, mine.network));
+  if (mine.label) orderFor(mine.label);
   minimap.replaceChildren(new Minimap(description.layers, mine.network).element);
   mine.visit = () => {
     const [layer, index] = [wish?.choose(description.layers), wish?.index ?? 0];

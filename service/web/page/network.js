@@ -14,6 +14,7 @@ import {
 import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
+import { MapOrder } from "./order.js";
 import { paint } from "./paint.js";
 import { LayerScales } from "./scales.js";
 import { scrollByWheel } from "./sideways.js";
@@ -41,9 +42,10 @@ export class Network {
    * @param {(layer: Layer, index: number) => void} acts.open a map or a value was chosen
    * @param {(layer: Layer | null, row?: number, column?: number, value?: number) => void} acts.point the layer that
    *   is pointed at, the pixel of its map, and what that is
-   * @param {{stretch: Stretch, pairs: boolean}} display
+   * @param {{stretch: Stretch, pairs: boolean, order: import("./order.js").OrderName}} display
    */
-  constructor(place, description, tensors, acts, { stretch, pairs }) {
+  constructor(place, description, tensors, acts, { stretch, pairs, order }) {
+    this.#mapOrder = new MapOrder(description, tensors, order);
     this.#stretch = stretch;
     this.#pairs = pairs;
     this.#scales = new LayerScales(description, tensors, (tensor) =>
@@ -71,8 +73,10 @@ export class Network {
   #acts;
   #unfolded;
   #observer;
-  /** @type {number[] | null} labels as their columns show them; null until that is needed */
-  #order = null;
+  /** @type {Promise<number[]> | null} labels as their columns show them; null until that is needed */
+  #labels = null;
+  /** @type {MapOrder} */
+  #mapOrder;
   #edges = new Edges();
   /** Whether each layer is folded with its norm and activation. */
   #pairs;
@@ -114,8 +118,29 @@ export class Network {
   /** Give each map the whole range of colours, or one scale to all of a layer. @param {Stretch} which */
   stretch(which) {
     this.#stretch = which;
+    this.#fillAnew();
+  }
+
+  /**
+   * Show the maps of each layer in another order. @param {import("./order.js").OrderName} name
+   * @param {string | null} label whose score maps contribute to
+   */
+  orderMaps(name, label) {
+    const before = this.#mapOrder.name;
+    this.#mapOrder = new MapOrder(this.#description, this.#tensors, name, label);
+    if (name === before && name !== "contribution") return;
+    for (const column of this.#columns.filter(({ content }) => content === "maps" || content === "values")) {
+      Object.assign(column, { first: 0, order: null });
+      column.indices = this.#indices(column);
+    }
+    this.#drawEdges();
+    this.#fillAnew();
+  }
+
+  /** Show again what is in view. */
+  #fillAnew() {
     for (const column of this.#columns) {
-      if (!this.#elements.get(column).querySelector(".map")) continue;
+      if (!this.#elements.get(column).querySelector(".maps").childElementCount) continue;
       this.#empty(column);
       this.#fill(column);
     }
@@ -195,7 +220,8 @@ export class Network {
   async #reveal(layer, index) {
     const column = this.#columns.find((one) => one.layer === layer);
     if (!column || this.#buttonOf(layer, index)) return;
-    const at = this.#isOrdered(column) ? this.#order.indexOf(index) : index;
+    if (this.#mayBeOrdered(column)) await this.#putInOrder(column);
+    const at = column.order ? column.order.indexOf(index) : index;
     await this.#turn(column, at - (at % capacity(column)));
   }
 
@@ -301,7 +327,7 @@ export class Network {
       place.append(make("p", { class: "soft nothing" }, "no maps"));
       return;
     }
-    if (column.content === "labels" && !this.#order) this.#order = await this.#labelOrder();
+    if (this.#mayBeOrdered(column) && !(await this.#putInOrder(column))) return;
     if (place.childElementCount) return; // it was filled while the order was waited for
     column.indices = this.#indices(column);
     const { indices } = column;
@@ -319,13 +345,29 @@ export class Network {
 
   /** Which maps, values or labels a column shows now. */
   #indices(column) {
-    const places = inOrder(column);
-    return this.#isOrdered(column) ? places.map((at) => this.#order[at]) : places;
+    return inOrder(column).map((at) => (column.order ? column.order[at] : at));
   }
 
-  /** Whether its values stand in the labels' order. */
-  #isOrdered({ content, layer }) {
-    return content === "labels" && layer.shape[0] === this.#order?.length;
+  #mayBeOrdered({ content }) {
+    return content === "labels" || this.#mapOrder.name !== "network";
+  }
+
+  /** Find out a column's order. @returns {Promise<boolean>} whether it is still asked for */
+  async #putInOrder(column) {
+    const asked = this.#mapOrder;
+    const { layer, content } = column;
+    if (content === "labels") {
+      this.#labels ??= this.#labelOrder();
+      const order = await this.#labels;
+      column.order = order.length === layer.shape[0] ? order : null;
+      return true;
+    }
+    const order = await asked.of(layer).catch(() => null); // its own order is better than none
+    if (asked !== this.#mapOrder || !this.#elements.has(column)) return false;
+    column.order = order;
+    column.indices = this.#indices(column);
+    this.#drawEdges();
+    return true;
   }
 
   /** Labels in their own order where all are shown, else the most probable first. */
@@ -358,15 +400,15 @@ export class Network {
   }
 
   async #show(column, indices, buttons) {
-    const { layer, content, first } = column;
-    const all = content === "labels"; // they need not stand in their own order
-    const array = await this.#tensors.maps(layer.tensor, all ? 0 : first, all ? 0 : indices.length);
+    const { layer, content } = column;
+    const all = content === "labels"; // other columns of labels need them too
+    const array = await (all ? this.#tensors.maps(layer.tensor) : this.#tensors.selected(layer.tensor, indices));
     if (!buttons[0].isConnected) return; // it went out of view meanwhile
     const scale = await this.#scales.ofLayer(layer);
     if (content === "maps") {
       const size = layer.shape[1] * layer.shape[2];
       const maps = buttons.map((_, row) => array.values.subarray(row * size, (row + 1) * size));
-      const each = await this.#scalesOfEach(layer, first, maps);
+      const each = await this.#scalesOfEach(layer, indices, maps);
       if (!buttons[0].isConnected) return;
       buttons.forEach((button, row) => {
         this.#values.set(button, maps[row]);
@@ -383,10 +425,10 @@ export class Network {
   }
 
   /** The scale of each map by itself; null where all maps share that of the layer. */
-  async #scalesOfEach(layer, first, maps) {
+  async #scalesOfEach(layer, indices, maps) {
     if (this.#stretch === "always") return this.#scales.ofEach(maps);
     const isPale = this.#stretch === "pale" && (await this.#scales.isPale(layer));
-    return isPale ? this.#scales.ofEachKept(layer, first, maps) : null;
+    return isPale ? this.#scales.ofEachKept(layer, indices, maps) : null;
   }
 
   /** @param {import("./colours.js").Scale | null} scale null: not known yet @param {boolean} [each] whether each map has its own */

@@ -2,7 +2,10 @@
 
 import { make } from "./dom.js";
 import { finder } from "./finder.js";
+import { whyNoContribution } from "./order.js";
 
+/** @type {Record<import("./order.js").OrderName, string>} */
+const ORDERS = { network: "as in the network", strength: "strongest first", contribution: "by contribution" };
 /** @type {Record<import("./network.js").Stretch, string>} */
 const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map" };
 
@@ -12,14 +15,25 @@ export const display = {
   stretch: "pale",
   /** Whether each layer is folded with its norm and activation. */
   pairs: false,
+  /** @type {import("./order.js").OrderName} of the maps of a layer */
+  order: "network",
 };
+
+/** Told of the label whose heat map is shown. @type {(label: string | null) => void} */
+let showLabel = () => {};
+
+/** Order maps by their contribution to this label, if that is the order. @param {string | null} label */
+export function orderFor(label) {
+  showLabel(label);
+}
 
 /**
  * @param {import("./api.js").Description} description
  * @param {import("./network.js").Network} network
  * @returns {Node[]}
  */
-export function toolsOf({ layers }, network) {
+export function toolsOf(description, network) {
+  const { layers } = description;
   const button = (name, act, title = null) => make("button", { type: "button", title, on: { click: act } }, name);
   const folding = [
     button("Fold all", () => network.foldAll(true)),
@@ -28,10 +42,32 @@ export function toolsOf({ layers }, network) {
   return [
     finder(layers, (layer) => network.show(layer)),
     button("To the answer", () => network.enter(layers[layers.length - 1])),
+    ordering(description, network),
     stretching(network),
     pairing(network),
     ...(network.blocks.size ? folding : []),
   ];
+}
+
+function ordering(description, network) {
+  const why = whyNoContribution(description);
+  const order = why && display.order === "contribution" ? "network" : display.order;
+  const title = "Which maps of a layer with more than ten are shown first; strong is a large mean of absolute values";
+  let label = null;
+  const element = choice("Order maps", title, ORDERS, order, (value) => {
+    display.order = value;
+    network.orderMaps(value, label);
+  });
+  const option = /** @type {HTMLOptionElement} */ (element.querySelector('[value="contribution"]'));
+  option.disabled = why !== null;
+  if (why) option.textContent = `${ORDERS.contribution}: not here, ${why}`;
+  showLabel = (chosen) => {
+    label = chosen;
+    if (why) return;
+    option.textContent = `${ORDERS.contribution} to “${label}”`;
+    network.orderMaps(element.querySelector("select").value, label);
+  };
+  return element;
 }
 
 function stretching(network) {
