@@ -253,7 +253,10 @@ class LayerInfo(BaseModel):
     direct: bool = Field(
         description="The layer reads its sources as they are shown, neither cut nor rearranged."
     )
-    block: str | None
+    block: str | None = Field(
+        description="Name of the block, by the names of the layers or by the structure of the graph "
+        "(`block 1`, `stage 1`); null for a layer by itself."
+    )
     kernel: list[int] | None
     stride: list[int] | None
     padding: list[int] | None

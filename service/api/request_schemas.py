@@ -130,6 +130,15 @@ class MapsOptions(BaseModel):
         0, ge=0, le=2**31, description="Index of the first map, or of the first value of a vector."
     )
     count: int = Field(0, ge=0, le=2**31, description="Number of maps or values; 0: all from `first` on.")
+    indices: str = Field(
+        "",
+        max_length=1000,
+        pattern=r"^([0-9]{1,9}(,[0-9]{1,9})*)?$",
+        description="Indices of single maps or values, separated by commas; instead of `first` and `count`.",
+    )
+    strength: bool = Field(
+        False, description="Answer one number for each map instead: the mean of its absolute values."
+    )
     prepared: bool = Field(False, description="The image is the model's input itself, and has its size.")
 
 

@@ -267,12 +267,35 @@ def slice_rows(values: Floats, first: int, count: int) -> Floats:
     if first >= len(values):
         raise BadRequest(f"first is {first}; it must be less than {len(values)}, the number of rows")
     rows = values[first : first + count if count else None]
-    if rows.nbytes > _MAX_REPLY_BYTES:
-        raise BadRequest(
-            f"the reply would have {rows.nbytes} bytes; the limit is {_MAX_REPLY_BYTES}: "
-            f"ask for fewer of the {len(values)} with first and count"
-        )
+    _require_small(rows.nbytes, len(values))
     return rows
+
+
+def select_rows(values: Floats, indices: Sequence[int]) -> Floats:
+    """Return the rows with these indices, in their order.
+
+    Raises `BadRequest`.
+    """
+    if max(indices) >= len(values):
+        raise BadRequest(
+            f"indices has {max(indices)}; it must be less than {len(values)}, the number of rows"
+        )
+    _require_small(values[0].nbytes * len(indices), len(values))  # an index may occur often
+    return values[list(indices)]
+
+
+def compute_strengths(values: Floats) -> Floats:
+    """Return the mean absolute value of each map (channels, height, width), or of each value of a vector."""
+    means = np.abs(values).reshape(len(values), -1).mean(axis=1, dtype=np.float64)
+    return np.asarray(means, np.float32)
+
+
+def _require_small(size: int, row_count: int) -> None:
+    if size > _MAX_REPLY_BYTES:
+        raise BadRequest(
+            f"the reply would have {size} bytes; the limit is {_MAX_REPLY_BYTES}: "
+            f"ask for fewer of the {row_count} with first and count"
+        )
 
 
 def _count_values(shape: Sequence[Any]) -> int:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Final
 
 from fovea.service.explain.layer_view import LayerView
+from fovea.service.explain.structural_blocks import MAX_BLOCK_LAYERS, find_structural_blocks
 
 _COMPOSITE_LAYERS: Final = (
     ({"Erf", "Mul"}, {"Div", "Add", "Pow"}, "Gelu"),
@@ -21,10 +22,6 @@ _COMPOSITE_LAYERS: Final = (
 
 If there are no optional operators, each required operator occurs exactly once.
 """
-
-
-_MAX_BLOCK_LAYERS: Final = 16
-"""Maximum number of layers that fold into a block; a bottleneck of a ResNet has 10."""
 
 
 def is_bias(layer: LayerView, product: LayerView) -> bool:
@@ -111,9 +108,17 @@ def _split_name(name: str) -> list[str]:
 
 
 def assign_blocks(layers: Sequence[LayerView]) -> list[LayerView]:
-    """Assign each layer its block.
+    """Assign each layer its block, by the names, or by the structure if the names give few blocks."""
+    names = _find_named_blocks(layers)
+    if sum(name is not None for name in names) < len(layers) / 2:
+        names = find_structural_blocks(layers)
+    return [replace(layer, block=name) for layer, name in zip(layers, names, strict=True)]
 
-    A block is the shortest module path whose layers are adjacent and at most `_MAX_BLOCK_LAYERS` in number.
+
+def _find_named_blocks(layers: Sequence[LayerView]) -> list[str | None]:
+    """Return the name of each layer's block, or None.
+
+    A block is the shortest module path whose layers are adjacent and at most `MAX_BLOCK_LAYERS` in number.
     """
     positions: dict[str, list[int]] = {}
     for position, layer in enumerate(layers):
@@ -123,10 +128,10 @@ def assign_blocks(layers: Sequence[LayerView]) -> list[LayerView]:
     block_names = {
         name
         for name, layer_positions in positions.items()
-        if 2 <= len(layer_positions) <= _MAX_BLOCK_LAYERS
+        if 2 <= len(layer_positions) <= MAX_BLOCK_LAYERS
         and layer_positions[-1] - layer_positions[0] == len(layer_positions) - 1
     }
-    return [replace(layer, block=_find_block(layer, block_names)) for layer in layers]
+    return [_find_block(layer, block_names) for layer in layers]
 
 
 def _find_block(layer: LayerView, block_names: set[str]) -> str | None:

@@ -193,6 +193,10 @@ class MapsQuestion(Question[MapsResult]):
     first: int
     count: int
     """Number of maps from `first` on; 0 for all."""
+    indices: Sequence[int]
+    """Indices of single maps instead of `first` and `count`; empty for none."""
+    strength: bool
+    """True for the mean absolute value of each map instead of the maps."""
     prepared: bool
     """True if the image is the model's input itself."""
 

@@ -24,7 +24,12 @@ import numpy as np
 from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
 from fovea.service.explain.explainer import Explainer
-from fovea.service.explain.introspection import IntrospectedModel, slice_rows
+from fovea.service.explain.introspection import (
+    IntrospectedModel,
+    compute_strengths,
+    select_rows,
+    slice_rows,
+)
 from fovea.service.explain.layer_view import LayerView
 from fovea.service.explain.layers import describe_layers
 from fovea.service.explain.messages import (
@@ -220,7 +225,10 @@ class _RequestHandler:
         finite_values = values[np.isfinite(values)]
         lowest, highest = (finite_values.min(), finite_values.max()) if finite_values.size else (0.0, 0.0)
         result = MapsResult(len(values), float(lowest), float(highest))
-        return result, _encode_npy(slice_rows(values, question.first, question.count))
+        rows = compute_strengths(values) if question.strength else values
+        if question.indices:
+            return result, _encode_npy(select_rows(rows, question.indices))
+        return result, _encode_npy(slice_rows(rows, question.first, question.count))
 
     def _read_weights(self, load: LoadCommand, question: WeightsQuestion) -> _Answer:
         values = self._require_introspected(load).read_weights(question.tensor, question.part)

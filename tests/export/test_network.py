@@ -109,6 +109,23 @@ def test_residual_blocks_are_grouped_by_stage(tmp_path: Path) -> None:
     assert indices == list(range(indices[0], indices[-1] + 1))
 
 
+def test_layers_without_names_fold_by_structure(tmp_path: Path) -> None:
+    """The blocks of a ResNet-18 are those of its modules."""
+    model = onnx.ModelProto()
+    model.CopyFrom(export_foreign("resnet18"))
+    for node in model.graph.node:
+        node.name = ""
+        del node.metadata_props[:]
+    (tmp_path / "named").mkdir()
+    named_layers = import_layers(export_foreign("resnet18"), tmp_path / "named", 7)
+    layers = import_layers(model, tmp_path, 7)
+    modules: dict[str | None, set[str]] = {}
+    for layer, named_layer in zip(layers, named_layers, strict=True):
+        modules.setdefault(layer.block, set()).add(".".join(named_layer.name.split(".")[:3]))
+    assert [len(modules[f"block {number}"]) for number in range(1, 9)] == [1] * 8
+    assert modules["block 3"] == {"features.layer2.0"}
+
+
 def test_reshape_with_a_computed_target_is_supported(tmp_path: Path) -> None:
     """The target of the reshape is computed from a shape."""
     nodes: list[NodeProto] = [

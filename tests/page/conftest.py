@@ -1,4 +1,4 @@
-"""A real browser, a real server with seven models, and a page that must log no error."""
+"""A real browser, a real server with eight models, and a page that must log no error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.export.imports import ZOO, import_graph
 from tests.graphs import add_to_repository, build_model, build_unopenable
 from tests.page.browsers import launch_chromium
-from tests.page.networks import LABELS, build_deep_network, build_varied_network
+from tests.page.networks import LABELS, build_deep_network, build_unnamed_network, build_varied_network
 from tests.page.views import View
 from tests.servers import FLOAT_MODEL, ROOT, Server
 from tests.tools import require_tool
@@ -27,11 +27,11 @@ REPORT_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of seven models.
+    """A repository of eight models.
 
     `cifar10` is the default, in int8, and `float` is the same in float32. `small` has seven nodes, `deep` has
-    many layers, `varied` has no class activation map, `closed` has no maps of layers, and `tiny_vgg` is the
-    model for teaching.
+    many layers, `unnamed` has many layers without names, `varied` has no class activation map, `closed` has
+    no maps of layers, and `tiny_vgg` is the model for teaching.
     """
     require_tool("chromium")  # before anything slow
     root = add_to_repository(build_model(), tmp_path_factory.mktemp("models"))
@@ -40,7 +40,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / ZOO / name, root / name)
     shutil.copytree(FLOAT_MODEL.parent, root / "float" / "1")
     (root / "default").write_text("cifar10\n")
-    for name, network in (("varied", build_varied_network()), ("deep", build_deep_network())):
+    networks = {
+        "varied": build_varied_network(),
+        "deep": build_deep_network(),
+        "unnamed": build_unnamed_network(),
+    }
+    for name, network in networks.items():
         model_folder = import_graph(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]
         model_folder.rename(root / name)
     return root

@@ -1,4 +1,4 @@
-"""Networks like those of other tools: one of many kinds of layers, one of many layers."""
+"""Networks like those of other tools: of many kinds of layers, of many layers, and without names."""
 
 from __future__ import annotations
 
@@ -107,3 +107,30 @@ def build_deep_network() -> onnx.ModelProto:
     net.add("Flatten", "flat", axis=1)
     net.add_linear("scores", len(LABELS), 4)
     return net.build()
+
+
+def build_unnamed_network() -> onnx.ModelProto:
+    """Return a network of inverted residual blocks as in MobileNetV2, without the names of its nodes.
+
+    Two stages have four blocks each; a block has six layers.
+    """
+    net = GraphBuilder(2)
+    net.weights |= {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+    for stage in range(2):
+        net.add_conv(f"{stage}.down", 4, 3 if stage == 0 else 4, 3, pads=[1, 1, 1, 1], strides=[2, 2])
+        net.add("Clip", f"{stage}.down.act", net.last, "zero", "six")
+        for block in (f"{stage}.{number}" for number in range(4)):
+            block_input = net.last
+            net.add_conv(f"{block}.expand", 12, 4, 1)
+            net.add("Clip", f"{block}.expand.act", net.last, "zero", "six")
+            net.add_conv(f"{block}.depthwise", 12, 1, 3, pads=[1, 1, 1, 1], group=12)
+            net.add("Clip", f"{block}.depthwise.act", net.last, "zero", "six")
+            net.add_conv(f"{block}.project", 4, 12, 1)
+            net.add("Add", f"{block}.sum", net.last, block_input)
+    net.add("GlobalAveragePool", "mean")
+    net.add("Flatten", "flat", axis=1)
+    net.add_linear("scores", len(LABELS), 4)
+    model = net.build()
+    for node in model.graph.node:
+        node.name = ""
+    return model

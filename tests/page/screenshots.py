@@ -60,7 +60,7 @@ def capture_answer(view: View) -> bytes:
 def capture_layers(view: View) -> bytes:
     """Return a picture of the network, with the mouse on a map."""
     view.column(view.tensor_name("Gelu", 1))
-    view.column(view.tensor_name("Conv", 1)).locator(".map").nth(6).hover(position={"x": 30, "y": 22})
+    view.column(view.tensor_name("Conv", 1)).locator(".map").nth(6).hover(position={"x": 26, "y": 19})
     return capture_between(view.page, "#layers", "#network")
 
 

@@ -320,6 +320,7 @@ def test_default_model_is_selected_first(view: View) -> None:
         "float",
         "small",
         "tiny_vgg",
+        "unnamed",
         "varied",
     ]
 

@@ -161,7 +161,7 @@ def test_pale_maps_are_stretched_until_another_choice(view: View) -> None:
     choice = view.page.get_by_label("Stretch colours")
     expect(choice).to_have_value("pale")
     expect(column).to_have_attribute("data-stretched", "true")
-    expect(column.locator(".foot .scale")).to_have_text("each itsown")
+    expect(column.locator(".foot .scale")).to_have_text("each its own")
     assert is_coloured(column.locator(".map canvas").nth(1), map_shares)
     choice.select_option("of no map")
     expect(column).to_have_attribute("data-stretched", "false")
@@ -325,7 +325,7 @@ def test_play_button_slides_the_kernel(view: View) -> None:
 def test_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv", 2)
-    view.column(tensor).locator(".map").first.hover(position={"x": 26, "y": 26})
+    view.column(tensor).locator(".map").first.hover(position={"x": 22, "y": 22})
     region = view.page.locator("#lens .input .field")
     expect(region).to_be_visible()
     jump, low, high = view.find_layer(tensor)["field"]["rows"]
@@ -364,13 +364,13 @@ def test_column_pages_through_its_maps(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
     column = view.column(tensor)
-    assert column.locator(".map").count() == 8
-    expect(column.locator(".pager")).to_contain_text("16 more")
+    assert column.locator(".map").count() == 10
+    expect(column.locator(".pager")).to_contain_text("14 more")
     column.get_by_role("button", name="more maps").click()
-    expect(column.locator('.map[data-index="8"]')).to_be_visible()
-    expect(column.locator(".pager")).to_contain_text("9–16")
-    column.locator('.map[data-index="9"]').click()
-    assert_adds_up(view, view.detail, tensor, 9)
+    expect(column.locator('.map[data-index="10"]')).to_be_visible()
+    expect(column.locator(".pager")).to_contain_text("11–20")
+    column.locator('.map[data-index="11"]').click()
+    assert_adds_up(view, view.detail, tensor, 11)
 
 
 def test_blocks_fold_and_unfold(view: View) -> None:

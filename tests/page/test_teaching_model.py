@@ -41,13 +41,6 @@ def test_all_layers_and_maps_are_on_one_screen(tiny_view: View, width: int) -> N
         expect(shown.last).to_be_in_viewport(ratio=1)
 
 
-def test_wide_networks_keep_wide_columns(view: View) -> None:
-    view.page.set_viewport_size({"width": 1366, "height": 768})
-    view.pick_files(SHIP)
-    expect(view.page.locator(".column").first).to_be_attached()
-    expect(view.page.locator(".canvas.compact")).to_have_count(0)
-
-
 def test_every_layer_shows_its_arithmetic(tiny_view: View) -> None:
     for layer in tiny_view.fetch_layers()[1:]:
         tensor = layer["tensor"]

@@ -117,6 +117,14 @@ class View:
         array: Array = np.load(BytesIO(reply.content))
         return array
 
+    def fetch_weights(self, tensor: str, output: int) -> Array:
+        """Return the weights of one output of a layer according to the API."""
+        query: dict[str, str | int] = {"tensor": tensor, "first": output, "count": 1}
+        reply = self.client.get(f"/v1/models/{self.model}/weights", params=query)
+        assert reply.status_code == 200, reply.text
+        weights: Array = np.load(BytesIO(reply.content))[0]
+        return weights
+
     def _fetch_input_png(self, photo: Path) -> bytes:
         """Return the exact input as PNG."""
         key = self.model, photo

@@ -291,7 +291,11 @@ class _ExplainHandlers:
 
     async def get_maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
-        question = MapsQuestion(**query.model_dump())
+        if query.indices and (query.first or query.count):
+            raise BadRequest("indices names single maps; leave out first and count")
+        options = query.model_dump()
+        options["indices"] = [int(index) for index in query.indices.split(",") if index]
+        question = MapsQuestion(**options)
         answer = await self._services.layer_explainer.send_request(model, question, image)
         headers = {
             "X-Channels": str(answer.result.channels),

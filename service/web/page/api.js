@@ -129,7 +129,16 @@ export async function* explain(model, photo, label, signal) {
  * @returns {Promise<import("./npy.js").NumberArray & {channels: number, lowest: number, highest: number}>}
  */
 export async function maps(model, tensor, first, count, picture, signal) {
-  const query = new URLSearchParams({ tensor, first: String(first), count: String(count) });
+  return mapsBy(model, { tensor, first: String(first), count: String(count) }, picture, signal);
+}
+
+/**
+ * As `maps`, by the options of the call: single maps by their `indices`, or the `strength` of each.
+ * @param {Model} model @param {Record<string, string>} options
+ * @param {Picture} picture @param {AbortSignal} [signal]
+ */
+export async function mapsBy(model, options, picture, signal) {
+  const query = new URLSearchParams(options);
   if (picture.prepared) query.set("prepared", "true");
   const reply = await ask(`${path(model)}/maps?${query}`, { photo: picture.body, signal });
   const header = (name) => Number(reply.headers.get(name));

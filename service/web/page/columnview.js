@@ -12,8 +12,9 @@ import { counted, figure, whole } from "./numbers.js";
 
 /** A column without its maps. @param {Column} column @param {number} height CSS pixels */
 export function columnElement(column, height) {
-  const { layer, layers, left, width } = column;
-  const folded = layers.length > 1;
+  const { layer, layers, number, isPair, left, width } = column;
+  const folded = layers.length > 1 && !isPair;
+  const others = isPair ? layers.slice(1).map((one) => `+ ${lesson(one).name}`) : [];
   const element = make(
     "div",
     {
@@ -25,7 +26,9 @@ export function columnElement(column, height) {
     make(
       "div",
       { class: "title" },
-      make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layer).name),
+      make("span", { class: "number" }, number),
+      make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layers[0]).name),
+      ...others.map((name) => make("span", { class: "folded-kind" }, name)),
       make("span", { title: layer.name }, folded ? `last: ${lesson(layer).name}` : shortened(layer.name)),
       make("span", {}, shapeOf(layer)),
     ),
@@ -36,9 +39,10 @@ export function columnElement(column, height) {
   return element;
 }
 
-function titleOf({ layer, layers, block }) {
-  if (layers.length > 1) return `${block}, ${layers.length} layers folded`;
-  return `${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
+function titleOf({ layer, layers, number, block, isPair }) {
+  if (isPair) return `Layers ${number}: ${layers.map((one) => lesson(one).name).join(" and ")}, ${shapeOf(layer)}`;
+  if (layers.length > 1) return `Layers ${number}: ${block}, folded`;
+  return `Layer ${number}: ${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
 }
 
 /** @param {Layer} layer */
@@ -70,7 +74,7 @@ export function bracket(block, columns, folded, toggle) {
       on: { click: toggle },
     },
     make("span", { class: "sign", "aria-hidden": "true" }, folded ? "+" : "−"),
-    make("span", { class: "name" }, shortened(block)),
+    make("span", { class: "name" }, make("bdi", {}, block)),
   );
   setStyles(button, { left: `${first.left}px`, width: `${last.left + last.width - first.left}px` });
   return button;
@@ -85,6 +89,7 @@ export function mapButton(column, index, row, label, open) {
   const { layer, content } = column;
   const { name } = lesson(layer);
   const colour = colourName(layer, index);
+  const mark = colour ?? (content === "maps" && column.order ? String(index + 1) : null);
   const place = `${colour ? `${colour}, ` : ""}${content === "maps" ? "map" : "value"} ${index + 1} of ${layer.shape[0]}`;
   const button = make(
     "button",
@@ -93,11 +98,12 @@ export function mapButton(column, index, row, label, open) {
       class: `map ${content}`,
       tabIndex: -1,
       data: { tensor: layer.tensor, index, row },
+      title: column.order && label === null ? place : null,
       "aria-label": label === null ? `${place}, ${name} ${layer.name}` : `${label}, ${name}`,
       on: { click: open },
     },
     content === "maps" && make("canvas", {}),
-    colour && make("span", { class: "colour", "aria-hidden": "true" }, colour),
+    mark !== null && make("span", { class: "colour", "aria-hidden": "true" }, mark),
   );
   setStyles(button, { top: `${middle(column, row)}px` });
   return button;
@@ -122,7 +128,7 @@ export function foot(column, scale, each, turn) {
   return [
     more ? pager(column, turn) : make("span", { class: "pager" }),
     scale
-      ? legend(scale, each ? ["each its", "own"] : [figure(scale.lowest, 2), figure(scale.highest, 2)])
+      ? legend(scale, each ? ["each its ", "own"] : [figure(scale.lowest, 2), figure(scale.highest, 2)])
       : make("span", { class: "scale" }),
   ];
 }

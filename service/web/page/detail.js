@@ -5,7 +5,7 @@ import { combination } from "./arithmetic/combination.js";
 import { convolution, placewise } from "./arithmetic/convolution.js";
 import { elementwise } from "./arithmetic/elementwise.js";
 import { functionOf } from "./arithmetic/functions.js";
-import { linear } from "./arithmetic/linear.js";
+import { isLinear, linear } from "./arithmetic/linear.js";
 import { layerNormalisation, normalisation } from "./arithmetic/normalisation.js";
 import { plain } from "./arithmetic/plain.js";
 import { pooling } from "./arithmetic/pooling.js";
@@ -17,6 +17,7 @@ import { lesson } from "./learn.js";
 import { colourName } from "./names.js";
 import { counted, whole } from "./numbers.js";
 import { isVector } from "./operands.js";
+import { sourcesOf } from "./origin.js";
 
 /** @typedef {import("./api.js").Layer} Layer */
 /**
@@ -28,7 +29,8 @@ import { isVector } from "./operands.js";
  * @property {import("./tensors.js").Tensors} tensors
  * @property {{row: number, column: number}} spot the pixel that is worked out; stays the same from map to map
  * @property {(layer: Layer | null, row?: number, column?: number) => void} point show what a pixel sees
- * @property {(layer: Layer, index: number) => void} open another map
+ * @property {(layer: Layer, index: number) => void} open another map of the layer
+ * @property {(layer: Layer, index: number, spot?: {row: number, column: number}) => void} visit a map of any layer
  * @property {() => void} closed
  */
 
@@ -38,14 +40,11 @@ panel.addEventListener("keydown", (event) => event.key === "Escape" && dismiss()
 /** @type {Context | null} */
 let shown = null;
 
-/** Show the arithmetic of a map. @param {Omit<Context, "sources" | "spot">} asked */
+/** Show the arithmetic of a map. @param {Omit<Context, "sources" | "spot"> & {spot?: Context["spot"]}} asked */
 export async function openDetail(asked) {
-  const { layers } = asked.description;
-  const sources = asked.layer.sources
-    .map((tensor) => layers.find((one) => one.tensor === tensor))
-    .filter(Boolean);
+  const sources = sourcesOf(asked.description.layers, asked.layer);
   const again = shown?.layer === asked.layer;
-  const context = { ...asked, sources, spot: again ? shown.spot : middleOf(asked.layer) };
+  const context = { ...asked, sources, spot: { ...(asked.spot ?? (again ? shown.spot : middleOf(asked.layer))) } };
   shown = context;
   const body = make(
     "div",
@@ -89,8 +88,7 @@ async function fill(body, context) {
 
 /** The module that knows a layer's arithmetic. @returns {(context: Context) => Promise<Node | Node[]>} */
 function arithmeticOf({ layer, sources }) {
-  const isLinear = (layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight");
-  if (isLinear && layer.input && layer.shape.length === 1 && sources.length) return linear;
+  if (isLinear(layer) && layer.input && layer.shape.length === 1 && sources.length) return linear;
   const pictures = [layer, ...sources].every(
     ({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null),
   );
@@ -106,7 +104,7 @@ function arithmeticOf({ layer, sources }) {
     if (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") return average;
     if (layer.kind === "GlobalMaxPool" || layer.kind === "ReduceMax") return maximum;
   }
-  if (isLinear && layer.shape.length === 3) return placewise;
+  if (isLinear(layer) && layer.shape.length === 3) return placewise;
   if (layer.kind === "Softmax" && layer.shape.length === 1) return softmax;
   if (["Flatten", "Concat"].includes(layer.kind)) return rearrangement;
   if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1)

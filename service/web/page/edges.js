@@ -1,13 +1,13 @@
 /** The connections between the maps of neighbouring columns, and the ways around blocks, as a few SVG paths. */
 
-import { SIDE, capacity, middle } from "./columns.js";
+import { middle } from "./columns.js";
 import { draw } from "./dom.js";
 import { linked } from "./links.js";
 
 /** @typedef {import("./columns.js").Column} Column */
 
 /** Height of the first line that goes around columns. */
-const AROUND = 112;
+const AROUND = 114;
 
 export class Edges {
   constructor() {
@@ -84,35 +84,36 @@ export class Edges {
   #toRow(source, target, row) {
     const range = this.#range(source, target, row);
     return rows(source)
-      .filter((other) => range && source.first + other >= range[0] && source.first + other <= range[1])
+      .filter((other) => isWithin(source.indices[other], range))
       .map((other) => curve(source, other, target, row));
   }
 
   #fromRow(source, row, target) {
     return rows(target)
-      .filter((other) => {
-        const range = this.#range(source, target, other);
-        return range && source.first + row >= range[0] && source.first + row <= range[1];
-      })
+      .filter((other) => isWithin(source.indices[row], this.#range(source, target, other)))
       .map((other) => curve(source, row, target, other));
   }
 
   /** The maps of `source` that a row of `target` reads: all, where a folded block is between them. */
   #range(source, target, row) {
-    if (target.layers.length > 1) return [0, source.layer.shape[0]];
+    if (target.layers.length > 1 && !target.isPair) return [0, source.layer.shape[0]];
     const layers = this.#columns.flatMap((column) => column.layers);
-    const sources = target.layer.sources
-      .map((tensor) => layers.find((layer) => layer.tensor === tensor))
+    const [layer] = target.layers; // the others of a pair keep each map to itself
+    const sources = layer.sources
+      .map((tensor) => layers.find((one) => one.tensor === tensor))
       .filter(Boolean);
-    return linked(target.layer, target.first + row, source.layer, sources);
+    return linked(layer, target.indices[row] ?? 0, source.layer, sources);
   }
 }
 
 /** Numbers of the rows that a column has on show. @param {Column} column */
 function rows(column) {
-  if (column.content === "nothing") return [0];
-  const count = Math.min(capacity(column), column.layer.shape[0] - column.first);
-  return Array.from({ length: count }, (_, row) => row);
+  return column.content === "nothing" ? [0] : column.indices.map((_, row) => row);
+}
+
+/** @param {number | undefined} index of a map; none where a column has no maps @param {[number, number] | null} range */
+function isWithin(index = 0, range) {
+  return range !== null && index >= range[0] && index <= range[1];
 }
 
 function curve(source, row, target, other) {
@@ -124,7 +125,7 @@ function curve(source, row, target, other) {
 
 /** A column's right (1) or left (-1) side, where its lines begin or end. */
 function edge(column, side) {
-  const half = column.content === "labels" ? column.width / 2 : SIDE / 2;
+  const half = column.content === "labels" ? column.width / 2 : column.side / 2;
   return column.left + column.width / 2 + side * (half + 2);
 }
 

@@ -37,6 +37,7 @@ export const look = later("look");
 export const openLayers = later("openLayers");
 export const closeLayers = later("closeLayers");
 export const prepareLayers = later("prepareLayers");
+export const showFeatures = later("showFeatures");
 export const showInput = later("showInput");
 export const showSaw = later("showSaw");
 export const showPhoto = later("showPhoto");

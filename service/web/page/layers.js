@@ -3,17 +3,19 @@
 import * as api from "./api.js";
 import { closeDetail, openDetail } from "./detail.js";
 import { byId, make } from "./dom.js";
+import { featuresOf } from "./features.js";
 import { lookAt, showInputPicture, showLesson, showReceptiveField } from "./lens.js";
+import { Minimap } from "./minimap.js";
 import { Network } from "./network.js";
 import { whole } from "./numbers.js";
 import { Tensors } from "./tensors.js";
+import { display, orderFor, toolsOf } from "./toolbar.js";
 
 const section = byId("layers");
 const text = byId("layers-text");
 const tools = byId("layers-tools");
-
-/** @type {Record<import("./network.js").Stretch, string>} */
-const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map" };
+const minimap = byId("minimap");
+const features = byId("features");
 
 /** @type {Map<string, Promise<api.Description>>} by model and version */
 const descriptions = new Map();
@@ -21,8 +23,6 @@ const descriptions = new Map();
 let opened = null;
 /** What to open once the network is shown. @type {{choose: (layers: api.Layer[]) => api.Layer | undefined, index: number} | null} */
 let wish = null;
-/** Which maps have the whole range of colours; stays so for other photos. @type {import("./network.js").Stretch} */
-let stretch = "pale";
 
 /**
  * Show the layers for a photo. The service knows the photo already, so its maps can be asked for at once.
@@ -33,11 +33,13 @@ export async function openLayers(model, photo) {
   if (opened?.model === model && opened.photo === photo) return;
   closeLayers();
   const calledOff = new AbortController();
-  const mine = { model, photo, calledOff, ...pictureOf(photo), network: null, layer: null };
+  const mine = { model, photo, calledOff, ...pictureOf(photo), ...promised(), network: null, layer: null };
   opened = mine;
   section.hidden = false;
   section.classList.remove("bare");
   lookAt(photo);
+  features.hidden = false;
+  features.querySelector("div").replaceChildren();
   text.textContent = "Reading the network …";
   try {
     const description = await descriptionOf(model);
@@ -65,6 +67,30 @@ export function visit(choose, index) {
   opened?.visit?.();
 }
 
+/**
+ * Show which features speak for a label, as soon as the network and its input are known.
+ * @param {string} label
+ */
+export async function showFeatures(label) {
+  const mine = opened;
+  if (!mine) return;
+  mine.label = label;
+  if (mine.network) orderFor(label);
+  const place = features.querySelector("div");
+  place.setAttribute("aria-busy", "true");
+  try {
+    const [{ description, tensors, acts }, saw] = await Promise.all([mine.known, mine.saw]);
+    const found = await featuresOf({ description, tensors, photo: mine.photo, saw }, acts, label);
+    if (opened !== mine || mine.label !== label) return;
+    features.hidden = found === null;
+    place.replaceChildren(...(found ?? []));
+  } catch (error) {
+    if (opened !== mine || mine.label !== label || error.name === "AbortError") return;
+    place.replaceChildren(make("p", { class: "soft" }, `They cannot be shown: ${error.message}`));
+  }
+  place.setAttribute("aria-busy", "false");
+}
+
 /** Take the layers off the page. */
 export function closeLayers() {
   opened?.calledOff.abort();
@@ -73,6 +99,7 @@ export function closeLayers() {
   closeDetail();
   section.hidden = true;
   tools.replaceChildren();
+  minimap.replaceChildren();
 }
 
 /**
@@ -83,7 +110,16 @@ export function closeLayers() {
 export function showInput(model, photo, saw) {
   if (opened?.model !== model || opened.photo !== photo) return;
   if (saw) showInputPicture(saw);
+  opened.see(saw);
   opened.settle(saw ? { body: decoded(saw.png), prepared: true } : { body: photo.file, prepared: false });
+}
+
+/** What is known of a photo later: the network, and its exact input. */
+function promised() {
+  let [know, see] = [null, null];
+  const known = new Promise((resolve) => (know = resolve));
+  const saw = new Promise((resolve) => (see = resolve));
+  return { known, saw, know, see };
 }
 
 /** What the maps are of: the photo, if the service keeps it; or else the exact input, which is smaller to send. */
@@ -112,6 +148,7 @@ function descriptionOf(model) {
 function tellWhy(words) {
   text.textContent = words;
   section.classList.add("bare");
+  features.hidden = true;
 }
 
 /** @param {api.Description} description */
@@ -122,7 +159,7 @@ function show(mine, description) {
     return;
   }
   const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
-  const open = (layer, index) => {
+  const open = (layer, index, spot) => {
     mine.layer = layer;
     showLesson(layer);
     mine.network.mark(layer, index);
@@ -131,23 +168,35 @@ function show(mine, description) {
       layer,
       index,
       tensors,
+      spot,
       open,
+      visit: visitMap,
       point: showReceptiveField,
       closed: () => leave(mine, layer, index),
     });
+  };
+  const visitMap = (layer, index, spot) => {
+    mine.network.scrollTo(layer);
+    open(layer, index, spot);
+  };
+  const visitFeature = (layer, index, spot) => {
+    visitMap(layer, index, spot);
+    section.scrollIntoView();
   };
   const point = (layer, row, column, value) => {
     showLesson(layer ?? mine.layer);
     showReceptiveField(layer, row, column, value);
   };
-  mine.network = new Network(byId("network"), description, tensors, { open, point }, stretch);
-  showTools(mine.network);
+  mine.network = new Network(byId("network"), description, tensors, { open, point }, display);
+  mine.know({ description, tensors, acts: { visit: visitFeature, point } });
+  tools.replaceChildren(...toolsOf(description, mine.network));
+  if (mine.label) orderFor(mine.label);
+  minimap.replaceChildren(new Minimap(description.layers, mine.network).element);
   mine.visit = () => {
     const [layer, index] = [wish?.choose(description.layers), wish?.index ?? 0];
     wish = null;
     if (!layer) return;
-    mine.network.scrollTo(layer);
-    open(layer, Math.min(index, layer.shape[0] - 1));
+    visitMap(layer, Math.min(index, layer.shape[0] - 1));
     section.scrollIntoView();
   };
   mine.visit();
@@ -159,27 +208,4 @@ function leave(mine, layer, index) {
   showLesson(null);
   mine.network.mark(null);
   mine.network.focus(layer, index);
-}
-
-function showTools(network) {
-  const button = (name, act) => make("button", { type: "button", on: { click: act } }, name);
-  const choices = make(
-    "select",
-    { title: "Give each map the whole range of colours, to see what is faint beside others" },
-    ...Object.entries(STRETCHES).map(([value, text]) =>
-      make("option", { value, selected: value === stretch }, text),
-    ),
-  );
-  choices.addEventListener("change", () => {
-    stretch = /** @type {import("./network.js").Stretch} */ (choices.value);
-    network.stretch(stretch);
-  });
-  const folding = [
-    button("Fold all", () => network.foldAll(true)),
-    button("Unfold all", () => network.foldAll(false)),
-  ];
-  tools.replaceChildren(
-    make("label", { class: "stretch" }, make("span", {}, "Stretch colours"), choices),
-    ...(network.blocks.size ? folding : []),
-  );
 }

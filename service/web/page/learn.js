@@ -22,7 +22,7 @@ const LESSONS = {
   },
   Clip: {
     name: "Clip",
-    text: "Holds every value between a lowest and a highest one. From 0 to 6 it is called ReLU6: a ReLU that cannot run away, which small networks are often built with.",
+    text: "Holds every value between a lowest and a highest one.",
   },
   LeakyRelu: {
     name: "Leaky ReLU",
@@ -139,6 +139,16 @@ LESSONS.MatMul = LESSONS.Gemm;
 LESSONS.Silu = LESSONS.Swish;
 LESSONS.Sum = LESSONS.Add;
 
+const DEPTHWISE = {
+  name: "Depthwise convolution",
+  text: "A convolution in which each map is made of one map before it alone: as many groups as maps. It finds patterns at neighbouring places; the convolution of 1 × 1 that mostly follows mixes the maps. Together they need far fewer products than a convolution that does both.",
+};
+
+const RELU6 = {
+  name: "ReLU6",
+  text: "A ReLU that ends at 6: what is negative becomes zero, and what is above 6 becomes 6. Numbers in so small a range can be stored in few bits, which networks for phones make use of.",
+};
+
 const TEMPERATURE = {
   name: "Temperature",
   text: "Divides all logits by one number, which was fitted on images that the network had not seen. The order of the labels stays the same; the probabilities become honest: of a hundred answers given with 80 %, about eighty are right.",
@@ -165,8 +175,10 @@ export function lesson(layer) {
 }
 
 /** What a kind means where it stands. @returns {Lesson | null} */
-function special({ kind, shape, weights, attributes }) {
+function special({ kind, shape, weights, attributes, groups, constants }) {
   if (kind === "Input") return { name: "Input", text: inputLesson(attributes) };
+  if (kind === "Conv" && groups > 1 && groups === shape[0]) return DEPTHWISE;
+  if (kind === "Clip" && constants.min === 0 && constants.max === 6) return RELU6;
   if (kind === "Div" && shape.length === 1) return TEMPERATURE;
   if (kind === "Softmax" && shape.length !== 1) return SHARES;
   if (kind === "MatMul" && !weights.includes("weight")) return ATTENTION;

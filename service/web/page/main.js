@@ -6,7 +6,18 @@ import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
 import { describeKnowledge } from "./knowledge.js";
-import { closeLayers, loaded, look, openLayers, prepareLayers, showAnswer, showInput, showPhoto, showSaw } from "./later.js";
+import {
+  closeLayers,
+  loaded,
+  look,
+  openLayers,
+  prepareLayers,
+  showAnswer,
+  showFeatures,
+  showInput,
+  showPhoto,
+  showSaw,
+} from "./later.js";
 import { Upload } from "./upload.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
@@ -202,6 +213,8 @@ function explain(label) {
   refresh();
   const [photo, asking] = [current, model];
   openLayers(asking, photo);
+  const explained = label ?? photo.answer.predictions[0]?.label;
+  if (explained) showFeatures(explained);
   look(asking, photo, label, ofPhoto.signal, (saw) => showInput(asking, photo, saw));
 }
 

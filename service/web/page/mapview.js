@@ -11,6 +11,7 @@ export class MapView {
   /**
    * @param {object} options
    * @param {string} options.name
+   * @param {Node} [options.link] stands below the map in place of its name
    * @param {ArrayLike<number>} options.values (height, width)
    * @param {[number, number]} options.size height and width
    * @param {import("./colours.js").Scale} options.scale
@@ -18,7 +19,7 @@ export class MapView {
    * @param {number[]} [options.padding] top, left, bottom, right: drawn as a border of nothing
    * @param {(row: number, column: number, how: "over" | "click" | "key") => void} [options.pick]
    */
-  constructor({ name, values, size, scale, keyed = true, padding = [0, 0, 0, 0], pick }) {
+  constructor({ name, link, values, size, scale, keyed = true, padding = [0, 0, 0, 0], pick }) {
     [this.height, this.width] = size;
     this.#padding = padding;
     this.#pick = pick;
@@ -30,7 +31,7 @@ export class MapView {
       "figure",
       { class: "mapview" },
       this.area,
-      make("figcaption", {}, name),
+      make("figcaption", {}, link ?? name),
       keyed && legend(scale),
     );
     this.#lay(canvas, 0, 0, this.height, this.width);

@@ -13,3 +13,19 @@ export function mapName(layer, index) {
 export function colourName({ kind, attributes }, index) {
   return kind === "Input" ? (attributes.channels?.[index] ?? null) : null;
 }
+
+/** Kinds of activations, which belong to the layer before them. A softmax is none. */
+export const ACTIVATIONS = new Set([
+  "Relu",
+  "LeakyRelu",
+  "PRelu",
+  "Clip",
+  "Elu",
+  "Selu",
+  "Gelu",
+  "Silu",
+  "Swish",
+  "HardSwish",
+  "Mish",
+  "Tanh",
+]);

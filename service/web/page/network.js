@@ -1,27 +1,31 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
 import {
-  BOTTOM,
   FOLDED_BEYOND,
   LABELS_SHOWN,
-  SIDE,
-  areCompact,
+  areNarrow,
   arrange,
   blocks,
+  bottom,
   capacity,
+  inOrder,
   reach,
 } from "./columns.js";
 import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
+import { MapOrder } from "./order.js";
 import { paint } from "./paint.js";
 import { LayerScales } from "./scales.js";
+import { scrollByWheel } from "./sideways.js";
 
 /** @typedef {import("./columns.js").Column} Column */
 /** @typedef {import("./api.js").Layer} Layer */
 
-/** Height of a column, CSS pixels: below its maps are the pager and the legend. */
-const HEIGHT = BOTTOM + 62;
+/** Height of what is below a column's maps, CSS pixels: the pager and the legend. */
+const FOOT = 56;
+/** Time without a change of the window's size after which columns are arranged anew, milliseconds. */
+const SETTLED = 150;
 /** How near a column must come before its maps are asked for, CSS pixels. */
 const NEAR = "500px";
 /** The map that Tab comes to. */
@@ -38,10 +42,12 @@ export class Network {
    * @param {(layer: Layer, index: number) => void} acts.open a map or a value was chosen
    * @param {(layer: Layer | null, row?: number, column?: number, value?: number) => void} acts.point the layer that
    *   is pointed at, the pixel of its map, and what that is
-   * @param {Stretch} stretch
+   * @param {{stretch: Stretch, pairs: boolean, order: import("./order.js").OrderName}} display
    */
-  constructor(place, description, tensors, acts, stretch) {
+  constructor(place, description, tensors, acts, { stretch, pairs, order }) {
+    this.#mapOrder = new MapOrder(description, tensors, order);
     this.#stretch = stretch;
+    this.#pairs = pairs;
     this.#scales = new LayerScales(description, tensors, (tensor) =>
       this.#columns.some(({ layer }) => layer.tensor === tensor),
     );
@@ -58,6 +64,7 @@ export class Network {
     });
     this.#listen();
     this.#build();
+    this.#arrangeAnewWhenResized();
   }
 
   #place;
@@ -66,9 +73,17 @@ export class Network {
   #acts;
   #unfolded;
   #observer;
-  /** @type {number[] | null} labels as their columns show them; null until that is needed */
-  #order = null;
+  /** @type {Promise<number[]> | null} labels as their columns show them; null until that is needed */
+  #labels = null;
+  /** @type {MapOrder} */
+  #mapOrder;
   #edges = new Edges();
+  /** Whether each layer is folded with its norm and activation. */
+  #pairs;
+  /** Told of the first and the last layer that are in view. */
+  #watcher = (_first, _last) => {};
+  /** @type {ResizeObserver} */
+  #resizes;
   /** @type {Column[]} */
   #columns = [];
   /** @type {Map<Column, HTMLElement>} */
@@ -83,6 +98,7 @@ export class Network {
   /** Take it off the page. */
   close() {
     this.#observer.disconnect();
+    this.#resizes.disconnect();
     this.#listening.abort();
     this.#place.replaceChildren();
   }
@@ -93,11 +109,38 @@ export class Network {
     this.#build();
   }
 
+  /** Fold each layer with its norm and activation, or unfold them. */
+  foldPairs(fold) {
+    this.#pairs = fold;
+    this.#build();
+  }
+
   /** Give each map the whole range of colours, or one scale to all of a layer. @param {Stretch} which */
   stretch(which) {
     this.#stretch = which;
+    this.#fillAnew();
+  }
+
+  /**
+   * Show the maps of each layer in another order. @param {import("./order.js").OrderName} name
+   * @param {string | null} label whose score maps contribute to
+   */
+  orderMaps(name, label) {
+    const before = this.#mapOrder.name;
+    this.#mapOrder = new MapOrder(this.#description, this.#tensors, name, label);
+    if (name === before && name !== "contribution") return;
+    for (const column of this.#columns.filter(({ content }) => content === "maps" || content === "values")) {
+      Object.assign(column, { first: 0, order: null });
+      column.indices = this.#indices(column);
+    }
+    this.#drawEdges();
+    this.#fillAnew();
+  }
+
+  /** Show again what is in view. */
+  #fillAnew() {
     for (const column of this.#columns) {
-      if (!this.#elements.get(column).querySelector(".map")) continue;
+      if (!this.#elements.get(column).querySelector(".maps").childElementCount) continue;
       this.#empty(column);
       this.#fill(column);
     }
@@ -109,7 +152,9 @@ export class Network {
     for (const one of this.#place.querySelectorAll(".map[aria-current]")) one.removeAttribute("aria-current");
     if (!layer) return;
     await this.#reveal(layer, index);
-    this.#buttonOf(layer, index)?.setAttribute("aria-current", "true");
+    const button = this.#buttonOf(layer, index);
+    button?.setAttribute("aria-current", "true");
+    button?.scrollIntoView({ block: "nearest", inline: "nearest" }); // its arithmetic may cover it
   }
 
   /** Put the focus on a map. */
@@ -117,10 +162,51 @@ export class Network {
     this.#buttonOf(layer, index)?.focus();
   }
 
-  /** Scroll sideways to a layer's column, or to that of its folded block. */
+  /** Scroll sideways to a layer's column, or to that of its folded block, and mark its title. */
   scrollTo(layer) {
-    const column = this.#columns.find(({ layers }) => layers.includes(layer));
-    if (column) this.#place.scrollTo({ left: column.left + column.width / 2 - this.#place.clientWidth / 2 });
+    const column = this.#columnOf(layer);
+    if (!column) return;
+    this.#scrollToMiddle(column);
+    for (const [one, element] of this.#elements) element.classList.toggle("sought", one === column);
+  }
+
+  /** Scroll to a layer, out of its folded block if need be. */
+  show(layer) {
+    const { layers, block, isPair } = this.#columnOf(layer);
+    if (layers.length > 1 && !isPair) {
+      this.#unfolded.add(block);
+      this.#build();
+    }
+    this.scrollTo(layer);
+  }
+
+  /** Scroll to a layer's column, and put the focus on its first map. */
+  async enter(layer) {
+    this.scrollTo(layer);
+    await this.#goTo(this.#columns.indexOf(this.#columnOf(layer)), 0, -1);
+  }
+
+  /** Call a function with the first and the last layer that are in view, now and whenever they change. */
+  watch(watcher) {
+    this.#watcher = watcher;
+    this.#tellView();
+  }
+
+  /** @param {Column} column @param {ScrollBehavior} [behavior] */
+  #scrollToMiddle({ left, width }, behavior) {
+    this.#place.scrollTo({ left: left + width / 2 - this.#place.clientWidth / 2, behavior });
+  }
+
+  #columnOf(layer) {
+    return this.#columns.find(({ layers }) => layers.includes(layer));
+  }
+
+  #tellView() {
+    const { scrollLeft, clientWidth } = this.#place;
+    const inView = this.#columns.filter(
+      ({ left, width }) => left + width / 2 >= scrollLeft && left + width / 2 <= scrollLeft + clientWidth,
+    );
+    if (inView.length) this.#watcher(inView[0].layers[0], inView[inView.length - 1].layer);
   }
 
   /** @type {{layer: Layer, index: number} | null} */
@@ -134,7 +220,8 @@ export class Network {
   async #reveal(layer, index) {
     const column = this.#columns.find((one) => one.layer === layer);
     if (!column || this.#buttonOf(layer, index)) return;
-    const at = this.#isOrdered(column) ? this.#order.indexOf(index) : index;
+    if (this.#mayBeOrdered(column)) await this.#putInOrder(column);
+    const at = column.order ? column.order.indexOf(index) : index;
     await this.#turn(column, at - (at % capacity(column)));
   }
 
@@ -142,21 +229,66 @@ export class Network {
 
   #build() {
     this.#observer.disconnect();
-    const { layers, labels } = this.#description;
-    this.#columns = arrange(layers, this.#unfolded, labels.length, this.#place.clientWidth);
-    this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, HEIGHT)]));
+    const pages = new Map(this.#columns.map(({ layer, first }) => [layer, first]));
+    this.#columns = this.#arranged();
+    for (const column of this.#columns) column.first = pages.get(column.layer) ?? 0;
+    const height = this.#height;
+    this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, height)]));
     const width = reach(this.#columns);
     const canvas = make(
       "div",
-      { class: areCompact(this.#columns) ? "canvas compact" : "canvas" },
+      { class: areNarrow(this.#columns) ? "canvas narrow" : "canvas" },
       this.#edges.element,
       ...this.#brackets(),
       ...this.#elements.values(),
     );
-    setStyles(canvas, { width: `${width}px`, height: `${HEIGHT}px` });
+    setStyles(canvas, { width: `${width}px`, height: `${height}px`, "--side": `${this.#columns[0].side}px` });
     this.#place.replaceChildren(canvas);
-    this.#edges.draw(this.#columns, width, HEIGHT);
+    this.#drawEdges();
     for (const element of this.#elements.values()) this.#observer.observe(element);
+    this.#tellView();
+  }
+
+  #drawEdges() {
+    this.#edges.draw(this.#columns, reach(this.#columns), this.#height);
+  }
+
+  #arranged() {
+    const { layers, labels } = this.#description;
+    const folding = { unfolded: this.#unfolded, pairs: this.#pairs };
+    const room = { width: this.#place.clientWidth, height: window.innerHeight };
+    return arrange(layers, folding, labels.length, room);
+  }
+
+  get #height() {
+    return bottom(this.#columns) + FOOT;
+  }
+
+  /** Use the room that there is. What was in the middle stays there, and the focus stays on its map. */
+  #arrangeAnewWhenResized() {
+    const { signal } = this.#listening;
+    let timer;
+    const arrangeAnew = async () => {
+      const places = (columns) => columns.map(({ left, side }) => `${left} ${side}`).join();
+      if (places(this.#arranged()) === places(this.#columns)) return;
+      const middle = this.#place.scrollLeft + this.#place.clientWidth / 2;
+      const central = this.#columns.findLast(({ left }) => left <= middle)?.layer;
+      const focused = this.#place.contains(document.activeElement) ? document.activeElement.dataset : {};
+      this.#build();
+      if (central) this.#scrollToMiddle(this.#columnOf(central), "instant");
+      const column = focused.index && this.#columns.find(({ layer }) => layer.tensor === focused.tensor);
+      if (!column) return;
+      await this.#fill(column);
+      this.#buttonOf(column.layer, focused.index)?.focus({ preventScroll: true });
+    };
+    const resized = () => {
+      clearTimeout(timer);
+      timer = setTimeout(arrangeAnew, SETTLED);
+    };
+    this.#resizes = new ResizeObserver(resized);
+    this.#resizes.observe(this.#place);
+    window.addEventListener("resize", resized, { signal });
+    signal.addEventListener("abort", () => clearTimeout(timer));
   }
 
   /** One for each block that has several layers. */
@@ -195,9 +327,10 @@ export class Network {
       place.append(make("p", { class: "soft nothing" }, "no maps"));
       return;
     }
-    if (column.content === "labels" && !this.#order) this.#order = await this.#labelOrder();
+    if (this.#mayBeOrdered(column) && !(await this.#putInOrder(column))) return;
     if (place.childElementCount) return; // it was filled while the order was waited for
-    const indices = this.#indices(column);
+    column.indices = this.#indices(column);
+    const { indices } = column;
     const buttons = indices.map((index, row) => this.#button(column, index, row));
     place.replaceChildren(...buttons);
     this.#showFoot(column, null);
@@ -212,26 +345,41 @@ export class Network {
 
   /** Which maps, values or labels a column shows now. */
   #indices(column) {
-    const count = Math.min(capacity(column), column.layer.shape[0] - column.first);
-    const inOrder = Array.from({ length: count }, (_, row) => column.first + row);
-    return this.#isOrdered(column) ? inOrder.map((at) => this.#order[at]) : inOrder;
+    return inOrder(column).map((at) => (column.order ? column.order[at] : at));
   }
 
-  /** Whether its values stand in the labels' order. */
-  #isOrdered({ content, layer }) {
-    return content === "labels" && layer.shape[0] === this.#order?.length;
+  #mayBeOrdered({ content }) {
+    return content === "labels" || this.#mapOrder.name !== "network";
+  }
+
+  /** Find out a column's order. @returns {Promise<boolean>} whether it is still asked for */
+  async #putInOrder(column) {
+    const asked = this.#mapOrder;
+    const { layer, content } = column;
+    if (content === "labels") {
+      this.#labels ??= this.#labelOrder();
+      const order = await this.#labels;
+      column.order = order.length === layer.shape[0] ? order : null;
+      return true;
+    }
+    const order = await asked.of(layer).catch(() => null); // its own order is better than none
+    if (asked !== this.#mapOrder || !this.#elements.has(column)) return false;
+    column.order = order;
+    column.indices = this.#indices(column);
+    this.#drawEdges();
+    return true;
   }
 
   /** Labels in their own order where all are shown, else the most probable first. */
   async #labelOrder() {
     const { layers, labels } = this.#description;
-    const inOrder = labels.map((_, index) => index);
-    if (labels.length <= LABELS_SHOWN) return inOrder;
+    const indices = labels.map((_, index) => index);
+    if (labels.length <= LABELS_SHOWN) return indices;
     try {
       const { values } = await this.#tensors.maps(layers[layers.length - 1].tensor);
-      return inOrder.sort((one, other) => values[other] - values[one]);
+      return indices.sort((one, other) => values[other] - values[one]);
     } catch {
-      return inOrder;
+      return indices;
     }
   }
 
@@ -252,19 +400,19 @@ export class Network {
   }
 
   async #show(column, indices, buttons) {
-    const { layer, content, first } = column;
-    const all = content === "labels"; // they need not stand in their own order
-    const array = await this.#tensors.maps(layer.tensor, all ? 0 : first, all ? 0 : indices.length);
+    const { layer, content } = column;
+    const all = content === "labels"; // other columns of labels need them too
+    const array = await (all ? this.#tensors.maps(layer.tensor) : this.#tensors.selected(layer.tensor, indices));
     if (!buttons[0].isConnected) return; // it went out of view meanwhile
     const scale = await this.#scales.ofLayer(layer);
     if (content === "maps") {
       const size = layer.shape[1] * layer.shape[2];
       const maps = buttons.map((_, row) => array.values.subarray(row * size, (row + 1) * size));
-      const each = await this.#scalesOfEach(layer, first, maps);
+      const each = await this.#scalesOfEach(layer, indices, maps);
       if (!buttons[0].isConnected) return;
       buttons.forEach((button, row) => {
         this.#values.set(button, maps[row]);
-        paintMap(button, maps[row], layer, each ? each[row] : scale);
+        paintMap(button, maps[row], column, each ? each[row] : scale);
       });
       this.#showFoot(column, scale, each !== null);
       return;
@@ -277,10 +425,10 @@ export class Network {
   }
 
   /** The scale of each map by itself; null where all maps share that of the layer. */
-  async #scalesOfEach(layer, first, maps) {
+  async #scalesOfEach(layer, indices, maps) {
     if (this.#stretch === "always") return this.#scales.ofEach(maps);
     const isPale = this.#stretch === "pale" && (await this.#scales.isPale(layer));
-    return isPale ? this.#scales.ofEachKept(layer, first, maps) : null;
+    return isPale ? this.#scales.ofEachKept(layer, indices, maps) : null;
   }
 
   /** @param {import("./colours.js").Scale | null} scale null: not known yet @param {boolean} [each] whether each map has its own */
@@ -302,8 +450,9 @@ export class Network {
   /** Show other maps of a column, from the `first` on. */
   async #turn(column, first) {
     column.first = first;
+    column.indices = this.#indices(column);
     this.#empty(column);
-    this.#edges.draw(this.#columns, reach(this.#columns), HEIGHT);
+    this.#drawEdges();
     await this.#fill(column);
   }
 
@@ -317,6 +466,8 @@ export class Network {
     on("focusin", ({ target }) => target.matches(".map") && this.#focused(target));
     on("focusout", () => this.#point(null));
     on("keydown", (event) => this.#key(event));
+    on("scroll", () => this.#tellView());
+    scrollByWheel(this.#place, signal);
   }
 
   #focused(button) {
@@ -338,15 +489,22 @@ export class Network {
     this.#acts.point(layer, y, x, this.#values.get(button)?.[y * layer.shape[2] + x]);
   }
 
-  /** Arrows go from map to map; Tab leaves the network. */
+  /** Arrows go from map to map, Home and End to the first and the last column; Tab leaves the network. */
   #key(event) {
     const button = event.target.closest(".map");
+    const row = Number(button?.dataset.row ?? 0);
+    const ends = { Home: [0, 1], End: [this.#columns.length - 1, -1] };
     const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
-    if (!button || !(event.key in moves)) return;
-    event.preventDefault();
-    const [across, down] = moves[event.key];
-    const at = this.#columns.findIndex(({ layer }) => layer.tensor === button.dataset.tensor);
-    this.#goTo(at + across, Number(button.dataset.row) + down, across);
+    if (event.key in ends) {
+      const [at, inward] = ends[event.key];
+      event.preventDefault();
+      this.#goTo(at, row, inward);
+    } else if (button && event.key in moves) {
+      const [across, down] = moves[event.key];
+      const at = this.#columns.findIndex(({ layer }) => layer.tensor === button.dataset.tensor);
+      event.preventDefault();
+      this.#goTo(at + across, row + down, across);
+    }
   }
 
   async #goTo(at, row, across) {
@@ -389,9 +547,11 @@ function pixelAt(button, event, { shape: [, height, width] }) {
   return [Math.floor(y * height), Math.floor(x * width)];
 }
 
-function paintMap(button, values, { shape: [, height, width] }, scale) {
+/** @param {Column} column */
+function paintMap(button, values, { layer, side }, scale) {
+  const [, height, width] = layer.shape;
   const canvas = button.firstChild;
   paint(canvas, values, height, width, scale);
-  canvas.classList.toggle("pixels", width <= 2 * SIDE);
+  canvas.classList.toggle("pixels", width <= 2 * side);
   setStyles(button, { "--ratio": width / height });
 }

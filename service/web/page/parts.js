@@ -57,20 +57,20 @@ function cell(value, scale, outside, chosen) {
 
 /**
  * A sum, written out: its terms, and what they come to beside the value that the map has.
- * @param {{name: string, value: number, kind?: string}[]} terms
+ * @param {{name: string, value: number, kind?: string, link?: Node}[]} terms
  * @param {number} shown the value in the map
  */
 export function equation(terms, shown) {
   const total = terms.reduce((sum, { value }) => sum + value, 0);
-  const summands = terms.map(({ name, value, kind }, at) =>
-    summand({ name, value, kind, sign: value < 0 ? "−" : at ? "+" : "", text: figure(Math.abs(value)) }),
+  const summands = terms.map(({ name, value, kind, link }, at) =>
+    summand({ name, value, kind, link, sign: value < 0 ? "−" : at ? "+" : "", text: figure(Math.abs(value)) }),
   );
   return line(total, shown, ...summands, result(total, nameOf(total, shown)));
 }
 
-/** What goes in and what comes out. */
-export function step(from, to, shown) {
-  return line(to, shown, summand({ name: "in", value: from }), sign("→"), result(to, "out", ""));
+/** What goes in and what comes out. @param {Node} [link] to where the value comes from */
+export function step(from, to, shown, link) {
+  return line(to, shown, summand({ name: "in", value: from, link }), sign("→"), result(to, "out", ""));
 }
 
 /**
@@ -93,14 +93,17 @@ function isRounded(total, shown) {
   return Math.abs(total - shown) > 1e-3 * Math.max(1, Math.abs(shown));
 }
 
-/** A number with its name below it. @param {{name: string, value: number, kind?: string, sign?: string, text?: string}} one */
-export function summand({ name, value, kind = "term", sign: before = "", text = figure(value) }) {
+/**
+ * A number with its name below it, or with a link to where it comes from.
+ * @param {{name: string, value: number, kind?: string, sign?: string, text?: string, link?: Node}} one
+ */
+export function summand({ name, value, kind = "term", sign: before = "", text = figure(value), link }) {
   return make(
     "span",
     { class: `summand ${kind}`, data: { value, name } },
     make("span", { class: "sign" }, before),
     make("span", { class: "amount" }, text),
-    make("span", { class: "of" }, name),
+    make("span", { class: "of" }, link ?? name),
   );
 }
 

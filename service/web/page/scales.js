@@ -62,14 +62,14 @@ export class LayerScales {
   /**
    * As `ofEach`, but with the range of the maps before, where values keep their colour.
    * @param {import("./api.js").Layer} layer
-   * @param {number} first number of the first map
+   * @param {number[]} indices of the maps
    * @param {ArrayLike<number>[]} maps
    */
-  async ofEachKept(layer, first, maps) {
+  async ofEachKept(layer, indices, maps) {
     const own = this.ofEach(maps);
     const source = this.#keptSource(layer);
     if (!source) return own;
-    const before = await this.ofEachKept(source, first, await this.#mapsOf(source, first, maps.length));
+    const before = await this.ofEachKept(source, indices, await this.#mapsOf(source, indices));
     return own.map((scale, at) => widest(scale, before[at]));
   }
 
@@ -77,7 +77,7 @@ export class LayerScales {
   async isPale(layer) {
     const source = this.#keptSource(layer);
     if (source) return this.isPale(source);
-    const maps = await this.#mapsOf(layer, 0, Math.min(SHOWN, layer.shape[0]));
+    const maps = await this.#mapsOf(layer, [...Array(Math.min(SHOWN, layer.shape[0])).keys()]);
     const sizes = maps.map(largest).sort((one, other) => one - other);
     return sizes[Math.floor(sizes.length / 2)] < PALE * (await this.ofLayer(layer)).highest;
   }
@@ -101,10 +101,10 @@ export class LayerScales {
     return isSame && source.shape.length === 3 && layer.shape.length === 3 ? source : null;
   }
 
-  async #mapsOf({ tensor, shape: [, height, width] }, first, count) {
-    const { values } = await this.#tensors.maps(tensor, first, count);
+  async #mapsOf({ tensor, shape: [, height, width] }, indices) {
+    const { values } = await this.#tensors.selected(tensor, indices);
     const size = height * width;
-    return Array.from({ length: count }, (_, at) => values.subarray(at * size, (at + 1) * size));
+    return indices.map((_, at) => values.subarray(at * size, (at + 1) * size));
   }
 
   /** Whether values are probabilities: of a softmax over labels, or of the sigmoid at the end. */

@@ -42,6 +42,24 @@ export class Tensors {
     return maps;
   }
 
+  /** Maps, or values of a vector, with these numbers. @param {number[]} indices @returns {Promise<Maps>} */
+  selected(tensor, indices) {
+    const [first] = indices;
+    if (indices.every((index, at) => index === first + at)) return this.maps(tensor, first, indices.length);
+    return this.#by({ tensor, indices: indices.join() });
+  }
+
+  /** The mean absolute value of each map. @returns {Promise<Maps>} */
+  strengths(tensor) {
+    return this.#by({ tensor, strength: "true" });
+  }
+
+  #by(options) {
+    return this.#once(Object.entries(options).join(" "), async () =>
+      api.mapsBy(this.#model, options, await this.#picture, this.#signal),
+    );
+  }
+
   /** A part of a layer's weights, for `count` outputs from the `first` on (0: all). */
   weights(tensor, part, first = 0, count = 1) {
     return this.#once(`${tensor} ${part} ${first} ${count}`, () =>

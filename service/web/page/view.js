@@ -2,6 +2,6 @@
 
 export { showAnswer } from "./answer.js";
 export { look } from "./heat.js";
-export { closeLayers, openLayers, prepareLayers, showInput } from "./layers.js";
+export { closeLayers, openLayers, prepareLayers, showFeatures, showInput } from "./layers.js";
 export { showSaw } from "./saw.js";
 export { showPhoto } from "./stage.js";

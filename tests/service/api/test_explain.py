@@ -260,6 +260,31 @@ def test_maps_can_be_requested_in_parts(explain_server: Server) -> None:
     part = explain_server.client.post(f"{SMALL}/versions/1/maps", content=PHOTO, params=query)
     assert (read_array(part) == all_maps[3:5]).all()
     assert part.headers["X-Highest"] == reply.headers["X-Highest"]  # of the whole
+    query = {"tensor": relu["tensor"], "indices": "6,0,3"}
+    selection = explain_server.client.post(f"{SMALL}/maps", content=PHOTO, params=query)
+    assert (read_array(selection) == all_maps[[6, 0, 3]]).all()
+    query = {"tensor": relu["tensor"], "strength": "true"}
+    strengths = explain_server.client.post(f"{SMALL}/maps", content=PHOTO, params=query)
+    assert read_array(strengths) == pytest.approx(np.abs(all_maps).mean(axis=(1, 2)), rel=1e-6)
+    assert strengths.headers["X-Channels"] == str(len(all_maps))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"indices": "1,8"}, "indices has 8; it must be less than 8"),
+        ({"indices": "1", "count": "2"}, "leave out first and count"),
+        ({"indices": "1,,2"}, "indices"),
+        ({"indices": "-1"}, "indices"),
+    ],
+)
+def test_indices_that_name_no_map_are_refused(
+    explain_server: Server, query: dict[str, str], message: str
+) -> None:
+    tensor = fetch_layers(explain_server)[2]["tensor"]
+    reply = explain_server.client.post(f"{SMALL}/maps", content=PHOTO, params={"tensor": tensor, **query})
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
 
 
 def test_prepared_image_is_used_without_preprocessing(explain_server: Server) -> None:

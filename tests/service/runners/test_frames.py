@@ -122,7 +122,7 @@ MESSAGES: list[Message] = [
         for contract in (None, "{}")
         for question in (
             ExplanationRequest("cam", None, 1, 2, 3.0, True, True),
-            MapsQuestion("t", 0, 1, True),
+            MapsQuestion("t", 0, 1, [2, 0], False, True),
             WeightsQuestion("t", "weight", 0, 1),
             LayersQuestion(),
         )

@@ -1,6 +1,7 @@
 /** The mean of a whole map, or its largest value. */
 
 import { make } from "../dom.js";
+import { mapLink, titled } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { whole } from "../numbers.js";
 import { operand } from "../operands.js";
@@ -35,7 +36,8 @@ async function ofWholeMap(context, text, name, work) {
     view.mark(row, column);
     point(sources[0], row, column);
   };
-  const view = new MapView({ name, ...given, pick });
+  const link = mapLink(context, sources[0], index, { own: given });
+  const view = new MapView({ name, link: titled(`${name}: `, link), ...given, pick });
   const [, across] = given.size;
   const mark = (at) => pick(Math.floor(at / across), at % across);
   return [

@@ -2,6 +2,7 @@
 
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
+import { mapLink, originLink, titled } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { counterpart, operand, withOneScale } from "../operands.js";
 import { equation, formula, line, nameOf, result, sign, summand } from "../parts.js";
@@ -23,16 +24,27 @@ export async function combination(context) {
   ]);
   const isOfOneKind = layer.kind !== "Mul" && layer.kind !== "Div";
   const [made, ...given] = isOfOneKind ? withOneScale(operands) : operands;
-  const views = given.map((one, at) => new MapView({ name: sources[at].name, ...one }));
+  const places = sources.map((source) => counterpart(source, index));
+  const isVector = layer.shape.length === 1;
+  const links = sources.map((source, at) =>
+    isVector
+      ? titled(`${source.name}: `, originLink(context, source, places[at]))
+      : mapLink(context, source, places[at], { own: given[at], spot: () => context.spot }),
+  );
+  const views = given.map((one, at) => {
+    const { name } = sources[at];
+    return new MapView({ name, link: isVector ? undefined : titled(`${name}: `, links[at]), ...one });
+  });
   const worked = make("div", {});
   const show = (row, column) => {
     const values = given.map((one, at) => valueAt(one, views[at], row, column));
-    worked.replaceChildren(written(layer, sources, values, made.values[row * made.size[1] + column]));
+    const terms = values.map((value, at) => ({ name: sources[at].name, value, link: isVector ? links[at] : undefined }));
+    worked.replaceChildren(written(layer, terms, made.values[row * made.size[1] + column]));
   };
   const text = formula(
     `y = ${sources.map((_, at) => `x${"₁₂₃₄₅₆₇₈₉"[at] ?? "ₙ"}`).join(` ${OPERATIONS[layer.kind]?.sign ?? "+"} `)}`,
   );
-  if (layer.shape.length === 1) {
+  if (isVector) {
     show(0, 0);
     return [text, worked];
   }
@@ -55,11 +67,10 @@ function valueAt({ values, size: [height, width] }, view, row, column) {
   return values[y * width + x];
 }
 
-function written(layer, sources, values, shown) {
+function written(layer, terms, shown) {
   const operation = OPERATIONS[layer.kind];
-  const terms = values.map((value, at) => ({ name: sources[at].name, value }));
   if (!operation) return equation(terms, shown);
-  const total = values.reduce((one, other) => operation.of(one, other));
+  const total = terms.map(({ value }) => value).reduce((one, other) => operation.of(one, other));
   const parts = terms.flatMap((term, at) => [...(at ? [sign(operation.sign)] : []), summand(term)]);
   return line(total, shown, ...parts, result(total, nameOf(total, shown)));
 }

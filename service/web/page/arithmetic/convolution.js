@@ -4,13 +4,14 @@ import { chooser } from "../chooser.js";
 import { kernelScale, signedScale } from "../colours.js";
 import { make } from "../dom.js";
 import { groupOf } from "../links.js";
+import { mapLink } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { mapName } from "../names.js";
 import { counted } from "../numbers.js";
 import { operand } from "../operands.js";
 import { equation, formula, grid, number } from "../parts.js";
 import { plain } from "./plain.js";
-import { patchAt, slide, windowAt } from "./window.js";
+import { middleOfWindow, patchAt, slide, windowAt } from "./window.js";
 
 /** Input maps whose products are shown; of more, those whose sums are largest. */
 const TERMS = 6;
@@ -25,7 +26,7 @@ export async function convolution(context) {
     tensors.weights(layer.tensor, "weight", index, 1),
     layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", index, 1) : null,
   ]);
-  const made = new Convolution(layer, sources[0], first, inputs, kernel.values, bias ? bias.values[0] : null);
+  const made = new Convolution(context, first, inputs, kernel.values, bias ? bias.values[0] : null);
   const sum = make("div", { class: "added" });
   const terms = make("ol", { class: "terms" });
   const show = (row, column, playing) => {
@@ -67,14 +68,15 @@ function extent({ kernel: [down, across], groups }, maps) {
 /** One output map and all that goes into it. */
 class Convolution {
   /**
-   * @param {import("../api.js").Layer} layer
-   * @param {import("../api.js").Layer} source
+   * @param {import("../detail.js").Context} context
    * @param {number} first the first input map of the group
    * @param {import("../tensors.js").Maps} inputs (maps of the group, height, width)
    * @param {Float32Array} kernel (maps of the group, kernel height, kernel width)
    * @param {number | null} bias
    */
-  constructor(layer, source, first, inputs, kernel, bias) {
+  constructor(context, first, inputs, kernel, bias) {
+    const { layer, sources: [source] } = context;
+    this.#context = context;
     this.#layer = layer;
     this.#source = source;
     this.#first = first;
@@ -86,6 +88,7 @@ class Convolution {
     this.#kernelScale = kernelScale(kernel);
   }
 
+  #context;
   #layer;
   #source;
   #first;
@@ -95,7 +98,7 @@ class Convolution {
   #size;
   #count;
   #kernelScale;
-  /** @type {Map<number, {input: MapView, output: MapView}>} input maps that have been shown, and what is made of them */
+  /** @type {Map<number, {input: MapView, output: MapView, link: Node}>} input maps that have been shown, and what is made of them */
   #views = new Map();
   /** @type {number[]} the input maps on show */
   #chosen = [];
@@ -137,7 +140,11 @@ class Convolution {
   }
 
   #summands(products) {
-    const shown = this.#chosen.map((map) => ({ name: this.#name(map), value: products[map].sum }));
+    const shown = this.#chosen.map((map) => ({
+      name: this.#name(map),
+      value: products[map].sum,
+      link: this.#view(map).link,
+    }));
     const rest = products.filter((_, map) => !this.#chosen.includes(map));
     const others = rest.reduce((sum, { sum: value }) => sum + value, 0);
     return [
@@ -180,15 +187,26 @@ class Convolution {
   }
 
   #view(map) {
-    if (!this.#views.has(map)) this.#views.set(map, { input: this.#input(map), output: this.#output(map) });
+    if (!this.#views.has(map))
+      this.#views.set(map, { input: this.#input(map), output: this.#output(map), link: this.#link(map) });
     return this.#views.get(map);
+  }
+
+  /** A link to an input map, at the middle of the window. */
+  #link(map) {
+    const values = this.#map(map);
+    return mapLink(this.#context, this.#source, this.#first + map, {
+      own: { values, size: this.#size, scale: signedScale(values) },
+      spot: () => middleOfWindow(this.#layer, this.#context.spot, this.#size),
+    });
   }
 
   #input(map) {
     const { padding } = this.#layer;
     const values = this.#map(map);
     const scale = signedScale(values);
-    return new MapView({ name: this.#name(map), values, size: this.#size, scale, keyed: false, padding });
+    const link = this.#link(map);
+    return new MapView({ name: this.#name(map), link, values, size: this.#size, scale, keyed: false, padding });
   }
 
   /** What one input map adds, at every place. */

@@ -2,6 +2,7 @@
 
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
+import { mapLink, originLink, titled } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { counterpart, operand, withOneScale } from "../operands.js";
 import { formula, step } from "../parts.js";
@@ -21,14 +22,19 @@ export async function elementwise(context) {
   const [given, made] = keepsValues(layer) ? withOneScale([own, after]) : [own, after];
   const curve = new Curve(of, whole.lowest, whole.highest);
   const worked = make("div", {});
-  const input = new MapView({ name: "before", ...given });
+  const place = counterpart(sources[0], index);
+  const isVector = layer.shape.length === 1;
+  const link = isVector
+    ? originLink(context, sources[0], place)
+    : mapLink(context, sources[0], place, { own: given, spot: () => context.spot });
+  const input = new MapView({ name: "before", link: isVector ? undefined : titled("before: ", link), ...given });
   const show = (row, column) => {
     const at = row * given.size[1] + column;
     input.mark(row, column);
     curve.point(given.values[at]);
-    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at]));
+    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at], isVector ? link : undefined));
   };
-  if (layer.shape.length === 1) {
+  if (isVector) {
     show(0, 0);
     return [formula(text), worked, curve.element];
   }

@@ -1,16 +1,29 @@
 /** A linear layer: every input times its weight, all added up, and the bias. */
 
+import { originLink } from "../maplink.js";
 import { whole } from "../numbers.js";
 import { isVector, operand } from "../operands.js";
 import { equation, formula } from "../parts.js";
 import { leading, ranking } from "./ranking.js";
 
+/** Whether a layer multiplies its inputs with weights that can be shown. @param {import("../api.js").Layer} layer */
+export function isLinear({ kind, weights }) {
+  return (kind === "Gemm" || kind === "MatMul") && weights.includes("weight");
+}
+
 /**
  * The tensor of the inputs: the source where it shows just these, be it a vector or maps of one pixel.
  * @param {import("../api.js").Layer} layer @param {import("../api.js").Layer[]} sources
  */
-function inputOf(layer, [source]) {
+export function inputOf(layer, [source]) {
   return layer.direct && isVector(source) ? source.tensor : layer.input;
+}
+
+/** A link to the map behind an input; none where the inputs are not the values that the source shows. */
+function linkToInput(context, at, count) {
+  const { layer, sources: [source] } = context;
+  const isShown = layer.direct && source.shape.length > 0 && source.shape[0] === count;
+  return isShown ? originLink(context, source, at, `input ${at + 1}`) : undefined;
 }
 
 /** @param {import("../detail.js").Context} context */
@@ -32,6 +45,7 @@ export async function linear(context) {
   const lines = [
     ...shown.map((at) => ({
       name: `input ${at + 1}`,
+      link: linkToInput(context, at, terms.length),
       numbers: [given.values[at], row.values[at], terms[at]],
     })),
     ...(rest ? [{ name: `the other ${whole(rest)}`, numbers: [null, null, total - top], kind: "rest" }] : []),

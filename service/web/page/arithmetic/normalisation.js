@@ -2,6 +2,7 @@
 
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
+import { mapLink, originLink, titled } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { figure } from "../numbers.js";
 import { operand } from "../operands.js";
@@ -56,7 +57,11 @@ async function worked(context, remark, numbersAt) {
     operand(tensors, layer, index),
   ]);
   const epsilon = Number(layer.attributes.epsilon ?? EPSILON);
-  const input = new MapView({ name: "before", ...given });
+  const isVector = layer.shape.length === 1;
+  const link = isVector
+    ? originLink(context, sources[0], index)
+    : mapLink(context, sources[0], index, { own: given, spot: () => context.spot });
+  const input = new MapView({ name: "before", link: isVector ? undefined : titled("before: ", link), ...given });
   const facts = make("dl", { class: "facts" });
   const equation = make("div", {});
   const show = (row, column) => {
@@ -66,10 +71,10 @@ async function worked(context, remark, numbersAt) {
     const value = (scale * (given.values[at] - mean)) / Math.sqrt(variance + epsilon) + shift;
     input.mark(row, column);
     facts.replaceChildren(...Object.entries(numbers).map(fact));
-    equation.replaceChildren(step(given.values[at], value, made.values[at]));
+    equation.replaceChildren(step(given.values[at], value, made.values[at], isVector ? link : undefined));
   };
   const text = `y = scale · (x − mean) / √(variance + ${figure(epsilon, 2)}) + shift${remark}`;
-  if (layer.shape.length === 1) {
+  if (isVector) {
     show(0, 0);
     return [formula(text), facts, equation];
   }

@@ -2,17 +2,20 @@
 
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
+import { mapLink, titled } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { operand, withOneScale } from "../operands.js";
 import { formula, grid, line, result, sign } from "../parts.js";
-import { patchAt, windowAt } from "./window.js";
+import { middleOfWindow, patchAt, windowAt } from "./window.js";
 
 /** @param {import("../detail.js").Context} context */
 export async function pooling(context) {
   const { layer, index, sources, tensors } = context;
   const maps = [operand(tensors, sources[0], index), operand(tensors, layer, index)];
   const [given, made] = withOneScale(await Promise.all(maps));
-  const input = new MapView({ name: "before", ...given, padding: layer.padding });
+  const spot = () => middleOfWindow(layer, context.spot, given.size);
+  const link = titled("before: ", mapLink(context, sources[0], index, { own: given, spot }));
+  const input = new MapView({ name: "before", link, ...given, padding: layer.padding });
   const worked = make("div", { class: "row" });
   const show = (row, column) => {
     const patch = patchAt(layer, given.values, given.size, row, column);

@@ -24,7 +24,7 @@ export function leading(sizes, kept) {
  * A table with a bar in each line.
  * @param {string} name
  * @param {(string | Node)[]} headings one for each column; the last is of the term that the bar shows
- * @param {{name: string, numbers: (number | null)[], kind?: string}[]} lines
+ * @param {{name: string, numbers: (number | null)[], kind?: string, link?: Node}[]} lines
  */
 export function ranking(name, headings, lines) {
   const values = lines.map(({ numbers }) => numbers[numbers.length - 1]);
@@ -42,14 +42,14 @@ export function ranking(name, headings, lines) {
   );
 }
 
-function row({ name, numbers, kind = "term" }, size) {
+function row({ name, numbers, kind = "term", link }, size) {
   const value = numbers[numbers.length - 1];
   const bar = make("span", { class: value < 0 ? "bar below" : "bar" });
   setStyles(bar, { "--share": Math.abs(value) / size });
   return make(
     "tr",
     { class: kind, data: { value } },
-    make("th", { scope: "row" }, name),
+    make("th", { scope: "row" }, link ?? name),
     ...numbers.map((one) =>
       make("td", one === null ? {} : { data: { value: one } }, one === null ? "" : figure(one)),
     ),

@@ -2,6 +2,7 @@
 
 import { make } from "../dom.js";
 import { linked, placeOf } from "../links.js";
+import { mapLink } from "../maplink.js";
 import { MapView } from "../mapview.js";
 import { operand } from "../operands.js";
 import { formula, step } from "../parts.js";
@@ -14,15 +15,17 @@ export async function rearrangement(context) {
   const found = sources
     .map((source) => ({ source, range: linked(layer, index, source, sources) }))
     .find(({ range }) => range);
-  return [copied(found), ...[await plain(context)].flat()];
+  return [copied(context, found), ...[await plain(context)].flat()];
 }
 
 /** Maps that were written into one row. @param {import("../detail.js").Context} context */
-async function flattened({ layer, index, sources: [source], tensors, point }) {
+async function flattened(context) {
+  const { layer, index, sources: [source], tensors, point } = context;
   const { map, row, column } = placeOf(layer.order, index, source.shape);
   const [given, made] = await Promise.all([operand(tensors, source, map), operand(tensors, layer, index)]);
   const value = given.values[row * given.size[1] + column];
-  const view = new MapView({ name: `map ${map + 1}`, ...given });
+  const link = mapLink(context, source, map, { own: given, spot: () => ({ row, column }) });
+  const view = new MapView({ name: `map ${map + 1}`, link, ...given });
   view.mark(row, column);
   point(source, row, column);
   return [
@@ -45,8 +48,9 @@ function placeFormula(order, [maps, height, width]) {
     : `place = map · ${height * width} + row · ${width} + column`;
 }
 
-/** @param {{source: import("../api.js").Layer, range: [number, number] | null} | undefined} found */
-function copied(found) {
+/** @param {import("../detail.js").Context} context @param {{source: import("../api.js").Layer, range: [number, number] | null} | undefined} found */
+function copied(context, found) {
   if (!found) return make("p", {}, "The same values, arranged otherwise.");
-  return make("p", {}, `A copy of map ${found.range[0] + 1} of ${found.source.name}.`);
+  const link = mapLink(context, found.source, found.range[0], { spot: () => context.spot });
+  return make("p", {}, "A copy of ", link, ` of ${found.source.name}.`);
 }

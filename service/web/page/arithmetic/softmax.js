@@ -1,6 +1,7 @@
 /** The softmax: exponentials, and each one's share of their sum. */
 
 import { make } from "../dom.js";
+import { mapLink } from "../maplink.js";
 import { figure, percent, whole } from "../numbers.js";
 import { formula, line, result, sign, summand } from "../parts.js";
 import { leading, ranking } from "./ranking.js";
@@ -20,6 +21,7 @@ export async function softmax(context) {
   const lines = [
     ...shown.map((at) => ({
       name: name(at),
+      link: mapLink(context, sources[0], at, { text: name(at) }),
       numbers: [given.values[at], powers[at], powers[at] / sum],
       kind: at === index ? "term chosen" : "term",
     })),

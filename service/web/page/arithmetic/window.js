@@ -66,3 +66,15 @@ export function windowAt(layer, row, column) {
     (kernel[1] - 1) * dilation[1] + 1,
   ];
 }
+
+/**
+ * The input's pixel in the middle of the window of an output.
+ * @param {import("../api.js").Layer} layer
+ * @param {{row: number, column: number}} spot of the output
+ * @param {[number, number]} size height and width of the input
+ */
+export function middleOfWindow(layer, { row, column }, [height, width]) {
+  const [down, across] = layer.kernel.map((size) => Math.floor(size / 2));
+  const [y, x] = placeOf(layer, row, column, down, across);
+  return { row: Math.max(0, Math.min(height - 1, y)), column: Math.max(0, Math.min(width - 1, x)) };
+}
