@@ -2,6 +2,7 @@
 
 import { byId, make } from "./dom.js";
 import { figure, percent } from "./numbers.js";
+import { shareButton } from "./share.js";
 import { timing } from "./timing.js";
 
 const place = byId("answer");
@@ -65,6 +66,7 @@ function answered(answer, model, contract, explained, choose) {
     answer.known === false && unlike(answer, contract),
     make("ol", { class: "bars" }, ...answer.predictions.map((one) => bar(one, explained, choose))),
     make("p", { class: "soft" }, ...meta(model, contract)),
+    make("div", { class: "ways" }, shareButton()),
     timing(answer),
   ].filter(Boolean);
 }

@@ -39,6 +39,7 @@ function goOn(event) {
  */
 export function showGallery(photos, current, acts) {
   byId("intake").classList.toggle("filled", photos.length > 0);
+  byId("all").hidden = photos.length < 2;
   for (const [id, item] of items) {
     if (!photos.some((photo) => photo.id === id)) {
       item.remove();

@@ -2,6 +2,7 @@
 
 export { showAnswer } from "./answer.js";
 export { look } from "./heat.js";
-export { closeLayers, openLayers, showFeatures, showInput } from "./layers.js";
+export { showTable } from "./listing.js";
+export { closeLayers, openLayers, showFeatures, showInput, showMap } from "./layers.js";
 export { showSaw } from "./saw.js";
 export { showPhoto } from "./stage.js";
