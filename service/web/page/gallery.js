@@ -12,6 +12,7 @@ import { percent } from "./numbers.js";
  * @property {string} url of the file, for an `<img>`
  * @property {any} answer the reply to `classify`; null until then
  * @property {import("./api.js").Refusal | null} error
+ * @property {import("./api.js").Prediction | null} asked a label that was asked about and is not in the answer
  */
 
 const list = byId("gallery");

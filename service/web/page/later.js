@@ -33,6 +33,7 @@ const later =
 
 /** Only once it is loaded, for what it shows changes meanwhile: `main.js` calls it again then. */
 export const showAnswer = (...told) => view?.showAnswer(...told);
+export const showComparison = (...told) => view?.showComparison(...told);
 export const showTable = (...told) => view?.showTable(...told);
 export const look = later("look");
 export const openLayers = later("openLayers");

@@ -134,7 +134,8 @@ function decoded(base64) {
   return new Blob([bytes], { type: "image/png" });
 }
 
-function descriptionOf(model) {
+/** The network of a model; it is asked for once. @param {api.Model} model @returns {Promise<api.Description>} */
+export function descriptionOf(model) {
   const key = `${model.name} ${model.version}`;
   if (!descriptions.has(key)) {
     descriptions.set(key, api.layers(model));

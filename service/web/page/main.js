@@ -7,7 +7,7 @@ import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
 import { describeKnowledge } from "./knowledge.js";
-import { closeLayers, loaded, look, openLayers, showAnswer, showFeatures, showInput, showMap, showPhoto, showSaw, showTable } from "./later.js";
+import { closeLayers, loaded, look, openLayers, showAnswer, showComparison, showFeatures, showInput, showMap, showPhoto, showSaw, showTable } from "./later.js";
 import { Upload } from "./upload.js";
 
 /** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
@@ -67,18 +67,23 @@ async function start() {
   picker.replaceChildren(...models.map(choice));
   picker.selectedIndex = Math.max(
     0,
-    model ? models.findIndex(({ name }) => name === model.name) : find(wanted),
+    find(model ? { model: model.name, version: model.version } : wanted),
   );
   picker.disabled = false;
   showLinked();
   await choose(models[picker.selectedIndex]);
 }
 
-/** The place of the model that an address names, in another version if need be; or of the default. */
+/** The place of the model that an address names, in its latest version if that one is gone; or of the default. */
 function find(finding) {
   const named = models.filter(({ name }) => name === finding?.model);
-  const one = named.find(({ version }) => version === finding.version) ?? named[0];
-  return models.findIndex((known) => (one ? known === one : known.default));
+  const exact = named.find(({ version }) => version === finding.version);
+  return models.indexOf(exact ?? latest(named) ?? latest(models.filter((one) => one.default)));
+}
+
+/** @param {api.Model[]} versions of one model */
+function latest(versions) {
+  return versions.toSorted((one, other) => Number(one.version) - Number(other.version)).at(-1);
 }
 
 /** Say what the address leads to, while there is no photo to show it for. */
@@ -123,7 +128,7 @@ async function choose(chosen) {
   model = chosen;
   contract = null;
   byId("knows").textContent = "";
-  for (const photo of photos) Object.assign(photo, { answer: null, error: null });
+  for (const photo of photos) Object.assign(photo, { answer: null, error: null, asked: null });
   if (current) open(current);
   const answering = classifyAll(photos);
   try {
@@ -142,7 +147,7 @@ function add(files) {
   const added = files.map((file) => {
     made += 1;
     const upload = new Upload(file);
-    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null };
+    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null, asked: null };
     upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
     return photo;
   });
@@ -271,7 +276,11 @@ function explain(label) {
   openLayers(asking, photo);
   if (label ?? best) showFeatures(label ?? best);
   if (finding) showMap(finding.layer, finding.map);
-  look(asking, photo, label, ofPhoto.signal, (saw) => showInput(asking, photo, saw));
+  const known = (saw) => showInput(asking, photo, saw);
+  look(asking, photo, label, ofPhoto.signal, known, (prediction) => {
+    photo.asked = prediction;
+    refresh();
+  });
 }
 
 function showPhotos() {
@@ -287,6 +296,14 @@ function refresh() {
   const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
   byId("opened").classList.toggle("refused", current.error !== null);
   showAnswer(current, model, contract, explained, { choose: explain, again: askAgain });
+  const named = models.map((one) => ({ name: nameOf(one), model: one }));
+  showComparison({ photos, models: named, model, photo: current, label: explained, goTo });
+}
+
+/** Show what somebody has found, for one of the photos. @param {import("./address.js").Finding} finding @param {import("./gallery.js").Photo} photo */
+function goTo(finding, photo) {
+  remember(finding, { photo: photo.id });
+  restore(finding, photo.id);
 }
 
 /** Say what keeps the page from working. @param {string | null} message null: nothing does @param {boolean} [again] whether trying again can help */

@@ -1,6 +1,7 @@
 /** What shows an open photo: loaded by `later.js`. */
 
 export { showAnswer } from "./answer.js";
+export { showComparison } from "./comparison.js";
 export { look } from "./heat.js";
 export { showTable } from "./listing.js";
 export { closeLayers, openLayers, showFeatures, showInput, showMap } from "./layers.js";
