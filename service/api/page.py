@@ -57,8 +57,8 @@ _MAIN: Final = "main.js"
 _MODELS_PRELOAD: Final = '<link rel="preload" as="fetch" crossorigin="anonymous" href="./v1/models">'
 """Link by which the browser asks for the list of models before the modules that need it have arrived."""
 
-_ARTICLE: Final = "article/"
-"""Folder of the modules that the page loads only when somebody opens the article."""
+_ON_DEMAND: Final = ("article/", "compare/", "table/")
+"""Folders of the modules that the page loads only when somebody opens what they show."""
 
 _MODULES_MARK: Final = "<!-- modules -->"
 """Place in `index.html` for the links to the modules."""
@@ -98,7 +98,7 @@ def _link_modules(folder: Path, version: str, preload: str) -> str:
             *(
                 f'<link rel="modulepreload" fetchpriority="low" href="./page/{escape(module)}">'
                 for module in later
-                if not module.startswith(_ARTICLE)
+                if not module.startswith(_ON_DEMAND)
             ),
         ]
     )

@@ -7,11 +7,11 @@ The maps are computed with plain ONNX Runtime, without gradients. The code runs 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,7 @@ from fovea.service.explain.messages import (
     Photo,
     PreprocessingStep,
 )
-from fovea.service.explain.occlusion import OcclusionStep, occlude_image
+from fovea.service.explain.occlusion import Occlusion, OcclusionStep
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.decode_trace import DecodeTrace
 from fovea.service.inference.engine import Floats
@@ -85,6 +85,8 @@ class Explainer:
         self.contract = contract
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
+        self._occlusion: Occlusion | None = None
+        """The last occlusion, which serves every label of its image."""
         self._cam: Cam | str
         try:
             head = find_head(contract)
@@ -192,21 +194,21 @@ class Explainer:
             raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
         return self._cam
 
-    def _run_occlusion(self, pixels: Pixels, label: int, request: ExplanationRequest) -> Any:
-        binary = self.contract.task is Task.BINARY
+    def _run_occlusion(
+        self, pixels: Pixels, label: int, request: ExplanationRequest
+    ) -> Iterator[OcclusionStep]:
+        """Return the steps of an occlusion; continue the last one if it is of this image."""
+        is_binary = self.contract.task is Task.BINARY
 
         def compute_logits(batch: Pixels) -> Floats:
-            values = self._run_session([self.contract.logits_name], batch)[0]
-            return (values[:, 0] if label else -values[:, 0]) if binary else values[:, label]
+            return self._run_session([self.contract.logits_name], batch)[0]
 
-        return occlude_image(
-            compute_logits,
-            pixels,
-            seed=request.seed,
-            samples=request.samples,
-            seconds=request.seconds,
-            batch_size=_BATCH_SIZE,
-        )
+        def select_values(logits: Floats) -> Floats:
+            return (logits[:, 0] if label else -logits[:, 0]) if is_binary else logits[:, label]
+
+        if self._occlusion is None or not self._occlusion.is_about(pixels, request.seed):
+            self._occlusion = Occlusion(compute_logits, pixels, seed=request.seed, batch_size=_BATCH_SIZE)
+        return self._occlusion.iterate_steps(select_values, samples=request.samples, seconds=request.seconds)
 
     def _find_centres(self, head: Head) -> tuple[Centres, Centres]:
         """Return the positions of the last feature maps' places on the input.

@@ -48,13 +48,13 @@ class GraphBuilder:
         weight = self.add_weight(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
         return self.add("Gemm", name, self.last, weight, self.add_weight(f"{name}.bias", outputs), transB=1)
 
-    def build(self) -> onnx.ModelProto:
-        """Return the model; its last layer makes the scores."""
+    def build(self, labels: int = len(LABELS)) -> onnx.ModelProto:
+        """Return the model; its last layer makes the scores of so many labels."""
         graph = helper.make_graph(
             self.nodes,
             "drawn",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
-            [helper.make_tensor_value_info(self.last, TensorProto.FLOAT, ["N", len(LABELS)])],
+            [helper.make_tensor_value_info(self.last, TensorProto.FLOAT, ["N", labels])],
             [numpy_helper.from_array(value, name) for name, value in self.weights.items()],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -92,6 +92,17 @@ def build_varied_network() -> onnx.ModelProto:
     net.add("Elu", "hidden.act", alpha=0.5)
     net.add_linear("scores", len(LABELS), 12)
     return net.build()
+
+
+def build_network_of_labels(labels: int) -> onnx.ModelProto:
+    """Return a small network that tells apart many labels."""
+    net = GraphBuilder(2)
+    net.add_conv("conv", 12, 3, 3, pads=[1, 1, 1, 1], strides=[2, 2])
+    net.add("Relu", "relu")
+    net.add("GlobalAveragePool", "mean")
+    net.add("Flatten", "flat", axis=1)
+    net.add_linear("scores", labels, 12)
+    return net.build(labels)
 
 
 def build_deep_network() -> onnx.ModelProto:

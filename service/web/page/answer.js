@@ -1,10 +1,16 @@
 /** The answer as bars: labels by probability, each a button that asks where the model saw it. */
 
+import { compareButton } from "./comparison.js";
 import { byId, make } from "./dom.js";
+import { labelBox } from "./labelbox.js";
 import { figure, percent } from "./numbers.js";
+import { shareButton } from "./share.js";
 import { timing } from "./timing.js";
 
 const place = byId("answer");
+const ask = byId("ask");
+/** The contract whose labels can be asked about. */
+let offered = null;
 
 /**
  * Show a photo's answer.
@@ -16,11 +22,22 @@ const place = byId("answer");
  */
 export function showAnswer(photo, model, contract, explained, acts) {
   const hadFocus = place.contains(document.activeElement);
-  const held = document.activeElement?.closest("#answer li")?.getAttribute("data-label");
+  const focused = document.activeElement;
+  const label = focused?.closest("#answer li")?.getAttribute("data-label");
+  const held = label ? `[data-label="${CSS.escape(label)}"] button` : `button[class="${focused?.className}"]`;
   if (photo.error) place.replaceChildren(refused(photo, acts.again));
   else if (!photo.answer) place.replaceChildren(waiting(photo.upload));
-  else place.replaceChildren(...answered(photo.answer, model, contract, explained, acts.choose));
-  if (hadFocus) (place.querySelector(`[data-label="${CSS.escape(held ?? "")}"] button`) ?? place).focus(); // it was made anew
+  else place.replaceChildren(...answered(photo, model, contract, explained, acts.choose));
+  offerLabels(photo.answer, contract, acts.choose);
+  if (hadFocus) (place.querySelector(held) ?? place).focus(); // it was made anew
+}
+
+/** Any label can be asked about where the answer does not have all. */
+function offerLabels(answer, contract, choose) {
+  ask.hidden = !answer || !contract || answer.predictions.length >= contract.labels.length;
+  if (ask.hidden || offered === contract) return;
+  offered = contract;
+  ask.replaceChildren(labelBox("Why not …?", contract.labels, choose));
 }
 
 /** How much of the photo has been sent, and a way to stop it. @param {import("./upload.js").Upload} upload */
@@ -53,8 +70,9 @@ function refused({ name, error }, again) {
   );
 }
 
-function answered(answer, model, contract, explained, choose) {
+function answered({ answer, asked }, model, contract, explained, choose) {
   const [best] = answer.predictions;
+  const isOther = asked?.label === explained && answer.predictions.every(({ label }) => label !== explained);
   return [
     make(
       "p",
@@ -63,8 +81,9 @@ function answered(answer, model, contract, explained, choose) {
       make("span", { class: "sure", title: exactly(best) }, percent(best.probability)),
     ),
     answer.known === false && unlike(answer, contract),
-    make("ol", { class: "bars" }, ...answer.predictions.map((one) => bar(one, explained, choose))),
+    make("ol", { class: "bars" }, ...[...answer.predictions, ...(isOther ? [asked] : [])].map((one) => bar(one, explained, choose))),
     make("p", { class: "soft" }, ...meta(model, contract)),
+    make("div", { class: "ways" }, shareButton(), compareButton()),
     timing(answer),
   ].filter(Boolean);
 }

@@ -110,10 +110,10 @@ export async function classify(model, photo, top, signal) {
 /**
  * What the model looked at: one object after another as it is found out; the last one has all.
  * @param {Model} model @param {Upload} photo @param {string | null} label null for the most probable
- * @param {AbortSignal} [signal]
+ * @param {AbortSignal} [signal] @param {number} [top] how many labels of the answer
  */
-export async function* explain(model, photo, label, signal) {
-  const query = new URLSearchParams({ progress: "true", ...(label === null ? {} : { label }) });
+export async function* explain(model, photo, label, signal, top = 5) {
+  const query = new URLSearchParams({ progress: "true", top_k: String(top), ...(label === null ? {} : { label }) });
   const reply = await ask(`${path(model)}/explain?${query}`, { photo, signal });
   for await (const line of lines(reply)) {
     const told = JSON.parse(line);

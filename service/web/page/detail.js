@@ -18,6 +18,7 @@ import { colourName } from "./names.js";
 import { counted, whole } from "./numbers.js";
 import { isVector } from "./operands.js";
 import { sourcesOf } from "./origin.js";
+import { shareButton } from "./share.js";
 
 /** @typedef {import("./api.js").Layer} Layer */
 /**
@@ -146,6 +147,7 @@ function head({ description, layer, index, open }) {
       { class: "ways" },
       go("‹", -1, "The one before"),
       go("›", 1, "The next one"),
+      shareButton(),
       make("button", { type: "button", on: { click: dismiss } }, "Close"),
     ),
   );

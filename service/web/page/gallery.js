@@ -12,6 +12,7 @@ import { percent } from "./numbers.js";
  * @property {string} url of the file, for an `<img>`
  * @property {any} answer the reply to `classify`; null until then
  * @property {import("./api.js").Refusal | null} error
+ * @property {import("./api.js").Prediction | null} asked a label that was asked about and is not in the answer
  */
 
 const list = byId("gallery");
@@ -39,6 +40,7 @@ function goOn(event) {
  */
 export function showGallery(photos, current, acts) {
   byId("intake").classList.toggle("filled", photos.length > 0);
+  byId("all").hidden = photos.length < 2;
   for (const [id, item] of items) {
     if (!photos.some((photo) => photo.id === id)) {
       item.remove();

@@ -16,8 +16,9 @@ const bar = /** @type {HTMLProgressElement} */ (byId("heat-progress"));
  * @param {string | null} label null for the most probable
  * @param {AbortSignal} signal
  * @param {(saw: import("./api.js").Saw | null) => void} known called once the exact input is known, or is not to be had
+ * @param {(prediction: import("./api.js").Prediction) => void} concluded called with the label and its probability
  */
-export async function look(model, photo, label, signal, known) {
+export async function look(model, photo, label, signal, known, concluded) {
   tell("Looking …");
   hideEmpty(false, false);
   let saw = null;
@@ -32,7 +33,10 @@ export async function look(model, photo, label, signal, known) {
         known(saw);
       }
       if (!told.method) tell(`${counted(told.samples, "masked photo")} classified so far`, told.progress);
-      else conclude(told);
+      else {
+        conclude(told);
+        concluded({ label: told.label, index: told.index, probability: told.probability });
+      }
     }
   } catch (error) {
     if (error.name === "AbortError") return;

@@ -33,11 +33,14 @@ const later =
 
 /** Only once it is loaded, for what it shows changes meanwhile: `main.js` calls it again then. */
 export const showAnswer = (...told) => view?.showAnswer(...told);
+export const showComparison = (...told) => view?.showComparison(...told);
+export const showTable = (...told) => view?.showTable(...told);
 export const look = later("look");
 export const openLayers = later("openLayers");
 export const closeLayers = later("closeLayers");
 export const prepareLayers = later("prepareLayers");
 export const showFeatures = later("showFeatures");
+export const showMap = later("showMap");
 export const showInput = later("showInput");
 export const showSaw = later("showSaw");
 export const showPhoto = later("showPhoto");

@@ -1,5 +1,6 @@
 /** The layers of the opened photo: fetches what the network is like, and joins its view, the lens and the detail. */
 
+import { remember } from "./address.js";
 import * as api from "./api.js";
 import { closeDetail, openDetail } from "./detail.js";
 import { byId, make } from "./dom.js";
@@ -91,6 +92,12 @@ export async function showFeatures(label) {
   place.setAttribute("aria-busy", "false");
 }
 
+/** Show the map that an address names, or none. @param {string | null} tensor @param {number | null} map counted from 1 */
+export function showMap(tensor, map) {
+  if (tensor !== null) visit((layers) => layers.find((layer) => layer.tensor === tensor), map - 1);
+  else if (opened?.layer) closeMap(opened);
+}
+
 /** Take the layers off the page. */
 export function closeLayers() {
   opened?.calledOff.abort();
@@ -135,7 +142,8 @@ function decoded(base64) {
   return new Blob([bytes], { type: "image/png" });
 }
 
-function descriptionOf(model) {
+/** The network of a model; it is asked for once. @param {api.Model} model @returns {Promise<api.Description>} */
+export function descriptionOf(model) {
   const key = `${model.name} ${model.version}`;
   if (!descriptions.has(key)) {
     descriptions.set(key, api.layers(model));
@@ -160,6 +168,7 @@ function show(mine, description) {
   }
   const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
   const open = (layer, index, spot) => {
+    remember({ layer: layer.tensor, map: index + 1 });
     mine.layer = layer;
     showLesson(layer);
     mine.network.mark(layer, index);
@@ -204,8 +213,14 @@ function show(mine, description) {
 
 /** The detail was closed: back to the map that it was of. */
 function leave(mine, layer, index) {
+  remember({ layer: null, map: null });
+  closeMap(mine);
+  mine.network.focus(layer, index);
+}
+
+function closeMap(mine) {
+  closeDetail();
   mine.layer = null;
   showLesson(null);
   mine.network.mark(null);
-  mine.network.focus(layer, index);
 }

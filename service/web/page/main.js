@@ -1,5 +1,6 @@
 /** The page put together: what is open, and who must know when it changes. */
 
+import { listenForHistory, read, remember } from "./address.js";
 import * as api from "./api.js";
 import { listenForArticle, showInArticle } from "./article/loader.js";
 import { byId, make, say } from "./dom.js";
@@ -13,10 +14,13 @@ import {
   openLayers,
   prepareLayers,
   showAnswer,
+  showComparison,
   showFeatures,
   showInput,
+  showMap,
   showPhoto,
   showSaw,
+  showTable,
 } from "./later.js";
 import { Upload } from "./upload.js";
 
@@ -37,6 +41,8 @@ let model = null;
 let contract = null;
 /** The label whose heat map was asked for; null: that of the most probable. */
 let asked = null;
+/** What the address asks for, until a photo has its answer. @type {import("./address.js").Finding | null} */
+let wanted = read();
 /** Calls off what was asked for another model, and for another photo. */
 let ofModel = new AbortController();
 let ofPhoto = new AbortController();
@@ -44,11 +50,18 @@ let made = 0;
 
 listenForArticle(add);
 listen(add, (message) => showFault(message, false), () => model && prepareLayers(model));
-picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
+picker.addEventListener("change", () => {
+  const { name, version } = models[picker.selectedIndex];
+  wanted = null;
+  if (current) remember({ model: name, version, label: null, layer: null, map: null });
+  choose(models[picker.selectedIndex]);
+});
 byId("retry").addEventListener("click", async () => {
   await start();
   if (byId("fault").hidden) byId("choose").focus(); // the button with the focus is gone
 });
+byId("remove-all").addEventListener("click", removeAll);
+listenForHistory(restore);
 loaded.then(refresh, () => showFault("a part of this page could not be loaded; reload the page", false));
 await start();
 
@@ -68,10 +81,49 @@ async function start() {
   picker.replaceChildren(...models.map(choice));
   picker.selectedIndex = Math.max(
     0,
-    models.findIndex(model ? ({ name }) => name === model.name : (one) => one.default),
+    find(model ? { model: model.name, version: model.version } : wanted),
   );
   picker.disabled = false;
+  showLinked();
   await choose(models[picker.selectedIndex]);
+}
+
+/** The place of the model that an address names, in its latest version if that one is gone; or of the default. */
+function find(finding) {
+  const named = models.filter(({ name }) => name === finding?.model);
+  const exact = named.find(({ version }) => version === finding.version);
+  return models.indexOf(exact ?? latest(named) ?? latest(models.filter((one) => one.default)));
+}
+
+/** @param {api.Model[]} versions of one model */
+function latest(versions) {
+  return versions.toSorted((one, other) => Number(one.version) - Number(other.version)).at(-1);
+}
+
+/** Say what the address leads to, while there is no photo to show it for. */
+function showLinked() {
+  byId("linked").hidden = !wanted;
+  if (!wanted) return;
+  const { model: name, label, layer, map } = wanted;
+  const isMissing = name !== null && !models.some((one) => one.name === name);
+  const what = [layer && `map ${map} of the layer ${layer}`, label && `the label “${label}”`, name && `the model ${name}`];
+  byId("linked").textContent =
+    `This link shows ${what.filter(Boolean).join(", ")}. The photo stayed with its sender: open it here, or try a sample.` +
+    (isMissing ? " This service has no such model." : "");
+}
+
+/** Show what "back" or "forward" leads to. @param {import("./address.js").Finding} finding @param {number | null} id of the photo */
+function restore(finding, id) {
+  wanted = finding;
+  const photo = photos.find((one) => one.id === id) ?? current;
+  const at = find(finding);
+  showLinked();
+  if (finding.model && at >= 0 && models[at] !== model) {
+    picker.selectedIndex = at;
+    current = photo;
+    choose(models[at]);
+  } else if (photo && photo !== current) open(photo);
+  else if (photo?.answer) explain(null);
 }
 
 function choice(one) {
@@ -90,7 +142,7 @@ async function choose(chosen) {
   model = chosen;
   contract = null;
   byId("knows").textContent = "";
-  for (const photo of photos) Object.assign(photo, { answer: null, error: null });
+  for (const photo of photos) Object.assign(photo, { answer: null, error: null, asked: null });
   if (current) open(current);
   const answering = classifyAll(photos);
   try {
@@ -109,14 +161,14 @@ function add(files) {
   const added = files.map((file) => {
     made += 1;
     const upload = new Upload(file);
-    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null };
+    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null, asked: null };
     upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
     return photo;
   });
   const wasOnSample = document.activeElement?.closest(".samples");
   photos = [...photos, ...added];
   if (models.length) showFault(null);
-  open(added[0]);
+  turnTo(added[0]);
   if (wasOnSample) focusOn(current); // the samples are hidden now
   if (model) classifyAll(added);
 }
@@ -130,6 +182,23 @@ function remove(photo) {
   else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
   else close();
   focusOn(current);
+}
+
+function removeAll() {
+  for (const photo of photos) {
+    photo.upload.cancel();
+    URL.revokeObjectURL(photo.url);
+  }
+  photos = [];
+  close();
+  byId("choose").focus(); // the button that had the focus is gone
+}
+
+/** Open a photo because somebody wants to see it: "back" leads to the one before. @param {import("./gallery.js").Photo} photo */
+function turnTo(photo) {
+  if (current) wanted = null;
+  if (!wanted) remember({ label: null, layer: null, map: null }, { replace: !current, photo: photo.id });
+  open(photo);
 }
 
 /** @param {import("./gallery.js").Photo} photo */
@@ -205,21 +274,32 @@ function askAgain() {
   return classify(current, ofModel.signal);
 }
 
-/** Show what speaks for a label, and the layers, of the opened photo. */
+/** Show what speaks for a label, and the layers, of the opened photo. @param {string | null} label null: that of the address, or the most probable */
 function explain(label) {
+  const best = current.answer.predictions[0]?.label ?? null;
+  const finding = label === null ? wanted : null;
+  wanted = null;
+  const { name, version } = model;
+  label ??= finding?.label ?? null;
+  remember({ model: name, version, label: label ?? best }, { replace: !label || finding !== null, photo: current.id });
   ofPhoto.abort();
   ofPhoto = new AbortController();
   asked = label;
   refresh();
   const [photo, asking] = [current, model];
   openLayers(asking, photo);
-  const explained = label ?? photo.answer.predictions[0]?.label;
-  if (explained) showFeatures(explained);
-  look(asking, photo, label, ofPhoto.signal, (saw) => showInput(asking, photo, saw));
+  if (label ?? best) showFeatures(label ?? best);
+  if (finding) showMap(finding.layer, finding.map);
+  const known = (saw) => showInput(asking, photo, saw);
+  look(asking, photo, label, ofPhoto.signal, known, (prediction) => {
+    photo.asked = prediction;
+    refresh();
+  });
 }
 
 function showPhotos() {
-  showGallery(photos, current, { open, remove });
+  showGallery(photos, current, { open: turnTo, remove });
+  showTable(photos, model, turnTo);
 }
 
 /** Show the photos and the answer as they now are. */
@@ -230,6 +310,14 @@ function refresh() {
   const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
   byId("opened").classList.toggle("refused", current.error !== null);
   showAnswer(current, model, contract, explained, { choose: explain, again: askAgain });
+  const named = models.map((one) => ({ name: nameOf(one), model: one }));
+  showComparison({ photos, models: named, model, photo: current, label: explained, goTo });
+}
+
+/** Show what somebody has found, for one of the photos. @param {import("./address.js").Finding} finding @param {import("./gallery.js").Photo} photo */
+function goTo(finding, photo) {
+  remember(finding, { photo: photo.id });
+  restore(finding, photo.id);
 }
 
 /** Say what keeps the page from working. @param {string | null} message null: nothing does @param {boolean} [again] whether trying again can help */

@@ -188,7 +188,7 @@ def test_occlusion_stops_at_the_time_limit(zoo: Path) -> None:
 
 
 def test_progress_is_sent_as_json_lines(explain_server: Server) -> None:
-    reply = explain_server.client.post(f"{VGG}/explain?progress=true&samples=64&seed=1", content=PHOTO)
+    reply = explain_server.client.post(f"{VGG}/explain?progress=true&samples=64&seed=5", content=PHOTO)
     assert reply.headers["Content-Type"] == "application/x-ndjson"
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert [line.get("progress") for line in lines] == [0.0, 0.25, 0.5, 0.75, None]
@@ -196,7 +196,22 @@ def test_progress_is_sent_as_json_lines(explain_server: Server) -> None:
     assert lines[0]["what_the_model_saw"]["width"] == 24
     assert len(lines[0]["predictions"]) == 4
     assert np.array(lines[1]["heatmap"]["values"]).max() == 1
-    assert lines[-1]["result"] == post_explain(explain_server, path=f"{VGG}/explain", samples=64, seed=1)
+    assert lines[-1]["result"] == post_explain(explain_server, path=f"{VGG}/explain", samples=64, seed=5)
+
+
+def test_second_label_needs_no_occlusion_of_its_own(explain_server: Server) -> None:
+    progresses = []
+    for label in LABELS[:2]:
+        reply = explain_server.client.post(
+            f"{VGG}/explain",
+            content=PHOTO,
+            params={"progress": "true", "samples": 64, "seed": 6, "label": label},
+        )
+        lines = [json.loads(line) for line in reply.text.splitlines()]
+        progresses.append([line.get("progress") for line in lines])
+        assert lines[-1]["result"]["label"] == label
+        assert lines[-1]["result"]["samples"] == 64
+    assert progresses == [[0.0, 0.25, 0.5, 0.75, None], [0.0, None]]
 
 
 def test_explanations_are_counted(zoo: Path) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fovea.service.explain.occlusion import MAX_SAMPLES, OcclusionStep, occlude_image
+from fovea.service.explain.occlusion import MAX_KEPT_BYTES, MAX_SAMPLES, Occlusion, OcclusionStep
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Score = Callable[[Pixels], Floats]
+BATCH_SIZE = 16
 
 
 def make_score(rows: slice, columns: slice, sign: float = 1.0) -> Score:
@@ -32,9 +33,14 @@ def draw_picture() -> Pixels:
 def run_occlusion(
     score: Score, seconds: float = 60.0, seed: int = 0, samples: int = 400
 ) -> list[OcclusionStep]:
-    return list(
-        occlude_image(score, draw_picture(), seed=seed, samples=samples, seconds=seconds, batch_size=16)
+    occlusion = Occlusion(
+        lambda batch: score(batch)[:, None], draw_picture(), seed=seed, batch_size=BATCH_SIZE
     )
+    return list(occlusion.iterate_steps(select_first, samples=samples, seconds=seconds))
+
+
+def select_first(logits: Floats) -> Floats:
+    return logits[:, 0]
 
 
 def test_hottest_place_is_the_one_the_score_depends_on() -> None:
@@ -88,3 +94,83 @@ def test_more_samples_reduce_variation() -> None:
         for samples in (16, 256)
     )
     assert deviation_of_many < deviation_of_few / 2
+
+
+class CountingNetwork:
+    """A network that counts its calls: its first two labels score the brightness of two places."""
+
+    def __init__(self, labels: int = 2) -> None:
+        self.calls = 0
+        self._scores = [make_score(slice(3, 9), slice(22, 30)), make_score(slice(12, 20), slice(2, 9))]
+        self._labels = labels
+
+    def __call__(self, batch: Pixels) -> Floats:
+        self.calls += 1
+        logits = np.stack([score(batch) for score in self._scores], axis=1)
+        return np.pad(logits, ((0, 0), (0, self._labels - 2)))
+
+
+def select(label: int) -> Callable[[Floats], Floats]:
+    return lambda logits: logits[:, label]
+
+
+def test_one_run_serves_all_labels_with_the_maps_of_runs_of_their_own() -> None:
+    network = CountingNetwork()
+    occlusion = Occlusion(network, draw_picture(), seed=3, batch_size=BATCH_SIZE)
+    for label in (0, 1):
+        (*_, shared) = occlusion.iterate_steps(select(label), samples=640, seconds=60)
+        own_run = Occlusion(CountingNetwork(), draw_picture(), seed=3, batch_size=BATCH_SIZE)
+        (*_, own) = own_run.iterate_steps(select(label), samples=640, seconds=60)
+        assert (shared.heatmap == own.heatmap).all()
+        assert shared.samples == own.samples == 640
+    assert network.calls == 640 / BATCH_SIZE
+
+
+def test_second_label_has_as_many_samples_as_the_time_of_the_first_allowed() -> None:
+    network = CountingNetwork()
+    occlusion = Occlusion(network, draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    (*_, first) = occlusion.iterate_steps(select(0), samples=0, seconds=0.1)
+    calls = network.calls
+    (*_, second) = occlusion.iterate_steps(select(1), samples=0, seconds=0.1)
+    assert (second.samples, second.progress) == (first.samples, 1)
+    assert network.calls == calls
+
+
+def test_stopped_run_goes_on_for_another_label() -> None:
+    network = CountingNetwork()
+    occlusion = Occlusion(network, draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    steps = occlusion.iterate_steps(select(0), samples=320, seconds=60)
+    for _ in range(5):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]  # a generator
+    (*_, last) = occlusion.iterate_steps(select(1), samples=320, seconds=60)
+    assert last.samples == 320
+    assert network.calls == 320 / BATCH_SIZE
+
+
+def test_fewer_samples_than_kept_give_the_map_of_a_short_run() -> None:
+    network = CountingNetwork()
+    occlusion = Occlusion(network, draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    list(occlusion.iterate_steps(select(0), samples=320, seconds=60))
+    (*_, short) = occlusion.iterate_steps(select(0), samples=64, seconds=60)
+    own_run = Occlusion(CountingNetwork(), draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    (*_, own) = own_run.iterate_steps(select(0), samples=64, seconds=60)
+    assert short.samples == 64
+    assert (short.heatmap == own.heatmap).all()
+
+
+def test_logits_beyond_the_limit_are_not_kept() -> None:
+    labels = MAX_KEPT_BYTES // (4 * BATCH_SIZE * 3)  # three batches
+    network = CountingNetwork(labels)
+    occlusion = Occlusion(network, draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    for expected_calls in (5, 10):
+        (*_, last) = occlusion.iterate_steps(select(1), samples=80, seconds=60)
+        assert last.samples == 80
+        assert network.calls == expected_calls
+
+
+def test_occlusion_is_about_one_image_and_seed() -> None:
+    occlusion = Occlusion(CountingNetwork(), draw_picture(), seed=0, batch_size=BATCH_SIZE)
+    assert occlusion.is_about(draw_picture(), 0)
+    assert not occlusion.is_about(draw_picture(), 1)
+    assert not occlusion.is_about(255 - draw_picture(), 0)

@@ -128,8 +128,7 @@ function traps() {
 /** Follow a link into the network, with a sample photo if none is open. The browser's "back" leads here again. */
 async function lead(event, id, layer) {
   event.preventDefault();
-  history.replaceState(null, "", `#learn-${id}`);
-  history.pushState(null, "", "#layers");
+  history.replaceState(history.state, "", `#learn-${id}`);
   await havePhoto();
   visit(layer, ABOUT_LABELS.includes(id) ? await mostProbable() : 0);
 }
