@@ -64,6 +64,36 @@ def test_link_shows_the_finding_for_a_photo_of_the_one_who_opens_it(page: Page, 
     expect(page.locator("#detail")).not_to_be_visible()
 
 
+def test_link_outlives_a_file_that_is_no_image(page: Page, page_server: Server) -> None:
+    view = View(page, page_server)
+    page.goto(f"{page_server.url}/#model=float&version=1&label=bird")
+    expect(page.locator("#model")).to_be_enabled()
+    view.pick_files(make_upload("notes.txt", b"no image"))
+    expect(page.locator("#answer .refusal")).to_be_visible()
+    view.pick_files(SHIP)
+    expect(page.locator("#heat-text")).to_contain_text("“bird”")
+
+
+def test_link_to_a_label_that_the_model_lacks_shows_the_most_probable(
+    page: Page, page_server: Server
+) -> None:
+    view = View(page, page_server)
+    page.goto(f"{page_server.url}/#model=float&label=jellyfish")
+    expect(page.locator("#knows")).to_contain_text("airplane")
+    view.pick_files(SHIP)
+    expect(page.locator("#heat-text")).to_contain_text("“ship”")
+    assert read_address(view)["label"] == "ship"
+
+
+def test_removed_photo_takes_its_map_out_of_the_address(view: View) -> None:
+    view.pick_files(SHIP, TRUCK)
+    find_features(view)
+    view.inspect_map(view.tensor_name("Conv"), 1)
+    view.page.get_by_role("button", name="Remove ship.jpg").click()
+    expect(view.page.locator("#features p")).to_contain_text("“truck”")
+    assert read_address(view) == {"model": "cifar10", "version": "4", "label": "truck"}
+
+
 def test_link_to_an_unknown_model_says_so(page: Page, page_server: Server) -> None:
     page.goto(f"{page_server.url}/#model=gone&label=%3Cb%3Ex")
     expect(page.locator("#linked")).to_contain_text("the label “<b>x”")

@@ -33,6 +33,7 @@ def comparison_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     graphs = {
         "many": (build_network_of_labels(len(MANY_LABELS)), MANY_LABELS),
         "varied": (build_varied_network(), LABELS),
+        "binary": (build_network_of_labels(1), ("no", "yes")),
     }
     for name, (graph, labels) in graphs.items():
         model = import_graph(graph, tmp_path_factory.mktemp(name), labels)
@@ -219,6 +220,29 @@ def test_labels_of_a_network_without_activation_maps_are_compared(pair: View) ->
         expect(side).to_have_attribute("aria-busy", "false")
         expect(side.locator("canvas.heat")).to_be_visible()
         expect(side.locator(".features-list li")).not_to_have_count(0)
+
+
+def test_one_score_for_two_labels_speaks_for_one_and_against_the_other(pair: View) -> None:
+    pair.select_model("binary")
+    pair.pick_files(SHIP)
+    weights = pair.find_layer(pair.tensor_name("Gemm"))
+    products = (
+        pair.fetch_maps(weights["sources"][0]).ravel() * fetch_weights(pair, weights["tensor"], 0).ravel()
+    )
+    for label, sign in (("no", -1), ("yes", 1)):
+        pair.page.locator(f'.bars [data-label="{label}"] button').click()
+        expect(pair.page.locator("#features p")).to_contain_text(f"“{label}”")
+        expected = [value for value in np.sort(sign * products)[::-1][:5] if value > 0]
+        assert read_numbers(find_features(pair)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_other_label_of_the_page_is_kept_for_another_version(pair: View) -> None:
+    pair.pick_files(SHIP)
+    _, right = open_comparison(pair)
+    pair.page.locator('.bars [data-label="bird"] button').click()
+    right.get_by_label("Model").select_option("cifar10 · 3")
+    wait_for_side(right, "bird")
+    expect(right).to_contain_text("version 3")
 
 
 @pytest.mark.parametrize("width", [320, 1366])

@@ -22,8 +22,10 @@ import { originOf, sourcesOf } from "./origin.js";
 export function headOf({ layers, labels }) {
   let layer = layers[layers.length - 1];
   while (layer && !isHead(layers, layer)) {
-    const [source, ...others] = sourcesOf(layers, layer);
-    layer = others.length || !isVector(layer) ? null : source;
+    const sources = sourcesOf(layers, layer);
+    // Two labels with one score are joined from one probability and the rest to 1.
+    const isJoined = layer.kind === "Concat" && labels.length === 2;
+    layer = (sources.length === 1 || isJoined) && isVector(layer) ? sources[sources.length - 1] : null;
   }
   const count = layer?.shape[0];
   return layer && (count === labels.length || (count === 1 && labels.length === 2)) ? layer : null;

@@ -31,12 +31,12 @@ export const SHOWN = 5;
  * @param {Acts} acts
  * @param {string} label
  * @param {string | null} [other]
- * @returns {Promise<Node[] | null>} null where the network does not end in a linear layer
+ * @returns {Promise<Node[] | null>} null where the network does not end in a linear layer, or has no such label
  */
 export async function featuresOf(subject, acts, label, other = null) {
   const { description, tensors } = subject;
   const [at, against] = [label, other].map((one) => (one === null ? null : description.labels.indexOf(one)));
-  const found = await contributionsTo(description, tensors, at, against);
+  const found = at < 0 || against === -1 ? null : await contributionsTo(description, tensors, at, against);
   if (!found) return null;
   const shown = found.contributions.filter(({ value }) => value > 0).slice(0, SHOWN);
   const cut = subject.saw && (await cutter(subject.photo, subject.saw));

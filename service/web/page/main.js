@@ -179,7 +179,7 @@ function remove(photo) {
   photo.upload.cancel();
   URL.revokeObjectURL(photo.url);
   if (photo !== current) refresh();
-  else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
+  else if (photos.length) turnTo(photos[Math.min(at, photos.length - 1)], true);
   else close();
   focusOn(current);
 }
@@ -194,10 +194,14 @@ function removeAll() {
   byId("choose").focus(); // the button that had the focus is gone
 }
 
-/** Open a photo because somebody wants to see it: "back" leads to the one before. @param {import("./gallery.js").Photo} photo */
-function turnTo(photo) {
-  if (current) wanted = null;
-  if (!wanted) remember({ label: null, layer: null, map: null }, { replace: !current, photo: photo.id });
+/**
+ * Open a photo because somebody wants to see it.
+ * @param {import("./gallery.js").Photo} photo
+ * @param {boolean} [replace] whether "back" leads past the photo before
+ */
+function turnTo(photo, replace = !current) {
+  if (current && !current.error) wanted = null; // it was for the photo before
+  if (!wanted) remember({ label: null, layer: null, map: null }, { replace, photo: photo.id });
   open(photo);
 }
 
@@ -280,7 +284,8 @@ function explain(label) {
   const finding = label === null ? wanted : null;
   wanted = null;
   const { name, version } = model;
-  label ??= finding?.label ?? null;
+  const isKnown = !contract || contract.labels.includes(finding?.label);
+  label ??= isKnown ? (finding?.label ?? null) : null;
   remember({ model: name, version, label: label ?? best }, { replace: !label || finding !== null, photo: current.id });
   ofPhoto.abort();
   ofPhoto = new AbortController();
@@ -298,8 +303,9 @@ function explain(label) {
 }
 
 function showPhotos() {
-  showGallery(photos, current, { open: turnTo, remove });
-  showTable(photos, model, turnTo);
+  const turn = (photo) => turnTo(photo);
+  showGallery(photos, current, { open: turn, remove });
+  showTable(photos, model, turn);
 }
 
 /** Show the photos and the answer as they now are. */

@@ -40,8 +40,8 @@ let now;
 let chosen = { photo: null, model: null, label: null };
 /** The model whose labels the box has. @type {Model | null} */
 let offered = null;
-/** What both sides have found out. */
-let [leftLooked, rightLooked] = [null, null];
+/** What both sides find out. @type {Promise<import("./side.js").Looked | null>[]} */
+let looking = [Promise.resolve(null), Promise.resolve(null)];
 
 panel.append(
   make(
@@ -76,33 +76,39 @@ function choose(change) {
   show();
 }
 
-function show() {
+async function show() {
   const { photo, model, label } = now;
   const other = { photo: chosen.photo ?? photo, model: chosen.model ?? model };
   const isSame = other.photo === photo && other.model === model;
   offer(photoPicker, now.photos.map(({ name }) => name), now.photos.indexOf(other.photo));
   offer(modelPicker, now.models.map(({ name }) => name), now.models.findIndex((one) => one.model === other.model));
-  offerLabels(other.model);
+  const labels = await labelsOf(other.model);
+  if (panel.hidden || now.photo !== photo || now.model !== model || now.label !== label) return; // it was called again
+  if (other.photo !== (chosen.photo ?? photo) || other.model !== (chosen.model ?? model)) return;
+  offerLabels(other.model, labels);
   // Beside the same photo and model another label is of interest; beside others the same, if the model has it.
-  const rival = isSame ? photo.answer.predictions.find((one) => one.label !== label)?.label : sharedLabel(other.model);
-  const looking = [left.show({ photo, model, label }), right.show({ ...other, label: chosen.label ?? rival ?? null })];
-  if (looking[0] || looking[1]) settle(...looking);
+  const second = photo.answer?.predictions.find((one) => one.label !== label)?.label;
+  const rival = isSame ? second : labels.find((one) => one === label);
+  const isApt = labels.includes(chosen.label) && !(isSame && chosen.label === label);
+  const compared = isApt ? chosen.label : (rival ?? null);
+  const asked = [left.show({ photo, model, label }), right.show({ ...other, label: compared })];
+  if (!asked[0] && !asked[1]) return;
+  looking = looking.map((before, at) => asked[at] ?? before); // a side that has not changed keeps what it finds out
+  settle(looking);
 }
 
-/** The label that is open, where the other model is known to have it. */
-function sharedLabel(model) {
-  return model === now.model || labelsOf.get(model)?.includes(now.label) ? now.label : null;
+/** @param {Model} model @returns {Promise<string[]>} none where the network cannot be read */
+function labelsOf(model) {
+  return descriptionOf(model).then(
+    ({ labels }) => labels,
+    () => [],
+  );
 }
 
-/** @type {Map<Model, string[]>} */
-const labelsOf = new Map();
-
-async function offerLabels(model) {
+function offerLabels(model, labels) {
   if (offered === model) return;
   offered = model;
-  const { labels } = await descriptionOf(model).catch(() => ({ labels: [] }));
-  labelsOf.set(model, labels);
-  if (offered === model) labelPlace.replaceChildren(labelBox("Why not …?", labels, (label) => choose({ label })));
+  labelPlace.replaceChildren(labelBox("Why not …?", labels, (label) => choose({ label })));
 }
 
 /** @param {HTMLSelectElement} picker @param {string[]} names @param {number} at */
@@ -112,11 +118,11 @@ function offer(picker, names, at) {
   picker.selectedIndex = at;
 }
 
-/** Say what decides between the sides, once both are known. A side that has not changed keeps what it found. */
-async function settle(lefts, rights) {
+/** Say what decides between the sides, once both are known. @param {typeof looking} mine */
+async function settle(mine) {
   decision.replaceChildren();
-  const [one, other] = await Promise.all([lefts ?? leftLooked, rights ?? rightLooked]);
-  [leftLooked, rightLooked] = [one, other];
+  const [one, other] = await Promise.all(mine);
+  if (looking !== mine) return;
   const areAlike = one && other && one.photo === other.photo && one.model === other.model && one.label !== other.label;
   decision.hidden = !areAlike;
   if (!areAlike) return;
@@ -127,7 +133,7 @@ async function settle(lefts, rights) {
   const found = await Promise.all(
     pairs.map(([side, looked, rival]) => featuresOf(looked, side.actsFor(looked), looked.label, rival.label)),
   ).catch(() => []);
-  if (leftLooked !== one || rightLooked !== other) return;
+  if (looking !== mine) return;
   const known = found.filter(Boolean);
   decision.replaceChildren(
     ...(known.length ? [make("h3", {}, "What decides between them")] : []),
