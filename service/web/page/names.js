@@ -14,8 +14,8 @@ export function colourName({ kind, attributes }, index) {
   return kind === "Input" ? (attributes.channels?.[index] ?? null) : null;
 }
 
-/** Kinds of activations, which belong to the layer before them. A softmax is none. */
-export const ACTIVATIONS = new Set([
+/** Kinds of activations that leave large values as they are, or nearly so. */
+export const RECTIFIERS = [
   "Relu",
   "LeakyRelu",
   "PRelu",
@@ -27,5 +27,7 @@ export const ACTIVATIONS = new Set([
   "Swish",
   "HardSwish",
   "Mish",
-  "Tanh",
-]);
+];
+
+/** Kinds of activations, which belong to the layer before them. A softmax is none. */
+export const ACTIVATIONS = new Set([...RECTIFIERS, "Tanh"]);

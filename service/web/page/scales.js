@@ -2,20 +2,11 @@
 
 import { HEAT, largest, signedScale, valueScale, widest } from "./colours.js";
 import { SHOWN } from "./columns.js";
+import { RECTIFIERS } from "./names.js";
 
 /** Kinds whose outputs are inputs that go on as they are, or nearly so, or not at all. */
 const KEEPING = new Set([
-  "Relu",
-  "LeakyRelu",
-  "PRelu",
-  "Clip",
-  "Elu",
-  "Selu",
-  "Gelu",
-  "Silu",
-  "Swish",
-  "HardSwish",
-  "Mish",
+  ...RECTIFIERS,
   "MaxPool",
   "GlobalMaxPool",
   "ReduceMax",

@@ -1,4 +1,4 @@
-"""Which requests take gzip, and that a content is compressed once."""
+"""Replies as gzip: only for requests that take it, and each content is compressed once."""
 
 from __future__ import annotations
 
