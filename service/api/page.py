@@ -57,7 +57,7 @@ _MAIN: Final = "main.js"
 _MODELS_PRELOAD: Final = '<link rel="preload" as="fetch" crossorigin="anonymous" href="./v1/models">'
 """Link by which the browser asks for the list of models before the modules that need it have arrived."""
 
-_ON_DEMAND: Final = ("article/", "compare/", "table/")
+_ON_DEMAND: Final = ("article/", "compare/", "growth/", "table/")
 """Folders of the modules that the page loads only when somebody opens what they show."""
 
 _MODULES_MARK: Final = "<!-- modules -->"

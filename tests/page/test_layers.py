@@ -313,15 +313,6 @@ def test_click_holds_and_releases_a_pixel(view: View) -> None:
     expect(place).not_to_have_text(re.compile("row 0,"))
 
 
-def test_play_button_slides_the_kernel(view: View) -> None:
-    view.pick_files(SHIP)
-    detail = view.inspect_map(view.tensor_name("Conv"))
-    detail.get_by_role("button", name="Play").click()
-    expect(detail.locator(".place")).to_have_text("row 15, column 16")
-    detail.get_by_role("button", name="Stop").click()
-    expect(detail.get_by_role("button", name="Play")).to_be_visible()
-
-
 def test_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv", 2)
