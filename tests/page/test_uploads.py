@@ -102,3 +102,22 @@ def test_page_shows_how_much_has_been_sent(browser: Browser, page_server: Server
     expect(visit.page.locator("#gallery .told")).to_contain_text(re.compile(r"sending, [1-9]\d?%"))
     expect(visit.page.locator(".verdict")).to_have_attribute("data-label", "ship")
     context.close()
+
+
+def test_photo_is_sent_before_anything_is_drawn(view: View) -> None:
+    """Drawing takes longer than sending to a near service."""
+    view.pick_files(TRUCK)
+    expect(view.top_label).to_have_attribute("data-label", "truck")
+    view.page.evaluate(
+        """() => {
+          const send = XMLHttpRequest.prototype.send;
+          XMLHttpRequest.prototype.send = function (body) {
+            window.drawn = [...document.querySelectorAll("#gallery li")].map(({ dataset }) => dataset.photo);
+            XMLHttpRequest.prototype.send = send;
+            send.call(this, body);
+          };
+        }"""
+    )
+    view.pick_files(SHIP)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    assert view.page.evaluate("window.drawn") == ["truck.png"]

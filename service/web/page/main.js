@@ -156,7 +156,7 @@ async function choose(chosen) {
   await answering;
 }
 
-/** @param {File[]} files */
+/** Ask about new photos, and show the first of them. @param {File[]} files */
 function add(files) {
   const added = files.map((file) => {
     made += 1;
@@ -165,12 +165,12 @@ function add(files) {
     upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
     return photo;
   });
+  if (model) classifyAll(added); // before anything is drawn, so that the photo is on its way meanwhile
   const wasOnSample = document.activeElement?.closest(".samples");
   photos = [...photos, ...added];
   if (models.length) showFault(null);
   turnTo(added[0]);
   if (wasOnSample) focusOn(current); // the samples are hidden now
-  if (model) classifyAll(added);
 }
 
 function remove(photo) {
