@@ -60,6 +60,9 @@ _MODELS_PRELOAD: Final = '<link rel="preload" as="fetch" crossorigin="anonymous"
 _ON_DEMAND: Final = ("article/", "compare/", "growth/", "table/")
 """Folders of the modules that the page loads only when somebody opens what they show."""
 
+_HIDDEN_KEY_BUTTON: Final = 'id="change-key" hidden'
+"""Attributes in `index.html` of the button that replaces the key."""
+
 _MODULES_MARK: Final = "<!-- modules -->"
 """Place in `index.html` for the links to the modules."""
 
@@ -68,6 +71,7 @@ def add_routes(app: FastAPI, folder: Path, *, needs_key: bool) -> None:
     """Serve `folder`: `index.html` at `/`, and the folder `page/` at `/page/`.
 
     The page lets the browser ask for the list of models in advance, unless the service needs a key for it.
+    If the service needs keys, the page has a button that replaces the key.
     """
     preload = "" if needs_key else _MODELS_PRELOAD
     files = WebFiles(folder / "page", FILE_HEADERS, PAGE_HEADERS)
@@ -79,6 +83,8 @@ def add_routes(app: FastAPI, folder: Path, *, needs_key: bool) -> None:
         version = await asyncio.to_thread(files.read_version)
         text = (folder / "index.html").read_text()
         text = text.replace(_MODULES_MARK, _link_modules(folder / "page", version, preload))
+        if needs_key:
+            text = text.replace(_HIDDEN_KEY_BUTTON, _HIDDEN_KEY_BUTTON.removesuffix(" hidden"))
         text = text.replace('="./page/', f'="./page/{version}/')
         return await render_page(request, text, PAGE_HEADERS, compressor, root=".")
 

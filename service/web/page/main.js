@@ -6,6 +6,7 @@ import { listenForArticle, showInArticle } from "./article/loader.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
+import { askForKey } from "./key.js";
 import { describeKnowledge } from "./knowledge.js";
 import {
   closeLayers,
@@ -61,6 +62,9 @@ byId("retry").addEventListener("click", async () => {
   if (byId("fault").hidden) byId("choose").focus(); // the button with the focus is gone
 });
 byId("remove-all").addEventListener("click", removeAll);
+byId("change-key").addEventListener("click", async () => {
+  if (await askForKey("The page uses the new key from now on, and asks about your photos again.")) await start();
+});
 listenForHistory(restore);
 loaded.then(refresh, () => showFault("a part of this page could not be loaded; reload the page", false));
 await start();
