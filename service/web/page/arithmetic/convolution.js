@@ -13,7 +13,9 @@ import { equation, formula, grid, number } from "../parts.js";
 import { plain } from "./plain.js";
 import { middleOfWindow, patchAt, slide, windowAt } from "./window.js";
 
-/** Input maps whose products are shown; of more, those whose sums are largest. */
+/** Input maps whose products are all shown. */
+const ALL = 10;
+/** Input maps whose products are shown where there are more: those whose sums are largest. */
 const TERMS = 6;
 
 /** @param {import("../detail.js").Context} context */
@@ -66,7 +68,7 @@ function extent({ kernel: [down, across], groups }, maps) {
 }
 
 /** One output map and all that goes into it. */
-class Convolution {
+export class Convolution {
   /**
    * @param {import("../detail.js").Context} context
    * @param {number} first the first input map of the group
@@ -201,7 +203,7 @@ class Convolution {
       make("span", { class: "sign" }, "="),
       products,
       total,
-      output.element,
+      output.height * output.width > 1 && output.element,
     );
     return { input, output, line, worked, link: this.#link(map) };
   }
@@ -234,7 +236,7 @@ class Convolution {
 /** Places of the terms to show, in their order. @param {{sum: number}[]} products */
 function largest(products) {
   const places = products.map((_, map) => map);
-  if (places.length <= TERMS) return places;
+  if (places.length <= ALL) return places;
   return places
     .sort((one, other) => Math.abs(products[other].sum) - Math.abs(products[one].sum))
     .slice(0, TERMS);
