@@ -86,6 +86,7 @@ def test_map_grows_place_by_place(teaching_view: View, kind: str) -> None:
     later_places = [(0, 4), (0, 5), (1, 0), (4, 4), (9, 9)]
     assert [is_drawn(map_view, 0, column) for column in range(3)] == [True] * 3  # a frame is around the last
     assert [is_drawn(map_view, *later) for later in later_places] == [False] * 5
+    assert map_view.locator(".strip").evaluate("(strip) => getComputedStyle(strip).clipPath") == "none"
     step(view, values.shape[1] - 2)
     expect(place(view)).to_have_text("row 1, column 1")
     assert is_drawn(map_view, 0, values.shape[1] - 1)
