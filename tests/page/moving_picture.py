@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, ViewportSize, expect
 
 from tests.page.browsers import launch_chromium
 from tests.page.views import View
@@ -22,7 +22,7 @@ MAX_BYTES: Final = 1_500_000
 SECONDS: Final = (18, 22)
 """Shortest and longest time that the picture may take."""
 
-WINDOW: Final = {"width": 1440, "height": 900}
+WINDOW: Final[ViewportSize] = {"width": 1440, "height": 900}
 SIZE: Final = (960, 600)
 """Size of a picture of the window, in pixels."""
 
@@ -32,7 +32,7 @@ WORDS_HEIGHT: Final = 44
 STEP: Final = 80
 """Milliseconds between two pictures of something that moves."""
 
-ENCODING: Final = {"loop": 0, "quality": 60, "method": 6, "kmin": 999, "kmax": 1000}
+ENCODING: Final[dict[str, Any]] = {"loop": 0, "quality": 60, "method": 6, "kmin": 999, "kmax": 1000}
 """Options of Pillow for WebP. Key frames would only help players that jump to a time."""
 
 ARROW: Final = ((0, 0), (0, 17), (4, 13.5), (6.8, 19.5), (9.2, 18.4), (6.5, 12.6), (12, 12.2))
