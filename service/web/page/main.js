@@ -160,12 +160,14 @@ async function choose(chosen) {
   await answering;
 }
 
-/** Ask about new photos, and show the first of them. @param {File[]} files */
-function add(files) {
-  const added = files.map((file) => {
+/** Ask about new photos, and show the first of them. @param {(File | URL)[]} sources files, or addresses that the service fetches */
+function add(sources) {
+  const added = sources.map((source) => {
     made += 1;
-    const upload = new Upload(file);
-    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null, asked: null };
+    const file = source instanceof File ? source : null;
+    const upload = new Upload(file, String(source));
+    const url = file ? URL.createObjectURL(file) : "";
+    const photo = { id: made, name: file?.name ?? nameIn(source), file, upload, url, answer: null, error: null, asked: null };
     upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
     return photo;
   });
@@ -175,6 +177,11 @@ function add(files) {
   if (models.length) showFault(null);
   turnTo(added[0]);
   if (wasOnSample) focusOn(current); // the samples are hidden now
+}
+
+/** What the photo at an address is called. @param {URL} address */
+function nameIn({ pathname, host }) {
+  return pathname.slice(pathname.lastIndexOf("/") + 1) || host;
 }
 
 function remove(photo) {
