@@ -18,6 +18,17 @@ class Precision(StrEnum):
     """bfloat16, for processors with hardware support: twice as fast, with the same final accuracy."""
 
 
+class Augmentation(StrEnum):
+    """The part of an image that a training step sees."""
+
+    SHIFT = "shift"
+    """The whole image, moved by up to `translate`: for images that their object fills, as in CIFAR-10."""
+    CROP = "crop"
+    """A random part of the image, 35 to 100 % of its area."""
+    PHOTO = "photo"
+    """A part of the image, or the image small in another one, with other colours, blur and JPEG quality."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The hyperparameters for SGD with Nesterov momentum and a one-cycle schedule.
@@ -45,7 +56,14 @@ class Recipe:
     """Largest random shift, as a fraction of the side; the border is filled by mirroring."""
     cutout: float = 1 / 4
     """Side of the cutout square (DeVries and Taylor, 2017), as a fraction of the image's side."""
+    augmentation: Augmentation = Augmentation.SHIFT
+    growth: float = 0.0
+    """Fraction of the epochs in which images grow from half their side to all of it; not for `shift`."""
     precision: Precision = Precision.FLOAT32
+    other_share: float = 0.25
+    """Images of other things in a step, as a fraction of the labelled ones; none without `--other`."""
+    other_weight: float = 0.5
+    """Weight of the two losses of images of other things."""
     teaching: float = 0.0
     """Weight of the distillation loss, 0 to 1; the label loss has the rest."""
     views: int = 8
@@ -57,6 +75,15 @@ class Recipe:
     seed: int = 0
     epoch_steps: int | None = None
     """Maximum number of steps per epoch for runs with a time limit; None uses all images."""
+
+    def get_side(self, epoch: int, side: int) -> int:
+        """Return the side of the images in an epoch, in pixels: a multiple of 8, at most `side`.
+
+        Small images cost less, and a network learns coarse features from them first (progressive resizing:
+        Karras et al., 2018; Howard, 2018).
+        """
+        share = min(1.0, 0.5 + 0.5 * epoch / max(1.0, self.growth * self.epochs)) if self.growth else 1.0
+        return min(side, 8 * round(share * side / 8)) if share < 1 else side
 
 
 _MIN_STEPS: Final = 1000
