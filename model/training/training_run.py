@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,7 @@ class TrainingRun:
         self.class_weights = None if weights is None else weights.to(self.device)
         self.metadata = _build_metadata(self.net, data, recipe, initial_state, weights)
 
-    def __enter__(self) -> TrainingRun:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
