@@ -98,6 +98,9 @@ This takes 12 to 20 minutes at 515 to 300 images/s on two cores.
 _MIN_EPOCHS: Final = 10
 """Minimum number of epochs, whatever the cost of an image."""
 
+_MANY_IMAGES: Final = 10_000
+"""Number of images from which pretrained weights may move further without being forgotten."""
+
 
 class RecipeError(FoveaError):
     """The requested run is not possible."""
@@ -116,8 +119,9 @@ def build_recipe(
     `epochs` None chooses the number of epochs. A small set gets smaller batches, so that an epoch has at
     least 32 steps, a proportionally smaller learning rate (linear scaling: Goyal et al., 2017), and more
     epochs. `fine_tuning` means that training starts from pretrained weights, which take a tenth of the
-    learning rate and half the epochs. `cost` is the time for one image relative to the reference. With a
-    higher cost, images are seen less often, so that the run takes about as long.
+    learning rate, or a quarter for more than `_MANY_IMAGES`, and half the epochs. `cost` is the time for one
+    image relative to the reference. With a higher cost, images are seen less often, so that the run takes
+    about as long.
     """
     base_recipe = replace(Recipe(), **overrides)  # type: ignore[arg-type]  # the caller names fields
     batch = min(base_recipe.batch, 2 ** int(math.log2(max(8, images // 32))))
@@ -127,11 +131,12 @@ def build_recipe(
     default_epochs = max(
         min_epochs, min(100, max(needed_epochs, int(_TOTAL_IMAGES / cost) // max(1, images)))
     )
+    fine_tuning_rate = 0.25 if images > _MANY_IMAGES else 0.1
     return replace(
         base_recipe,
         epochs=epochs or (default_epochs // 2 if fine_tuning else default_epochs),
         batch=batch,
-        peak_lr=base_recipe.peak_lr * batch / base_recipe.batch * (0.1 if fine_tuning else 1.0),
+        peak_lr=base_recipe.peak_lr * batch / base_recipe.batch * (fine_tuning_rate if fine_tuning else 1.0),
     )
 
 

@@ -112,11 +112,14 @@ def read_backbone() -> PretrainedWeights:
 def write_backbone(checkpoint: Checkpoint, path: Path = BACKBONE_FILE) -> None:
     """Write the convolutions of a trained network as float16, with the facts of its training.
 
-    Raises `PretrainedError` for another network, and for weights that float16 cannot hold.
+    Raises `PretrainedError` for another network or an unfinished run, and for weights that float16 cannot
+    hold.
     """
     metadata = checkpoint.metadata
     if metadata["net"]["name"] != BACKBONE_NET or metadata["net"]["size"] != BACKBONE_SIDE:
         raise PretrainedError(f"the backbone is a {BACKBONE_NET} at {BACKBONE_SIDE} px")
+    if "measured" not in metadata:
+        raise PretrainedError("the run is not finished; continue it with `fovea train --resume`")
     tensors = {
         key: tensor.half().contiguous()
         for key, tensor in checkpoint.tensors.items()
