@@ -101,7 +101,7 @@ def _measure_model(path: Path, images: list[bytes], labels: Sequence[str], other
     is_sure = confidence > 0.9
     print(
         f"  calibration error {_measure_calibration(confidence, is_right):.3f}; "
-        f"right on {is_right[is_sure].mean():.1%} of those with more than 90 % ({is_sure.mean():.0%} of all)"
+        f"{is_right[is_sure].sum()} of the {is_sure.sum()} with more than 90 % are right"
     )
     if limit := engine.contract.known:
         logits = np.concatenate([engine.compute_logits(pixels) for pixels in decode_images(engine, others)])
