@@ -9,14 +9,19 @@ gondolas and a lifeboat. Photographs of `photos.tar` that show something else sh
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageOps
 
+import fovea
 from fovea.bench.known import DATA, TINY_IMAGENET_FILE, decode_images, read_images
 from fovea.bench.ten_things import CLASSES
 from fovea.model.evaluation.scores import calibration_error, split_into_bins
@@ -47,7 +52,9 @@ def main() -> int:
     """Print the figures of each model."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.photographs", description=__doc__)
     parser.add_argument("models", nargs="*", type=Path, help="model files (default: those in zoo/cifar10)")
-    models = parser.parse_args().models or sorted(Path("zoo/cifar10").glob("*/model.onnx"))
+    parser.add_argument("--sheet", type=Path, help="picture to write: 20 photographs, answers and heat maps")
+    options = parser.parse_args()
+    models = options.models or sorted(Path("zoo/cifar10").glob("*/model.onnx"))
     if missing := [str(path) for path in (TINY_IMAGENET_FILE, PHOTOS_FILE) if not path.exists()]:
         print(f"bench: {', '.join(missing)} missing; TEST_DATA names the folder", file=sys.stderr)
         return 2
@@ -55,6 +62,8 @@ def main() -> int:
     others = [image for name, image in _read_photos() if name not in _PHOTO_LABELS.keys() | _UNCLEAR_PHOTOS]
     for path in models:
         _measure_model(path, images, labels, others)
+    if options.sheet:
+        _draw_sheet(models[-1], options.sheet)
     return 0
 
 
@@ -130,6 +139,47 @@ def _print_confusion(truth: np.ndarray, predicted: np.ndarray, names: Sequence[s
         if row.any():
             print(f"| {name} | {' | '.join(map(str, row))} |")
     print()
+
+
+# --- the sheet -----------------------------------------------------------------------------------
+
+_SHEET_PHOTOS: Final = 20
+_COLUMNS: Final = 4
+_THUMBNAIL: Final = (180, 135)
+_LINE_HEIGHT: Final = 16
+
+
+def _draw_sheet(model: Path, out: Path) -> None:
+    """Draw photographs of `photos.tar` and their heat maps side by side, with name, answer and `known`."""
+    width, height = 2 * _THUMBNAIL[0], _THUMBNAIL[1] + 2 * _LINE_HEIGHT
+    sheet = Image.new("RGB", (_COLUMNS * width, _SHEET_PHOTOS // _COLUMNS * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    loaded = fovea.load(model.parent)
+    photos = list(_read_photos())
+    step = len(photos) // _SHEET_PHOTOS
+    for number, (name, content) in enumerate(photos[::step][:_SHEET_PHOTOS]):
+        left, top = number % _COLUMNS * width, number // _COLUMNS * height
+        result = loaded.classify(content)
+        for column, picture in enumerate((content, _explain_photo(model, content))):
+            with Image.open(BytesIO(picture)) as image:
+                sheet.paste(
+                    ImageOps.fit(image.convert("RGB"), _THUMBNAIL), (left + column * _THUMBNAIL[0], top)
+                )
+        answer = f"{result.label} {result.probability:.0%}{'' if result.known else ', unknown'}"
+        draw.text((left + 2, top + _THUMBNAIL[1]), name, "black")
+        draw.text((left + 2, top + _THUMBNAIL[1] + _LINE_HEIGHT), answer, "black")
+    sheet.save(out)
+
+
+def _explain_photo(model: Path, content: bytes) -> bytes:
+    """Return the photograph with the heat map of the model's answer, as PNG."""
+    with TemporaryDirectory() as folder:
+        photo, heat = Path(folder, "photo.jpg"), Path(folder, "heat.png")
+        photo.write_bytes(content)
+        command = [sys.executable, "-m", "fovea", "explain", str(photo), "--out", str(heat)]
+        command += ["--models", str(model)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return heat.read_bytes()
 
 
 if __name__ == "__main__":
