@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots moving-picture figures bench bench-quick bench-training bench-accuracy bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots moving-picture figures bench bench-quick bench-training bench-accuracy bench-recipes bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-photographs bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +71,9 @@ bench-training: $(VENV)/.dev ## Compare training steps with bare forward and bac
 bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and print it (hours)
 	$(BIN)/python -m fovea.bench.accuracy $(ACCURACY)
 
+bench-recipes: $(VENV)/.dev ## Measure what single changes of the training recipe gain on held-out images (hours)
+	$(BIN)/python -m fovea.bench.recipes $(RECIPES)
+
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
 	$(BIN)/python -m fovea.bench.oip $(OIP)
 
@@ -95,6 +98,9 @@ bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layou
 
 bench-known: $(VENV)/.dev ## Measure how well the default models tell other images from known ones (1 minute)
 	$(BIN)/python -m fovea.bench.known $(KNOWN)
+
+bench-photographs: $(VENV)/.dev ## Measure how well models recognise photographs of the ten labels (1 minute)
+	$(BIN)/python -m fovea.bench.photographs $(PHOTOGRAPHS)
 
 bench-import: $(VENV)/.dev ## Measure the memory of importing a ViT-B (5 minutes; also from safetensors with transformers)
 	$(BIN)/python -m fovea.bench.import_memory $(IMPORT)

@@ -12,19 +12,23 @@ import argparse
 import os
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from fovea.model.evaluation.scores import compute_auroc
 from fovea.service.inference.engine import Engine, Floats
 from fovea.service.inference.known import compute_known_scores
+from fovea.service.inference.pixels import Pixels
 from fovea.service.inference.preprocess import decode_image
 
-_DATA: Final = Path(os.environ.get("TEST_DATA", "data"))
+DATA: Final = Path(os.environ.get("TEST_DATA", "data"))
+CIFAR10_FILE: Final = DATA / "cifar10-jpeg.tar.gz"
+TINY_IMAGENET_FILE: Final = DATA / "tiny-imagenet.tar"
 
-_OTHER_CLASSES: Final = frozenset(
+OTHER_CLASSES: Final = frozenset(
     {
         "African_elephant", "American_lobster", "alp", "banana", "bathtub", "bee", "brown_bear",
         "computer_keyboard", "desk", "ice_cream", "jellyfish", "lion", "mushroom", "refrigerator", "seashore",
@@ -42,19 +46,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.known", description=__doc__)
     parser.add_argument("models", nargs="*", type=Path, help="model files (default: those in zoo/cifar10)")
     models = parser.parse_args().models or sorted(Path("zoo/cifar10").glob("*/model.onnx"))
-    archives = [_DATA / "cifar10-jpeg.tar.gz", _DATA / "tiny-imagenet.tar"]
+    archives = [CIFAR10_FILE, TINY_IMAGENET_FILE]
     if missing := [str(path) for path in archives if not path.exists()]:
         print(f"bench: {', '.join(missing)} missing; TEST_DATA names the folder", file=sys.stderr)
         return 2
-    known_images = list(_read_images(archives[0], "test"))
-    other_images = list(_read_images(archives[1], "val", _OTHER_CLASSES))
+    known_images = list(read_images(archives[0], "test"))
+    other_images = list(read_images(archives[1], "val", OTHER_CLASSES))
     print(f"{len(known_images):,} known images, {len(other_images):,} others")
     for path in models:
         _measure_model(path, known_images, other_images)
     return 0
 
 
-def _read_images(path: Path, part: str, labels: frozenset[str] = frozenset()) -> Iterator[bytes]:
+def read_images(path: Path, part: str, labels: frozenset[str] = frozenset()) -> Iterator[bytes]:
     """Yield the image files below `*/part/<label>/` in an archive, of all labels or of these."""
     with tarfile.open(path) as archive:
         for member in archive:
@@ -81,26 +85,24 @@ def _measure_model(path: Path, known_images: list[bytes], other_images: list[byt
         )
 
 
-def _score_images(engine: Engine, images: list[bytes]) -> tuple[Floats, Floats]:
-    """Return the known score and the largest probability of each image, (n,)."""
-    scores, confidences = [], []
+def decode_images(engine: Engine, images: Sequence[bytes]) -> Iterator[Pixels]:
+    """Yield the pixels, uint8 (n, H, W, 3), of the next images as the model takes them."""
     for start in range(0, len(images), _CHUNK_SIZE):
-        pixels = np.stack(
+        yield np.stack(
             [
                 decode_image(image, engine.contract.input, max_pixels=_MAX_PIXELS).pixels
                 for image in images[start : start + _CHUNK_SIZE]
             ]
         )
+
+
+def _score_images(engine: Engine, images: list[bytes]) -> tuple[Floats, Floats]:
+    """Return the known score and the largest probability of each image, (n,)."""
+    scores, confidences = [], []
+    for pixels in decode_images(engine, images):
         scores.append(compute_known_scores(engine.compute_logits(pixels), engine.contract.task))
         confidences.append(engine.run(pixels).max(axis=1))
     return np.concatenate(scores), np.concatenate(confidences)
-
-
-def compute_auroc(higher: Floats, lower: Floats) -> float:
-    """Return the share of pairs in which the value of `higher` is the larger one; ties count half."""
-    ordered = np.sort(lower)
-    left, right = (np.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
-    return float((left + right).mean() / (2 * len(lower)))
 
 
 if __name__ == "__main__":

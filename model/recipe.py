@@ -18,6 +18,17 @@ class Precision(StrEnum):
     """bfloat16, for processors with hardware support: twice as fast, with the same final accuracy."""
 
 
+class Augmentation(StrEnum):
+    """The part of an image that a training step sees."""
+
+    SHIFT = "shift"
+    """The whole image, moved by up to `translate`: for images that their object fills, as in CIFAR-10."""
+    CROP = "crop"
+    """A random part of the image, 35 to 100 % of its area."""
+    PHOTO = "photo"
+    """A part of the image, or the image small in another one, with other colours, blur and JPEG quality."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The hyperparameters for SGD with Nesterov momentum and a one-cycle schedule.
@@ -45,7 +56,14 @@ class Recipe:
     """Largest random shift, as a fraction of the side; the border is filled by mirroring."""
     cutout: float = 1 / 4
     """Side of the cutout square (DeVries and Taylor, 2017), as a fraction of the image's side."""
+    augmentation: Augmentation = Augmentation.SHIFT
+    growth: float = 0.0
+    """Fraction of the epochs in which images grow from half their side to all of it; not for `shift`."""
     precision: Precision = Precision.FLOAT32
+    other_share: float = 0.25
+    """Images of other things in a step, as a fraction of the labelled ones; none without `--other`."""
+    other_weight: float = 0.5
+    """Weight of the two losses of images of other things."""
     teaching: float = 0.0
     """Weight of the distillation loss, 0 to 1; the label loss has the rest."""
     views: int = 8
@@ -57,6 +75,15 @@ class Recipe:
     seed: int = 0
     epoch_steps: int | None = None
     """Maximum number of steps per epoch for runs with a time limit; None uses all images."""
+
+    def get_side(self, epoch: int, side: int) -> int:
+        """Return the side of the images in an epoch, in pixels: a multiple of 8, at most `side`.
+
+        Small images cost less, and a network learns coarse features from them first (progressive resizing:
+        Karras et al., 2018; Howard, 2018).
+        """
+        share = min(1.0, 0.5 + 0.5 * epoch / max(1.0, self.growth * self.epochs)) if self.growth else 1.0
+        return min(side, 8 * round(share * side / 8)) if share < 1 else side
 
 
 _MIN_STEPS: Final = 1000
@@ -70,6 +97,9 @@ This takes 12 to 20 minutes at 515 to 300 images/s on two cores.
 
 _MIN_EPOCHS: Final = 10
 """Minimum number of epochs, whatever the cost of an image."""
+
+_MANY_IMAGES: Final = 10_000
+"""Number of images from which pretrained weights may move further without being forgotten."""
 
 
 class RecipeError(FoveaError):
@@ -89,8 +119,9 @@ def build_recipe(
     `epochs` None chooses the number of epochs. A small set gets smaller batches, so that an epoch has at
     least 32 steps, a proportionally smaller learning rate (linear scaling: Goyal et al., 2017), and more
     epochs. `fine_tuning` means that training starts from pretrained weights, which take a tenth of the
-    learning rate and half the epochs. `cost` is the time for one image relative to the reference. With a
-    higher cost, images are seen less often, so that the run takes about as long.
+    learning rate, or a quarter for more than `_MANY_IMAGES`, and half the epochs. `cost` is the time for one
+    image relative to the reference. With a higher cost, images are seen less often, so that the run takes
+    about as long.
     """
     base_recipe = replace(Recipe(), **overrides)  # type: ignore[arg-type]  # the caller names fields
     batch = min(base_recipe.batch, 2 ** int(math.log2(max(8, images // 32))))
@@ -100,11 +131,12 @@ def build_recipe(
     default_epochs = max(
         min_epochs, min(100, max(needed_epochs, int(_TOTAL_IMAGES / cost) // max(1, images)))
     )
+    fine_tuning_rate = 0.25 if images > _MANY_IMAGES else 0.1
     return replace(
         base_recipe,
         epochs=epochs or (default_epochs // 2 if fine_tuning else default_epochs),
         batch=batch,
-        peak_lr=base_recipe.peak_lr * batch / base_recipe.batch * (0.1 if fine_tuning else 1.0),
+        peak_lr=base_recipe.peak_lr * batch / base_recipe.batch * (fine_tuning_rate if fine_tuning else 1.0),
     )
 
 

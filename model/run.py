@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +17,24 @@ from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Dataset, load_dataset
 from fovea.model.data.inventory import format_count, to_printable
 from fovea.model.data.pixels import compute_statistics
+from fovea.model.data.raw_dataset import SMALL_SET
 from fovea.model.evaluation.finalize import finalize_run
 from fovea.model.networks import checkpoint
+from fovea.model.networks.backbone import (
+    BACKBONE,
+    BACKBONE_FILE,
+    BACKBONE_NET,
+    BACKBONE_SIDE,
+    SCRATCH,
+    can_start_from_backbone,
+    find_doubts,
+    read_backbone,
+    require_backbone_fits,
+)
 from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig, require_supported_net
 from fovea.model.networks.pretrained import read_pretrained
-from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
+from fovea.model.recipe import Augmentation, Precision, Recipe, RecipeError, build_recipe
 from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
 from fovea.model.training.trainer import require_unused_folder, train_net
 from fovea.model.training.training_run import InitialState, choose_precision
@@ -43,7 +55,7 @@ class TrainingOptions:
     net: str | None
     size: int | None
     start: str | None
-    """Initial weights: `hf:owner/repository`, a file or a folder; None initialises by `seed`."""
+    """Initial weights: `hf:owner/repository`, a file, a folder, `backbone` or `scratch`."""
     teachers: list[Path]
     epochs: int | None
     minutes: float | None
@@ -51,6 +63,7 @@ class TrainingOptions:
     seed: int
     validation: float
     flip: bool
+    augmentation: Augmentation
     resume: bool
     tensorboard: bool
     command: str
@@ -69,7 +82,9 @@ def run_training(options: TrainingOptions, console: Console) -> tuple[Checkpoint
     # `train_net` checks this too, but only after `_load_data` has written the pixel cache to `out`.
     require_unused_folder(options.out, options.resume)
     require_supported_net(options.net, options.size)  # fails before hours of reading
-    data = _load_data(options, console)
+    may_use_backbone = _may_use_backbone(options)
+    data = _load_data(options, may_use_backbone, console)
+    options = replace(options, start=_choose_start(options, may_use_backbone, data, console))
     initial_state = _build_initial_state(options, data)
     recipe = _choose_recipe(options, data, initial_state.net)
     if options.minutes is not None and not _is_resumed(options):
@@ -89,10 +104,46 @@ def run_training(options: TrainingOptions, console: Console) -> tuple[Checkpoint
     return finalize_run(trained_checkpoint, data, options.out, console), data
 
 
-def _load_data(options: TrainingOptions, console: Console) -> Dataset:
+def _may_use_backbone(options: TrainingOptions) -> bool:
+    """Return whether the run may start from the backbone. A resumed run starts as it did."""
+    if options.start == BACKBONE:
+        require_backbone_fits(options.net, options.size)
+        return True
+    if options.start or options.teachers:
+        return False
+    if _is_resumed(options):
+        return bool(checkpoint.load_metadata(options.out, RESUME_FILE)["start"].get("from") == BACKBONE)
+    return can_start_from_backbone(options.net, options.size) and BACKBONE_FILE.is_file()
+
+
+def _choose_start(
+    options: TrainingOptions, may_use_backbone: bool, data: Dataset, console: Console
+) -> str | None:
+    """Return the source of the initial weights, or None for random ones; print what speaks for another."""
+    if options.start == SCRATCH:
+        return None
+    if not may_use_backbone or (options.start is None and not _suits_backbone(data)):
+        return options.start
+    require_backbone_fits(options.net, data.geometry.height)
+    console.print(
+        f"starts from the {BACKBONE}, a {BACKBONE_NET} trained on 190 classes of photographs; "
+        f"--from {SCRATCH} starts from random weights",
+        soft_wrap=True,
+    )
+    for line in find_doubts(data):
+        console.print(line, style="yellow", soft_wrap=True)
+    return BACKBONE
+
+
+def _suits_backbone(data: Dataset) -> bool:
+    return len(data.train) <= SMALL_SET and can_start_from_backbone(None, data.geometry.height)
+
+
+def _load_data(options: TrainingOptions, may_use_backbone: bool, console: Console) -> Dataset:
     data = load_dataset(
         options.data,
-        size=options.size,
+        size=options.size or (BACKBONE_SIDE if options.start == BACKBONE else None),
+        small_set_size=BACKBONE_SIDE if may_use_backbone else None,
         validation=options.validation,
         seed=options.seed,
         cache=options.out,
@@ -171,7 +222,12 @@ def _choose_recipe(options: TrainingOptions, data: Dataset, net: Net) -> Recipe:
         cost=1.0 if epochs else estimate_cost(net, precision),
         epoch_steps=epoch_steps,
         precision=precision,
-        **{**_NET_FIELDS.get(net.config.name, {}), **(_DISTILLATION_FIELDS if options.teachers else {})},
+        **{
+            **_NET_FIELDS.get(net.config.name, {}),
+            **(_WINDOW_FIELDS if options.augmentation is not Augmentation.SHIFT else {}),
+            **(_DISTILLATION_FIELDS if options.teachers else {}),
+        },
+        augmentation=options.augmentation,
         flip=options.flip,
         validation=options.validation,
         seed=options.seed,
@@ -232,6 +288,9 @@ Without batch normalisation, the default rate of 0.375 silences all ReLUs of `ti
 Cutout and label smoothing are against overfitting, and 4,000 weights do not overfit.
 """
 
+_WINDOW_FIELDS: Final = {"growth": 0.6, "cutout": 0.0, "weight_decay": 5e-4}
+"""Recipe fields for windows: they hide parts of the image already, and longer runs need less decay."""
+
 _DISTILLATION_FIELDS: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
 """Recipe fields for distillation.
 
@@ -242,7 +301,9 @@ Teacher logits are soft already, so label smoothing is off. A student also toler
 def _build_initial_state(options: TrainingOptions, data: Dataset) -> InitialState:
     """Return the network at step 0, with random or loaded weights, and its teachers."""
     torch.manual_seed(options.seed)
-    pretrained_weights = read_pretrained(options.start) if options.start else None
+    pretrained_weights = None
+    if options.start:
+        pretrained_weights = read_backbone() if options.start == BACKBONE else read_pretrained(options.start)
     name = options.net or (pretrained_weights and pretrained_weights.net) or "cnn"
     if (
         pretrained_weights and pretrained_weights.mean and pretrained_weights.std

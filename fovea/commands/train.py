@@ -49,6 +49,13 @@ def train(
             help="Treat labels such as Cat and cat as one label (merge) or two (keep); default: an error."
         ),
     ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            help="Label whose images show other things. It is no label of the model, which learns to say "
+            "`known: false` to such images."
+        ),
+    ] = None,
     net: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +71,8 @@ def train(
         str | None,
         typer.Option(
             "--from",
-            help="Weights to start from: hf:owner/repository, a file, a run's folder, or a version in zoo/.",
+            help="Weights to start from: hf:owner/repository, a file, a run's folder, a version in zoo/, "
+            "backbone or scratch; default: backbone for up to 10,000 images, else scratch (random weights).",
         ),
     ] = None,
     teacher: Annotated[
@@ -94,6 +102,13 @@ def train(
         bool,
         typer.Option(help="Train on mirrored images too; turn off if left and right matter, as in letters."),
     ] = True,
+    augment: Annotated[
+        Literal["shift", "crop", "photo"],
+        typer.Option(
+            help="What a step sees: the image moved a little (shift), a random part of it (crop), or a part "
+            "or a small view of it with other colours, blur and JPEG quality (photo)."
+        ),
+    ] = "shift",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events into the folder of the run.")
@@ -111,6 +126,7 @@ def train(
 
     from fovea.export.from_checkpoint import require_new_version
     from fovea.model.data.choices import Choices
+    from fovea.model.recipe import Augmentation
     from fovea.model.run import TrainingOptions, run_training
     from fovea.service.inference.preprocess import configure_pillow
 
@@ -121,7 +137,7 @@ def train(
     options = TrainingOptions(
         out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
         data=data,
-        choices=Choices(path_column, tuple(label_column or ()), label_depth, label_case),
+        choices=Choices(path_column, tuple(label_column or ()), label_depth, label_case, other),
         net=net,
         size=size,
         start=start,
@@ -131,6 +147,7 @@ def train(
         seed=seed,
         validation=validation,
         flip=flip,
+        augmentation=Augmentation(augment),
         resume=resume,
         tensorboard=tensorboard,
         command=format_command_line(),

@@ -1,4 +1,4 @@
-"""The user's choices where the layout of a data set is ambiguous."""
+"""The user's choices on how a data set is read."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Choices:
     """Depth of the folder that is the label, counted from the top; 1 is the topmost folder."""
     label_case: LabelCase | None = None
     """Treatment of labels that differ only in case, spaces, `_` or `-`: one label or several."""
+    other: str | None = None
+    """Label of the images of other things, which is no label of the model."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that survive a round trip through JSON unchanged."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +63,10 @@ class Dataset:
     """Sentences on problems that make the set worse than it looks."""
     inventory: Inventory = field(default_factory=Inventory)
     """Interpretation of the source's files."""
+    other: Examples | None = None
+    """Training images of other things, which the model learns not to know; None without `--other`."""
+    held_out_other: Examples | None = None
+    """Held-out images of other things."""
 
     @property
     def label_counts(self) -> tuple[int, ...]:
@@ -77,7 +81,8 @@ class Dataset:
         """Sentences on the interpretation of the files; the counts add up to the number of files found."""
         inventory = self.inventory
         held_out_count = len(self.validation) + len(self.conformal)
-        used_count = len(self.train) + held_out_count + len(self.test)
+        other_count = sum(len(part) for part in (self.other, self.held_out_other) if part)
+        used_count = len(self.train) + held_out_count + len(self.test) + other_count
         sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held_out_count, Part.TEST: len(self.test)}
         parts = [
             f"{join_names(sorted(inventory.parts[part]))}: "
@@ -92,6 +97,7 @@ class Dataset:
             f"{format_count(inventory.file_count, 'file')} found: {format_count(used_count, 'image')} used, "
             f"{len(self.unreadable_files)} unreadable, {inventory.skipped_count} left out",
             f"labels are {inventory.label_origin}: {join_names(self.labels, 10)}",
+            *([f"images of other things: {other_count}"] if other_count else []),
             f"parts: {'; '.join(parts)}",
             *map(str, inventory.skipped_files),
         )
@@ -106,6 +112,7 @@ def load_dataset(
     source: Path | None,
     *,
     size: int | None = None,
+    small_set_size: int | None = None,
     validation: float,
     seed: int,
     cache: Path | None = None,
@@ -116,7 +123,8 @@ def load_dataset(
     """Read a labelled data set and split it.
 
     `source` is a folder, an archive, a CSV file, or None for CIFAR-10. `size` is the side of the model's
-    square input in pixels; None derives it from the images. `validation` is the held-out fraction of each
+    square input in pixels; None derives it from the images. A set of at most `SMALL_SET` images for training
+    gets `small_set_size` then, if it is not None. `validation` is the held-out fraction of each
     label's training images, chosen by `seed`; half of it goes to `conformal`. If the source names a
     validation part, that part is held out instead. `choices` are for sources with an ambiguous layout.
 
@@ -129,9 +137,9 @@ def load_dataset(
     choices = choices or Choices()
     data_source = raw_dataset.open_source(path, choices)
     raw_data = raw_dataset.read_source(
-        data_source, size, cache, choices, stream=stream, on_warning=on_warning
+        data_source, size, small_set_size, cache, choices, stream=stream, on_warning=on_warning
     )
-    return _split_dataset(_select_readable(raw_data), validation, seed)
+    return _split_dataset(_select_readable(raw_data), validation, seed, choices.other)
 
 
 @dataclass(frozen=True)
@@ -192,31 +200,59 @@ class _Parts:
         return np.sort(np.concatenate([self.validation, self.conformal]))
 
 
-def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Dataset:
+def _split_dataset(images: _ReadableImages, fraction: float, seed: int, other: str | None) -> Dataset:
     labels = collect_labels(images.raw_data.files)
+    task = infer_task(images.raw_data.files)
+    if other is not None:
+        _require_other(labels, task, other)
     parts = _choose_parts(images, labels, fraction, seed)
     if not len(parts.validation):
         raise DataError(
             f"each label of {images.raw_data.name} has only copies of one image; "
             "a label needs 2 different images"
         )
+    other_number = -1 if other is None else labels.index(other)
 
-    def select_examples(rows: RowIndices) -> Examples:
-        return images.examples.select(torch.from_numpy(rows))
+    def select_examples(rows: RowIndices, *, of_other: bool = False) -> Examples:
+        examples = images.examples.select(torch.from_numpy(rows))
+        if other is None:
+            return examples
+        examples = examples.select(torch.where((examples.targets == other_number) == of_other)[0])
+        later = (examples.targets > other_number).long()  # these labels move up by one
+        return replace(examples, targets=examples.targets - later)
 
     return Dataset(
         images.raw_data.name,
-        labels,
-        infer_task(images.raw_data.files),
+        tuple(label for label in labels if label != other),
+        task,
         images.raw_data.geometry,
         train=select_examples(parts.train),
         validation=select_examples(parts.validation),
         conformal=select_examples(parts.conformal),
         test=select_examples(parts.test),
         unreadable_files=images.unreadable_files,
-        warnings=tuple(_find_warnings(images, labels, parts)),
+        warnings=tuple(_find_warnings(images, labels, parts, other)),
         inventory=images.raw_data.inventory,
+        other=None if other is None else select_examples(parts.train, of_other=True),
+        held_out_other=None if other is None else select_examples(parts.held_out, of_other=True),
     )
+
+
+_MIN_LABELS: Final = 3
+"""Smallest number of labels beside other things: a binary model has no score of `known`."""
+
+
+def _require_other(labels: Sequence[str], task: Task, other: str) -> None:
+    """Raise `DataError` unless `other` is one of enough labels, of which each image has one."""
+    if task is Task.MULTILABEL:
+        raise DataError(f"--other {other}: these images have several labels, and other things have none")
+    if other not in labels:
+        raise DataError(f"--other {other}: no image has this label; the labels are {join_names(labels, 10)}")
+    if len(labels) <= _MIN_LABELS:
+        raise DataError(
+            f"--other {other}: {format_count(len(labels) - 1, 'label')} would remain, and the score of "
+            f"`known` needs {_MIN_LABELS}; leave --other out, so that {other} is a label like the others"
+        )
 
 
 def _choose_parts(images: _ReadableImages, labels: Sequence[str], fraction: float, seed: int) -> _Parts:
@@ -243,13 +279,18 @@ def _choose_parts(images: _ReadableImages, labels: Sequence[str], fraction: floa
     return _Parts(train_rows, validation_rows, conformal_rows, test_rows, has_validation)
 
 
-def _find_warnings(images: _ReadableImages, labels: Sequence[str], parts: _Parts) -> Iterator[str]:
-    """Yield what is unusual about the parts: few images of a label, labels without images, copies."""
+def _find_warnings(
+    images: _ReadableImages, labels: Sequence[str], parts: _Parts, other: str | None
+) -> Iterator[str]:
+    """Yield what is unusual about the parts: few images of a label, labels without images, copies.
+
+    Images of other things, which have the label `other`, may be many more than those of a label.
+    """
 
     def select_labels(rows: RowIndices) -> list[LabelIndices]:
         return [images.label_indices[row] for row in rows]
 
-    yield from _describe_imbalance(labels, select_labels(parts.train))
+    yield from _describe_imbalance(labels, select_labels(parts.train), other)
     if parts.has_validation:
         yield from describe_missing_labels(labels, select_labels(parts.held_out), "held-out")
     if len(parts.test):
@@ -257,8 +298,10 @@ def _find_warnings(images: _ReadableImages, labels: Sequence[str], parts: _Parts
     yield from _describe_copies(images, parts.train, parts.held_out, parts.test)
 
 
-def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) -> list[str]:
-    counts = Counter(index for image_indices in indices for index in image_indices)
+def _describe_imbalance(
+    labels: Sequence[str], indices: Sequence[LabelIndices], other: str | None
+) -> list[str]:
+    counts = Counter(index for image_indices in indices for index in image_indices if labels[index] != other)
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     max_count, min_count = counts[largest], counts[smallest]
     if max_count <= IMBALANCE_RATIO * min_count:

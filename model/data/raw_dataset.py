@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,10 @@ from fovea.service.errors import RequestError, to_one_line
 
 WarningHandler = Callable[[str], None]
 """Receives one sentence, on the thread that loads the data, before loading continues."""
+
+
+SMALL_SET: Final = 10_000
+"""Number of training images up to which a set counts as small."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def open_archive(path: Path, choices: Choices) -> Archive:
 def read_source(
     source: Folder | Archive | Table,
     size: int | None,
+    small_set_size: int | None,
     cache_folder: Path | None,
     choices: Choices,
     *,
@@ -123,6 +129,8 @@ def read_source(
         return _read_cifar10(source, size)
     files, inventory = _resolve_labels(source, choices)
     require_labels(source.name, files, inventory)
+    if size is None and sum(file.part is Part.TRAIN for file in files) <= SMALL_SET:
+        size = small_set_size
     geometry = square_geometry(size or choose_side(source, [file.name for file in files]))
     pixels, image_hashes = _decode_images(
         source, files, inventory, geometry, cache, stream=stream, on_warning=on_warning

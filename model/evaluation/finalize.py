@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -14,11 +16,12 @@ from fovea.model.evaluation import evaluate, metrics
 from fovea.model.evaluation.calibration import Calibration, fit_calibration
 from fovea.model.evaluation.report import write_report
 from fovea.model.evaluation.report_page import REPORT_FILE
-from fovea.model.evaluation.scores import calibration_error
+from fovea.model.evaluation.scores import calibration_error, compute_auroc
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint
 from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
+from fovea.service.inference.known import compute_known_scores
 
 
 def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, console: Console) -> Checkpoint:
@@ -43,6 +46,11 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
     part = "test" if len(data.test) else "validation"
     measurements = measure_part(logits_by_part[part], getattr(data, part), task, calibration)
     figures = {"part": part, "images": len(getattr(data, part)), **measurements}
+    if data.held_out_other:
+        figures["other"] = _measure_other(
+            torch.cat([logits_by_part["validation"], logits_by_part["conformal"]]),
+            evaluate.compute_logits(net, data.held_out_other.pixels),
+        )
     final_checkpoint = replace(
         trained_checkpoint,
         metadata={**trained_checkpoint.metadata, "calibration": calibration.to_dict(), "measured": figures},
@@ -56,8 +64,35 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
         f"{measurements['ece_before']:.4f} before and {measurements['ece']:.4f} after scaling with "
         f"temperature {calibration.temperature:.3f}"
     )
+    if "other" in figures:
+        other = figures["other"]
+        console.print(
+            f"where {_ACCEPTED:.0%} of the held-out images count as known, so do {other['accepted']:.1%} of "
+            f"{other['images']} images of other things (AUROC {other['auroc']:.3f})",
+            soft_wrap=True,
+        )
     console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
     return final_checkpoint
+
+
+_ACCEPTED: Final = 0.95
+"""Share of held-out images that count as known."""
+
+
+def _measure_other(known_logits: Tensor, other_logits: Tensor) -> dict[str, float]:
+    """Return how well the score of `known` tells images of other things from held-out ones, as plain values.
+
+    Both arguments are logits, float32 (N, n).
+    """
+    known_scores, other_scores = (
+        compute_known_scores(logits.numpy(), Task.MULTICLASS) for logits in (known_logits, other_logits)
+    )
+    threshold = np.quantile(known_scores, 1 - _ACCEPTED)
+    return {
+        "images": len(other_scores),
+        "accepted": float((other_scores >= threshold).mean()),
+        "auroc": compute_auroc(known_scores, other_scores),
+    }
 
 
 def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:

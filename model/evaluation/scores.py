@@ -85,3 +85,12 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """
     total = sum(one.count for one in bins)
     return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / total if total else 0.0
+
+
+def compute_auroc(higher: npt.NDArray[np.float32], lower: npt.NDArray[np.float32]) -> float:
+    """Return the area under the ROC curve of two sets of scores, (n,) and (m,).
+
+    This is the share of pairs in which the value of `higher` is the larger one; ties count half."""
+    ordered = np.sort(lower)
+    left, right = (np.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
+    return float((left + right).mean() / (2 * len(lower)))

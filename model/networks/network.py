@@ -179,6 +179,19 @@ def compute_loss(
     return loss_sum / (logits.numel() if element_weights is None else element_weights.sum())
 
 
+def compute_other_loss(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Return the loss of images of other things.
+
+    `logits`, float32 (B, n), are of labelled images, and `other_logits`, float32 (O, n), of others. The first
+    part makes the score of `known`, the free energy of the logits, a classifier: positive for labelled images
+    and negative for others (after Liu et al., 2020, with the logistic loss). The second part makes all labels
+    equally likely for others (Hendrycks, Mazeika and Dietterich, 2019).
+    """
+    known_score, other_score = logits.logsumexp(dim=1), other_logits.logsumexp(dim=1)  # (B,), (O,)
+    score_loss = nn.functional.softplus(-known_score).mean() + nn.functional.softplus(other_score).mean()
+    return score_loss - other_logits.log_softmax(dim=1).mean()
+
+
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, task: Task, *, softness: float) -> Tensor:
     """Return the distillation loss: mean Kullback-Leibler divergence of student from teacher.
 

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from fovea.model.data.dataset import Dataset
 from fovea.model.data.examples import Examples
-from fovea.model.recipe import Recipe
+from fovea.model.recipe import Augmentation, Recipe
 from fovea.model.training.augmentation import apply_cutout, flip_and_shift
+from fovea.model.training.windows import (
+    blur_some,
+    compress_some,
+    cut_windows,
+    make_windows,
+    to_pixels,
+    vary_colours,
+)
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,11 @@ class Batch:
     """The images and targets of one training step."""
 
     pixels: Tensor
-    """Pixels, uint8 (B, H, W, 3)."""
+    """Pixels, uint8 (B + O, H, W, 3): labelled images, then those of other things."""
     targets: Tensor
+    """Targets of the labelled images."""
     teacher_logits: Tensor | None
-    """A teacher's logits, float16 (B, n)."""
+    """A teacher's logits for the labelled images, float16 (B, n)."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on the device."""
@@ -44,19 +53,58 @@ class Views:
 
     def __init__(self, examples: Examples, recipe: Recipe) -> None:
         self._examples, self._recipe = examples, recipe
-        self._shifts: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self._draws: tuple[int, Tensor] = (-1, torch.empty(0))
         self.count = min(recipe.epochs, recipe.views if recipe.teaching else recipe.epochs)
 
-    def get_pixels(self, view: int, indices: Tensor) -> Tensor:
-        """Return the pixels, uint8 (B, H, W, 3), of the images with these indices, int64 (B,)."""
-        pixels = self._examples.pixels[indices]
-        flip = (indices + view) % 2 == 0 if self._recipe.flip else torch.zeros(len(indices), dtype=torch.bool)
-        if self._shifts[0] != view:
-            max_shift = round(self._recipe.translate * pixels.shape[1])
-            generator = _make_generator(self._recipe.seed, 3, view)
-            shifts = torch.randint(-max_shift, max_shift + 1, (len(self._examples), 2), generator=generator)
-            self._shifts = (view, shifts)
-        return flip_and_shift(pixels, flip, self._shifts[1][indices])
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._examples)
+
+    def get_pixels(self, view: int, indices: Tensor, side: int | None = None) -> Tensor:
+        """Return the pixels, uint8 (B, side, side, 3), of the images with these indices, int64 (B,).
+
+        `side` None keeps the side of the images.
+        """
+        pixels, recipe = self._examples.pixels[indices], self._recipe
+        side = side or pixels.shape[1]
+        flip = (indices + view) % 2 == 0 if recipe.flip else torch.zeros(len(indices), dtype=torch.bool)
+        draws = self._get_draws(view)[indices]
+        if recipe.augmentation is Augmentation.SHIFT:
+            max_shift = round(recipe.translate * pixels.shape[1])
+            return flip_and_shift(pixels, flip, draws - max_shift)
+        return self._cut_windows(torch.where(flip[:, None, None, None], pixels.flip(2), pixels), draws, side)
+
+    def _cut_windows(self, pixels: Tensor, draws: Tensor, side: int) -> Tensor:
+        """Return pixels, uint8 (B, side, side, 3), through windows; `draws`, float32 (B, 16), decide."""
+        is_photo = self._recipe.augmentation is Augmentation.PHOTO
+        planes, inside = cut_windows(pixels, make_windows(draws[:, :5], wide=is_photo), side)
+        if not is_photo:
+            return to_pixels(planes)
+        others = (draws[:, 5] * len(self._examples)).long()
+        rows = torch.where(~inside.all(dim=(1, 2)))[0]
+        if len(rows):
+            backgrounds, _ = cut_windows(
+                self._examples.pixels[others[rows]], make_windows(draws[rows, 6:11], wide=False), side
+            )
+            planes[rows] = torch.where(inside[rows, None], planes[rows], backgrounds)
+        planes = vary_colours(blur_some(planes, draws[:, 11]), draws[:, 12:15])
+        return compress_some(to_pixels(planes), draws[:, 15])
+
+    def _get_draws(self, view: int) -> Tensor:
+        """Return the random numbers of all images in this view.
+
+        Shifts take two offsets for each image, int64 (N, 2), and windows 16 numbers in 0 to 1, float32
+        (N, 16).
+        """
+        if self._draws[0] != view:
+            generator, count = _make_generator(self._recipe.seed, 3, view), len(self._examples)
+            if self._recipe.augmentation is Augmentation.SHIFT:
+                max_shift = round(self._recipe.translate * self._examples.pixels.shape[1])
+                draws = torch.randint(0, 2 * max_shift + 1, (count, 2), generator=generator)
+            else:
+                draws = torch.rand(count, 16, generator=generator)
+            self._draws = (view, draws)
+        return self._draws[1]
 
 
 class Batches:
@@ -75,6 +123,8 @@ class Batches:
     ) -> None:
         self._examples, self._recipe, self._teacher_logits = data.train, recipe, teacher_logits
         self._views = Views(data.train, recipe)
+        self._other_views = Views(data.other, recipe) if data.other else None
+        self._other_order = torch.empty(0, dtype=torch.int64)
         self._fill_colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._next_batch: tuple[int, Future[Batch]] | None = None
@@ -109,7 +159,10 @@ class Batches:
         epoch, step = divmod(number, self.steps)
         indices = self._get_order(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
         view = epoch % self._views.count
-        pixels = self._views.get_pixels(view, indices)
+        side = recipe.get_side(epoch, self._examples.pixels.shape[1])
+        pixels = self._views.get_pixels(view, indices, side)
+        if self._other_views:
+            pixels = torch.cat([pixels, self._make_other_pixels(self._other_views, number, side)])
         if hole_side := round(recipe.cutout * pixels.shape[1]):
             pixels = apply_cutout(
                 pixels, hole_side, self._fill_colour, _make_generator(recipe.seed, 1, number)
@@ -120,6 +173,14 @@ class Batches:
             else torch.from_numpy(self._teacher_logits[view, indices.numpy()])
         )
         return Batch(pixels, self._examples.targets[indices], teacher_logits)
+
+    def _make_other_pixels(self, views: Views, number: int, side: int) -> Tensor:
+        """Return the next images of other things, in one random order that repeats."""
+        if not len(self._other_order):
+            self._other_order = torch.randperm(len(views), generator=_make_generator(self._recipe.seed, 4, 0))
+        count = max(1, round(self._recipe.other_share * self._recipe.batch))
+        places = (number * count + torch.arange(count)) % len(views)
+        return views.get_pixels(number // self.steps % views.count, self._other_order[places], side)
 
     def _get_order(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -92,7 +93,7 @@ def _restore_run(run: TrainingRun, out: Path, console: Console) -> None:
     for key in ("net", "labels", "geometry", "recipe", "data", "start"):
         previous_value, current_value = previous_run.metadata.get(key), run.metadata[key]
         if key == "recipe" and previous_value is not None:
-            previous_value = {"epoch_steps": None, **previous_value}  # older runs do not have this field
+            previous_value = {**asdict(Recipe()), **previous_value}  # older runs do not have all fields
         if key == "geometry" and previous_value is not None:
             previous_value = to_plain_geometry(read_geometry(previous_value, key))
         if previous_value != current_value:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from fovea.model.evaluation.evaluate import (
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint
 from fovea.model.networks.cnn import OffsetBatchNorm
-from fovea.model.networks.network import Net, compute_loss, distillation_loss
+from fovea.model.networks.network import Net, compute_loss, compute_other_loss, distillation_loss
 from fovea.model.recipe import Precision, Recipe, compute_learning_rate
 from fovea.model.training.batches import Batch, Batches
 from fovea.model.training.provenance import describe_provenance
@@ -88,7 +88,7 @@ class TrainingRun:
         self.class_weights = None if weights is None else weights.to(self.device)
         self.metadata = _build_metadata(self.net, data, recipe, initial_state, weights)
 
-    def __enter__(self) -> TrainingRun:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,8 +103,13 @@ class TrainingRun:
             group["lr"] = rate * group["faster"]
         batch = self.batches.get(state.step).to(self.device)
         with autocast(self.device, recipe.precision):
-            logits = self.net.train()(batch.pixels).float()
+            all_logits = self.net.train()(batch.pixels).float()  # (B + O, n)
+        logits = all_logits[: len(batch.targets)]  # (B, n)
         mean_loss = self._compute_loss(logits, batch)
+        if len(all_logits) > len(logits):
+            mean_loss = mean_loss + recipe.other_weight * compute_other_loss(
+                logits, all_logits[len(logits) :]
+            )
         self.optimizer.zero_grad(set_to_none=True)
         mean_loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

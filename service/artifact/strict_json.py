@@ -38,7 +38,7 @@ def from_plain(kind: type[T], value: Any, path: str) -> T:
 
 
 def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
-    require(isinstance(value, dict), f"{path} must be an object")
+    _require_names(value, path)
     types_by_name = _field_types(kind)
     names = types_by_name.keys()
     for word, wrong in (("lacks", names - value.keys()), ("has unknown", value.keys() - names)):
@@ -95,6 +95,18 @@ def _decode_union(kind: Any, value: Any, path: str) -> Any:
     raise ContractError(messages[0])
 
 
+def _require_names(value: Any, path: str) -> None:
+    """Require an object whose names can stand in an error message."""
+    require(isinstance(value, dict), f"{path} must be an object")
+    for name in value:
+        _require_encodable(name)
+
+
+def _require_encodable(text: str) -> None:
+    """Raise `UnicodeEncodeError` for an unpaired surrogate, which could not be sent to a client."""
+    text.encode()
+
+
 def _decode_list(kind: Any, value: Any, path: str) -> Any:
     require(isinstance(value, list), f"{path} must be a list")
     item_kind = typing.get_args(kind)[0]
@@ -102,7 +114,7 @@ def _decode_list(kind: Any, value: Any, path: str) -> Any:
 
 
 def _decode_mapping(kind: Any, value: Any, path: str) -> Any:
-    require(isinstance(value, dict), f"{path} must be an object")
+    _require_names(value, path)
     item_kind = typing.get_args(kind)[1]
     return {key: _decode_value(item_kind, item, f"{path}.{key}") for key, item in value.items()}
 
@@ -134,7 +146,7 @@ def _decode_float(_kind: Any, value: Any, path: str) -> float:
 
 def _decode_text(_kind: Any, value: Any, path: str) -> str:
     require(type(value) is str, f"{path} must be str, not {type(value).__name__}")
-    value.encode()  # an unpaired surrogate cannot be encoded, so it could not be sent to a client
+    _require_encodable(value)
     return typing.cast(str, value)
 
 

@@ -218,12 +218,22 @@ class HeifFile:
         return [self.properties[index - 1] for index in indices if self.properties[index - 1].kind == kind]
 
     def find_size(self, item: int) -> tuple[int, int]:
-        """Return the size that an item promises. Raises `BadImage` if there is not exactly one."""
+        """Return the size that an item promises. Raises `BadImage` if there is not exactly one.
+
+        Raises `BadImage` also for an item that a codec would make larger afterwards.
+        """
         boxes = self.find_properties(item, b"ispe")
         sizes = {(self.number(box.start + 4, 4), self.number(box.start + 8, 4)) for box in boxes}
         if len(sizes) != 1:
             raise self.error(f"a picture has {len(sizes)} sizes (ispe)")
-        return sizes.pop()
+        size = sizes.pop()
+        for aperture in self.find_properties(item, b"clap"):  # ISO/IEC 14496-12, 12.1.4
+            for position, side in zip((aperture.start, aperture.start + 8), size, strict=True):
+                if not 0 < self.number(position, 4) <= side * self.number(position + 4, 4):
+                    raise self.error("its clean aperture (clap) is not a part of its picture")
+        if self.find_properties(item, b"iscl"):
+            raise BadImage(f"the {self.format_name} file asks for another size of its picture (iscl)")
+        return size
 
     def read_item(self, item: int) -> memoryview:
         """Return the content of an item. Raises `BadImage`."""

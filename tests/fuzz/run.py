@@ -32,7 +32,10 @@ def write_seeds(name: str, target: Target) -> None:
 
 
 def run_all(names: Sequence[str] = TARGETS) -> int:
-    """Run targets for `FUZZ_SECONDS` each, print a line for each, and return the exit status."""
+    """Run targets for `FUZZ_SECONDS` each, print a line for each, and return the exit status.
+
+    With `FUZZ_SEED`, every run tries the same inputs in the same order, as far as its time goes.
+    """
     seconds = float(os.environ.get("FUZZ_SECONDS", "65"))
     with ThreadPoolExecutor(_AT_ONCE) as executor:
         statuses = list(executor.map(lambda name: _run_target(name, seconds), names))
@@ -41,6 +44,7 @@ def run_all(names: Sequence[str] = TARGETS) -> int:
 
 def _run_target(name: str, seconds: float) -> bool:
     """Run one target; return True if it has found something or has not run."""
+    seed = os.environ.get("FUZZ_SEED", "0")  # 0 is another one in each run
     folder = BUILD / name
     inputs, seeds = folder / "inputs", folder / "seeds"
     for one in (inputs, seeds):
@@ -52,12 +56,21 @@ def _run_target(name: str, seconds: float) -> bool:
         "tests.fuzz",
         name,
         f"-max_total_time={seconds:g}",
+        f"-seed={seed}",
         str(inputs),
         str(seeds),
     ]
     if (CORPUS / name).exists():
         command.append(str(CORPUS / name))
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    process = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": seed if seed != "0" else "random"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     log = folder / "log"
     log.write_text(process.stdout + process.stderr)
     found = sorted(set(folder.glob("found-*")) - before)

@@ -164,6 +164,16 @@ def test_json_that_is_no_contract_is_refused(text: str) -> None:
         Contract.from_json(text)
 
 
+@pytest.mark.parametrize("place", ["half \ud800", "golden.half \ud800"])
+def test_name_with_half_a_surrogate_pair_is_refused(document: dict[str, Any], place: str) -> None:
+    """The error message could not be sent to a client."""
+    changed_document = json.loads(json.dumps(document))
+    _make_setter(place, 1)(changed_document)
+    with pytest.raises(ContractError, match="cannot be used") as info:
+        Contract.from_json(json.dumps(changed_document))
+    assert str(info.value).encode()
+
+
 def test_non_finite_numbers_are_refused(document: dict[str, Any]) -> None:
     text = json.dumps({**document, "temperature": float("inf")})
     with pytest.raises(ContractError, match="finite"):

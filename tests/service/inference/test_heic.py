@@ -208,6 +208,37 @@ def test_mask_that_leads_to_a_larger_picture_is_refused() -> None:
         heic.check_structure(build_heif(b"heic", items, properties, references))
 
 
+@pytest.mark.parametrize(
+    ("aperture", "is_refused"),
+    [
+        ((128, 1, 96, 1), False),
+        ((257, 2, 90, 1), True),
+        ((128, 1, 97, 1), True),
+        ((0, 1, 96, 1), True),
+        ((64, 0, 96, 1), True),
+    ],
+)
+def test_clean_aperture_is_a_part_of_the_picture(
+    aperture: tuple[int, int, int, int], is_refused: bool
+) -> None:
+    """libheif says that a picture is as large as its aperture, whatever the size."""
+    clap = box(b"clap", struct.pack(">8I", *aperture, 0, 1, 0, 1))
+    properties = [read_box(HEIC, b"hvcC"), make_size(128, 96), clap]
+    content = build_heif(b"heic", [Item(b"hvc1", CODED, (1, 2, 3))], properties)
+    if is_refused:
+        with pytest.raises(BadImage, match=r"its clean aperture \(clap\) is not a part of its picture"):
+            heic.check_structure(content)
+    else:
+        heic.check_structure(content)
+
+
+def test_picture_that_is_scaled_afterwards_is_refused() -> None:
+    scaling = box(b"iscl", bytes(4), struct.pack(">4H", 9, 1, 9, 1))
+    properties = [read_box(HEIC, b"hvcC"), make_size(128, 96), scaling]
+    with pytest.raises(BadImage, match="asks for another size"):
+        heic.check_structure(build_heif(b"heic", [Item(b"hvc1", CODED, (1, 2, 3))], properties))
+
+
 def test_damaged_files_get_their_own_error() -> None:
     chance = random.Random(0)  # noqa: S311 - the same damage each time
     for length in range(0, len(HEIC) - 1, 37):
