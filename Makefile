@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots figures bench bench-quick bench-training bench-accuracy bench-recipes bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-photographs bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots moving-picture figures bench bench-quick bench-training bench-accuracy bench-recipes bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-photographs bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -52,6 +52,9 @@ samples: $(VENV)/.dev ## Draw the sample pictures again
 
 screenshots: $(VENV)/.dev ## Take the documentation's pictures of the page again (needs chromium)
 	$(BIN)/python -m tests.page.screenshots
+
+moving-picture: $(VENV)/.dev ## Record the moving picture of the page in README.md again (needs chromium)
+	$(BIN)/python -m tests.page.moving_picture
 
 figures: $(VENV)/.dev ## Measure start, memory and size for docs/benchmarks.md
 	$(BIN)/python -m fovea.bench.figures

@@ -217,7 +217,12 @@ def _add_routes(
                 adapter.add_routes(app, services)
     clouds.add_routes(app, services, protocols)
     openapi.add_routes(app, services, _WEB_FOLDER)
-    page.add_routes(app, _WEB_FOLDER, needs_key=services.access is not None)
+    page.add_routes(
+        app,
+        _WEB_FOLDER,
+        needs_key=services.access is not None,
+        fetches_urls=bool(services.settings.url_hosts),
+    )
     add_error_handlers(app, services.observer)
     if services.access:
         guard_routes(app, services.access)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from fovea.service.errors import RequestError
@@ -150,3 +151,16 @@ def test_every_diagram_has_a_file_and_no_other() -> None:
     expected_files = {program["diagram_file"](text) for text in program["list_diagrams"]()}
     assert expected_files == {path.name for path in (DOCS / "diagrams").glob("*.svg")}
     assert len(expected_files) >= 3
+
+
+def test_moving_picture_is_short_and_small() -> None:
+    path = ROOT / "docs" / "page.webp"
+    assert f'src="docs/{path.name}"' in (ROOT / "README.md").read_text()
+    assert path.stat().st_size <= 1_500_000
+    milliseconds = 0
+    with Image.open(path) as picture:
+        for number in range(picture.n_frames):  # type: ignore[attr-defined]
+            picture.seek(number)
+            picture.load()
+            milliseconds += picture.info["duration"]
+    assert 15_000 <= milliseconds <= 25_000

@@ -133,7 +133,7 @@ class AsgiEndpoint(ABC):
                         services.url_images.bind(reserve, record),
                         admission.count_images,
                     )
-                    with _DisconnectGuard(context):
+                    with DisconnectGuard(context):
                         return await self.answer_body(request, admission, deadline, send)
         except TimeoutError:
             raise make_deadline_error(time_limit) from None
@@ -146,11 +146,11 @@ async def await_refusal(error: RequestError, context: RequestContext) -> None:
     """
     if isinstance(error, PacedRefusal) and error.delay:
         error.__traceback__ = None  # it refers to all that the request had
-        with _DisconnectGuard(context):
+        with DisconnectGuard(context):
             await asyncio.sleep(error.delay)
 
 
-class _DisconnectGuard:
+class DisconnectGuard:
     """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
     The connection sets `has_disconnected` and calls `on_disconnect`, on the event loop that also runs the

@@ -57,19 +57,28 @@ _MAIN: Final = "main.js"
 _MODELS_PRELOAD: Final = '<link rel="preload" as="fetch" crossorigin="anonymous" href="./v1/models">'
 """Link by which the browser asks for the list of models before the modules that need it have arrived."""
 
-_ON_DEMAND: Final = ("article/", "compare/", "table/")
+_ON_DEMAND: Final = ("article/", "compare/", "growth/", "table/")
 """Folders of the modules that the page loads only when somebody opens what they show."""
+
+_HIDDEN_KEY_BUTTON: Final = 'id="change-key" hidden'
+"""Attributes in `index.html` of the button that replaces the key."""
+
+_HIDDEN_ADDRESS: Final = 'id="address" class="ways" hidden'
+"""Attributes in `index.html` of the form that takes the address of a picture."""
 
 _MODULES_MARK: Final = "<!-- modules -->"
 """Place in `index.html` for the links to the modules."""
 
 
-def add_routes(app: FastAPI, folder: Path, *, needs_key: bool) -> None:
+def add_routes(app: FastAPI, folder: Path, *, needs_key: bool, fetches_urls: bool) -> None:
     """Serve `folder`: `index.html` at `/`, and the folder `page/` at `/page/`.
 
     The page lets the browser ask for the list of models in advance, unless the service needs a key for it.
+    If the service needs keys, the page has a button that replaces the key. If the service fetches images by
+    URL, the page has a form for the address of a picture.
     """
     preload = "" if needs_key else _MODELS_PRELOAD
+    shown = [_HIDDEN_KEY_BUTTON] * needs_key + [_HIDDEN_ADDRESS] * fetches_urls
     files = WebFiles(folder / "page", FILE_HEADERS, PAGE_HEADERS)
     compressor = Compressor()
     app.mount("/page", files)
@@ -79,6 +88,8 @@ def add_routes(app: FastAPI, folder: Path, *, needs_key: bool) -> None:
         version = await asyncio.to_thread(files.read_version)
         text = (folder / "index.html").read_text()
         text = text.replace(_MODULES_MARK, _link_modules(folder / "page", version, preload))
+        for attributes in shown:
+            text = text.replace(attributes, attributes.removesuffix(" hidden"))
         text = text.replace('="./page/', f'="./page/{version}/')
         return await render_page(request, text, PAGE_HEADERS, compressor, root=".")
 

@@ -180,6 +180,16 @@ class EncodedImage(BaseModel):
         return self
 
 
+class UploadRequest(BaseModel):
+    """An image that the service fetches and keeps for questions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: str = Field(
+        max_length=MAX_URL_LENGTH, description="https URL of the image, at a host in FOVEA_URL_HOSTS."
+    )
+
+
 class ClassifyRequest(BaseModel):
     """The JSON form of a request; its options take precedence over those of the query."""
 

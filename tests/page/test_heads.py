@@ -15,7 +15,7 @@ from tests.export.test_input_colours import NO_NORMALISATION
 from tests.export.test_linear_inputs import CHANNELS, SIDE, ClassToken, linear
 from tests.page.networks import LABELS, GraphBuilder
 from tests.page.test_layers import assert_adds_up
-from tests.page.views import SHIP, View, read_number
+from tests.page.views import SHIP, View, read_number, read_numbers
 from tests.servers import Server
 from tests.tools import require_tool
 
@@ -72,6 +72,13 @@ def test_linear_layer_of_each_head_adds_up(page: Page, head_server: Server, mode
     detail = view.inspect_map(linear_layer["tensor"], 3)
     expect(detail.locator(".ranking tbody tr .bar")).not_to_have_count(0)
     assert_adds_up(view, detail, linear_layer["tensor"], 3)
+    terms = detail.locator(".terms .term")
+    if model != "channels-last":
+        expect(terms).to_have_count(0)  # no maps with places were flattened
+        return
+    expect(terms).to_have_count(CHANNELS)
+    products = read_number(detail.locator(".equation .summand").first)
+    assert sum(read_numbers(terms)) == pytest.approx(products, abs=1e-4)
 
 
 def test_flatten_of_channels_last_shows_where_a_value_comes_from(page: Page, head_server: Server) -> None:

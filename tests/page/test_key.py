@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from fovea.service.access.caller import Scope
 from fovea.service.access.key_editor import add_key
-from tests.page.test_use import find_serious_faults
+from tests.page.test_use import assert_fits, find_serious_faults
 from tests.page.views import SHIP, View
 from tests.servers import Server
 
@@ -73,3 +73,40 @@ def test_cancelled_question_shows_the_error_and_asks_again(
     dialog.get_by_role("button", name="Use this key").click()
     expect(page.locator("#model")).to_be_enabled()
     page.evaluate("sessionStorage.clear()")
+
+
+def test_key_without_a_scope_can_be_replaced(page: Page, models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    narrow_key = add_key(file, "narrow", frozenset({Scope.CLASSIFY}))
+    key = add_key(file, "page", frozenset({Scope.CLASSIFY, Scope.EXPLAIN}))
+    with Server(FOVEA_MODELS=str(models), FOVEA_KEYS=str(file), FOVEA_EXPLAIN_SECONDS="0.3") as server:
+        view = View(page, server)
+        page.goto(server.url)
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("API key").fill(narrow_key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_be_enabled()
+        view.pick_files(SHIP)
+        expect(view.top_label).to_have_attribute("data-label", "ship")
+        expect(page.locator("#heat-text")).to_contain_text("scope")
+        expect(page.locator("#layers-text")).to_contain_text("cannot be shown")
+        page.set_viewport_size({"width": 320, "height": 760})
+        assert_fits(page, 320)
+        button = page.get_by_role("button", name="Change the API key")
+        button.click()
+        page.keyboard.press("Escape")
+        expect(button).to_be_focused()
+        assert page.evaluate("sessionStorage.getItem('fovea-key')") == narrow_key
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("asks about your photos again")
+        dialog.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#heat-text")).to_contain_text("“ship”")
+        expect(page.locator(".column").first).to_be_attached()
+        expect(page.locator("#gallery li")).to_have_count(1)
+        assert find_serious_faults(page) == []
+        page.evaluate("sessionStorage.clear()")
+
+
+def test_service_without_keys_has_no_button_for_them(view: View) -> None:
+    expect(view.page.locator("#change-key")).to_be_hidden()

@@ -141,7 +141,7 @@ def test_maps_of_a_layer_can_share_one_colour_scale(view: View) -> None:
     view.pick_files(SHIP)
     tensor = view.tensor_name("Conv")
     view.column(tensor)
-    view.page.get_by_label("Stretch colours").select_option("of no map")
+    view.page.get_by_label("Stretch colours").select_option("of each layer")
     expect(view.column(tensor)).to_have_attribute("data-stretched", "false")
     values = view.fetch_maps(tensor)
     share = values / np.abs(values).max() / 2 + 0.5
@@ -163,7 +163,7 @@ def test_pale_maps_are_stretched_until_another_choice(view: View) -> None:
     expect(column).to_have_attribute("data-stretched", "true")
     expect(column.locator(".foot .scale")).to_have_text("each its own")
     assert is_coloured(column.locator(".map canvas").nth(1), map_shares)
-    choice.select_option("of no map")
+    choice.select_option("of each layer")
     expect(column).to_have_attribute("data-stretched", "false")
     assert not is_coloured(column.locator(".map canvas").nth(1), map_shares)
     view.photo_item("truck.png").locator(".open").click()
@@ -311,15 +311,6 @@ def test_click_holds_and_releases_a_pixel(view: View) -> None:
     area.click(position={"x": 3, "y": 3})
     area.hover(position={"x": 100, "y": 100})
     expect(place).not_to_have_text(re.compile("row 0,"))
-
-
-def test_play_button_slides_the_kernel(view: View) -> None:
-    view.pick_files(SHIP)
-    detail = view.inspect_map(view.tensor_name("Conv"))
-    detail.get_by_role("button", name="Play").click()
-    expect(detail.locator(".place")).to_have_text("row 15, column 16")
-    detail.get_by_role("button", name="Stop").click()
-    expect(detail.get_by_role("button", name="Play")).to_be_visible()
 
 
 def test_receptive_field_is_marked_on_input_and_photo(view: View) -> None:

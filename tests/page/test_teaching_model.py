@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from tests.page.views import SHIP, View, read_number
+from tests.page.test_layers import is_coloured
+from tests.page.views import SHIP, View, read_number, read_numbers
 
 pytestmark = pytest.mark.long
 
@@ -60,3 +61,41 @@ def test_flatten_keeps_the_order_of_the_maps(tiny_view: View) -> None:
     pooled = tiny_view.fetch_maps(tiny_view.tensor_name("MaxPool", 1))
     flat = tiny_view.fetch_maps(tiny_view.tensor_name("Flatten"))
     np.testing.assert_array_equal(flat, pooled.ravel())
+
+
+def test_all_input_maps_of_a_convolution_are_shown(tiny_view: View) -> None:
+    terms = tiny_view.inspect_map(tiny_view.tensor_name("Conv", 1)).locator(".terms .term")
+    expect(terms).to_have_count(8)
+
+
+def test_linear_layer_is_shown_map_by_map(tiny_view: View) -> None:
+    """The weights of a label lie over the maps that were flattened."""
+    tensor = tiny_view.tensor_name("Gemm")
+    pooled = tiny_view.fetch_maps(tiny_view.tensor_name("MaxPool", 1))
+    weights = tiny_view.fetch_weights(tensor, 8).reshape(pooled.shape)
+    detail = tiny_view.inspect_map(tensor, 8)
+    terms = detail.locator(".terms .term")
+    expect(terms).to_have_count(len(pooled))
+    for index, term in enumerate(terms.all()):
+        grids = term.locator(".grid")
+        assert read_numbers(grids.nth(0).locator("td")) == pytest.approx(pooled[index].ravel(), abs=1e-5)
+        assert read_numbers(grids.nth(1).locator("td")) == pytest.approx(weights[index].ravel(), abs=1e-6)
+        total = float((pooled[index].astype(float) * weights[index]).sum())
+        assert read_number(term) == pytest.approx(total, abs=1e-4)
+    bias = read_number(detail.locator(".equation .bias"))
+    score = float(tiny_view.fetch_maps(tensor)[8])
+    assert sum(read_numbers(terms)) + bias == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize(("choice", "last"), [("of each stage", 5), ("of the network", 10)])
+def test_layers_can_share_one_scale(tiny_view: View, choice: str, last: int) -> None:
+    tensors = [layer["tensor"] for layer in tiny_view.fetch_layers()]
+    largest = max(float(np.abs(tiny_view.fetch_maps(tensor)).max()) for tensor in tensors[1 : last + 1])
+    tiny_view.page.get_by_label("Stretch colours").select_option(choice)
+    for tensor in tensors[1:6]:  # the first stage ends with a pooling
+        column = tiny_view.column(tensor)
+        expect(column).to_have_attribute("data-stretched", "false")
+        shares = tiny_view.fetch_maps(tensor)[2] / largest / 2 + 0.5
+        assert is_coloured(column.locator(".map canvas").nth(2), shares)
+    first, later = (tiny_view.column(tensors[at]).locator(".foot .scale").inner_text() for at in (1, 6))
+    assert (first == later) == (choice == "of the network")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,8 +12,12 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, Route, expect
 
 from tests.page.slow_line import SlowVisit
-from tests.page.views import SHIP, TRUCK, View, make_upload
+from tests.page.test_use import find_serious_faults
+from tests.page.views import SHIP, TRUCK, View, make_upload, read_number
+from tests.pictures import make_jpeg
 from tests.servers import Server
+from tests.service.api.test_url_images import HOST, run_service
+from tests.service.remote.test_guarded_https import Web
 
 pytestmark = pytest.mark.long
 
@@ -102,3 +107,60 @@ def test_page_shows_how_much_has_been_sent(browser: Browser, page_server: Server
     expect(visit.page.locator("#gallery .told")).to_contain_text(re.compile(r"sending, [1-9]\d?%"))
     expect(visit.page.locator(".verdict")).to_have_attribute("data-label", "ship")
     context.close()
+
+
+def test_photo_is_sent_before_anything_is_drawn(view: View) -> None:
+    """Drawing takes longer than sending to a near service."""
+    view.pick_files(TRUCK)
+    expect(view.top_label).to_have_attribute("data-label", "truck")
+    view.page.evaluate(
+        """() => {
+          const send = XMLHttpRequest.prototype.send;
+          XMLHttpRequest.prototype.send = function (body) {
+            window.drawn = [...document.querySelectorAll("#gallery li")].map(({ dataset }) => dataset.photo);
+            XMLHttpRequest.prototype.send = send;
+            send.call(this, body);
+          };
+        }"""
+    )
+    view.pick_files(SHIP)
+    expect(view.top_label).to_have_attribute("data-label", "ship")
+    assert view.page.evaluate("window.drawn") == ["truck.png"]
+
+
+def test_service_fetches_a_picture_by_its_address(
+    page: Page, models: Path, tmp_path: Path, requests: list[tuple[str, str]]
+) -> None:
+    """The page itself loads nothing from elsewhere, and shows what the model saw in place of the picture."""
+    with (
+        closing(Web(tmp_path)) as web,
+        run_service(web, models, max_bytes=1_000_000, seconds=2.0) as service,
+    ):
+        view = View(page, service)
+        view.open()
+        expect(page.get_by_label("Address of a picture")).to_be_visible()
+        assert find_serious_faults(page) == []
+        page.get_by_label("Address of a picture").fill(f"{HOST}/cat.jpg?size=2")
+        page.keyboard.press("Enter")
+        answer = service.client.post("/v1/classify", content=make_jpeg()).json()
+        expect(view.top_label).to_have_attribute("data-label", answer["predictions"][0]["label"])
+        expect(view.photo_item("cat.jpg").locator(".told")).to_contain_text("%")
+        expect(page.locator("#stage .substitute")).to_be_visible()
+        equation = view.inspect_map(view.tensor_name("Conv")).locator(".equation")
+        assert abs(read_number(equation, "total") - read_number(equation, "shown")) < 0.05
+        assert requests.count(("images", "application/json")) == 1
+        assert requests.count(("images", "application/octet-stream")) == 0
+        page.evaluate(
+            """(link) => {
+              const clipboardData = new DataTransfer();
+              clipboardData.setData("text/plain", link);
+              document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData, bubbles: true}));
+            }""",
+            f"{HOST}/status/404",
+        )
+        expect(page.locator("#answer .refusal")).to_contain_text("404")
+        expect(page.get_by_role("button", name="Ask again")).to_be_visible()
+
+
+def test_page_offers_no_address_where_the_service_fetches_none(view: View) -> None:
+    expect(view.page.locator("#address")).to_be_hidden()

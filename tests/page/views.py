@@ -6,13 +6,14 @@ import base64
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 from playwright.sync_api import Locator, Page, expect
 
-from tests.servers import ROOT, Server
+from tests.servers import ROOT
 
 SHIP = ROOT / "samples" / "ship.jpg"
 TRUCK = ROOT / "samples" / "truck.png"
@@ -33,13 +34,19 @@ def make_upload(name: str, content: bytes, kind: str = "") -> UploadFile:
     return {"name": name, "mimeType": kind, "buffer": content}
 
 
+class HasClient(Protocol):
+    """A service, in this process or in its own."""
+
+    client: httpx.Client
+
+
 class View:
     """An open page."""
 
-    def __init__(self, page: Page, server: Server) -> None:
+    def __init__(self, page: Page, server: HasClient) -> None:
         self.page = page
-        self.url = server.url
         self.client = server.client
+        self.url = str(self.client.base_url).rstrip("/")
         self.model = "cifar10"
         self._inputs: dict[tuple[str, Path], bytes] = {}
         self._layers: dict[str, list[dict[str, Any]]] = {}

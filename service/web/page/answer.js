@@ -43,13 +43,14 @@ function offerLabels(answer, contract, choose) {
 /** How much of the photo has been sent, and a way to stop it. @param {import("./upload.js").Upload} upload */
 function waiting(upload) {
   const words = make("p", { class: "soft" });
-  const bar = make("progress", { "aria-label": "Sent of the photo" });
+  const bar = make("progress", { "aria-label": upload.file ? "Sent of the photo" : "Fetching the photo" });
   const cancel = make("button", { type: "button", on: { click: () => upload.cancel() } }, "Cancel");
   const element = make("div", { class: "refusal" });
   let isSending = null;
   const update = () => {
-    words.textContent = upload.isSending ? `Sending the photo: ${Math.floor(100 * upload.progress)}% …` : "Asking …";
-    bar.value = upload.progress;
+    const way = upload.file ? `Sending the photo: ${Math.floor(100 * upload.progress)}% …` : "Fetching the photo …";
+    words.textContent = upload.isSending ? way : "Asking …";
+    if (upload.file) bar.value = upload.progress;
     if (upload.isSending === isSending) return;
     ({ isSending } = upload);
     const hadFocus = element.contains(document.activeElement);

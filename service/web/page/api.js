@@ -96,12 +96,17 @@ export async function keep(photo, progress, signal) {
   return (await read(`${ROOT}v1/images`, { photo, signal, progress })).url;
 }
 
+/** Let the service fetch a photo, and keep it for questions. @param {string} address @param {AbortSignal} signal @returns {Promise<string>} its URL for `Upload` */
+export async function fetched(address, signal) {
+  return (await read(`${ROOT}v1/images`, { json: { url: address }, signal })).url;
+}
+
 /**
  * The labels of one photo, and how many milliseconds all of it took.
  * @param {Model} model @param {Upload} photo @param {number} top how many labels @param {AbortSignal} [signal]
  */
 export async function classify(model, photo, top, signal) {
-  if (!photo.file.size && (await isReadable(photo.file))) throw new Refusal("the file is empty", "bad_image", true);
+  if (photo.file?.size === 0 && (await isReadable(photo.file))) throw new Refusal("the file is empty", "bad_image", true);
   const started = performance.now();
   const reply = await read(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal });
   return { ...reply, total: performance.now() - started };
@@ -182,7 +187,7 @@ async function read(url, options) {
  */
 async function ask(url, options = {}) {
   const { photo: upload, signal } = options;
-  if (!upload?.file) return send(url, options);
+  if (!upload?.url) return send(url, options); // a file or a picture
   // The first time it may be too old, or in another worker of the service.
   for (let attempt = 0; attempt < 2; attempt += 1) {
     const kept = await upload.url();

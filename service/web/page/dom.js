@@ -47,3 +47,20 @@ export function byId(id) {
 export function say(text) {
   byId("said").textContent = text;
 }
+
+/** @type {Map<string, Promise<void>>} style sheets by address */
+const sheets = new Map();
+
+/** Load a style sheet, once. @param {URL} url */
+export function loadStyles({ href }) {
+  if (!sheets.has(href)) {
+    const sheet = make("link", { rel: "stylesheet", href });
+    const promise = new Promise((resolve) => {
+      sheet.addEventListener("load", () => resolve());
+      sheet.addEventListener("error", () => resolve()); // then it is shown without
+    });
+    sheets.set(href, promise);
+    document.head.append(sheet);
+  }
+  return sheets.get(href);
+}

@@ -18,6 +18,7 @@
       button.setAttribute("aria-busy", "true");
     }
   });
+  listen("submit", (event) => event.preventDefault()); // its button is clicked again
   listen("dragover", (event) => event.preventDefault());
   listen("drop", (event) => {
     event.preventDefault(); // or the browser would open the file

@@ -7,9 +7,9 @@ import { percent } from "./numbers.js";
  * @typedef {object} Photo
  * @property {number} id
  * @property {string} name
- * @property {File} file
- * @property {import("./upload.js").Upload} upload of the file: what the service is asked about
- * @property {string} url of the file, for an `<img>`
+ * @property {File | null} file null: the service has fetched the photo, and this page cannot show it
+ * @property {import("./upload.js").Upload} upload of the photo: what the service is asked about
+ * @property {string} url of the file, for an `<img>`; empty without a file
  * @property {any} answer the reply to `classify`; null until then
  * @property {import("./api.js").Refusal | null} error
  * @property {import("./api.js").Prediction | null} asked a label that was asked about and is not in the answer
@@ -115,6 +115,7 @@ export function focusOn(photo) {
 /** One line about a photo. @param {Photo} photo */
 export function summary(photo) {
   if (photo.error) return photo.error.message;
+  if (photo.upload.isSending && !photo.file) return "fetching";
   if (photo.upload.isSending) return `sending, ${Math.floor(100 * photo.upload.progress)}%`;
   if (!photo.answer) return "…";
   const [best] = photo.answer.predictions;

@@ -11,7 +11,7 @@ let pasted = 0;
 
 /**
  * Listen for photos.
- * @param {(files: File[]) => void} receive called with at least one
+ * @param {(files: (File | URL)[]) => void} receive called with at least one; with the address of a photo where the service fetches it
  * @param {(message: string) => void} fail called where a sample cannot be had, or a link came instead of a photo
  * @param {() => void} expect called, once or more, where a photo will probably come soon
  */
@@ -30,12 +30,19 @@ export function listen(receive, fail, expect) {
     hand([await takePhoto()].filter(Boolean), receive);
   });
   document.addEventListener("dragenter", ({ dataTransfer }) => dataTransfer.types.includes("Files") && expect());
+  const address = /** @type {HTMLFormElement} */ (byId("address"));
+  const follow = (link) => (address.hidden ? fail(LINK) : receive([new URL(link.trim())]));
   document.addEventListener("paste", (event) => {
     hand([...event.clipboardData.files].map(renamed), receive);
     const isLink = !event.clipboardData.files.length && isUrl(event.clipboardData.getData("text/plain"));
-    if (isLink && !event.target.closest?.("input")) fail(LINK);
+    if (isLink && !event.target.closest?.("input")) follow(event.clipboardData.getData("text/plain"));
   });
-  listenForDrops(receive, fail);
+  address.addEventListener("submit", (event) => {
+    event.preventDefault();
+    follow(/** @type {HTMLInputElement} */ (byId("address-value")).value);
+    address.reset();
+  });
+  listenForDrops(receive, follow);
   for (const image of document.querySelectorAll(".samples img")) {
     for (const event of ["pointerenter", "focus"]) image.parentElement.addEventListener(event, expect);
     image.parentElement.addEventListener("click", () =>
@@ -53,7 +60,7 @@ function isUrl(text) {
   return /^https?:\S+$/.test(text.trim());
 }
 
-function listenForDrops(receive, fail) {
+function listenForDrops(receive, follow) {
   const over = (on) => document.body.classList.toggle("over", on);
   document.addEventListener("dragover", (event) => {
     const has = (type) => event.dataTransfer.types.includes(type);
@@ -66,7 +73,8 @@ function listenForDrops(receive, fail) {
     event.preventDefault();
     over(false);
     hand(event.dataTransfer.files, receive);
-    if (!event.dataTransfer.files.length && event.dataTransfer.types.includes("text/uri-list")) fail(LINK);
+    const [link] = event.dataTransfer.getData("text/uri-list").split(/\s/);
+    if (!event.dataTransfer.files.length && isUrl(link)) follow(link);
   });
 }
 

@@ -118,7 +118,7 @@ export function showInput(model, photo, saw) {
   if (opened?.model !== model || opened.photo !== photo) return;
   if (saw) showInputPicture(saw);
   opened.see(saw);
-  opened.settle(saw ? { body: decoded(saw.png), prepared: true } : { body: photo.file, prepared: false });
+  opened.settle(saw ? { body: decoded(saw.png), prepared: true } : { body: photo.file ?? photo.upload, prepared: false });
 }
 
 /** What is known of a photo later: the network, and its exact input. */

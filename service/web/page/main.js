@@ -6,6 +6,7 @@ import { listenForArticle, showInArticle } from "./article/loader.js";
 import { byId, make, say } from "./dom.js";
 import { focusOn, showGallery, summary } from "./gallery.js";
 import { listen } from "./intake.js";
+import { askForKey } from "./key.js";
 import { describeKnowledge } from "./knowledge.js";
 import {
   closeLayers,
@@ -61,6 +62,9 @@ byId("retry").addEventListener("click", async () => {
   if (byId("fault").hidden) byId("choose").focus(); // the button with the focus is gone
 });
 byId("remove-all").addEventListener("click", removeAll);
+byId("change-key").addEventListener("click", async () => {
+  if (await askForKey("The page uses the new key from now on, and asks about your photos again.")) await start();
+});
 listenForHistory(restore);
 loaded.then(refresh, () => showFault("a part of this page could not be loaded; reload the page", false));
 await start();
@@ -156,21 +160,28 @@ async function choose(chosen) {
   await answering;
 }
 
-/** @param {File[]} files */
-function add(files) {
-  const added = files.map((file) => {
+/** Ask about new photos, and show the first of them. @param {(File | URL)[]} sources files, or addresses that the service fetches */
+function add(sources) {
+  const added = sources.map((source) => {
     made += 1;
-    const upload = new Upload(file);
-    const photo = { id: made, name: file.name, file, upload, url: URL.createObjectURL(file), answer: null, error: null, asked: null };
+    const file = source instanceof File ? source : null;
+    const upload = new Upload(file, String(source));
+    const url = file ? URL.createObjectURL(file) : "";
+    const photo = { id: made, name: file?.name ?? nameIn(source), file, upload, url, answer: null, error: null, asked: null };
     upload.addEventListener("progress", () => photos.includes(photo) && showPhotos());
     return photo;
   });
+  if (model) classifyAll(added); // before anything is drawn, so that the photo is on its way meanwhile
   const wasOnSample = document.activeElement?.closest(".samples");
   photos = [...photos, ...added];
   if (models.length) showFault(null);
   turnTo(added[0]);
   if (wasOnSample) focusOn(current); // the samples are hidden now
-  if (model) classifyAll(added);
+}
+
+/** What the photo at an address is called. @param {URL} address */
+function nameIn({ pathname, host }) {
+  return pathname.slice(pathname.lastIndexOf("/") + 1) || host;
 }
 
 function remove(photo) {

@@ -17,9 +17,10 @@ export class MapView {
    * @param {import("./colours.js").Scale} options.scale
    * @param {boolean} [options.keyed] show what the colours mean
    * @param {number[]} [options.padding] top, left, bottom, right: drawn as a border of nothing
+   * @param {boolean} [options.grows] whether it is drawn place by place while a map grows
    * @param {(row: number, column: number, how: "over" | "click" | "key") => void} [options.pick]
    */
-  constructor({ name, link, values, size, scale, keyed = true, padding = [0, 0, 0, 0], pick }) {
+  constructor({ name, link, values, size, scale, keyed = true, padding = [0, 0, 0, 0], grows = false, pick }) {
     [this.height, this.width] = size;
     this.#padding = padding;
     this.#pick = pick;
@@ -29,7 +30,7 @@ export class MapView {
     this.area = make("div", { class: "area" }, canvas, this.#mark);
     this.element = make(
       "figure",
-      { class: "mapview" },
+      { class: grows ? "mapview grows" : "mapview" },
       this.area,
       make("figcaption", {}, link ?? name),
       keyed && legend(scale),

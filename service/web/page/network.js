@@ -31,7 +31,10 @@ const NEAR = "500px";
 /** The map that Tab comes to. */
 const TAB_STOP = '.map[tabindex="0"]';
 
-/** @typedef {"pale" | "always" | "never"} Stretch which maps have the whole range of colours, each by itself */
+/**
+ * @typedef {"pale" | "always" | "never" | "stage" | "network"} Stretch what has the whole range of colours: the maps of pale
+ *   layers or all maps, each by itself; or all maps of a layer, of a stage or of the network together
+ */
 
 export class Network {
   /**
@@ -115,7 +118,7 @@ export class Network {
     this.#build();
   }
 
-  /** Give each map the whole range of colours, or one scale to all of a layer. @param {Stretch} which */
+  /** Choose what has the whole range of colours. @param {Stretch} which */
   stretch(which) {
     this.#stretch = which;
     this.#fillAnew();
@@ -404,7 +407,7 @@ export class Network {
     const all = content === "labels"; // other columns of labels need them too
     const array = await (all ? this.#tensors.maps(layer.tensor) : this.#tensors.selected(layer.tensor, indices));
     if (!buttons[0].isConnected) return; // it went out of view meanwhile
-    const scale = await this.#scales.ofLayer(layer);
+    const scale = await this.#scales.ofLayer(layer, this.#stretch);
     if (content === "maps") {
       const size = layer.shape[1] * layer.shape[2];
       const maps = buttons.map((_, row) => array.values.subarray(row * size, (row + 1) * size));

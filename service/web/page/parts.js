@@ -23,22 +23,25 @@ export function number(value, role = "number") {
  * @param {ArrayLike<number>} values row by row
  * @param {number} across cells in a row
  * @param {import("./colours.js").Scale} scale
- * @param {{outside?: boolean[], chosen?: number}} [marks] which cells lie in the padding, and which one was chosen
+ * @param {{outside?: boolean[], chosen?: number, role?: string}} [marks] which cells lie in the padding, which one was chosen,
+ *   and what styles know the table by
  */
-export function grid(name, values, across, scale, { outside = [], chosen = -1 } = {}) {
+export function grid(name, values, across, scale, { outside = [], chosen = -1, role = "" } = {}) {
   const rows = Array.from({ length: Math.ceil(values.length / across) }, (_, row) =>
     make(
       "tr",
       {},
       ...Array.from({ length: across }, (_, column) => {
         const at = row * across + column;
-        return cell(values[at], scale, outside[at], at === chosen);
+        const element = cell(values[at], scale, outside[at], at === chosen);
+        setStyles(element, { "--at": at / values.length }); // when its turn comes in a map that grows
+        return element;
       }),
     ),
   );
   return make(
     "table",
-    { class: across > LEGIBLE ? "grid dense" : "grid", "aria-label": name },
+    { class: `grid ${role} ${across > LEGIBLE ? "dense" : ""}`, "aria-label": name },
     make("tbody", {}, ...rows),
   );
 }

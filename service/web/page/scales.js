@@ -18,6 +18,23 @@ const KEEPING = new Set([
 /** A layer whose typical map has less than this share of the layer's range would be pale. */
 const PALE = 0.5;
 
+/** Kinds that end a stage. */
+const POOLS = new Set(["MaxPool", "AveragePool"]);
+
+/**
+ * Numbers of the stages of layers. A stage begins after a pooling, and with a layer whose window makes larger steps.
+ * @param {import("./api.js").Layer[]} layers
+ */
+function stagesOf(layers) {
+  let stage = 0;
+  return layers.map(({ kind, stride }, at) => {
+    const isPooled = at > 0 && POOLS.has(layers[at - 1].kind);
+    const isStriding = !POOLS.has(kind) && stride?.some((step) => step > 1);
+    if (isPooled || isStriding) stage += 1;
+    return stage;
+  });
+}
+
 /** Whether values pass a layer unchanged, where they pass. @param {import("./api.js").Layer} layer */
 export function keepsValues({ kind }) {
   return KEEPING.has(kind);
@@ -40,9 +57,25 @@ export class LayerScales {
   #tensors;
   #isShown;
 
-  /** One for all maps of a layer. @param {import("./api.js").Layer} layer @returns {Promise<import("./colours.js").Scale>} */
-  async ofLayer(layer) {
-    return this.#isProbability(layer) ? HEAT : valueScale(await this.#sizeOf(layer));
+  /**
+   * One for all maps of a layer; or for all of its stage, or of the network.
+   * @param {import("./api.js").Layer} layer @param {import("./network.js").Stretch} [stretch]
+   * @returns {Promise<import("./colours.js").Scale>}
+   */
+  async ofLayer(layer, stretch) {
+    if (this.#isProbability(layer)) return HEAT;
+    const sizes = this.#sharingScale(layer, stretch).map((one) => this.#sizeOf(one));
+    return valueScale(Math.max(...(await Promise.all(sizes))));
+  }
+
+  /** The layers on the page that have one scale with a layer. The input and vectors have their own. */
+  #sharingScale(layer, stretch) {
+    const areMaps = ({ kind, shape }) => kind !== "Input" && shape.length === 3;
+    if (!areMaps(layer) || (stretch !== "stage" && stretch !== "network")) return [layer];
+    const layers = this.#description.layers.filter(areMaps);
+    const stages = stagesOf(layers);
+    const isSharing = (one, at) => stretch === "network" || stages[at] === stages[layers.indexOf(layer)];
+    return layers.filter((one, at) => one === layer || (isSharing(one, at) && this.#isShown(one.tensor)));
   }
 
   /** The whole range of colours for each map by itself. @param {ArrayLike<number>[]} maps */

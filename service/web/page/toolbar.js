@@ -7,7 +7,13 @@ import { whyNoContribution } from "./order.js";
 /** @type {Record<import("./order.js").OrderName, string>} */
 const ORDERS = { network: "as in the network", strength: "strongest first", contribution: "by contribution" };
 /** @type {Record<import("./network.js").Stretch, string>} */
-const STRETCHES = { pale: "where pale", always: "of each map", never: "of no map" };
+const STRETCHES = {
+  pale: "where pale",
+  always: "of each map",
+  never: "of each layer",
+  stage: "of each stage",
+  network: "of the network",
+};
 
 /** How layers are shown; stays so for other photos and models. */
 export const display = {
@@ -71,7 +77,8 @@ function ordering(description, network) {
 }
 
 function stretching(network) {
-  const title = "Give each map the whole range of colours, to see what is faint beside others";
+  const title =
+    "What has the whole range of colours: each map, to see what is faint; or more, to compare sizes. A stage ends where the maps become smaller";
   return choice("Stretch colours", title, STRETCHES, display.stretch, (value) => {
     display.stretch = value;
     network.stretch(value);

@@ -1,6 +1,6 @@
-/** A photo that is sent to the service once and asked about many times. */
+/** A photo that is sent to the service once, or fetched by it, and asked about many times. */
 
-import { Refusal, keep } from "./api.js";
+import { Refusal, fetched, keep } from "./api.js";
 
 /** Refusals of the service to keep a photo that say nothing of the photo: then it goes with every question. */
 const OWN_FAULTS = ["unreachable", "unreadable", "unauthorized", "cancelled"];
@@ -14,11 +14,14 @@ export class Upload extends EventTarget {
   #url = null;
   #calledOff = new AbortController();
 
-  /** @param {File} file */
-  constructor(file) {
+  /** @param {File | null} file null: the service fetches the photo @param {string} [address] from where */
+  constructor(file, address) {
     super();
     this.file = file;
+    this.#address = address;
   }
+
+  #address;
 
   /**
    * The URL under which the service keeps the photo; null where it does not.
@@ -43,10 +46,11 @@ export class Upload extends EventTarget {
   async #send() {
     this.#tell(0, true);
     try {
+      if (!this.file) return await fetched(this.#address, this.#calledOff.signal);
       return await keep(this.file, (share) => this.#tell(share, share < 1), this.#calledOff.signal);
     } catch (error) {
       const refusal = error.name === "AbortError" ? new Refusal("sending it was cancelled", "cancelled") : error;
-      if (!OWN_FAULTS.includes(refusal.code)) return null;
+      if (this.file && !OWN_FAULTS.includes(refusal.code)) return null;
       this.#url = null;
       throw refusal;
     } finally {

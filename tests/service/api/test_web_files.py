@@ -76,7 +76,7 @@ def test_page_preloads_every_module_and_those_that_it_starts_with_first(server: 
         r'<link rel="modulepreload"( fetchpriority="low")? href="\./page/v-\w+/([^"]+)"', html
     )
     files = {path.relative_to(WEB / "page").as_posix() for path in (WEB / "page").rglob("*.js")}
-    on_demand = {file for file in files if file.startswith(("article/", "compare/", "table/"))}
+    on_demand = {file for file in files if file.startswith(("article/", "compare/", "growth/", "table/"))}
     on_demand.remove("article/loader.js")
     assert len(on_demand) > 5
     assert {module for _, module in preloads} == files - {"theme.js", "early.js"} - on_demand

@@ -13,7 +13,9 @@ import { equation, formula, grid, number } from "../parts.js";
 import { plain } from "./plain.js";
 import { middleOfWindow, patchAt, slide, windowAt } from "./window.js";
 
-/** Input maps whose products are shown; of more, those whose sums are largest. */
+/** Input maps whose products are all shown. */
+const ALL = 10;
+/** Input maps whose products are shown where there are more: those whose sums are largest. */
 const TERMS = 6;
 
 /** @param {import("../detail.js").Context} context */
@@ -29,9 +31,9 @@ export async function convolution(context) {
   const made = new Convolution(context, first, inputs, kernel.values, bias ? bias.values[0] : null);
   const sum = make("div", { class: "added" });
   const terms = make("ol", { class: "terms" });
-  const show = (row, column, playing) => {
-    const worked = made.at(row, column, playing);
-    terms.replaceChildren(...worked.rows);
+  const show = (row, column, growing) => {
+    const worked = made.at(row, column, growing);
+    if (worked.rows.some((one, at) => one !== terms.children[at])) terms.replaceChildren(...worked.rows);
     sum.replaceChildren(equation(worked.summands, own.values[row * own.size[1] + column]));
   };
   return [
@@ -66,7 +68,7 @@ function extent({ kernel: [down, across], groups }, maps) {
 }
 
 /** One output map and all that goes into it. */
-class Convolution {
+export class Convolution {
   /**
    * @param {import("../detail.js").Context} context
    * @param {number} first the first input map of the group
@@ -98,7 +100,7 @@ class Convolution {
   #size;
   #count;
   #kernelScale;
-  /** @type {Map<number, {input: MapView, output: MapView, link: Node}>} input maps that have been shown, and what is made of them */
+  /** @type {Map<number, {input: MapView, output: MapView, line: HTMLElement, worked: HTMLElement[], link: Node}>} of the input maps that have been shown */
   #views = new Map();
   /** @type {number[]} the input maps on show */
   #chosen = [];
@@ -160,36 +162,50 @@ class Convolution {
     return mapName(this.#source, this.#first + map);
   }
 
+  /** The line of an input map, with what it comes to at this place. */
   #row(map, { patch, values, sum }, productScale, row, column) {
     const across = this.#layer.kernel[1];
     const name = this.#name(map);
-    const { input, output } = this.#view(map);
+    const { input, output, line, worked } = this.#view(map);
     input.mark(...windowAt(this.#layer, row, column));
     output.mark(row, column);
-    return make(
-      "li",
-      { class: "term", data: { map: this.#first + map, value: sum } },
-      input.element,
-      grid(
-        `what the window covers of ${name}`,
-        patch.values,
-        across,
-        signedScale(this.#map(map)),
-        patch,
-      ),
-      make("span", { class: "sign" }, "×"),
-      grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale),
-      make("span", { class: "sign" }, "="),
-      grid(`products of ${name}`, values, across, productScale, { outside: patch.outside }),
-      make("span", { class: "total" }, make("span", { class: "sign" }, "Σ"), number(sum, "sum")),
-      output.element,
+    line.dataset.value = String(sum);
+    const [covered, kernel, products, total] = worked;
+    covered.replaceChildren(
+      grid(`what the window covers of ${name}`, patch.values, across, signedScale(this.#map(map)), patch),
     );
+    kernel.replaceChildren(grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale));
+    const role = "products";
+    products.replaceChildren(
+      grid(`products of ${name}`, values, across, productScale, { outside: patch.outside, role }),
+    );
+    total.replaceChildren(make("span", { class: "sign" }, "Σ"), number(sum, "sum"));
+    return line;
   }
 
   #view(map) {
-    if (!this.#views.has(map))
-      this.#views.set(map, { input: this.#input(map), output: this.#output(map), link: this.#link(map) });
+    if (!this.#views.has(map)) this.#views.set(map, this.#newView(map));
     return this.#views.get(map);
+  }
+
+  /** The line stays the same from place to place, so that its windows move. */
+  #newView(map) {
+    const [input, output] = [this.#input(map), this.#output(map)];
+    const worked = [...Array(3)].map(() => make("div", {})).concat(make("span", { class: "total" }));
+    const [covered, kernel, products, total] = worked;
+    const line = make(
+      "li",
+      { class: "term", data: { map: this.#first + map } },
+      input.element,
+      covered,
+      make("span", { class: "sign" }, "×"),
+      kernel,
+      make("span", { class: "sign" }, "="),
+      products,
+      total,
+      output.height * output.width > 1 && output.element,
+    );
+    return { input, output, line, worked, link: this.#link(map) };
   }
 
   /** A link to an input map, at the middle of the window. */
@@ -213,14 +229,14 @@ class Convolution {
   #output(map) {
     const [, ...size] = this.#layer.shape;
     const values = slide(this.#layer, this.#map(map), this.#size, this.#weights(map));
-    return new MapView({ name: "what it adds", values, size, scale: signedScale(values), keyed: false });
+    return new MapView({ name: "what it adds", values, size, scale: signedScale(values), keyed: false, grows: true });
   }
 }
 
 /** Places of the terms to show, in their order. @param {{sum: number}[]} products */
 function largest(products) {
   const places = products.map((_, map) => map);
-  if (places.length <= TERMS) return places;
+  if (places.length <= ALL) return places;
   return places
     .sort((one, other) => Math.abs(products[other].sum) - Math.abs(products[one].sum))
     .slice(0, TERMS);

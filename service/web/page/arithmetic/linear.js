@@ -1,9 +1,13 @@
 /** A linear layer: every input times its weight, all added up, and the bias. */
 
+import { make } from "../dom.js";
+import { placeOf } from "../links.js";
 import { originLink } from "../maplink.js";
 import { whole } from "../numbers.js";
 import { isVector, operand } from "../operands.js";
+import { hasPlaces, sourcesOf } from "../origin.js";
 import { equation, formula } from "../parts.js";
+import { Convolution } from "./convolution.js";
 import { leading, ranking } from "./ranking.js";
 
 /** Whether a layer multiplies its inputs with weights that can be shown. @param {import("../api.js").Layer} layer */
@@ -61,5 +65,30 @@ export async function linear(context) {
       made.values[0],
     ),
     ranking("What adds most to it", ["", "x", "w", "w · x"], lines),
+    ...(await mapByMap(context, row.values.map((weight) => alpha * weight))),
+  ];
+}
+
+/**
+ * The same sum over maps that were flattened before it: the weights are a kernel that covers a whole map.
+ * @param {import("../detail.js").Context} context @param {Float32Array} weights
+ * @returns {Promise<Node[]>} nothing where the inputs were no maps
+ */
+async function mapByMap(context, weights) {
+  const { description, layer, sources: [flat], tensors } = context;
+  const [source] = flat?.order && layer.direct ? sourcesOf(description.layers, flat) : [];
+  if (!source || !hasPlaces(source)) return [];
+  const [, height, width] = source.shape;
+  const kernel = new Float32Array(weights.length);
+  weights.forEach((weight, at) => {
+    const { map, row, column } = placeOf(flat.order, at, source.shape);
+    kernel[(map * height + row) * width + column] = weight;
+  });
+  const window = { kernel: [height, width], stride: [1, 1], padding: [0, 0, 0, 0], dilation: [1, 1], groups: 1 };
+  const covering = { ...context, sources: [source], layer: { ...layer, ...window, shape: [layer.shape[0], 1, 1] } };
+  const { rows } = new Convolution(covering, 0, await tensors.maps(source.tensor), kernel, null).at(0, 0, false);
+  return [
+    make("p", {}, "The same sum, map by map: the maps before they were flattened, and the weight of each of their places."),
+    make("ol", { class: "terms" }, ...rows),
   ];
 }

@@ -1,9 +1,9 @@
 /** An article on how such a network works. Its pictures are made by the served model, from the opened photo. */
 
-import { byId, make } from "../dom.js";
+import { byId, loadStyles, make } from "../dom.js";
 import { visit } from "../layers.js";
 import { FIGURES } from "./figures.js";
-import { beginTour, havePhoto, loadStyles } from "./loader.js";
+import { beginTour, havePhoto } from "./loader.js";
 import { Playground } from "./playground.js";
 import { Studio } from "./studio.js";
 import { SECTIONS, TRAPS } from "./words.js";
@@ -26,7 +26,7 @@ const observer = new IntersectionObserver((seen) => seen.forEach(draw), { rootMa
 
 /** Put the article onto the page. @param {import("./loader.js").Subject} subject */
 export async function build(subject) {
-  await loadStyles("article.css");
+  await loadStyles(new URL("article.css", import.meta.url));
   const sections = SECTIONS.map(section);
   place.replaceChildren(
     make(

@@ -1,7 +1,7 @@
 /** The article's way onto the page: it is loaded when somebody follows a link to it, and not before. */
 
 import { sample } from "../api.js";
-import { byId, make } from "../dom.js";
+import { byId, loadStyles } from "../dom.js";
 
 /** Links to the article and its sections begin with this. */
 const PREFIX = "#learn";
@@ -46,7 +46,7 @@ export async function havePhoto() {
 
 /** Show the page's parts one by one. */
 export async function beginTour() {
-  const [{ startTour }] = await Promise.all([import("./tour.js"), loadStyles("tour.css")]);
+  const [{ startTour }] = await Promise.all([import("./tour.js"), loadStyles(new URL("tour.css", import.meta.url))]);
   await startTour(rememberTour);
 }
 
@@ -58,23 +58,6 @@ function rememberTour() {
   } catch {
     // then it is offered again at the next visit
   }
-}
-
-/** @type {Map<string, Promise<void>>} style sheets by file */
-const sheets = new Map();
-
-/** Load a style sheet of this folder, once. @param {string} file */
-export function loadStyles(file) {
-  if (!sheets.has(file)) {
-    const sheet = make("link", { rel: "stylesheet", href: new URL(file, import.meta.url).href });
-    const promise = new Promise((resolve) => {
-      sheet.addEventListener("load", () => resolve());
-      sheet.addEventListener("error", () => resolve()); // then it is shown without
-    });
-    sheets.set(file, promise);
-    document.head.append(sheet);
-  }
-  return sheets.get(file);
 }
 
 /** The stand-in's file. */

@@ -38,7 +38,7 @@ const STEPS = [
   {
     part: "#detail",
     title: "The arithmetic",
-    text: "A click on a map shows how its numbers come about. Here you see a convolution: point at a pixel of the large map, and follow the products to their sum.",
+    text: "A click on a map shows how its numbers come about. Here you see a convolution: point at a pixel of the large map, and follow the products to their sum. Or press Play, and watch the map grow.",
     prepare: () => visit(SECTIONS.find(({ id }) => id === "convolution").layer, 0),
   },
   {

@@ -56,7 +56,7 @@ export const SECTIONS = [
       "The same few weights are used at every place. This has two effects. There is little to learn: a 3 × 3 kernel over 3 maps has 27 weights, whatever the size of the photo. And a pattern that was learned in one corner is found in all others.",
     ],
     layer: (layers) => layers.find(({ kind, kernel }) => kind === "Conv" && kernel?.some((side) => side > 1)),
-    live: "See every product of this convolution",
+    live: "See it, and let its map grow",
     caption: "Four kernels of the model's first convolution, and the maps that they make of the photo.",
   },
   {
