@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots moving-picture figures bench bench-quick bench-training bench-accuracy bench-recipes bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-photographs bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
+.PHONY: help serve setup test coverage proof long slow again lint docs diagrams samples screenshots moving-picture figures bench bench-quick bench-training bench-accuracy bench-recipes bench-oip bench-providers bench-gpu bench-int8 bench-inline bench-wrap bench-known bench-few-images bench-photographs bench-import bench-bulk bench-geometry bench-ray bench-callers page-speed audit sbom licences ray-test bench-keys bench-tls bench-grpc overload stall fuzz mixed giants swaps soak chaos fronts machine explanations image image-test chart chart-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -98,6 +98,9 @@ bench-wrap: $(VENV)/.dev ## Measure what the steps around a graph cost, by layou
 
 bench-known: $(VENV)/.dev ## Measure how well the default models tell other images from known ones (1 minute)
 	$(BIN)/python -m fovea.bench.known $(KNOWN)
+
+bench-few-images: $(VENV)/.dev ## Compare the backbone with random weights on 50 images of each label (10 minutes)
+	$(BIN)/python -m fovea.bench.few_images $(FEW_IMAGES)
 
 bench-photographs: $(VENV)/.dev ## Measure how well models recognise photographs of the ten labels (1 minute)
 	$(BIN)/python -m fovea.bench.photographs $(PHOTOGRAPHS)
