@@ -77,7 +77,7 @@ def test_wheel_has_only_its_package(distributions: Distributions) -> None:
     names = _list_wheel(distributions.wheel)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fovea"}
     assert distributions.wheel.name.startswith("fovea_serve-")
-    assert distributions.wheel.stat().st_size < 8e6
+    assert distributions.wheel.stat().st_size < 13e6  # 9 MB are the backbone
 
 
 def test_sdist_builds_the_same_wheel(distributions: Distributions, tmp_path: Path) -> None:
