@@ -265,10 +265,10 @@ def test_clicked_map_stays_in_view(view: View, row: int) -> None:
     view.inspect_map(tensor, row)
     chosen = view.page.locator(f'.map[data-tensor="{tensor}"][aria-current]')
     expect(chosen).to_have_attribute("data-row", str(row))
-    assert is_uncovered(chosen)
+    wait_until(lambda: is_uncovered(chosen))
     view.page.locator('[data-go="1"]').click()
     expect(view.page.locator(".map[aria-current]")).to_have_attribute("data-index", str(row + 1))
-    assert is_uncovered(view.page.locator(".map[aria-current]"))
+    wait_until(lambda: is_uncovered(view.page.locator(".map[aria-current]")))
     expect(view.page.locator("#detail .heading")).to_be_in_viewport(ratio=1)
     expect(view.page.locator("#detail .equation")).to_be_in_viewport()
 
