@@ -87,17 +87,18 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _finish_run(row: TableRow, seed: int) -> dict[str, Any]:
     """Return the metadata of the run, after finishing it if needed."""
-    metadata = _load_metadata(row.run_folder(seed))
+    metadata = load_run_metadata(row.run_folder(seed))
     if "measured" not in metadata:
         for teacher in row.teachers:
             _finish_run(teacher, seed)
         command = [sys.executable, "-m", "fovea", *row.train_command(seed), "--resume"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        metadata = _load_metadata(row.run_folder(seed))
+        metadata = load_run_metadata(row.run_folder(seed))
     return metadata
 
 
-def _load_metadata(folder: Path) -> dict[str, Any]:
+def load_run_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a run's weights; empty if there are none yet."""
     return checkpoint.load_metadata(folder, WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
 
 

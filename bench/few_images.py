@@ -1,4 +1,4 @@
-"""What the backbone gains with few images: `make bench-few-images`, 10 minutes on two cores.
+"""The gain of the backbone with few images: `make bench-few-images`, 10 minutes on two cores.
 
 Each run is `fovea train` with its defaults on 50 images of each label of CIFAR-10 (JPEG files), which the
 backbone has never seen, and is measured on all test images. The seed chooses the images, too.
@@ -15,10 +15,9 @@ import tarfile
 from pathlib import Path
 from typing import Any, Final
 
+from fovea.bench.accuracy import load_run_metadata
 from fovea.bench.known import CIFAR10_FILE
-from fovea.model.networks import checkpoint
 from fovea.model.networks.backbone import BACKBONE, SCRATCH
-from fovea.model.networks.checkpoint import WEIGHTS_FILE
 from fovea.model.training.provenance import describe_hardware
 
 RUNS_FOLDER: Final = Path("runs/few-images")
@@ -57,15 +56,11 @@ def _finish_run(start: str, seed: int) -> dict[str, Any]:
     RUNS_FOLDER.mkdir(parents=True, exist_ok=True)
     if not data.exists():
         write_few_images(data, seed)
-    if not (folder / WEIGHTS_FILE).exists() or "measured" not in _load_metadata(folder):
+    if "measured" not in load_run_metadata(folder):
         command = [sys.executable, "-m", "fovea", "train", "--data", str(data), "--from", start]
         command += ["--seed", str(seed), "--out", str(folder), "--resume"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    return _load_metadata(folder)
-
-
-def _load_metadata(folder: Path) -> dict[str, Any]:
-    return checkpoint.load_metadata(folder, WEIGHTS_FILE)
+    return load_run_metadata(folder)
 
 
 def _format_row(start: str, runs: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""How well models recognise photographs of the ten labels of CIFAR-10: `make bench-photographs`, one minute.
+"""Recognition of photographs of the ten labels of CIFAR-10: `make bench-photographs`, one minute.
 
 The photographs are the validation images of Tiny ImageNet that show one of the labels (64 x 64 px, 50 of each
 class), and those of `photos.tar` (around 500 x 375 px) that do. No model was trained on them; the calibration

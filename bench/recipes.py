@@ -1,4 +1,4 @@
-"""What other recipes would gain: `make bench-recipes`, one change at a time (hours; resumable).
+"""Changes of the training recipe and their gains: `make bench-recipes`, one at a time (hours; resumable).
 
 Each row is the recipe of `fovea train` for CIFAR-10 (JPEG files) with one change, trained by the same steps
 for each seed and measured on the 5,000 held-out images. A finished run is kept in a file, so that an
@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,18 +23,18 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
+from fovea.bench.known import CIFAR10_FILE
 from fovea.model.data.dataset import Dataset, load_dataset
 from fovea.model.data.pixels import compute_statistics
 from fovea.model.evaluation.evaluate import autocast, measure_accuracy
 from fovea.model.networks.network import Net, NetConfig
-from fovea.model.recipe import Augmentation, Recipe, compute_learning_rate
+from fovea.model.recipe import Augmentation, Recipe
 from fovea.model.training.batches import Batch
 from fovea.model.training.distillation import compute_teacher_logits
 from fovea.model.training.provenance import describe_hardware
 from fovea.model.training.training_run import InitialState, TrainingRun, choose_precision
 from fovea.service.atomic_files import write_file
 
-DATA_FILE: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
 RUNS_FOLDER: Final = Path("runs/recipes")
 EPOCHS: Final = 10
 
@@ -49,7 +48,7 @@ class Variant:
 
     name: str
     source: str
-    """Where the field uses the change."""
+    """Library or recipe of the field that has the change."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Changed fields of the recipe."""
     mix: Callable[[Tensor, Tensor, torch.Generator], Mixed] | None = None
@@ -201,10 +200,8 @@ class VariantRun(TrainingRun):
     def step(self) -> None:
         """Train on one batch."""
         if self._muon:
-            steps = self.recipe.epochs * self.batches.steps
-            rate = compute_learning_rate(self.state.step, steps, self.recipe)
             for group in self._muon.param_groups:
-                group["lr"] = _MUON_RATE * rate / self.recipe.peak_lr
+                group["lr"] = _MUON_RATE * self.set_learning_rate() / self.recipe.peak_lr
             self._muon.zero_grad(set_to_none=True)
         if self._variant.mix:
             self._step_mixed(self.batches.get(self.state.step), self._variant.mix)
@@ -218,9 +215,7 @@ class VariantRun(TrainingRun):
     def _step_mixed(self, batch: Batch, mix: Callable[[Tensor, Tensor, torch.Generator], Mixed]) -> None:
         started_at = time.monotonic()
         recipe, state = self.recipe, self.state
-        for group in self.optimizer.param_groups:
-            rate = compute_learning_rate(state.step, recipe.epochs * self.batches.steps, recipe)
-            group["lr"] = rate * group["faster"]
+        self.set_learning_rate()
         generator = torch.Generator().manual_seed((recipe.seed << 32) + state.step)
         shares = nn.functional.one_hot(batch.targets, len(self.data.labels)).float()
         pixels, shares = mix(batch.pixels, shares, generator)
@@ -327,7 +322,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each row (default: 2)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of a run (default: {EPOCHS})")
     options = parser.parse_args()
-    data = load_dataset(DATA_FILE, validation=0.1, seed=0, cache=RUNS_FOLDER / "data")
+    data = load_dataset(CIFAR10_FILE, validation=0.1, seed=0, cache=RUNS_FOLDER / "data")
     print(f"{describe_hardware()}\n")
     print("| change | from | held-out accuracy | gain | time | n |\n|---|---|---|---|---|---|", flush=True)
     base: list[dict[str, float]] = []

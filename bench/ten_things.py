@@ -65,14 +65,11 @@ def write_archive(out: Path) -> Counter[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out, "w") as archive:
         for members in (_list_cifar10(), _list_tiny_imagenet()):
-            for folder, member, content in members:
-                is_photograph = content.name == str(TINY_IMAGENET_FILE.absolute())
-                is_doubled = is_photograph and folder.startswith("train/") and OTHER_LABEL not in folder
-                for copy in range(1 + is_doubled):
-                    counts[folder] += 1
-                    info = tarfile.TarInfo(f"ten-things/{folder}/{copy or ''}{Path(member.name).name}")
-                    info.size = member.size
-                    archive.addfile(info, content.extractfile(member))
+            for path, member, content in members:
+                counts[str(Path(path).parent)] += 1
+                info = tarfile.TarInfo(f"ten-things/{path}")
+                info.size = member.size
+                archive.addfile(info, content.extractfile(member))
     return counts
 
 
@@ -80,7 +77,7 @@ _Members = Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]
 
 
 def _list_cifar10() -> _Members:
-    """Yield the folder of each image of CIFAR-10, with its place in the archive."""
+    """Yield the new path of each image of CIFAR-10, with its place in the archive."""
     seen: Counter[str] = Counter()
     with tarfile.open(CIFAR10_FILE) as archive:
         for member in archive:
@@ -90,11 +87,14 @@ def _list_cifar10() -> _Members:
             if part == "train":
                 seen[label] += 1
                 part = "val" if seen[label] <= _CIFAR10_HELD_OUT else "train"
-            yield f"{part}/{label}", member, archive
+            yield f"{part}/{label}/{Path(member.name).name}", member, archive
 
 
 def _list_tiny_imagenet() -> _Members:
-    """Yield the folder of each image of Tiny ImageNet that is used, with its place in the archive."""
+    """Yield the new path of each image of Tiny ImageNet that is used, with its place in the archive.
+
+    Training images of a label have two paths.
+    """
     labels = {name: label for label, names in CLASSES.items() for name in names}
     seen: Counter[str] = Counter()
     with tarfile.open(TINY_IMAGENET_FILE) as archive:
@@ -108,7 +108,9 @@ def _list_tiny_imagenet() -> _Members:
                 is_trained = name not in OTHER_CLASSES
                 if is_trained == (part == "val") or seen[f"{part}/{name}"] > _OTHER_IMAGES:
                     continue
-            yield f"{part}/{label}", member, archive
+            yield f"{part}/{label}/{Path(member.name).name}", member, archive
+            if part == "train" and label != OTHER_LABEL:
+                yield f"{part}/{label}/again-{Path(member.name).name}", member, archive
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import KnownScore, Task
 from fovea.service.inference.engine import Engine, Floats
-from fovea.service.inference.known import compute_known_scores
-
-_ACCEPTED: Final = 0.95
-"""Share of held-out images that count as known."""
+from fovea.service.inference.known import ACCEPTED_SHARE, compute_known_scores
 
 _MIN_IMAGES: Final = 100
 """Minimum number of held-out images. The lowest 5 % of fewer images are too few to tell a threshold."""
@@ -49,6 +46,8 @@ def choose_threshold(scores: Floats) -> KnownScore | None:
     count = len(scores)
     if count < _MIN_IMAGES or np.ptp(scores) < _MIN_SPREAD:
         return None
-    rejected_count = int((count + 1) * (1 - _ACCEPTED))  # of new images, including the one at the threshold
+    rejected_count = int(
+        (count + 1) * (1 - ACCEPTED_SHARE)
+    )  # of new images, including the one at the threshold
     threshold = float(np.sort(scores)[rejected_count - 1])
     return KnownScore(threshold, float((scores >= np.float32(threshold)).mean()), count)

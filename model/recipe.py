@@ -77,14 +77,17 @@ class Recipe:
     """Maximum number of steps per epoch for runs with a time limit; None uses all images."""
 
     def get_side(self, epoch: int, side: int) -> int:
-        """Return the side of the images in an epoch, in pixels: a multiple of 8, at most `side`.
+        """Return the side of the images in an epoch, in pixels: a multiple of 8, from 16 to `side`.
 
         Small images cost less, and a network learns coarse features from them first (progressive resizing:
         Karras et al., 2018; Howard, 2018).
         """
         share = min(1.0, 0.5 + 0.5 * epoch / max(1.0, self.growth * self.epochs)) if self.growth else 1.0
-        return min(side, 8 * round(share * side / 8)) if share < 1 else side
+        return min(side, max(_SMALLEST_SIDE, 8 * round(share * side / 8))) if share < 1 else side
 
+
+_SMALLEST_SIDE: Final = 16
+"""Side of the smallest images that all networks take, in pixels."""
 
 _MIN_STEPS: Final = 1000
 """Minimum number of steps; below it, training from random weights has hardly begun, whatever the data."""
@@ -98,8 +101,11 @@ This takes 12 to 20 minutes at 515 to 300 images/s on two cores.
 _MIN_EPOCHS: Final = 10
 """Minimum number of epochs, whatever the cost of an image."""
 
-_MANY_IMAGES: Final = 10_000
-"""Number of images from which pretrained weights may move further without being forgotten."""
+SMALL_SET: Final = 10_000
+"""Number of training images up to which a set counts as small.
+
+Pretrained weights may move further for a larger one without being forgotten.
+"""
 
 
 class RecipeError(FoveaError):
@@ -119,7 +125,7 @@ def build_recipe(
     `epochs` None chooses the number of epochs. A small set gets smaller batches, so that an epoch has at
     least 32 steps, a proportionally smaller learning rate (linear scaling: Goyal et al., 2017), and more
     epochs. `fine_tuning` means that training starts from pretrained weights, which take a tenth of the
-    learning rate, or a quarter for more than `_MANY_IMAGES`, and half the epochs. `cost` is the time for one
+    learning rate, or a quarter for more than `SMALL_SET`, and half the epochs. `cost` is the time for one
     image relative to the reference. With a higher cost, images are seen less often, so that the run takes
     about as long.
     """
@@ -131,7 +137,7 @@ def build_recipe(
     default_epochs = max(
         min_epochs, min(100, max(needed_epochs, int(_TOTAL_IMAGES / cost) // max(1, images)))
     )
-    fine_tuning_rate = 0.25 if images > _MANY_IMAGES else 0.1
+    fine_tuning_rate = 0.25 if images > SMALL_SET else 0.1
     return replace(
         base_recipe,
         epochs=epochs or (default_epochs // 2 if fine_tuning else default_epochs),

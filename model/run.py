@@ -17,7 +17,6 @@ from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Dataset, load_dataset
 from fovea.model.data.inventory import format_count, to_printable
 from fovea.model.data.pixels import compute_statistics
-from fovea.model.data.raw_dataset import SMALL_SET
 from fovea.model.evaluation.finalize import finalize_run
 from fovea.model.networks import checkpoint
 from fovea.model.networks.backbone import (
@@ -34,7 +33,7 @@ from fovea.model.networks.backbone import (
 from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig, require_supported_net
 from fovea.model.networks.pretrained import read_pretrained
-from fovea.model.recipe import Augmentation, Precision, Recipe, RecipeError, build_recipe
+from fovea.model.recipe import SMALL_SET, Augmentation, Precision, Recipe, RecipeError, build_recipe
 from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration, measure_pace
 from fovea.model.training.trainer import require_unused_folder, train_net
 from fovea.model.training.training_run import InitialState, choose_precision
@@ -223,8 +222,8 @@ def _choose_recipe(options: TrainingOptions, data: Dataset, net: Net) -> Recipe:
         epoch_steps=epoch_steps,
         precision=precision,
         **{
-            **_NET_FIELDS.get(net.config.name, {}),
             **(_WINDOW_FIELDS if options.augmentation is not Augmentation.SHIFT else {}),
+            **_NET_FIELDS.get(net.config.name, {}),
             **(_DISTILLATION_FIELDS if options.teachers else {}),
         },
         augmentation=options.augmentation,
@@ -280,12 +279,19 @@ _MIN_STEPS: Final = 100
 """Number of steps below which a network learns almost nothing."""
 
 _NET_FIELDS: Final[dict[str, dict[str, float]]] = {
-    "tiny_vgg": {"peak_lr": 0.05, "weight_decay": 5e-4, "label_smoothing": 0.0, "cutout": 0.0},
+    "tiny_vgg": {
+        "peak_lr": 0.05,
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.0,
+        "cutout": 0.0,
+        "growth": 0.0,
+    },
 }
 """Recipe fields by network.
 
 Without batch normalisation, the default rate of 0.375 silences all ReLUs of `tiny_vgg` in the second epoch.
-Cutout and label smoothing are against overfitting, and 4,000 weights do not overfit.
+Cutout and label smoothing are against overfitting, and 4,000 weights do not overfit. Its linear layer takes
+images of one size.
 """
 
 _WINDOW_FIELDS: Final = {"growth": 0.6, "cutout": 0.0, "weight_decay": 5e-4}

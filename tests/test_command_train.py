@@ -123,6 +123,21 @@ def test_train_with_export_makes_the_default_model(
     assert (zoo / "default").read_text() == "third\n"
 
 
+@pytest.mark.parametrize(
+    ("net", "size"), [("tiny_vgg", 32), ("cnn", 16), ("resnet18", 16), ("mobilenet_v2", 96)]
+)
+@pytest.mark.parametrize("augmentation", ["crop", "photo"])
+def test_networks_of_any_size_train_through_windows(
+    net: str, size: int, augmentation: str, tmp_path: Path, command: Command
+) -> None:
+    """Images grow from half their side, as far as the network takes such small ones."""
+    data = draw_images(tmp_path / "squares", count=8)
+    train = ["train", "--data", data, "--out", tmp_path / "run", "--net", net, "--size", size, "--epochs", 2]
+    assert command(*train, "--augment", augmentation) == 0
+    recipe = checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"]
+    assert (recipe["augmentation"], recipe["growth"]) == (augmentation, 0.0 if net == "tiny_vgg" else 0.6)
+
+
 def test_network_for_teaching_learns_and_has_only_the_layers_of_a_first_lesson(
     tmp_path: Path, command: Command
 ) -> None:

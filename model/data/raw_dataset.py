@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,12 @@ from fovea.model.data.pixel_cache import DiskFullError, PixelCache
 from fovea.model.data.pixels import Pixels, StreamedPixels
 from fovea.model.data.tar_archive import Archive
 from fovea.model.data.zip_archive import ZipArchive, is_zip
+from fovea.model.recipe import SMALL_SET
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
 
 WarningHandler = Callable[[str], None]
 """Receives one sentence, on the thread that loads the data, before loading continues."""
-
-
-SMALL_SET: Final = 10_000
-"""Number of training images up to which a set counts as small."""
 
 
 @dataclass(frozen=True)

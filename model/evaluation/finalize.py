@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint
 from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
-from fovea.service.inference.known import compute_known_scores
+from fovea.service.inference.known import ACCEPTED_SHARE, compute_known_scores
 
 
 def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, console: Console) -> Checkpoint:
@@ -67,16 +67,13 @@ def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, conso
     if "other" in figures:
         other = figures["other"]
         console.print(
-            f"where {_ACCEPTED:.0%} of the held-out images count as known, so do {other['accepted']:.1%} of "
-            f"{other['images']} images of other things (AUROC {other['auroc']:.3f})",
+            f"where {ACCEPTED_SHARE:.0%} of the held-out images count as known, so do "
+            f"{other['accepted']:.1%} of {other['images']} images of other things "
+            f"(AUROC {other['auroc']:.3f})",
             soft_wrap=True,
         )
     console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
     return final_checkpoint
-
-
-_ACCEPTED: Final = 0.95
-"""Share of held-out images that count as known."""
 
 
 def _measure_other(known_logits: Tensor, other_logits: Tensor) -> dict[str, float]:
@@ -87,7 +84,7 @@ def _measure_other(known_logits: Tensor, other_logits: Tensor) -> dict[str, floa
     known_scores, other_scores = (
         compute_known_scores(logits.numpy(), Task.MULTICLASS) for logits in (known_logits, other_logits)
     )
-    threshold = np.quantile(known_scores, 1 - _ACCEPTED)
+    threshold = np.quantile(known_scores, 1 - ACCEPTED_SHARE)
     return {
         "images": len(other_scores),
         "accepted": float((other_scores >= threshold).mean()),

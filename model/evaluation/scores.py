@@ -90,7 +90,8 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
 def compute_auroc(higher: npt.NDArray[np.float32], lower: npt.NDArray[np.float32]) -> float:
     """Return the area under the ROC curve of two sets of scores, (n,) and (m,).
 
-    This is the share of pairs in which the value of `higher` is the larger one; ties count half."""
+    This is the share of pairs in which the value of `higher` is the larger one; ties count half.
+    """
     ordered = np.sort(lower)
     left, right = (np.searchsorted(ordered, higher, side=side) for side in ("left", "right"))
     return float((left + right).mean() / (2 * len(lower)))

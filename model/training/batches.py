@@ -124,7 +124,9 @@ class Batches:
         self._examples, self._recipe, self._teacher_logits = data.train, recipe, teacher_logits
         self._views = Views(data.train, recipe)
         self._other_views = Views(data.other, recipe) if data.other else None
-        self._other_order = torch.empty(0, dtype=torch.int64)
+        self._other_order = torch.randperm(
+            len(data.other) if data.other else 0, generator=_make_generator(recipe.seed, 4, 0)
+        )
         self._fill_colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._next_batch: tuple[int, Future[Batch]] | None = None
@@ -176,8 +178,6 @@ class Batches:
 
     def _make_other_pixels(self, views: Views, number: int, side: int) -> Tensor:
         """Return the next images of other things, in one random order that repeats."""
-        if not len(self._other_order):
-            self._other_order = torch.randperm(len(views), generator=_make_generator(self._recipe.seed, 4, 0))
         count = max(1, round(self._recipe.other_share * self._recipe.batch))
         places = (number * count + torch.arange(count)) % len(views)
         return views.get_pixels(number // self.steps % views.count, self._other_order[places], side)

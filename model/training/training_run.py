@@ -98,9 +98,7 @@ class TrainingRun:
         """Train on one batch: forward, backward, update."""
         started_at = time.monotonic()
         recipe, state, task = self.recipe, self.state, self.net.config.task
-        for group in self.optimizer.param_groups:
-            rate = compute_learning_rate(state.step, recipe.epochs * self.batches.steps, recipe)
-            group["lr"] = rate * group["faster"]
+        self.set_learning_rate()
         batch = self.batches.get(state.step).to(self.device)
         with autocast(self.device, recipe.precision):
             all_logits = self.net.train()(batch.pixels).float()  # (B + O, n)
@@ -119,6 +117,13 @@ class TrainingRun:
             self.epoch_sums[2] += len(batch.targets)
         state.step += 1
         state.seconds += time.monotonic() - started_at
+
+    def set_learning_rate(self) -> float:
+        """Give the optimizer the learning rate of this step, and return it."""
+        rate = compute_learning_rate(self.state.step, self.recipe.epochs * self.batches.steps, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["faster"]
+        return rate
 
     def _compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         recipe, task = self.recipe, self.net.config.task

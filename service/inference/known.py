@@ -21,6 +21,9 @@ import numpy as np
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.engine import Floats
 
+ACCEPTED_SHARE: Final = 0.95
+"""Share of held-out images that the threshold of a model accepts."""
+
 _LARGEST: Final = np.finfo(np.float32).max
 
 

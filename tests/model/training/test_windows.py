@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fovea.model.data.dataset import load_dataset
 from fovea.model.data.examples import Examples
 from fovea.model.recipe import Augmentation, Recipe
 from fovea.model.training import windows
 from fovea.model.training.batches import Batches, Views
-from tests.training import draw_dataset
+from tests.training import draw_images
 
 DRAWS = torch.rand(2000, 5, generator=torch.Generator().manual_seed(0))
 
@@ -134,10 +135,11 @@ def test_images_grow_during_the_first_epochs(tmp_path: Path) -> None:
     recipe = Recipe(epochs=10, batch=5, augmentation=Augmentation.CROP, growth=0.6)
     assert [recipe.get_side(epoch, 64) for epoch in range(10)] == [32, 40, 40, 48, 56, 56, 64, 64, 64, 64]
     assert replace(recipe, growth=0.0).get_side(0, 64) == 64
-    data = draw_dataset(tmp_path, count=10)  # 16 x 16
+    assert [recipe.get_side(epoch, 24) for epoch in (0, 9)] == [16, 24]
+    data = load_dataset(draw_images(tmp_path, count=10), size=32, validation=0.2, seed=0)
     batches = Batches(data, recipe, (0.5, 0.5, 0.5), None)
     try:
         sides = [batches.get(epoch * batches.steps).pixels.shape[1] for epoch in range(10)]
     finally:
         batches.close()
-    assert sides[0] == 8 and sides[-1] == 16
+    assert sides == [16, 16, 24, 24, 24, 32, 32, 32, 32, 32]
