@@ -82,6 +82,14 @@ def test_other_choices_start_from_random_weights(
 
 
 @pytest.mark.long
+def test_run_goes_on_from_random_weights_though_its_images_suit_the_backbone(tmp_path: Path) -> None:
+    data = draw_images(tmp_path / "squares", count=4, side=64)
+    metadata, _ = train(data, tmp_path / "run", start="scratch")
+    resumed_metadata, _ = train(data, tmp_path / "run", resume=True)
+    assert metadata["start"] == resumed_metadata["start"] == {}
+
+
+@pytest.mark.long
 def test_many_images_start_from_random_weights(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,13 @@ def test_wide_window_shows_the_image_small_and_says_where() -> None:
     assert torch.allclose(planes[0, :, 8:24, 8:24], mean[0].permute(2, 0, 1), atol=1e-4)
 
 
+def test_image_in_a_wide_window_is_the_mean_of_all_its_pixels() -> None:
+    noise = make_noise(1)
+    planes, inside = windows.cut_windows(noise, torch.tensor([[0.5, 0.5, 4.0, 4.0]]), 16)
+    mean = noise.float().unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-1, -2))  # 16 pixels each
+    assert torch.allclose(planes[0][:, inside[0]], mean[0].permute(2, 0, 1).flatten(1), atol=1e-3)
+
+
 def test_colours_vary_around_the_image() -> None:
     planes = make_ramp().permute(0, 3, 1, 2).float().expand(3, -1, -1, -1)
     middle = torch.full((3, 3), 0.5)
@@ -136,6 +143,7 @@ def test_images_grow_during_the_first_epochs(tmp_path: Path) -> None:
     assert [recipe.get_side(epoch, 64) for epoch in range(10)] == [32, 40, 40, 48, 56, 56, 64, 64, 64, 64]
     assert replace(recipe, growth=0.0).get_side(0, 64) == 64
     assert [recipe.get_side(epoch, 24) for epoch in (0, 9)] == [16, 24]
+    assert recipe.get_side(0, 16) == 16  # no network takes smaller ones
     data = load_dataset(draw_images(tmp_path, count=10), size=32, validation=0.2, seed=0)
     batches = Batches(data, recipe, (0.5, 0.5, 0.5), None)
     try:
