@@ -26,7 +26,6 @@ def test_variant_trains(
     variant: Variant, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipes, "RUNS_FOLDER", tmp_path)
-    monkeypatch.setattr(recipes.Recipe, "batch", 16, raising=True)
     result = recipes._train_variant(variant, data, seed=0, epochs=1)
     assert 0 <= result["accuracy"] <= 1
     assert result["seconds"] > 0
