@@ -308,6 +308,7 @@ class LayersReply(BaseModel):
 
 _ERRORS: Final[dict[int, dict[str, Any]]] = {
     400: {"description": "Malformed request: bad JSON, bad base64, no file, or a bad parameter."},
+    403: {"description": "The host of an image's URL is not in FOVEA_URL_HOSTS."},
     404: {"description": "There is no such model, or an image with an `upload:` URL is not kept here."},
     408: {"description": "The body arrived too slowly."},
     413: {"description": "Too many bytes, or too many pixels according to the image's header."},
@@ -316,6 +317,7 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
         "description": "The image is truncated, corrupt or of a mode that cannot be converted, or a box is "
         "empty or not inside the image."
     },
+    424: {"description": "An image could not be fetched from its URL."},
     429: {"description": "The caller has reached one of its own limits; see `Retry-After`."},
     500: {"description": "Internal error; the log has the traceback under the request id."},
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},

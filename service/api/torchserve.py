@@ -258,7 +258,7 @@ def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str
             response_model=None,
             tags=[PROTOCOL.name],
             summary="Explain an answer",
-            responses={200: success, 403: forbidden, **errors},
+            responses={200: success, **errors, 403: forbidden},
         )
 
 

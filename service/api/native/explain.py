@@ -88,8 +88,11 @@ _ARRAY_RESPONSE: Final = {"content": {NPY: _BINARY_CONTENT}, "description": "flo
 def add_routes(app: FastAPI, services: Services) -> None:
     """Add the explanation routes."""
     handlers = _ExplainHandlers(services)
-    forbidden = {"description": "Explanations or whole weights are switched off.", "model": ErrorReply}
-    error_responses: dict[int | str, dict[str, Any]] = {403: forbidden, **build_error_responses(ErrorReply)}
+    forbidden = {
+        "description": "Explanations or whole weights are switched off, or an image's URL is refused.",
+        "model": ErrorReply,
+    }
+    error_responses: dict[int | str, dict[str, Any]] = {**build_error_responses(ErrorReply), 403: forbidden}
 
     def add_route(path: str, query_type: type[BaseModel], respond: Responder, **route_options: Any) -> None:
         add_endpoint_route(

@@ -397,6 +397,7 @@ def test_dead_worker_is_replaced_while_the_file_is_broken(small_zoo: Path, tmp_p
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: has_workers(pids))
         assert post_request(server.url, "native", **bearer("classify")).status_code == 200
+        wait_until(lambda: server.read_metric("fovea_keys_reloads_total", result="failed") >= 1)
         write_keys(file, ApiKey("new", frozenset(Scope), hash_key(b"key-of-new")).to_line())
         for _ in range(2):  # each connection goes to another worker
             wait_until(lambda: ANYBODY.get(server.url + "/runtime", headers=NEW_KEY).status_code == 200)
